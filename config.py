@@ -1,0 +1,202 @@
+"""The yaml configuration of a backbone and of its input: one schema, `load_config` and nothing global.
+
+    config = load_config("experiments/imagenet/swin/swin_tiny_patch4_window7_224.yaml", ["MODEL.SPEC.DROP_PATH_RATE", "0.1"])
+
+The schema holds every key that code reads. A yaml may name others it builds on under `BASE` (paths beside it, applied
+first to last, itself on top). A key outside the schema is an error that names the nearest valid one, except the keys of the
+published EsViT files that this project does not use: those are reported once.
+
+Origin: key names follow the yaml files of EsViT (microsoft/esvit); the file format is YACS.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from utils import UsageError
+
+logger = logging.getLogger("esvit")
+
+# What a backbone of each MODEL.NAME reads from MODEL.SPEC, with its defaults.
+SPECS: dict[str, dict[str, Any]] = {
+    "swin_transformer": {
+        "PATCH_SIZE": 4,
+        "IN_CHANS": 3,
+        "DIM_EMBED": 96,
+        "DEPTHS": [2, 2, 6, 2],
+        "NUM_HEADS": [3, 6, 12, 24],
+        "WINDOW_SIZE": 7,
+        "MLP_RATIO": 4.0,
+        "QKV_BIAS": True,
+        "DROP_RATE": 0.0,
+        "ATTN_DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.2,
+        "PATCH_NORM": True,
+        "USE_APE": False,
+    },
+}
+
+# Everything else that code reads.
+SCHEMA: dict[str, Any] = {
+    "MODEL": {"NAME": "swin_transformer", "IMAGE_SIZE": [224, 224]},
+    "INPUT": {"MEAN": [0.485, 0.456, 0.406], "STD": [0.229, 0.224, 0.225]},
+}
+
+# Keys of the published files that belong to the supervised code base they came from.
+PUBLISHED_UNUSED = {
+    *("AMP", "AUG", "CUDNN", "DATASET", "DEBUG", "FINETUNE", "LOSS", "OUTPUT_DIR", "PRINT_FREQ", "TEST", "TRAIN", "WORKERS"),
+    *("MODEL.NUM_CLASSES", "MODEL.INIT_WEIGHTS", "MODEL.PRETRAINED", "MODEL.PRETRAINED_LAYERS"),
+    *("INPUT.IMAGE_SIZE", "INPUT.CROP_PCT", "INPUT.INTERPOLATION"),
+}
+
+_reported: set[str] = set()
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read `path` with its bases, apply `KEY VALUE` overrides, and return the resolved, frozen config.
+
+    Args:
+        path: a yaml file; None gives the defaults of the schema.
+        overrides: a flat list KEY VALUE KEY VALUE ..., keys dotted (`MODEL.SPEC.WINDOW_SIZE 14`).
+
+    Raises:
+        UsageError: a missing or malformed file, a BASE that leads back to itself, an unknown key (with the nearest
+            valid one), a value of another type than the key's.
+    """
+    if len(overrides) % 2:
+        raise UsageError(f"config overrides come in pairs KEY VALUE, '{overrides[-1]}' stands alone at the end")
+    values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, where it was set)
+    if path is not None:
+        values.update(_read_chain(Path(path), ()))
+    for key, text in zip(overrides[::2], overrides[1::2]):
+        where = f"override '{key}'"
+        values.update({leaf: (value, where) for leaf, value in _leaves(_nest(key, _parse(text, where)))})
+
+    config = _schema_node(values.get("MODEL.NAME", (SCHEMA["MODEL"]["NAME"], "the schema")))
+    known = dict(_leaves(config))
+    unused = []
+    for key, (value, where) in values.items():
+        if key in known:
+            _set(config, key, _cast(key, value, known[key], where))
+        elif any(key == name or key.startswith(name + ".") for name in PUBLISHED_UNUSED):
+            unused.append(key)
+        else:
+            raise UsageError(f"unknown config key '{key}' in {where}{_suggestion(key, known)}")
+    _check_values(config)
+    _report_unused(path, unused)
+    config.freeze()
+    return config
+
+
+def _read_chain(path: Path, opened: tuple[Path, ...]) -> dict[str, tuple[Any, str]]:
+    """Leaves of a yaml on top of the leaves of its bases."""
+    path = path.resolve()
+    if path in opened:
+        raise UsageError(f"config {path} names itself through its BASE entries; break the circle")
+    if not path.is_file():
+        asked_by = f" (named under BASE in {opened[-1]})" if opened else ""
+        raise UsageError(f"config file {path} does not exist{asked_by}; check --cfg")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {path} is not valid yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config file {path} holds a {type(content).__name__}, not KEY: VALUE pairs")
+    bases = content.pop("BASE", None) or []
+    values: dict[str, tuple[Any, str]] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        if base:
+            values.update(_read_chain(path.parent / base, (*opened, path)))
+    values.update({key: (value, str(path)) for key, value in _leaves(content)})
+    return values
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping, depth first."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    """{"A": {"B": value}} for "A.B"."""
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _parse(text: str, where: str) -> Any:
+    """The value of an override, written as in yaml."""
+    if not isinstance(text, str):
+        return list(text) if isinstance(text, tuple) else text
+    try:
+        return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
+    except yaml.YAMLError:
+        raise UsageError(f"{where} has a value that is not valid yaml: '{text}'") from None
+
+
+def _schema_node(name_and_source: tuple[Any, str]) -> CfgNode:
+    """A fresh node with the schema's defaults for a MODEL.NAME."""
+    name, where = name_and_source
+    if name not in SPECS:
+        raise UsageError(f"MODEL.NAME '{name}' in {where} is unknown; valid names: {', '.join(SPECS)}")
+    config = CfgNode(SCHEMA).clone()
+    config.MODEL.NAME = name
+    config.MODEL.SPEC = CfgNode(SPECS[name]).clone()
+    return config
+
+
+def _set(config: CfgNode, dotted: str, value: Any) -> None:
+    *path, leaf = dotted.split(".")
+    for part in path:
+        config = config[part]
+    config[leaf] = value
+
+
+def _cast(key: str, value: Any, default: Any, where: str) -> Any:
+    """`value` in the type of `default`: only what loses nothing (int to float, one number to a square size)."""
+    if key == "MODEL.IMAGE_SIZE" and isinstance(default, list) and isinstance(value, int):
+        value = [value, value]
+    if isinstance(default, list) and isinstance(value, list | tuple):
+        value = [_cast(key, item, default[0], where) for item in value]
+    if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise UsageError(f"config key '{key}' takes a {type(default).__name__} such as {default!r}, {where} gives {value!r}")
+    return value
+
+
+def _check_values(config: CfgNode) -> None:
+    """Relations between keys that no single type can express."""
+    if len(config.MODEL.IMAGE_SIZE) != 2:
+        raise UsageError(f"MODEL.IMAGE_SIZE takes [height, width], not {config.MODEL.IMAGE_SIZE}")
+    if len(config.INPUT.MEAN) != len(config.INPUT.STD):
+        raise UsageError(
+            f"INPUT.MEAN and INPUT.STD must have one value per channel each, not {config.INPUT.MEAN} and {config.INPUT.STD}"
+        )
+
+
+def _suggestion(key: str, known: dict[str, Any]) -> str:
+    """`; did you mean ...?`: the nearest dotted key, or the nearest by last name when the path is off."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not nearest:
+        last_names = {name.rsplit(".", 1)[-1]: name for name in known}
+        nearest = [last_names[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.0)]
+    return f"; did you mean '{nearest[0]}'?"
+
+
+def _report_unused(path: str | Path | None, unused: list[str]) -> None:
+    """Say once per file which published keys have no effect here."""
+    if unused and str(path) not in _reported:
+        _reported.add(str(path))
+        groups = sorted({key if key.startswith(("MODEL", "INPUT")) else key.split(".")[0] for key in unused})
+        logger.info("config %s: keys without effect here: %s", path, ", ".join(groups))

@@ -1,0 +1,74 @@
+"""The projection head of self-distillation: an MLP to a bottleneck, L2 normalisation, weight-normalised prototypes.
+
+Origin: DINO (Caron et al., ICCV 2021) section 3.1 and appendix; state-dict keys are the published ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer without bias whose rows are gain times direction: `weight_g` (K, 1) and `weight_v` (K, C)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        trunc_normal_(self.weight_v, std=0.02)
+
+    def weight(self) -> Tensor:
+        """The prototypes (K, C)."""
+        return self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., K)."""
+        return F.linear(x, self.weight())
+
+
+class DINOHead(nn.Module):
+    """Features (..., in_dim) to logits over `out_dim` prototypes.
+
+    Args:
+        in_dim: channels of the features.
+        out_dim: number of prototypes K.
+        use_bn: BatchNorm after each hidden layer.
+        norm_last_layer: freeze the prototypes' gain at 1.
+        nlayers: linear layers of the MLP, at least 1.
+        hidden_dim, bottleneck_dim: widths inside the MLP and at its end.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
+        layers: list[nn.Module] = []
+        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
+            layers.append(nn.Linear(width_in, width_out))
+            if i < len(widths) - 2:
+                layers += [nn.BatchNorm1d(width_out), nn.GELU()] if use_bn else [nn.GELU()]
+        self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+        self.apply(_init_weights)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, in_dim) to (rows, K)."""
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))  # type: ignore[no-any-return]
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

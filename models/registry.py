@@ -1,0 +1,110 @@
+"""The registry of architectures: a name and a config in, a backbone of the common contract out.
+
+    backbone = build_model("swin_tiny", load_config("experiments/imagenet/swin/swin_tiny_patch4_window7_224.yaml"))
+
+This is the only place that knows which name belongs to which family.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from yacs.config import CfgNode
+
+from config import load_config
+from models.base import Backbone
+from utils import UsageError
+
+
+class Builder(Protocol):
+    """Makes a headless backbone from a frozen config."""
+
+    def __call__(self, config: CfgNode, *, dense: bool, is_teacher: bool, patch_size: int) -> Backbone: ...
+
+
+class Entry(NamedTuple):
+    """What the registry knows of a name."""
+
+    build: Builder
+    config_name: str  # the MODEL.NAME its yaml must have
+    default_config: str | None  # yaml used when none is given, relative to the project's root
+
+
+_REGISTRY: dict[str, Entry] = {}
+
+
+def register(names: Mapping[str, str | None], *, config_name: str) -> Callable[[Builder], Builder]:
+    """Register a builder under `names`, each with its default yaml (None: a yaml must be given)."""
+
+    def decorate(build: Builder) -> Builder:
+        _REGISTRY.update({name: Entry(build, config_name, default) for name, default in names.items()})
+        return build
+
+    return decorate
+
+
+def list_models() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_REGISTRY)
+
+
+def _lookup(arch: str) -> Entry:
+    if arch not in _REGISTRY:
+        near = difflib.get_close_matches(arch, _REGISTRY, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"unknown arch '{arch}', the registered ones are {', '.join(list_models())}{hint}")
+    return _REGISTRY[arch]
+
+
+def load_arch_config(arch: str, path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
+    """The config for `arch`: the yaml at `path`, or the published one of that name when `path` is None.
+
+    Raises:
+        UsageError: unknown arch, no yaml where the arch needs one, or one that describes another architecture.
+    """
+    entry = _lookup(arch)
+    if path is None:
+        if entry.default_config is None:
+            raise UsageError(f"arch '{arch}' has no yaml of its own; name one with --cfg (see experiments/)")
+        path = str(Path(__file__).parent.parent / entry.default_config)
+    config = load_config(path, overrides)
+    _check_family(arch, entry, config, path)
+    return config
+
+
+def _check_family(arch: str, entry: Entry, config: CfgNode, source: str) -> None:
+    if config.MODEL.NAME != entry.config_name:
+        raise UsageError(
+            f"arch '{arch}' needs a yaml of MODEL.NAME '{entry.config_name}', {source} describes '{config.MODEL.NAME}'; "
+            "change --arch or --cfg"
+        )
+
+
+def build_model(
+    arch: str,
+    config: CfgNode | None = None,
+    *,
+    dense: bool = False,
+    is_teacher: bool = False,
+    patch_size: int = 16,
+) -> Backbone:
+    """Build a backbone whose `head` (and `head_dense` when dense) are still empty.
+
+    Args:
+        arch: a registered name, see `list_models`.
+        config: a loaded config; None takes the published yaml of that name. It is never changed.
+        dense: give region outputs too.
+        is_teacher: build without stochastic depth.
+        patch_size: pixels per patch, for architectures whose yaml does not say.
+
+    Raises:
+        UsageError: an unknown arch, a config of another architecture, or values that do not fit together.
+    """
+    entry = _lookup(arch)
+    if config is None:
+        config = load_arch_config(arch, None)
+    _check_family(arch, entry, config, "the config")
+    return entry.build(config, dense=dense, is_teacher=is_teacher, patch_size=patch_size)

@@ -1,0 +1,244 @@
+"""Swin Transformer: attention in windows, shifted in every second block, with patch merging between stages.
+
+State-dict keys and numbers are those of the EsViT networks (golden files swin_tiny_w7 and swin_tiny_w14); any image size goes
+in, square or not.
+
+Shapes: B images, H x W token grid, C channels, N tokens of a window (or of the whole grid where said).
+Origin: Swin Transformer (Liu et al., ICCV 2021); conventions of EsViT (Li et al., ICLR 2022): LayerNorm eps 1e-6, window and
+shift fixed by IMAGE_SIZE, smaller crops padded after the first norm.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from models.base import Backbone, BlockOutput
+from models.registry import register
+from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
+from utils import UsageError
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+CONFIGS = "experiments/imagenet/swin/swin_{}_patch4_window7_224.yaml"
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows with a learned bias for each relative position."""
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self, dim: int, window: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(window))
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def relative_position_bias(self) -> Tensor:
+        """(heads, N, N)."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+    def forward(self, windows: Tensor, mask: Tensor | None, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Attend inside windows.
+
+        Args:
+            windows: (B * windows, N, C).
+            mask: (windows, N, N) added to the logits, for shifted windows.
+            attention: also return the attention maps (B * windows, heads, N, N); they are not kept otherwise.
+        """
+        total, tokens, dim = windows.shape
+        bias = self.relative_position_bias().unsqueeze(0)  # (1, heads, N, N)
+        if mask is not None:
+            bias = bias + mask.unsqueeze(1)  # (windows, heads, N, N)
+        # The windows of an image are a batch axis of their own, so that one bias serves all images without a copy.
+        qkv = self.qkv(windows).view(-1, len(bias), tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each (B, windows or B * windows and 1, heads, N, C / heads)
+        maps = None
+        if attention:
+            maps = (q * self.scale @ k.transpose(-2, -1) + bias).softmax(dim=-1)
+            x = F.dropout(maps, self.attn_drop, self.training) @ v
+            maps = maps.flatten(0, 1)
+        else:
+            dropout = self.attn_drop if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=self.scale)
+        x = x.transpose(-3, -2).reshape(total, tokens, dim)
+        return self.proj_drop(self.proj(x)), maps
+
+
+class SwinBlock(nn.Module):
+    """Window attention, then an MLP, each after a norm and on a residual path with stochastic depth."""
+
+    def __init__(self, dim: int, num_heads: int, window: int, shift: int, drop_path: float, spec: CfgNode) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = shift
+        self.norm1 = LayerNorm(dim)
+        self.attn = WindowAttention(dim, window, num_heads, spec.QKV_BIAS, spec.ATTN_DROP_RATE, spec.DROP_RATE)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * spec.MLP_RATIO), drop=spec.DROP_RATE)
+
+    def attend(self, x_BHWC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Attention of normalised tokens: pad, shift, cut into windows, attend, and all of it back."""
+        height, width = x_BHWC.shape[1:3]
+        x = pad_to_windows(x_BHWC, self.window)
+        grid = (x.shape[1], x.shape[2])
+        mask = None
+        if self.shift:
+            x = torch.roll(x, (-self.shift, -self.shift), dims=(1, 2))
+            mask = shift_mask(grid, self.window, self.shift, x.device)
+        windows, maps = self.attn(window_partition(x, self.window), mask, attention)
+        x = window_reverse(windows, self.window, grid)
+        if self.shift:
+            x = torch.roll(x, (self.shift, self.shift), dims=(1, 2))
+        return x[:, :height, :width], maps
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        return self.forward_with_attention(x_BHWC, attention=False)[0]
+
+    def forward_with_attention(self, x_BHWC: Tensor, attention: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The block's output and its attention maps (B * windows, heads, N, N)."""
+        attended, maps = self.attend(self.norm1(x_BHWC), attention)
+        x_BHWC = x_BHWC + self.drop_path(attended)
+        return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC))), maps
+
+
+class PatchMerging(nn.Module):
+    """Join 2 x 2 neighbours into one token of twice the channels; odd sides are padded with zeros."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+        x = pad_to_windows(x_BHWC, 2)
+        batch, height, width, channels = x.shape
+        x = x.view(batch, height // 2, 2, width // 2, 2, channels)
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # type: ignore[no-any-return]
+
+
+class SwinStage(nn.Module):
+    """Blocks of one resolution and the merging that leads to the next."""
+
+    def __init__(
+        self, dim: int, num_heads: int, resolution: tuple[int, int], drop_paths: list[float], merge: bool, spec: CfgNode
+    ) -> None:
+        super().__init__()
+        fits_one_window = min(resolution) <= spec.WINDOW_SIZE
+        window = min(*resolution, spec.WINDOW_SIZE)
+        self.blocks = nn.ModuleList(
+            SwinBlock(dim, num_heads, window, 0 if fits_one_window or i % 2 == 0 else window // 2, drop_path, spec)
+            for i, drop_path in enumerate(drop_paths)
+        )
+        self.downsample = PatchMerging(dim) if merge else None
+
+
+class SwinTransformer(Backbone):
+    """Swin as a backbone of the common contract.
+
+    Args:
+        image_size: the (height, width) that fixes window and shift of each stage; other sizes may go in.
+        spec: the keys of `config.SPECS["swin_transformer"]`.
+        dense: as in `Backbone`.
+
+    Raises:
+        UsageError: a stage list of another length than DEPTHS, heads that do not divide the width, or an image too small
+            for the number of stages.
+    """
+
+    def __init__(self, image_size: tuple[int, int], spec: CfgNode, dense: bool = False) -> None:
+        super().__init__(dense)
+        stages = len(spec.DEPTHS)
+        self.stage_depths = tuple(spec.DEPTHS)
+        self.stage_dims = tuple(spec.DIM_EMBED * 2**i for i in range(stages))
+        self._check(image_size, spec)
+        self.patch_embed = PatchEmbed(
+            img_size=None,
+            patch_size=spec.PATCH_SIZE,
+            in_chans=spec.IN_CHANS,
+            embed_dim=spec.DIM_EMBED,
+            norm_layer=LayerNorm if spec.PATCH_NORM else None,
+            flatten=False,
+            output_fmt="NHWC",
+        )
+        self.pos_drop = nn.Dropout(spec.DROP_RATE)
+        drop_paths = torch.linspace(0, spec.DROP_PATH_RATE, sum(spec.DEPTHS)).tolist()
+        self.layers = nn.ModuleList()
+        for i, (dim, depth, num_heads) in enumerate(zip(self.stage_dims, spec.DEPTHS, spec.NUM_HEADS)):
+            resolution = (image_size[0] // spec.PATCH_SIZE // 2**i, image_size[1] // spec.PATCH_SIZE // 2**i)
+            stage_drop_paths, drop_paths = drop_paths[:depth], drop_paths[depth:]
+            self.layers.append(SwinStage(dim, num_heads, resolution, stage_drop_paths, i < stages - 1, spec))
+        self.norm = LayerNorm(self.num_features)
+        self.apply(_init_weights)
+
+    def _check(self, image_size: tuple[int, int], spec: CfgNode) -> None:
+        if len(spec.NUM_HEADS) != len(spec.DEPTHS):
+            raise UsageError(f"MODEL.SPEC.NUM_HEADS {spec.NUM_HEADS} must have one entry for each of DEPTHS {spec.DEPTHS}")
+        for dim, num_heads in zip(self.stage_dims, spec.NUM_HEADS):
+            if dim % num_heads:
+                raise UsageError(f"MODEL.SPEC.NUM_HEADS {num_heads} must divide the {dim} channels of its stage")
+        smallest = spec.PATCH_SIZE * 2 ** (len(spec.DEPTHS) - 1)
+        if min(image_size) < smallest:
+            raise UsageError(f"MODEL.IMAGE_SIZE {list(image_size)} is below {smallest} pixels, what {len(spec.DEPTHS)} stages need")
+        if spec.USE_APE:
+            raise UsageError("MODEL.SPEC.USE_APE True is not supported, no published EsViT network has it; set it to False")
+
+    def forward_blocks(self, x_BCHW: Tensor, n: int = 1, attention: bool = False) -> list[BlockOutput]:
+        """Outputs of the last `n` blocks in order; see `Backbone.forward_blocks`."""
+        x_BHWC = self.pos_drop(self.patch_embed(x_BCHW))
+        outputs: list[BlockOutput] = []
+        skipped = sum(self.stage_depths) - n
+        for stage in self.layers:
+            for block in stage.blocks:
+                maps = None
+                if attention and skipped <= 0:
+                    x_BHWC, maps = block.forward_with_attention(x_BHWC)
+                else:
+                    x_BHWC = self.run_block(block, x_BHWC)
+                if skipped <= 0:
+                    outputs.append(BlockOutput(x_BHWC.flatten(1, 2), (x_BHWC.shape[1], x_BHWC.shape[2]), maps))
+                skipped -= 1
+            if stage.downsample is not None:
+                x_BHWC = stage.downsample(x_BHWC)
+        return outputs
+
+    def no_weight_decay(self) -> set[str]:
+        """The relative-position tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Linear layers start from a truncated normal of deviation 0.02 with zero bias."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@register(
+    {size: CONFIGS.format(size.removeprefix("swin_")) for size in ("swin_tiny", "swin_small", "swin_base", "swin_large")}
+    | {"swin": None},
+    config_name="swin_transformer",
+)
+def build_swin(config: CfgNode, *, dense: bool, is_teacher: bool, patch_size: int) -> SwinTransformer:
+    """Swin from a config; the teacher has no stochastic depth, and the patch size is the config's."""
+    spec = config.MODEL.SPEC.clone()
+    if is_teacher:
+        spec.defrost()
+        spec.DROP_PATH_RATE = 0.0
+    return SwinTransformer(tuple(config.MODEL.IMAGE_SIZE), spec, dense)

@@ -1,0 +1,339 @@
+"""Processes and devices, precision, seeding, logging, provenance: nothing about models or images.
+
+Every helper for several processes falls through when there is only one, so callers never ask.
+Origin: the launch conventions are those of torchrun and SLURM; the division of labour follows DINO's utils.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("esvit")
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class UsageError(ValueError):
+    """A mistake of the person who started the program, told in one sentence that names the remedy."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `UsageError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UsageError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def bool_flag(text: str) -> bool:
+    """Parse a boolean of the command line: on/off, true/false, 1/0.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    lowered = text.lower()
+    if lowered in {"on", "true", "1"}:
+        return True
+    if lowered in {"off", "false", "0"}:
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is not a boolean; write on/off, true/false or 1/0")
+
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every script shares: device, rendezvous and the launcher's local rank."""
+    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu")
+    parser.add_argument("--dist_url", default="env://", help="where the processes meet, as torch.distributed takes it")
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        default=None,
+        help="set by old launchers; the environment's LOCAL_RANK wins",
+    )
+
+
+# --------------------------------------------------------------------------- devices and precision
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device for `name`; `auto` prefers CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: the device is unknown or not present on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}'; choose auto, cuda, cuda:N, mps or cpu") from None
+    if device.type not in {"cpu", "cuda", "mps"}:
+        raise UsageError(f"device '{name}' is not supported; choose auto, cuda, cuda:N, mps or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank if device.index is None else device.index
+        if index >= count:
+            raise UsageError(f"device '{name}' (index {index}) is not here, {count} CUDA devices are; try --device cpu")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' is not here; try --device auto")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """The precision that `auto` stands for: bf16 where the device computes in it, fp16 on older GPUs, else fp32.
+
+    Raises:
+        UsageError: an unknown name, or fp16 without a CUDA device (its gradient scaling needs one).
+    """
+    if name not in PRECISIONS:
+        raise UsageError(f"unknown precision '{name}'; choose one of {', '.join(PRECISIONS)}")
+    if name == "fp16" and device.type != "cuda":
+        raise UsageError(f"--precision fp16 needs a CUDA device, this run is on {device.type}; choose bf16 or fp32")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and _cpu_multiplies_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether the processor has matrix instructions for bf16 (AMX); emulation would be slower than fp32."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of a resolved precision; fp32 gives one that does nothing."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype if precision != "fp32" else None, enabled=precision != "fp32")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB so far: allocated on a GPU, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+# --------------------------------------------------------------------------- processes
+
+
+def init_processes(args: argparse.Namespace) -> torch.device:
+    """Join the process group that the launcher describes, if any, and return this process's device.
+
+    Understands torchrun and `torch.distributed.launch` (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID,
+    SLURM_NTASKS, SLURM_LOCALID; MASTER_ADDR and MASTER_PORT must be set). Without them it stays one process.
+    The backend is nccl on CUDA and gloo elsewhere.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", args.local_rank or 0))
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        rank, world, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
+        if args.dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+            raise UsageError("under srun with several tasks set MASTER_ADDR and MASTER_PORT, or pass --dist_url")
+    else:
+        rank, world, local_rank = 0, 1, args.local_rank or 0
+    device = resolve_device(args.device, local_rank)
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=args.dist_url, world_size=world, rank=rank)
+    return device
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """This process's rank, 0 without a group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    """The number of processes, 1 without a group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all processes, in place; returns it."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """`value` of every process, in rank order, on every process."""
+    if not is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def all_gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
+    """`rows` (n_r, ...) of every process in rank order; the counts n_r may differ, nothing is padded or lost."""
+    if not is_distributed():
+        return [rows]
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(get_world_size())]
+    dist.all_gather(counts, count)
+    longest = int(max(counts).item())
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return [part[: int(n.item())] for part, n in zip(gathered, counts)]
+
+
+# --------------------------------------------------------------------------- randomness
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """The state of all generators of this process, made of tensors and plain values so that it loads safely."""
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `get_rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def isolated_rng(*entropy: int) -> Iterator[None]:
+    """Inside the block all generators are seeded by `entropy`; afterwards they are as they were.
+
+    What a sample looks like then depends on (seed, epoch, index) alone: not on the number of workers, of processes,
+    nor on what was drawn before.
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        seed_everything(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+# --------------------------------------------------------------------------- logging and provenance
+
+
+def setup_logging() -> None:
+    """The main process logs at INFO to stderr, the others only warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+
+
+def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> None:
+    """Write what made this run: `config.yaml` (resolved) and `run.json` (arguments, git revision, versions, seed).
+
+    A resumed run adds a numbered pair beside the first, nothing is overwritten.
+    """
+    suffix, number = "", 1
+    while (output_dir / f"run{suffix}.json").exists():
+        number += 1
+        suffix = f"_{number}"
+    if config is not None:
+        (output_dir / f"config{suffix}.yaml").write_text(config.dump())
+    record = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": sys.argv,
+        "args": vars(args),
+        "seed": getattr(args, "seed", None),
+        "world_size": get_world_size(),
+        "git": git_revision(),
+        "python": sys.version.split()[0],
+        "packages": package_versions(),
+    }
+    (output_dir / f"run{suffix}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def git_revision() -> str:
+    """The checkout's commit, with `-dirty` when files differ from it; `unknown` outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages named in requirements.txt that are installed."""
+    versions = {}
+    for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines():
+        name = line.split(">")[0].split("<")[0].split("=")[0].strip()
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
