@@ -12,7 +12,7 @@ Origin: DINO (Caron et al., ICCV 2021) section 3.1; EsViT (Li et al., ICLR 2022)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor
+    weights: ClassVar[dict[str, float]] = {"view_loss": 1.0}
 
     def __init__(
         self,
@@ -142,15 +143,27 @@ class DINOLoss(nn.Module):
             agreement_QV = torch.einsum("qvbk,vbk->qv", mixed_QVBK, log_probs_VBK)
         return _mean_over_other_views(-agreement_QV / student_VBK.shape[1])
 
+    def terms(
+        self, student_output: Tensor, teacher_output: Tensor, epoch: int, targets_mixup: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The unweighted terms of the loss by name."""
+        return {"view_loss": self.view_loss(student_output, teacher_output, epoch, targets_mixup)}
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms: what is minimised."""
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+
     def forward(
         self, student_output: Tensor, teacher_output: Tensor, epoch: int, targets_mixup: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """The view loss of student logits (V * B, K) and teacher logits (Q * B, K).
+        """The loss of a student's and a teacher's output, as the network gives them for a list of crops.
+
+        Here logits (V * B, K) and (Q * B, K); `RegionMatchingLoss` takes `MultiCropOutput`, or plain tuples in its order.
 
         Raises:
-            ValueError: rows that are not a multiple of the number of views.
+            ValueError: rows that do not fit the number of views (and their regions).
         """
-        return self.view_loss(student_output, teacher_output, epoch, targets_mixup)
+        return self.total(self.terms(student_output, teacher_output, epoch, targets_mixup))
 
 
 class RegionMatchingLoss(DINOLoss):
@@ -160,28 +173,10 @@ class RegionMatchingLoss(DINOLoss):
     """
 
     center_grid: Tensor
+    weights: ClassVar[dict[str, float]] = {"view_loss": 0.5, "region_loss": 0.5}
 
-    def __init__(
-        self,
-        out_dim: int,
-        ncrops: int,
-        warmup_teacher_temp: float,
-        teacher_temp: float,
-        warmup_teacher_temp_epochs: int,
-        nepochs: int,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-    ) -> None:
-        super().__init__(
-            out_dim,
-            ncrops,
-            warmup_teacher_temp,
-            teacher_temp,
-            warmup_teacher_temp_epochs,
-            nepochs,
-            student_temp,
-            center_momentum,
-        )
+    def __init__(self, out_dim: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(out_dim, *args, **kwargs)
         self._add_center("center_grid", out_dim)
 
     def accumulate_center(self, teacher_output: MultiCropOutput) -> None:  # type: ignore[override]
@@ -211,21 +206,19 @@ class RegionMatchingLoss(DINOLoss):
                     )
         return _mean_over_other_views(loss_QV)
 
-    def forward(  # type: ignore[override]
+    def terms(  # type: ignore[override]
         self,
         student_output: MultiCropOutput,
         teacher_output: MultiCropOutput,
         epoch: int,
         targets_mixup: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """Half the view loss plus half the region loss; plain tuples in the fields' order are taken too.
-
-        Raises:
-            ValueError: rows that do not fit the views and their regions.
-        """
+    ) -> dict[str, Tensor]:
+        """The unweighted view and region terms by name."""
         student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
-        view_loss = self.view_loss(student.view_logits, teacher.view_logits, epoch, targets_mixup)
-        return 0.5 * view_loss + 0.5 * self.region_loss(student, teacher, epoch, targets_mixup)
+        return {
+            "view_loss": self.view_loss(student.view_logits, teacher.view_logits, epoch, targets_mixup),
+            "region_loss": self.region_loss(student, teacher, epoch, targets_mixup),
+        }
 
 
 def match_regions(student_features_BTC: Tensor, teacher_features_BUC: Tensor) -> Tensor:

@@ -64,12 +64,17 @@ def cosine_schedule(
 
 
 @torch.no_grad()
-def clip_each_gradient(model: nn.Module, max_norm: float) -> None:
-    """Scale each parameter's gradient down to its own norm `max_norm`; nothing is copied to the host."""
+def clip_each_gradient(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale each parameter's gradient down to its own norm `max_norm` (0: leave it), without a copy to the host.
+
+    Returns:
+        a boolean scalar on the device: whether every gradient is finite.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if max_norm > 0 and gradients:
-        coefficients = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
-        torch._foreach_mul_(gradients, coefficients)
+    norms = torch._foreach_norm(gradients)
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    return torch.isfinite(torch.stack(norms)).all()
 
 
 def drop_last_layer_gradients(model: nn.Module) -> None:

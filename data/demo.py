@@ -1,0 +1,122 @@
+"""The demo data: crops of the photographs that scikit-image and scikit-learn ship, so that nothing has to be downloaded.
+
+    python -m data.demo .demo/data        # writes .demo/data/{train,val}/<photograph>/<number>.png
+
+The label is the photograph. Training crops come from the left 60 % of each photograph and validation crops from the right
+40 %, so the two share no pixel. Crops are squares of random scale, resized to 64 pixels. The same files come out each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils import UsageError, run_script
+
+# name of the class -> file inside the package
+SKIMAGE = {
+    "astronaut": "astronaut.png",
+    "brick": "brick.png",
+    "camera": "camera.png",
+    "cat": "chelsea.png",
+    "cell": "cell.png",
+    "clock": "clock_motion.png",
+    "coffee": "coffee.png",
+    "coins": "coins.png",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "hubble": "hubble_deep_field.jpg",
+    "moon": "moon.png",
+    "motorcycle": "motorcycle_left.png",
+    "page": "page.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+    "text": "text.png",
+    "tissue": "ihc.png",
+}
+SKLEARN = {"china": "china.jpg", "flower": "flower.jpg"}
+
+TRAIN_SHARE = 0.6  # of the width
+CROPS = {"train": 125, "val": 30}  # of each photograph
+SIZE = 64
+SCALE = (0.25, 0.75)  # side of a crop as a share of the shorter side of its part
+SEED = 0
+
+
+def photographs() -> dict[str, Path]:
+    """Name and file of every photograph.
+
+    Raises:
+        UsageError: a package is missing or ships other files.
+    """
+    found = {}
+    for package, folder, files in (("skimage", "data", SKIMAGE), ("sklearn", "datasets/images", SKLEARN)):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise UsageError(f"package {package} is not installed; run pip install -r requirements.txt")
+        for name, file in files.items():
+            path = Path(spec.origin).parent / folder / file
+            if not path.is_file():
+                raise UsageError(f"this release of {package} does not ship {file}; install the one in requirements.txt")
+            found[name] = path
+    return found
+
+
+def split_columns(width: int) -> dict[str, tuple[int, int]]:
+    """Columns [start, end) of a photograph for training and for validation."""
+    border = round(width * TRAIN_SHARE)
+    return {"train": (0, border), "val": (border, width)}
+
+
+def random_square(rng: np.random.Generator, columns: tuple[int, int], height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a square of random scale and place inside the columns."""
+    start, end = columns
+    side = max(1, round(rng.uniform(*SCALE) * min(end - start, height)))
+    left = int(rng.integers(start, end - side + 1))
+    top = int(rng.integers(0, height - side + 1))
+    return left, top, left + side, top + side
+
+
+def write_demo_data(root: Path) -> None:
+    """Write the data set under `root`; a complete one is left alone.
+
+    The record of its settings, `demo.json`, is written last, so an interrupted or an outdated data set is made anew.
+    """
+    record = {"crops": CROPS, "size": SIZE, "scale": SCALE, "train_share": TRAIN_SHARE, "seed": SEED}
+    record_file = root / "demo.json"
+    if record_file.is_file() and json.loads(record_file.read_text()) == json.loads(json.dumps(record)):
+        return
+    record_file.unlink(missing_ok=True)
+    for photograph, (name, path) in enumerate(photographs().items()):
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        for part, columns in split_columns(image.width).items():
+            folder = root / part / name
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            rng = np.random.default_rng([SEED, photograph, list(CROPS).index(part)])
+            for number in range(CROPS[part]):
+                crop = image.crop(random_square(rng, columns, image.height))
+                crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC, reducing_gap=None).save(folder / f"{number:03}.png")
+    record_file.write_text(json.dumps(record) + "\n")
+
+
+def main() -> None:
+    """Parse the command line and write the data."""
+    parser = argparse.ArgumentParser(description="Cut the demo data from photographs that installed packages ship.")
+    parser.add_argument("root", type=Path, help="folder to write to")
+    root = parser.parse_args().root
+    write_demo_data(root)
+    counts = {part: len(list((root / part).glob("*/*.png"))) for part in CROPS}
+    print(f"demo data in {root}: {counts['train']} training and {counts['val']} validation crops", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,140 @@
+"""From a dataset to batches: samplers for one or many processes, workers, and the count of unreadable files.
+
+Training shows each process its share of a shuffled epoch; evaluation shows each image to exactly one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
+
+from data.datasets import ImageDataset, Sample
+from utils import UsageError, all_gather_objects, all_reduce_sum, get_rank, get_world_size, is_main_process
+
+logger = logging.getLogger("esvit")
+
+MAX_FAILED_SHARE = 0.01
+LISTED_FAILURES = 10
+
+
+class Batch(NamedTuple):
+    """Samples of one step on one process."""
+
+    views: list[Tensor]  # V tensors (B, C, H, W)
+    labels_B: Tensor
+    indices_B: Tensor
+    failures: list[str]
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples view by view; without any view if one of them could not be read at all."""
+    complete = all(sample.views for sample in samples)
+    views = [torch.stack(view) for view in zip(*(sample.views for sample in samples))] if complete else []
+    labels = torch.tensor([sample.label for sample in samples])
+    indices = torch.tensor([sample.index for sample in samples])
+    return Batch(views, labels, indices, [failure for sample in samples for failure in sample.failures])
+
+
+def usable_workers(wanted: int) -> int:
+    """`wanted` loader workers, but not more than this process has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores)
+
+
+def build_train_loader(dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    """Shuffled batches; the last incomplete one of an epoch is left out.
+
+    Raises:
+        UsageError: less data than one batch on every process.
+    """
+    world = get_world_size()
+    if len(dataset) < batch_size * world:
+        raise UsageError(
+            f"{len(dataset)} images do not fill one batch of {batch_size} x {world} processes; lower --batch_size_per_gpu"
+        )
+    sampler: DistributedSampler = DistributedSampler(
+        dataset, num_replicas=world, rank=get_rank(), shuffle=True, seed=dataset.seed, drop_last=True
+    )
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=usable_workers(num_workers),
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        drop_last=True,
+    )
+
+
+def set_epoch(loader: DataLoader[Batch], epoch: int) -> None:
+    """Choose the order and the randomness of the next pass over a training loader."""
+    assert isinstance(loader.sampler, DistributedSampler)
+    assert isinstance(loader.dataset, ImageDataset)
+    loader.sampler.set_epoch(epoch)
+    loader.dataset.epoch = epoch
+
+
+class EveryNth(Sampler[int]):
+    """This process's images in order: rank, rank + world, ... Nothing is padded, so the counts may differ by one."""
+
+    def __init__(self, length: int) -> None:
+        self.indices = range(get_rank(), length, get_world_size())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def build_eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    """Batches of this process's share; over all processes each image comes exactly once."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EveryNth(len(dataset)),
+        num_workers=usable_workers(num_workers),
+        collate_fn=collate,
+        pin_memory=pin_memory,
+    )
+
+
+class FailureTally:
+    """Counts the files that could not be read, over all processes; above a share of 1 % of the data the run stops.
+
+    Args:
+        images: number of images in the data set.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.seen: dict[str, str] = {}  # path -> reason
+
+    def add(self, failures: list[str], device: torch.device) -> None:
+        """Take in one batch's failures; every process must call this for every batch.
+
+        Raises:
+            UsageError: more than 1 % of the files failed, on all processes at once, with the list.
+        """
+        count = all_reduce_sum(torch.tensor([float(len(failures))], device=device))
+        if count.item() == 0:
+            return
+        for failure in (failure for part in all_gather_objects(failures) for failure in part):
+            path, _, reason = failure.partition(": ")
+            if path not in self.seen:
+                self.seen[path] = reason
+                if is_main_process():
+                    logger.warning("cannot read %s (%s); another image takes its place", path, reason)
+        if len(self.seen) > MAX_FAILED_SHARE * self.images:
+            listed = "; ".join(f"{path} ({reason})" for path, reason in list(self.seen.items())[:LISTED_FAILURES])
+            more = len(self.seen) - LISTED_FAILURES
+            raise UsageError(
+                f"{len(self.seen)} of {self.images} images cannot be read, more than 1 %; remove or repair them: {listed}"
+                + (f"; and {more} more" if more > 0 else "")
+            )

@@ -1,0 +1,308 @@
+"""The loop that every method shares: the step with accumulation, clipping and EMA, logging, saving and resuming.
+
+A method brings its networks and a function from a batch to a loss (`Method`); nothing here knows which method it is.
+`TrainStep` is one update; `train` is the loop over epochs around it.
+
+Origin: the order of an update is DINO's (Caron et al., ICCV 2021).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import checkpoint
+import optim
+import utils
+from data.loader import Batch, FailureTally, set_epoch
+from progress import EpochMeter, RunLog
+from utils import UsageError, logger
+
+MAX_BAD_STEPS = 20
+
+
+class Method(ABC):
+    """What a self-distillation method gives the engine.
+
+    Attributes:
+        student, teacher: networks with the same parameters in the same order; either may be wrapped for several processes.
+        criterion: the loss; its state dict is saved as `dino_loss`.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    criterion: nn.Module
+
+    @abstractmethod
+    def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch of views, and further scalars to log."""
+
+    @abstractmethod
+    def finish_step(self, applied: bool) -> None:
+        """After the last micro-batch: move centres if the step is `applied`, else forget what it gathered."""
+
+
+class Schedules(NamedTuple):
+    """One value for each optimiser step."""
+
+    lr: np.ndarray
+    weight_decay: np.ndarray
+    momentum: np.ndarray
+
+
+class TrainStep:
+    """One update, in the published order: schedules, loss, backward, clipping, frozen prototypes, optimiser, teacher.
+
+    Args:
+        method, optimizer, schedules: see there; weight decay applies to parameter group 0 only.
+        device, precision: where and in what the networks compute (`fp32`, `bf16` or `fp16`); losses are float32.
+        clip_grad: largest norm of each parameter's gradient, 0 for none.
+        freeze_last_layer: epochs during which the prototypes stay as they are.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        schedules: Schedules,
+        device: torch.device,
+        precision: str = "fp32",
+        clip_grad: float = 0.0,
+        freeze_last_layer: int = 0,
+    ) -> None:
+        self.method = method
+        self.optimizer = optimizer
+        self.schedules = schedules
+        self.device = device
+        self.precision = precision
+        self.clip_grad = clip_grad
+        self.freeze_last_layer = freeze_last_layer
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.bad_steps_in_a_row = 0
+
+    def __call__(self, micro_batches: Sequence[Sequence[Tensor]], iteration: int, epoch: int) -> dict[str, float]:
+        """Update on micro-batches of views that count as one batch.
+
+        Returns:
+            `loss` and the method's scalars, means over micro-batches and processes, and `skipped`: 1.0 where a loss or
+            gradient was not finite; then nothing was changed, on any process.
+
+        Raises:
+            FloatingPointError: `MAX_BAD_STEPS` such steps in a row, on all processes at once.
+        """
+        student, teacher = self.method.student, self.method.teacher
+        self._set_schedules(iteration)
+        scalars = self._accumulate_gradients(micro_batches, epoch)
+        self.scaler.unscale_(self.optimizer)
+        gradients_finite = optim.clip_each_gradient(student, self.clip_grad)
+        means = self._mean_over_processes(scalars, gradients_finite)
+        applied = means.pop("finite") == 1.0
+        if epoch < self.freeze_last_layer:
+            optim.drop_last_layer_gradients(student)
+        if applied:
+            self.scaler.step(self.optimizer)
+            optim.update_teacher(teacher, student, float(self.schedules.momentum[iteration]))
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.finish_step(applied)
+        self._count_bad_steps(applied, means["loss"], iteration)
+        return means | {"skipped": 0.0 if applied else 1.0}
+
+    def _set_schedules(self, iteration: int) -> None:
+        for i, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = float(self.schedules.lr[iteration])
+            if i == 0:
+                group["weight_decay"] = float(self.schedules.weight_decay[iteration])
+
+    def _accumulate_gradients(self, micro_batches: Sequence[Sequence[Tensor]], epoch: int) -> dict[str, Tensor]:
+        """Backward through every micro-batch; gradients are exchanged between processes after the last one only."""
+        student = self.method.student
+        scalars: dict[str, Tensor] = {}
+        for i, views in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            wait = isinstance(student, DistributedDataParallel) and not last
+            with student.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+                with utils.autocast(self.device, self.precision):
+                    loss, extra = self.method.compute_loss(views, epoch)
+                self.scaler.scale(loss / len(micro_batches)).backward()
+            for name, value in {"loss": loss, **extra}.items():
+                scalars[name] = scalars.get(name, 0) + value.detach().float() / len(micro_batches)
+        return scalars
+
+    def _mean_over_processes(self, scalars: dict[str, Tensor], gradients_finite: Tensor) -> dict[str, float]:
+        """Means of the scalars on the host, and `finite`: 1.0 where all losses and gradients of all processes are."""
+        finite = gradients_finite & torch.isfinite(scalars["loss"])
+        stacked = torch.stack([*scalars.values(), finite.float()])
+        means = (utils.all_reduce_sum(stacked) / utils.get_world_size()).tolist()
+        return dict(zip([*scalars, "finite"], means))
+
+    def _count_bad_steps(self, applied: bool, loss: float, iteration: int) -> None:
+        self.bad_steps_in_a_row = 0 if applied else self.bad_steps_in_a_row + 1
+        if not applied:
+            logger.warning("step %d skipped: loss %s or a gradient is not finite", iteration, loss)
+        if self.bad_steps_in_a_row >= MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite (loss {loss}, lr "
+                f"{float(self.schedules.lr[iteration]):.3g}, precision {self.precision}); resume with --precision fp32, a lower --lr, "
+                "a smaller --clip_grad or a higher --warmup_teacher_temp_epochs"
+            )
+
+
+# --------------------------------------------------------------------------- the loop
+
+
+def wrap_networks(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Wrap the networks for several processes; with one process they come back as they are.
+
+    Networks with BatchNorm share their statistics over processes on CUDA, and the teacher is wrapped too, as published.
+    """
+    if not utils.is_distributed():
+        return student, teacher
+    device = next(student.parameters()).device
+    device_ids = [device.index] if device.type == "cuda" else None
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
+        if device.type == "cuda":
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+        teacher.requires_grad_(True)  # DistributedDataParallel refuses a network without trainable parameters
+        teacher = DistributedDataParallel(teacher, device_ids=device_ids)
+        teacher.requires_grad_(False)
+    return DistributedDataParallel(student, device_ids=device_ids), teacher
+
+
+def steps_per_epoch(batches: int, accum_iter: int) -> int:
+    """Optimiser steps of an epoch; micro-batches that do not fill one are left out.
+
+    Raises:
+        UsageError: not even one.
+    """
+    if batches < accum_iter:
+        raise UsageError(f"an epoch has {batches} batches, --accum_iter {accum_iter} needs that many for one step; lower it")
+    return batches // accum_iter
+
+
+def train(
+    step: TrainStep,
+    loader: DataLoader[Batch],
+    epochs: range,
+    accum_iter: int,
+    log: RunLog,
+    save: Callable[[int], None],
+) -> None:
+    """Train through `epochs`, log each step and each epoch, and call `save(epoch)` after each.
+
+    Raises:
+        UsageError: more than 1 % of the images cannot be read.
+        FloatingPointError: see `TrainStep`.
+    """
+    steps = steps_per_epoch(len(loader), accum_iter)
+    tally = FailureTally(len(loader.dataset))  # type: ignore[arg-type]
+    for epoch in epochs:
+        set_epoch(loader, epoch)
+        meter = EpochMeter(epoch, steps, images_per_step=_global_batch(loader, accum_iter))
+        with log.epoch(meter) as show:
+            for i, micro_batches in enumerate(_in_groups(meter.timed(loader), accum_iter)):
+                tally.add([failure for batch in micro_batches for failure in batch.failures], step.device)
+                views = [_to_device(batch, step.device) for batch in micro_batches]
+                log.crops_once(views[0])
+                iteration = epoch * steps + i
+                meter.update(step(views, iteration, epoch))
+                show(iteration, lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration]))
+        log.finish_epoch(meter, unreadable_images=len(tally.seen))
+        save(epoch)
+
+
+def _global_batch(loader: DataLoader[Batch], accum_iter: int) -> int:
+    assert loader.batch_size is not None
+    return loader.batch_size * accum_iter * utils.get_world_size()
+
+
+def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive groups of `size`; an incomplete last one is left out."""
+    while len(group := list(islice(batches, size))) == size:
+        yield group
+
+
+def _to_device(batch: Batch, device: torch.device) -> list[Tensor]:
+    if not batch.views:
+        raise UsageError(f"no readable image could take the place of damaged ones: {'; '.join(batch.failures[-5:])}")
+    return [view.to(device, non_blocking=True) for view in batch.views]
+
+
+# --------------------------------------------------------------------------- saving and resuming
+
+
+def save_run(output_dir: Path, step: TrainStep, epoch: int, args: Any, config: Any, keep_every: int) -> None:
+    """Write `checkpoint.pth`, and `checkpoint{epoch:04}.pth` every `keep_every` epochs (0: never).
+
+    All processes call this; the main one writes.
+    """
+    rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
+    if not utils.is_main_process():
+        return
+    method = step.method
+    state = {
+        "student": checkpoint.prefixed(method.student.state_dict()),
+        "teacher": method.teacher.state_dict(),
+        "optimizer": step.optimizer.state_dict(),
+        "epoch": epoch + 1,
+        "args": args,
+        "dino_loss": method.criterion.state_dict(),
+        "fp16_scaler": step.scaler.state_dict() if step.scaler.is_enabled() else None,
+        "config": None if config is None else config.dump(),
+        "rng": rng_of_rank,
+        "world_size": utils.get_world_size(),
+    }
+    checkpoint.save_file(state, output_dir / "checkpoint.pth")
+    if keep_every and epoch % keep_every == 0:
+        checkpoint.save_file(state, output_dir / f"checkpoint{epoch:04}.pth")
+
+
+def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
+    """Continue from `output_dir/checkpoint.pth` if it is there; returns the epoch to start with.
+
+    Raises:
+        UsageError: the file is damaged or of another network, optimiser or number of prototypes.
+    """
+    path = output_dir / "checkpoint.pth"
+    if not path.exists():
+        return 0
+    source = f"checkpoint '{path}'"
+    content = checkpoint.load_file(path)
+    absent = {"student", "teacher", "optimizer", "epoch", "dino_loss"} - content.keys()
+    if absent:
+        raise UsageError(f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir")
+    checkpoint.load_network(step.method.student, content["student"], source)
+    checkpoint.load_network(step.method.teacher, content["teacher"], source)
+    checkpoint.load_network(step.method.criterion, content["dino_loss"], source)
+    try:
+        step.optimizer.load_state_dict(content["optimizer"])
+    except (ValueError, KeyError):
+        raise UsageError(f"{source} is of another optimizer than --optimizer {args.optimizer}; choose another --output_dir") from None
+    if step.scaler.is_enabled() and content.get("fp16_scaler"):
+        step.scaler.load_state_dict(content["fp16_scaler"])
+    _report_changes(vars(args), vars(content.get("args") or args))
+    rng_of_rank = content.get("rng") or []
+    if len(rng_of_rank) == utils.get_world_size():
+        utils.set_rng_state(rng_of_rank[utils.get_rank()])
+    else:
+        logger.info("the run was saved by %d processes: random numbers start afresh", len(rng_of_rank))
+    logger.info("resuming %s at epoch %d", path, content["epoch"])
+    return int(content["epoch"])
+
+
+def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Say which arguments differ from those of the run that is continued."""
+    changed = [f"{k} {before[k]} -> {now[k]}" for k in sorted(now.keys() & before.keys()) if now[k] != before[k]]
+    if changed:
+        logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))

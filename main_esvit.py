@@ -1,0 +1,372 @@
+"""Pre-train a multi-stage vision transformer with EsViT: self-distillation of views and of matched regions.
+
+    python main_esvit.py --arch swin_tiny --data_path IMAGES --output_dir OUT --use_dense_prediction True      # one process
+    torchrun --nproc_per_node=8 main_esvit.py ...                                                              # many
+
+Without --use_dense_prediction it is DINO's view-level task alone. A started run in --output_dir is continued.
+
+Origin: EsViT (Li et al., ICLR 2022) and DINO (Caron et al., ICCV 2021); flags are those of microsoft/esvit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import checkpoint
+import data
+import engine
+import optim
+import utils
+from data import augment
+from data.mixup import ViewMixup
+from losses import TEACHER_VIEWS, DINOLoss
+from losses import RegionMatchingLoss as RegionMatchingLoss
+from models import Backbone, build_model, load_arch_config
+from models.heads import DINOHead
+from progress import RunLog
+from utils import UsageError, bool_flag, logger
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line: names and defaults of the published script, and this project's additions."""
+    parser = argparse.ArgumentParser(
+        "main_esvit.py", description="EsViT pre-training", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+
+    add("--cfg", default=None, help="yaml of the network; default: the published one of --arch")
+    add("--arch", default="deit_small", help="registered architecture, e.g. swin_tiny")
+    add("--patch_size", type=int, default=16, help="pixels per patch, for networks whose yaml does not say")
+    add("--out_dim", type=int, default=65536, help="number of prototypes K")
+    add("--norm_last_layer", type=bool_flag, default=True, help="freeze the gain of the prototypes at 1")
+    add("--momentum_teacher", type=float, default=0.996, help="EMA momentum of the teacher at the start; 1 at the end")
+    add("--use_bn_in_head", type=bool_flag, default=False, help="BatchNorm in the heads")
+    add("--use_dense_prediction", type=bool_flag, default=False, help="add the region-matching task")
+    add("--head_hidden_dim", type=int, default=2048, help="hidden width of the heads")
+    add("--head_bottleneck_dim", type=int, default=256, help="width of the heads before the prototypes")
+    add("--drop_path", type=float, default=None, help="stochastic depth of the student; default: the yaml's")
+    add("--grad_checkpointing", type=bool_flag, default=False, help="recompute blocks in the backward to save memory")
+
+    add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at the start")
+    add("--teacher_temp", type=float, default=0.04, help="teacher temperature after its warm-up")
+    add("--warmup_teacher_temp_epochs", type=int, default=0, help="epochs of that warm-up")
+
+    add("--use_fp16", type=bool_flag, default=True, help="mixed precision; False is --precision fp32")
+    add("--precision", default="auto", choices=utils.PRECISIONS, help="what the networks compute in; losses are float32")
+    add("--weight_decay", type=float, default=0.04, help="at the start")
+    add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
+    add("--clip_grad", type=float, default=3.0, help="largest norm of each parameter's gradient, 0 for none")
+    add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
+    add("--accum_iter", type=int, default=1, help="micro-batches per optimiser step")
+    add("--epochs", type=int, default=100)
+    add("--freeze_last_layer", type=int, default=1, help="epochs during which the prototypes stay as they are")
+    add("--lr", type=float, default=0.0005, help="for 256 images; scaled by batch x processes x accumulation / 256")
+    add("--warmup_epochs", type=int, default=10, help="epochs of the learning rate's warm-up")
+    add("--min_lr", type=float, default=1e-6, help="at the end of its cosine")
+    add("--optimizer", default="adamw", choices=optim.OPTIMIZERS)
+
+    add("--global_crops_scale", type=float, nargs=2, default=(0.4, 1.0), help="area of the global crops")
+    add("--global_crops_size", type=int, default=None, help="pixels; default: MODEL.IMAGE_SIZE of the yaml")
+    add("--local_crops_number", type=int, nargs="+", default=(8,), help="local crops of each size")
+    add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.4), help="area of the local crops")
+    add("--local_crops_size", type=int, nargs="+", default=(96,), help="pixels, one value for each number")
+
+    add("--aug-opt", dest="aug_opt", default="dino_aug", choices=("dino_aug", "deit_aug"))
+    add("--color-jitter", dest="color_jitter", type=float, default=0.4, help="strength of the colour jitter")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of deit_aug")
+    add("--train-interpolation", dest="train_interpolation", default="bicubic", help="of deit_aug")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing in deit_aug")
+    add("--remode", default="pixel", help="what random erasing fills with")
+    add("--recount", type=int, default=1, help="erased patches")
+    add("--resplit", action="store_true", help="no erasing in the first global view")
+
+    add("--use_mixup", type=bool_flag, default=False, help="mix the student's images and their targets")
+    add("--num_mixup_views", type=int, default=10, help="views that are mixed, from the first")
+    add("--mixup", type=float, default=0.8, help="alpha, 0 for none")
+    add("--cutmix", type=float, default=1.0, help="alpha, 0 for none")
+    add("--cutmix-minmax", dest="cutmix_minmax", type=float, nargs=2, default=None, help="side of the cut, instead of alpha")
+    add("--mixup-prob", dest="mixup_prob", type=float, default=1.0)
+    add("--mixup-switch-prob", dest="mixup_switch_prob", type=float, default=0.5, help="of cutmix, where both are on")
+    add("--mixup-mode", dest="mixup_mode", default="batch", help="batch, pair or elem")
+    add("--smoothing", type=float, default=0.0, help="label smoothing of the mixed targets")
+
+    add("--dataset", default="imagenet1k", help="imagenet1k (any folder), or a folder under --data_path")
+    add("--data_path", default="", help="folder of images, with or without classes or train/, or a text file of paths")
+    add("--zip_mode", type=bool_flag, nargs="?", const=True, default=False, help="images in zip files (not supported yet)")
+    add("--tsv_mode", type=bool_flag, nargs="?", const=True, default=False, help="images in tsv files (not supported yet)")
+    add("--sampler", default="distributed", help="distributed (chunk is not supported yet)")
+    add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
+    add("--output_dir", default=".", help="where everything of the run goes")
+    add("--saveckp_freq", type=int, default=5, help="keep checkpoint{epoch:04}.pth every so many epochs, 0 for none")
+    add("--log_freq", type=int, default=10, help="steps between two log lines")
+    add("--seed", type=int, default=0)
+    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    utils.add_launch_flags(parser)
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. MODEL.SPEC.WINDOW_SIZE 14")
+    return parser
+
+
+class EsViT(engine.Method):
+    """Student, teacher and loss of EsViT, for the engine."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, criterion: DINOLoss, mixup: ViewMixup | None = None) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.criterion: DINOLoss = criterion
+        self.mixup = mixup
+
+    def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher sees the global views, the student all of them (mixed, if mixup is on)."""
+        with torch.no_grad():
+            teacher_output = self.teacher(views[:TEACHER_VIEWS])
+        student_views, targets = (views, None) if self.mixup is None else self.mixup(views)
+        student_output = self.student(student_views)
+        terms = self.criterion.terms(student_output, teacher_output, epoch, targets)
+        self.criterion.accumulate_center(teacher_output)
+        return self.criterion.total(terms), terms if len(terms) > 1 else {}
+
+    def finish_step(self, applied: bool) -> None:
+        """Move the centres by the step's teacher outputs."""
+        if applied:
+            self.criterion.update_center()
+        else:
+            self.criterion.drop_accumulated()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Pre-train as the arguments say."""
+    device = utils.init_processes(args)
+    utils.setup_logging()
+    precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
+    config = load_arch_config(args.arch, args.cfg, args.opts)
+    check_args(args)
+
+    loader = build_loader(args, config, device)
+    utils.seed_everything(args.seed)
+    method = build_method(args, config, device)
+    utils.seed_everything(args.seed + utils.get_rank())
+    step = build_step(args, method, len(loader), device, precision)
+
+    output_dir = Path(args.output_dir)
+    make_output_dir(output_dir)
+    first_epoch = engine.resume_run(output_dir, step, args)
+    if first_epoch == 0 and args.pretrained_weights_ckpt:
+        start_from_weights(method, args.pretrained_weights_ckpt)
+    if first_epoch >= args.epochs:
+        logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
+        return
+    if utils.is_main_process():
+        utils.save_provenance(output_dir, args, config)
+    describe_run(args, method, loader, device, precision)
+
+    log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
+    save = partial(engine.save_run, output_dir, step, args=args, config=config, keep_every=args.saveckp_freq)
+    engine.train(step, loader, range(first_epoch, args.epochs), args.accum_iter, log, save)
+    log.close()
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Stop on values that no part of the program would refuse by itself.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    for name in ("out_dim", "batch_size_per_gpu", "accum_iter", "epochs", "log_freq", "head_hidden_dim", "head_bottleneck_dim"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)} must be 1 or more")
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "num_workers", "saveckp_freq", "freeze_last_layer", "clip_grad"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name} {getattr(args, name)} must be 0 or more")
+    if not 0 <= args.momentum_teacher <= 1:
+        raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
+    if args.zip_mode or args.tsv_mode or args.sampler != "distributed":
+        raise UsageError("zip files, tsv files and other samplers are not supported yet; unpack the images to a folder")
+    if args.dataset in {"imagenet22k", "webvision1", "openimages_v4"}:
+        raise UsageError(f"the file format of --dataset {args.dataset} is not supported yet; unpack the images to a folder")
+
+
+# --------------------------------------------------------------------------- data
+
+
+def build_loader(args: argparse.Namespace, config: CfgNode, device: torch.device) -> torch.utils.data.DataLoader[data.Batch]:
+    """The training images as batches of multi-crop views."""
+    in_chans = config.MODEL.SPEC.IN_CHANS
+    augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
+    transform = build_views(args, config, in_chans)
+    path = Path(args.data_path) / args.dataset if args.dataset != "imagenet1k" else args.data_path
+    dataset = data.build_dataset(path, "train", transform, in_chans, args.seed)
+    return data.build_train_loader(dataset, args.batch_size_per_gpu, args.num_workers, pin_memory=device.type == "cuda")
+
+
+def get_crops(args: argparse.Namespace, config: CfgNode) -> augment.Crops:
+    """Sizes, numbers and scales of the views."""
+    crops = augment.Crops(
+        global_size=args.global_crops_size or config.MODEL.IMAGE_SIZE[0],
+        global_scale=tuple(args.global_crops_scale),
+        local_numbers=tuple(args.local_crops_number),
+        local_sizes=tuple(args.local_crops_size),
+        local_scale=tuple(args.local_crops_scale),
+    )
+    augment.check_crops(crops)
+    return crops
+
+
+def build_views(args: argparse.Namespace, config: CfgNode, in_chans: int) -> augment.MultiCrop:
+    """The augmentation policy that --aug-opt names."""
+    crops = get_crops(args, config)
+    mean, std = config.INPUT.MEAN, config.INPUT.STD
+    if args.aug_opt == "dino_aug":
+        return augment.dino_views(crops, in_chans, mean, std, args.color_jitter)
+    if in_chans != 3:
+        raise UsageError(f"--aug-opt deit_aug works on colour images, these have {in_chans} channels; use dino_aug")
+    return augment.deit_views(
+        crops,
+        mean,
+        std,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        erase_prob=args.reprob,
+        erase_mode=args.remode,
+        erase_count=args.recount,
+        clean_first_view=args.resplit,
+    )
+
+
+# --------------------------------------------------------------------------- networks and loss
+
+
+def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool) -> Backbone:
+    """A backbone with its heads."""
+    network = build_model(
+        args.arch, config, dense=args.use_dense_prediction, is_teacher=is_teacher, patch_size=args.patch_size
+    )
+    head = partial(
+        DINOHead,
+        network.num_features,
+        args.out_dim,
+        use_bn=args.use_bn_in_head,
+        norm_last_layer=args.norm_last_layer,
+        hidden_dim=args.head_hidden_dim,
+        bottleneck_dim=args.head_bottleneck_dim,
+    )
+    network.head = head()
+    if network.dense:
+        network.head_dense = head()
+    return network
+
+
+def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device) -> EsViT:
+    """Student, teacher as its copy, and the loss, on the device and wrapped for several processes."""
+    if args.drop_path is not None:
+        config = config.clone()
+        config.defrost()
+        config.MODEL.SPEC.DROP_PATH_RATE = args.drop_path
+        config.freeze()
+    student = build_network(args, config, is_teacher=False)
+    teacher = build_network(args, config, is_teacher=True)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    student.grad_checkpointing = args.grad_checkpointing
+    loss = RegionMatchingLoss if args.use_dense_prediction else DINOLoss
+    criterion = loss(
+        args.out_dim,
+        get_crops(args, config).total,
+        args.warmup_teacher_temp,
+        args.teacher_temp,
+        args.warmup_teacher_temp_epochs,
+        args.epochs,
+    )
+    mixup = None
+    if args.use_mixup:
+        mixup = ViewMixup(
+            args.num_mixup_views,
+            args.batch_size_per_gpu,
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            smoothing=args.smoothing,
+        )
+    wrapped_student, wrapped_teacher = engine.wrap_networks(student.to(device), teacher.to(device))
+    return EsViT(wrapped_student, wrapped_teacher, criterion.to(device), mixup)
+
+
+def build_step(
+    args: argparse.Namespace, method: EsViT, batches_per_epoch: int, device: torch.device, precision: str
+) -> engine.TrainStep:
+    """The optimiser and the schedules of every step."""
+    steps = engine.steps_per_epoch(batches_per_epoch, args.accum_iter)
+    batch_size = args.batch_size_per_gpu * utils.get_world_size() * args.accum_iter
+    schedules = engine.Schedules(
+        lr=optim.cosine_schedule(args.lr * batch_size / 256, args.min_lr, args.epochs, steps, args.warmup_epochs),
+        weight_decay=optim.cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps),
+        momentum=optim.cosine_schedule(args.momentum_teacher, 1.0, args.epochs, steps),
+    )
+    optimizer = optim.build_optimizer(args.optimizer, optim.param_groups(method.student))
+    return engine.TrainStep(method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer)
+
+
+def start_from_weights(method: EsViT, path: str) -> None:
+    """Load both networks (each from its own part of a full checkpoint) and begin a new schedule.
+
+    Raises:
+        UsageError: a damaged file, or one of another network.
+    """
+    content = checkpoint.load_file(path)
+    for network, key in ((method.student, "student"), (method.teacher, "teacher")):
+        state, layout = checkpoint.network_state(content, key, path)
+        logger.info("%s from %s: %s", key, path, checkpoint.load_network(network, state, f"checkpoint '{path}'", layout))
+
+
+# --------------------------------------------------------------------------- the run
+
+
+def make_output_dir(output_dir: Path) -> None:
+    """Create the folder of the run.
+
+    Raises:
+        UsageError: it cannot be created.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be created: {error.strerror}; choose another") from None
+
+
+def describe_run(
+    args: argparse.Namespace,
+    method: EsViT,
+    loader: torch.utils.data.DataLoader[data.Batch],
+    device: torch.device,
+    precision: str,
+) -> None:
+    """Say once what is trained on what."""
+    backbone = checkpoint.unwrap(method.student)
+    in_backbone = sum(p.numel() for name, p in backbone.named_parameters() if not name.startswith(checkpoint.HEADS))
+    logger.info(
+        "%s, %.1fM parameters (with heads %.1fM), %s; %d images, %d batches of %d on each of %d processes; %s, %s",
+        args.arch,
+        in_backbone / 1e6,
+        sum(p.numel() for p in backbone.parameters()) / 1e6,
+        "views and regions" if args.use_dense_prediction else "views",
+        len(loader.dataset),  # type: ignore[arg-type]
+        len(loader),
+        args.batch_size_per_gpu,
+        utils.get_world_size(),
+        device,
+        precision,
+    )
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,196 @@
+"""What a run tells: meters of an epoch, a progress bar or plain lines, `log.txt` and TensorBoard.
+
+`log.txt` has one JSON object a line with the published keys (train_loss, train_lr, train_wd, epoch) and more.
+Only the main process shows and writes; the others keep quiet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from utils import is_main_process, logger, peak_memory_mb
+
+CROP_GRID_IMAGES = 8
+
+
+class EpochMeter:
+    """Running means of one epoch, its speed, and the share of time spent waiting for data.
+
+    Args:
+        epoch, steps: which epoch and how many optimiser steps it has.
+        images_per_step: over all processes and micro-batches.
+    """
+
+    def __init__(self, epoch: int, steps: int, images_per_step: int) -> None:
+        self.epoch = epoch
+        self.steps = steps
+        self.images_per_step = images_per_step
+        self.done = 0
+        self.latest: dict[str, float] = {}
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Pass `batches` on and count the time they take to come."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def update(self, scalars: dict[str, float]) -> None:
+        """Count a finished step; what a skipped step measured is left out of the means."""
+        self.done += 1
+        self.latest = scalars
+        skipped = bool(scalars.get("skipped"))
+        for name, value in scalars.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            if name == "skipped" or not skipped:
+                total, count = total + value, count + 1
+            self._sums[name] = (total, count)
+
+    def means(self) -> dict[str, float]:
+        """Mean of each scalar, and `skipped_steps`, a count."""
+        means = {name: total / count for name, (total, count) in self._sums.items() if count and name != "skipped"}
+        return means | {"skipped_steps": self._sums.get("skipped", (0.0, 0))[0]}
+
+    @property
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.perf_counter() - self._started
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all processes."""
+        return self.done * self.images_per_step / self.seconds
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the time in which no batch was ready, 0..1."""
+        return self._waited / self.seconds
+
+
+class RunLog:
+    """Everything a run writes down as it goes.
+
+    Args:
+        output_dir: where `log.txt`, `crops.png` and the TensorBoard files go.
+        epochs: of the whole run, for the time left.
+        log_freq: steps between two lines (or TensorBoard points).
+        mean, std: the images' normalisation, undone in the picture of the crops.
+        device: whose memory is reported.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        epochs: int,
+        log_freq: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        self.output_dir = output_dir
+        self.epochs = epochs
+        self.log_freq = log_freq
+        self.mean, self.std = mean, std
+        self.device = device
+        self._rates: dict[str, float] = {}
+        self.writer = SummaryWriter(str(output_dir)) if is_main_process() else None
+        self._pictured = (output_dir / "crops.png").exists()
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self.writer is not None:
+            self.writer.close()
+
+    @contextlib.contextmanager
+    def epoch(self, meter: EpochMeter) -> Iterator[Callable[..., None]]:
+        """Give the function that shows a step: a progress bar on a terminal, a line every `log_freq` steps elsewhere."""
+        terminal = is_main_process() and sys.stderr.isatty()
+        label = f"epoch {meter.epoch + 1}/{self.epochs}"
+        with tqdm(total=meter.steps, desc=label, disable=not terminal, leave=False) as bar:
+
+            def show(iteration: int, lr: float, wd: float) -> None:
+                bar.update()
+                if meter.done % self.log_freq and meter.done != meter.steps:
+                    return
+                line = self._describe(meter, lr)
+                bar.set_postfix_str(line, refresh=False)
+                if not terminal:
+                    logger.info("%s  step %d/%d  %s", label, meter.done, meter.steps, line)
+                if self.writer is not None:
+                    for name, value in {**meter.latest, "lr": lr, "wd": wd}.items():
+                        self.writer.add_scalar(f"step/{name}", value, iteration)
+                    self.writer.add_scalar("step/images_per_s", meter.images_per_second, iteration)
+                    self.writer.add_scalar("step/waiting_share", meter.waiting_share, iteration)
+                self._rates = {"train_lr": lr, "train_wd": wd}
+
+            yield show
+
+    def _describe(self, meter: EpochMeter, lr: float) -> str:
+        steps_left = (self.epochs - meter.epoch) * meter.steps - meter.done
+        left = tqdm.format_interval(steps_left * meter.seconds / meter.done)
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in meter.latest.items() if name != "skipped")
+        return (
+            f"{losses}  lr {lr:.2e}  {meter.images_per_second:.1f} images/s  waiting {meter.waiting_share:.0%}  "
+            f"memory {peak_memory_mb(self.device):.0f} MiB  left {left}"
+        )
+
+    def finish_epoch(self, meter: EpochMeter, **counts: float) -> None:
+        """Append the epoch's line to `log.txt` and to TensorBoard, and say it."""
+        means = meter.means()
+        record: dict[str, Any] = {f"train_{k}": v for k, v in means.items() if k != "skipped_steps"}
+        record |= self._rates | {"epoch": meter.epoch, "skipped_steps": int(means["skipped_steps"])}
+        record |= {
+            "images_per_s": round(meter.images_per_second, 2),
+            "waiting_share": round(meter.waiting_share, 4),
+            "seconds": round(meter.seconds, 2),
+            "peak_memory_mb": round(peak_memory_mb(self.device), 1),
+            **counts,
+        }
+        if self.writer is None:
+            return
+        with (self.output_dir / "log.txt").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "epoch":
+                self.writer.add_scalar(f"epoch/{name}", value, meter.epoch)
+        self.writer.flush()
+        logger.info("epoch %d/%d done: %s", meter.epoch + 1, self.epochs, json.dumps(record))
+
+    def crops_once(self, views: Sequence[Tensor]) -> None:
+        """Once a run: a picture of some images (columns) in all their views (rows), to TensorBoard and `crops.png`."""
+        if self.writer is None or self._pictured:
+            return
+        self._pictured = True
+        side = max(view.shape[-1] for view in views)
+        images = min(CROP_GRID_IMAGES, len(views[0]))
+        tiles = [self._tile(view[:images].detach().float().cpu(), side) for view in views]
+        grid = make_grid(torch.cat(tiles), nrow=images)
+        self.writer.add_image("crops", grid, 0)
+        save_image(grid, self.output_dir / "crops.png")
+
+    def _tile(self, view: Tensor, side: int) -> Tensor:
+        """Undo the normalisation, show one or three channels, and centre small views on a canvas of `side` pixels."""
+        shape = (1, -1, 1, 1)
+        pixels = (view * torch.tensor(self.std).view(shape) + torch.tensor(self.mean).view(shape)).clamp(0, 1)
+        pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+        margin = side - pixels.shape[-1]
+        return torch.nn.functional.pad(pixels, (margin // 2, margin - margin // 2, margin // 2, margin - margin // 2), value=1.0)
