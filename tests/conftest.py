@@ -1,0 +1,44 @@
+"""Shared by all tests: golden files and how to read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+sys.path.insert(0, str(GOLDEN))  # fill.py: deterministic weights and inputs
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def golden_arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays of golden/NAME.npz."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def golden_json(name: str) -> Any:
+    """golden/NAME.json."""
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def relative_error(ours: Any, golden: Any) -> float:
+    """Largest absolute difference over the largest absolute golden value; shapes must be equal."""
+    a, b = np.asarray(torch.as_tensor(ours).detach()), np.asarray(golden)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    """Each test starts from the same random state."""
+    torch.manual_seed(0)
+    np.random.seed(0)

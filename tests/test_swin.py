@@ -1,0 +1,195 @@
+"""Swin against the golden networks, and properties that hold for any input."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from fill import crops, fill_
+
+from config import load_config
+from conftest import ROOT, golden_arrays, golden_json, relative_error
+from models import Backbone, MultiCropOutput, build_model
+from models.heads import DINOHead
+from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
+from utils import UsageError
+
+TOLERANCE = 1e-5  # the agreement asked for is 1e-4; float32 rounding leaves about 1e-6
+WINDOWS = (7, 14)
+TINY = ["MODEL.IMAGE_SIZE", "[64, 64]", "MODEL.SPEC.DIM_EMBED", "12", "MODEL.SPEC.DEPTHS", "[2, 2]"]
+TINY += ["MODEL.SPEC.NUM_HEADS", "[1, 2]", "MODEL.SPEC.WINDOW_SIZE", "4", "MODEL.SPEC.DROP_PATH_RATE", "0.0"]
+
+
+@lru_cache
+def golden_network(window: int, dense: bool) -> Backbone:
+    config = load_config(ROOT / f"experiments/imagenet/swin/swin_tiny_patch4_window{window}_224.yaml")
+    network = build_model("swin_tiny", config, dense=dense)
+    if dense:
+        network.head = DINOHead(network.num_features, 128)
+        network.head_dense = DINOHead(network.num_features, 128)
+    fill_(network.state_dict())
+    return network.eval()
+
+
+def tiny_network(**kwargs: bool) -> Backbone:
+    return build_model("swin", load_config(None, TINY), **kwargs).eval()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_keys_and_shapes_are_the_golden_ones(window: int) -> None:
+    ours = {key: list(value.shape) for key, value in golden_network(window, True).state_dict().items()}
+    assert ours == golden_json(f"swin_tiny_w{window}.keys")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", WINDOWS)
+def test_multi_crop_outputs(window: int) -> None:
+    golden = golden_arrays(f"swin_tiny_w{window}")
+    output = golden_network(window, True)(crops())
+    assert isinstance(output, MultiCropOutput)
+    assert relative_error(output.view_logits, golden["cls_logits"]) < TOLERANCE
+    assert relative_error(output.region_logits[::37], golden["region_logits_every_37th_row"]) < TOLERANCE
+    assert relative_error(output.region_features[::37], golden["region_features_every_37th_row"]) < TOLERANCE
+    regions_224, regions_96 = golden["npatch"]
+    assert output.regions_per_view == (regions_224, regions_224, regions_96, regions_96)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", WINDOWS)
+def test_headless_features(window: int) -> None:
+    golden, network, views = golden_arrays(f"swin_tiny_w{window}"), golden_network(window, False), crops()
+    assert relative_error(network(views[0]), golden["backbone_224"]) < TOLERANCE
+    assert relative_error(network(views[2]), golden["backbone_96"]) < TOLERANCE
+    for n in (1, 4, 7):
+        assert relative_error(network.forward_return_n_last_blocks(views[0], n), golden[f"n_last_blocks_{n}"]) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", WINDOWS)
+def test_attention_maps(window: int) -> None:
+    golden, network = golden_arrays(f"swin_tiny_w{window}"), golden_network(window, False)
+    image = crops()[0][:1]
+    assert relative_error(network.forward_selfattention(image)[:, :, 9], golden["last_attention_query9"]) < TOLERANCE  # type: ignore[call-overload]
+    maps = network.forward_selfattention(image, n=12)
+    entropy = torch.stack([-(m * m.clamp_min(1e-12).log2()).sum(-1).mean() for m in maps])
+    assert relative_error(entropy, golden["attention_entropy_by_layer"]) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (40, 72), (30, 33)])
+def test_attention_maps_are_those_used(size: tuple[int, int]) -> None:
+    """The path with maps and the one through scaled_dot_product_attention give the same features; rows sum to 1."""
+    network = tiny_network()
+    images = torch.randn(2, 3, *size)
+    with_maps = network.forward_blocks(images, n=4, attention=True)
+    without = network.forward_blocks(images, n=4)
+    for a, b in zip(with_maps, without):
+        torch.testing.assert_close(a.tokens_BNC, b.tokens_BNC)
+        assert b.attention is None
+        assert a.attention is not None
+        torch.testing.assert_close(a.attention.sum(-1), torch.ones_like(a.attention[..., 0]))
+
+
+@torch.no_grad()
+def test_non_square_images_do_not_mix_and_keep_their_grid() -> None:
+    network = tiny_network()
+    images = torch.randn(3, 3, 40, 72)
+    maps = network.forward_feature_maps(images)
+    assert maps.shape == (3, 24, 5, 9)
+    torch.testing.assert_close(network.forward_feature_maps(images[1:2]), maps[1:2])
+    torch.testing.assert_close(maps.flatten(2).mean(-1), network(images))
+
+
+@torch.no_grad()
+def test_views_keep_their_order_when_sizes_alternate() -> None:
+    network = tiny_network(dense=True)
+    views = [torch.randn(2, 3, size, size) for size in (64, 32, 32, 64)]
+    output = network(views)
+    torch.testing.assert_close(output.view_logits, torch.cat([network(view) for view in views]))
+    assert output.regions_per_view == (64, 16, 16, 64)
+    regions = [network.forward_features(view).regions_BTC.flatten(0, 1) for view in views]
+    torch.testing.assert_close(output.region_features, torch.cat(regions))
+
+
+def test_checkpointed_blocks_give_the_same_gradients() -> None:
+    network, images = tiny_network(), torch.randn(2, 3, 64, 64)
+    network(images).square().sum().backward()
+    plain = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    assert len(plain) == len(list(network.parameters()))
+    network.zero_grad()
+    network.grad_checkpointing = True
+    network(images).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name])
+
+
+def test_teacher_has_no_stochastic_depth() -> None:
+    config = load_config(None, [*TINY[:-1], "0.9"])
+    student, teacher = build_model("swin", config), build_model("swin", config, is_teacher=True)
+    teacher.load_state_dict(student.state_dict())
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.train()(images), student.eval()(images))
+        assert not torch.equal(student.train()(images), student(images))
+    assert config.MODEL.SPEC.DROP_PATH_RATE == 0.9
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (["MODEL.SPEC.NUM_HEADS", "[1]"], "one entry for each of DEPTHS"),
+        (["MODEL.SPEC.NUM_HEADS", "[5, 5]"], "must divide the 12 channels"),
+        (["MODEL.IMAGE_SIZE", "4"], "below 8 pixels"),
+        (["MODEL.SPEC.USE_APE", "true"], "USE_APE"),
+    ],
+)
+def test_values_that_do_not_fit_together(override: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words.replace("[", r"\[")):
+        build_model("swin", load_config(None, TINY + override))
+
+
+def test_n_last_blocks_outside_the_network() -> None:
+    with pytest.raises(ValueError, match=r"outside 1\.\.4"):
+        tiny_network().forward_return_n_last_blocks(torch.zeros(1, 3, 64, 64), 5)
+
+
+# --------------------------------------------------------------------------- windows
+
+
+def test_windows_are_cut_and_put_back() -> None:
+    grid = torch.arange(2 * 6 * 9 * 1.0).view(2, 6, 9, 1)
+    windows = window_partition(grid, 3)
+    assert windows.shape == (2 * 2 * 3, 9, 1)
+    torch.testing.assert_close(windows[1], grid[0, :3, 3:6].reshape(9, 1))
+    torch.testing.assert_close(window_reverse(windows, 3, (6, 9)), grid)
+
+
+def test_padding_goes_to_the_bottom_and_the_right() -> None:
+    grid = torch.ones(1, 5, 7, 2)
+    padded = pad_to_windows(grid, 4)
+    assert padded.shape == (1, 8, 8, 2)
+    assert padded.sum() == grid.sum()
+    assert bool((padded[:, :5, :7] == 1).all())
+    assert pad_to_windows(padded, 4) is padded
+
+
+def test_relative_position_index_tells_offsets_apart() -> None:
+    window = 3
+    index = relative_position_index(window)
+    for a in range(window**2):
+        for b in range(window**2):
+            rows, columns = a // window - b // window, a % window - b % window
+            assert index[a, b] == (rows + window - 1) * (2 * window - 1) + columns + window - 1
+
+
+def test_shift_mask_separates_what_was_not_adjacent() -> None:
+    """Two tokens of a shifted window see each other exactly if they lie in one window of the unrolled plane."""
+    height, width, window, shift = 8, 12, 4, 2
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    position = torch.stack([rows, columns], -1).unsqueeze(0)
+    rolled = window_partition(torch.roll(position, (-shift, -shift), (1, 2)), window)  # where each token came from
+    near = ((rolled[:, :, None] - rolled[:, None, :]).abs() < window).all(-1)
+    mask = shift_mask((height, width), window, shift, torch.device("cpu"))
+    assert torch.equal(mask == 0, near)
+    assert set(mask.unique().tolist()) == {0.0, -100.0}
