@@ -123,9 +123,8 @@ def load_network(network: nn.Module, state: Mapping[str, Tensor], source: str, l
         ours, theirs = tuple(wanted[name].shape), tuple(state[name].shape)
         if ours == theirs:
             continue
-        if name.endswith("last_layer.weight_v"):
-            raise UsageError(f"{source} has {theirs[0]} prototypes of width {theirs[1]} in {name}, this run {ours[0]} of width {ours[1]}; "
-                             f"set --out_dim {theirs[0]} (and the head's widths)")
+        if "last_layer.weight" in name and ours[0] != theirs[0]:
+            raise UsageError(f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}")
         raise UsageError(f"{source} is of another network: {name} has shape {theirs}, this one wants {ours}; check --arch and --cfg")
     file_has_heads = any(name.startswith(HEADS) for name in state)
     missing = [name for name in wanted if name not in state and (file_has_heads or not name.startswith(HEADS))]

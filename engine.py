@@ -285,13 +285,13 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
     checkpoint.load_network(step.method.student, content["student"], source)
     checkpoint.load_network(step.method.teacher, content["teacher"], source)
     checkpoint.load_network(step.method.criterion, content["dino_loss"], source)
-    try:
-        step.optimizer.load_state_dict(content["optimizer"])
-    except (ValueError, KeyError):
-        raise UsageError(f"{source} is of another optimizer than --optimizer {args.optimizer}; choose another --output_dir") from None
+    saved_args = content.get("args") or args
+    if getattr(saved_args, "optimizer", args.optimizer) != args.optimizer:
+        raise UsageError(f"{source} was made with --optimizer {saved_args.optimizer}, not {args.optimizer}; choose another --output_dir")
+    step.optimizer.load_state_dict(content["optimizer"])
     if step.scaler.is_enabled() and content.get("fp16_scaler"):
         step.scaler.load_state_dict(content["fp16_scaler"])
-    _report_changes(vars(args), vars(content.get("args") or args))
+    _report_changes(vars(args), vars(saved_args))
     rng_of_rank = content.get("rng") or []
     if len(rng_of_rank) == utils.get_world_size():
         utils.set_rng_state(rng_of_rank[utils.get_rank()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(GOLDEN))  # fill.py: deterministic weights and inputs
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+torch.set_num_threads(1)  # the networks are tiny, and several tests run side by side
 
 
 def golden_arrays(name: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,160 @@
+"""The command lines: frozen names and defaults, and one sentence with exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_knn
+import main_esvit
+import utils
+from runs import TINY_RUN, TINY_SWIN, run_script, write_images
+from utils import UsageError, run_script as run_as_script
+
+# The published command line: names and defaults that must never change.
+PUBLISHED = {
+    "cfg": None, "arch": "deit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,
+    "use_bn_in_head": False, "use_dense_prediction": False, "warmup_teacher_temp": 0.04, "teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 0, "use_fp16": True, "weight_decay": 0.04, "weight_decay_end": 0.4, "clip_grad": 3.0,
+    "batch_size_per_gpu": 64, "epochs": 100, "freeze_last_layer": 1, "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6,
+    "optimizer": "adamw", "global_crops_scale": (0.4, 1.0), "local_crops_number": (8,), "local_crops_scale": (0.05, 0.4),
+    "local_crops_size": (96,), "aug_opt": "dino_aug", "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1",
+    "train_interpolation": "bicubic", "reprob": 0.25, "remode": "pixel", "recount": 1, "resplit": False, "use_mixup": False,
+    "num_mixup_views": 10, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch", "smoothing": 0.0, "dataset": "imagenet1k", "zip_mode": False, "tsv_mode": False,
+    "sampler": "distributed", "pretrained_weights_ckpt": "", "output_dir": ".", "saveckp_freq": 5, "seed": 0,
+    "num_workers": 10, "dist_url": "env://", "local_rank": None,
+}  # fmt: skip
+ADDED = {
+    "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "drop_path": None, "grad_checkpointing": False,
+    "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
+}  # fmt: skip
+PUBLISHED_KNN = {
+    "cfg": None, "arch": "deit_small", "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
+    "pretrained_weights": "", "use_cuda": True, "patch_size": 16, "checkpoint_key": "teacher", "dump_features": None,
+    "load_features": None, "num_workers": 10, "dist_url": "env://", "local_rank": None, "zip_mode": False,
+}  # fmt: skip
+ADDED_KNN = {
+    "data_path": "", "image_size": None, "crop_ratio": 0.875, "baselines": False, "output_dir": None, "seed": 0,
+    "device": "auto", "opts": [],
+}  # fmt: skip
+
+
+def parse(*args: str) -> None:
+    main_esvit.main(main_esvit.get_args_parser().parse_args([*TINY_RUN, *args, "--device", "cpu", *TINY_SWIN]))
+
+
+def test_names_and_defaults_are_frozen() -> None:
+    assert vars(main_esvit.get_args_parser().parse_args([])) == PUBLISHED | ADDED
+    assert vars(eval_knn.get_args_parser().parse_args([])) == PUBLISHED_KNN | ADDED_KNN
+
+
+def test_published_spellings() -> None:
+    args = main_esvit.get_args_parser().parse_args(
+        ["--aug-opt", "deit_aug", "--local-rank", "3", "--cutmix-minmax", "0.2", "0.8", "--local_crops_number", "2", "6",
+         "--local_crops_size", "96", "64", "--use_fp16", "off", "--zip_mode", "--tsv_mode", "1", "MODEL.SPEC.WINDOW_SIZE", "14"]
+    )  # fmt: skip
+    assert (args.aug_opt, args.local_rank, args.cutmix_minmax, args.use_fp16) == ("deit_aug", 3, [0.2, 0.8], False)
+    assert (args.local_crops_number, args.local_crops_size) == ([2, 6], [96, 64])
+    assert (args.zip_mode, args.tsv_mode, args.opts) == (True, True, ["MODEL.SPEC.WINDOW_SIZE", "14"])
+
+
+@pytest.mark.parametrize("script", ["main_esvit.py", "eval_knn.py"])
+def test_help_tells_every_flag(script: str) -> None:
+    result = run_script(script, "--help")
+    assert result.returncode == 0
+    assert "--data_path" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data_path", "/no/such/folder"], "'/no/such/folder' does not exist"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--use_dense_prediction", "maybe"], "'maybe' is not a boolean"),
+    ],
+    ids=["path", "flag", "boolean"],
+)
+def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str) -> None:
+    result = run_script("main_esvit.py", *TINY_RUN, *flags, "--seed", "1", *TINY_SWIN)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("main_esvit.py: error: ")
+    assert words in last
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    return str(write_images(tmp_path / "images", 6))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--arch", "swim_tiny"], "unknown arch 'swim_tiny'.*did you mean 'swin_tiny'"),
+        (["--arch", "swin", "--cfg", "no.yaml"], "no.yaml does not exist"),
+        (["--batch_size_per_gpu", "7"], "6 images do not fill one batch of 7 x 1"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0"),
+        (["--accum_iter", "4"], "--accum_iter 4"),
+        (["--warmup_epochs", "3"], "3 warm-up epochs do not fit in 2"),
+        (["--local_crops_number", "2", "3"], "must have the same length"),
+        (["--global_crops_scale", "0.9", "0.3"], "--global_crops_scale 0.9 0.3"),
+        (["--precision", "fp16"], "needs a CUDA device"),
+        (["--zip_mode"], "zip files"),
+        (["--dataset", "imagenet22k"], "--dataset imagenet22k"),
+        (["--dataset", "birds"], "birds' does not exist"),
+        (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5"),
+        (["--pretrained_weights_ckpt", "no.pth"], "'no.pth' does not exist"),
+        (["--use_mixup", "on", "--batch_size_per_gpu", "3"], "must be even"),
+        (["--aug-opt", "deit_aug", "--train-interpolation", "sinc"], "sinc"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        parse("--data_path", images, "--output_dir", str(tmp_path / "out"), *flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_of_another_architecture(images: str, tmp_path: Path) -> None:
+    yaml = tmp_path / "cvt.yaml"
+    yaml.write_text("MODEL: {NAME: resnet_of_tomorrow}\n")
+    with pytest.raises(UsageError, match="resnet_of_tomorrow.*valid names: swin_transformer"):
+        parse("--data_path", images, "--cfg", str(yaml))
+
+
+def test_checkpoint_of_another_network(images: str, tmp_path: Path) -> None:
+    parse("--data_path", images, "--output_dir", str(tmp_path / "a"), "--epochs", "1")
+    weights = str(tmp_path / "a" / "checkpoint.pth")
+    command = [*TINY_RUN, "--data_path", images, "--output_dir", str(tmp_path / "b"), "--pretrained_weights_ckpt", weights]
+    wider = [*TINY_SWIN, "MODEL.SPEC.DIM_EMBED", "24"]
+    with pytest.raises(UsageError, match="another network: .* has shape .* check --arch and --cfg"):
+        main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--seed", "0", *wider]))
+
+
+def test_usage_error_of_a_script_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UsageError("the sentence")
+
+    with pytest.raises(SystemExit) as caught:
+        run_as_script(fail)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("error: the sentence\n")
+
+
+def test_devices_and_precision() -> None:
+    cpu = torch.device("cpu")
+    assert utils.resolve_device("cpu") == cpu
+    with pytest.raises(UsageError, match="unknown device 'gpu'"):
+        utils.resolve_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="0 CUDA devices"):
+            utils.resolve_device("cuda")
+    assert utils.resolve_precision("bf16", cpu) == "bf16"
+    assert utils.resolve_precision("auto", cpu) in {"fp32", "bf16"}
+    with pytest.raises(UsageError, match="unknown precision 'int8'"):
+        utils.resolve_precision("int8", cpu)

@@ -1,0 +1,142 @@
+"""The step against the golden trajectory, and what it does with accumulation and with losses that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from fill import fill_, tensor
+from torch import Tensor
+
+import engine
+import main_esvit
+from conftest import golden_json
+from models import load_arch_config
+from runs import TINY_RUN, TINY_SWIN
+
+CPU = torch.device("cpu")
+TRAJECTORY = (
+    "--arch swin --cfg experiments/demo/swin_micro.yaml --use_dense_prediction true --out_dim 64 --norm_last_layer false --epochs 2 "
+    "--batch_size_per_gpu 4 --local_crops_number 3 --local_crops_size 32 --lr 0.05 --warmup_epochs 1 --min_lr 1e-6 "
+    "--momentum_teacher 0.9 --warmup_teacher_temp 0.04 --teacher_temp 0.07 --warmup_teacher_temp_epochs 1 --clip_grad 0.3 "
+    "--freeze_last_layer 1 MODEL.IMAGE_SIZE 64 MODEL.SPEC.DIM_EMBED 24 MODEL.SPEC.DEPTHS [1,2,2,1] "
+    "MODEL.SPEC.NUM_HEADS [1,2,4,8] MODEL.SPEC.WINDOW_SIZE 7 MODEL.SPEC.DROP_PATH_RATE 0.0"
+).split()
+
+
+def build(command_line: Sequence[str], steps: int) -> tuple[main_esvit.EsViT, engine.TrainStep]:
+    args = main_esvit.get_args_parser().parse_args(list(command_line))
+    config = load_arch_config(args.arch, args.cfg, args.opts)
+    torch.manual_seed(0)
+    method = main_esvit.build_method(args, config, CPU)
+    return method, main_esvit.build_step(args, method, steps * args.accum_iter, CPU, "fp32")
+
+
+def tiny(*extra: str, steps: int = 4) -> tuple[main_esvit.EsViT, engine.TrainStep]:
+    return build([*TINY_RUN, *extra, "--seed", "0", *TINY_SWIN[:-1], "0.0"], steps)
+
+
+def random_views(images: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(images, 3, size, size, generator=generator) for size in (32, 32, 16, 16)]
+
+
+def test_golden_trajectory() -> None:
+    """Six updates of the whole rule: losses, schedules and every tensor of both networks at the end."""
+    golden = golden_json("trajectory_region_adamw")
+    method, step = build(TRAJECTORY, steps=3)
+    fill_(method.student.state_dict())
+    method.teacher.load_state_dict(method.student.state_dict())
+    losses = []
+    for i in range(6):
+        views = [tensor(f"traj-{i}-{v}", 4, 3, size, size) for v, size in enumerate((64, 64, 32, 32, 32))]
+        losses.append(step([views], iteration=i, epoch=i // 3)["loss"])
+    assert losses == pytest.approx(golden["losses"], rel=1e-4)
+    assert list(step.schedules.lr) == pytest.approx(golden["lr_schedule"])
+    assert list(step.schedules.weight_decay) == pytest.approx(golden["wd_schedule"])
+    assert list(step.schedules.momentum) == pytest.approx(golden["momentum_schedule"])
+    for network, name in ((method.student, "student_mean_abs"), (method.teacher, "teacher_mean_abs")):
+        ours = {key: value.abs().mean().item() for key, value in network.state_dict().items() if value.is_floating_point()}
+        assert ours == pytest.approx(golden[name], rel=2e-3)
+    centers = {name: value.abs().mean().item() for name, value in method.criterion.state_dict().items()}
+    assert centers["center"] == pytest.approx(golden["center_mean_abs"], rel=1e-3)
+    assert centers["center_grid"] == pytest.approx(golden["center_grid_mean_abs"], rel=1e-3)
+
+
+def test_accumulated_micro_batches_equal_one_batch() -> None:
+    """Losses, centres and weights of 2 micro-batches of 2 images are those of one batch of 4."""
+    whole_method, whole = tiny("--batch_size_per_gpu", "4")
+    parts_method, parts = tiny("--batch_size_per_gpu", "2", "--accum_iter", "2")
+    assert list(whole.schedules.lr) == list(parts.schedules.lr)
+    for i in range(3):
+        views = random_views(4, seed=i)
+        loss = whole([views], i, 1)["loss"]
+        assert parts([[v[:2] for v in views], [v[2:] for v in views]], i, 1)["loss"] == pytest.approx(loss, rel=1e-5)
+    for a, b in zip(whole_method.criterion.state_dict().values(), parts_method.criterion.state_dict().values()):
+        torch.testing.assert_close(a, b)
+    for network in ("student", "teacher"):
+        ours, theirs = getattr(whole_method, network).state_dict(), getattr(parts_method, network).state_dict()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+
+
+def test_prototypes_are_frozen_in_the_first_epoch() -> None:
+    method, step = tiny()
+    before = method.student.head.last_layer.weight_v.detach().clone()
+    step([random_views(4, 0)], 0, 0)
+    assert torch.equal(method.student.head.last_layer.weight_v, before)
+    step([random_views(4, 1)], 1, 1)
+    assert not torch.equal(method.student.head.last_layer.weight_v, before)
+
+
+def test_step_that_is_not_finite_changes_nothing() -> None:
+    method, step = tiny()
+    step([random_views(4, 0)], 0, 1)
+    networks = (method.student, method.teacher, method.criterion)
+    before = [value.clone() for network in networks for value in network.state_dict().values()]
+    bad = random_views(4, 1)
+    bad[2][0, 0, 0, 0] = float("nan")
+    result = step([random_views(4, 2), bad], 1, 1)
+    assert result["skipped"] == 1.0
+    assert math.isnan(result["loss"])
+    after = [value for network in networks for value in network.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert step([random_views(4, 0)], 1, 1)["skipped"] == 0.0
+    assert step.bad_steps_in_a_row == 0
+
+
+def test_many_bad_steps_end_the_run_with_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_BAD_STEPS", 2)
+    _, step = tiny()
+    bad = [view * float("nan") for view in random_views(4, 0)]
+    step([bad], 0, 1)
+    with pytest.raises(FloatingPointError, match="--precision fp32"):
+        step([bad], 1, 1)
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_mixup", "on"], ["--local_crops_number", "0"]], ids=["plain", "mixup", "no locals"])
+@pytest.mark.parametrize("dense", ["on", "off"])
+def test_training_on_one_batch_lowers_the_loss(flags: list[str], dense: str) -> None:
+    """With a fixed teacher and batch the student fits its targets; every flag combination must be able to learn."""
+    method, step = tiny("--use_dense_prediction", dense, "--momentum_teacher", "1.0", "--lr", "0.2", *flags, steps=20)
+    views = random_views(4, 0)[: method.criterion.ncrops]
+    losses = [step([views], i, 1)["loss"] for i in range(20)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_bf16_loss_is_close_to_fp32() -> None:
+    _, plain = tiny()
+    _, half = tiny()
+    half.precision = "bf16"
+    views = random_views(4, 0)
+    loss = half([views], 0, 1)["loss"]
+    assert loss == pytest.approx(plain([views], 0, 1)["loss"], rel=2e-2)
+    assert loss != plain([views], 0, 1)["loss"]
+
+
+def test_steps_per_epoch_needs_one_step() -> None:
+    assert engine.steps_per_epoch(7, 3) == 2
+    with pytest.raises(engine.UsageError, match="--accum_iter 8"):
+        engine.steps_per_epoch(7, 8)

@@ -1,0 +1,93 @@
+"""Schedules, groups, clipping and EMA against the formulas."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import optim
+from conftest import golden_json
+from utils import UsageError
+
+
+def test_schedules_golden() -> None:
+    golden = golden_json("trajectory_region_adamw")
+    np.testing.assert_allclose(optim.cosine_schedule(0.05 * 4 / 256, 1e-6, 2, 3, 1), golden["lr_schedule"], rtol=1e-12)
+    np.testing.assert_allclose(optim.cosine_schedule(0.04, 0.4, 2, 3), golden["wd_schedule"], rtol=1e-12)
+    np.testing.assert_allclose(optim.cosine_schedule(0.9, 1.0, 2, 3), golden["momentum_schedule"], rtol=1e-12)
+
+
+def test_cosine_schedule_formula() -> None:
+    values = optim.cosine_schedule(2.0, 0.5, epochs=5, niter_per_ep=4, warmup_epochs=2, start_warmup_value=0.1)
+    assert len(values) == 20
+    for i in range(8):
+        assert values[i] == pytest.approx(0.1 + (2.0 - 0.1) * i / 7)
+    for i in range(12):
+        assert values[8 + i] == pytest.approx(0.5 + 0.5 * 1.5 * (1 + math.cos(math.pi * i / 12)))
+    assert len(optim.cosine_schedule(1.0, 0.0, epochs=2, niter_per_ep=3, warmup_epochs=2)) == 6
+    with pytest.raises(UsageError, match="3 warm-up epochs do not fit in 2"):
+        optim.cosine_schedule(1.0, 0.0, epochs=2, niter_per_ep=3, warmup_epochs=3)
+
+
+def test_param_groups_follow_shape_and_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Conv2d(2, 2, 1))
+    model.register_parameter("gain", nn.Parameter(torch.ones(4, 1)))
+    model.register_parameter("frozen", nn.Parameter(torch.ones(4, 1), requires_grad=False))
+    decayed, plain = optim.param_groups(model)
+    assert {tuple(p.shape) for p in decayed["params"]} == {(2, 3), (2, 2, 1, 1), (4, 1)}
+    assert [tuple(p.shape) for p in plain["params"]] == [(2,)] * 4
+    assert plain["weight_decay"] == 0.0
+    assert len(decayed["params"]) == 3
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_weight_decay_acts_on_the_first_group_only(name: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = optim.build_optimizer(name, optim.param_groups(model))
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    before = [p.detach().clone() for p in (model.weight, model.bias)]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert model.weight.norm() < before[0].norm()
+    assert torch.equal(model.bias, before[1])
+
+
+def test_unknown_optimizer() -> None:
+    with pytest.raises(UsageError, match="'adam'; choose one of adamw, sgd, lars"):
+        optim.build_optimizer("adam", [])
+
+
+def test_each_gradient_is_clipped_by_its_own_norm() -> None:
+    model = nn.Linear(4, 3)
+    model.weight.grad, model.bias.grad = torch.full((3, 4), 2.0), torch.full((3,), 0.01)
+    assert bool(optim.clip_each_gradient(model, 0.5))
+    norm = math.sqrt(12 * 4.0)
+    torch.testing.assert_close(model.weight.grad, torch.full((3, 4), 2.0 * 0.5 / (norm + 1e-6)))
+    torch.testing.assert_close(model.bias.grad, torch.full((3,), 0.01))
+    optim.clip_each_gradient(model, 0.0)
+    torch.testing.assert_close(model.bias.grad, torch.full((3,), 0.01))
+    model.bias.grad[1] = float("inf")
+    assert not bool(optim.clip_each_gradient(model, 0.5))
+
+
+def test_last_layer_gradients_are_dropped() -> None:
+    model = nn.ModuleDict({"last_layer": nn.Linear(2, 2), "mlp": nn.Linear(2, 2)})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optim.drop_last_layer_gradients(model)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"mlp.weight", "mlp.bias"}
+
+
+def test_teacher_moves_parameters_but_not_buffers() -> None:
+    student, teacher = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    nn.init.constant_(student.weight, 5.0)
+    student.running_mean.fill_(7.0)  # type: ignore[union-attr]
+    optim.update_teacher(teacher, student, 0.75)
+    torch.testing.assert_close(teacher.weight.detach(), torch.full((3,), 0.75 * 1 + 0.25 * 5))
+    torch.testing.assert_close(teacher.running_mean, torch.zeros(3))

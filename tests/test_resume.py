@@ -1,0 +1,143 @@
+"""Resuming equals never having stopped, and what a run folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tensorboard.backend.event_processing import event_accumulator
+
+import checkpoint
+import engine
+import main_esvit
+from runs import TINY_RUN, TINY_SWIN, write_images
+from utils import UsageError
+
+
+def train(output_dir: Path, images: Path, *extra: str) -> None:
+    command_line = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(output_dir), *extra, "--device", "cpu", *TINY_SWIN]
+    main_esvit.main(main_esvit.get_args_parser().parse_args(command_line))
+
+
+class Killed(Exception):
+    """The run ends here, as if by a signal."""
+
+
+def train_until(epochs: int, monkeypatch: pytest.MonkeyPatch, output_dir: Path, images: Path, *extra: str) -> None:
+    """Train, and die right after the checkpoint of epoch `epochs` was written."""
+    save = engine.save_run
+
+    def save_and_die(output_dir: Path, step: engine.TrainStep, epoch: int, **kwargs: Any) -> None:
+        save(output_dir, step, epoch, **kwargs)
+        if epoch + 1 == epochs:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(engine, "save_run", save_and_die)
+        train(output_dir, images, *extra)
+
+
+def assert_identical(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_identical(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 9)
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_mixup", "on", "--accum_iter", "2"], ["--optimizer", "lars"]], ids=str)
+def test_two_steps_resume_two_steps_is_four_steps(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """Bit for bit: weights of both networks, optimiser, centres, random states; and the losses logged."""
+    train(tmp_path / "whole", images, *flags)
+    train_until(1, monkeypatch, tmp_path / "parts", images, *flags)
+    train(tmp_path / "parts", images, *flags)
+    whole, parts = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    assert whole["epoch"] == 2
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], parts[key], key)
+    losses = [[json.loads(line)["train_loss"] for line in (tmp_path / run / "log.txt").open()] for run in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+
+
+def test_run_folder(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Everything a run leaves behind, with the published keys; starting it again changes nothing."""
+    train(tmp_path, images)
+    content = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"} <= content.keys()
+    assert all(key.startswith("module.") for key in content["student"])
+    assert not any(key.startswith("module.") for key in content["teacher"])
+    assert content["student"]["module.head.last_layer.weight_g"].shape == (32, 1)
+    assert set(content["dino_loss"]) == {"center", "center_grid"}
+    assert content["args"].out_dim == 32
+    assert (tmp_path / "checkpoint0000.pth").is_file()
+
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").open()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert {"train_loss", "train_lr", "train_wd", "images_per_s", "waiting_share", "peak_memory_mb"} <= lines[0].keys()
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["seed"] == 0
+    assert run["args"]["out_dim"] == 32
+    assert {"torch", "timm"} <= run["packages"].keys()
+    assert "DIM_EMBED: 12" in (tmp_path / "config.yaml").read_text()
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("epoch/train_loss")] == pytest.approx([line["train_loss"] for line in lines])
+    assert len(events.Scalars("step/loss")) == 4
+    assert events.Tags()["images"] == ["crops"]
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    train(tmp_path, images)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_training_improves_on_its_own_start(images: Path, tmp_path: Path) -> None:
+    train(tmp_path, images, "--epochs", "6", "--momentum_teacher", "0.9", "--lr", "0.1", "--batch_size_per_gpu", "8")
+    losses = [json.loads(line)["train_loss"] for line in (tmp_path / "log.txt").open()]
+    assert losses[-1] < losses[0]
+
+
+def test_start_from_weights_is_a_new_schedule(images: Path, tmp_path: Path) -> None:
+    train(tmp_path / "first", images)
+    weights = str(tmp_path / "first" / "checkpoint.pth")
+    train(tmp_path / "second", images, "--pretrained_weights_ckpt", weights, "--lr", "0", "--min_lr", "0", "--momentum_teacher", "1")
+    first, second = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("first", "second"))
+    assert_identical(first["teacher"], second["teacher"])
+    assert_identical(first["student"], second["student"])
+    assert second["epoch"] == 2
+    assert len((tmp_path / "second" / "log.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--out_dim", "16"], "32 prototypes, this run of 16; set --out_dim 32"),
+        (["--use_dense_prediction", "off"], "--use_dense_prediction"),
+        (["--head_hidden_dim", "8"], "is of another network"),
+        (["--optimizer", "sgd"], "--optimizer adamw, not sgd"),
+    ],
+    ids=["prototypes", "task", "head", "optimizer"],
+)
+def test_resuming_another_run_is_refused(images: Path, tmp_path: Path, flags: list[str], words: str) -> None:
+    train(tmp_path, images, "--epochs", "1")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(UsageError, match=words):
+        train(tmp_path, images, *flags)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
