@@ -73,7 +73,9 @@ def load_file(path: str | Path) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"checkpoint '{path}' is damaged or no torch file ({reason}); use another file") from None
     if not isinstance(content, dict):
-        raise UsageError(f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of tensors; use another file")
+        raise UsageError(
+            f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of tensors; use another file"
+        )
     return content
 
 
@@ -100,11 +102,15 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> tup
     layout = "bare network"
     if "student" in content or "teacher" in content:
         if key not in content:
-            raise UsageError(f"checkpoint '{path}' has no '{key}'; it has {', '.join(sorted(content))}; set --checkpoint_key")
+            raise UsageError(
+                f"checkpoint '{path}' has no '{key}'; it has {', '.join(sorted(content))}; set --checkpoint_key"
+            )
         content, layout = content[key], f"full checkpoint, {key}"
     tensors = {name.removeprefix(PREFIX): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise UsageError(f"checkpoint '{path}' holds no tensors of a network; it has the keys {', '.join(map(str, content))[:200]}")
+        raise UsageError(
+            f"checkpoint '{path}' holds no tensors of a network; it has the keys {', '.join(map(str, content))[:200]}"
+        )
     return tensors, layout
 
 
@@ -124,8 +130,12 @@ def load_network(network: nn.Module, state: Mapping[str, Tensor], source: str, l
         if ours == theirs:
             continue
         if "last_layer.weight" in name and ours[0] != theirs[0]:
-            raise UsageError(f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}")
-        raise UsageError(f"{source} is of another network: {name} has shape {theirs}, this one wants {ours}; check --arch and --cfg")
+            raise UsageError(
+                f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}"
+            )
+        raise UsageError(
+            f"{source} is of another network: {name} has shape {theirs}, this one wants {ours}; check --arch and --cfg"
+        )
     file_has_heads = any(name.startswith(HEADS) for name in state)
     missing = [name for name in wanted if name not in state and (file_has_heads or not name.startswith(HEADS))]
     unexpected = [name for name in state if name not in wanted and not name.startswith(HEADS)]

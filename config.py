@@ -51,7 +51,20 @@ SCHEMA: dict[str, Any] = {
 
 # Keys of the published files that belong to the supervised code base they came from.
 PUBLISHED_UNUSED = {
-    *("AMP", "AUG", "CUDNN", "DATASET", "DEBUG", "FINETUNE", "LOSS", "OUTPUT_DIR", "PRINT_FREQ", "TEST", "TRAIN", "WORKERS"),
+    *(
+        "AMP",
+        "AUG",
+        "CUDNN",
+        "DATASET",
+        "DEBUG",
+        "FINETUNE",
+        "LOSS",
+        "OUTPUT_DIR",
+        "PRINT_FREQ",
+        "TEST",
+        "TRAIN",
+        "WORKERS",
+    ),
     *("MODEL.NUM_CLASSES", "MODEL.INIT_WEIGHTS", "MODEL.PRETRAINED", "MODEL.PRETRAINED_LAYERS"),
     *("INPUT.IMAGE_SIZE", "INPUT.CROP_PCT", "INPUT.INTERPOLATION"),
 }
@@ -131,7 +144,7 @@ def _nest(dotted: str, value: Any) -> dict[str, Any]:
     """{"A": {"B": value}} for "A.B"."""
     for part in reversed(dotted.split(".")):
         value = {part: value}
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _parse(text: str, where: str) -> Any:
@@ -171,7 +184,9 @@ def _cast(key: str, value: Any, default: Any, where: str) -> Any:
     if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
-        raise UsageError(f"config key '{key}' takes a {type(default).__name__} such as {default!r}, {where} gives {value!r}")
+        raise UsageError(
+            f"config key '{key}' takes a {type(default).__name__} such as {default!r}, {where} gives {value!r}"
+        )
     return value
 
 
@@ -190,7 +205,9 @@ def _suggestion(key: str, known: dict[str, Any]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not nearest:
         last_names = {name.rsplit(".", 1)[-1]: name for name in known}
-        nearest = [last_names[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.0)]
+        nearest = [
+            last_names[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.0)
+        ]
     return f"; did you mean '{nearest[0]}'?"
 
 

@@ -152,9 +152,9 @@ class TrainStep:
             logger.warning("step %d skipped: loss %s or a gradient is not finite", iteration, loss)
         if self.bad_steps_in_a_row >= MAX_BAD_STEPS:
             raise FloatingPointError(
-                f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite (loss {loss}, lr "
-                f"{float(self.schedules.lr[iteration]):.3g}, precision {self.precision}); resume with --precision fp32, a lower --lr, "
-                "a smaller --clip_grad or a higher --warmup_teacher_temp_epochs"
+                f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite (loss {loss}, "
+                f"lr {float(self.schedules.lr[iteration]):.3g}, precision {self.precision}); resume with --precision fp32, "
+                "a lower --lr or a smaller --clip_grad"
             )
 
 
@@ -187,7 +187,9 @@ def steps_per_epoch(batches: int, accum_iter: int) -> int:
         UsageError: not even one.
     """
     if batches < accum_iter:
-        raise UsageError(f"an epoch has {batches} batches, --accum_iter {accum_iter} needs that many for one step; lower it")
+        raise UsageError(
+            f"an epoch has {batches} batches, --accum_iter {accum_iter} needs that many for one step; lower it"
+        )
     return batches // accum_iter
 
 
@@ -217,7 +219,9 @@ def train(
                 log.crops_once(views[0])
                 iteration = epoch * steps + i
                 meter.update(step(views, iteration, epoch))
-                show(iteration, lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration]))
+                show(
+                    iteration, lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration])
+                )
         log.finish_epoch(meter, unreadable_images=len(tally.seen))
         save(epoch)
 
@@ -281,13 +285,17 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
     content = checkpoint.load_file(path)
     absent = {"student", "teacher", "optimizer", "epoch", "dino_loss"} - content.keys()
     if absent:
-        raise UsageError(f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir")
+        raise UsageError(
+            f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
+        )
     checkpoint.load_network(step.method.student, content["student"], source)
     checkpoint.load_network(step.method.teacher, content["teacher"], source)
     checkpoint.load_network(step.method.criterion, content["dino_loss"], source)
     saved_args = content.get("args") or args
     if getattr(saved_args, "optimizer", args.optimizer) != args.optimizer:
-        raise UsageError(f"{source} was made with --optimizer {saved_args.optimizer}, not {args.optimizer}; choose another --output_dir")
+        raise UsageError(
+            f"{source} was made with --optimizer {saved_args.optimizer}, not {args.optimizer}; choose another --output_dir"
+        )
     step.optimizer.load_state_dict(content["optimizer"])
     if step.scaler.is_enabled() and content.get("fp16_scaler"):
         step.scaler.load_state_dict(content["fp16_scaler"])

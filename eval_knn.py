@@ -46,7 +46,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--arch", default="deit_small", help="registered architecture")
     add("--patch_size", type=int, default=16, help="pixels per patch, for networks whose yaml does not say")
     add("--batch_size_per_gpu", type=int, default=128)
-    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best")
+    add(
+        "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
+    )
     add("--temperature", type=float, default=0.07, help="of the vote's weights")
     add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
     add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
@@ -60,7 +62,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of random weights")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    add("--zip_mode", type=bool_flag, nargs="?", const=True, default=False, help="images in zip files (not supported yet)")
+    add(
+        "--zip_mode",
+        type=bool_flag,
+        nargs="?",
+        const=True,
+        default=False,
+        help="images in zip files (not supported yet)",
+    )
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
@@ -189,7 +198,9 @@ def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.d
     """What is scored, the network first."""
     functions = {"network": network_features(args, config, args.pretrained_weights, device)}
     if not args.pretrained_weights:
-        logger.warning("no --pretrained_weights: the network has random weights, the scores are those of an untrained one")
+        logger.warning(
+            "no --pretrained_weights: the network has random weights, the scores are those of an untrained one"
+        )
     if args.baselines:
         functions["raw pixels"] = pixel_features
         functions["mean and deviation of colour"] = colour_features
@@ -220,7 +231,9 @@ def load_features(folder: Path, keep_on: torch.device) -> Split:
         tensors = [load_file(folder / kind.format(part))["tensor"].to(keep_on) for kind in DUMPED.values()]
         labelled = LabelledFeatures(*tensors)
         if len(labelled.features_NC) != len(labelled.labels_N):
-            raise UsageError(f"{folder} has {len(tensors[0])} {part} features but {len(tensors[1])} labels; dump them again")
+            raise UsageError(
+                f"{folder} has {len(tensors[0])} {part} features but {len(tensors[1])} labels; dump them again"
+            )
         parts.append(labelled)
     return Split(*parts)
 
@@ -235,15 +248,20 @@ def extract_splits(args: argparse.Namespace, device: torch.device, keep_on: torc
     augment.check_normalisation(mean, std, in_chans)
     transform = augment.eval_view(args.image_size or config.MODEL.IMAGE_SIZE[0], args.crop_ratio, mean, std)
     datasets = [
-        data.build_dataset(args.data_path, part, transform, in_chans, args.seed, need_labels=True) for part in ("train", "val")
+        data.build_dataset(args.data_path, part, transform, in_chans, args.seed, need_labels=True)
+        for part in ("train", "val")
     ]
     if datasets[0].classes != datasets[1].classes:
         differing = sorted(set(datasets[0].classes) ^ set(datasets[1].classes))
-        raise UsageError(f"train and val under {args.data_path} have other classes: {', '.join(differing[:5])} is in one only")
+        raise UsageError(
+            f"train and val under {args.data_path} have other classes: {', '.join(differing[:5])} is in one only"
+        )
     functions = feature_functions(args, config, device)
     extracted = []
     for part, dataset in zip(("train", "val"), datasets):
-        loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, pin_memory=device.type == "cuda")
+        loader = data.build_eval_loader(
+            dataset, args.batch_size_per_gpu, args.num_workers, pin_memory=device.type == "cuda"
+        )
         extracted.append(extract_features(loader, functions, device, keep_on, part))
     return {name: Split(extracted[0][name], extracted[1][name]) for name in functions}
 
@@ -251,7 +269,9 @@ def extract_splits(args: argparse.Namespace, device: torch.device, keep_on: torc
 def report(scores: dict[str, list[KnnScore]], split: Split, args: argparse.Namespace) -> None:
     """Print the scores and write them to `knn.json`."""
     classes = len(split.train.labels_N.unique())
-    print(f"k-NN of {len(split.val.labels_N)} validation among {len(split.train.labels_N)} training images, {classes} classes:")
+    print(
+        f"k-NN of {len(split.val.labels_N)} validation among {len(split.train.labels_N)} training images, {classes} classes:"
+    )
     for name, rows in scores.items():
         for score in rows:
             top5 = "Top5" if classes >= 5 else f"Top{classes}"
@@ -259,7 +279,10 @@ def report(scores: dict[str, list[KnnScore]], split: Split, args: argparse.Names
     if args.output_dir:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        record = {name: {str(score.k): {"top1": score.top1, "top5": score.top5} for score in rows} for name, rows in scores.items()}
+        record = {
+            name: {str(score.k): {"top1": score.top1, "top5": score.top5} for score in rows}
+            for name, rows in scores.items()
+        }
         (folder / "knn.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -202,7 +202,11 @@ class RegionMatchingLoss(DINOLoss):
             for q, teacher_view in enumerate(teacher_views):
                 if q != v:
                     loss_QV[q, v] = matched_cross_entropy(
-                        log_probs_BTK, student_view.features_BTC, teacher_probs[q], teacher_view.features_BTC, weights_BB
+                        log_probs_BTK,
+                        student_view.features_BTC,
+                        teacher_probs[q],
+                        teacher_view.features_BTC,
+                        weights_BB,
                     )
         return _mean_over_other_views(loss_QV)
 

@@ -26,7 +26,8 @@ import optim
 import utils
 from data import augment
 from data.mixup import ViewMixup
-from losses import TEACHER_VIEWS, DINOLoss
+from losses import TEACHER_VIEWS
+from losses import DINOLoss as DINOLoss
 from losses import RegionMatchingLoss as RegionMatchingLoss
 from models import Backbone, build_model, load_arch_config
 from models.heads import DINOHead
@@ -59,7 +60,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--warmup_teacher_temp_epochs", type=int, default=0, help="epochs of that warm-up")
 
     add("--use_fp16", type=bool_flag, default=True, help="mixed precision; False is --precision fp32")
-    add("--precision", default="auto", choices=utils.PRECISIONS, help="what the networks compute in; losses are float32")
+    add(
+        "--precision", default="auto", choices=utils.PRECISIONS, help="what the networks compute in; losses are float32"
+    )
     add("--weight_decay", type=float, default=0.04, help="at the start")
     add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
     add("--clip_grad", type=float, default=3.0, help="largest norm of each parameter's gradient, 0 for none")
@@ -91,7 +94,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_mixup_views", type=int, default=10, help="views that are mixed, from the first")
     add("--mixup", type=float, default=0.8, help="alpha, 0 for none")
     add("--cutmix", type=float, default=1.0, help="alpha, 0 for none")
-    add("--cutmix-minmax", dest="cutmix_minmax", type=float, nargs=2, default=None, help="side of the cut, instead of alpha")
+    add(
+        "--cutmix-minmax",
+        dest="cutmix_minmax",
+        type=float,
+        nargs=2,
+        default=None,
+        help="side of the cut, instead of alpha",
+    )
     add("--mixup-prob", dest="mixup_prob", type=float, default=1.0)
     add("--mixup-switch-prob", dest="mixup_switch_prob", type=float, default=0.5, help="of cutmix, where both are on")
     add("--mixup-mode", dest="mixup_mode", default="batch", help="batch, pair or elem")
@@ -99,8 +109,22 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add("--dataset", default="imagenet1k", help="imagenet1k (any folder), or a folder under --data_path")
     add("--data_path", default="", help="folder of images, with or without classes or train/, or a text file of paths")
-    add("--zip_mode", type=bool_flag, nargs="?", const=True, default=False, help="images in zip files (not supported yet)")
-    add("--tsv_mode", type=bool_flag, nargs="?", const=True, default=False, help="images in tsv files (not supported yet)")
+    add(
+        "--zip_mode",
+        type=bool_flag,
+        nargs="?",
+        const=True,
+        default=False,
+        help="images in zip files (not supported yet)",
+    )
+    add(
+        "--tsv_mode",
+        type=bool_flag,
+        nargs="?",
+        const=True,
+        default=False,
+        help="images in tsv files (not supported yet)",
+    )
     add("--sampler", default="distributed", help="distributed (chunk is not supported yet)")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
     add("--output_dir", default=".", help="where everything of the run goes")
@@ -116,7 +140,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 class EsViT(engine.Method):
     """Student, teacher and loss of EsViT, for the engine."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, criterion: DINOLoss, mixup: ViewMixup | None = None) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, criterion: DINOLoss, mixup: ViewMixup | None = None
+    ) -> None:
         self.student = student
         self.teacher = teacher
         self.criterion: DINOLoss = criterion
@@ -178,10 +204,25 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    for name in ("out_dim", "batch_size_per_gpu", "accum_iter", "epochs", "log_freq", "head_hidden_dim", "head_bottleneck_dim"):
+    for name in (
+        "out_dim",
+        "batch_size_per_gpu",
+        "accum_iter",
+        "epochs",
+        "log_freq",
+        "head_hidden_dim",
+        "head_bottleneck_dim",
+    ):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)} must be 1 or more")
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "num_workers", "saveckp_freq", "freeze_last_layer", "clip_grad"):
+    for name in (
+        "warmup_epochs",
+        "warmup_teacher_temp_epochs",
+        "num_workers",
+        "saveckp_freq",
+        "freeze_last_layer",
+        "clip_grad",
+    ):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} {getattr(args, name)} must be 0 or more")
     if not 0 <= args.momentum_teacher <= 1:
@@ -189,13 +230,17 @@ def check_args(args: argparse.Namespace) -> None:
     if args.zip_mode or args.tsv_mode or args.sampler != "distributed":
         raise UsageError("zip files, tsv files and other samplers are not supported yet; unpack the images to a folder")
     if args.dataset in {"imagenet22k", "webvision1", "openimages_v4"}:
-        raise UsageError(f"the file format of --dataset {args.dataset} is not supported yet; unpack the images to a folder")
+        raise UsageError(
+            f"the file format of --dataset {args.dataset} is not supported yet; unpack the images to a folder"
+        )
 
 
 # --------------------------------------------------------------------------- data
 
 
-def build_loader(args: argparse.Namespace, config: CfgNode, device: torch.device) -> torch.utils.data.DataLoader[data.Batch]:
+def build_loader(
+    args: argparse.Namespace, config: CfgNode, device: torch.device
+) -> torch.utils.data.DataLoader[data.Batch]:
     """The training images as batches of multi-crop views."""
     in_chans = config.MODEL.SPEC.IN_CHANS
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
@@ -325,7 +370,9 @@ def start_from_weights(method: EsViT, path: str) -> None:
     content = checkpoint.load_file(path)
     for network, key in ((method.student, "student"), (method.teacher, "teacher")):
         state, layout = checkpoint.network_state(content, key, path)
-        logger.info("%s from %s: %s", key, path, checkpoint.load_network(network, state, f"checkpoint '{path}'", layout))
+        logger.info(
+            "%s from %s: %s", key, path, checkpoint.load_network(network, state, f"checkpoint '{path}'", layout)
+        )
 
 
 # --------------------------------------------------------------------------- the run

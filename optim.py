@@ -19,7 +19,8 @@ OPTIMIZERS = ("adamw", "sgd", "lars")
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Two groups of trainable parameters: with weight decay, and (1-d tensors and biases) without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
@@ -37,7 +38,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     if name == "lars":
-        return Lars(groups, lr=0.0, momentum=0.9)  # type: ignore[no-any-return]
+        return Lars(groups, lr=0.0, momentum=0.9)
     raise UsageError(f"unknown optimizer '{name}'; choose one of {', '.join(OPTIMIZERS)}")
 
 

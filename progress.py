@@ -193,4 +193,6 @@ class RunLog:
         pixels = (view * torch.tensor(self.std).view(shape) + torch.tensor(self.mean).view(shape)).clamp(0, 1)
         pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
         margin = side - pixels.shape[-1]
-        return torch.nn.functional.pad(pixels, (margin // 2, margin - margin // 2, margin // 2, margin - margin // 2), value=1.0)
+        return torch.nn.functional.pad(
+            pixels, (margin // 2, margin - margin // 2, margin // 2, margin - margin // 2), value=1.0
+        )

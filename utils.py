@@ -162,7 +162,11 @@ def init_processes(args: argparse.Namespace) -> torch.device:
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", args.local_rank or 0))
+        rank, world, local_rank = (
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env.get("LOCAL_RANK", args.local_rank or 0)),
+        )
     elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         rank, world, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
         if args.dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():

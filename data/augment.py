@@ -83,7 +83,7 @@ class GaussianBlur:
             return image
         radius = random.uniform(0.1, 2.0)
         if isinstance(image, Tensor):
-            return TF.gaussian_blur(image, kernel_size=9, sigma=radius)  # type: ignore[no-any-return]
+            return TF.gaussian_blur(image, kernel_size=9, sigma=radius)
         return image.filter(ImageFilter.GaussianBlur(radius))
 
 
@@ -121,7 +121,9 @@ def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence
 
     def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> transforms.Compose:
         steps: list[Callable] = [
-            transforms.RandomResizedCrop(size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True),
+            transforms.RandomResizedCrop(
+                size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
+            ),
             transforms.RandomHorizontalFlip(p=0.5),
         ]
         if in_chans in (1, 3):
@@ -173,7 +175,7 @@ def deit_views(
 
     def view(size: int, scale: tuple[float, float], erase: float) -> ViewTransform:
         try:
-            return create_transform(  # type: ignore[no-any-return]
+            return create_transform(
                 size,
                 is_training=True,
                 scale=scale,
@@ -231,5 +233,3 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float], in_chans: i
             f"images of {in_chans} channels need {in_chans} values in INPUT.MEAN and {in_chans} positive ones in INPUT.STD, "
             f"not {list(mean)} and {list(std)}; set them in the yaml or as overrides, e.g. INPUT.MEAN '[0.5]' INPUT.STD '[0.25]'"
         )
-
-

@@ -39,7 +39,7 @@ class Sample(NamedTuple):
 
     views: list[Tensor]  # each (C, H, W); empty when no replacement could be read either
     label: int  # UNLABELLED without classes
-    index: int  # of the image asked for
+    image_index: int  # of the image asked for
     failures: tuple[str, ...]  # "path: reason" of every file that could not be read on the way
 
 
@@ -109,20 +109,22 @@ def read_image(path: str, in_chans: int) -> ImageLike:
     """
     if os.path.getsize(path) == 0:
         raise ValueError("the file is empty")
-    if path.lower().endswith(".npy"):
-        image: ImageLike = _to_tensor(np.load(path, allow_pickle=False), in_chans)
-    elif in_chans in (1, 3):
-        with Image.open(path) as file:
+    name = path.lower()
+    if name.endswith(".npy"):
+        pixels_CHW = _to_tensor(np.load(path, allow_pickle=False), in_chans)
+        return _to_pil(pixels_CHW) if in_chans in (1, 3) else pixels_CHW
+    if in_chans not in (1, 3) and name.endswith((".tif", ".tiff")):
+        return _to_tensor(tifffile.imread(path), in_chans)
+    with Image.open(path) as file:
+        if in_chans in (1, 3):
             return _eight_bit(file).convert("RGB" if in_chans == 3 else "L")
-    elif path.lower().endswith((".tif", ".tiff")):
-        image = _to_tensor(tifffile.imread(path), in_chans)
-    else:
-        with Image.open(path) as file:
-            image = _to_tensor(np.asarray(file), in_chans)
-    if in_chans in (1, 3):
-        pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        return Image.fromarray(pixels if in_chans == 3 else pixels[:, :, 0])
-    return image
+        return _to_tensor(np.asarray(file), in_chans)
+
+
+def _to_pil(pixels_CHW: Tensor) -> Image.Image:
+    """One or three channels in 0..1 as an 8-bit image."""
+    pixels = (pixels_CHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -171,18 +173,24 @@ def build_dataset(
     """
     root = Path(data_path)
     if not str(data_path) or not root.exists():
-        raise UsageError(f"data path '{data_path}' does not exist; --data_path takes a folder of images or a text file of paths")
+        raise UsageError(
+            f"data path '{data_path}' does not exist; --data_path takes a folder of images or a text file of paths"
+        )
     if root.is_file():
         paths, relative = _read_path_list(root), []
     else:
         if (root / split).is_dir():
             root = root / split
         elif need_labels and (root / ("val" if split == "train" else "train")).is_dir():
-            raise UsageError(f"{root} has no folder '{split}' beside the other one; evaluation needs DIR/train and DIR/val")
+            raise UsageError(
+                f"{root} has no folder '{split}' beside the other one; evaluation needs DIR/train and DIR/val"
+            )
         relative = _find_images(root)
         paths = [str(root / name) for name in relative]
     if not paths:
-        raise UsageError(f"no image found under {root}; looked in all sub-folders for files ending in {' '.join(EXTENSIONS)}")
+        raise UsageError(
+            f"no image found under {root}; looked in all sub-folders for files ending in {' '.join(EXTENSIONS)}"
+        )
     class_of_path = [name.split(os.sep, 1)[0] for name in relative if os.sep in name]
     if len(class_of_path) < len(paths):
         if need_labels:

@@ -37,7 +37,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     complete = all(sample.views for sample in samples)
     views = [torch.stack(view) for view in zip(*(sample.views for sample in samples))] if complete else []
     labels = torch.tensor([sample.label for sample in samples])
-    indices = torch.tensor([sample.index for sample in samples])
+    indices = torch.tensor([sample.image_index for sample in samples])
     return Batch(views, labels, indices, [failure for sample in samples for failure in sample.failures])
 
 
@@ -62,7 +62,7 @@ def build_train_loader(dataset: ImageDataset, batch_size: int, num_workers: int,
         dataset, num_replicas=world, rank=get_rank(), shuffle=True, seed=dataset.seed, drop_last=True
     )
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # collate makes a Batch of its Samples
         batch_size=batch_size,
         sampler=sampler,
         num_workers=usable_workers(num_workers),
@@ -96,7 +96,7 @@ class EveryNth(Sampler[int]):
 def build_eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
     """Batches of this process's share; over all processes each image comes exactly once."""
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # collate makes a Batch of its Samples
         batch_size=batch_size,
         sampler=EveryNth(len(dataset)),
         num_workers=usable_workers(num_workers),

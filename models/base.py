@@ -88,8 +88,8 @@ class Backbone(nn.Module, ABC):
     def run_block(self, block: nn.Module, *inputs: object) -> Tensor:
         """Call a block, through activation checkpointing when that is on and gradients are wanted."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(*inputs)  # type: ignore[no-any-return]
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     # ----------------------------------------------------------------- features
 

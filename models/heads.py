@@ -5,6 +5,8 @@ Origin: DINO (Caron et al., ICCV 2021) section 3.1 and appendix; state-dict keys
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -54,7 +56,7 @@ class DINOHead(nn.Module):
         super().__init__()
         widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
-        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
+        for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Linear(width_in, width_out))
             if i < len(widths) - 2:
                 layers += [nn.BatchNorm1d(width_out), nn.GELU()] if use_bn else [nn.GELU()]
@@ -65,7 +67,7 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, in_dim) to (rows, K)."""
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))  # type: ignore[no-any-return]
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -76,7 +76,7 @@ def load_arch_config(arch: str, path: str | None, overrides: list[str] | tuple[s
 
 
 def _check_family(arch: str, entry: Entry, config: CfgNode, source: str) -> None:
-    if config.MODEL.NAME != entry.config_name:
+    if entry.config_name != config.MODEL.NAME:
         raise UsageError(
             f"arch '{arch}' needs a yaml of MODEL.NAME '{entry.config_name}', {source} describes '{config.MODEL.NAME}'; "
             "change --arch or --cfg"

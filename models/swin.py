@@ -33,7 +33,13 @@ class WindowAttention(nn.Module):
     relative_position_index: Tensor
 
     def __init__(
-        self, dim: int, window: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0
+        self,
+        dim: int,
+        window: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -129,7 +135,7 @@ class PatchMerging(nn.Module):
         x = pad_to_windows(x_BHWC, 2)
         batch, height, width, channels = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, channels)
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # type: ignore[no-any-return]
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class SwinStage(nn.Module):
@@ -188,15 +194,21 @@ class SwinTransformer(Backbone):
 
     def _check(self, image_size: tuple[int, int], spec: CfgNode) -> None:
         if len(spec.NUM_HEADS) != len(spec.DEPTHS):
-            raise UsageError(f"MODEL.SPEC.NUM_HEADS {spec.NUM_HEADS} must have one entry for each of DEPTHS {spec.DEPTHS}")
+            raise UsageError(
+                f"MODEL.SPEC.NUM_HEADS {spec.NUM_HEADS} must have one entry for each of DEPTHS {spec.DEPTHS}"
+            )
         for dim, num_heads in zip(self.stage_dims, spec.NUM_HEADS):
             if dim % num_heads:
                 raise UsageError(f"MODEL.SPEC.NUM_HEADS {num_heads} must divide the {dim} channels of its stage")
         smallest = spec.PATCH_SIZE * 2 ** (len(spec.DEPTHS) - 1)
         if min(image_size) < smallest:
-            raise UsageError(f"MODEL.IMAGE_SIZE {list(image_size)} is below {smallest} pixels, what {len(spec.DEPTHS)} stages need")
+            raise UsageError(
+                f"MODEL.IMAGE_SIZE {list(image_size)} is below {smallest} pixels, what {len(spec.DEPTHS)} stages need"
+            )
         if spec.USE_APE:
-            raise UsageError("MODEL.SPEC.USE_APE True is not supported, no published EsViT network has it; set it to False")
+            raise UsageError(
+                "MODEL.SPEC.USE_APE True is not supported, no published EsViT network has it; set it to False"
+            )
 
     def forward_blocks(self, x_BCHW: Tensor, n: int = 1, attention: bool = False) -> list[BlockOutput]:
         """Outputs of the last `n` blocks in order; see `Backbone.forward_blocks`."""
@@ -204,7 +216,9 @@ class SwinTransformer(Backbone):
         outputs: list[BlockOutput] = []
         skipped = sum(self.stage_depths) - n
         for stage in self.layers:
+            assert isinstance(stage, SwinStage)
             for block in stage.blocks:
+                assert isinstance(block, SwinBlock)
                 maps = None
                 if attention and skipped <= 0:
                     x_BHWC, maps = block.forward_with_attention(x_BHWC)
@@ -231,7 +245,10 @@ def _init_weights(module: nn.Module) -> None:
 
 
 @register(
-    {size: CONFIGS.format(size.removeprefix("swin_")) for size in ("swin_tiny", "swin_small", "swin_base", "swin_large")}
+    {
+        size: CONFIGS.format(size.removeprefix("swin_"))
+        for size in ("swin_tiny", "swin_small", "swin_base", "swin_large")
+    }
     | {"swin": None},
     config_name="swin_transformer",
 )

@@ -9,19 +9,57 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
-
-TINY_SWIN = (
-    "MODEL.IMAGE_SIZE 32 MODEL.SPEC.DIM_EMBED 12 MODEL.SPEC.DEPTHS [1,2] MODEL.SPEC.NUM_HEADS [1,2] "
-    "MODEL.SPEC.WINDOW_SIZE 4 MODEL.SPEC.DROP_PATH_RATE 0.1"
-).split()
-TINY_RUN = (
-    "--cfg experiments/demo/swin_micro.yaml --arch swin --device cpu --precision fp32 --num_workers 0 --use_dense_prediction on "
-    "--out_dim 32 --head_hidden_dim 16 --head_bottleneck_dim 8 --local_crops_number 2 --local_crops_size 16 "
-    "--batch_size_per_gpu 4 --epochs 2 --warmup_epochs 0 --lr 0.01 --log_freq 1"
-).split()
+TINY_SWIN = [
+    "MODEL.IMAGE_SIZE",
+    "32",
+    "MODEL.SPEC.DIM_EMBED",
+    "12",
+    "MODEL.SPEC.DEPTHS",
+    "[1,2]",
+    "MODEL.SPEC.NUM_HEADS",
+    "[1,2]",
+    "MODEL.SPEC.WINDOW_SIZE",
+    "4",
+    "MODEL.SPEC.DROP_PATH_RATE",
+    "0.1",
+]
+TINY_RUN = [
+    "--cfg",
+    "experiments/demo/swin_micro.yaml",
+    "--arch",
+    "swin",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--num_workers",
+    "0",
+    "--use_dense_prediction",
+    "on",
+    "--out_dim",
+    "32",
+    "--head_hidden_dim",
+    "16",
+    "--head_bottleneck_dim",
+    "8",
+    "--local_crops_number",
+    "2",
+    "--local_crops_size",
+    "16",
+    "--batch_size_per_gpu",
+    "4",
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "0",
+    "--lr",
+    "0.01",
+    "--log_freq",
+    "1",
+]
 
 
 def write_images(root: Path, count: int, size: int = 40, classes: int = 0, seed: int = 0) -> Path:
@@ -49,7 +87,11 @@ def run_script(script: str, *args: str, processes: int = 0, timeout: float = 120
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    env = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"}}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"}
+    }
     env["OMP_NUM_THREADS"] = "1"
     command = [*launcher, script, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 
 import eval_knn
 import main_esvit
 import utils
-from runs import TINY_RUN, TINY_SWIN, run_script, write_images
-from utils import UsageError, run_script as run_as_script
+from utils import UsageError
+from utils import run_script as run_as_script
 
 # The published command line: names and defaults that must never change.
 PUBLISHED = {
@@ -36,7 +37,7 @@ PUBLISHED_KNN = {
     "pretrained_weights": "", "use_cuda": True, "patch_size": 16, "checkpoint_key": "teacher", "dump_features": None,
     "load_features": None, "num_workers": 10, "dist_url": "env://", "local_rank": None, "zip_mode": False,
 }  # fmt: skip
-ADDED_KNN = {
+ADDED_KNN: dict[str, object] = {
     "data_path": "", "image_size": None, "crop_ratio": 0.875, "baselines": False, "output_dir": None, "seed": 0,
     "device": "auto", "opts": [],
 }  # fmt: skip
@@ -123,16 +124,24 @@ def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str)
 def test_yaml_of_another_architecture(images: str, tmp_path: Path) -> None:
     yaml = tmp_path / "cvt.yaml"
     yaml.write_text("MODEL: {NAME: resnet_of_tomorrow}\n")
-    with pytest.raises(UsageError, match="resnet_of_tomorrow.*valid names: swin_transformer"):
+    with pytest.raises(UsageError, match=r"resnet_of_tomorrow.*valid names: swin_transformer"):
         parse("--data_path", images, "--cfg", str(yaml))
 
 
 def test_checkpoint_of_another_network(images: str, tmp_path: Path) -> None:
     parse("--data_path", images, "--output_dir", str(tmp_path / "a"), "--epochs", "1")
     weights = str(tmp_path / "a" / "checkpoint.pth")
-    command = [*TINY_RUN, "--data_path", images, "--output_dir", str(tmp_path / "b"), "--pretrained_weights_ckpt", weights]
+    command = [
+        *TINY_RUN,
+        "--data_path",
+        images,
+        "--output_dir",
+        str(tmp_path / "b"),
+        "--pretrained_weights_ckpt",
+        weights,
+    ]
     wider = [*TINY_SWIN, "MODEL.SPEC.DIM_EMBED", "24"]
-    with pytest.raises(UsageError, match="another network: .* has shape .* check --arch and --cfg"):
+    with pytest.raises(UsageError, match=r"another network: .* has shape .* check --arch and --cfg"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--seed", "0", *wider]))
 
 

@@ -7,12 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 
+import checkpoint
+
 pytestmark = pytest.mark.slow
-SAME_RUN = [*TINY_RUN, "--epochs", "2", "--clip_grad", "0.3", "--momentum_teacher", "0.9", "--optimizer", "sgd", "--lr", "1.0"]
+SAME_RUN = [
+    *TINY_RUN,
+    "--epochs",
+    "2",
+    "--clip_grad",
+    "0.3",
+    "--momentum_teacher",
+    "0.9",
+    "--optimizer",
+    "sgd",
+    "--lr",
+    "1.0",
+]
 
 
 def losses_of(run: Path) -> list[float]:
@@ -50,8 +62,16 @@ def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
     flags += ["--data_path", str(tmp_path / "images"), "--batch_size_per_gpu", "4", "--nb_knn", "1", "3"]
     outputs = []
     for run, processes in (("one", 0), ("two", 2)):
-        result = run_script("eval_knn.py", *flags, "--dump_features", str(tmp_path / run), "--output_dir", str(tmp_path / run),
-                            *TINY_SWIN, processes=processes)
+        result = run_script(
+            "eval_knn.py",
+            *flags,
+            "--dump_features",
+            str(tmp_path / run),
+            "--output_dir",
+            str(tmp_path / run),
+            *TINY_SWIN,
+            processes=processes,
+        )
         assert result.returncode == 0, result.stderr
         outputs.append([line for line in result.stdout.splitlines() if "Top1" in line])
     assert outputs[0] == outputs[1]

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import golden_json
 from torch import nn
 
 import optim
-from conftest import golden_json
 from utils import UsageError
 
 

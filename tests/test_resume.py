@@ -8,18 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from runs import TINY_RUN, TINY_SWIN, write_images
 from tensorboard.backend.event_processing import event_accumulator
+from torch import Tensor
 
 import checkpoint
 import engine
 import main_esvit
-from runs import TINY_RUN, TINY_SWIN, write_images
 from utils import UsageError
 
 
 def train(output_dir: Path, images: Path, *extra: str) -> None:
-    command_line = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(output_dir), *extra, "--device", "cpu", *TINY_SWIN]
+    command_line = [
+        *TINY_RUN,
+        "--data_path",
+        str(images),
+        "--output_dir",
+        str(output_dir),
+        *extra,
+        "--device",
+        "cpu",
+        *TINY_SWIN,
+    ]
     main_esvit.main(main_esvit.get_args_parser().parse_args(command_line))
 
 
@@ -36,9 +46,10 @@ def train_until(epochs: int, monkeypatch: pytest.MonkeyPatch, output_dir: Path, 
         if epoch + 1 == epochs:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(engine, "save_run", save_and_die)
-        train(output_dir, images, *extra)
+        with pytest.raises(Killed):
+            train(output_dir, images, *extra)
 
 
 def assert_identical(a: Any, b: Any, where: str = "") -> None:
@@ -73,7 +84,9 @@ def test_two_steps_resume_two_steps_is_four_steps(
     assert whole["epoch"] == 2
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
-    losses = [[json.loads(line)["train_loss"] for line in (tmp_path / run / "log.txt").open()] for run in ("whole", "parts")]
+    losses = [
+        [json.loads(line)["train_loss"] for line in (tmp_path / run / "log.txt").open()] for run in ("whole", "parts")
+    ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2
 
@@ -99,7 +112,9 @@ def test_run_folder(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert {"torch", "timm"} <= run["packages"].keys()
     assert "DIM_EMBED: 12" in (tmp_path / "config.yaml").read_text()
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert [event.value for event in events.Scalars("epoch/train_loss")] == pytest.approx([line["train_loss"] for line in lines])
+    assert [event.value for event in events.Scalars("epoch/train_loss")] == pytest.approx(
+        [line["train_loss"] for line in lines]
+    )
     assert len(events.Scalars("step/loss")) == 4
     assert events.Tags()["images"] == ["crops"]
 
@@ -117,7 +132,18 @@ def test_training_improves_on_its_own_start(images: Path, tmp_path: Path) -> Non
 def test_start_from_weights_is_a_new_schedule(images: Path, tmp_path: Path) -> None:
     train(tmp_path / "first", images)
     weights = str(tmp_path / "first" / "checkpoint.pth")
-    train(tmp_path / "second", images, "--pretrained_weights_ckpt", weights, "--lr", "0", "--min_lr", "0", "--momentum_teacher", "1")
+    train(
+        tmp_path / "second",
+        images,
+        "--pretrained_weights_ckpt",
+        weights,
+        "--lr",
+        "0",
+        "--min_lr",
+        "0",
+        "--momentum_teacher",
+        "1",
+    )
     first, second = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("first", "second"))
     assert_identical(first["teacher"], second["teacher"])
     assert_identical(first["student"], second["student"])

@@ -6,10 +6,10 @@ from functools import lru_cache
 
 import pytest
 import torch
+from conftest import ROOT, golden_arrays, golden_json, relative_error
 from fill import crops, fill_
 
 from config import load_config
-from conftest import ROOT, golden_arrays, golden_json, relative_error
 from models import Backbone, MultiCropOutput, build_model
 from models.heads import DINOHead
 from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
@@ -62,7 +62,9 @@ def test_headless_features(window: int) -> None:
     assert relative_error(network(views[0]), golden["backbone_224"]) < TOLERANCE
     assert relative_error(network(views[2]), golden["backbone_96"]) < TOLERANCE
     for n in (1, 4, 7):
-        assert relative_error(network.forward_return_n_last_blocks(views[0], n), golden[f"n_last_blocks_{n}"]) < TOLERANCE
+        assert (
+            relative_error(network.forward_return_n_last_blocks(views[0], n), golden[f"n_last_blocks_{n}"]) < TOLERANCE
+        )
 
 
 @torch.no_grad()

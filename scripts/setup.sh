@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Sourced by demo.sh and test.sh: from the project's root, make .venv if missing and install the given requirement files.
+# A record of what was installed lets a second start skip pip.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=.venv/bin/python
+if [ ! -x "$PYTHON" ]; then
+    base=${PYTHON_BIN:-python3}
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "error: $("$base" --version) is too old, Python 3.10 or newer is needed; name one with PYTHON_BIN=" >&2
+        exit 2
+    }
+    "$base" -m venv .venv
+fi
+
+install_requirements() {
+    local file stamp
+    for file in "$@"; do
+        stamp=.venv/installed-$file
+        if ! cmp -s "$file" "$stamp"; then
+            echo "installing $file into .venv (once, some minutes)"
+            "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file"
+            cp "$file" "$stamp"
+        fi
+    done
+}

@@ -1,0 +1,144 @@
+"""Checkpoint files: whole or absent, read safely, and loaded in full or refused with names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+from utils import UsageError
+
+
+class Net(nn.Module):
+    """A backbone of one layer with a head."""
+
+    def __init__(self, width: int = 3, prototypes: int = 4, head: bool = True) -> None:
+        super().__init__()
+        self.body = nn.Linear(width, 2)
+        self.norm = nn.BatchNorm1d(2)
+        self.head: nn.Module = nn.Module() if head else nn.Identity()
+        if head:
+            last = nn.Module()
+            last.weight_g = nn.Parameter(torch.ones(prototypes, 1))
+            last.weight_v = nn.Parameter(torch.randn(prototypes, 2))
+            self.head.last_layer = last
+
+
+def full_checkpoint(net: nn.Module) -> dict[str, object]:
+    """A file as published: prefixed networks and an argparse.Namespace."""
+    state = checkpoint.prefixed(net.state_dict())
+    return {"student": state, "teacher": state, "epoch": 3, "args": argparse.Namespace(arch="net", lr=0.1)}
+
+
+def test_round_trip_with_published_namespace(tmp_path: Path) -> None:
+    net = Net()
+    checkpoint.save_file(full_checkpoint(net), tmp_path / "checkpoint.pth")
+    content = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    assert content["args"].arch == "net"
+    assert content["epoch"] == 3
+    loaded = Net()
+    state, layout = checkpoint.network_state(content, "teacher", "x")
+    report = checkpoint.load_network(loaded, state, "x", layout)
+    assert str(report) == "full checkpoint, teacher: 9 tensors loaded, 0 left out"
+    for name, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_backbone_leaves_heads_out_and_bare_files_load(tmp_path: Path) -> None:
+    net, headless = Net(), Net(head=False)
+    checkpoint.save_file(full_checkpoint(net), tmp_path / "full.pth")
+    report = checkpoint.load_backbone(headless, tmp_path / "full.pth")
+    assert (report.matched, report.left_out) == (7, 2)
+    assert torch.equal(headless.body.weight, net.body.weight)
+    checkpoint.save_file(Net(head=False).state_dict(), tmp_path / "bare.pth")
+    assert checkpoint.load_backbone(headless, tmp_path / "bare.pth").layout == "bare network"
+    prototypes = dict(net.named_parameters())["head.last_layer.weight_v"]
+    before = prototypes.detach().clone()
+    checkpoint.load_backbone(net, tmp_path / "bare.pth")
+    assert torch.equal(prototypes, before)
+    assert torch.equal(net.body.weight, headless.body.weight)
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (Net(width=5), r"body.weight has shape \(2, 3\), this one wants \(2, 5\)"),
+        (Net(prototypes=6), "heads of 4 prototypes, this run of 6; set --out_dim 4"),
+        (nn.Linear(3, 2), r"2 tensors are missing \(weight, bias\), 7 unexpected \(body.weight"),
+    ],
+    ids=["shape", "prototypes", "names"],
+)
+def test_another_network_is_refused_and_left_alone(net: nn.Module, words: str) -> None:
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(UsageError, match=words):
+        checkpoint.load_network(net, Net().state_dict(), "the file")
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_missing_key_names_those_that_are_there() -> None:
+    with pytest.raises(UsageError, match="has no 'teacher'; it has epoch, student"):
+        checkpoint.network_state({"student": {}, "epoch": 1}, "teacher", "file.pth")
+    with pytest.raises(UsageError, match="holds no tensors"):
+        checkpoint.network_state({"epoch": 1}, "teacher", "file.pth")
+
+
+class Sneaky:
+    """Unpickling it would run code."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "picture", "list", "code", "missing", "folder"])
+def test_damaged_and_foreign_files(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file.pth"
+    checkpoint.save_file(full_checkpoint(Net()), path)
+    whole = path.read_bytes()
+    contents = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"hello, this is no checkpoint",
+        "picture": b"\x89PNG\r\n\x1a\n" + bytes(200),
+        "code": pickle.dumps({"teacher": Sneaky()}),
+    }
+    if kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "missing":
+        path.unlink()
+    elif kind == "folder":
+        path = tmp_path
+    else:
+        path.write_bytes(contents[kind])
+    with pytest.raises(UsageError) as caught:
+        checkpoint.load_file(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_is_never_run(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({"teacher": Sneaky()}, path)
+    with pytest.raises(UsageError, match=r"not read for safety.*convert it once"):
+        checkpoint.load_file(path)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save_file({"epoch": 1}, path)
+
+    def half_written(state: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_file({"epoch": 2}, path)
+    monkeypatch.undo()
+    assert checkpoint.load_file(path) == {"epoch": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]

@@ -1,0 +1,138 @@
+"""The demo data: the parts share no pixel, the files are the same each time, an incomplete set is made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import demo
+
+FEW = {"train": 3, "val": 2}
+DRAWS = 300
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Relative path and bytes of every file."""
+    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def few() -> Iterator[None]:
+    """A reduced data set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "CROPS", FEW)
+        yield
+
+
+@pytest.fixture(scope="module")
+def written(few: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("demo") / "data"
+    demo.write_demo_data(root)
+    return root
+
+
+@pytest.fixture
+def one_photograph(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root to write to, with one picture for photographs: red where training crops come from, blue elsewhere."""
+    pixels = np.zeros((40, 50, 3), dtype=np.uint8)
+    pixels[:, :30, 0] = 255
+    pixels[:, 30:, 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    monkeypatch.setattr(demo, "photographs", lambda: {"picture": tmp_path / "picture.png"})
+    return tmp_path / "data"
+
+
+def test_twenty_photographs() -> None:
+    found = demo.photographs()
+    assert len(found) == 20
+    assert len(set(found.values())) == 20
+    assert all(path.is_file() for path in found.values())
+
+
+@pytest.mark.parametrize("name", [*demo.SKIMAGE, *demo.SKLEARN])
+def test_parts_share_no_pixel(name: str) -> None:
+    with Image.open(demo.photographs()[name]) as image:
+        width, height = image.size
+    columns = demo.split_columns(width)
+    assert columns["train"][0] == 0
+    assert columns["train"][1] == columns["val"][0]
+    assert columns["val"][1] == width
+    assert columns["train"][1] / width == pytest.approx(0.6, abs=0.5 / width)
+    rng = np.random.default_rng(0)
+    for part, (start, end) in columns.items():
+        squares = np.array([demo.random_square(rng, columns[part], height) for _ in range(DRAWS)])
+        left, top, right, bottom = squares.T
+        assert (right - left == bottom - top).all()
+        assert left.min() >= start
+        assert right.max() <= end
+        assert top.min() >= 0
+        assert bottom.max() <= height
+        sides = (right - left) / min(end - start, height)
+        assert sides.min() == pytest.approx(0.25, abs=0.03)
+        assert sides.max() == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize(("columns", "height"), [((0, 1), 1), ((3, 5), 1), ((2, 4), 100)])
+def test_smallest_squares(columns: tuple[int, int], height: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        left, top, right, bottom = demo.random_square(rng, columns, height)
+        assert columns[0] <= left < right <= columns[1]
+        assert 0 <= top < bottom <= height
+
+
+def test_crops_take_their_colour_from_their_part_alone(one_photograph: Path) -> None:
+    demo.write_demo_data(one_photograph)
+    for part, colour in (("train", (255, 0, 0)), ("val", (0, 0, 255))):
+        files = list((one_photograph / part / "picture").iterdir())
+        assert len(files) == FEW[part]
+        for file in files:
+            assert (np.asarray(Image.open(file)) == colour).all(), file
+
+
+def test_folders_counts_and_sizes(written: Path) -> None:
+    for part, count in FEW.items():
+        assert sorted(folder.name for folder in (written / part).iterdir()) == sorted(demo.photographs())
+        for folder in (written / part).iterdir():
+            assert sorted(file.name for file in folder.iterdir()) == [f"{number:03}.png" for number in range(count)]
+            for file in folder.iterdir():
+                with Image.open(file) as image:
+                    assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+def test_crops_differ(written: Path) -> None:
+    files = list(written.rglob("*.png"))
+    assert len({file.read_bytes() for file in files}) == len(files) == 20 * sum(FEW.values())
+
+
+def test_same_files_each_time(written: Path, tmp_path: Path) -> None:
+    demo.write_demo_data(tmp_path)
+    assert contents(tmp_path) == contents(written)
+
+
+def test_complete_set_is_left_alone(one_photograph: Path) -> None:
+    demo.write_demo_data(one_photograph)
+    times = {file: file.stat().st_mtime_ns for file in one_photograph.rglob("*")}
+    demo.write_demo_data(one_photograph)
+    assert {file: file.stat().st_mtime_ns for file in one_photograph.rglob("*")} == times
+
+
+@pytest.mark.parametrize("record", [None, "", '{"crops": {"tr', '{"seed": 7}', "[]"])
+def test_interrupted_or_outdated_set_is_made_anew(one_photograph: Path, record: str | None) -> None:
+    demo.write_demo_data(one_photograph)
+    complete = contents(one_photograph)
+    folder = one_photograph / "train" / "picture"
+    (folder / "000.png").unlink()
+    (folder / "001.png").write_bytes(b"half a file")
+    (folder / "999.png").write_bytes(b"of other settings")
+    record_file = one_photograph / "demo.json"
+    if record is None:
+        record_file.unlink()
+    else:
+        record_file.write_text(record)
+    demo.write_demo_data(one_photograph)
+    assert contents(one_photograph) == complete

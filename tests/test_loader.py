@@ -1,0 +1,255 @@
+"""From samples to batches: collating, the share of each process, epochs, workers, and the count of unreadable files."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.datasets import UNLABELLED, ImageDataset, ImageLike, Sample, build_dataset
+from data.loader import (
+    Batch,
+    EveryNth,
+    FailureTally,
+    build_eval_loader,
+    build_train_loader,
+    collate,
+    set_epoch,
+    usable_workers,
+)
+from utils import UsageError
+
+IMAGES = 11
+CPU = torch.device("cpu")
+
+
+def value_and_noise(image: ImageLike) -> list[Tensor]:
+    """Two views: the grey value of the image, and numbers from every generator."""
+    assert isinstance(image, Image.Image)
+    grey = float(np.asarray(image).mean())
+    return [
+        torch.full((1, 2, 2), grey),
+        torch.tensor([random.random(), float(np.random.rand()), float(torch.rand(()))]),
+    ]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> ImageDataset:
+    """Image i is filled with the value i and its class is i."""
+    for i in range(IMAGES):
+        (tmp_path / f"{i:02}").mkdir()
+        Image.fromarray(np.full((4, 4), i, dtype=np.uint8)).save(tmp_path / f"{i:02}" / "image.png")
+    return build_dataset(tmp_path, "train", value_and_noise)
+
+
+def set_world(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setattr("data.loader.get_rank", lambda: rank)
+    monkeypatch.setattr("data.loader.get_world_size", lambda: world)
+
+
+def one_epoch(dataset: ImageDataset, epoch: int, batch_size: int = 4, num_workers: int = 0) -> list[Batch]:
+    loader = build_train_loader(dataset, batch_size, num_workers, pin_memory=False)
+    set_epoch(loader, epoch)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    return batches
+
+
+def indices(batches: list[Batch]) -> list[int]:
+    return [int(index) for batch in batches for index in batch.indices_B]
+
+
+def equal(first: list[Batch], second: list[Batch]) -> bool:
+    """Whether two passes gave the same images in the same order with the same views."""
+    return indices(first) == indices(second) and all(
+        torch.equal(a, b) for one, other in zip(first, second) for a, b in zip(one.views, other.views)
+    )
+
+
+# --------------------------------------------------------------------------- collate
+
+
+def sample(index: int, views: int = 2, failures: tuple[str, ...] = ()) -> Sample:
+    return Sample([torch.full((3, 4 - v, 4 - v), 10.0 * index + v) for v in range(views)], index + 100, index, failures)
+
+
+def test_collate_stacks_view_by_view() -> None:
+    batch = collate(
+        [sample(2), sample(0, failures=("a.png: gone", "b.png: empty")), sample(1, failures=("a.png: gone",))]
+    )
+    assert [view.shape for view in batch.views] == [(3, 3, 4, 4), (3, 3, 3, 3)]
+    assert batch.views[0][:, 0, 0, 0].tolist() == [20, 0, 10]
+    assert batch.views[1][:, 0, 0, 0].tolist() == [21, 1, 11]
+    assert batch.labels_B.tolist() == [102, 100, 101]
+    assert batch.indices_B.tolist() == [2, 0, 1]
+    assert batch.failures == ["a.png: gone", "b.png: empty", "a.png: gone"]
+
+
+def test_collate_without_a_view_of_one_image_has_no_view() -> None:
+    unread = Sample([], UNLABELLED, 7, ("a.png: gone",))
+    batch = collate([sample(0), unread])
+    assert batch.views == []
+    assert batch.labels_B.tolist() == [100, UNLABELLED]
+    assert batch.indices_B.tolist() == [0, 7]
+    assert batch.failures == ["a.png: gone"]
+
+
+# --------------------------------------------------------------------------- training
+
+
+def test_train_loader_leaves_out_the_last_incomplete_batch(dataset: ImageDataset) -> None:
+    batches = one_epoch(dataset, 0)
+    assert [len(batch.indices_B) for batch in batches] == [4, 4]
+    assert len(set(indices(batches))) == 8
+
+
+def test_batches_hold_what_their_indices_say(dataset: ImageDataset) -> None:
+    for batch in one_epoch(dataset, 0, batch_size=IMAGES):
+        assert sorted(batch.indices_B.tolist()) == list(range(IMAGES))
+        assert torch.equal(batch.labels_B, batch.indices_B)
+        assert torch.equal(batch.views[0][:, 0, 0, 0], batch.indices_B.float())
+
+
+def test_epochs_differ_and_repeat(dataset: ImageDataset) -> None:
+    first = one_epoch(dataset, 0)
+    second = one_epoch(dataset, 1)
+    assert indices(first) != indices(second)
+    noise = [{int(i): view for b in epoch for i, view in zip(b.indices_B, b.views[1])} for epoch in (first, second)]
+    assert all(not torch.equal(noise[0][i], noise[1][i]) for i in noise[0].keys() & noise[1].keys())
+    assert equal(first, one_epoch(dataset, 0))
+    assert equal(second, one_epoch(dataset, 1))
+
+
+def test_seeds_differ(dataset: ImageDataset) -> None:
+    first = one_epoch(dataset, 0)
+    dataset.seed = 1
+    assert indices(first) != indices(one_epoch(dataset, 0))
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_workers_change_nothing(dataset: ImageDataset, epoch: int) -> None:
+    assert equal(one_epoch(dataset, epoch, num_workers=0), one_epoch(dataset, epoch, num_workers=2))
+
+
+def test_one_loader_over_several_epochs_with_workers(dataset: ImageDataset) -> None:
+    loader = build_train_loader(dataset, 4, num_workers=1, pin_memory=False)
+    passes = []
+    for epoch in (0, 1):
+        set_epoch(loader, epoch)
+        passes.append(list(loader))
+    for epoch in (0, 1):
+        assert equal(passes[epoch], one_epoch(dataset, epoch))
+
+
+def test_global_random_numbers_change_nothing(dataset: ImageDataset) -> None:
+    first = one_epoch(dataset, 0)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    assert equal(first, one_epoch(dataset, 0))
+
+
+def test_processes_share_an_epoch(dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for rank in range(3):
+        set_world(monkeypatch, rank, 3)
+        shares.append(indices(one_epoch(dataset, 5, batch_size=1)))
+    assert [len(share) for share in shares] == [3, 3, 3]
+    assert len({index for share in shares for index in share}) == 9
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(12, 1), (6, 2), (4, 3)])
+def test_batch_larger_than_the_data(
+    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, batch_size: int, world: int
+) -> None:
+    set_world(monkeypatch, 0, world)
+    with pytest.raises(UsageError, match=f"11 images .* one batch of {batch_size} x {world} .*--batch_size_per_gpu"):
+        build_train_loader(dataset, batch_size, 0, pin_memory=False)
+
+
+def test_batch_of_all_data_is_one_batch(dataset: ImageDataset) -> None:
+    assert len(build_train_loader(dataset, IMAGES, 0, pin_memory=False)) == 1
+
+
+def test_workers_are_at_most_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 5}, raising=False)
+    assert [usable_workers(wanted) for wanted in (0, 2, 3, 10)] == [0, 2, 3, 3]
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 10, 11, 12])
+def test_every_nth_covers_each_index_once(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    shares = []
+    for rank in range(3):
+        set_world(monkeypatch, rank, 3)
+        sampler = EveryNth(length)
+        shares.append(list(sampler))
+        assert len(sampler) == len(shares[-1])
+        assert all(index % 3 == rank for index in shares[-1])
+    assert sorted(index for share in shares for index in share) == list(range(length))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_eval_loader_is_in_order_and_complete(dataset: ImageDataset) -> None:
+    batches = list(build_eval_loader(dataset, 4, num_workers=0, pin_memory=False))
+    assert [len(batch.indices_B) for batch in batches] == [4, 4, 3]
+    assert indices(batches) == list(range(IMAGES))
+
+
+# --------------------------------------------------------------------------- unreadable files
+
+
+def failures_of(*numbers: int) -> list[str]:
+    return [f"{number}.png: the file is empty" for number in numbers]
+
+
+def test_tally_counts_each_path_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.logger.propagate", True)
+    tally = FailureTally(images=200)
+    for _ in range(5):
+        tally.add(failures_of(1, 2, 1), CPU)
+        tally.add([], CPU)
+    assert tally.seen == {"1.png": "the file is empty", "2.png": "the file is empty"}
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    assert "1.png (the file is empty)" in warnings[0]
+    assert "2.png (the file is empty)" in warnings[1]
+
+
+@pytest.mark.parametrize("percents", [1, 2, 3, 7, 29, 57])
+def test_tally_stops_above_one_percent_not_at_it(percents: int) -> None:
+    tally = FailureTally(images=100 * percents)
+    tally.add(failures_of(*range(percents)), CPU)
+    with pytest.raises(UsageError, match=f"{percents + 1} of {100 * percents} images cannot be read, more than 1 %"):
+        tally.add(failures_of(percents), CPU)
+
+
+def test_tally_stops_at_the_first_failure_of_a_small_set() -> None:
+    with pytest.raises(UsageError, match=r"1 of 99 images cannot be read.*0\.png \(the file is empty\)"):
+        FailureTally(images=99).add(failures_of(0), CPU)
+
+
+def test_tally_lists_what_failed() -> None:
+    with pytest.raises(UsageError) as caught:
+        FailureTally(images=100).add(failures_of(3, 5), CPU)
+    assert str(caught.value).endswith("3.png (the file is empty); 5.png (the file is empty)")
+    with pytest.raises(UsageError, match=r"9\.png \(the file is empty\); and 3 more$") as caught:
+        FailureTally(images=100).add(failures_of(*range(13)), CPU)
+    assert "10.png" not in str(caught.value)
+
+
+def test_tally_knows_files_apart_whose_folder_has_a_colon(tmp_path: Path) -> None:
+    folder = tmp_path / "holiday: beach"
+    folder.mkdir()
+    for name in ("1.png", "2.png"):
+        (folder / name).touch()
+    unreadable = build_dataset(tmp_path, "train", value_and_noise)
+    with pytest.raises(UsageError, match=r"2 of 150 images.*1\.png.*2\.png"):
+        FailureTally(images=150).add(collate([unreadable[0], unreadable[1]]).failures, CPU)
