@@ -11,6 +11,7 @@ Origin: key names follow the yaml files of EsViT (microsoft/esvit); the file for
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,9 @@ PUBLISHED_UNUSED = {
     *("INPUT.IMAGE_SIZE", "INPUT.CROP_PCT", "INPUT.INTERPOLATION"),
 }
 
+# Keys whose number, or every number of whose list, is a count of at least 1.
+POSITIVE = {"IMAGE_SIZE", "PATCH_SIZE", "IN_CHANS", "DIM_EMBED", "DEPTHS", "NUM_HEADS", "WINDOW_SIZE"}
+
 _reported: set[str] = set()
 
 
@@ -123,8 +127,11 @@ def _read_chain(path: Path, opened: tuple[Path, ...]) -> dict[str, tuple[Any, st
     if not isinstance(content, dict):
         raise UsageError(f"config file {path} holds a {type(content).__name__}, not KEY: VALUE pairs")
     bases = content.pop("BASE", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UsageError(f"BASE in {path} takes a list of yaml files beside it, not {bases!r}")
     values: dict[str, tuple[Any, str]] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         if base:
             values.update(_read_chain(path.parent / base, (*opened, path)))
     values.update({key: (value, str(path)) for key, value in _leaves(content)})
@@ -160,7 +167,7 @@ def _parse(text: str, where: str) -> Any:
 def _schema_node(name_and_source: tuple[Any, str]) -> CfgNode:
     """A fresh node with the schema's defaults for a MODEL.NAME."""
     name, where = name_and_source
-    if name not in SPECS:
+    if not isinstance(name, str) or name not in SPECS:
         raise UsageError(f"MODEL.NAME '{name}' in {where} is unknown; valid names: {', '.join(SPECS)}")
     config = CfgNode(SCHEMA).clone()
     config.MODEL.NAME = name
@@ -181,6 +188,9 @@ def _cast(key: str, value: Any, default: Any, where: str) -> Any:
         value = [value, value]
     if isinstance(default, list) and isinstance(value, list | tuple):
         value = [_cast(key, item, default[0], where) for item in value]
+    if isinstance(default, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # yaml 1.1 reads 1e-4 as text
     if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
@@ -191,7 +201,14 @@ def _cast(key: str, value: Any, default: Any, where: str) -> Any:
 
 
 def _check_values(config: CfgNode) -> None:
-    """Relations between keys that no single type can express."""
+    """Ranges, and relations between keys, that no single type can express."""
+    for key, value in _leaves(config):
+        last = key.rsplit(".", 1)[-1]
+        numbers = value if isinstance(value, list) else [value]
+        if last in POSITIVE and (not numbers or min(numbers) < 1):
+            raise UsageError(f"config key '{key}' must be 1 or more, not {value}")
+        if last.endswith("_RATE") and not all(0 <= number <= 1 for number in numbers):
+            raise UsageError(f"config key '{key}' must lie in 0..1, not {value}")
     if len(config.MODEL.IMAGE_SIZE) != 2:
         raise UsageError(f"MODEL.IMAGE_SIZE takes [height, width], not {config.MODEL.IMAGE_SIZE}")
     if len(config.INPUT.MEAN) != len(config.INPUT.STD):
@@ -202,12 +219,11 @@ def _check_values(config: CfgNode) -> None:
 
 def _suggestion(key: str, known: dict[str, Any]) -> str:
     """`; did you mean ...?`: the nearest dotted key, or the nearest by last name when the path is off."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
     if not nearest:
         last_names = {name.rsplit(".", 1)[-1]: name for name in known}
-        nearest = [
-            last_names[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.0)
-        ]
+        last = key.upper().rsplit(".", 1)[-1]
+        nearest = [last_names[n] for n in difflib.get_close_matches(last, last_names, n=1, cutoff=0.0)]
     return f"; did you mean '{nearest[0]}'?"
 
 

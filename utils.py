@@ -280,7 +280,8 @@ def isolated_rng(*entropy: int) -> Iterator[None]:
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        sequence = np.random.SeedSequence([number % 2**64 for number in entropy])
+        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every device, a millisecond a sample

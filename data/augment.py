@@ -9,6 +9,7 @@ ICML 2021) through timm.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -62,8 +63,12 @@ def check_crops(crops: Crops) -> None:
             f"--local_crops_number {list(crops.local_numbers)} and --local_crops_size {list(crops.local_sizes)} "
             "must have the same length, one number for each size"
         )
-    if min(crops.local_numbers) < 0 or min(crops.local_sizes) < 1 or crops.global_size < 1:
-        raise UsageError(f"numbers of crops must be 0 or more and sizes 1 or more, not {tuple(crops)}")
+    if min(crops.local_numbers, default=0) < 0:
+        raise UsageError(f"--local_crops_number {list(crops.local_numbers)} must be 0 or more")
+    if min(crops.local_sizes, default=1) < 1:
+        raise UsageError(f"--local_crops_size {list(crops.local_sizes)} must be 1 or more")
+    if crops.global_size < 1:
+        raise UsageError(f"--global_crops_size {crops.global_size} must be 1 or more")
     for flag, (low, high) in (("global", crops.global_scale), ("local", crops.local_scale)):
         if not 0 < low <= high <= 1:
             raise UsageError(f"--{flag}_crops_scale {low} {high} must be two numbers with 0 < low <= high <= 1")
@@ -117,7 +122,12 @@ def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence
     """DINO's views: blur always on the first global view, sometimes with solarisation on the second, half the time on local ones.
 
     `strength` is the amount of brightness and contrast jitter (published: 0.4); saturation has half of it, hue a quarter.
+
+    Raises:
+        UsageError: a strength outside 0..2, where the hue would leave its range.
     """
+    if not 0 <= strength <= 2:
+        raise UsageError(f"--color-jitter {strength} must lie in 0..2")
 
     def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> transforms.Compose:
         steps: list[Callable] = [
@@ -228,7 +238,10 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float], in_chans: i
     Raises:
         UsageError: naming the config keys.
     """
-    if len(mean) != in_chans or len(std) != in_chans or min(std) <= 0:
+    fits = (
+        len(mean) == len(std) == in_chans > 0 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
+    )
+    if not fits:
         raise UsageError(
             f"images of {in_chans} channels need {in_chans} values in INPUT.MEAN and {in_chans} positive ones in INPUT.STD, "
             f"not {list(mean)} and {list(std)}; set them in the yaml or as overrides, e.g. INPUT.MEAN '[0.5]' INPUT.STD '[0.25]'"

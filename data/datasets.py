@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -26,9 +26,6 @@ from utils import UsageError, isolated_rng
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 UNLABELLED = -1
 REPLACEMENT_TRIES = 20
-
-# What decoders raise on damaged files; SyntaxError is Pillow's word for a broken PNG chunk.
-READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
 
 ImageLike = Image.Image | Tensor
 Transform = Callable[[ImageLike], list[Tensor]]
@@ -40,7 +37,7 @@ class Sample(NamedTuple):
     views: list[Tensor]  # each (C, H, W); empty when no replacement could be read either
     label: int  # UNLABELLED without classes
     image_index: int  # of the image asked for
-    failures: tuple[str, ...]  # "path: reason" of every file that could not be read on the way
+    failures: tuple[str, ...]  # "path: reason" (no ": " in it) of every unreadable file on the way
 
 
 class ImageDataset(Dataset[Sample]):
@@ -87,10 +84,12 @@ class ImageDataset(Dataset[Sample]):
         with isolated_rng(self.seed, self.epoch, index):
             chosen = index
             for _ in range(REPLACEMENT_TRIES):
+                path = self.path(chosen)
                 try:
-                    image = read_image(self.path(chosen), self.in_chans)
-                except READ_ERRORS as error:
-                    failures.append(f"{self.path(chosen)}: {' '.join(str(error).split()) or type(error).__name__}")
+                    image = read_image(path, self.in_chans)
+                except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
+                    reason = " ".join(str(error).replace(": ", " ").split()) or type(error).__name__
+                    failures.append(f"{path}: {reason}")
                     chosen = int(np.random.randint(len(self)))
                     continue
                 return Sample(self.transform(image), int(self.labels[chosen]), index, tuple(failures))
@@ -105,7 +104,7 @@ def read_image(path: str, in_chans: int) -> ImageLike:
         the full range of integer files.
 
     Raises:
-        OSError, ValueError, SyntaxError: see `READ_ERRORS`.
+        Exception: of any kind, on damaged files.
     """
     if os.path.getsize(path) == 0:
         raise ValueError("the file is empty")
@@ -128,7 +127,9 @@ def _to_pil(pixels_CHW: Tensor) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey images scaled to 8 bits; Pillow's own conversion would clip them to white."""
+    """16-bit grey images, and floats in 0..1, scaled to 8 bits; Pillow's own conversion would clip them."""
+    if image.mode == "F":
+        return Image.fromarray((np.asarray(image).clip(0, 1) * 255).round().astype(np.uint8))
     if image.mode.startswith("I;16") or image.mode == "I":
         pixels = np.asarray(image).astype(np.float64) / 65535 * 255
         return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
@@ -141,7 +142,7 @@ def _to_tensor(pixels: np.ndarray, in_chans: int) -> Tensor:
         pixels = pixels[:, :, None]
     if pixels.ndim == 3 and pixels.shape[2] != in_chans and pixels.shape[0] == in_chans:
         pixels = pixels.transpose(1, 2, 0)
-    if pixels.ndim != 3 or pixels.shape[2] != in_chans:
+    if pixels.ndim != 3 or pixels.shape[2] != in_chans or pixels.size == 0:
         raise ValueError(f"the array has shape {pixels.shape}, {in_chans} channels are wanted")
     scale = float(np.iinfo(pixels.dtype).max) if np.issubdtype(pixels.dtype, np.integer) else 1.0
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(scale))
@@ -187,6 +188,8 @@ def build_dataset(
             )
         relative = _find_images(root)
         paths = [str(root / name) for name in relative]
+    if not paths and root.is_file():
+        raise UsageError(f"{root} names no path; it takes the path of one image a line")
     if not paths:
         raise UsageError(
             f"no image found under {root}; looked in all sub-folders for files ending in {' '.join(EXTENSIONS)}"
@@ -202,10 +205,11 @@ def build_dataset(
 
 
 def _find_images(root: Path) -> list[str]:
-    """Image files below `root`, relative to it, sorted; links to folders are followed."""
+    """Image files below `root`, relative to it, sorted; links to folders are followed, but not in a circle."""
     found = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders.sort()
+        parents = {os.path.realpath(folder)} | {os.path.realpath(p) for p in Path(folder).parents}
+        subfolders[:] = sorted(s for s in subfolders if os.path.realpath(os.path.join(folder, s)) not in parents)
         found += [os.path.relpath(os.path.join(folder, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
     return sorted(found)
 

@@ -91,7 +91,7 @@ def write_demo_data(root: Path) -> None:
     """
     record = {"crops": CROPS, "size": SIZE, "scale": SCALE, "train_share": TRAIN_SHARE, "seed": SEED}
     record_file = root / "demo.json"
-    if record_file.is_file() and json.loads(record_file.read_text()) == json.loads(json.dumps(record)):
+    if record_file.is_file() and record_file.read_text() == json.dumps(record) + "\n":
         return
     record_file.unlink(missing_ok=True)
     for photograph, (name, path) in enumerate(photographs().items()):

@@ -126,7 +126,7 @@ class FailureTally:
         if count.item() == 0:
             return
         for failure in (failure for part in all_gather_objects(failures) for failure in part):
-            path, _, reason = failure.partition(": ")
+            path, _, reason = failure.rpartition(": ")
             if path not in self.seen:
                 self.seen[path] = reason
                 if is_main_process():

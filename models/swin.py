@@ -183,7 +183,7 @@ class SwinTransformer(Backbone):
             output_fmt="NHWC",
         )
         self.pos_drop = nn.Dropout(spec.DROP_RATE)
-        drop_paths = torch.linspace(0, spec.DROP_PATH_RATE, sum(spec.DEPTHS)).tolist()
+        drop_paths = torch.linspace(0, spec.DROP_PATH_RATE, sum(spec.DEPTHS), device="cpu").tolist()
         self.layers = nn.ModuleList()
         for i, (dim, depth, num_heads) in enumerate(zip(self.stage_dims, spec.DEPTHS, spec.NUM_HEADS)):
             resolution = (image_size[0] // spec.PATCH_SIZE // 2**i, image_size[1] // spec.PATCH_SIZE // 2**i)
