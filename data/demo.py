@@ -87,13 +87,20 @@ def random_square(rng: np.random.Generator, columns: tuple[int, int], height: in
 def write_demo_data(root: Path) -> None:
     """Write the data set under `root`; a complete one is left alone.
 
-    The record of its settings, `demo.json`, is written last, so an interrupted or an outdated data set is made anew.
+    `demo.json` holds the settings and whether the set is whole, so that an interrupted or outdated one is made anew.
+
+    Raises:
+        UsageError: `root` holds files that are not demo data.
     """
-    record = {"crops": CROPS, "size": SIZE, "scale": SCALE, "train_share": TRAIN_SHARE, "seed": SEED}
+    settings = {"crops": CROPS, "size": SIZE, "scale": SCALE, "train_share": TRAIN_SHARE, "seed": SEED}
     record_file = root / "demo.json"
-    if record_file.is_file() and record_file.read_text() == json.dumps(record) + "\n":
+    complete = json.dumps(settings | {"complete": True}) + "\n"
+    if record_file.is_file() and record_file.read_text() == complete:
         return
-    record_file.unlink(missing_ok=True)
+    if not record_file.is_file() and root.is_dir() and any(root.iterdir()):
+        raise UsageError(f"{root} holds files that are not demo data; name an empty or a new folder")
+    root.mkdir(parents=True, exist_ok=True)
+    record_file.write_text(json.dumps(settings | {"complete": False}) + "\n")
     for photograph, (name, path) in enumerate(photographs().items()):
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -104,8 +111,8 @@ def write_demo_data(root: Path) -> None:
             rng = np.random.default_rng([SEED, photograph, list(CROPS).index(part)])
             for number in range(CROPS[part]):
                 crop = image.crop(random_square(rng, columns, image.height))
-                crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC, reducing_gap=None).save(folder / f"{number:03}.png")
-    record_file.write_text(json.dumps(record) + "\n")
+                crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"{number:03}.png")
+    record_file.write_text(complete)
 
 
 def main() -> None:

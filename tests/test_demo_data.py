@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data import demo
+from utils import UsageError
 
 FEW = {"train": 3, "val": 2}
 DRAWS = 300
@@ -121,18 +122,23 @@ def test_complete_set_is_left_alone(one_photograph: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in one_photograph.rglob("*")} == times
 
 
-@pytest.mark.parametrize("record", [None, "", '{"crops": {"tr', '{"seed": 7}', "[]"])
-def test_interrupted_or_outdated_set_is_made_anew(one_photograph: Path, record: str | None) -> None:
+@pytest.mark.parametrize("record", ["", '{"crops": {"tr', '{"seed": 7}', "[]"])
+def test_interrupted_or_outdated_set_is_made_anew(one_photograph: Path, record: str) -> None:
     demo.write_demo_data(one_photograph)
     complete = contents(one_photograph)
     folder = one_photograph / "train" / "picture"
     (folder / "000.png").unlink()
     (folder / "001.png").write_bytes(b"half a file")
     (folder / "999.png").write_bytes(b"of other settings")
-    record_file = one_photograph / "demo.json"
-    if record is None:
-        record_file.unlink()
-    else:
-        record_file.write_text(record)
+    (one_photograph / "demo.json").write_text(record)
     demo.write_demo_data(one_photograph)
     assert contents(one_photograph) == complete
+
+
+def test_a_folder_of_somebody_else_is_left_alone(one_photograph: Path) -> None:
+    own = one_photograph / "train" / "picture" / "mine.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="not demo data"):
+        demo.write_demo_data(one_photograph)
+    assert own.read_bytes() == b"precious"

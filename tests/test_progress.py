@@ -1,0 +1,76 @@
+"""Meters, log lines and the picture of the crops."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from progress import EpochMeter, RunLog
+
+CPU = torch.device("cpu")
+
+
+def test_means_leave_skipped_steps_out() -> None:
+    meter = EpochMeter(epoch=0, steps=3, images_per_step=4)
+    meter.update({"loss": 1.0, "skipped": 0.0})
+    meter.update({"loss": float("nan"), "skipped": 1.0})
+    meter.update({"loss": 3.0, "skipped": 0.0})
+    assert meter.means() == {"loss": 2.0, "skipped_steps": 1.0}
+
+
+def test_waiting_is_the_time_for_batches_only() -> None:
+    meter = EpochMeter(epoch=0, steps=3, images_per_step=1)
+    passed_on = []
+    for batch in meter.timed(iter_slowly(3, 0.05)):
+        passed_on.append(batch)
+        time.sleep(0.05)
+    assert passed_on == [0, 1, 2]
+    assert 0.3 < meter.waiting_share < 0.7
+    for _ in passed_on:
+        meter.update({"loss": 0.0})
+    assert 5 < meter.images_per_second < 10  # 3 images in 0.3 seconds
+
+
+def iter_slowly(count: int, seconds: float) -> Iterator[int]:
+    for i in range(count):
+        time.sleep(seconds)
+        yield i
+
+
+def test_epoch_line_and_step_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, epochs=2, log_freq=2, mean=[0.5], std=[0.5], device=CPU)
+    meter = EpochMeter(epoch=1, steps=3, images_per_step=4)
+    with log.epoch(meter) as show:
+        for i in range(3):
+            meter.update({"loss": float(i), "skipped": 0.0})
+            show(3 + i, lr=0.1 * i, wd=0.5)
+    log.finish_epoch(meter, unreadable_images=7)
+    log.close()
+    record = json.loads((tmp_path / "log.txt").read_text())
+    assert (record["train_loss"], record["train_lr"], record["train_wd"], record["epoch"]) == (1.0, 0.2, 0.5, 1)
+    assert record["unreadable_images"] == 7
+    assert record["peak_memory_mb"] > 0
+
+
+def test_picture_shows_the_crops(tmp_path: Path) -> None:
+    """Rows are views and columns images; normalisation is undone and small views are centred on white."""
+    log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5, 0.0, 0.0], std=[0.5, 1.0, 1.0], device=CPU)
+    red, black = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), torch.tensor([-1.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    large = torch.cat([red, black]).expand(2, 3, 8, 8)
+    log.crops_once([large, large[:, :, :4, :4]])
+    log.close()
+    with Image.open(tmp_path / "crops.png") as picture:
+        assert picture.size == (2 * 10 + 2, 2 * 10 + 2)  # make_grid puts 2 pixels between tiles
+        assert picture.getpixel((5, 5)) == (255, 0, 0)
+        assert picture.getpixel((15, 5)) == (0, 0, 0)
+        assert picture.getpixel((13, 13)) == (255, 255, 255)
+        assert picture.getpixel((6, 16)) == (255, 0, 0)
+    before = (tmp_path / "crops.png").stat().st_mtime_ns
+    RunLog(tmp_path, 1, 1, [0.0] * 3, [1.0] * 3, CPU).crops_once([large])
+    assert (tmp_path / "crops.png").stat().st_mtime_ns == before
