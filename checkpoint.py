@@ -38,12 +38,12 @@ def prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------- files
 
 
-def save_file(state: Mapping[str, Any], path: Path) -> None:
+def save_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
     """Write `state` to a temporary file beside `path`, flush it to the disk and move it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(dict(state), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -52,7 +52,33 @@ def save_file(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without unpickling anything but tensors, plain values and argparse.Namespace.
+    """Read a checkpoint onto the CPU; see `_load_safely`.
+
+    Raises:
+        UsageError: as there, or content that is no dictionary.
+    """
+    content = _load_safely(path)
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of tensors; use another file"
+        )
+    return content
+
+
+def load_tensor(path: str | Path) -> Tensor:
+    """Read a file that holds one tensor onto the CPU; see `_load_safely`.
+
+    Raises:
+        UsageError: as there, or content that is no tensor.
+    """
+    content = _load_safely(path)
+    if not isinstance(content, Tensor):
+        raise UsageError(f"'{path}' holds a {type(content).__name__}, not a tensor; use another file")
+    return content
+
+
+def _load_safely(path: str | Path) -> Any:
+    """Read a file without unpickling anything but tensors, plain values and argparse.Namespace.
 
     Raises:
         UsageError: no such file, a damaged or foreign one, or one that only unsafe unpickling could read.
@@ -69,13 +95,9 @@ def load_file(path: str | Path) -> dict[str, Any]:
                 "convert it once: torch.save(torch.load(FILE, weights_only=False)['teacher'], NEW)"
             ) from None
         raise UsageError(f"'{path}' is not a torch checkpoint or is damaged; use another file") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"checkpoint '{path}' is damaged or no torch file ({reason}); use another file") from None
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of tensors; use another file"
-        )
     return content
 
 
@@ -103,10 +125,14 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> tup
     if "student" in content or "teacher" in content:
         if key not in content:
             raise UsageError(
-                f"checkpoint '{path}' has no '{key}'; it has {', '.join(sorted(content))}; set --checkpoint_key"
+                f"checkpoint '{path}' has no '{key}'; it has {', '.join(sorted(content))}; name a network that is there"
             )
         content, layout = content[key], f"full checkpoint, {key}"
-    tensors = {name.removeprefix(PREFIX): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {
+        name.removeprefix(PREFIX): value
+        for name, value in content.items()
+        if isinstance(value, Tensor) and not name.endswith(".attn_mask")  # older files kept the shift masks
+    }
     if not tensors:
         raise UsageError(
             f"checkpoint '{path}' holds no tensors of a network; it has the keys {', '.join(map(str, content))[:200]}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from utils import UsageError
-
-logger = logging.getLogger("esvit")
+from utils import UsageError, logger
 
 # What a backbone of each MODEL.NAME reads from MODEL.SPEC, with its defaults.
 SPECS: dict[str, dict[str, Any]] = {

@@ -29,6 +29,7 @@ from progress import EpochMeter, RunLog
 from utils import UsageError, logger
 
 MAX_BAD_STEPS = 20
+LAUNCH_FLAGS = {"device", "dist_url", "local_rank", "num_workers", "log_freq"}  # change no number of a run
 
 
 class Method(ABC):
@@ -95,7 +96,7 @@ class TrainStep:
 
         Returns:
             `loss` and the method's scalars, means over micro-batches and processes, and `skipped`: 1.0 where a loss or
-            gradient was not finite; then nothing was changed, on any process.
+            gradient was not finite; then no process has changed a parameter or a centre.
 
         Raises:
             FloatingPointError: `MAX_BAD_STEPS` such steps in a row, on all processes at once.
@@ -170,14 +171,15 @@ def wrap_networks(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn
         return student, teacher
     device = next(student.parameters()).device
     device_ids = [device.index] if device.type == "cuda" else None
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
+    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
+    if has_batch_norm:
         if device.type == "cuda":
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
         teacher.requires_grad_(True)  # DistributedDataParallel refuses a network without trainable parameters
         teacher = DistributedDataParallel(teacher, device_ids=device_ids)
         teacher.requires_grad_(False)
-    return DistributedDataParallel(student, device_ids=device_ids), teacher
+    return DistributedDataParallel(student, device_ids=device_ids, broadcast_buffers=has_batch_norm), teacher
 
 
 def steps_per_epoch(batches: int, accum_iter: int) -> int:
@@ -214,7 +216,8 @@ def train(
         meter = EpochMeter(epoch, steps, images_per_step=_global_batch(loader, accum_iter))
         with log.epoch(meter) as show:
             for i, micro_batches in enumerate(_in_groups(meter.timed(loader), accum_iter)):
-                tally.add([failure for batch in micro_batches for failure in batch.failures], step.device)
+                failures = [failure for batch in micro_batches for failure in batch.failures]
+                tally.add(failures, step.device, incomplete=not all(batch.views for batch in micro_batches))
                 views = [_to_device(batch, step.device) for batch in micro_batches]
                 log.crops_once(views[0])
                 iteration = epoch * steps + i
@@ -238,8 +241,6 @@ def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def _to_device(batch: Batch, device: torch.device) -> list[Tensor]:
-    if not batch.views:
-        raise UsageError(f"no readable image could take the place of damaged ones: {'; '.join(batch.failures[-5:])}")
     return [view.to(device, non_blocking=True) for view in batch.views]
 
 
@@ -296,7 +297,10 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
         raise UsageError(
             f"{source} was made with --optimizer {saved_args.optimizer}, not {args.optimizer}; choose another --output_dir"
         )
-    step.optimizer.load_state_dict(content["optimizer"])
+    try:
+        step.optimizer.load_state_dict(content["optimizer"])
+    except ValueError:
+        raise UsageError(f"{source} trained other parameters; was --norm_last_layer the same?") from None
     if step.scaler.is_enabled() and content.get("fp16_scaler"):
         step.scaler.load_state_dict(content["fp16_scaler"])
     _report_changes(vars(args), vars(saved_args))
@@ -311,6 +315,7 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
 
 def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
     """Say which arguments differ from those of the run that is continued."""
-    changed = [f"{k} {before[k]} -> {now[k]}" for k in sorted(now.keys() & before.keys()) if now[k] != before[k]]
+    names = sorted((now.keys() & before.keys()) - LAUNCH_FLAGS)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if now[name] != before[name]]
     if changed:
         logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))

@@ -25,7 +25,7 @@ from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoint import load_backbone, load_file, save_file
+from checkpoint import load_backbone, load_tensor, save_file
 from data import augment
 from models import build_model, load_arch_config
 from utils import UsageError, bool_flag, logger
@@ -121,11 +121,12 @@ def knn_scores(split: Split, ks: Sequence[int], temperature: float) -> list[KnnS
     hits = torch.zeros(len(ks), 2)
     for features_nC, labels_n in zip(val.features_NC.split(CHUNK), val.labels_N.split(CHUNK)):
         similarity_nk, neighbour_nk = (features_nC @ train.features_NC.T).topk(largest)
-        weight_nk = (similarity_nk / temperature).exp()
+        weight_nk = ((similarity_nk - 1) / temperature).exp()  # exp(cos / T) up to a factor that no rank depends on
         label_nk = train.labels_N[neighbour_nk]
         for row, k in enumerate(ks):
             votes = features_nC.new_zeros(len(labels_n), classes).scatter_add_(1, label_nk[:, :k], weight_nk[:, :k])
-            correct = votes.topk(ranked).indices == labels_n[:, None]
+            ranking = votes.sort(dim=1, descending=True, stable=True).indices[:, :ranked]  # ties go to the lower label
+            correct = ranking == labels_n[:, None]
             hits[row, 0] += correct[:, 0].sum().item()
             hits[row, 1] += correct.sum().item()
     percent = (100 * hits / len(val.labels_N)).tolist()
@@ -152,16 +153,18 @@ def extract_features(
     labels: list[Tensor] = []
     indices: list[Tensor] = []
     failures: list[str] = []
+    incomplete = False
     for batch in tqdm(loader, desc=label, disable=None if utils.is_main_process() else True, leave=False):
         failures += batch.failures
-        if not batch.views:
+        incomplete = incomplete or not batch.views
+        if incomplete:
             break
         images = batch.views[0].to(device, non_blocking=True)
         for name, function in functions.items():
             parts[name].append(F.normalize(function(images).float(), dim=-1).to(keep_on))
         labels.append(batch.labels_B)
         indices.append(batch.indices_B)
-    data.FailureTally(len(loader.dataset)).add(failures, device)  # type: ignore[arg-type]
+    data.FailureTally(len(loader.dataset)).add(failures, device, incomplete)  # type: ignore[arg-type]
     order = _gather(indices, device).argsort()
     all_labels = _gather(labels, device)[order].to(keep_on)
     return {
@@ -214,10 +217,9 @@ def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.d
 
 def dump_features(folder: Path, split: Split) -> None:
     """Save features and labels of both sets under their published names."""
-    folder.mkdir(parents=True, exist_ok=True)
     for part, labelled in zip(("train", "test"), split):
         for kind, tensor in zip(DUMPED.values(), labelled):
-            save_file({"tensor": tensor.cpu()}, folder / kind.format(part))
+            save_file(tensor.cpu(), folder / kind.format(part))
 
 
 def load_features(folder: Path, keep_on: torch.device) -> Split:
@@ -228,13 +230,17 @@ def load_features(folder: Path, keep_on: torch.device) -> Split:
     """
     parts = []
     for part in ("train", "test"):
-        tensors = [load_file(folder / kind.format(part))["tensor"].to(keep_on) for kind in DUMPED.values()]
-        labelled = LabelledFeatures(*tensors)
-        if len(labelled.features_NC) != len(labelled.labels_N):
+        tensors = [load_tensor(folder / kind.format(part)).to(keep_on) for kind in DUMPED.values()]
+        if len(tensors[0]) != len(tensors[1]):
             raise UsageError(
                 f"{folder} has {len(tensors[0])} {part} features but {len(tensors[1])} labels; dump them again"
             )
-        parts.append(labelled)
+        parts.append(LabelledFeatures(*tensors))
+    widths = [part.features_NC.shape[1] for part in parts]
+    if widths[0] != widths[1]:
+        raise UsageError(
+            f"{folder} has training features of width {widths[0]}, test features of {widths[1]}; dump them again"
+        )
     return Split(*parts)
 
 
@@ -251,11 +257,10 @@ def extract_splits(args: argparse.Namespace, device: torch.device, keep_on: torc
         data.build_dataset(args.data_path, part, transform, in_chans, args.seed, need_labels=True)
         for part in ("train", "val")
     ]
-    if datasets[0].classes != datasets[1].classes:
-        differing = sorted(set(datasets[0].classes) ^ set(datasets[1].classes))
-        raise UsageError(
-            f"train and val under {args.data_path} have other classes: {', '.join(differing[:5])} is in one only"
-        )
+    unknown = sorted(set(datasets[1].classes) - set(datasets[0].classes))
+    if unknown:
+        raise UsageError(f"val under {args.data_path} has classes that train has not: {', '.join(unknown[:5])}")
+    datasets[1].use_classes(datasets[0].classes)
     functions = feature_functions(args, config, device)
     extracted = []
     for part, dataset in zip(("train", "val"), datasets):
@@ -277,21 +282,41 @@ def report(scores: dict[str, list[KnnScore]], split: Split, args: argparse.Names
             top5 = "Top5" if classes >= 5 else f"Top{classes}"
             print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {top5}: {score.top5:.2f}")
     if args.output_dir:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         record = {
             name: {str(score.k): {"top1": score.top1, "top5": score.top5} for score in rows}
             for name, rows in scores.items()
         }
-        (folder / "knn.json").write_text(json.dumps(record, indent=2) + "\n")
+        (Path(args.output_dir) / "knn.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Stop on values that would end the script only after the features are extracted.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if args.zip_mode:
+        raise UsageError("--zip_mode is not supported yet; unpack the images to DIR/{train,val}/<class>/")
+    if min(args.nb_knn) < 1 or args.temperature <= 0:
+        raise UsageError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
+    if args.batch_size_per_gpu < 1:
+        raise UsageError(f"--batch_size_per_gpu {args.batch_size_per_gpu} must be 1 or more")
+    if args.num_workers < 0:
+        raise UsageError(f"--num_workers {args.num_workers} must be 0 or more")
+    if not 0 < args.crop_ratio <= 1 or (args.image_size is not None and args.image_size < 1):
+        raise UsageError(
+            f"--crop_ratio {args.crop_ratio} must lie in 0..1 and --image_size {args.image_size} be positive"
+        )
 
 
 def main(args: argparse.Namespace) -> None:
     """Extract (or load) features, vote, report."""
     device = utils.init_processes(args)
     utils.setup_logging()
-    if args.zip_mode:
-        raise UsageError("--zip_mode is not supported yet; unpack the images to DIR/{train,val}/<class>/")
+    check_args(args)
+    for folder in (args.output_dir, args.dump_features):
+        if folder:
+            utils.make_output_dir(folder)
     keep_on = device if args.use_cuda else torch.device("cpu")
     if args.load_features:
         splits = {"network": load_features(Path(args.load_features), keep_on)}
@@ -302,7 +327,6 @@ def main(args: argparse.Namespace) -> None:
             dump_features(Path(args.dump_features), splits["network"])
         scores = {name: knn_scores(split, args.nb_knn, args.temperature) for name, split in splits.items()}
         report(scores, splits["network"], args)
-    utils.barrier()
 
 
 if __name__ == "__main__":

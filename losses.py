@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import MultiCropOutput
+from outputs import MultiCropOutput
 from utils import UsageError, all_reduce_sum
 
 TEACHER_VIEWS = 2
@@ -144,9 +144,15 @@ class DINOLoss(nn.Module):
         return _mean_over_other_views(torch.stack(columns_Q, dim=1))
 
     def terms(
-        self, student_output: Tensor, teacher_output: Tensor, epoch: int, targets_mixup: Sequence[Tensor] | None = None
+        self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The unweighted terms of the loss by name."""
+        """The unweighted terms of the loss by name, computed in float32 even where the networks run under autocast."""
+        with torch.autocast(self.center.device.type, enabled=False):
+            return self._terms(student_output, teacher_output, epoch, targets_mixup)
+
+    def _terms(
+        self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None
+    ) -> dict[str, Tensor]:
         return {"view_loss": self.view_loss(student_output, teacher_output, epoch, targets_mixup)}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
@@ -154,7 +160,7 @@ class DINOLoss(nn.Module):
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
     def forward(
-        self, student_output: Tensor, teacher_output: Tensor, epoch: int, targets_mixup: Sequence[Tensor] | None = None
+        self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None = None
     ) -> Tensor:
         """The loss of a student's and a teacher's output, as the network gives them for a list of crops.
 
@@ -210,14 +216,9 @@ class RegionMatchingLoss(DINOLoss):
                     )
         return _mean_over_other_views(loss_QV)
 
-    def terms(  # type: ignore[override]
-        self,
-        student_output: MultiCropOutput,
-        teacher_output: MultiCropOutput,
-        epoch: int,
-        targets_mixup: Sequence[Tensor] | None = None,
+    def _terms(
+        self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None
     ) -> dict[str, Tensor]:
-        """The unweighted view and region terms by name."""
         student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
         return {
             "view_loss": self.view_loss(student.view_logits, teacher.view_logits, epoch, targets_mixup),

@@ -171,20 +171,24 @@ def main(args: argparse.Namespace) -> None:
     device = utils.init_processes(args)
     utils.setup_logging()
     precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
-    config = load_arch_config(args.arch, args.cfg, args.opts)
-    check_args(args)
-
-    loader = build_loader(args, config, device)
+    with utils.failing_together():
+        check_args(args)
+        output_dir = utils.make_output_dir(args.output_dir)
+        config = load_arch_config(args.arch, args.cfg, config_overrides(args))
+        loader = build_loader(args, config, device)
+    utils.must_agree("numbers of images", len(loader.dataset))  # type: ignore[arg-type]
     utils.seed_everything(args.seed)
     method = build_method(args, config, device)
     utils.seed_everything(args.seed + utils.get_rank())
     step = build_step(args, method, len(loader), device, precision)
 
-    output_dir = Path(args.output_dir)
-    make_output_dir(output_dir)
-    first_epoch = engine.resume_run(output_dir, step, args)
-    if first_epoch == 0 and args.pretrained_weights_ckpt:
-        start_from_weights(method, args.pretrained_weights_ckpt)
+    with utils.failing_together():
+        first_epoch = engine.resume_run(output_dir, step, args)
+        if args.pretrained_weights_ckpt and first_epoch == 0:
+            start_from_weights(method, args.pretrained_weights_ckpt)
+        elif args.pretrained_weights_ckpt:
+            logger.warning("--pretrained_weights_ckpt is not used: %s holds a run, which goes on", output_dir)
+    utils.must_agree("checkpoints", first_epoch)
     if first_epoch >= args.epochs:
         logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
         return
@@ -196,6 +200,11 @@ def main(args: argparse.Namespace) -> None:
     save = partial(engine.save_run, output_dir, step, args=args, config=config, keep_every=args.saveckp_freq)
     engine.train(step, loader, range(first_epoch, args.epochs), args.accum_iter, log, save)
     log.close()
+
+
+def config_overrides(args: argparse.Namespace) -> list[str]:
+    """The overrides of the command line, with the flags that stand for a config key."""
+    return args.opts + ([] if args.drop_path is None else ["MODEL.SPEC.DROP_PATH_RATE", str(args.drop_path)])
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -227,6 +236,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {getattr(args, name)} must be 0 or more")
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
+    if args.smoothing and args.use_mixup and args.use_dense_prediction:
+        raise UsageError(
+            "--smoothing mixes every image with every other, too much for regions; set it to 0 or turn regions off"
+        )
     if args.zip_mode or args.tsv_mode or args.sampler != "distributed":
         raise UsageError("zip files, tsv files and other samplers are not supported yet; unpack the images to a folder")
     if args.dataset in {"imagenet22k", "webvision1", "openimages_v4"}:
@@ -260,6 +273,11 @@ def get_crops(args: argparse.Namespace, config: CfgNode) -> augment.Crops:
         local_scale=tuple(args.local_crops_scale),
     )
     augment.check_crops(crops)
+    smallest = min(crops.global_size, *crops.local_sizes)
+    if smallest < config.MODEL.SPEC.PATCH_SIZE:
+        raise UsageError(
+            f"crops of {smallest} pixels are smaller than a patch of {config.MODEL.SPEC.PATCH_SIZE}; enlarge them"
+        )
     return crops
 
 
@@ -310,11 +328,6 @@ def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool
 
 def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device) -> EsViT:
     """Student, teacher as its copy, and the loss, on the device and wrapped for several processes."""
-    if args.drop_path is not None:
-        config = config.clone()
-        config.defrost()
-        config.MODEL.SPEC.DROP_PATH_RATE = args.drop_path
-        config.freeze()
     student = build_network(args, config, is_teacher=False)
     teacher = build_network(args, config, is_teacher=True)
     teacher.load_state_dict(student.state_dict())
@@ -376,18 +389,6 @@ def start_from_weights(method: EsViT, path: str) -> None:
 
 
 # --------------------------------------------------------------------------- the run
-
-
-def make_output_dir(output_dir: Path) -> None:
-    """Create the folder of the run.
-
-    Raises:
-        UsageError: it cannot be created.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output_dir {output_dir} cannot be created: {error.strerror}; choose another") from None
 
 
 def describe_run(

@@ -2,6 +2,8 @@
 
 `log.txt` has one JSON object a line with the published keys (train_loss, train_lr, train_wd, epoch) and more.
 Only the main process shows and writes; the others keep quiet.
+
+Origin: this project's own.
 """
 
 from __future__ import annotations

@@ -34,16 +34,47 @@ class UsageError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UsageError` becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; an error that was foreseen becomes one line on stderr.
+
+    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`).
+    """
     try:
         main()
+    except (UsageError, FloatingPointError) as error:
+        rank = f" (process {get_rank()})" if get_rank() else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    if is_distributed():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A `UsageError` that one process meets inside the block is raised by all of them, so that none waits for the others.
+
+    The block must hold no collective operation.
+    """
+    message = None
+    try:
+        yield
     except UsageError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        message = str(error)
+    first = next((m for m in all_gather_objects(message) if m is not None), None)
+    if first is not None:
+        raise UsageError(first)
+
+
+def must_agree(what: str, value: Any) -> None:
+    """Stop on all processes unless they see the same `value`.
+
+    Raises:
+        UsageError: naming `what` and the values.
+    """
+    values = all_gather_objects(value)
+    if any(other != values[0] for other in values):
+        raise UsageError(
+            f"the processes see different {what} ({values}); put --data_path and --output_dir on a disk they share"
+        )
 
 
 def bool_flag(text: str) -> bool:
@@ -134,10 +165,11 @@ def _cpu_multiplies_bf16() -> bool:
         return False
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """The autocast context of a resolved precision; fp32 gives one that does nothing."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype if precision != "fp32" else None, enabled=precision != "fp32")
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -157,8 +189,11 @@ def init_processes(args: argparse.Namespace) -> torch.device:
     """Join the process group that the launcher describes, if any, and return this process's device.
 
     Understands torchrun and `torch.distributed.launch` (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID,
-    SLURM_NTASKS, SLURM_LOCALID; MASTER_ADDR and MASTER_PORT must be set). Without them it stays one process.
-    The backend is nccl on CUDA and gloo elsewhere.
+    SLURM_STEP_NUM_TASKS, SLURM_LOCALID; MASTER_ADDR and MASTER_PORT must be set). Without them it stays one process; so it
+    does in a batch script that calls python without srun. The backend is nccl on CUDA and gloo elsewhere.
+
+    Raises:
+        UsageError: no such device, fewer GPUs than processes on this machine, or no meeting place.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -167,13 +202,21 @@ def init_processes(args: argparse.Namespace) -> torch.device:
             int(env["WORLD_SIZE"]),
             int(env.get("LOCAL_RANK", args.local_rank or 0)),
         )
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        rank, world, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        rank, world, local_rank = (
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env.get("SLURM_LOCALID", "0")),
+        )
         if args.dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
             raise UsageError("under srun with several tasks set MASTER_ADDR and MASTER_PORT, or pass --dist_url")
     else:
         rank, world, local_rank = 0, 1, args.local_rank or 0
     device = resolve_device(args.device, local_rank)
+    if world > 1 and (device.type == "mps" or ":" in args.device):
+        raise UsageError(
+            f"--device {args.device} is one device, {world} processes need one each; use --device auto, cuda or cpu"
+        )
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=args.dist_url, world_size=world, rank=rank)
@@ -200,12 +243,6 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if is_distributed():
-        dist.barrier()
-
-
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over all processes, in place; returns it."""
     if is_distributed():
@@ -226,15 +263,13 @@ def all_gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
     """`rows` (n_r, ...) of every process in rank order; the counts n_r may differ, nothing is padded or lost."""
     if not is_distributed():
         return [rows]
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(get_world_size())]
-    dist.all_gather(counts, count)
-    longest = int(max(counts).item())
-    padded = rows.new_zeros((longest, *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
+    shapes = all_gather_objects((len(rows), tuple(rows.shape[1:]), rows.dtype))
+    longest, row_shape, dtype = max(shapes, key=lambda shape: shape[0])  # a process without rows takes the others' word
+    padded = torch.zeros(longest, *row_shape, dtype=dtype, device=rows.device)
+    padded[: len(rows)] = rows.reshape(len(rows), *row_shape)
+    gathered = [torch.empty_like(padded) for _ in shapes]
     dist.all_gather(gathered, padded)
-    return [part[: int(n.item())] for part, n in zip(gathered, counts)]
+    return [part[:count] for part, (count, _, _) in zip(gathered, shapes)]
 
 
 # --------------------------------------------------------------------------- randomness
@@ -257,6 +292,8 @@ def get_rng_state() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -269,6 +306,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 @contextlib.contextmanager
@@ -296,12 +335,12 @@ def isolated_rng(*entropy: int) -> Iterator[None]:
 
 
 def setup_logging() -> None:
-    """The main process logs at INFO to stderr, the others only warnings."""
+    """The main process logs at INFO to stderr, the others only errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 
 
 def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> None:
@@ -310,7 +349,7 @@ def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> 
     A resumed run adds a numbered pair beside the first, nothing is overwritten.
     """
     suffix, number = "", 1
-    while (output_dir / f"run{suffix}.json").exists():
+    while any((output_dir / name).exists() for name in (f"run{suffix}.json", f"config{suffix}.yaml")):
         number += 1
         suffix = f"_{number}"
     if config is not None:
@@ -345,3 +384,16 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+def make_output_dir(folder: str | Path) -> Path:
+    """Create the folder of a run.
+
+    Raises:
+        UsageError: it cannot be created.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be created ({error.strerror}); choose another") from None
+    return Path(folder)

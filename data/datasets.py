@@ -4,6 +4,8 @@
     sample = dataset[0]                                        # views, label, index, failures
 
 Reading never ends a run by itself: an unreadable file is replaced by another sample and named in `Sample.failures`.
+
+Origin: this project's own.
 """
 
 from __future__ import annotations
@@ -73,6 +75,11 @@ class ImageDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def use_classes(self, classes: Sequence[str]) -> None:
+        """Number the labels by `classes`, which must hold all of this data set's own."""
+        self.labels = np.asarray([classes.index(self.classes[label]) for label in self.labels], dtype=np.int64)
+        self.classes = tuple(classes)
 
     def path(self, index: int) -> str:
         """The file of an image."""
@@ -209,9 +216,15 @@ def _find_images(root: Path) -> list[str]:
     found = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
         parents = {os.path.realpath(folder)} | {os.path.realpath(p) for p in Path(folder).parents}
-        subfolders[:] = sorted(s for s in subfolders if os.path.realpath(os.path.join(folder, s)) not in parents)
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
+        visible = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) not in parents]
+        found += [os.path.relpath(os.path.join(folder, f), root) for f in files if _is_image_name(f)]
     return sorted(found)
+
+
+def _is_image_name(name: str) -> bool:
+    """By ending; hidden files (`._photo.jpg` of macOS) are no images."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def _read_path_list(file: Path) -> list[str]:

@@ -4,6 +4,8 @@
 
 The label is the photograph. Training crops come from the left 60 % of each photograph and validation crops from the right
 40 %, so the two share no pixel. Crops are squares of random scale, resized to 64 pixels. The same files come out each time.
+
+Origin: this project's own.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -92,12 +93,20 @@ def write_demo_data(root: Path) -> None:
     Raises:
         UsageError: `root` holds files that are not demo data.
     """
-    settings = {"crops": CROPS, "size": SIZE, "scale": SCALE, "train_share": TRAIN_SHARE, "seed": SEED}
+    settings = {
+        "made_by": "data.demo",
+        "crops": CROPS,
+        "size": SIZE,
+        "scale": SCALE,
+        "train_share": TRAIN_SHARE,
+        "seed": SEED,
+    }
     record_file = root / "demo.json"
     complete = json.dumps(settings | {"complete": True}) + "\n"
     if record_file.is_file() and record_file.read_text() == complete:
         return
-    if not record_file.is_file() and root.is_dir() and any(root.iterdir()):
+    made_here = record_file.is_file() and '"made_by": "data.demo"' in record_file.read_text()
+    if not made_here and root.is_dir() and any(root.iterdir()):
         raise UsageError(f"{root} holds files that are not demo data; name an empty or a new folder")
     root.mkdir(parents=True, exist_ok=True)
     record_file.write_text(json.dumps(settings | {"complete": False}) + "\n")
@@ -106,8 +115,9 @@ def write_demo_data(root: Path) -> None:
             image = file.convert("RGB")
         for part, columns in split_columns(image.width).items():
             folder = root / part / name
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("[0-9][0-9][0-9].png"):
+                old.unlink()
             rng = np.random.default_rng([SEED, photograph, list(CROPS).index(part)])
             for number in range(CROPS[part]):
                 crop = image.crop(random_square(rng, columns, image.height))

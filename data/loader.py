@@ -1,11 +1,12 @@
 """From a dataset to batches: samplers for one or many processes, workers, and the count of unreadable files.
 
 Training shows each process its share of a shuffled epoch; evaluation shows each image to exactly one process.
+
+Origin: this project's own.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,9 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from data.datasets import ImageDataset, Sample
-from utils import UsageError, all_gather_objects, all_reduce_sum, get_rank, get_world_size, is_main_process
-
-logger = logging.getLogger("esvit")
+from utils import UsageError, all_gather_objects, all_reduce_sum, get_rank, get_world_size, logger
 
 MAX_FAILED_SHARE = 0.01
 LISTED_FAILURES = 10
@@ -116,25 +115,28 @@ class FailureTally:
         self.images = images
         self.seen: dict[str, str] = {}  # path -> reason
 
-    def add(self, failures: list[str], device: torch.device) -> None:
-        """Take in one batch's failures; every process must call this for every batch.
+    def add(self, failures: list[str], device: torch.device, incomplete: bool = False) -> None:
+        """Take in the failures of some batches; every process must call this at the same places.
+
+        `incomplete` says that one of the batches has no views: nothing readable could take a damaged file's place.
 
         Raises:
-            UsageError: more than 1 % of the files failed, on all processes at once, with the list.
+            UsageError: more than 1 % of the files failed or a batch is incomplete, on all processes at once, with the list.
         """
-        count = all_reduce_sum(torch.tensor([float(len(failures))], device=device))
-        if count.item() == 0:
+        counts = all_reduce_sum(torch.tensor([float(len(failures)), float(incomplete)], device=device))
+        failed, incomplete_batches = counts.tolist()
+        if failed == 0:
             return
         for failure in (failure for part in all_gather_objects(failures) for failure in part):
             path, _, reason = failure.rpartition(": ")
             if path not in self.seen:
                 self.seen[path] = reason
-                if is_main_process():
-                    logger.warning("cannot read %s (%s); another image takes its place", path, reason)
-        if len(self.seen) > MAX_FAILED_SHARE * self.images:
+                logger.warning("cannot read %s (%s); another image takes its place", path, reason)
+        if incomplete_batches or len(self.seen) > MAX_FAILED_SHARE * self.images:
             listed = "; ".join(f"{path} ({reason})" for path, reason in list(self.seen.items())[:LISTED_FAILURES])
             more = len(self.seen) - LISTED_FAILURES
+            why = "and nothing readable took their place" if incomplete_batches else "more than 1 %"
             raise UsageError(
-                f"{len(self.seen)} of {self.images} images cannot be read, more than 1 %; remove or repair them: {listed}"
+                f"{len(self.seen)} of {self.images} images cannot be read, {why}; remove or repair them: {listed}"
                 + (f"; and {more} more" if more > 0 else "")
             )

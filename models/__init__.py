@@ -1,8 +1,8 @@
 from models.base import Backbone as Backbone
 from models.base import Features as Features
-from models.base import MultiCropOutput as MultiCropOutput
 from models.registry import build_model as build_model
 from models.registry import list_models as list_models
 from models.registry import load_arch_config as load_arch_config
+from outputs import MultiCropOutput as MultiCropOutput
 
 from . import swin as swin  # each architecture registers itself

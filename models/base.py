@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from outputs import MultiCropOutput
+
 
 class BlockOutput(NamedTuple):
     """What one block leaves behind."""
@@ -33,15 +35,6 @@ class Features(NamedTuple):
 
     view_BC: Tensor
     regions_BTC: Tensor
-
-
-class MultiCropOutput(NamedTuple):
-    """What a dense network gives for a list of crops; rows in the order view, image (, region)."""
-
-    view_logits: Tensor  # (V * B, K)
-    region_logits: Tensor  # (sum over views of B * T, K)
-    region_features: Tensor  # (sum over views of B * T, C), of the backbone
-    regions_per_view: tuple[int, ...]  # T of each of the V views
 
 
 class Backbone(nn.Module, ABC):

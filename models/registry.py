@@ -3,6 +3,8 @@
     backbone = build_model("swin_tiny", load_config("experiments/imagenet/swin/swin_tiny_patch4_window7_224.yaml"))
 
 This is the only place that knows which name belongs to which family.
+
+Origin: this project's own.
 """
 
 from __future__ import annotations

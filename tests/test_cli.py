@@ -66,7 +66,9 @@ def test_published_spellings() -> None:
 def test_help_tells_every_flag(script: str) -> None:
     result = run_script(script, "--help")
     assert result.returncode == 0
-    assert "--data_path" in result.stdout
+    parser = {"main_esvit.py": main_esvit, "eval_knn.py": eval_knn}[script].get_args_parser()
+    for action in parser._actions:
+        assert all(option in result.stdout for option in action.option_strings)
 
 
 @pytest.mark.slow
@@ -74,10 +76,11 @@ def test_help_tells_every_flag(script: str) -> None:
     ("flags", "words"),
     [
         (["--data_path", "/no/such/folder"], "'/no/such/folder' does not exist"),
+        (["--arch", "swim_tiny"], "unknown arch 'swim_tiny'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--use_dense_prediction", "maybe"], "'maybe' is not a boolean"),
     ],
-    ids=["path", "flag", "boolean"],
+    ids=["path", "arch", "flag", "boolean"],
 )
 def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str) -> None:
     result = run_script("main_esvit.py", *TINY_RUN, *flags, "--seed", "1", *TINY_SWIN)
@@ -111,6 +114,9 @@ def images(tmp_path: Path) -> str:
         (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5"),
         (["--pretrained_weights_ckpt", "no.pth"], "'no.pth' does not exist"),
         (["--use_mixup", "on", "--batch_size_per_gpu", "3"], "must be even"),
+        (["--use_mixup", "on", "--smoothing", "0.1"], "--smoothing"),
+        (["--drop_path", "1.5"], "DROP_PATH_RATE.*0..1"),
+        (["--local_crops_size", "3"], "3 pixels are smaller than a patch of 4"),
         (["--aug-opt", "deit_aug", "--train-interpolation", "sinc"], "sinc"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -122,6 +128,11 @@ def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str)
 
 
 def test_yaml_of_another_architecture(images: str, tmp_path: Path) -> None:
+    register({"other": None}, config_name="other_transformer")(build_swin)
+    with pytest.raises(
+        UsageError, match=r"arch 'other' needs a yaml of MODEL.NAME 'other_transformer', .* describes 'swin_t"
+    ):
+        parse("--data_path", images, "--arch", "other")
     yaml = tmp_path / "cvt.yaml"
     yaml.write_text("MODEL: {NAME: resnet_of_tomorrow}\n")
     with pytest.raises(UsageError, match=r"resnet_of_tomorrow.*valid names: swin_transformer"):

@@ -122,7 +122,7 @@ def test_complete_set_is_left_alone(one_photograph: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in one_photograph.rglob("*")} == times
 
 
-@pytest.mark.parametrize("record", ["", '{"crops": {"tr', '{"seed": 7}', "[]"])
+@pytest.mark.parametrize("record", ['{"made_by": "data.demo", "crops": {"tr', '{"made_by": "data.demo", "seed": 7}'])
 def test_interrupted_or_outdated_set_is_made_anew(one_photograph: Path, record: str) -> None:
     demo.write_demo_data(one_photograph)
     complete = contents(one_photograph)
@@ -139,6 +139,16 @@ def test_a_folder_of_somebody_else_is_left_alone(one_photograph: Path) -> None:
     own = one_photograph / "train" / "picture" / "mine.png"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="not demo data"):
+        demo.write_demo_data(one_photograph)
+    assert own.read_bytes() == b"precious"
+
+
+def test_somebody_elses_record_is_no_permission(one_photograph: Path) -> None:
+    own = one_photograph / "train" / "picture" / "000.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"precious")
+    (one_photograph / "demo.json").write_text('{"seed": 7}')
     with pytest.raises(UsageError, match="not demo data"):
         demo.write_demo_data(one_photograph)
     assert own.read_bytes() == b"precious"

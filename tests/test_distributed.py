@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY_RUN, TINY_SWIN, run_script, write_images
+from conftest import ROOT
+from runs import TINY_RUN, TINY_SWIN, free_port, run_script, start_script, write_images
 
 import checkpoint
 
@@ -82,13 +83,92 @@ def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
         torch.testing.assert_close(one, two)
 
 
-def test_old_launcher_and_slurm_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--local-rank` of torch.distributed.launch is taken, and a run under srun joins its group."""
+def test_accumulation_and_batch_norm_heads_resume_on_two_processes(tmp_path: Path) -> None:
+    """Two epochs in one go and with a stop between end with the same weights, bit for bit, on both processes."""
+    images = write_images(tmp_path / "images", 17)
+    flags = [
+        *TINY_RUN,
+        "--data_path",
+        str(images),
+        "--batch_size_per_gpu",
+        "2",
+        "--accum_iter",
+        "2",
+        "--use_bn_in_head",
+        "on",
+    ]
+    for run, epochs in (("whole", ["2"]), ("parts", ["1", "2"])):
+        for last in epochs:
+            # The schedules depend on --epochs: keep them flat, so that a shorter first part is the same run.
+            flat = [
+                "--epochs",
+                last,
+                "--lr",
+                "0.1",
+                "--min_lr",
+                str(0.1 * 8 / 256),
+                "--weight_decay_end",
+                "0.04",
+                "--momentum_teacher",
+                "1",
+            ]
+            result = run_script(
+                "main_esvit.py", *flags, *flat, "--output_dir", str(tmp_path / run), *TINY_SWIN, processes=2
+            )
+            assert result.returncode == 0, result.stderr
+    whole, parts = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    assert all(key.startswith("module.") for key in whole["teacher"])  # wrapped, as published for BatchNorm networks
+    for part in ("student", "teacher", "dino_loss"):
+        for name, value in whole[part].items():
+            assert torch.equal(parts[part][name], value), f"{part} {name}"
+
+
+def test_mistake_on_two_processes_ends_both(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 17)
+    (images / "003.png").write_bytes(b"no image")
+    flags = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    result = run_script("main_esvit.py", *flags, *TINY_SWIN, processes=2, timeout=90)
+    assert result.returncode != 0
+    assert "1 of 17 images cannot be read, more than 1 %" in result.stderr
+
+
+def test_old_launcher_flag_is_taken(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 4)
-    flags = [*TINY_RUN, "--epochs", "1", "--data_path", str(images)]
-    result = run_script("main_esvit.py", "--local-rank=0", *flags, "--output_dir", str(tmp_path / "launch"), *TINY_SWIN)
+    flags = [*TINY_RUN, "--epochs", "1", "--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    result = run_script("main_esvit.py", "--local-rank=0", *flags, *TINY_SWIN)
     assert result.returncode == 0, result.stderr
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    result = run_script("main_esvit.py", *flags, "--output_dir", str(tmp_path / "slurm"), *TINY_SWIN)
+
+
+def test_srun_variables_make_a_group(tmp_path: Path) -> None:
+    """Two plain processes with the variables that srun sets."""
+    images = write_images(tmp_path / "images", 8)
+    flags = [*TINY_RUN, "--epochs", "1", "--data_path", str(images), "--output_dir", str(tmp_path / "out"), *TINY_SWIN]
+    shared = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        start_script("main_esvit.py", *flags, env={**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in (0, 1)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
+    assert errors[1].count("epoch 1/1") == 0  # only the main process tells
+
+
+def test_rows_are_gathered_from_processes_without_any(tmp_path: Path) -> None:
+    script = tmp_path / "gather.py"
+    script.write_text(
+        "import argparse, sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import utils\n"
+        "utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None))\n"
+        "rows = torch.zeros(0) if utils.get_rank() else torch.tensor([[1, 2], [3, 4]])\n"
+        "assert torch.cat([part.view(-1, 2) for part in utils.all_gather_rows(rows)]).tolist() == [[1, 2], [3, 4]]\n"
+        "utils.must_agree('numbers', 3)\n"
+        "try:\n"
+        "    utils.must_agree('ranks', utils.get_rank())\n"
+        "    sys.exit(3)\n"
+        "except utils.UsageError as error:\n"
+        "    assert 'different ranks ([0, 1])' in str(error)\n"
+    )
+    result = run_script(str(script), processes=2)
     assert result.returncode == 0, result.stderr
-    assert checkpoint.load_file(tmp_path / "slurm" / "checkpoint.pth")["world_size"] == 1

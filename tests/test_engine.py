@@ -180,9 +180,24 @@ def test_bf16_loss_is_close_to_fp32() -> None:
     _, half = tiny()
     half.precision = "bf16"
     views = random_views(4, 0)
-    loss = half([views], 0, 1)["loss"]
-    assert loss == pytest.approx(plain([views], 0, 1)["loss"], rel=2e-2)
-    assert loss != plain([views], 0, 1)["loss"]
+    loss, exact = half([views], 0, 1)["loss"], plain([views], 0, 1)["loss"]
+    assert loss == pytest.approx(exact, rel=2e-2)
+    assert loss != exact  # the networks did compute in bf16
+
+
+def test_gradient_scaling_changes_no_number() -> None:
+    """The path of fp16, with its scaler switched on where float32 makes the outcome comparable."""
+    plain_method, plain = tiny()
+    scaled_method, scaled = tiny()
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i in range(2):
+        views = random_views(4, i)
+        assert scaled([views], i, 1)["loss"] == pytest.approx(plain([views], i, 1)["loss"], rel=1e-5)
+    for a, b in zip(plain_method.student.parameters(), scaled_method.student.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    overflow = [view * float("inf") for view in random_views(4, 2)]
+    assert scaled([overflow], 2, 1)["skipped"] == 1.0
+    assert scaled.scaler.get_scale() == 512.0
 
 
 def test_steps_per_epoch_needs_one_step() -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from progress import EpochMeter, RunLog
+from utils import logger
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,15 @@ def iter_slowly(count: int, seconds: float) -> Iterator[int]:
         yield i
 
 
-def test_epoch_line_and_step_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_epoch_line_and_step_lines(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
+    caplog.set_level("INFO", logger="esvit")
     log = RunLog(tmp_path, epochs=2, log_freq=2, mean=[0.5], std=[0.5], device=CPU)
     meter = EpochMeter(epoch=1, steps=3, images_per_step=4)
     with log.epoch(meter) as show:
@@ -52,6 +61,11 @@ def test_epoch_line_and_step_lines(tmp_path: Path, capsys: pytest.CaptureFixture
             show(3 + i, lr=0.1 * i, wd=0.5)
     log.finish_epoch(meter, unreadable_images=7)
     log.close()
+    assert capsys.readouterr().err == ""  # the progress bar is for terminals
+    assert [line for line in caplog.messages if line.startswith("epoch 2/2  step")] == [
+        line for line in caplog.messages if "  step 2/3  loss 1.0000" in line or "  step 3/3  loss 2.0000" in line
+    ]
+    assert caplog.messages[-1].startswith("epoch 2/2 done: ")
     record = json.loads((tmp_path / "log.txt").read_text())
     assert (record["train_loss"], record["train_lr"], record["train_wd"], record["epoch"]) == (1.0, 0.2, 0.5, 1)
     assert record["unreadable_images"] == 7

@@ -157,9 +157,10 @@ def test_start_from_weights_is_a_new_schedule(images: Path, tmp_path: Path) -> N
         (["--out_dim", "16"], "32 prototypes, this run of 16; set --out_dim 32"),
         (["--use_dense_prediction", "off"], "--use_dense_prediction"),
         (["--head_hidden_dim", "8"], "is of another network"),
+        (["--norm_last_layer", "off"], "--norm_last_layer"),
         (["--optimizer", "sgd"], "--optimizer adamw, not sgd"),
     ],
-    ids=["prototypes", "task", "head", "optimizer"],
+    ids=["prototypes", "task", "head", "gain", "optimizer"],
 )
 def test_resuming_another_run_is_refused(images: Path, tmp_path: Path, flags: list[str], words: str) -> None:
     train(tmp_path, images, "--epochs", "1")
