@@ -87,11 +87,19 @@ def run_script(script: str, *args: str, processes: int = 0, timeout: float = 120
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"}
-    }
-    env["OMP_NUM_THREADS"] = "1"
     command = [*launcher, script, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def start_script(script: str, *args: str, env: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a script with further environment variables and do not wait for it."""
+    command = [sys.executable, script, *args]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=clean_environment() | env, stdout=pipe, stderr=pipe, text=True)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without a launcher's variables, and with one thread a process."""
+    launched = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    env = {k: v for k, v in os.environ.items() if k not in launched and not k.startswith("SLURM_")}
+    return env | {"OMP_NUM_THREADS": "1"}

@@ -11,6 +11,8 @@ from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 import eval_knn
 import main_esvit
 import utils
+from models.registry import register
+from models.swin import build_swin
 from utils import UsageError
 from utils import run_script as run_as_script
 

@@ -100,18 +100,8 @@ def test_accumulation_and_batch_norm_heads_resume_on_two_processes(tmp_path: Pat
     for run, epochs in (("whole", ["2"]), ("parts", ["1", "2"])):
         for last in epochs:
             # The schedules depend on --epochs: keep them flat, so that a shorter first part is the same run.
-            flat = [
-                "--epochs",
-                last,
-                "--lr",
-                "0.1",
-                "--min_lr",
-                str(0.1 * 8 / 256),
-                "--weight_decay_end",
-                "0.04",
-                "--momentum_teacher",
-                "1",
-            ]
+            flat = ["--epochs", last, "--lr", "0.1", "--min_lr", str(0.1 * 8 / 256)]
+            flat += ["--weight_decay_end", "0.04", "--momentum_teacher", "1"]
             result = run_script(
                 "main_esvit.py", *flags, *flat, "--output_dir", str(tmp_path / run), *TINY_SWIN, processes=2
             )
@@ -144,10 +134,8 @@ def test_srun_variables_make_a_group(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 8)
     flags = [*TINY_RUN, "--epochs", "1", "--data_path", str(images), "--output_dir", str(tmp_path / "out"), *TINY_SWIN]
     shared = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        start_script("main_esvit.py", *flags, env={**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
-        for rank in (0, 1)
-    ]
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+    processes = [start_script("main_esvit.py", *flags, env=shared | rank) for rank in ranks]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
