@@ -5,13 +5,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=.venv/bin/python
-if [ ! -x "$PYTHON" ]; then
+if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
     base=${PYTHON_BIN:-python3}
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "error: $("$base" --version) is too old, Python 3.10 or newer is needed; name one with PYTHON_BIN=" >&2
         exit 2
     }
-    "$base" -m venv .venv
+    "$base" -m venv .venv || {
+        echo "error: $base cannot make a virtual environment; on Debian and Ubuntu install python3-venv first" >&2
+        exit 2
+    }
 fi
 
 install_requirements() {
