@@ -47,7 +47,7 @@ SKLEARN = {"china": "china.jpg", "flower": "flower.jpg"}
 TRAIN_SHARE = 0.6  # of the width
 CROPS = {"train": 125, "val": 30}  # of each photograph
 SIZE = 64
-SCALE = (0.25, 0.75)  # side of a crop as a share of the shorter side of its part
+SCALE = (0.15, 0.4)  # side of a crop as a share of the photograph's shorter side, the same in both parts
 SEED = 0
 
 
@@ -76,10 +76,12 @@ def split_columns(width: int) -> dict[str, tuple[int, int]]:
     return {"train": (0, border), "val": (border, width)}
 
 
-def random_square(rng: np.random.Generator, columns: tuple[int, int], height: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a square of random scale and place inside the columns."""
-    start, end = columns
-    side = max(1, round(rng.uniform(*SCALE) * min(end - start, height)))
+def random_square(
+    rng: np.random.Generator, columns: tuple[int, int], size: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a square of random scale and place inside some columns of a photograph of `size`."""
+    (start, end), (width, height) = columns, size
+    side = min(max(1, round(rng.uniform(*SCALE) * min(width, height))), end - start)
     left = int(rng.integers(start, end - side + 1))
     top = int(rng.integers(0, height - side + 1))
     return left, top, left + side, top + side
@@ -120,7 +122,7 @@ def write_demo_data(root: Path) -> None:
                 old.unlink()
             rng = np.random.default_rng([SEED, photograph, list(CROPS).index(part)])
             for number in range(CROPS[part]):
-                crop = image.crop(random_square(rng, columns, image.height))
+                crop = image.crop(random_square(rng, columns, image.size))
                 crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"{number:03}.png")
     record_file.write_text(complete)
 

@@ -65,23 +65,23 @@ def test_parts_share_no_pixel(name: str) -> None:
     assert columns["train"][1] / width == pytest.approx(0.6, abs=0.5 / width)
     rng = np.random.default_rng(0)
     for part, (start, end) in columns.items():
-        squares = np.array([demo.random_square(rng, columns[part], height) for _ in range(DRAWS)])
+        squares = np.array([demo.random_square(rng, columns[part], (width, height)) for _ in range(DRAWS)])
         left, top, right, bottom = squares.T
         assert (right - left == bottom - top).all()
         assert left.min() >= start
         assert right.max() <= end
         assert top.min() >= 0
         assert bottom.max() <= height
-        sides = (right - left) / min(end - start, height)
-        assert sides.min() == pytest.approx(0.25, abs=0.03)
-        assert sides.max() == pytest.approx(0.75, abs=0.03)
+        sides = (right - left) / min(width, height)  # one scale for both parts
+        assert sides.min() == pytest.approx(0.15, abs=0.03)
+        assert sides.max() == pytest.approx(0.4, abs=0.03)
 
 
 @pytest.mark.parametrize(("columns", "height"), [((0, 1), 1), ((3, 5), 1), ((2, 4), 100)])
 def test_smallest_squares(columns: tuple[int, int], height: int) -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
-        left, top, right, bottom = demo.random_square(rng, columns, height)
+        left, top, right, bottom = demo.random_square(rng, columns, (columns[1] + 1, height))
         assert columns[0] <= left < right <= columns[1]
         assert 0 <= top < bottom <= height
 
