@@ -44,8 +44,9 @@ def run_script(main: Callable[[], None]) -> None:
         rank = f" (process {get_rank()})" if get_rank() else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    if is_distributed():
-        dist.destroy_process_group()
+    finally:
+        if is_distributed():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) == 2
     for name, rows in (("trainfeat", 15), ("testfeat", 9), ("trainlabels", 15), ("testlabels", 9)):
-        one, two = (checkpoint.load_file(tmp_path / run / f"{name}.pth")["tensor"] for run in ("one", "two"))
+        one, two = (checkpoint.load_tensor(tmp_path / run / f"{name}.pth") for run in ("one", "two"))
         assert len(one) == rows
         torch.testing.assert_close(one, two)
 
@@ -148,15 +148,16 @@ def test_rows_are_gathered_from_processes_without_any(tmp_path: Path) -> None:
         "import argparse, sys, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import utils\n"
-        "utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None))\n"
-        "rows = torch.zeros(0) if utils.get_rank() else torch.tensor([[1, 2], [3, 4]])\n"
-        "assert torch.cat([part.view(-1, 2) for part in utils.all_gather_rows(rows)]).tolist() == [[1, 2], [3, 4]]\n"
-        "utils.must_agree('numbers', 3)\n"
-        "try:\n"
+        "def main():\n"
+        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None))\n"
+        "    rows = torch.zeros(0) if utils.get_rank() else torch.tensor([[1, 2], [3, 4]])\n"
+        "    assert torch.cat([part.view(-1, 2) for part in utils.all_gather_rows(rows)]).tolist() == [[1, 2], [3, 4]]\n"
+        "    utils.must_agree('numbers', 3)\n"
         "    utils.must_agree('ranks', utils.get_rank())\n"
-        "    sys.exit(3)\n"
-        "except utils.UsageError as error:\n"
-        "    assert 'different ranks ([0, 1])' in str(error)\n"
+        "utils.run_script(main)\n"
     )
     result = run_script(str(script), processes=2)
-    assert result.returncode == 0, result.stderr
+    assert "gather.py: error: the processes see different ranks ([0, 1])" in result.stderr
+    assert "gather.py: error (process 1): the processes see different ranks ([0, 1])" in result.stderr
+    assert result.returncode == 1  # torchrun's own
+    assert "exitcode  : 2" in result.stderr
