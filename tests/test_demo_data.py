@@ -73,7 +73,7 @@ def test_parts_share_no_pixel(name: str) -> None:
         assert top.min() >= 0
         assert bottom.max() <= height
         sides = (right - left) / min(width, height)  # one scale for both parts
-        assert sides.min() == pytest.approx(0.15, abs=0.03)
+        assert sides.min() == pytest.approx(0.25, abs=0.03)
         assert sides.max() == pytest.approx(0.4, abs=0.03)
 
 
