@@ -151,6 +151,8 @@ def _to_tensor(pixels: np.ndarray, in_chans: int) -> Tensor:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim != 3 or pixels.shape[2] != in_chans or pixels.size == 0:
         raise ValueError(f"the array has shape {pixels.shape}, {in_chans} channels are wanted")
+    if np.issubdtype(pixels.dtype, np.floating) and not np.isfinite(pixels).all():
+        raise ValueError("the array holds values that are not finite")
     scale = float(np.iinfo(pixels.dtype).max) if np.issubdtype(pixels.dtype, np.integer) else 1.0
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(scale))
 

@@ -493,3 +493,12 @@ def test_wrong_number_of_channels(tmp_path: Path, suffix: str) -> None:
         Image.fromarray(NOISE).save(path)
     with pytest.raises(ValueError, match=r"\(24, 32, 3\), 5 channels are wanted"):
         read_image(str(path), 5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_not_finite_make_a_file_unreadable(tmp_path: Path, value: float) -> None:
+    pixels = np.zeros((4, 4, 5), dtype=np.float32)
+    pixels[1, 2, 3] = value
+    np.save(tmp_path / "image.npy", pixels)
+    with pytest.raises(ValueError, match="not finite"):
+        read_image(str(tmp_path / "image.npy"), in_chans=5)

@@ -154,6 +154,22 @@ def test_step_that_is_not_finite_changes_nothing() -> None:
     assert step.bad_steps_in_a_row == 0
 
 
+def test_step_is_skipped_when_another_process_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decision is taken on the sum over processes, here of this one and of one whose gradients are not finite."""
+
+    def with_a_bad_process(scalars: Tensor) -> Tensor:
+        return scalars + torch.cat([scalars[:-1], torch.zeros(1)])
+
+    method, step = tiny()
+    before = [parameter.detach().clone() for parameter in method.student.parameters()]
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.get_world_size", lambda: 2)
+        patch.setattr("utils.all_reduce_sum", with_a_bad_process)
+        assert step([random_views(4, 0)], 0, 1)["skipped"] == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, method.student.parameters()))
+    assert step([random_views(4, 0)], 0, 1)["skipped"] == 0.0
+
+
 def test_many_bad_steps_end_the_run_with_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "MAX_BAD_STEPS", 2)
     _, step = tiny()
