@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from runs import TINY_RUN, TINY_SWIN, write_images
@@ -18,18 +20,9 @@ import main_esvit
 from utils import UsageError
 
 
-def train(output_dir: Path, images: Path, *extra: str) -> None:
-    command_line = [
-        *TINY_RUN,
-        "--data_path",
-        str(images),
-        "--output_dir",
-        str(output_dir),
-        *extra,
-        "--device",
-        "cpu",
-        *TINY_SWIN,
-    ]
+def train(output_dir: Path, images: Path, *extra: str, overrides: Sequence[str] = ()) -> None:
+    folders = ["--data_path", str(images), "--output_dir", str(output_dir)]
+    command_line = [*TINY_RUN, *folders, *extra, "--device", "cpu", *TINY_SWIN, *overrides]
     main_esvit.main(main_esvit.get_args_parser().parse_args(command_line))
 
 
@@ -127,6 +120,29 @@ def test_training_improves_on_its_own_start(images: Path, tmp_path: Path) -> Non
     train(tmp_path, images, "--epochs", "6", "--momentum_teacher", "0.9", "--lr", "0.1", "--batch_size_per_gpu", "8")
     losses = [json.loads(line)["train_loss"] for line in (tmp_path / "log.txt").open()]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_grey_and_many_channel_images_train(tmp_path: Path, in_chans: int) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        np.save(tmp_path / "images" / f"{i}.npy", np.random.default_rng(i).random((40, 36, in_chans), dtype=np.float32))
+    per_channel = str([0.5] * in_chans)
+    overrides = ["MODEL.SPEC.IN_CHANS", str(in_chans), "INPUT.MEAN", per_channel, "INPUT.STD", per_channel]
+    train(tmp_path / "run", tmp_path / "images", overrides=overrides)
+    content = checkpoint.load_file(tmp_path / "run" / "checkpoint.pth")
+    assert content["teacher"]["patch_embed.proj.weight"].shape == (12, in_chans, 4, 4)
+    assert content["epoch"] == 2
+    assert (tmp_path / "run" / "crops.png").is_file()
+
+
+@pytest.mark.parametrize("flags", [["--aug-opt", "deit_aug"], ["--local_crops_number", "0"], ["--local_crops_number", "1", "1",
+                                   "--local_crops_size", "16", "12"]], ids=["deit", "no locals", "two sizes"])  # fmt: skip
+def test_views_of_every_kind_train(images: Path, tmp_path: Path, flags: list[str]) -> None:
+    train(tmp_path, images, *flags)
+    losses = [json.loads(line)["train_loss"] for line in (tmp_path / "log.txt").open()]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
 
 
 def test_start_from_weights_is_a_new_schedule(images: Path, tmp_path: Path) -> None:
