@@ -21,7 +21,7 @@ OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_no
     --use_dense_prediction True --out_dim 1024 --head_hidden_dim 256 --head_bottleneck_dim 128 \
     --local_crops_number 4 --local_crops_size 32 --local_crops_scale 0.15 0.5 \
     --aug-opt deit_aug --aa "" --color-jitter 0.3 --reprob 0 --drop_path 0 \
-    --epochs 5 --warmup_epochs 1 --lr 0.008 --momentum_teacher 0.8 --warmup_teacher_temp 0.07 --teacher_temp 0.07
+    --epochs 6 --warmup_epochs 1 --lr 0.008 --momentum_teacher 0.8 --warmup_teacher_temp 0.07 --teacher_temp 0.07
 
 "$PYTHON" eval_knn.py "${NETWORK[@]}" --pretrained_weights "$RUN/checkpoint.pth" --output_dir "$RUN" --crop_ratio 1 --baselines --nb_knn 1 20
 
