@@ -13,7 +13,7 @@ NETWORK=(--arch swin --cfg experiments/demo/swin_micro.yaml --device cpu --data_
 
 "$PYTHON" -m data.demo "$DATA"
 
-# Two processes of one thread each use two cores better than one process of two threads; the numbers are the same.
+# Two processes of one thread each use two cores better than one process of two threads; the results agree up to rounding.
 CORES=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
 PROCESSES=$((CORES > 1 ? 2 : 1))
 OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=$PROCESSES \
