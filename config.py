@@ -39,6 +39,55 @@ SPECS: dict[str, dict[str, Any]] = {
         "PATCH_NORM": True,
         "USE_APE": False,
     },
+    "cvt_v4_transformer": {
+        "IN_CHANS": 3,
+        "PATCH_SIZE": [7, 3, 3, 3],
+        "PATCH_STRIDE": [4, 2, 2, 2],
+        "PATCH_PADDING": [2, 1, 1, 1],
+        "DIM_EMBED": [64, 192, 384, 768],
+        "DEPTHS": [2, 2, 6, 2],
+        "NUM_HEADS": [1, 3, 6, 12],
+        "WINDOW_SIZE": [7, 7, 7, 7],
+        "MLP_RATIO": [4.0, 4.0, 4.0, 4.0],
+        "QKV_BIAS": True,
+        "SHIFT": False,
+        "REL_POS_EMBED": False,
+        "RES_STEM": False,
+        "DROP_RATE": 0.0,
+        "ATTN_DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.2,
+    },
+    "vision_longformer": {
+        "IN_CHANS": 3,
+        "DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.1,
+        "NORM_EMBED": True,
+        "AVG_POOL": False,
+        "MSVIT": {
+            "ARCH": "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_"
+            "l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0",
+            "SHARE_W": False,
+            "SHARE_KV": True,
+            "ONLY_GLOBAL": False,
+            "ATTN_TYPE": "longformerhand",
+            "SW_EXACT": 0,
+            "MODE": 0,
+            "VIL_MODE_SWITCH": 1.0,
+            "LN_EPS": 1e-6,
+        },
+    },
+    "vision_transformer": {  # its patch size is the flag --patch_size
+        "IN_CHANS": 3,
+        "DIM_EMBED": 384,
+        "DEPTH": 12,
+        "NUM_HEADS": 6,
+        "MLP_RATIO": 4.0,
+        "QKV_BIAS": True,
+        "DROP_RATE": 0.0,
+        "ATTN_DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.1,
+    },
+    "resnet": {"IN_CHANS": 3},  # its name is the flag --arch
 }
 
 # Everything else that code reads.
@@ -68,7 +117,10 @@ PUBLISHED_UNUSED = {
 }
 
 # Keys whose number, or every number of whose list, is a count of at least 1.
-POSITIVE = {"IMAGE_SIZE", "PATCH_SIZE", "IN_CHANS", "DIM_EMBED", "DEPTHS", "NUM_HEADS", "WINDOW_SIZE"}
+POSITIVE = {
+    *("IMAGE_SIZE", "IN_CHANS", "PATCH_SIZE", "PATCH_STRIDE"),
+    *("DIM_EMBED", "DEPTH", "DEPTHS", "NUM_HEADS", "WINDOW_SIZE"),
+}
 
 _reported: set[str] = set()
 

@@ -25,6 +25,7 @@ import checkpoint
 import optim
 import utils
 from data.loader import Batch, FailureTally, set_epoch
+from models.base import Backbone
 from progress import EpochMeter, RunLog
 from utils import UsageError, logger
 
@@ -47,6 +48,13 @@ class Method(ABC):
     @abstractmethod
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch of views, and further scalars to log."""
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Before each epoch, for networks whose attention depends on the progress of training."""
+        for network in (self.student, self.teacher):
+            backbone = checkpoint.unwrap(network)
+            if isinstance(backbone, Backbone):
+                backbone.start_epoch(epoch, epochs)
 
     @abstractmethod
     def finish_step(self, applied: bool) -> None:
@@ -213,6 +221,7 @@ def train(
     tally = FailureTally(len(loader.dataset))  # type: ignore[arg-type]
     for epoch in epochs:
         set_epoch(loader, epoch)
+        step.method.start_epoch(epoch, epochs.stop)
         meter = EpochMeter(epoch, steps, images_per_step=_global_batch(loader, accum_iter))
         with log.epoch(meter) as show:
             for i, micro_batches in enumerate(_in_groups(meter.timed(loader), accum_iter)):

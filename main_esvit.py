@@ -273,11 +273,6 @@ def get_crops(args: argparse.Namespace, config: CfgNode) -> augment.Crops:
         local_scale=tuple(args.local_crops_scale),
     )
     augment.check_crops(crops)
-    smallest = min(crops.global_size, *crops.local_sizes)
-    if smallest < config.MODEL.SPEC.PATCH_SIZE:
-        raise UsageError(
-            f"crops of {smallest} pixels are smaller than a patch of {config.MODEL.SPEC.PATCH_SIZE}; enlarge them"
-        )
     return crops
 
 
@@ -333,10 +328,14 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     student.grad_checkpointing = args.grad_checkpointing
+    crops = get_crops(args, config)
+    smallest = min(crops.global_size, *crops.local_sizes)
+    if smallest < student.patch_size:
+        raise UsageError(f"crops of {smallest} pixels are smaller than a patch of {student.patch_size}; enlarge them")
     loss = RegionMatchingLoss if args.use_dense_prediction else DINOLoss
     criterion = loss(
         args.out_dim,
-        get_crops(args, config).total,
+        crops.total,
         args.warmup_teacher_temp,
         args.teacher_temp,
         args.warmup_teacher_temp_epochs,

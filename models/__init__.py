@@ -5,4 +5,6 @@ from models.registry import list_models as list_models
 from models.registry import load_arch_config as load_arch_config
 from outputs import MultiCropOutput as MultiCropOutput
 
-from . import swin as swin  # each architecture registers itself
+from . import resnet as resnet  # each architecture registers itself
+from . import swin as swin
+from . import vit as vit

@@ -1,8 +1,9 @@
 """The contract of a backbone: what every architecture gives its callers, written once.
 
-An architecture supplies `forward_blocks` (its stages), `norm`, `stage_dims` and `stage_depths`. From these this class makes
-view and region features, the features of a linear probe, attention maps and multi-crop batching. The heads are attributes
-`head` and `head_dense`, so state-dict keys are the published ones.
+An architecture supplies three things: how a batch enters a stage (`enter_stage`: patch embedding, merging, pooling), the blocks
+of a stage (`stage_blocks`) and its tokens between blocks (`tokens`). From these this class makes view and region features, the
+features of a linear probe, attention maps and multi-crop batching. The heads are attributes `head` and `head_dense`, so
+state-dict keys are the published ones.
 
 Shapes: B images, V views, T regions of a view, K prototypes, C channels, N tokens.
 Origin: EsViT (Li et al., ICLR 2022) sections 3.1-3.2; method names follow microsoft/esvit.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ from outputs import MultiCropOutput
 class BlockOutput(NamedTuple):
     """What one block leaves behind."""
 
-    tokens_BNC: Tensor
-    grid: tuple[int, int]  # height and width that the tokens without prefix tokens fill
-    attention: Tensor | None  # (B * windows, heads, N, N), when asked for
+    tokens_BNC: Tensor  # prefix tokens (class, global) first, then the regions row by row
+    num_prefix_tokens: int
+    grid: tuple[int, int]  # height and width that the regions fill
+    attention: Tensor | None  # (B * windows, heads, queries, keys), when asked for
 
 
 class Features(NamedTuple):
@@ -44,15 +46,17 @@ class Backbone(nn.Module, ABC):
         dense: whether region outputs are wanted, with `head_dense` beside `head`.
         head, head_dense: empty (`nn.Identity`) until a method sets them; `head_dense` is None unless dense.
         stage_dims, stage_depths: channels and number of blocks of each stage.
-        num_prefix_tokens: tokens before the regions (class or global tokens).
+        patch_size: pixels of a side that one token of the first stage covers; no image may be smaller.
         norm: the norm of the last stage's tokens.
+        has_attention: whether blocks can give attention maps.
         grad_checkpointing: recompute blocks in the backward instead of keeping their activations.
     """
 
     stage_dims: tuple[int, ...]
     stage_depths: tuple[int, ...]
-    num_prefix_tokens: int = 0
+    patch_size: int
     norm: nn.Module
+    has_attention: bool = True
 
     def __init__(self, dense: bool = False) -> None:
         super().__init__()
@@ -61,41 +65,83 @@ class Backbone(nn.Module, ABC):
         self.head_dense: nn.Module | None = nn.Identity() if dense else None
         self.grad_checkpointing = False
 
+    # ----------------------------------------------------------------- what an architecture supplies
+
     @abstractmethod
-    def forward_blocks(self, x_BCHW: Tensor, n: int = 1, attention: bool = False) -> list[BlockOutput]:
-        """Outputs of the last `n` blocks in order, before the final norm, with attention maps if asked for."""
+    def enter_stage(self, stage: int, x: Any) -> Any:
+        """What the blocks of `stage` take, made of the images (B, C, H, W) for stage 0, else of the stage before."""
+
+    @abstractmethod
+    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+        """The blocks of a stage; `block(x, attention)` returns x in the same layout and its attention maps or None."""
+
+    @abstractmethod
+    def tokens(self, x: Any) -> tuple[Tensor, int, tuple[int, int]]:
+        """Tokens (B, N, C) of what travels between blocks, how many of them are prefix tokens, and the regions' grid."""
+
+    def call_block(self, block: nn.Module, x: Any, attention: bool) -> tuple[Any, Tensor | None]:
+        """Pass a block that was not written for `stage_blocks`; the others are called as they are."""
+        return block(x, attention)
+
+    def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
+        """The view feature (B, C) of a block's tokens: their mean, unless an architecture says otherwise."""
+        return tokens_BNC.mean(dim=1)
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch of training, for architectures whose attention depends on the progress."""
+
+    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A tensor of a file made for another image or window size, resized to fit parameter `name`; None if it cannot be."""
+        return None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that supervised fine-tuning keeps out of weight decay."""
+        return set()
+
+    # ----------------------------------------------------------------- features
 
     @property
     def num_features(self) -> int:
         """Channels of the view and region features."""
         return self.stage_dims[-1]
 
-    def pool(self, tokens_BNC: Tensor) -> Tensor:
-        """The view feature (B, C) of a block's tokens: their mean, unless an architecture says otherwise."""
-        return tokens_BNC.mean(dim=1)
+    def forward_blocks(self, x_BCHW: Tensor, n: int = 1, attention: bool = False) -> list[BlockOutput]:
+        """Outputs of the last `n` blocks in order, before the final norm, with attention maps if asked for.
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that supervised fine-tuning keeps out of weight decay."""
-        return set()
+        Raises:
+            ValueError: `n` outside 1 .. number of blocks.
+        """
+        depth = sum(self.stage_depths)
+        if not 1 <= n <= depth:
+            raise ValueError(f"the last {n} blocks are outside 1..{depth}, the blocks of this network")
+        outputs: list[BlockOutput] = []
+        passed, x = 0, x_BCHW
+        for stage in range(len(self.stage_depths)):
+            x = self.enter_stage(stage, x)
+            for block in self.stage_blocks(stage):
+                passed += 1
+                wanted = passed > depth - n
+                x, maps = self._run_block(block, x, attention and wanted)
+                if wanted:
+                    outputs.append(BlockOutput(*self.tokens(x), maps))
+        return outputs
 
-    def run_block(self, block: nn.Module, *inputs: object) -> Tensor:
+    def _run_block(self, block: nn.Module, x: Any, attention: bool) -> tuple[Any, Tensor | None]:
         """Call a block, through activation checkpointing when that is on and gradients are wanted."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    # ----------------------------------------------------------------- features
+            return checkpoint(self.call_block, block, x, attention, use_reentrant=False)
+        return self.call_block(block, x, attention)
 
     def forward_features(self, x_BCHW: Tensor) -> Features:
         """View feature and region features of one batch of equally sized images."""
-        tokens_BNC = self.norm(self.forward_blocks(x_BCHW)[-1].tokens_BNC)
-        return Features(self.pool(tokens_BNC), tokens_BNC[:, self.num_prefix_tokens :])
+        tokens_BNC, prefix, _, _ = self.forward_blocks(x_BCHW)[-1]
+        tokens_BNC = self.norm(tokens_BNC)
+        return Features(self.pool(tokens_BNC, prefix), tokens_BNC[:, prefix:])
 
     def forward_feature_maps(self, x_BCHW: Tensor) -> Tensor:
         """Region features put back on the image plane: (B, C, H', W')."""
-        block = self.forward_blocks(x_BCHW)[-1]
-        regions_BTC = self.norm(block.tokens_BNC)[:, self.num_prefix_tokens :]
-        return regions_BTC.transpose(1, 2).unflatten(2, block.grid)
+        tokens_BNC, prefix, grid, _ = self.forward_blocks(x_BCHW)[-1]
+        return self.norm(tokens_BNC)[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
     def forward_return_n_last_blocks(self, x_BCHW: Tensor, n: int, return_patch_avgpool: bool = False) -> Tensor:
         """Features of the linear probe (EsViT section 4.1): the pooled token of each of the last `n` blocks, concatenated.
@@ -106,18 +152,22 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: `n` outside 1 .. number of blocks.
         """
-        if not 1 <= n <= sum(self.stage_depths):
-            raise ValueError(f"n_last_blocks {n} is outside 1..{sum(self.stage_depths)}, the blocks of this network")
         blocks = self.forward_blocks(x_BCHW, n)
         first_of_last_stage = n - self.stage_depths[-1]
         tokens = [self.norm(b.tokens_BNC) if i >= first_of_last_stage else b.tokens_BNC for i, b in enumerate(blocks)]
-        pooled = [self.pool(tokens_BNC) for tokens_BNC in tokens]
+        pooled = [self.pool(tokens_BNC, b.num_prefix_tokens) for tokens_BNC, b in zip(tokens, blocks)]
         if return_patch_avgpool:
-            pooled.append(tokens[-1][:, self.num_prefix_tokens :].mean(dim=1))
+            pooled.append(tokens[-1][:, blocks[-1].num_prefix_tokens :].mean(dim=1))
         return torch.cat(pooled, dim=-1)
 
     def forward_selfattention(self, x_BCHW: Tensor, n: int = 1) -> Tensor | list[Tensor]:
-        """Attention maps after the softmax, (B * windows, heads, N, N): of the last block, or a list of the last `n`."""
+        """Attention maps after the softmax, (B * windows, heads, queries, keys): of the last block, or a list of the last `n`.
+
+        Raises:
+            ValueError: `n` outside 1 .. number of blocks, or a network without attention.
+        """
+        if not self.has_attention:
+            raise ValueError(f"{type(self).__name__} has no attention maps")
         maps = [block.attention for block in self.forward_blocks(x_BCHW, n, attention=True)]
         found = [m for m in maps if m is not None]
         return found[-1] if n == 1 else found
@@ -144,3 +194,44 @@ class Backbone(nn.Module, ABC):
         region_features = torch.cat([f.regions_BTC.flatten(0, 1) for f in features])
         regions_per_view = tuple(f.regions_BTC.shape[1] for f, group in zip(features, groups) for _ in group)
         return MultiCropOutput(view_logits, self.head_dense(region_features), region_features, regions_per_view)
+
+
+class ResidualBlock(nn.Module):
+    """The pre-norm block: attention, then an MLP, each after a norm and on a residual path with stochastic depth.
+
+    Tokens are channels-last: (B, N, C), or any leading grid such as (B, H, W, C) that `attend` understands.
+    """
+
+    def __init__(
+        self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module, drop_path: nn.Module
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm1
+        self.attn = attn
+        self.drop_path = drop_path
+        self.norm2 = norm2
+        self.mlp = mlp
+
+    def attend(self, x: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Attention of normalised tokens, with the maps if asked for."""
+        return self.attn(x, attention=attention)
+
+    def forward(self, x: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x to the same shape, and the attention maps if asked for."""
+        attended, maps = self.attend(self.norm1(x), attention)
+        x = x + self.drop_path(attended)
+        return x + self.drop_path(self.mlp(self.norm2(x))), maps
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth that grows linearly with depth, from 0 to `rate` at the last block: a list for each stage."""
+    rates = iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def init_linear_weights(module: nn.Module) -> None:
+    """Linear layers start from a truncated normal of deviation 0.02 with zero bias; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -22,9 +22,9 @@ from utils import UsageError
 
 
 class Builder(Protocol):
-    """Makes a headless backbone from a frozen config."""
+    """Makes a headless backbone of a registered name from a config."""
 
-    def __call__(self, config: CfgNode, *, dense: bool, is_teacher: bool, patch_size: int) -> Backbone: ...
+    def __call__(self, arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> Backbone: ...
 
 
 class Entry(NamedTuple):
@@ -32,14 +32,16 @@ class Entry(NamedTuple):
 
     build: Builder
     config_name: str  # the MODEL.NAME its yaml must have
-    default_config: str | None  # yaml used when none is given, relative to the project's root
+    default_config: (
+        str | None
+    )  # yaml used when none is given, relative to the root; empty: the schema's; None: one must be given
 
 
 _REGISTRY: dict[str, Entry] = {}
 
 
 def register(names: Mapping[str, str | None], *, config_name: str) -> Callable[[Builder], Builder]:
-    """Register a builder under `names`, each with its default yaml (None: a yaml must be given)."""
+    """Register a builder under `names`, each with its default yaml; see `Entry`."""
 
     def decorate(build: Builder) -> Builder:
         _REGISTRY.update({name: Entry(build, config_name, default) for name, default in names.items()})
@@ -71,9 +73,9 @@ def load_arch_config(arch: str, path: str | None, overrides: list[str] | tuple[s
     if path is None:
         if entry.default_config is None:
             raise UsageError(f"arch '{arch}' has no yaml of its own; name one with --cfg (see experiments/)")
-        path = str(Path(__file__).parent.parent / entry.default_config)
-    config = load_config(path, overrides)
-    _check_family(arch, entry, config, path)
+        path = str(Path(__file__).parent.parent / entry.default_config) if entry.default_config else None
+    config = load_config(path, overrides if path else ["MODEL.NAME", entry.config_name, *overrides])
+    _check_family(arch, entry, config, path or "the command line")
     return config
 
 
@@ -109,4 +111,8 @@ def build_model(
     if config is None:
         config = load_arch_config(arch, None)
     _check_family(arch, entry, config, "the config")
-    return entry.build(config, dense=dense, is_teacher=is_teacher, patch_size=patch_size)
+    if is_teacher and "DROP_PATH_RATE" in config.MODEL.SPEC:
+        config = config.clone()
+        config.defrost()
+        config.MODEL.SPEC.DROP_PATH_RATE = 0.0
+    return entry.build(arch, config, dense=dense, patch_size=patch_size)

@@ -10,16 +10,18 @@ shift fixed by IMAGE_SIZE, smaller crops padded after the first norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.base import Backbone, BlockOutput
+from models.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
+from models.base import Backbone, ResidualBlock, drop_path_rates, init_linear_weights
 from models.registry import register
+from models.resize import resize_square_table
 from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
 from utils import UsageError
 
@@ -43,18 +45,13 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(window))
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
-
-    def relative_position_bias(self) -> Tensor:
-        """(heads, N, N)."""
-        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, windows: Tensor, mask: Tensor | None, attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """Attend inside windows.
@@ -64,40 +61,34 @@ class WindowAttention(nn.Module):
             mask: (windows, N, N) added to the logits, for shifted windows.
             attention: also return the attention maps (B * windows, heads, N, N); they are not kept otherwise.
         """
-        total, tokens, dim = windows.shape
-        bias = self.relative_position_bias().unsqueeze(0)  # (1, heads, N, N)
+        bias = pairwise_bias(self.relative_position_bias_table, self.relative_position_index).unsqueeze(0)
         if mask is not None:
             bias = bias + mask.unsqueeze(1)  # (windows, heads, N, N)
         # The windows of an image are a batch axis of their own, so that one bias serves all images without a copy.
-        qkv = self.qkv(windows).view(-1, len(bias), tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each (B, windows or B * windows and 1, heads, N, C / heads)
-        maps = None
-        if attention:
-            maps = (q * self.scale @ k.transpose(-2, -1) + bias).softmax(dim=-1)
-            x = F.dropout(maps, self.attn_drop, self.training) @ v
-            maps = maps.flatten(0, 1)
-        else:
-            dropout = self.attn_drop if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=self.scale)
-        x = x.transpose(-3, -2).reshape(total, tokens, dim)
-        return self.proj_drop(self.proj(x)), maps
+        per_image = self.qkv(windows).unflatten(0, (-1, len(bias)))  # (B, windows, N, 3 C), or (B * windows, 1, N, 3 C)
+        q, k, v = split_heads(per_image, 3, self.num_heads)
+        dropout = drop_rate(self, self.attn_drop)
+        x, maps = attend(q, k, v, bias=bias, dropout=dropout, attention=attention)
+        x = join_heads(x).flatten(0, 1)
+        return self.proj_drop(self.proj(x)), None if maps is None else maps.flatten(0, 1)
 
 
-class SwinBlock(nn.Module):
-    """Window attention, then an MLP, each after a norm and on a residual path with stochastic depth."""
+class SwinBlock(ResidualBlock):
+    """Attention in windows, which every second block shifts, and an MLP; tokens are (B, H, W, C)."""
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int, drop_path: float, spec: CfgNode) -> None:
-        super().__init__()
+        super().__init__(
+            LayerNorm(dim),
+            WindowAttention(dim, window, num_heads, spec.QKV_BIAS, spec.ATTN_DROP_RATE, spec.DROP_RATE),
+            LayerNorm(dim),
+            Mlp(dim, int(dim * spec.MLP_RATIO), drop=spec.DROP_RATE),
+            DropPath(drop_path),
+        )
         self.window = window
         self.shift = shift
-        self.norm1 = LayerNorm(dim)
-        self.attn = WindowAttention(dim, window, num_heads, spec.QKV_BIAS, spec.ATTN_DROP_RATE, spec.DROP_RATE)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * spec.MLP_RATIO), drop=spec.DROP_RATE)
 
-    def attend(self, x_BHWC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Attention of normalised tokens: pad, shift, cut into windows, attend, and all of it back."""
+    def attend(self, x_BHWC: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Pad, shift, cut into windows, attend, and all of it back."""
         height, width = x_BHWC.shape[1:3]
         x = pad_to_windows(x_BHWC, self.window)
         grid = (x.shape[1], x.shape[2])
@@ -110,16 +101,6 @@ class SwinBlock(nn.Module):
         if self.shift:
             x = torch.roll(x, (self.shift, self.shift), dims=(1, 2))
         return x[:, :height, :width], maps
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) to the same shape."""
-        return self.forward_with_attention(x_BHWC, attention=False)[0]
-
-    def forward_with_attention(self, x_BHWC: Tensor, attention: bool = True) -> tuple[Tensor, Tensor | None]:
-        """The block's output and its attention maps (B * windows, heads, N, N)."""
-        attended, maps = self.attend(self.norm1(x_BHWC), attention)
-        x_BHWC = x_BHWC + self.drop_path(attended)
-        return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC))), maps
 
 
 class PatchMerging(nn.Module):
@@ -170,6 +151,7 @@ class SwinTransformer(Backbone):
     def __init__(self, image_size: tuple[int, int], spec: CfgNode, dense: bool = False) -> None:
         super().__init__(dense)
         stages = len(spec.DEPTHS)
+        self.patch_size = spec.PATCH_SIZE
         self.stage_depths = tuple(spec.DEPTHS)
         self.stage_dims = tuple(spec.DIM_EMBED * 2**i for i in range(stages))
         self._check(image_size, spec)
@@ -183,14 +165,13 @@ class SwinTransformer(Backbone):
             output_fmt="NHWC",
         )
         self.pos_drop = nn.Dropout(spec.DROP_RATE)
-        drop_paths = torch.linspace(0, spec.DROP_PATH_RATE, sum(spec.DEPTHS), device="cpu").tolist()
+        drop_paths = drop_path_rates(spec.DROP_PATH_RATE, spec.DEPTHS)
         self.layers = nn.ModuleList()
-        for i, (dim, depth, num_heads) in enumerate(zip(self.stage_dims, spec.DEPTHS, spec.NUM_HEADS)):
+        for i, (dim, num_heads) in enumerate(zip(self.stage_dims, spec.NUM_HEADS)):
             resolution = (image_size[0] // spec.PATCH_SIZE // 2**i, image_size[1] // spec.PATCH_SIZE // 2**i)
-            stage_drop_paths, drop_paths = drop_paths[:depth], drop_paths[depth:]
-            self.layers.append(SwinStage(dim, num_heads, resolution, stage_drop_paths, i < stages - 1, spec))
+            self.layers.append(SwinStage(dim, num_heads, resolution, drop_paths[i], i < stages - 1, spec))
         self.norm = LayerNorm(self.num_features)
-        self.apply(_init_weights)
+        self.apply(init_linear_weights)
 
     def _check(self, image_size: tuple[int, int], spec: CfgNode) -> None:
         if len(spec.NUM_HEADS) != len(spec.DEPTHS):
@@ -210,38 +191,31 @@ class SwinTransformer(Backbone):
                 "MODEL.SPEC.USE_APE True is not supported, no published EsViT network has it; set it to False"
             )
 
-    def forward_blocks(self, x_BCHW: Tensor, n: int = 1, attention: bool = False) -> list[BlockOutput]:
-        """Outputs of the last `n` blocks in order; see `Backbone.forward_blocks`."""
-        x_BHWC = self.pos_drop(self.patch_embed(x_BCHW))
-        outputs: list[BlockOutput] = []
-        skipped = sum(self.stage_depths) - n
-        for stage in self.layers:
-            assert isinstance(stage, SwinStage)
-            for block in stage.blocks:
-                assert isinstance(block, SwinBlock)
-                maps = None
-                if attention and skipped <= 0:
-                    x_BHWC, maps = block.forward_with_attention(x_BHWC)
-                else:
-                    x_BHWC = self.run_block(block, x_BHWC)
-                if skipped <= 0:
-                    outputs.append(BlockOutput(x_BHWC.flatten(1, 2), (x_BHWC.shape[1], x_BHWC.shape[2]), maps))
-                skipped -= 1
-            if stage.downsample is not None:
-                x_BHWC = stage.downsample(x_BHWC)
-        return outputs
+    def enter_stage(self, stage: int, x: Tensor) -> Tensor:
+        """Patch embedding (B, C, H, W) to (B, H', W', C) before stage 0, patch merging before the others."""
+        if stage == 0:
+            return self.pos_drop(self.patch_embed(x))
+        merge = self.layers[stage - 1].downsample
+        assert isinstance(merge, PatchMerging)
+        return merge(x)
+
+    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+        """See `Backbone.stage_blocks`."""
+        return self.layers[stage].blocks  # type: ignore[return-value]
+
+    def tokens(self, x_BHWC: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
+        """See `Backbone.tokens`; Swin has no prefix tokens."""
+        return x_BHWC.flatten(1, 2), 0, (x_BHWC.shape[1], x_BHWC.shape[2])
+
+    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Relative-position tables of another window are resized."""
+        if not name.endswith("relative_position_bias_table"):
+            return None
+        return resize_square_table(tensor, len(self.get_parameter(name)))
 
     def no_weight_decay(self) -> set[str]:
         """The relative-position tables."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-
-
-def _init_weights(module: nn.Module) -> None:
-    """Linear layers start from a truncated normal of deviation 0.02 with zero bias."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 @register(
@@ -252,10 +226,6 @@ def _init_weights(module: nn.Module) -> None:
     | {"swin": None},
     config_name="swin_transformer",
 )
-def build_swin(config: CfgNode, *, dense: bool, is_teacher: bool, patch_size: int) -> SwinTransformer:
-    """Swin from a config; the teacher has no stochastic depth, and the patch size is the config's."""
-    spec = config.MODEL.SPEC.clone()
-    if is_teacher:
-        spec.defrost()
-        spec.DROP_PATH_RATE = 0.0
-    return SwinTransformer(tuple(config.MODEL.IMAGE_SIZE), spec, dense)
+def build_swin(arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> SwinTransformer:
+    """Swin from a config, whose patch size counts."""
+    return SwinTransformer(tuple(config.MODEL.IMAGE_SIZE), config.MODEL.SPEC, dense)

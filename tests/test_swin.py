@@ -1,81 +1,21 @@
-"""Swin against the golden networks, and properties that hold for any input."""
+"""Swin: properties that hold for any input."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
-from conftest import ROOT, golden_arrays, golden_json, relative_error
-from fill import crops, fill_
 
 from config import load_config
-from models import Backbone, MultiCropOutput, build_model
-from models.heads import DINOHead
+from models import Backbone, build_model
 from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
 from utils import UsageError
 
-TOLERANCE = 1e-5  # the agreement asked for is 1e-4; float32 rounding leaves about 1e-6
-WINDOWS = (7, 14)
 TINY = ["MODEL.IMAGE_SIZE", "[64, 64]", "MODEL.SPEC.DIM_EMBED", "12", "MODEL.SPEC.DEPTHS", "[2, 2]"]
 TINY += ["MODEL.SPEC.NUM_HEADS", "[1, 2]", "MODEL.SPEC.WINDOW_SIZE", "4", "MODEL.SPEC.DROP_PATH_RATE", "0.0"]
 
 
-@lru_cache
-def golden_network(window: int, dense: bool) -> Backbone:
-    config = load_config(ROOT / f"experiments/imagenet/swin/swin_tiny_patch4_window{window}_224.yaml")
-    network = build_model("swin_tiny", config, dense=dense)
-    if dense:
-        network.head = DINOHead(network.num_features, 128)
-        network.head_dense = DINOHead(network.num_features, 128)
-    fill_(network.state_dict())
-    return network.eval()
-
-
 def tiny_network(**kwargs: bool) -> Backbone:
     return build_model("swin", load_config(None, TINY), **kwargs).eval()
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-def test_keys_and_shapes_are_the_golden_ones(window: int) -> None:
-    ours = {key: list(value.shape) for key, value in golden_network(window, True).state_dict().items()}
-    assert ours == golden_json(f"swin_tiny_w{window}.keys")
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", WINDOWS)
-def test_multi_crop_outputs(window: int) -> None:
-    golden = golden_arrays(f"swin_tiny_w{window}")
-    output = golden_network(window, True)(crops())
-    assert isinstance(output, MultiCropOutput)
-    assert relative_error(output.view_logits, golden["cls_logits"]) < TOLERANCE
-    assert relative_error(output.region_logits[::37], golden["region_logits_every_37th_row"]) < TOLERANCE
-    assert relative_error(output.region_features[::37], golden["region_features_every_37th_row"]) < TOLERANCE
-    regions_224, regions_96 = golden["npatch"]
-    assert output.regions_per_view == (regions_224, regions_224, regions_96, regions_96)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", WINDOWS)
-def test_headless_features(window: int) -> None:
-    golden, network, views = golden_arrays(f"swin_tiny_w{window}"), golden_network(window, False), crops()
-    assert relative_error(network(views[0]), golden["backbone_224"]) < TOLERANCE
-    assert relative_error(network(views[2]), golden["backbone_96"]) < TOLERANCE
-    for n in (1, 4, 7):
-        assert (
-            relative_error(network.forward_return_n_last_blocks(views[0], n), golden[f"n_last_blocks_{n}"]) < TOLERANCE
-        )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", WINDOWS)
-def test_attention_maps(window: int) -> None:
-    golden, network = golden_arrays(f"swin_tiny_w{window}"), golden_network(window, False)
-    image = crops()[0][:1]
-    assert relative_error(network.forward_selfattention(image)[:, :, 9], golden["last_attention_query9"]) < TOLERANCE  # type: ignore[call-overload]
-    maps = network.forward_selfattention(image, n=12)
-    entropy = torch.stack([-(m * m.clamp_min(1e-12).log2()).sum(-1).mean() for m in maps])
-    assert relative_error(entropy, golden["attention_entropy_by_layer"]) < TOLERANCE
 
 
 @torch.no_grad()

@@ -1,0 +1,58 @@
+"""Softmax attention, once for all architectures: fused where its maps are not wanted, spelled out where they are.
+
+Shapes: B any leading axes, H heads, Q queries, N keys, D channels of a head.
+Origin: scaled dot-product attention (Vaswani et al., NeurIPS 2017).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(
+    q_BHQD: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    attention: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend, and return the maps (B, H, Q, N) too when `attention` is set; they are not kept otherwise.
+
+    Args:
+        bias: added to the logits, anything that broadcasts to (B, H, Q, N).
+        scale: of the logits, D ** -0.5 unless given.
+        dropout: probability of dropping an entry of the maps; the caller passes 0 outside training.
+    """
+    scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
+    if not attention:
+        bias = None if bias is None else bias.to(q_BHQD.dtype)
+        return F.scaled_dot_product_attention(q_BHQD, k_BHND, v_BHND, bias, dropout, scale=scale), None
+    logits = q_BHQD * scale @ k_BHND.transpose(-2, -1)
+    maps = (logits if bias is None else logits + bias).softmax(dim=-1)
+    return F.dropout(maps, dropout) @ v_BHND, maps
+
+
+def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """Cut the channels (..., N, parts * C) of a joint projection into `parts` tensors (..., H, N, C / H)."""
+    x = x_BNC.unflatten(-1, (parts, num_heads, -1))  # (..., N, parts, H, D)
+    return x.movedim(-3, 0).transpose(-3, -2).unbind(0)
+
+
+def join_heads(x_BHND: Tensor) -> Tensor:
+    """(..., H, N, D) back to (..., N, H * D)."""
+    return x_BHND.transpose(-3, -2).flatten(-2)
+
+
+def pairwise_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Look a bias up for every pair: table (offsets, H) at index (Q, N) gives (H, Q, N)."""
+    return table[index].permute(2, 0, 1)
+
+
+def drop_rate(module: torch.nn.Module, rate: float) -> float:
+    """`rate` while the module trains, else 0."""
+    return rate if module.training else 0.0

@@ -1,0 +1,159 @@
+"""The plain Vision Transformer (DeiT and DINO sizes): a class token and patch tokens of one resolution.
+
+State-dict keys are those of the released DINO backbones (golden file deit_small). Any patch size, any image size, square or not.
+
+Shapes: B images, N tokens, C channels.
+Origin: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), position resizing of DINO (Caron et al., ICCV 2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from timm.layers import DropPath, Mlp, PatchEmbed
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from models.attention import attend, drop_rate, join_heads, split_heads
+from models.base import Backbone, ResidualBlock, drop_path_rates, init_linear_weights
+from models.registry import register
+from models.resize import resize_pos_embed
+from utils import UsageError
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+CONFIGS = "experiments/imagenet/vit/{}.yaml"
+
+
+class Tokens(NamedTuple):
+    """What travels between blocks."""
+
+    tokens_BNC: Tensor
+    grid: tuple[int, int]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x_BNC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C) to the same shape, with the maps (B, heads, N, N) if asked for."""
+        q, k, v = split_heads(self.qkv(x_BNC), 3, self.num_heads)
+        x, maps = attend(q, k, v, dropout=drop_rate(self, self.attn_drop), attention=attention)
+        return self.proj_drop(self.proj(join_heads(x))), maps
+
+
+class ViTBlock(ResidualBlock):
+    """The pre-norm block on `Tokens`."""
+
+    def forward(self, x: Tokens, attention: bool = False) -> tuple[Tokens, Tensor | None]:  # type: ignore[override]
+        """Tokens to tokens, and the attention maps if asked for."""
+        tokens_BNC, maps = super().forward(x.tokens_BNC, attention)
+        return Tokens(tokens_BNC, x.grid), maps
+
+
+class VisionTransformer(Backbone):
+    """ViT as a backbone of the common contract.
+
+    Args:
+        image_size: the (height, width) whose grid of patches the position embedding holds; other sizes may go in.
+        patch_size: pixels of a patch's side.
+        spec: the keys of `config.SPECS["vision_transformer"]`.
+        dense: as in `Backbone`.
+
+    Raises:
+        UsageError: heads that do not divide the width, or an image smaller than a patch.
+    """
+
+    def __init__(self, image_size: tuple[int, int], patch_size: int, spec: CfgNode, dense: bool = False) -> None:
+        super().__init__(dense)
+        dim = spec.DIM_EMBED
+        if dim % spec.NUM_HEADS:
+            raise UsageError(f"MODEL.SPEC.NUM_HEADS {spec.NUM_HEADS} must divide the {dim} channels of DIM_EMBED")
+        if not 1 <= patch_size <= min(image_size):
+            raise UsageError(
+                f"--patch_size {patch_size} must lie in 1..{min(image_size)}, the side of MODEL.IMAGE_SIZE"
+            )
+        self.patch_size = patch_size
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.stage_dims, self.stage_depths = (dim,), (spec.DEPTH,)
+        self.patch_embed = PatchEmbed(
+            img_size=None,
+            patch_size=patch_size,
+            in_chans=spec.IN_CHANS,
+            embed_dim=dim,
+            flatten=False,
+            output_fmt="NHWC",
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
+        self.pos_drop = nn.Dropout(spec.DROP_RATE)
+        self.blocks = nn.ModuleList(
+            ViTBlock(
+                LayerNorm(dim),
+                Attention(dim, spec.NUM_HEADS, spec.QKV_BIAS, spec.ATTN_DROP_RATE, spec.DROP_RATE),
+                LayerNorm(dim),
+                Mlp(dim, int(dim * spec.MLP_RATIO), drop=spec.DROP_RATE),
+                DropPath(rate),
+            )
+            for rate in drop_path_rates(spec.DROP_PATH_RATE, [spec.DEPTH])[0]
+        )
+        self.norm = LayerNorm(dim)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(init_linear_weights)
+
+    def enter_stage(self, stage: int, x_BCHW: Tensor) -> Tokens:
+        """Patches with the class token before them, and the position embedding resized to their grid."""
+        patches_BHWC = self.patch_embed(x_BCHW)
+        grid = (patches_BHWC.shape[1], patches_BHWC.shape[2])
+        class_token = self.cls_token.expand(len(patches_BHWC), -1, -1)
+        tokens_BNC = torch.cat([class_token, patches_BHWC.flatten(1, 2)], dim=1)
+        return Tokens(self.pos_drop(tokens_BNC + resize_pos_embed(self.pos_embed, 1, self.grid, grid)), grid)
+
+    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+        """See `Backbone.stage_blocks`."""
+        return self.blocks  # type: ignore[return-value]
+
+    def tokens(self, x: Tokens) -> tuple[Tensor, int, tuple[int, int]]:
+        """See `Backbone.tokens`; the class token is the one prefix token."""
+        return x.tokens_BNC, 1, x.grid
+
+    def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
+        """The class token."""
+        return tokens_BNC[:, 0]
+
+    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Position embeddings of another image size are resized; the file's grid is taken to be square."""
+        side = math.isqrt(tensor.shape[1] - 1) if tensor.ndim == 3 else 0
+        if name != "pos_embed" or 1 + side**2 != tensor.shape[1] or tensor.shape[2] != self.num_features:
+            return None
+        return resize_pos_embed(tensor, 1, (side, side), self.grid)
+
+    def no_weight_decay(self) -> set[str]:
+        """Position embedding and class token."""
+        return {"pos_embed", "cls_token"}
+
+
+@register(
+    {
+        "deit_tiny": CONFIGS.format("deit_tiny"),
+        "deit_small": CONFIGS.format("deit_small"),
+        "vit_base": CONFIGS.format("vit_base"),
+        "vit": None,
+    },
+    config_name="vision_transformer",
+)
+def build_vit(arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> VisionTransformer:
+    """ViT from a config; the patch size is the caller's."""
+    return VisionTransformer(tuple(config.MODEL.IMAGE_SIZE), patch_size, config.MODEL.SPEC, dense)
