@@ -1,7 +1,8 @@
 """Checkpoints: the published layout, written whole or not at all, read without running anybody's code.
 
 `checkpoint.pth` holds student (keys prefixed `module.`), teacher, optimizer, epoch (the next one), args, dino_loss and
-fp16_scaler as the published files do; this project adds config, rng (one entry a process) and world_size.
+fp16_scaler as the published files do; this project adds config, rng (one entry a process) and world_size. Networks are also read
+from bare state dicts, from files of timm, torchvision, Swin and DINO, and from safetensors.
 
 Origin: file names and keys follow DINO and microsoft/esvit.
 """
@@ -11,17 +12,24 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils import UsageError
+from models.base import Backbone
+from utils import UsageError, logger
 
 PREFIX = "module."
 HEADS = ("head.", "head_dense.")
+CLASSIFIERS = ("fc.", "head_dist.")  # linear heads of other projects, beside `head.`
+WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others keep a network
+DERIVED = ("relative_position_index", "attn_mask")  # buffers that the architecture computes itself
+OPTIONAL = ("num_batches_tracked",)  # older files lack it
 LISTED_NAMES = 5
 
 
@@ -86,8 +94,12 @@ def _load_safely(path: str | Path) -> Any:
     if not os.path.isfile(path):
         raise UsageError(f"checkpoint '{path}' does not exist; check the path")
     try:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except safetensors.SafetensorError as error:
+        raise UsageError(f"'{path}' is no safetensors file or is damaged ({error}); use another file") from None
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise UsageError(
@@ -101,6 +113,70 @@ def _load_safely(path: str | Path) -> Any:
     return content
 
 
+# --------------------------------------------------------------------------- layouts
+
+
+class NetworkState(NamedTuple):
+    """The tensors of one network in a file, and where they were found."""
+
+    tensors: dict[str, Tensor]
+    layout: str
+    key: str | None
+
+
+def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> NetworkState:
+    """The network of a file, without `module.`: `key` of a full checkpoint, what lies under `model`, or the whole of a bare one.
+
+    Weight norm in torch's parametrised spelling gets the published names.
+
+    Raises:
+        UsageError: a full checkpoint without `key`, or content that is no state dict.
+    """
+    layout, found_under = "bare state dict", None
+    if "student" in content or "teacher" in content:
+        if key not in content:
+            raise UsageError(
+                f"checkpoint '{path}' has no '{key}'; it has {', '.join(sorted(content))}; name a network that is there"
+            )
+        layout, found_under = "full checkpoint", key
+    else:
+        found_under = next((k for k in WRAPPING_KEYS if isinstance(content.get(k), Mapping)), None)
+        layout = "wrapped state dict" if found_under else layout
+    if found_under:
+        content = content[found_under]
+    tensors = {_published_weight_norm(k.removeprefix(PREFIX)): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise UsageError(
+            f"checkpoint '{path}' holds no tensors of a network; it has the keys {', '.join(map(str, content))[:200]}"
+        )
+    return NetworkState(tensors, layout, found_under)
+
+
+def _published_weight_norm(name: str) -> str:
+    """`parametrizations.weight.original0` and `1` of torch >= 2 are the gain and the direction."""
+    return name.replace("parametrizations.weight.original0", "weight_g").replace(
+        "parametrizations.weight.original1", "weight_v"
+    )
+
+
+def _in_our_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under this project's names: whichever of the known namings fits most of the network's tensors.
+
+    Known are the published names, those of timm and torchvision, and either of them inside DINO's `backbone.`.
+    """
+    wanted = network.state_dict()
+    timm_name = network.timm_name if isinstance(network, Backbone) else str
+    namings: list[Callable[[str], str]] = [
+        str,
+        timm_name,
+        lambda name: name if name.startswith(HEADS) else f"backbone.{name}",
+        lambda name: name if name.startswith(HEADS) else f"backbone.{timm_name(name)}",
+    ]
+    best = max(namings, key=lambda naming: sum(naming(name) in tensors for name in wanted))
+    ours = {best(name): name for name in wanted}
+    return {ours.get(name, name): tensor for name, tensor in tensors.items()}
+
+
 # --------------------------------------------------------------------------- networks
 
 
@@ -108,71 +184,77 @@ class LoadReport(NamedTuple):
     """What a network took from a file."""
 
     layout: str
+    key: str | None
     matched: int
+    resized: int
     left_out: int
 
     def __str__(self) -> str:
-        return f"{self.layout}: {self.matched} tensors loaded, {self.left_out} left out"
+        where = f"{self.layout}, key '{self.key}'" if self.key else self.layout
+        return f"{where}: {self.matched} tensors loaded, {self.resized} of them resized, {self.left_out} left out"
 
 
-def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """The network `key` (student or teacher) of a full checkpoint, or the whole of a bare one, without `module.`; and its layout.
-
-    Raises:
-        UsageError: a full checkpoint without `key`, or content that is no state dict.
-    """
-    layout = "bare network"
-    if "student" in content or "teacher" in content:
-        if key not in content:
-            raise UsageError(
-                f"checkpoint '{path}' has no '{key}'; it has {', '.join(sorted(content))}; name a network that is there"
-            )
-        content, layout = content[key], f"full checkpoint, {key}"
-    tensors = {
-        name.removeprefix(PREFIX): value
-        for name, value in content.items()
-        if isinstance(value, Tensor) and not name.endswith(".attn_mask")  # older files kept the shift masks
-    }
-    if not tensors:
-        raise UsageError(
-            f"checkpoint '{path}' holds no tensors of a network; it has the keys {', '.join(map(str, content))[:200]}"
-        )
-    return tensors, layout
-
-
-def load_network(network: nn.Module, state: Mapping[str, Tensor], source: str, layout: str = "network") -> LoadReport:
+def load_network(
+    network: nn.Module, state: NetworkState, source: str, *, resize: bool = False, allow_partial: bool = False
+) -> LoadReport:
     """Load a state dict into a network, wrapped or not; every tensor of the network must be there in its shape.
 
-    A network without heads leaves those of the file out; a file without heads leaves those of the network as they are.
+    A network without heads leaves those of the file out; a file without heads (or with a classifier's linear one) leaves
+    those of the network as they are. Buffers that follow from the architecture are neither asked for nor taken.
+
+    Args:
+        network: left as it is where an error is raised.
+        state: see `network_state`.
+        source: how messages name the file.
+        resize: let a backbone resize its tables of positions to its own image or window size.
+        allow_partial: take what fits; what is missing is warned about instead of being an error.
 
     Raises:
         UsageError: a number of prototypes or other shapes that differ, or names that are missing, with the first of them.
     """
     network = unwrap(network)
     wanted = network.state_dict()
-    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
-    for name in sorted(wanted.keys() & state.keys()):
-        ours, theirs = tuple(wanted[name].shape), tuple(state[name].shape)
-        if ours == theirs:
-            continue
-        if "last_layer.weight" in name and ours[0] != theirs[0]:
-            raise UsageError(
-                f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}"
-            )
-        raise UsageError(
-            f"{source} is of another network: {name} has shape {theirs}, this one wants {ours}; check --arch and --cfg"
-        )
-    file_has_heads = any(name.startswith(HEADS) for name in state)
-    missing = [name for name in wanted if name not in state and (file_has_heads or not name.startswith(HEADS))]
-    unexpected = [name for name in state if name not in wanted and not name.startswith(HEADS)]
-    if missing or unexpected:
-        raise UsageError(
+    tensors = _in_our_names(network, {name: t for name, t in state.tensors.items() if not name.endswith(DERIVED)})
+    file_has_heads = any("last_layer." in name for name in tensors)
+    taken, misfits, resized = {}, [], 0
+    for name in wanted.keys() & tensors.keys():
+        tensor = tensors[name]
+        if tensor.shape != wanted[name].shape and resize and isinstance(network, Backbone):
+            fitted = network.fit_tensor(name, tensor)
+            tensor, resized = (tensor, resized) if fitted is None else (fitted, resized + 1)
+        if tensor.shape == wanted[name].shape:
+            taken[name] = tensor
+        else:
+            misfits.append(name)
+    missing = [
+        name
+        for name in wanted
+        if name not in tensors
+        and not name.endswith((*DERIVED, *OPTIONAL))
+        and (file_has_heads or not name.startswith(HEADS))
+    ]
+    unexpected = [name for name in tensors if name not in wanted and not name.startswith((*HEADS, *CLASSIFIERS))]
+    if misfits and not allow_partial:
+        raise UsageError(_misfit(source, sorted(misfits)[0], tensors, wanted))
+    if missing or unexpected or misfits:
+        problem = (
             f"{source} is of another network: {len(missing)} tensors are missing ({_first(missing)}), "
-            f"{len(unexpected)} unexpected ({_first(unexpected)}); check --arch, --cfg and --use_dense_prediction"
+            f"{len(unexpected)} unexpected ({_first(unexpected)})"
         )
-    network.load_state_dict(state, strict=False)
-    matched = len(wanted.keys() & state.keys())
-    return LoadReport(layout, matched, len(state) - matched)
+        if not allow_partial:
+            raise UsageError(f"{problem}; check --arch, --cfg and --use_dense_prediction, or pass --allow_partial True")
+        logger.warning("%s, %d of another shape (%s); the rest is loaded", problem, len(misfits), _first(misfits))
+        if not taken:
+            raise UsageError(f"{source} has not one tensor of this network, not even with --allow_partial")
+    network.load_state_dict(taken, strict=False)
+    return LoadReport(state.layout, state.key, len(taken), resized, len(state.tensors) - len(taken))
+
+
+def _misfit(source: str, name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    ours, theirs = tuple(wanted[name].shape), tuple(tensors[name].shape)
+    if "last_layer.weight" in name and ours[0] != theirs[0]:
+        return f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}"
+    return f"{source} is of another network: {name} has shape {theirs}, this one wants {ours}; check --arch and --cfg"
 
 
 def _first(names: list[str]) -> str:
@@ -180,11 +262,13 @@ def _first(names: list[str]) -> str:
     return f"{listed}, ..." if len(names) > LISTED_NAMES else listed or "none"
 
 
-def load_backbone(network: nn.Module, path: str | Path, key: str = "teacher") -> LoadReport:
-    """Load the backbone of a checkpoint file for evaluation.
+def load_backbone(
+    network: nn.Module, path: str | Path, key: str = "teacher", *, allow_partial: bool = False
+) -> LoadReport:
+    """Load the backbone of a checkpoint file of any known layout; tables of positions are resized where sizes differ.
 
     Raises:
         UsageError: see `load_file`, `network_state` and `load_network`.
     """
-    state, layout = network_state(load_file(path), key, path)
-    return load_network(network, state, f"checkpoint '{path}'", layout)
+    state = network_state(load_file(path), key, path)
+    return load_network(network, state, f"checkpoint '{path}'", resize=True, allow_partial=allow_partial)

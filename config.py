@@ -41,6 +41,7 @@ SPECS: dict[str, dict[str, Any]] = {
     },
     "cvt_v4_transformer": {
         "IN_CHANS": 3,
+        "NUM_STAGES": 0,  # 0: as many as DEPTHS has entries
         "PATCH_SIZE": [7, 3, 3, 3],
         "PATCH_STRIDE": [4, 2, 2, 2],
         "PATCH_PADDING": [2, 1, 1, 1],
@@ -66,7 +67,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "MSVIT": {
             "ARCH": "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_"
             "l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0",
-            "SHARE_W": False,
+            "SHARE_W": True,
             "SHARE_KV": True,
             "ONLY_GLOBAL": False,
             "ATTN_TYPE": "longformerhand",
@@ -122,6 +123,37 @@ POSITIVE = {
     *("DIM_EMBED", "DEPTH", "DEPTHS", "NUM_HEADS", "WINDOW_SIZE"),
 }
 
+# Published files of these networks may give one value for every stage, or one per stage where a key has a single value.
+STAGED = {"cvt_v4_transformer"}
+
+# Other names of keys in published files, by MODEL.NAME.
+ALIASES = {
+    "cvt_v4_transformer": {"MODEL.SPEC.DEPTH": "MODEL.SPEC.DEPTHS"},
+    "vision_longformer": {
+        "MODEL.SPEC.DROP": "MODEL.SPEC.DROP_RATE",
+        "MODEL.SPEC.DROP_PATH": "MODEL.SPEC.DROP_PATH_RATE",
+    },
+}
+
+# Keys by which published files choose between networks, with the values that mean the one there is here; reported as unused.
+ONLY_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "cvt_v4_transformer": {
+        "MODEL.SPEC.INIT": ("trunc_norm",),
+        "MODEL.SPEC.CLS_TOKEN": (False,),
+        "MODEL.SPEC.POS_EMBED": (False,),
+        "MODEL.SPEC.QKV_PROJ_METHOD": ("dw_bn",),
+        "MODEL.SPEC.KERNEL_QKV": (3,),
+        "MODEL.SPEC.PADDING_QKV": (1,),
+        "MODEL.SPEC.STRIDE_QKV": (1,),
+        "MODEL.SPEC.PADDING_KV": (1,),
+        "MODEL.SPEC.STRIDE_KV": (1,),
+        "MODEL.SPEC.PADDING_Q": (1,),
+        "MODEL.SPEC.STRIDE_Q": (1,),
+        "MODEL.SPEC.NORM": ("layernorm", "layer_norm", "LayerNorm", "ln"),
+        "MODEL.SPEC.ACT": ("quick_gelu", "quickgelu", "QuickGELU"),
+    }
+}
+
 _reported: set[str] = set()
 
 
@@ -134,23 +166,27 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
 
     Raises:
         UsageError: a missing or malformed file, a BASE that leads back to itself, an unknown key (with the nearest
-            valid one), a value of another type than the key's.
+            valid one), a value of another type than the key's, a published key that asks for a network not here.
     """
     if len(overrides) % 2:
         raise UsageError(f"config overrides come in pairs KEY VALUE, '{overrides[-1]}' stands alone at the end")
     values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, where it was set)
     if path is not None:
-        values.update(_read_chain(Path(path), ()))
+        values = _read_chain(Path(path), ())
     for key, text in zip(overrides[::2], overrides[1::2]):
         where = f"override '{key}'"
-        values.update({leaf: (value, where) for leaf, value in _leaves(_nest(key, _parse(text, where)))})
+        values = _on_top(values, {leaf: (v, where) for leaf, v in _leaves(_nest(key, _parse(text, where)))})
 
     config = _schema_node(values.get("MODEL.NAME", (SCHEMA["MODEL"]["NAME"], "the schema")))
     known = dict(_leaves(config))
+    choices = ONLY_CHOICES.get(config.MODEL.NAME, {})
     unused = []
-    for key, (value, where) in values.items():
+    for key, (value, where) in _as_in_schema(values, config.MODEL.NAME, known).items():
         if key in known:
             _set(config, key, _cast(key, value, known[key], where))
+        elif key in choices:
+            _check_choice(key, value, choices[key], where)
+            unused.append(key)
         elif any(key == name or key.startswith(name + ".") for name in PUBLISHED_UNUSED):
             unused.append(key)
         else:
@@ -182,9 +218,43 @@ def _read_chain(path: Path, opened: tuple[Path, ...]) -> dict[str, tuple[Any, st
     values: dict[str, tuple[Any, str]] = {}
     for base in bases:
         if base:
-            values.update(_read_chain(path.parent / base, (*opened, path)))
-    values.update({key: (value, str(path)) for key, value in _leaves(content)})
+            values = _on_top(values, _read_chain(path.parent / base, (*opened, path)))
+    return _on_top(values, {key: (value, str(path)) for key, value in _leaves(content)})
+
+
+def _on_top(values: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `values`; what was set last comes last, so that it also counts among the names of one key."""
+    return {key: value for key, value in values.items() if key not in new} | new
+
+
+def _as_in_schema(values: dict[str, Any], name: str, known: dict[str, Any]) -> dict[str, Any]:
+    """`values` under the schema's names, and one value or one per stage as its keys have it."""
+    aliases = ALIASES.get(name, {})
+    values = {aliases.get(key, key): value for key, value in values.items()}
+    if name not in STAGED:
+        return values
+    depths = values.get("MODEL.SPEC.DEPTHS", (known["MODEL.SPEC.DEPTHS"], ""))[0]
+    stages = len(depths) if isinstance(depths, list) else 0  # the type of DEPTHS itself is checked like any other
+    for key, (value, where) in values.items():
+        if not key.startswith("MODEL.SPEC.") or key == "MODEL.SPEC.DEPTHS" or key not in known:
+            continue
+        if isinstance(known[key], list) and not isinstance(value, list):
+            values[key] = ([value] * stages, where)
+        elif not isinstance(known[key], list) and isinstance(value, list) and _all_equal(value):
+            values[key] = (value[0], where)
     return values
+
+
+def _all_equal(items: list[Any]) -> bool:
+    return bool(items) and all(item == items[0] for item in items)
+
+
+def _check_choice(key: str, value: Any, allowed: tuple[Any, ...], where: str) -> None:
+    """Whether each stage asks for the network there is."""
+    if not all(choice in allowed for choice in (value if isinstance(value, list) else [value])):
+        raise UsageError(
+            f"config key '{key}' may only be {allowed[0]!r} here, {where} asks for another network with {value!r}"
+        )
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

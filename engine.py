@@ -9,6 +9,7 @@ Origin: the order of an update is DINO's (Caron et al., ICCV 2021).
 from __future__ import annotations
 
 import contextlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -30,6 +31,12 @@ from progress import EpochMeter, RunLog
 from utils import UsageError, logger
 
 MAX_BAD_STEPS = 20
+# What DistributedDataParallel calls the exchange of buffers before a forward; torch 2.14 renamed it.
+SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
 LAUNCH_FLAGS = {"device", "dist_url", "local_rank", "num_workers", "log_freq"}  # change no number of a run
 
 
@@ -187,7 +194,8 @@ def wrap_networks(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn
         teacher.requires_grad_(True)  # DistributedDataParallel refuses a network without trainable parameters
         teacher = DistributedDataParallel(teacher, device_ids=device_ids)
         teacher.requires_grad_(False)
-    return DistributedDataParallel(student, device_ids=device_ids, broadcast_buffers=has_batch_norm), teacher
+    sync_buffers: dict[str, Any] = {SYNC_BUFFERS: has_batch_norm}
+    return DistributedDataParallel(student, device_ids=device_ids, **sync_buffers), teacher
 
 
 def steps_per_epoch(batches: int, accum_iter: int) -> int:
@@ -298,9 +306,10 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
         raise UsageError(
             f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
         )
-    checkpoint.load_network(step.method.student, content["student"], source)
-    checkpoint.load_network(step.method.teacher, content["teacher"], source)
-    checkpoint.load_network(step.method.criterion, content["dino_loss"], source)
+    for network, key in ((step.method.student, "student"), (step.method.teacher, "teacher")):
+        checkpoint.load_network(network, checkpoint.network_state(content, key, path), source)
+    centres = checkpoint.NetworkState(content["dino_loss"], "full checkpoint", "dino_loss")
+    checkpoint.load_network(step.method.criterion, centres, source)
     saved_args = content.get("args") or args
     if getattr(saved_args, "optimizer", args.optimizer) != args.optimizer:
         raise UsageError(

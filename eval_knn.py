@@ -42,9 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "eval_knn.py", description="k-NN on frozen features", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--cfg", default=None, help="yaml of the network; default: the published one of --arch")
-    add("--arch", default="deit_small", help="registered architecture")
-    add("--patch_size", type=int, default=16, help="pixels per patch, for networks whose yaml does not say")
+    utils.add_network_flags(parser)
     add("--batch_size_per_gpu", type=int, default=128)
     add(
         "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
@@ -52,6 +50,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.07, help="of the vote's weights")
     add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
     add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
+    add(
+        "--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of the checkpoint"
+    )
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
     add("--dump_features", default=None, help="folder to save features and labels to")
     add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
@@ -193,7 +194,9 @@ def network_features(args: argparse.Namespace, config: CfgNode, weights: str, de
     torch.manual_seed(args.seed)
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size)
     if weights:
-        logger.info("%s: %s", weights, load_backbone(backbone, weights, args.checkpoint_key))
+        logger.info(
+            "%s: %s", weights, load_backbone(backbone, weights, args.checkpoint_key, allow_partial=args.allow_partial)
+        )
     return backbone.to(device).eval()
 
 

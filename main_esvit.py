@@ -42,9 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
 
-    add("--cfg", default=None, help="yaml of the network; default: the published one of --arch")
-    add("--arch", default="deit_small", help="registered architecture, e.g. swin_tiny")
-    add("--patch_size", type=int, default=16, help="pixels per patch, for networks whose yaml does not say")
+    utils.add_network_flags(parser)
     add("--out_dim", type=int, default=65536, help="number of prototypes K")
     add("--norm_last_layer", type=bool_flag, default=True, help="freeze the gain of the prototypes at 1")
     add("--momentum_teacher", type=float, default=0.996, help="EMA momentum of the teacher at the start; 1 at the end")
@@ -127,6 +125,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--sampler", default="distributed", help="distributed (chunk is not supported yet)")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
+    add("--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
     add("--saveckp_freq", type=int, default=5, help="keep checkpoint{epoch:04}.pth every so many epochs, 0 for none")
     add("--log_freq", type=int, default=10, help="steps between two log lines")
@@ -185,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         first_epoch = engine.resume_run(output_dir, step, args)
         if args.pretrained_weights_ckpt and first_epoch == 0:
-            start_from_weights(method, args.pretrained_weights_ckpt)
+            start_from_weights(method, args.pretrained_weights_ckpt, args.allow_partial)
         elif args.pretrained_weights_ckpt:
             logger.warning("--pretrained_weights_ckpt is not used: %s holds a run, which goes on", output_dir)
     utils.must_agree("checkpoints", first_epoch)
@@ -373,7 +372,7 @@ def build_step(
     return engine.TrainStep(method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer)
 
 
-def start_from_weights(method: EsViT, path: str) -> None:
+def start_from_weights(method: EsViT, path: str, allow_partial: bool) -> None:
     """Load both networks (each from its own part of a full checkpoint) and begin a new schedule.
 
     Raises:
@@ -381,10 +380,11 @@ def start_from_weights(method: EsViT, path: str) -> None:
     """
     content = checkpoint.load_file(path)
     for network, key in ((method.student, "student"), (method.teacher, "teacher")):
-        state, layout = checkpoint.network_state(content, key, path)
-        logger.info(
-            "%s from %s: %s", key, path, checkpoint.load_network(network, state, f"checkpoint '{path}'", layout)
+        state = checkpoint.network_state(content, key, path)
+        report = checkpoint.load_network(
+            network, state, f"checkpoint '{path}'", resize=True, allow_partial=allow_partial
         )
+        logger.info("%s from %s: %s", key, path, report)
 
 
 # --------------------------------------------------------------------------- the run

@@ -92,6 +92,15 @@ def bool_flag(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is not a boolean; write on/off, true/false or 1/0")
 
 
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a network, the same in every script."""
+    parser.add_argument("--cfg", default=None, help="yaml of the network; default: the published one of --arch")
+    parser.add_argument("--arch", default="deit_small", help="registered architecture, e.g. swin_tiny")
+    parser.add_argument(
+        "--patch_size", type=int, default=16, help="pixels per patch, for networks whose yaml does not say"
+    )
+
+
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every script shares: device, rendezvous and the launcher's local rank."""
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu")

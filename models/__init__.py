@@ -5,6 +5,8 @@ from models.registry import list_models as list_models
 from models.registry import load_arch_config as load_arch_config
 from outputs import MultiCropOutput as MultiCropOutput
 
-from . import resnet as resnet  # each architecture registers itself
+from . import cvt as cvt  # each architecture registers itself
+from . import resnet as resnet
 from . import swin as swin
+from . import vil as vil
 from . import vit as vit

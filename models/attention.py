@@ -1,6 +1,6 @@
 """Softmax attention, once for all architectures: fused where its maps are not wanted, spelled out where they are.
 
-Shapes: B any leading axes, H heads, Q queries, N keys, D channels of a head.
+Shapes: B images, or images and windows as two axes; H heads, Q queries, N keys, D channels of a head.
 Origin: scaled dot-product attention (Vaswani et al., NeurIPS 2017).
 """
 
@@ -24,10 +24,17 @@ def attend(
     """Attend, and return the maps (B, H, Q, N) too when `attention` is set; they are not kept otherwise.
 
     Args:
-        bias: added to the logits, anything that broadcasts to (B, H, Q, N).
+        bias: added to the logits, anything that broadcasts to (B, H, Q, N); (windows, H, Q, N) where windows are an axis.
         scale: of the logits, D ** -0.5 unless given.
         dropout: probability of dropping an entry of the maps; the caller passes 0 outside training.
     """
+    if q_BHQD.ndim == 5:
+        # (B, windows, H, ...): fused kernels take four axes. Windows join the heads, so that one bias serves all images.
+        windows = q_BHQD.shape[1]
+        q, k, v = (x.flatten(1, 2) for x in (q_BHQD, k_BHND, v_BHND))
+        bias = None if bias is None else bias.flatten(0, 1)
+        x, maps = attend(q, k, v, bias=bias, scale=scale, dropout=dropout, attention=attention)
+        return x.unflatten(1, (windows, -1)), None if maps is None else maps.unflatten(1, (windows, -1))
     scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
     if not attention:
         bias = None if bias is None else bias.to(q_BHQD.dtype)

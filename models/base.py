@@ -12,23 +12,32 @@ Origin: EsViT (Li et al., ICLR 2022) sections 3.1-3.2; method names follow micro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.interop import Converter
 from outputs import MultiCropOutput
 
 
-class BlockOutput(NamedTuple):
-    """What one block leaves behind."""
+class Tokens(NamedTuple):
+    """Tokens of one batch between two blocks."""
 
     tokens_BNC: Tensor  # prefix tokens (class, global) first, then the regions row by row
     num_prefix_tokens: int
     grid: tuple[int, int]  # height and width that the regions fill
+
+
+class BlockOutput(NamedTuple):
+    """What one block leaves behind: the fields of `Tokens`, and its attention."""
+
+    tokens_BNC: Tensor
+    num_prefix_tokens: int
+    grid: tuple[int, int]
     attention: Tensor | None  # (B * windows, heads, queries, keys), when asked for
 
 
@@ -49,6 +58,7 @@ class Backbone(nn.Module, ABC):
         patch_size: pixels of a side that one token of the first stage covers; no image may be smaller.
         norm: the norm of the last stage's tokens.
         has_attention: whether blocks can give attention maps.
+        converters: for each library that has this architecture, what makes its state dict of this one's.
         grad_checkpointing: recompute blocks in the backward instead of keeping their activations.
     """
 
@@ -57,6 +67,7 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     norm: nn.Module
     has_attention: bool = True
+    converters: ClassVar[Mapping[str, Converter]] = {}
 
     def __init__(self, dense: bool = False) -> None:
         super().__init__()
@@ -76,8 +87,8 @@ class Backbone(nn.Module, ABC):
         """The blocks of a stage; `block(x, attention)` returns x in the same layout and its attention maps or None."""
 
     @abstractmethod
-    def tokens(self, x: Any) -> tuple[Tensor, int, tuple[int, int]]:
-        """Tokens (B, N, C) of what travels between blocks, how many of them are prefix tokens, and the regions' grid."""
+    def tokens(self, x: Any) -> Tokens:
+        """The tokens of what travels between blocks."""
 
     def call_block(self, block: nn.Module, x: Any, attention: bool) -> tuple[Any, Tensor | None]:
         """Pass a block that was not written for `stage_blocks`; the others are called as they are."""
@@ -93,6 +104,10 @@ class Backbone(nn.Module, ABC):
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
         """A tensor of a file made for another image or window size, resized to fit parameter `name`; None if it cannot be."""
         return None
+
+    def timm_name(self, name: str) -> str:
+        """What timm (and torchvision) call this network's tensor `name`."""
+        return name
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that supervised fine-tuning keeps out of weight decay."""
@@ -221,6 +236,11 @@ class ResidualBlock(nn.Module):
         attended, maps = self.attend(self.norm1(x), attention)
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x))), maps
+
+
+def grid_tokens(x_BHWC: Tensor) -> Tokens:
+    """The tokens of a grid without prefix tokens."""
+    return Tokens(x_BHWC.flatten(1, 2), 0, (x_BHWC.shape[1], x_BHWC.shape[2]))
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

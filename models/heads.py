@@ -9,8 +9,9 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
+
+from models.base import init_linear_weights
 
 
 class WeightNormLinear(nn.Module):
@@ -20,7 +21,7 @@ class WeightNormLinear(nn.Module):
         super().__init__()
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        trunc_normal_(self.weight_v, std=0.02)
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
 
     def weight(self) -> Tensor:
         """The prototypes (K, C)."""
@@ -61,16 +62,10 @@ class DINOHead(nn.Module):
             if i < len(widths) - 2:
                 layers += [nn.BatchNorm1d(width_out), nn.GELU()] if use_bn else [nn.GELU()]
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
-        self.apply(_init_weights)
+        self.apply(init_linear_weights)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, in_dim) to (rows, K)."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

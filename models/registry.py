@@ -63,6 +63,15 @@ def _lookup(arch: str) -> Entry:
     return _REGISTRY[arch]
 
 
+def config_name(arch: str) -> str:
+    """The MODEL.NAME that a yaml for `arch` must have.
+
+    Raises:
+        UsageError: unknown arch.
+    """
+    return _lookup(arch).config_name
+
+
 def load_arch_config(arch: str, path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
     """The config for `arch`: the yaml at `path`, or the published one of that name when `path` is None.
 

@@ -8,14 +8,15 @@ Origin: ResNet (He et al., CVPR 2016), networks of torchvision; key names of mic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torchvision
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.base import Backbone
+from models.base import Backbone, Tokens, grid_tokens
+from models.interop import Converter, renamed, resnet_timm_name, resnet_to_detectron2
 from models.registry import register
 
 CONFIG = "experiments/imagenet/resnet/resnet50.yaml"
@@ -31,6 +32,11 @@ class ResNet(Backbone):
     """
 
     has_attention = False
+    converters: ClassVar[Mapping[str, Converter]] = {
+        "timm": lambda state: renamed(state, resnet_timm_name),
+        "mmdet": lambda state: renamed(state, resnet_timm_name),
+        "detectron2": resnet_to_detectron2,
+    }
 
     def __init__(self, name: str, in_chans: int = 3, dense: bool = False) -> None:
         super().__init__(dense)
@@ -61,9 +67,13 @@ class ResNet(Backbone):
         """torchvision's blocks take and return a map."""
         return block(x_BCHW), None
 
-    def tokens(self, x_BCHW: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
+    def tokens(self, x_BCHW: Tensor) -> Tokens:
         """See `Backbone.tokens`; a position of the map is a token."""
-        return x_BCHW.flatten(2).transpose(1, 2), 0, (x_BCHW.shape[2], x_BCHW.shape[3])
+        return grid_tokens(x_BCHW.permute(0, 2, 3, 1))
+
+    def timm_name(self, name: str) -> str:
+        """See `Backbone.timm_name`."""
+        return resnet_timm_name(name)
 
 
 # Every ResNet-like name of the installed torchvision.

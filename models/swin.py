@@ -10,8 +10,9 @@ shift fixed by IMAGE_SIZE, smaller crops padded after the first norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from timm.layers import DropPath, Mlp, PatchEmbed
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
-from models.base import Backbone, ResidualBlock, drop_path_rates, init_linear_weights
+from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
+from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
 from models.registry import register
 from models.resize import resize_square_table
 from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
@@ -148,6 +150,12 @@ class SwinTransformer(Backbone):
             for the number of stages.
     """
 
+    converters: ClassVar[Mapping[str, Converter]] = {
+        "timm": swin_to_timm,
+        "detectron2": swin_to_detectron2,
+        "mmdet": swin_to_mmdet,
+    }
+
     def __init__(self, image_size: tuple[int, int], spec: CfgNode, dense: bool = False) -> None:
         super().__init__(dense)
         stages = len(spec.DEPTHS)
@@ -203,15 +211,19 @@ class SwinTransformer(Backbone):
         """See `Backbone.stage_blocks`."""
         return self.layers[stage].blocks  # type: ignore[return-value]
 
-    def tokens(self, x_BHWC: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
-        """See `Backbone.tokens`; Swin has no prefix tokens."""
-        return x_BHWC.flatten(1, 2), 0, (x_BHWC.shape[1], x_BHWC.shape[2])
+    def tokens(self, x_BHWC: Tensor) -> Tokens:
+        """See `Backbone.tokens`."""
+        return grid_tokens(x_BHWC)
 
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
         """Relative-position tables of another window are resized."""
         if not name.endswith("relative_position_bias_table"):
             return None
         return resize_square_table(tensor, len(self.get_parameter(name)))
+
+    def timm_name(self, name: str) -> str:
+        """See `Backbone.timm_name`."""
+        return swin_timm_name(name)
 
     def no_weight_decay(self) -> set[str]:
         """The relative-position tables."""

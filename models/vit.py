@@ -9,9 +9,9 @@ Origin: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 from timm.layers import DropPath, Mlp, PatchEmbed
@@ -19,20 +19,14 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, join_heads, split_heads
-from models.base import Backbone, ResidualBlock, drop_path_rates, init_linear_weights
+from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_linear_weights
+from models.interop import Converter
 from models.registry import register
 from models.resize import resize_pos_embed
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 CONFIGS = "experiments/imagenet/vit/{}.yaml"
-
-
-class Tokens(NamedTuple):
-    """What travels between blocks."""
-
-    tokens_BNC: Tensor
-    grid: tuple[int, int]
 
 
 class Attention(nn.Module):
@@ -59,7 +53,7 @@ class ViTBlock(ResidualBlock):
     def forward(self, x: Tokens, attention: bool = False) -> tuple[Tokens, Tensor | None]:  # type: ignore[override]
         """Tokens to tokens, and the attention maps if asked for."""
         tokens_BNC, maps = super().forward(x.tokens_BNC, attention)
-        return Tokens(tokens_BNC, x.grid), maps
+        return x._replace(tokens_BNC=tokens_BNC), maps
 
 
 class VisionTransformer(Backbone):
@@ -74,6 +68,8 @@ class VisionTransformer(Backbone):
     Raises:
         UsageError: heads that do not divide the width, or an image smaller than a patch.
     """
+
+    converters: ClassVar[Mapping[str, Converter]] = {"timm": dict, "detectron2": dict}  # the same names
 
     def __init__(self, image_size: tuple[int, int], patch_size: int, spec: CfgNode, dense: bool = False) -> None:
         super().__init__(dense)
@@ -117,17 +113,17 @@ class VisionTransformer(Backbone):
         """Patches with the class token before them, and the position embedding resized to their grid."""
         patches_BHWC = self.patch_embed(x_BCHW)
         grid = (patches_BHWC.shape[1], patches_BHWC.shape[2])
-        class_token = self.cls_token.expand(len(patches_BHWC), -1, -1)
+        class_token = self.cls_token.expand(patches_BHWC.shape[0], -1, -1)
         tokens_BNC = torch.cat([class_token, patches_BHWC.flatten(1, 2)], dim=1)
-        return Tokens(self.pos_drop(tokens_BNC + resize_pos_embed(self.pos_embed, 1, self.grid, grid)), grid)
+        return Tokens(self.pos_drop(tokens_BNC + resize_pos_embed(self.pos_embed, 1, self.grid, grid)), 1, grid)
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
         """See `Backbone.stage_blocks`."""
         return self.blocks  # type: ignore[return-value]
 
-    def tokens(self, x: Tokens) -> tuple[Tensor, int, tuple[int, int]]:
+    def tokens(self, x: Tokens) -> Tokens:
         """See `Backbone.tokens`; the class token is the one prefix token."""
-        return x.tokens_BNC, 1, x.grid
+        return x
 
     def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
         """The class token."""

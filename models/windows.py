@@ -1,16 +1,36 @@
-"""Windows over a token grid: padding, cutting, putting back, relative positions and the mask of shifted windows.
+"""Windows over a token grid: padding, cutting, putting back, relative positions and masks.
 
 Shapes: B images, H x W token grid, C channels, N = window * window tokens of a window.
-Origin: Swin Transformer (Liu et al., ICCV 2021) section 3.2.
+Origin: Swin Transformer (Liu et al., ICCV 2021) section 3.2; neighbourhoods as in Vision Longformer (Zhang et al., ICCV 2021).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = ParamSpec("P")
+
+
+def made_once(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Keep the tensors that a function makes of sizes and a device for its next call with the same ones.
+
+    While a graph is traced (torch.compile, torch.export) they are made anew, since what is made then belongs to the graph.
+    """
+
+    outside_inference = torch.inference_mode(False)(make)  # what an evaluation wants first may be trained with later
+    kept = cast(Callable[P, Tensor], lru_cache(maxsize=128)(outside_inference))
+
+    @wraps(make)
+    def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return (make if torch.compiler.is_compiling() else kept)(*args, **kwargs)
+
+    return get
 
 
 def pad_to_windows(x_BHWC: Tensor, window: int) -> Tensor:
@@ -34,19 +54,44 @@ def window_reverse(windows: Tensor, window: int, grid: tuple[int, int]) -> Tenso
     return x.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
 
 
-def relative_position_index(window: int) -> Tensor:
-    """(N, N) row of the (2 window - 1)^2 table that holds the bias of each pair of positions."""
-    axis = torch.arange(window)
-    positions = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).flatten(1)
-    offset = positions[:, :, None] - positions[:, None, :] + window - 1
-    return offset[0] * (2 * window - 1) + offset[1]
+def _positions(height: int, width: int) -> Tensor:
+    """(2, N) row and column of the positions of a grid, row by row."""
+    return torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).flatten(1)
 
 
-@lru_cache(maxsize=128)
+def _index_of_offsets(queries_2Q: Tensor, keys_2N: Tensor) -> Tensor:
+    """(Q, N) numbers of the offsets query - key, counted row by row from the smallest offset that occurs on each axis."""
+    offset = queries_2Q[:, :, None] - keys_2N[:, None, :]
+    row, column = offset - offset.amin(dim=(1, 2), keepdim=True)
+    return row * (column.max() + 1) + column
+
+
+def relative_position_index(window: int | tuple[int, int]) -> Tensor:
+    """(N, N) row of the table that holds the bias of each pair of positions of a window.
+
+    The table has (2 height - 1)(2 width - 1) rows; one number stands for a square window.
+    """
+    height, width = (window, window) if isinstance(window, int) else window
+    positions = _positions(height, width)
+    return _index_of_offsets(positions, positions)
+
+
+def neighbour_position_index(window: int) -> Tensor:
+    """(N, 9 N) row of the (4 window - 1)^2 table for each position of a window and those of its 3 x 3 neighbourhood.
+
+    Keys stand window by window, in three rows of three; the fifth window is the queries' own.
+    """
+    side = 3 * window
+    plane_1HW2 = _positions(side, side).T.view(1, side, side, 2)
+    windows_9N2 = window_partition(plane_1HW2, window)
+    return _index_of_offsets(windows_9N2[4].T, windows_9N2.flatten(0, 1).T)
+
+
+@made_once
 def shift_mask(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
     """(windows, N, N) added to the logits of cyclically shifted windows: -100 between tokens from different borders.
 
-    Built for the padded `grid`, once per size and device.
+    Built for the padded `grid`.
     """
     height, width = grid
     regions = torch.zeros(1, height, width, 1, device=device)

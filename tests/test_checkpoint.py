@@ -43,9 +43,8 @@ def test_round_trip_with_published_namespace(tmp_path: Path) -> None:
     assert content["args"].arch == "net"
     assert content["epoch"] == 3
     loaded = Net()
-    state, layout = checkpoint.network_state(content, "teacher", "x")
-    report = checkpoint.load_network(loaded, state, "x", layout)
-    assert str(report) == "full checkpoint, teacher: 9 tensors loaded, 0 left out"
+    report = checkpoint.load_network(loaded, checkpoint.network_state(content, "teacher", "x"), "x")
+    assert str(report) == "full checkpoint, key 'teacher': 9 tensors loaded, 0 of them resized, 0 left out"
     for name, value in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
 
@@ -57,7 +56,7 @@ def test_backbone_leaves_heads_out_and_bare_files_load(tmp_path: Path) -> None:
     assert (report.matched, report.left_out) == (7, 2)
     assert torch.equal(headless.body.weight, net.body.weight)
     checkpoint.save_file(Net(head=False).state_dict(), tmp_path / "bare.pth")
-    assert checkpoint.load_backbone(headless, tmp_path / "bare.pth").layout == "bare network"
+    assert checkpoint.load_backbone(headless, tmp_path / "bare.pth").layout == "bare state dict"
     prototypes = dict(net.named_parameters())["head.last_layer.weight_v"]
     before = prototypes.detach().clone()
     checkpoint.load_backbone(net, tmp_path / "bare.pth")
@@ -77,7 +76,7 @@ def test_backbone_leaves_heads_out_and_bare_files_load(tmp_path: Path) -> None:
 def test_another_network_is_refused_and_left_alone(net: nn.Module, words: str) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(UsageError, match=words):
-        checkpoint.load_network(net, Net().state_dict(), "the file")
+        checkpoint.load_network(net, checkpoint.network_state(Net().state_dict(), "teacher", "x"), "the file")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 

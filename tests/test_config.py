@@ -69,8 +69,9 @@ def test_yamls_are_found() -> None:
 def test_yaml_loads_and_builds_what_its_header_says(file: Path) -> None:
     arch = re.search(r"--arch (\w+)", file.read_text())
     assert arch is not None, "the comment on top holds a command with --arch"
+    patch_size = re.search(r"--patch_size (\d+)", file.read_text())
     with torch.device("meta"):
-        network = build_model(arch[1], load_config(file))
+        network = build_model(arch[1], load_config(file), patch_size=int(patch_size[1]) if patch_size else 16)
     header = re.search(r"([\d.]+)M parameters", file.read_text().splitlines()[0])
     assert header is not None, "the first line says how many parameters the network has"
     decimals = len(header[1].partition(".")[2])

@@ -26,8 +26,10 @@ class Golden(NamedTuple):
 NETWORKS = {
     "swin_tiny_w7": Golden("swin_tiny"),
     "swin_tiny_w14": Golden("swin_tiny", ("MODEL.SPEC.WINDOW_SIZE", "14")),
+    "cvt_tiny": Golden("cvt_tiny"),
     "deit_small": Golden("deit_small"),
     "resnet50": Golden("resnet50"),
+    "vil_2262": Golden("vil_2262", ("MODEL.SPEC.MSVIT.MODE", "1", "MODEL.SPEC.MSVIT.VIL_MODE_SWITCH", "0.75")),
 }
 WITH_ATTENTION = [name for name in NETWORKS if "attention_entropy_by_layer" in golden_arrays(name)]
 WITH_PROBE = [name for name in NETWORKS if "n_last_blocks_4" in golden_arrays(name)]

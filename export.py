@@ -1,0 +1,150 @@
+"""Export a backbone to other libraries.
+
+    python export.py --arch swin_tiny --pretrained_weights OUT/checkpoint.pth --format timm --output swin_tiny_timm.pth
+
+backbone, safetensors   the published names; read by this project, `hubconf.py` and whatever knows EsViT files
+timm                    timm's names; `timm.create_model(NAME, num_classes=0)`, then `load_state_dict`
+detectron2 (.pkl)       `cfg.MODEL.WEIGHTS` or `train.init_checkpoint`; its matching finds the prefix
+mmdet                   `init_cfg=dict(type="Pretrained", checkpoint=FILE)` of the backbone
+onnx                    a graph from images of MODEL.IMAGE_SIZE, any number, to `view_features` and `region_features`
+
+timm and detectron2 take the LayerNorm eps of their own (1e-5 in Swin, 1e-6 here); it moves features by less than 1e-4.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import utils
+from checkpoint import HEADS, load_backbone, save_file
+from models import Backbone, build_model, load_arch_config
+from utils import UsageError, bool_flag, logger
+
+FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "export.py", description="Export a backbone", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    utils.add_network_flags(parser)
+    add("--pretrained_weights", required=True, help="checkpoint of any known layout")
+    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
+    add(
+        "--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of the checkpoint"
+    )
+    add("--format", required=True, choices=FORMATS, help="what to write")
+    add("--output", type=Path, required=True, help="file to write; it must not exist yet")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, convert, write."""
+    utils.setup_logging()
+    if args.output.exists():
+        raise UsageError(f"--output {args.output} exists already and is not overwritten; name another file")
+    if not args.output.parent.is_dir():
+        raise UsageError(f"--output {args.output}: the folder {args.output.parent} does not exist; create it first")
+    config = load_arch_config(args.arch, args.cfg, args.opts)
+    backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size).eval()
+    report = load_backbone(backbone, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
+    logger.info("%s: %s", args.pretrained_weights, report)
+    write(backbone, args.format, args.output, config)
+    logger.info("wrote %s (%s, %.1f MB)", args.output, args.format, args.output.stat().st_size / 1e6)
+
+
+def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> None:
+    """Write a backbone in one of `FORMATS`.
+
+    Raises:
+        UsageError: the library has no such architecture, or onnx is not installed.
+    """
+    if target == "onnx":
+        write_onnx(backbone, output, tuple(config.MODEL.IMAGE_SIZE), config.MODEL.SPEC.IN_CHANS)
+        return
+    state = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in backbone.state_dict().items()
+        if not name.startswith(HEADS)
+    }
+    if target in {"timm", "detectron2", "mmdet"}:
+        if target not in backbone.converters:
+            able = ", ".join(["backbone", "safetensors", "onnx", *backbone.converters])
+            raise UsageError(f"{target} has no {type(backbone).__name__}; choose --format {able}")
+        state = backbone.converters[target](state)
+    writers: dict[str, Callable[[], None]] = {
+        "safetensors": lambda: _write_whole(output, lambda path: safetensors.torch.save_file(state, path)),
+        "detectron2": lambda: _write_whole(output, lambda path: path.write_bytes(_detectron2_pickle(state))),
+        "mmdet": lambda: save_file({"state_dict": state}, output),
+    }
+    writers.get(target, lambda: save_file(state, output))()
+
+
+def _detectron2_pickle(state: dict[str, Tensor]) -> bytes:
+    """detectron2's converted files hold numpy arrays; the heuristics find the prefix of the detector's backbone."""
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    return pickle.dumps({"model": arrays, "__author__": "EsViT", "matching_heuristics": True})
+
+
+def _write_whole(output: Path, writer: Callable[[Path], object]) -> None:
+    """Write beside `output` and move into place."""
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        writer(temporary)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _ViewAndRegions(nn.Module):
+    """Plain outputs for a graph."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) to the view features (B, C') and the region features (B, T, C')."""
+        features = self.backbone.forward_features(images)
+        return features.view_BC, features.regions_BTC
+
+
+def write_onnx(backbone: Backbone, output: Path, image_size: tuple[int, ...], in_chans: int) -> None:
+    """Write a graph from images (B, C, H, W) to `view_features` and `region_features`, B free.
+
+    Raises:
+        UsageError: onnx or onnxscript is not installed.
+    """
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"--format onnx needs the package {package}; run pip install onnx onnxscript")
+    program = torch.onnx.export(
+        _ViewAndRegions(backbone).eval(),
+        (torch.zeros(2, in_chans, *image_size),),
+        input_names=["images"],
+        output_names=["view_features", "region_features"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    _write_whole(output, lambda path: program.save(path))
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

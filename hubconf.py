@@ -1,0 +1,90 @@
+"""Backbones for `torch.hub.load`, one entry for each published network.
+
+    backbone = torch.hub.load("PATH/TO/THIS/CHECKOUT", "esvit_swin_tiny", source="local", weights="checkpoint.pth")
+    view_BC = backbone(images_BCHW)
+    view_BC, regions_BTC = backbone.forward_features(images_BCHW)
+
+Every entry takes
+    weights: checkpoint file of any known layout; None: random weights.
+    checkpoint_key: network of a full checkpoint, `teacher` or `student`.
+    allow_partial: take what fits of a file that is not of this network in full.
+and returns a `models.Backbone` in evaluation mode without heads. `utils.UsageError` tells what is wrong with a file.
+
+Origin: this project's own; networks of EsViT (Li et al., ICLR 2022).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from checkpoint import load_backbone
+from models import Backbone, build_model, load_arch_config
+
+dependencies = ["torch", "torchvision", "timm", "yacs", "yaml", "safetensors", "numpy"]
+
+
+def _backbone(
+    arch: str,
+    overrides: tuple[str, ...] = (),
+    weights: str | Path | None = None,
+    checkpoint_key: str = "teacher",
+    allow_partial: bool = False,
+) -> Backbone:
+    backbone = build_model(arch, load_arch_config(arch, None, overrides), is_teacher=True)
+    if weights is not None:
+        load_backbone(backbone, weights, checkpoint_key, allow_partial=allow_partial)
+    return backbone.eval()
+
+
+_WINDOW_14 = ("MODEL.SPEC.WINDOW_SIZE", "14")
+
+
+def esvit_swin_tiny(**kwargs: Any) -> Backbone:
+    """Swin-T, window 7."""
+    return _backbone("swin_tiny", **kwargs)
+
+
+def esvit_swin_small(**kwargs: Any) -> Backbone:
+    """Swin-S, window 7."""
+    return _backbone("swin_small", **kwargs)
+
+
+def esvit_swin_base(**kwargs: Any) -> Backbone:
+    """Swin-B, window 7."""
+    return _backbone("swin_base", **kwargs)
+
+
+def esvit_swin_tiny_w14(**kwargs: Any) -> Backbone:
+    """Swin-T, window 14."""
+    return _backbone("swin_tiny", _WINDOW_14, **kwargs)
+
+
+def esvit_swin_small_w14(**kwargs: Any) -> Backbone:
+    """Swin-S, window 14."""
+    return _backbone("swin_small", _WINDOW_14, **kwargs)
+
+
+def esvit_swin_base_w14(**kwargs: Any) -> Backbone:
+    """Swin-B, window 14."""
+    return _backbone("swin_base", _WINDOW_14, **kwargs)
+
+
+def esvit_vil_2262(**kwargs: Any) -> Backbone:
+    """ViL, window 7."""
+    return _backbone("vil_2262", **kwargs)
+
+
+def esvit_cvt_tiny(**kwargs: Any) -> Backbone:
+    """CvT, window 7."""
+    return _backbone("cvt_tiny", **kwargs)
+
+
+def esvit_deit_small(**kwargs: Any) -> Backbone:
+    """DeiT-S, patches of 16 pixels."""
+    return _backbone("deit_small", **kwargs)
+
+
+def esvit_resnet50(**kwargs: Any) -> Backbone:
+    """ResNet-50."""
+    return _backbone("resnet50", **kwargs)

@@ -1,0 +1,94 @@
+"""What other libraries call the tensors of these networks, and how they lay them out: for loading their files and for export.
+
+timm and torchvision: names only. detectron2: names of its `modeling/backbone` and of its torchvision converter, without the
+prefix `backbone.`, which its matching finds by itself. mmdet: names of its `models/backbones`; its Swin merges patches with
+`nn.Unfold`, whose channel order differs.
+
+Origin: this project's own, from the documented names of the libraries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+Converter = Callable[[State], dict[str, Tensor]]
+
+
+def renamed(state: State, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """`state` under other names."""
+    return {rename(name): tensor for name, tensor in state.items()}
+
+
+def _substitute(name: str, rules: Mapping[str, str]) -> str:
+    for pattern, replacement in rules.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# --------------------------------------------------------------------------- Swin
+
+
+def swin_timm_name(name: str) -> str:
+    """timm merges patches at the start of a stage, the published keys at the end of the one before."""
+    return re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name)
+
+
+def swin_to_timm(state: State) -> dict[str, Tensor]:
+    """The names of timm's Swin, which makes the index of relative positions anew."""
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
+    return renamed(kept, swin_timm_name)
+
+
+def _output_norm(state: State) -> dict[str, str]:
+    """Detectors norm the output of every stage; the published networks have the last one's."""
+    last = max(int(match[1]) for name in state if (match := re.match(r"layers\.(\d+)\.", name)))
+    return {r"^norm\.": f"norm{last}."}
+
+
+def swin_to_detectron2(state: State) -> dict[str, Tensor]:
+    """The names of detectron2's Swin."""
+    rules = _output_norm(state)
+    return renamed(state, lambda name: _substitute(name, rules))
+
+
+def swin_to_mmdet(state: State) -> dict[str, Tensor]:
+    """The names of mmdet's Swin, with the merged channels in the order of `nn.Unfold`."""
+    rules = {
+        **_output_norm(state),
+        r"^layers\.": "stages.",
+        r"^patch_embed\.proj\.": "patch_embed.projection.",
+        r"\.attn\.": ".attn.w_msa.",
+        r"\.mlp\.fc1\.": ".ffn.layers.0.0.",
+        r"\.mlp\.fc2\.": ".ffn.layers.1.",
+    }
+    ordered = {name: _in_unfold_order(tensor) if ".downsample." in name else tensor for name, tensor in state.items()}
+    return renamed(ordered, lambda name: _substitute(name, rules))
+
+
+def _in_unfold_order(weight: Tensor) -> Tensor:
+    """Merged channels (..., 4 C) of patch merging: from (column, row, C) to the (C, row, column) of `nn.Unfold`."""
+    return weight.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3)
+
+
+# --------------------------------------------------------------------------- ResNet
+
+
+def resnet_timm_name(name: str) -> str:
+    """timm and torchvision know no prefix."""
+    return name.removeprefix("backbone.backbone.")
+
+
+def resnet_to_detectron2(state: State) -> dict[str, Tensor]:
+    """The names that detectron2's converter gives torchvision networks: stem, res2 .. res5, shortcut."""
+    rules = {
+        r"^(conv1|bn1)\.": r"stem.\1.",
+        r"^layer(\d)\.": lambda match: f"res{int(match[1]) + 1}.",
+        r"\bbn(\d)\.": r"conv\1.norm.",
+        r"downsample\.0\.": "shortcut.",
+        r"downsample\.1\.": "shortcut.norm.",
+    }
+    return renamed(state, lambda name: _substitute(resnet_timm_name(name), rules))  # type: ignore[arg-type]

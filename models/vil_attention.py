@@ -1,0 +1,264 @@
+"""The two kinds of attention of ViL: over neighbouring chunks with global tokens, and over everything.
+
+Shapes: B images, N tokens (the g global ones first, then the regions row by row), C channels, H heads, D channels of a head,
+Q queries, w x w regions of a chunk, K chunks of a neighbourhood.
+Origin: Vision Longformer (Zhang et al., ICCV 2021) section 3.2, conventions of EsViT (Li et al., ICLR 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from models.attention import attend, join_heads, pairwise_bias, split_heads
+from models.resize import resize_grid
+from models.vil_arch import StageSpec
+from models.windows import (
+    made_once,
+    neighbour_position_index,
+    pad_to_windows,
+    relative_position_index,
+    window_partition,
+    window_reverse,
+)
+
+# A chunk and its eight neighbours, row by row: how many chunks down and to the right each of them lies.
+OFFSETS = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
+ALL = tuple(range(len(OFFSETS)))
+OWN = OFFSETS.index((0, 0))
+
+
+# --------------------------------------------------------------------------- chunks
+
+
+def neighbourhoods(chunks: Tensor, neighbours: Sequence[int]) -> list[Tensor]:
+    """For each neighbour the chunks (B, rows, columns, ...) moved so that it lies where its chunk was; borders wrap around."""
+    rows, columns = chunks.shape[1:3]
+    wrapped = torch.cat([chunks[:, -1:], chunks, chunks[:, :1]], dim=1)
+    wrapped = torch.cat([wrapped[:, :, -1:], wrapped, wrapped[:, :, :1]], dim=2)
+    starts = [(1 + OFFSETS[i][0], 1 + OFFSETS[i][1]) for i in neighbours]
+    return [wrapped[:, top : top + rows, left : left + columns] for top, left in starts]
+
+
+@made_once
+def hidden_keys(
+    grid: tuple[int, int], window: int, neighbours: tuple[int, ...], exact: int, device: torch.device
+) -> Tensor:
+    """Which regions of its neighbourhood a query must not see: (chunks, w * w or 1, K * w * w), True where hidden.
+
+    Padding is always hidden. With `exact` 0 so is what lies outside the image, with 1 also what is more than `window` rows or
+    columns away; with -1 the grid of chunks goes on at its other end.
+    """
+    position = torch.arange(window, device=device)
+    inside, near = [], []
+    for axis, side in enumerate(grid):
+        chunks = -(-side // window)
+        steps = torch.tensor([OFFSETS[i][axis] for i in neighbours], device=device)
+        key = (torch.arange(chunks, device=device)[:, None, None] + steps[:, None]) * window + position
+        key = key % (chunks * window) if exact == -1 else key
+        inside.append((key >= 0) & (key < side))  # (chunks of the axis, K, w)
+        distance = position[:, None, None] - (steps[:, None] * window + position)
+        near.append(distance.abs() <= window)  # (w, K, w)
+    seen = (inside[0][:, None, :, :, None] & inside[1][None, :, :, None, :]).flatten(2).flatten(0, 1).unsqueeze(1)
+    if exact == 1:
+        seen = seen & (near[0][:, None, :, :, None] & near[1][None, :, :, None, :]).flatten(2).flatten(0, 1)
+    return ~seen
+
+
+# --------------------------------------------------------------------------- attention
+
+
+def random_parameter(*shape: int) -> nn.Parameter:
+    """From a truncated normal of deviation 0.02."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+
+
+class BiasedAttention(nn.Module):
+    """What both kinds of attention share: learned biases between regions by offset, and between regions and global tokens.
+
+    A stage with learned embeddings of row and column (a1) has none of them.
+    """
+
+    local_relative_position_bias_table: nn.Parameter
+    g2l_relative_position_bias: nn.Parameter  # of (0) regions for global queries, (1) global tokens for region queries
+    g2g_relative_position_bias: nn.Parameter
+    relative_position_index: Tensor
+
+    def __init__(self, stage: StageSpec, index_QN: Tensor, table_rows: int) -> None:
+        super().__init__()
+        self.num_heads = heads = stage.num_heads
+        self.num_global = g = stage.num_global
+        self.relative = not stage.absolute
+        if not self.relative:
+            return
+        self.local_relative_position_bias_table = random_parameter(table_rows, heads)
+        if g:
+            self.g2l_relative_position_bias = random_parameter(2, heads, g)
+            self.g2g_relative_position_bias = random_parameter(heads, g, g)
+        self.register_buffer("relative_position_index", index_QN)
+
+    def bias_of_regions(self, bias_HQN: Tensor) -> Tensor:
+        """The bias of region queries, (H, Q, g + N): that of the global tokens before that of the N regions given."""
+        if not self.num_global:
+            return bias_HQN
+        of_globals = self.g2l_relative_position_bias[1].unsqueeze(1).expand(-1, bias_HQN.shape[1], -1)
+        return torch.cat([of_globals, bias_HQN], dim=2)
+
+    def bias_of_globals(self, num_regions: int) -> Tensor:
+        """The bias of global queries to global tokens and all regions, (H, g, g + regions)."""
+        of_regions = self.g2l_relative_position_bias[0].unsqueeze(2).expand(-1, -1, num_regions)
+        return torch.cat([self.g2g_relative_position_bias, of_regions], dim=2)
+
+
+class ChunkAttention(BiasedAttention):
+    """Regions attend to the global tokens and to the 3 x 3 chunks around their own, global tokens to all tokens.
+
+    Args:
+        stage: of which stage.
+        msvit: the keys of `config.SPECS["vision_longformer"]["MSVIT"]`. With SHARE_W the global projections are the local ones
+            under a second name, as in the published state dicts.
+        proj_drop: dropout of the output.
+
+    Attributes:
+        mode: -1 the own chunk only, 0 all nine, above 0 the own one and in each training call another that is drawn; evaluation
+            sees all nine.
+    """
+
+    def __init__(self, stage: StageSpec, msvit: CfgNode, proj_drop: float) -> None:
+        super().__init__(stage, neighbour_position_index(stage.window), (4 * stage.window - 1) ** 2)
+        dim = stage.dim
+        self.window = stage.window
+        self.exact = msvit.SW_EXACT
+        self.mode = msvit.MODE
+        self.query, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        if stage.num_global and msvit.SHARE_W:
+            self.query_global, self.kv_global, self.proj_global = self.query, self.kv, self.proj
+        elif stage.num_global:
+            self.query_global, self.kv_global = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+            self.proj_global = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x_BNC: Tensor, grid: tuple[int, int], attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C) to the same shape, with the maps (B * chunks, H, w * w, g + K * w * w) of the regions if asked for.
+
+        Queries of a map are those of its chunk, padding included; keys are the global tokens, then the chunks of the
+        neighbourhood in the order of `OFFSETS` (the own one first where one is drawn). The rows of global queries are left out.
+        """
+        x, maps = self._attend_from_regions(x_BNC, grid, attention)
+        if self.num_global:
+            x = torch.cat([self._attend_from_globals(x_BNC), x], dim=1)
+        return self.proj_drop(x), maps
+
+    def _attend_from_regions(
+        self, x_BNC: Tensor, grid: tuple[int, int], attention: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        g, heads, window = self.num_global, self.num_heads, self.window
+        neighbours = self._neighbours()
+        kv = self.kv(x_BNC)
+        (q,) = split_heads(self._cut(self.query(x_BNC[:, g:]), grid), 1, heads)  # (B, rows, columns, H, w * w, D)
+        rows, columns = q.shape[1:3]
+        keys_and_values = []
+        for of_globals, of_chunks in zip(
+            split_heads(kv[:, :g], 2, heads), split_heads(self._cut(kv[:, g:], grid), 2, heads)
+        ):
+            of_globals = of_globals[:, None, None].expand(-1, rows, columns, -1, -1, -1)
+            gathered = torch.cat([of_globals, *neighbourhoods(of_chunks, neighbours)], dim=-2)
+            keys_and_values.append(gathered.flatten(1, 2))  # (B, chunks, H, g + K * w * w, D)
+        bias = self._bias(grid, neighbours, x_BNC.device)
+        x, maps = attend(q.flatten(1, 2), *keys_and_values, bias=bias, attention=attention)
+        x = window_reverse(join_heads(x).flatten(0, 1), window, (rows * window, columns * window))
+        x = self.proj(x[:, : grid[0], : grid[1]].flatten(1, 2))
+        return x, None if maps is None else maps.flatten(0, 1)
+
+    def _attend_from_globals(self, x_BNC: Tensor) -> Tensor:
+        (q,) = split_heads(self.query_global(x_BNC[:, : self.num_global]), 1, self.num_heads)
+        k, v = split_heads(self.kv_global(x_BNC), 2, self.num_heads)
+        bias = self.bias_of_globals(x_BNC.shape[1] - self.num_global).unsqueeze(0) if self.relative else None
+        x, _ = attend(q, k, v, bias=bias)
+        return self.proj_global(join_heads(x))
+
+    def _neighbours(self) -> tuple[int, ...]:
+        """The chunks that regions see in this call."""
+        if self.mode < 0:
+            return (OWN,)
+        if self.mode == 0 or not self.training:
+            return ALL
+        beside = [i for i in ALL if i != OWN]
+        return OWN, beside[int(torch.randint(len(beside), ()))]
+
+    def _cut(self, x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Regions to chunks (B, rows, columns, w * w, C), padded at the bottom and at the right."""
+        x_BHWC = pad_to_windows(x_BNC.unflatten(1, grid), self.window)
+        rows, columns = x_BHWC.shape[1] // self.window, x_BHWC.shape[2] // self.window
+        return window_partition(x_BHWC, self.window).unflatten(0, (-1, rows, columns))
+
+    def _bias(self, grid: tuple[int, int], neighbours: tuple[int, ...], device: torch.device) -> Tensor:
+        """(chunks, H, w * w or 1, g + K * w * w): relative positions, and minus infinity at hidden keys."""
+        hidden = F.pad(hidden_keys(grid, self.window, neighbours, self.exact, device), (self.num_global, 0)).unsqueeze(
+            1
+        )
+        if not self.relative:
+            return torch.where(hidden, -torch.inf, 0.0).expand(-1, self.num_heads, -1, -1)
+        by_neighbour = self.relative_position_index.chunk(len(OFFSETS), dim=1)
+        index = torch.cat([by_neighbour[i] for i in neighbours], dim=1)
+        bias = self.bias_of_regions(pairwise_bias(self.local_relative_position_bias_table, index))
+        return torch.where(hidden, -torch.inf, bias)
+
+
+class FullAttention(BiasedAttention):
+    """Every token attends to every token.
+
+    Args:
+        stage: of which stage.
+        grid: the regions at MODEL.IMAGE_SIZE, for which the biases are learned.
+        proj_drop: dropout of the output.
+    """
+
+    def __init__(self, stage: StageSpec, grid: tuple[int, int], proj_drop: float) -> None:
+        super().__init__(stage, relative_position_index(grid), (2 * grid[0] - 1) * (2 * grid[1] - 1))
+        self.grid = grid
+        self.qkv = nn.Linear(stage.dim, 3 * stage.dim)
+        self.proj = nn.Linear(stage.dim, stage.dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x_BNC: Tensor, grid: tuple[int, int], attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C) to the same shape, with the maps (B, H, N, N) if asked for."""
+        q, k, v = split_heads(self.qkv(x_BNC), 3, self.num_heads)
+        x, maps = attend(q, k, v, bias=self._bias(grid), attention=attention)
+        return self.proj_drop(self.proj(join_heads(x))), maps
+
+    def _bias(self, grid: tuple[int, int]) -> Tensor | None:
+        """(1, H, N, N)."""
+        if not self.relative:
+            return None
+        bias = self.bias_of_regions(self._bias_between_regions(grid))
+        if self.num_global:
+            bias = torch.cat([self.bias_of_globals(math.prod(grid)), bias], dim=1)
+        return bias.unsqueeze(0)
+
+    def _bias_between_regions(self, grid: tuple[int, int]) -> Tensor:
+        """(H, regions, regions): as learned, or for another `grid`.
+
+        In the published networks it is the matrix of all pairs that is resized, bicubically on both axes, and so it is here for
+        grids of the learned shape. That rule counts tokens only; for other shapes the table of offsets is resized instead.
+        """
+        table, (height, width) = self.local_relative_position_bias_table, self.grid
+        if grid[0] * width != grid[1] * height:
+            sides = (2 * grid[0] - 1, 2 * grid[1] - 1)
+            index = _full_index(grid, table.device)
+            return pairwise_bias(resize_grid(table, (2 * height - 1, 2 * width - 1), sides), index)
+        bias = pairwise_bias(table, self.relative_position_index)
+        if grid == self.grid:
+            return bias
+        regions = math.prod(grid)
+        return F.interpolate(bias.unsqueeze(0), size=(regions, regions), mode="bicubic", align_corners=False).squeeze(0)
+
+
+@made_once
+def _full_index(grid: tuple[int, int], device: torch.device) -> Tensor:
+    return relative_position_index(grid).to(device)

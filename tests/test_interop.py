@@ -1,0 +1,315 @@
+"""Files of other libraries and projects, written here as they are there, load; exports equal what those libraries compute."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, relative_error
+from fill import fill_
+from runs import run_script
+from small_networks import small_network
+from torch import Tensor, nn
+
+import checkpoint
+import export
+import hubconf
+from config import load_config
+from models import Backbone
+from models.heads import DINOHead
+from models.interop import resnet_to_detectron2, swin_to_detectron2, swin_to_mmdet
+from utils import UsageError
+
+TIMM: dict[str, Callable[[], nn.Module]] = {
+    "swin": lambda: timm.models.swin_transformer.SwinTransformer(
+        img_size=64, embed_dim=12, depths=(2, 2), num_heads=(1, 2), window_size=4, num_classes=0
+    ),
+    "vit": lambda: timm.models.vision_transformer.VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=0
+    ),
+    "resnet": lambda: timm.create_model("resnet18", num_classes=0),
+}
+
+
+def random_network(name: str, *overrides: str, dense: bool = False) -> Backbone:
+    """A small network whose norms, biases and tables are not what the initialisation leaves them."""
+    network = small_network(name, *overrides, dense=dense).eval()
+    fill_(network.state_dict())
+    return network
+
+
+def save(state: object, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def assert_same_tensors(a: nn.Module, b: nn.Module) -> None:
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+# --------------------------------------------------------------------------- loading
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_timm_files_load_and_give_timms_features(name: str, wrapped: bool, tmp_path: Path) -> None:
+    theirs = TIMM[name]().eval()
+    fill_(theirs.state_dict())
+    state = theirs.state_dict() | {"head.fc.weight": torch.zeros(10, 24), "head.fc.bias": torch.zeros(10)}
+    ours = small_network(name).eval()
+    report = checkpoint.load_backbone(ours, save({"model": state} if wrapped else state, tmp_path / "timm.pth"))
+    images = torch.randn(2, 3, 64, 64)
+    assert relative_error(ours(images), theirs(images)) < 1e-4
+    assert report.key == ("model" if wrapped else None)
+    assert (report.resized, report.left_out) == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["swin", "vit", "resnet", "cvt", "vil"])
+@pytest.mark.parametrize("prefix", ["module.", "module.backbone."])
+def test_full_checkpoints_of_this_project_and_of_dino(name: str, prefix: str, tmp_path: Path) -> None:
+    saved, loaded = random_network(name), small_network(name)
+    saved.head = DINOHead(saved.num_features, 8, hidden_dim=16, bottleneck_dim=4)
+    state = {
+        ("module." if key.startswith("head") else prefix) + key: value for key, value in saved.state_dict().items()
+    }
+    path = save({"teacher": state, "student": {}, "epoch": 1}, tmp_path / "checkpoint.pth")
+    report = checkpoint.load_backbone(loaded, path)
+    assert (report.layout, report.key) == ("full checkpoint", "teacher")
+    saved.head = nn.Identity()
+    assert_same_tensors(saved, loaded)
+
+
+def test_old_files_with_masks_and_a_linear_head(tmp_path: Path) -> None:
+    saved, loaded = random_network("swin"), small_network("swin")
+    extra = {"layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16), "head.weight": torch.zeros(5, 24)}
+    report = checkpoint.load_backbone(loaded, save(saved.state_dict() | extra, tmp_path / "old.pth"))
+    assert_same_tensors(saved, loaded)
+    assert report.left_out == 2 + 4  # and the four index buffers
+
+
+def test_parametrised_weight_norm(tmp_path: Path) -> None:
+    head, loaded = nn.Module(), nn.Module()
+    head.head, loaded.head = (
+        DINOHead(6, 8, hidden_dim=5, bottleneck_dim=4),
+        DINOHead(6, 8, hidden_dim=5, bottleneck_dim=4),
+    )
+    state = head.state_dict()
+    last = "head.last_layer."
+    for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+        state[f"{last}parametrizations.weight.{new}"] = state.pop(last + old)
+    checkpoint.load_network(loaded, checkpoint.network_state(state, "teacher", "x"), "x")
+    assert_same_tensors(head, loaded)
+
+
+def test_safetensors_load(tmp_path: Path) -> None:
+    saved, loaded = random_network("vit"), small_network("vit")
+    safetensors.torch.save_file(saved.state_dict(), tmp_path / "net.safetensors")
+    assert checkpoint.load_backbone(loaded, tmp_path / "net.safetensors").layout == "bare state dict"
+    assert_same_tensors(saved, loaded)
+    (tmp_path / "net.safetensors").write_bytes(b"not at all")
+    with pytest.raises(UsageError, match="no safetensors file or is damaged"):
+        checkpoint.load_backbone(loaded, tmp_path / "net.safetensors")
+
+
+def test_another_window_resizes_the_tables(tmp_path: Path) -> None:
+    saved = random_network("swin")
+    loaded = small_network("swin", "MODEL.SPEC.WINDOW_SIZE", "8", "MODEL.SPEC.DEPTHS", "[2,2]")
+    report = checkpoint.load_backbone(loaded, save(saved.state_dict(), tmp_path / "w4.pth"))
+    assert report.resized == 4
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    plane = saved.get_parameter(name).detach().view(1, 7, 7, 1).permute(0, 3, 1, 2)
+    expected = F.interpolate(plane, size=(15, 15), mode="bicubic").flatten()
+    torch.testing.assert_close(loaded.get_parameter(name).detach().flatten(), expected)
+
+
+@torch.no_grad()
+def test_another_image_size_resizes_the_position_embedding(tmp_path: Path) -> None:
+    """The network of the larger size computes what the one of the file computes on images of that size."""
+    saved, loaded = random_network("vit"), small_network("vit", "MODEL.IMAGE_SIZE", "[96,64]").eval()
+    report = checkpoint.load_backbone(loaded, save(saved.state_dict(), tmp_path / "64.pth"))
+    assert report.resized == 1
+    images = torch.randn(2, 3, 96, 64)
+    torch.testing.assert_close(loaded(images), saved(images))
+
+
+def test_less_than_a_full_match_is_an_error_unless_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    saved, loaded = random_network("vit"), small_network("vit")
+    state = saved.state_dict()
+    removed = [state.pop(name) for name in ("blocks.0.norm1.weight", "norm.bias")]
+    path = save(state | {"what.is.this": torch.zeros(1)}, tmp_path / "partial.pth")
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    words = (
+        r"2 tensors are missing \(blocks.0.norm1.weight, norm.bias\), 1 unexpected \(what.is.this\).*--allow_partial"
+    )
+    with pytest.raises(UsageError, match=words):
+        checkpoint.load_backbone(loaded, path)
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+    report = checkpoint.load_backbone(loaded, path, allow_partial=True)
+    assert report.matched == len(state)
+    assert report.left_out == 1
+    assert torch.equal(loaded.blocks[1].norm1.weight, saved.blocks[1].norm1.weight)  # type: ignore[union-attr, index]
+    assert len(removed) == 2
+
+
+def test_another_architecture_is_refused_even_in_part(tmp_path: Path) -> None:
+    path = save(random_network("resnet").state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(UsageError, match=r"another network: .* tensors are missing"):
+        checkpoint.load_backbone(small_network("swin"), path)
+    with pytest.raises(UsageError, match="not one tensor"):
+        checkpoint.load_backbone(small_network("swin"), path, allow_partial=True)
+
+
+# --------------------------------------------------------------------------- export
+
+
+def exported(network: Backbone, target: str, tmp_path: Path) -> Path:
+    path = tmp_path / f"out.{target}"
+    export.write(network, target, path, load_config(None, ["MODEL.IMAGE_SIZE", "64"]))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_computes_the_same_features(name: str, tmp_path: Path) -> None:
+    ours, theirs = random_network(name, dense=True), TIMM[name]().eval()
+    ours.head = nn.Linear(ours.num_features, 3)
+    theirs.load_state_dict(torch.load(exported(ours, "timm", tmp_path), weights_only=True), strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    assert relative_error(theirs(images), ours.forward_features(images).view_BC) < 1e-4
+
+
+@pytest.mark.parametrize("target", ["backbone", "safetensors"])
+@pytest.mark.parametrize("name", ["swin", "vil"])
+def test_backbone_files_come_back(name: str, target: str, tmp_path: Path) -> None:
+    """Also with ViL's tensors of two names, which safetensors does not take."""
+    saved, loaded = random_network(name), small_network(name)
+    path = exported(saved, target, tmp_path)
+    checkpoint.load_backbone(
+        loaded, path.rename(tmp_path / f"net.{'safetensors' if target == 'safetensors' else 'pth'}")
+    )
+    assert_same_tensors(saved, loaded)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["swin", "vit", "resnet", "cvt", "vil"])
+def test_onnxruntime_computes_the_same(name: str, tmp_path: Path) -> None:
+    network = random_network(name)
+    session = onnxruntime.InferenceSession(exported(network, "onnx", tmp_path))
+    images = torch.randn(3, 3, 64, 64)
+    view, regions = session.run(["view_features", "region_features"], {"images": images.numpy()})
+    expected = network.forward_features(images)
+    assert relative_error(torch.from_numpy(view), expected.view_BC) < 1e-4
+    assert relative_error(torch.from_numpy(regions), expected.regions_BTC) < 1e-4
+
+
+def test_detectron2_names_of_resnet(tmp_path: Path) -> None:
+    """The names of detectron2's converter for torchvision, in a file that its matching reads."""
+    network = random_network("resnet")
+    content = pickle.loads(exported(network, "detectron2", tmp_path).read_bytes())
+    assert content["matching_heuristics"] is True
+    names = content["model"]
+    for theirs, ours in {
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.running_mean": "bn1.running_mean",
+        "res2.0.conv1.weight": "layer1.0.conv1.weight",
+        "res5.1.conv2.norm.bias": "layer4.1.bn2.bias",
+        "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+        "res3.0.shortcut.norm.running_var": "layer2.0.downsample.1.running_var",
+    }.items():
+        assert torch.equal(torch.from_numpy(names[theirs]), network.state_dict()[f"backbone.backbone.{ours}"])
+    assert len(names) == len(network.state_dict())
+    assert not any("bn" in name or "layer" in name for name in names)
+    assert resnet_to_detectron2(network.state_dict()).keys() == names.keys()
+
+
+def test_detectron2_names_of_swin() -> None:
+    names = swin_to_detectron2(random_network("swin").state_dict())
+    assert {
+        "norm1.weight",
+        "norm1.bias",
+        "layers.0.downsample.reduction.weight",
+        "patch_embed.proj.weight",
+    } <= names.keys()
+    assert "norm.weight" not in names
+
+
+def test_mmdet_swin_names_and_its_order_of_merged_channels() -> None:
+    """Patch merging as mmdet does it, by nn.Unfold, gives the same tokens with the exported weights."""
+    network = random_network("swin")
+    state = swin_to_mmdet(network.state_dict())
+    block = "stages.0.blocks.1."
+    assert {
+        *(
+            f"{block}norm1.weight",
+            f"{block}norm2.bias",
+            f"{block}attn.w_msa.qkv.weight",
+            f"{block}attn.w_msa.proj.bias",
+        ),
+        *(f"{block}attn.w_msa.relative_position_bias_table", f"{block}attn.w_msa.relative_position_index"),
+        *(f"{block}ffn.layers.0.0.weight", f"{block}ffn.layers.1.weight", "stages.0.downsample.norm.weight"),
+        *("patch_embed.projection.weight", "patch_embed.norm.weight", "norm1.weight"),
+    } <= state.keys()
+    assert not any(part in name for name in state for part in ("layers.0.blocks", "mlp", ".proj.weight_", "fc1"))
+    x_BHWC = torch.randn(2, 6, 4, 12)
+    unfolded: Tensor = F.unfold(x_BHWC.permute(0, 3, 1, 2), kernel_size=2, stride=2).transpose(1, 2)
+    weight, bias = state["stages.0.downsample.norm.weight"], state["stages.0.downsample.norm.bias"]
+    merged = F.layer_norm(unfolded, (48,), weight, bias, eps=1e-6) @ state["stages.0.downsample.reduction.weight"].T
+    ours = network.get_submodule("layers.0.downsample")(x_BHWC).flatten(1, 2)
+    torch.testing.assert_close(merged, ours)
+
+
+@pytest.mark.parametrize(("name", "target"), [("cvt", "timm"), ("vil", "mmdet"), ("vit", "mmdet")])
+def test_what_a_library_has_not_is_refused(name: str, target: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{target} has no .*; choose --format backbone, safetensors, onnx"):
+        export.write(small_network(name), target, tmp_path / "x", load_config(None))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script(tmp_path: Path) -> None:
+    """The command line writes a file that timm reads, and never writes over one."""
+    network = random_network("resnet")
+    weights = save({"teacher": checkpoint.prefixed(network.state_dict()), "student": {}}, tmp_path / "checkpoint.pth")
+    command = ["--arch", "resnet18", "--pretrained_weights", str(weights), "--format", "timm"]
+    command += ["--output", str(tmp_path / "timm.pth")]
+    done = run_script("export.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert "full checkpoint, key 'teacher': 120 tensors loaded, 0 of them resized, 0 left out" in done.stderr
+    theirs = timm.create_model("resnet18", num_classes=0)
+    theirs.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True), strict=True)
+    again = run_script("export.py", *command)
+    assert again.returncode == 2
+    assert "exists already and is not overwritten" in again.stderr
+
+
+# --------------------------------------------------------------------------- torch.hub
+
+
+def test_hub_entries_exist_for_every_published_row() -> None:
+    entries = {name for name in vars(hubconf) if not name.startswith("_")}
+    assert {
+        *(f"esvit_swin_{size}{window}" for size in ("tiny", "small", "base") for window in ("", "_w14")),
+        *("esvit_vil_2262", "esvit_cvt_tiny", "esvit_deit_small", "esvit_resnet50"),
+    } <= set(entries)
+
+
+@torch.no_grad()
+def test_hub_loads_weights(tmp_path: Path) -> None:
+    first = torch.hub.load(str(ROOT), "esvit_deit_small", source="local")
+    path = save(first.state_dict(), tmp_path / "deit.pth")
+    second = torch.hub.load(str(ROOT), "esvit_deit_small", source="local", weights=path)
+    images = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(second(images), first(images))
+    with pytest.raises(UsageError, match="does not exist"):
+        torch.hub.load(str(ROOT), "esvit_deit_small", source="local", weights="nowhere.pth")

@@ -1,0 +1,237 @@
+"""The contract of models/base.py, held against every registered name (in small where a config can make it small)."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import relative_error
+from small_networks import ARCHITECTURES, SMALL, small_network
+from torch import Tensor, nn
+
+from config import load_config
+from models import Backbone, MultiCropOutput, build_model, list_models
+from models.registry import config_name
+from utils import UsageError
+
+NAMES = list_models()
+
+
+def network_of(name: str, *, dense: bool = False, is_teacher: bool = False) -> Backbone:
+    """The network of a registered name, with the small config of its family."""
+    own = next(small for small in SMALL.values() if small.overrides[1] == config_name(name))
+    config = load_config(None, own.overrides)
+    return build_model(name, config, dense=dense, is_teacher=is_teacher, patch_size=own.patch_size)
+
+
+# Networks of torchvision cannot be made small; two stand for the contract, all of them go through one slow test.
+BIG = [name for name in NAMES if config_name(name) == "resnet" and name not in {"resnet18", "resnext50_32x4d"}]
+
+
+@pytest.fixture(params=[name for name in NAMES if name not in BIG])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def images(count: int = 2, height: int = 64, width: int = 64) -> Tensor:
+    return torch.randn(count, 3, height, width)
+
+
+@torch.no_grad()
+def test_features_agree_with_what_the_attributes_say(name: str) -> None:
+    network = network_of(name).eval()
+    assert isinstance(network, Backbone)
+    assert isinstance(network.head, nn.Identity)
+    assert network.head_dense is None
+    assert len(network.stage_dims) == len(network.stage_depths)
+    x = images()
+    view_BC, regions_BTC = network.forward_features(x)
+    maps = network.forward_feature_maps(x)
+    assert view_BC.shape == (2, network.num_features)
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), regions_BTC)
+    torch.testing.assert_close(network(x), view_BC)
+    assert torch.isfinite(view_BC).all()
+    assert float(view_BC.std()) > 0
+
+
+@torch.no_grad()
+def test_last_blocks_have_the_widths_of_their_stages(name: str) -> None:
+    network, x = network_of(name).eval(), images(1)
+    widths = [dim for dim, depth in zip(network.stage_dims, network.stage_depths) for _ in range(depth)]
+    for n in (1, 2, len(widths)):
+        assert network.forward_return_n_last_blocks(x, n).shape == (1, sum(widths[-n:]))
+    features = network.forward_return_n_last_blocks(x, 1, return_patch_avgpool=True)
+    torch.testing.assert_close(features[:, widths[-1] :], network.forward_features(x).regions_BTC.mean(1))
+    for n in (0, len(widths) + 1):
+        with pytest.raises(ValueError, match=rf"outside 1\.\.{len(widths)}"):
+            network.forward_return_n_last_blocks(x, n)
+
+
+@torch.no_grad()
+def test_images_do_not_mix_and_sides_are_told_apart(name: str) -> None:
+    network, x = network_of(name).eval(), images(3, 40, 72)
+    maps = network.forward_feature_maps(x)
+    assert relative_error(network.forward_feature_maps(x[1:2]), maps[1:2]) < 1e-4
+    assert maps.shape[2] <= maps.shape[3]
+    mirrored = network.forward_feature_maps(x.transpose(2, 3))
+    assert mirrored.shape[2:] == (maps.shape[3], maps.shape[2])
+
+
+@torch.no_grad()
+def test_views_keep_their_order_when_sizes_alternate(name: str) -> None:
+    network = network_of(name, dense=True).eval()
+    network.head, network.head_dense = nn.Linear(network.num_features, 5), nn.Linear(network.num_features, 7)
+    views = [images(2, size, size) for size in (64, 32, 32, 64)]
+    output = network(views)
+    assert isinstance(output, MultiCropOutput)
+    features = [network.forward_features(view) for view in views]
+    torch.testing.assert_close(output.view_logits, network.head(torch.cat([f.view_BC for f in features])))
+    regions = torch.cat([f.regions_BTC.flatten(0, 1) for f in features])
+    torch.testing.assert_close(output.region_features, regions)
+    torch.testing.assert_close(output.region_logits, network.head_dense(regions))
+    assert output.regions_per_view == tuple(f.regions_BTC.shape[1] for f in features)
+    plain = network_of(name)
+    plain.load_state_dict(network.state_dict(), strict=False)
+    plain.head = network.head
+    torch.testing.assert_close(plain.eval()(views), output.view_logits)
+
+
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    network = network_of(name, dense=True)
+    network.head, network.head_dense = nn.Linear(network.num_features, 5), nn.Linear(network.num_features, 7)
+    output = network([images(2, 64, 64), images(2, 32, 32)])
+    (output.view_logits.square().sum() + output.region_logits.square().sum()).backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
+        # The next stage of ViL drops the global tokens, so what only moves them gets a gradient of zero in a last block.
+        assert parameter.grad.abs().sum() > 0 or key.endswith("g2g_relative_position_bias"), key
+
+
+@torch.no_grad()
+def test_the_teacher_equals_its_student_in_evaluation(name: str) -> None:
+    student, teacher = network_of(name), network_of(name, is_teacher=True)
+    teacher.load_state_dict(student.state_dict())
+    x = images()
+    torch.testing.assert_close(student.eval()(x), teacher.eval()(x))
+    assert all(getattr(module, "drop_prob", 0.0) in (0.0, None) for module in teacher.modules())
+
+
+# --------------------------------------------------------------------------- architectures, once each
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_maps_are_those_used(architecture: str) -> None:
+    """The path with maps and the fused one give the same features; rows of the maps sum to 1."""
+    network = small_network(architecture).eval()
+    n = sum(network.stage_depths)
+    x = images(2, 40, 56)
+    if not network.has_attention:
+        with pytest.raises(ValueError, match="no attention maps"):
+            network.forward_selfattention(x)
+        return
+    with_maps, without = network.forward_blocks(x, n, attention=True), network.forward_blocks(x, n)
+    for a, b in zip(with_maps, without):
+        torch.testing.assert_close(a.tokens_BNC, b.tokens_BNC, atol=1e-5, rtol=1e-4)
+        assert b.attention is None
+        assert a.attention is not None
+        torch.testing.assert_close(a.attention.sum(-1), torch.ones_like(a.attention[..., 0]))
+    assert len(network.forward_selfattention(x, n)) == n
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpointed_blocks_give_the_same_gradients(architecture: str) -> None:
+    network, x = small_network(architecture, *no_drop_path(architecture)), images()
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    network(x).square().sum().backward()
+    plain = {key: p.grad.clone() for key, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    network.grad_checkpointing = True
+    network(x).square().sum().backward()
+    for key, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[key])
+
+
+def no_drop_path(architecture: str) -> list[str]:
+    return [] if architecture == "resnet" else ["MODEL.SPEC.DROP_PATH_RATE", "0.0"]
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "resnet"])
+def test_stochastic_depth_is_the_students_alone(architecture: str) -> None:
+    rate = ("MODEL.SPEC.DROP_PATH_RATE", "0.9")
+    student, teacher = small_network(architecture, *rate), small_network(architecture, *rate, is_teacher=True)
+    x = images(4)
+    with torch.no_grad():
+        assert not torch.equal(student.train()(x), student(x))
+        teacher.load_state_dict(student.state_dict())
+        for module in teacher.train().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # its batch statistics are no stochastic depth
+        torch.testing.assert_close(teacher(x), student.eval()(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiled_forward_gives_equal_results(architecture: str) -> None:
+    """Traced by torch.compile without a break of the graph; a backend that generates no code keeps it short."""
+    network, x = small_network(architecture).eval(), images()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(x), network(x)) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="generating code for the CPU takes a C++ compiler")
+def test_generated_code_gives_equal_results() -> None:
+    network, x = small_network("vit").eval(), images()
+    assert relative_error(torch.compile(network)(x), network(x)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("big", BIG)
+def test_large_torchvision_networks(big: str) -> None:
+    """Forward, backward and probe widths of the names that the other tests leave out."""
+    network = network_of(big)
+    view_BC, regions_BTC = network.forward_features(images(2, 40, 72))
+    assert view_BC.shape == (2, network.num_features)
+    assert regions_BTC.shape == (2, 2 * 3, network.num_features)
+    (view_BC.square().sum() + regions_BTC.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    width = 2 * network.stage_dims[3] + network.stage_dims[2] * (network.stage_depths[3] == 1)
+    with torch.no_grad():
+        assert network.eval().forward_return_n_last_blocks(images(1), 2).shape == (1, width)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_export_gives_equal_results(architecture: str) -> None:
+    network, x = small_network(architecture).eval(), images(3)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(network, (x,), dynamic_shapes={"crops": {0: batch}})
+    other = images(5)
+    assert relative_error(program.module()(other), network(other)) < 1e-4
+
+
+def test_config_of_another_family_is_refused() -> None:
+    config = load_config(None, SMALL["vit"].overrides)
+    with pytest.raises(UsageError, match=r"needs a yaml of MODEL.NAME 'swin_transformer'"):
+        build_model("swin", config)
+    assert config.MODEL.NAME == "vision_transformer"
+
+
+@pytest.mark.parametrize("patch_size", [4, 16])
+@torch.no_grad()
+def test_vit_takes_any_patch_size(patch_size: int) -> None:
+    config = load_config(None, SMALL["vit"].overrides)
+    network = build_model("vit", config, patch_size=patch_size).eval()
+    assert network.forward_features(images(1, 48, 32)).regions_BTC.shape[1] == 48 * 32 // patch_size**2
+
+
+def test_vit_refuses_a_patch_larger_than_the_image() -> None:
+    with pytest.raises(UsageError, match=r"--patch_size 65 must lie in 1\.\.64"):
+        build_model("vit", load_config(None, SMALL["vit"].overrides), patch_size=65)
