@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.interop import Converter
+from models.resize import resize_square_table
 from outputs import MultiCropOutput
 
 
@@ -102,16 +103,22 @@ class Backbone(nn.Module, ABC):
         """Called before each epoch of training, for architectures whose attention depends on the progress."""
 
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
-        """A tensor of a file made for another image or window size, resized to fit parameter `name`; None if it cannot be."""
-        return None
+        """A tensor of a file made for another image or window size, resized to fit parameter `name`; None if it cannot be.
+
+        Tables of relative positions are resized for all architectures.
+        """
+        if not name.endswith("relative_position_bias_table"):
+            return None
+        return resize_square_table(tensor, len(self.get_parameter(name)))
 
     def timm_name(self, name: str) -> str:
         """What timm (and torchvision) call this network's tensor `name`."""
         return name
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that supervised fine-tuning keeps out of weight decay."""
-        return set()
+        """Names of parameters that supervised fine-tuning keeps out of weight decay: positions, and tokens of the network."""
+        names = {name for name, _ in self.named_parameters() if not name.startswith(("head.", "head_dense."))}
+        return {name for name in names if any(part in name for part in ("relative_position", "pos_embed", "cls_token"))}
 
     # ----------------------------------------------------------------- features
 

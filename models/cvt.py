@@ -24,7 +24,6 @@ from yacs.config import CfgNode
 from models.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
 from models.base import Backbone, Tokens, drop_path_rates, grid_tokens
 from models.registry import register
-from models.resize import resize_square_table
 from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
 from utils import UsageError
 
@@ -291,16 +290,6 @@ class CvT(Backbone):
     def tokens(self, x_BHWC: Tensor) -> Tokens:
         """See `Backbone.tokens`."""
         return grid_tokens(x_BHWC)
-
-    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Relative-position tables of another window are resized."""
-        if not name.endswith("relative_position_bias_table"):
-            return None
-        return resize_square_table(tensor, len(self.get_parameter(name)))
-
-    def no_weight_decay(self) -> set[str]:
-        """The relative-position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
 
 def init_conv_weights(module: nn.Module) -> None:

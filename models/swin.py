@@ -23,7 +23,6 @@ from models.attention import attend, drop_rate, join_heads, pairwise_bias, split
 from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
 from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
 from models.registry import register
-from models.resize import resize_square_table
 from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
 from utils import UsageError
 
@@ -215,19 +214,9 @@ class SwinTransformer(Backbone):
         """See `Backbone.tokens`."""
         return grid_tokens(x_BHWC)
 
-    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Relative-position tables of another window are resized."""
-        if not name.endswith("relative_position_bias_table"):
-            return None
-        return resize_square_table(tensor, len(self.get_parameter(name)))
-
     def timm_name(self, name: str) -> str:
         """See `Backbone.timm_name`."""
         return swin_timm_name(name)
-
-    def no_weight_decay(self) -> set[str]:
-        """The relative-position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
 
 @register(

@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 from models.base import Backbone, Tokens, drop_path_rates, init_linear_weights
 from models.registry import register
-from models.resize import resize_grid, resize_square_table
+from models.resize import resize_grid
 from models.vil_arch import StageSpec, parse_arch
 from models.vil_attention import OFFSETS, BiasedAttention, ChunkAttention, FullAttention, random_parameter
 from utils import UsageError
@@ -213,18 +213,10 @@ class VisionLongformer(Backbone):
                 module.mode = self.mode if drawing else min(self.mode, 0)
 
     def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Relative-position tables of another window or image size are resized, and so are positions of rows and columns."""
-        wanted = self.get_parameter(name)
-        if name.endswith("local_relative_position_bias_table"):
-            return resize_square_table(tensor, len(wanted))
+        """Positions of rows and columns are resized too."""
         if name.endswith(("x_pos_embed", "y_pos_embed")) and tensor.ndim == 3:
-            return resize_axis(tensor, wanted.shape[1])
-        return None
-
-    def no_weight_decay(self) -> set[str]:
-        """Relative-position biases, learned positions and global tokens."""
-        names = {name for name, _ in self.named_parameters()}
-        return {name for name in names if any(part in name for part in ("relative_position", "pos_embed", "cls_token"))}
+            return resize_axis(tensor, self.get_parameter(name).shape[1])
+        return super().fit_tensor(name, tensor)
 
 
 def _check(spec: CfgNode) -> None:

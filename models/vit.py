@@ -136,10 +136,6 @@ class VisionTransformer(Backbone):
             return None
         return resize_pos_embed(tensor, 1, (side, side), self.grid)
 
-    def no_weight_decay(self) -> set[str]:
-        """Position embedding and class token."""
-        return {"pos_embed", "cls_token"}
-
 
 @register(
     {

@@ -33,6 +33,7 @@ PUBLISHED = {
 ADDED = {
     "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "drop_path": None, "grad_checkpointing": False,
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
+    "allow_partial": False,
 }  # fmt: skip
 PUBLISHED_KNN = {
     "cfg": None, "arch": "deit_small", "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
@@ -41,7 +42,7 @@ PUBLISHED_KNN = {
 }  # fmt: skip
 ADDED_KNN: dict[str, object] = {
     "data_path": "", "image_size": None, "crop_ratio": 0.875, "baselines": False, "output_dir": None, "seed": 0,
-    "device": "auto", "opts": [],
+    "device": "auto", "opts": [], "allow_partial": False,
 }  # fmt: skip
 
 

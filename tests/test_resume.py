@@ -18,6 +18,7 @@ from torch import Tensor
 import checkpoint
 import engine
 import main_esvit
+from models import Backbone
 from utils import UsageError
 
 
@@ -185,3 +186,14 @@ def test_resuming_another_run_is_refused(images: Path, tmp_path: Path, flags: li
     with pytest.raises(UsageError, match=words):
         train(tmp_path, images, *flags)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_networks_hear_of_every_epoch_also_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on the progress of training (ViL's switch of modes) follows the epoch, so a resumed run has it."""
+    heard: list[tuple[int, int]] = []
+    monkeypatch.setattr(Backbone, "start_epoch", lambda self, epoch, epochs: heard.append((epoch, epochs)))
+    images = write_images(tmp_path / "images", 8)
+    train_until(1, monkeypatch, tmp_path / "run", images)
+    assert heard == [(0, 2)] * 2  # student and teacher
+    train(tmp_path / "run", images)
+    assert heard == [(0, 2)] * 2 + [(1, 2)] * 2

@@ -6,15 +6,18 @@ import json
 import math
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from conftest import ROOT
-from torch import Tensor
+from conftest import ROOT, relative_error
+from torch import Tensor, nn
 
 import checkpoint
 import eval_knn
+import export
 import main_esvit
 from data import demo
 from models import build_model, load_arch_config
@@ -83,6 +86,27 @@ def test_two_epochs_then_knn(
     report = checkpoint.load_backbone(backbone, tmp_path / "checkpoint.pth")
     assert report.left_out >= 8  # the heads
     assert all(not torch.equal(value, untrained[name]) for name, value in backbone.named_parameters() if value.ndim > 1)
+
+
+@pytest.mark.slow
+def test_trained_exported_and_read_by_timm(photographs: Path, tmp_path: Path) -> None:
+    """timm's Swin, with the eps of these networks, gives the features of a trained teacher."""
+    command = [*command_line("swin"), "--data_path", str(photographs), "--output_dir", str(tmp_path)]
+    flags = [*SMALL_RUN, "--epochs", "1", "--use_dense_prediction", "on"]
+    main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *flags]))
+    weights = ["--pretrained_weights", str(tmp_path / "checkpoint.pth"), "--format", "timm"]
+    weights += ["--output", str(tmp_path / "timm.pth")]
+    export.main(export.get_args_parser().parse_args([*command_line("swin"), *weights]))
+    theirs = timm.models.swin_transformer.SwinTransformer(
+        img_size=64, embed_dim=48, depths=(2, 2, 2), num_heads=(3, 6, 12), window_size=4, num_classes=0,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    ).eval()  # fmt: skip
+    theirs.load_state_dict(checkpoint.load_file(tmp_path / "timm.pth"), strict=True)
+    ours = build_model("swin", load_arch_config("swin", command[3])).eval()
+    checkpoint.load_backbone(ours, tmp_path / "checkpoint.pth")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(theirs(images), ours(images)) < 1e-4
 
 
 @pytest.mark.parametrize("regions", ["off", "on"])

@@ -1,0 +1,51 @@
+"""scripts/pretrain.sh: the command it makes, and what it refuses. The commands are caught by a stand-in for python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import main_esvit
+
+
+def pretrain(tmp_path: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    echo.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts/pretrain.sh"), *args]
+    return subprocess.run(command, env=os.environ | {"PYTHON": str(echo)} | env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_gpu", "batch", "accum"), [(8, 64, 512, 1), (2, 64, 512, 4), (1, 32, 256, 8), (4, 128, 1024, 2)]
+)
+def test_the_batch_is_kept_on_any_number_of_gpus(
+    tmp_path: Path, gpus: int, per_gpu: int, batch: int, accum: int
+) -> None:
+    sizes = {"GPUS": str(gpus), "PER_GPU": str(per_gpu), "BATCH": str(batch)}
+    done = pretrain(tmp_path, "swin_tiny", "/data", "/out", "--epochs", "100", **sizes)
+    words = done.stdout.splitlines()
+    assert f"--nproc_per_node={gpus}" in words
+    args = main_esvit.get_args_parser().parse_args(words[words.index("main_esvit.py") + 1 :])
+    assert gpus * args.batch_size_per_gpu * args.accum_iter == batch
+    assert args.accum_iter == accum
+    assert (args.arch, args.data_path, args.output_dir, args.epochs) == ("swin_tiny", "/data", "/out", 100)
+    assert (args.teacher_temp, args.warmup_teacher_temp_epochs, args.norm_last_layer) == (0.07, 30, False)
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "words"),
+    [
+        (["swin_tiny"], {}, "ARCH, IMAGENET and OUT are needed, 1 were given"),
+        (["a", "b", "c"], {"GPUS": "3"}, "BATCH=512 is no multiple of GPUS x PER_GPU = 192"),
+        (["a", "b", "c"], {"GPUS": "none"}, "GPUS=none is not a number above 0"),
+    ],
+)
+def test_mistakes_end_with_code_2(tmp_path: Path, args: list[str], env: dict[str, str], words: str) -> None:
+    done = pretrain(tmp_path, *args, **env)
+    assert done.returncode == 2
+    assert words in done.stderr
