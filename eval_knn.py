@@ -13,27 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoint import load_backbone, load_tensor, save_file
+from checkpoint import load_tensor, save_file
 from data import augment
-from models import build_model, load_arch_config
+from features import FeatureFunction, LabelledFeatures, extract_features, frozen_backbone, labelled_datasets
+from models import load_arch_config
 from utils import UsageError, bool_flag, logger
 
 CHUNK = 512  # validation images whose similarities are held at once
 DUMPED = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # with train or test before it, as published
-
-FeatureFunction = Callable[[Tensor], Tensor]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,13 +71,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
-
-
-class LabelledFeatures(NamedTuple):
-    """Features of a labelled set, normalised to length 1."""
-
-    features_NC: Tensor
-    labels_N: Tensor
 
 
 class Split(NamedTuple):
@@ -137,48 +127,6 @@ def knn_scores(split: Split, ks: Sequence[int], temperature: float) -> list[KnnS
 # --------------------------------------------------------------------------- features
 
 
-@torch.no_grad()
-def extract_features(
-    loader: torch.utils.data.DataLoader[data.Batch],
-    functions: Mapping[str, FeatureFunction],
-    device: torch.device,
-    keep_on: torch.device,
-    label: str,
-) -> dict[str, LabelledFeatures]:
-    """One pass over the images for all `functions`; every process returns all images in the data set's order.
-
-    Raises:
-        UsageError: more than 1 % of the images cannot be read.
-    """
-    parts: dict[str, list[Tensor]] = {name: [] for name in functions}
-    labels: list[Tensor] = []
-    indices: list[Tensor] = []
-    failures: list[str] = []
-    incomplete = False
-    for batch in tqdm(loader, desc=label, disable=None if utils.is_main_process() else True, leave=False):
-        failures += batch.failures
-        incomplete = incomplete or not batch.views
-        if incomplete:
-            break
-        images = batch.views[0].to(device, non_blocking=True)
-        for name, function in functions.items():
-            parts[name].append(F.normalize(function(images).float(), dim=-1).to(keep_on))
-        labels.append(batch.labels_B)
-        indices.append(batch.indices_B)
-    data.FailureTally(len(loader.dataset)).add(failures, device, incomplete)  # type: ignore[arg-type]
-    order = _gather(indices, device).argsort()
-    all_labels = _gather(labels, device)[order].to(keep_on)
-    return {
-        name: LabelledFeatures(_gather(rows, device)[order].to(keep_on), all_labels) for name, rows in parts.items()
-    }
-
-
-def _gather(rows: list[Tensor], device: torch.device) -> Tensor:
-    """All processes' rows; exchanged on `device`."""
-    own = torch.cat(rows).to(device) if rows else torch.zeros(0, device=device)
-    return torch.cat(utils.all_gather_rows(own))
-
-
 def pixel_features(images_BCHW: Tensor) -> Tensor:
     """The normalised pixels themselves."""
     return images_BCHW.flatten(1)
@@ -189,20 +137,9 @@ def colour_features(images_BCHW: Tensor) -> Tensor:
     return torch.cat([images_BCHW.mean(dim=(2, 3)), images_BCHW.std(dim=(2, 3))], dim=1)
 
 
-def network_features(args: argparse.Namespace, config: CfgNode, weights: str, device: torch.device) -> FeatureFunction:
-    """View features of the backbone with the weights of a file; of random weights if `weights` is empty."""
-    torch.manual_seed(args.seed)
-    backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size)
-    if weights:
-        logger.info(
-            "%s: %s", weights, load_backbone(backbone, weights, args.checkpoint_key, allow_partial=args.allow_partial)
-        )
-    return backbone.to(device).eval()
-
-
 def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.device) -> dict[str, FeatureFunction]:
     """What is scored, the network first."""
-    functions = {"network": network_features(args, config, args.pretrained_weights, device)}
+    functions: dict[str, FeatureFunction] = {"network": frozen_backbone(args, config, args.pretrained_weights, device)}
     if not args.pretrained_weights:
         logger.warning(
             "no --pretrained_weights: the network has random weights, the scores are those of an untrained one"
@@ -211,7 +148,7 @@ def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.d
         functions["raw pixels"] = pixel_features
         functions["mean and deviation of colour"] = colour_features
         if args.pretrained_weights:
-            functions["untrained network"] = network_features(args, config, "", device)
+            functions["untrained network"] = frozen_backbone(args, config, "", device)
     return functions
 
 
@@ -253,17 +190,10 @@ def load_features(folder: Path, keep_on: torch.device) -> Split:
 def extract_splits(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> dict[str, Split]:
     """Extract all kinds of features of both sets."""
     config = load_arch_config(args.arch, args.cfg, args.opts)
-    mean, std, in_chans = config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS
-    augment.check_normalisation(mean, std, in_chans)
-    transform = augment.eval_view(args.image_size or config.MODEL.IMAGE_SIZE[0], args.crop_ratio, mean, std)
-    datasets = [
-        data.build_dataset(args.data_path, part, transform, in_chans, args.seed, need_labels=True)
-        for part in ("train", "val")
-    ]
-    unknown = sorted(set(datasets[1].classes) - set(datasets[0].classes))
-    if unknown:
-        raise UsageError(f"val under {args.data_path} has classes that train has not: {', '.join(unknown[:5])}")
-    datasets[1].use_classes(datasets[0].classes)
+    transform = augment.eval_view(
+        args.image_size or config.MODEL.IMAGE_SIZE[0], args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD
+    )
+    datasets = labelled_datasets(args.data_path, config, transform, transform)
     functions = feature_functions(args, config, device)
     extracted = []
     for part, dataset in zip(("train", "val"), datasets):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from runs import TINY_SWIN, write_images
 
 import eval_knn
-from eval_knn import KnnScore, LabelledFeatures, Split, knn_scores
+from eval_knn import KnnScore, Split, knn_scores
+from features import LabelledFeatures
 from utils import UsageError
 
 
