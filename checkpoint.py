@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor, nn
 
 from models.base import Backbone
@@ -31,6 +32,7 @@ WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others kee
 DERIVED = ("relative_position_index", "attn_mask")  # buffers that the architecture computes itself
 OPTIONAL = ("num_batches_tracked",)  # older files lack it
 LISTED_NAMES = 5
+MOST_CHANNELS = 32  # of images; a first convolution has no more inputs
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -104,7 +106,7 @@ def _load_safely(path: str | Path) -> Any:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise UsageError(
                 f"checkpoint '{path}' holds more than tensors and plain values and is not read for safety; where you trust it, "
-                "convert it once: torch.save(torch.load(FILE, weights_only=False)['teacher'], NEW)"
+                "convert it once: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW), KEY being 'teacher' or 'model'"
             ) from None
         raise UsageError(f"'{path}' is not a torch checkpoint or is damaged; use another file") from None
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -122,6 +124,7 @@ class NetworkState(NamedTuple):
     tensors: dict[str, Tensor]
     layout: str
     key: str | None
+    image_size: tuple[int, int] | None = None  # MODEL.IMAGE_SIZE of the run, where the file tells
 
 
 def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> NetworkState:
@@ -132,7 +135,7 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
     Raises:
         UsageError: a full checkpoint without `key`, or content that is no state dict.
     """
-    layout, found_under = "bare state dict", None
+    layout, found_under, whole = "bare state dict", None, content
     if "student" in content or "teacher" in content:
         if key not in content:
             raise UsageError(
@@ -144,12 +147,24 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
         layout = "wrapped state dict" if found_under else layout
     if found_under:
         content = content[found_under]
-    tensors = {_published_weight_norm(k.removeprefix(PREFIX)): v for k, v in content.items() if isinstance(v, Tensor)}
+    named = content.items() if isinstance(content, Mapping) else ()
+    tensors = {_published_weight_norm(str(k).removeprefix(PREFIX)): v for k, v in named if isinstance(v, Tensor)}
     if not tensors:
+        where = f" under '{found_under}'" if found_under else ""
+        found = ", ".join(map(str, content))[:200] if isinstance(content, Mapping) else type(content).__name__
         raise UsageError(
-            f"checkpoint '{path}' holds no tensors of a network; it has the keys {', '.join(map(str, content))[:200]}"
+            f"checkpoint '{path}' holds no tensors of a network{where}, but {found or 'nothing'}; use another file"
         )
-    return NetworkState(tensors, layout, found_under)
+    return NetworkState(tensors, layout, found_under, _image_size(whole))
+
+
+def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
+    """MODEL.IMAGE_SIZE of the config that this project's full checkpoints hold."""
+    try:
+        height, width = yaml.safe_load(content["config"])["MODEL"]["IMAGE_SIZE"]
+    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    return int(height), int(width)
 
 
 def _published_weight_norm(name: str) -> str:
@@ -214,14 +229,17 @@ def load_network(
     """
     network = unwrap(network)
     wanted = network.state_dict()
-    tensors = _in_our_names(network, {name: t for name, t in state.tensors.items() if not name.endswith(DERIVED)})
+    offered = {name: t for name, t in state.tensors.items() if not name.endswith(DERIVED) and t.numel()}
+    tensors = _in_our_names(network, offered)
+    _fill_second_names(wanted, tensors, source)
     file_has_heads = any("last_layer." in name for name in tensors)
     taken, misfits, resized = {}, [], 0
-    for name in wanted.keys() & tensors.keys():
+    for name in sorted(wanted.keys() & tensors.keys()):
         tensor = tensors[name]
-        if tensor.shape != wanted[name].shape and resize and isinstance(network, Backbone):
-            fitted = network.fit_tensor(name, tensor)
-            tensor, resized = (tensor, resized) if fitted is None else (fitted, resized + 1)
+        if resize and isinstance(network, Backbone) and _may_be_resized(network, state, tensor, wanted[name]):
+            fitted = network.fit_tensor(name, tensor, state.image_size)
+            if fitted is not None and fitted is not tensor:
+                tensor, resized = fitted, resized + 1
         if tensor.shape == wanted[name].shape:
             taken[name] = tensor
         else:
@@ -234,32 +252,87 @@ def load_network(
         and (file_has_heads or not name.startswith(HEADS))
     ]
     unexpected = [name for name in tensors if name not in wanted and not name.startswith((*HEADS, *CLASSIFIERS))]
-    if misfits and not allow_partial:
-        raise UsageError(_misfit(source, sorted(misfits)[0], tensors, wanted))
     if missing or unexpected or misfits:
-        problem = (
-            f"{source} is of another network: {len(missing)} tensors are missing ({_first(missing)}), "
-            f"{len(unexpected)} unexpected ({_first(unexpected)})"
-        )
+        problem = _problem(source, missing, unexpected, misfits, tensors, wanted)
         if not allow_partial:
-            raise UsageError(f"{problem}; check --arch, --cfg and --use_dense_prediction, or pass --allow_partial True")
-        logger.warning("%s, %d of another shape (%s); the rest is loaded", problem, len(misfits), _first(misfits))
+            raise UsageError(problem)
+        logger.warning("%s; --allow_partial loads the rest", problem)
         if not taken:
             raise UsageError(f"{source} has not one tensor of this network, not even with --allow_partial")
     network.load_state_dict(taken, strict=False)
-    return LoadReport(state.layout, state.key, len(taken), resized, len(state.tensors) - len(taken))
+    left_out = sum(name not in taken for name in tensors)
+    return LoadReport(state.layout, state.key, len(taken), resized, left_out)
 
 
-def _misfit(source: str, name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    ours, theirs = tuple(wanted[name].shape), tuple(tensors[name].shape)
-    if "last_layer.weight" in name and ours[0] != theirs[0]:
-        return f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}"
-    return f"{source} is of another network: {name} has shape {theirs}, this one wants {ours}; check --arch and --cfg"
+def _may_be_resized(network: Backbone, state: NetworkState, theirs: Tensor, ours: Tensor) -> bool:
+    """Whether shapes differ, or may agree by chance because a file was made for another image size with as many patches."""
+    sizes = (network.image_size, state.image_size)
+    return theirs.shape != ours.shape or (None not in sizes and sizes[0] != sizes[1])
+
+
+def _fill_second_names(wanted: Mapping[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
+    """Modules that a network uses under two names (shared projections of ViL) need one of them in the file, or equal ones.
+
+    Raises:
+        UsageError: the file has different tensors for what is shared here.
+    """
+    names_of: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in wanted.items():
+        if tensor.numel() and tensor.device.type != "meta":
+            names_of.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    for names in names_of.values():
+        given = [name for name in names if name in tensors]
+        if len(names) == 1 or not given:
+            continue
+        if any(not torch.equal(tensors[name], tensors[given[0]]) for name in given[1:]):
+            raise UsageError(
+                f"{source} has different tensors for {' and '.join(given)}, which this network shares; "
+                "set MODEL.SPEC.MSVIT.SHARE_W False"
+            )
+        tensors.update({name: tensors[given[0]] for name in names})
+
+
+def _problem(
+    source: str,
+    missing: list[str],
+    unexpected: list[str],
+    misfits: list[str],
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+) -> str:
+    """What keeps a file from loading in full, with the first names and the likeliest remedy."""
+    parts = []
+    remedy = "check --arch, --cfg and --use_dense_prediction, or pass --allow_partial True"
+    if misfits:
+        name = misfits[0]
+        ours, theirs = tuple(wanted[name].shape), tuple(tensors[name].shape)
+        if "last_layer.weight" in name and ours[0] != theirs[0]:
+            return f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}"
+        parts.append(f"{len(misfits)} tensors of another shape ({name} has shape {theirs}, this one wants {ours})")
+        remedy = _remedy(name, theirs, ours) or remedy
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing ({_first(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected ({_first(unexpected)})")
+    return f"{source} is of another network: {', '.join(parts)}; {remedy}"
+
+
+def _remedy(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str | None:
+    """The flag or key that makes a tensor of another shape fit, where one is likely."""
+    if name.startswith(HEADS):
+        return "check --use_bn_in_head, --head_hidden_dim and --head_bottleneck_dim"
+    if len(theirs) == len(ours) == 4 and theirs[1] != ours[1] and theirs[0] == ours[0] and ours[1] <= MOST_CHANNELS:
+        return f"set MODEL.SPEC.IN_CHANS {theirs[1]}"
+    if "patch_embed" in name and len(theirs) == len(ours) == 4 and theirs[2:] != ours[2:]:
+        return f"set --patch_size {theirs[2]} (or MODEL.SPEC.PATCH_SIZE)"
+    if "pos_embed" in name:
+        return "check --patch_size and MODEL.IMAGE_SIZE"
+    return None
 
 
 def _first(names: list[str]) -> str:
     listed = ", ".join(names[:LISTED_NAMES])
-    return f"{listed}, ..." if len(names) > LISTED_NAMES else listed or "none"
+    return f"{listed}, ..." if len(names) > LISTED_NAMES else listed
 
 
 def load_backbone(

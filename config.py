@@ -326,6 +326,8 @@ def _check_values(config: CfgNode) -> None:
         numbers = value if isinstance(value, list) else [value]
         if last in POSITIVE and (not numbers or min(numbers) < 1):
             raise UsageError(f"config key '{key}' must be 1 or more, not {value}")
+        if last == "MLP_RATIO" and min(numbers) <= 0:
+            raise UsageError(f"config key '{key}' must be above 0, not {value}")
         if last.endswith("_RATE") and not all(0 <= number <= 1 for number in numbers):
             raise UsageError(f"config key '{key}' must lie in 0..1, not {value}")
     if len(config.MODEL.IMAGE_SIZE) != 2:

@@ -3,8 +3,12 @@
     python eval_knn.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth
     torchrun --nproc_per_node=8 eval_knn.py ...
 
---data_path holds train/<class>/ and val/<class>/. With --baselines the same vote is also taken on raw pixels, on the mean and
-deviation of the colours, and on the untrained network.
+--data_path holds train/<class>/ and val/<class>/; with --leave_one_out it may be one folder of class folders, each image of which
+is judged by all others. With --baselines the same vote is also taken on raw pixels, on the mean and deviation of the colours,
+and on the untrained network. `knn.json` in --output_dir keeps the accuracies, also those of each class.
+
+Memory: every process holds all features, 21 GB for 14 million images of width 384; --half stores and compares them in float16,
+in half of that. With --use_cuda False they stay in the CPU's memory. See neighbours.py for the search.
 
 Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et al. (CVPR 2018); flags follow microsoft/esvit.
 """
@@ -15,7 +19,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +30,9 @@ from checkpoint import load_tensor, save_file
 from data import augment
 from features import FeatureFunction, LabelledFeatures, extract_features, frozen_backbone, labelled_datasets
 from models import load_arch_config
+from neighbours import BACKENDS, KnnScore, Split, knn_scores, load_faiss
 from utils import UsageError, bool_flag, logger
 
-CHUNK = 512  # validation images whose similarities are held at once
 DUMPED = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # with train or test before it, as published
 
 
@@ -51,6 +54,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of the checkpoint"
     )
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
+    add("--half", type=bool_flag, nargs="?", const=True, default=False, help="store and compare features in float16")
+    add("--backend", default="torch", choices=BACKENDS, help="of the search; faiss has to be installed")
+    add(
+        "--leave_one_out",
+        type=bool_flag,
+        nargs="?",
+        const=True,
+        default=False,
+        help="one labelled set: each image is judged by all others",
+    )
     add("--dump_features", default=None, help="folder to save features and labels to")
     add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
     add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
@@ -59,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=None, help="folder for knn.json")
     add("--seed", type=int, default=0, help="of random weights")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
-    add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
+    add("--data_path", default="", help="folder with train/<class>/ and val/<class>/, or see --leave_one_out")
     add(
         "--zip_mode",
         type=bool_flag,
@@ -71,57 +84,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
-
-
-class Split(NamedTuple):
-    """The same kind of features of both halves of the protocol."""
-
-    train: LabelledFeatures
-    val: LabelledFeatures
-
-
-class KnnScore(NamedTuple):
-    """Accuracies in percent of the vote of `k` neighbours; `top5` is top-C where there are only C < 5 classes."""
-
-    k: int
-    top1: float
-    top5: float
-
-
-# --------------------------------------------------------------------------- the vote
-
-
-def knn_scores(split: Split, ks: Sequence[int], temperature: float) -> list[KnnScore]:
-    """Top-1 and top-5 of the vote weighted by exp(cosine / temperature), for each number of neighbours.
-
-    A `k` beyond the training set is clamped to it, with a warning.
-
-    Raises:
-        UsageError: an empty set, or a `k` or temperature that is not positive.
-    """
-    train, val = split
-    if not len(train.labels_N) or not len(val.labels_N):
-        raise UsageError("k-NN needs at least one training and one validation image")
-    if min(ks) < 1 or temperature <= 0:
-        raise UsageError(f"--nb_knn {list(ks)} and --temperature {temperature} must be positive")
-    largest = min(max(ks), len(train.labels_N))
-    for k in (k for k in ks if k > largest):
-        logger.warning("k = %d is more than the %d training images; all of them vote", k, largest)
-    classes = 1 + int(max(train.labels_N.max(), val.labels_N.max()).item())
-    ranked = min(5, classes)
-    hits = torch.zeros(len(ks), 2)
-    for features_nC, labels_n in zip(val.features_NC.split(CHUNK), val.labels_N.split(CHUNK)):
-        similarity_nk, neighbour_nk = (features_nC @ train.features_NC.T).topk(largest)
-        weight_nk = ((similarity_nk - 1) / temperature).exp()  # exp(cos / T) up to a factor that no rank depends on
-        label_nk = train.labels_N[neighbour_nk]
-        for row, k in enumerate(ks):
-            votes = features_nC.new_zeros(len(labels_n), classes).scatter_add_(1, label_nk[:, :k], weight_nk[:, :k])
-            ranking = votes.sort(dim=1, descending=True, stable=True).indices[:, :ranked]  # ties go to the lower label
-            correct = ranking == labels_n[:, None]
-            hits[row, 0] += correct[:, 0].sum().item()
-            hits[row, 1] += correct.sum().item()
-    percent = (100 * hits / len(val.labels_N)).tolist()
-    return [KnnScore(k, top1, top5) for k, (top1, top5) in zip(ks, percent)]
 
 
 # --------------------------------------------------------------------------- features
@@ -156,70 +118,82 @@ def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.d
 
 
 def dump_features(folder: Path, split: Split) -> None:
-    """Save features and labels of both sets under their published names."""
-    for part, labelled in zip(("train", "test"), split):
+    """Save features and labels of both sets under their published names; a set that is left out of in turn is saved once."""
+    for part, labelled in zip(("train", "test"), split if split.train is not split.val else split[:1]):
         for kind, tensor in zip(DUMPED.values(), labelled):
             save_file(tensor.cpu(), folder / kind.format(part))
 
 
-def load_features(folder: Path, keep_on: torch.device) -> Split:
-    """Load what `dump_features` saved.
+def load_features(folder: Path, keep_on: torch.device, dtype: torch.dtype, leave_one_out: bool) -> Split:
+    """Load what `dump_features` saved: both sets, or the one of `leave_one_out` twice.
 
     Raises:
         UsageError: a file is missing or damaged, or features and labels differ in number.
     """
     parts = []
-    for part in ("train", "test"):
-        tensors = [load_tensor(folder / kind.format(part)).to(keep_on) for kind in DUMPED.values()]
-        if len(tensors[0]) != len(tensors[1]):
+    for part in ("train",) if leave_one_out else ("train", "test"):
+        features_NC, labels_N = (load_tensor(folder / kind.format(part)) for kind in DUMPED.values())
+        if len(features_NC) != len(labels_N):
             raise UsageError(
-                f"{folder} has {len(tensors[0])} {part} features but {len(tensors[1])} labels; dump them again"
+                f"{folder} has {len(features_NC)} {part} features but {len(labels_N)} labels; dump them again"
             )
-        parts.append(LabelledFeatures(*tensors))
+        parts.append(LabelledFeatures(features_NC.to(keep_on, dtype), labels_N.to(keep_on)))
     widths = [part.features_NC.shape[1] for part in parts]
-    if widths[0] != widths[1]:
+    if widths[0] != widths[-1]:
         raise UsageError(
             f"{folder} has training features of width {widths[0]}, test features of {widths[1]}; dump them again"
         )
-    return Split(*parts)
+    return Split(parts[0], parts[-1])
 
 
 # --------------------------------------------------------------------------- the script
 
 
-def extract_splits(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> dict[str, Split]:
-    """Extract all kinds of features of both sets."""
+def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.ImageDataset]:
+    """Training and validation images, or the one set of --leave_one_out."""
+    mean, std = config.INPUT.MEAN, config.INPUT.STD
+    transform = augment.eval_view(args.image_size or config.MODEL.IMAGE_SIZE[0], args.crop_ratio, mean, std)
+    if not args.leave_one_out:
+        return list(labelled_datasets(args.data_path, config, transform, transform))
+    augment.check_normalisation(mean, std, config.MODEL.SPEC.IN_CHANS)
+    return [data.build_dataset(args.data_path, "train", transform, config.MODEL.SPEC.IN_CHANS, need_labels=True)]
+
+
+def extract_splits(
+    args: argparse.Namespace, device: torch.device, keep_on: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Split], Sequence[str]]:
+    """Extract all kinds of features of both sets; also returns the names of the classes."""
     config = load_arch_config(args.arch, args.cfg, args.opts)
-    transform = augment.eval_view(
-        args.image_size or config.MODEL.IMAGE_SIZE[0], args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD
-    )
-    datasets = labelled_datasets(args.data_path, config, transform, transform)
+    datasets = build_datasets(args, config)
     functions = feature_functions(args, config, device)
     extracted = []
     for part, dataset in zip(("train", "val"), datasets):
         loader = data.build_eval_loader(
             dataset, args.batch_size_per_gpu, args.num_workers, pin_memory=device.type == "cuda"
         )
-        extracted.append(extract_features(loader, functions, device, keep_on, part))
-    return {name: Split(extracted[0][name], extracted[1][name]) for name in functions}
+        extracted.append(extract_features(loader, functions, device, keep_on, part, dtype=dtype))
+    return {name: Split(extracted[0][name], extracted[-1][name]) for name in functions}, datasets[0].classes
 
 
-def report(scores: dict[str, list[KnnScore]], split: Split, args: argparse.Namespace) -> None:
-    """Print the scores and write them to `knn.json`."""
-    classes = len(split.train.labels_N.unique())
-    print(
-        f"k-NN of {len(split.val.labels_N)} validation among {len(split.train.labels_N)} training images, {classes} classes:"
-    )
+def report(scores: dict[str, list[KnnScore]], split: Split, classes: Sequence[str], args: argparse.Namespace) -> None:
+    """Print the scores and write them to `knn.json`, with those of each class; `classes` is empty where no name is known."""
+    voters, count = len(split.train.labels_N), len(split.train.labels_N.unique())
+    compared = f"{len(split.val.labels_N)} validation among {voters} training images"
+    if args.leave_one_out:
+        compared = f"{voters} images, each among the {voters - 1} others"
+    print(f"k-NN of {compared}, {count} classes:")
     for name, rows in scores.items():
         for score in rows:
-            top5 = "Top5" if classes >= 5 else f"Top{classes}"
+            top5 = "Top5" if count >= 5 else f"Top{count}"
             print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {top5}: {score.top5:.2f}")
     if args.output_dir:
-        record = {
-            name: {str(score.k): {"top1": score.top1, "top5": score.top5} for score in rows}
-            for name, rows in scores.items()
-        }
+        record = {name: {str(score.k): _as_json(score, classes) for score in rows} for name, rows in scores.items()}
         (Path(args.output_dir) / "knn.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _as_json(score: KnnScore, classes: Sequence[str]) -> dict[str, object]:
+    per_class = {classes[label] if classes else str(label): top1 for label, top1 in score.per_class.items()}
+    return {"top1": score.top1, "top5": score.top5, "per_class": per_class}
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -232,6 +206,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError("--zip_mode is not supported yet; unpack the images to DIR/{train,val}/<class>/")
     if min(args.nb_knn) < 1 or args.temperature <= 0:
         raise UsageError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
+    if args.backend == "faiss":
+        load_faiss()
+    if args.backend == "faiss" and args.half:
+        raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
     if args.batch_size_per_gpu < 1:
         raise UsageError(f"--batch_size_per_gpu {args.batch_size_per_gpu} must be 1 or more")
     if args.num_workers < 0:
@@ -251,15 +229,20 @@ def main(args: argparse.Namespace) -> None:
         if folder:
             utils.make_output_dir(folder)
     keep_on = device if args.use_cuda else torch.device("cpu")
+    dtype = torch.float16 if args.half else torch.float32
+    classes: Sequence[str] = ()
     if args.load_features:
-        splits = {"network": load_features(Path(args.load_features), keep_on)}
+        splits = {"network": load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)}
     else:
-        splits = extract_splits(args, device, keep_on)
+        splits, classes = extract_splits(args, device, keep_on, dtype)
+    if args.dump_features and utils.is_main_process():
+        dump_features(Path(args.dump_features), splits["network"])
+    scores = {
+        name: knn_scores(split, args.nb_knn, args.temperature, args.leave_one_out, args.backend)
+        for name, split in splits.items()
+    }
     if utils.is_main_process():
-        if args.dump_features:
-            dump_features(Path(args.dump_features), splits["network"])
-        scores = {name: knn_scores(split, args.nb_knn, args.temperature) for name, split in splits.items()}
-        report(scores, splits["network"], args)
+        report(scores, splits["network"], classes, args)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ detectron2 (.pkl)       `cfg.MODEL.WEIGHTS` or `train.init_checkpoint`; its matc
 mmdet                   `init_cfg=dict(type="Pretrained", checkpoint=FILE)` of the backbone
 onnx                    a graph from images of MODEL.IMAGE_SIZE, any number, to `view_features` and `region_features`
 
-timm's Swin has a LayerNorm eps of 1e-5, these networks 1e-6; for equal features to the last digit pass
-`norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)` to `create_model`.
+All of them want images in RGB order, normalised as INPUT.MEAN and INPUT.STD say. timm's Swin has a LayerNorm eps of 1e-5, these
+networks 1e-6; for equal features to the last digit pass `norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)` to `create_model`.
 
 Origin: this project's own.
 """
@@ -61,6 +61,10 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--output {args.output} exists already and is not overwritten; name another file")
     if not args.output.parent.is_dir():
         raise UsageError(f"--output {args.output}: the folder {args.output.parent} does not exist; create it first")
+    if (args.output.suffix == ".safetensors") != (args.format == "safetensors"):
+        raise UsageError(
+            f"--output {args.output}: --format safetensors and the ending .safetensors go together; change one"
+        )
     config = load_arch_config(args.arch, args.cfg, args.opts)
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size).eval()
     report = load_backbone(backbone, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)

@@ -7,14 +7,15 @@ Origin: the evaluation protocols of DINO (Caron et al., ICCV 2021) section 4.1 a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -22,14 +23,16 @@ import data
 import utils
 from checkpoint import load_backbone
 from data import augment
+from data.loader import set_epoch
 from models import Backbone, build_model
+from progress import EpochMeter
 from utils import UsageError, logger
 
 FeatureFunction = Callable[[Tensor], Tensor]
 
 
 class LabelledFeatures(NamedTuple):
-    """Features of a labelled set, normalised to length 1."""
+    """Features of images, with their labels."""
 
     features_NC: Tensor
     labels_N: Tensor
@@ -85,8 +88,13 @@ def extract_features(
     device: torch.device,
     keep_on: torch.device,
     label: str,
+    normalise: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, LabelledFeatures]:
     """One pass over the images for all `functions`; every process returns all images in the data set's order.
+
+    Features are scaled to length 1 if they are to be normalised, and kept as `dtype` on `keep_on`: never are more than a
+    batch of each process on another device.
 
     Raises:
         UsageError: more than 1 % of the images cannot be read.
@@ -103,18 +111,146 @@ def extract_features(
             break
         images = batch.views[0].to(device, non_blocking=True)
         for name, function in functions.items():
-            parts[name].append(F.normalize(function(images).float(), dim=-1).to(keep_on))
+            features_BC = function(images).float()
+            parts[name].append((F.normalize(features_BC, dim=-1) if normalise else features_BC).to(keep_on, dtype))
         labels.append(batch.labels_B)
         indices.append(batch.indices_B)
     data.FailureTally(len(loader.dataset)).add(failures, device, incomplete)  # type: ignore[arg-type]
-    order = _gather(indices, device).argsort()
-    all_labels = _gather(labels, device)[order].to(keep_on)
+    order_N = torch.cat(list(_exchange(indices, device, keep_on))).argsort(stable=True)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=keep_on)  # of what all processes give, in the data set's order
+    labels_N = _put(_exchange(labels, device, keep_on), place_N)
     return {
-        name: LabelledFeatures(_gather(rows, device)[order].to(keep_on), all_labels) for name, rows in parts.items()
+        name: LabelledFeatures(_put(_exchange(rows, device, keep_on), place_N), labels_N)
+        for name, rows in parts.items()
     }
 
 
-def _gather(rows: list[Tensor], device: torch.device) -> Tensor:
-    """All processes' rows; exchanged on `device`."""
-    own = torch.cat(rows).to(device) if rows else torch.zeros(0, device=device)
-    return torch.cat(utils.all_gather_rows(own))
+def _exchange(rows: list[Tensor], device: torch.device, keep_on: torch.device) -> Iterator[Tensor]:
+    """All processes' rows on `keep_on`, batch by batch; empties the list on the way, so that rows are not held twice.
+
+    Backends exchange tensors of `device` only if that is a GPU (nccl), else those of the CPU (gloo).
+    """
+    exchange_on = device if utils.is_distributed() else keep_on
+    rows.reverse()
+    for _ in range(max(utils.all_gather_objects(len(rows)))):
+        own = rows.pop() if rows else torch.zeros(0)
+        for part in utils.all_gather_rows(own.to(exchange_on)):
+            yield part.to(keep_on)
+
+
+def _put(batches: Iterator[Tensor], place_N: Tensor) -> Tensor:
+    """The rows of all batches in one tensor, each in its place."""
+    placed_N, done = place_N, 0
+    for batch in batches:
+        if done == 0:
+            placed_N = batch.new_empty(len(place_N), *batch.shape[1:])
+        placed_N[place_N[done : done + len(batch)]] = batch
+        done += len(batch)
+    return placed_N
+
+
+# --------------------------------------------------------------------------- epochs
+
+
+class FeatureSource(ABC):
+    """Where batches of features come from.
+
+    Attributes:
+        steps: batches of an epoch on each process; their sizes are the same on all.
+        validation_images: over all processes.
+    """
+
+    steps: int
+    validation_images: int
+
+    @abstractmethod
+    def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+        """This process's share of a shuffled epoch; `meter` counts the time spent waiting for it."""
+
+    @abstractmethod
+    def validation(self) -> Iterator[LabelledFeatures]:
+        """This process's share of the validation set; over all processes each image comes exactly once."""
+
+
+class ImageFeatures(FeatureSource):
+    """Features computed anew in every epoch, of new random crops.
+
+    Args:
+        function: images to features, without gradients.
+        train_set, val_set: images.
+        batch_size, num_workers: of each process.
+        device: where features are computed.
+    """
+
+    def __init__(
+        self,
+        function: FeatureFunction,
+        train_set: data.ImageDataset,
+        val_set: data.ImageDataset,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device,
+    ) -> None:
+        sizes = batch_size, num_workers, device.type == "cuda"
+        self.function, self.device = function, device
+        self.train_loader = data.build_train_loader(train_set, *sizes, drop_last=False)
+        self.val_loader = data.build_eval_loader(val_set, *sizes)
+        self.steps, self.validation_images = len(self.train_loader), len(val_set)
+        self.train_tally, self.val_tally = data.FailureTally(len(train_set)), data.FailureTally(len(val_set))
+
+    def _features(self, batch: data.Batch) -> LabelledFeatures:
+        images, labels = (t.to(self.device, non_blocking=True) for t in (batch.views[0], batch.labels_B))
+        return LabelledFeatures(self.function(images), labels)
+
+    def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+        set_epoch(self.train_loader, epoch)
+        for batch in meter.timed(self.train_loader):
+            self.train_tally.add(batch.failures, self.device, incomplete=not batch.views)
+            yield self._features(batch)
+
+    def validation(self) -> Iterator[LabelledFeatures]:
+        failures: list[str] = []
+        incomplete = False
+        for batch in self.val_loader:
+            failures += batch.failures
+            incomplete = not batch.views
+            if incomplete:
+                break
+            yield self._features(batch)
+        self.val_tally.add(failures, self.device, incomplete)
+
+
+class CachedFeatures(FeatureSource):
+    """Features that were computed once; every process holds all of them in main memory.
+
+    Args:
+        train_set, val_set: features.
+        batch_size: of each process.
+        device: where batches are wanted.
+        seed: of the order of the epochs.
+    """
+
+    def __init__(
+        self, train_set: LabelledFeatures, val_set: LabelledFeatures, batch_size: int, device: torch.device, seed: int
+    ) -> None:
+        dataset = TensorDataset(*train_set)
+        self.order: DistributedSampler[Any] = DistributedSampler(
+            dataset, num_replicas=utils.get_world_size(), rank=utils.get_rank(), shuffle=True, seed=seed
+        )
+        self.loader = DataLoader(
+            dataset, sampler=BatchSampler(self.order, batch_size, drop_last=False), batch_size=None
+        )
+        self.val_set, self.batch_size, self.device = val_set, batch_size, device
+        self.steps, self.validation_images = len(self.loader), len(val_set.labels_N)
+
+    def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+        self.order.set_epoch(epoch)
+        for features, labels in meter.timed(self.loader):
+            yield LabelledFeatures(features.to(self.device), labels.to(self.device))
+
+    def validation(self) -> Iterator[LabelledFeatures]:
+        own = [tensor[utils.get_rank() :: utils.get_world_size()] for tensor in self.val_set]
+        for features, labels in zip(*(tensor.split(self.batch_size) for tensor in own)):
+            if len(labels):  # an empty share is split into one empty part
+                yield LabelledFeatures(features.to(self.device), labels.to(self.device))

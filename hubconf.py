@@ -8,13 +8,15 @@ Every entry takes
     weights: checkpoint file of any known layout; None: random weights.
     checkpoint_key: network of a full checkpoint, `teacher` or `student`.
     allow_partial: take what fits of a file that is not of this network in full.
-and returns a `models.Backbone` in evaluation mode without heads. `utils.UsageError` tells what is wrong with a file.
+and returns a `models.Backbone` in evaluation mode without heads. `utils.UsageError` tells what is wrong with a file. The modules
+of this checkout are imported as `models`, `config`, `utils`, ...; a program with modules of these names takes `export.py` instead.
 
 Origin: this project's own; networks of EsViT (Li et al., ICLR 2022).
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ def _backbone(
 ) -> Backbone:
     backbone = build_model(arch, load_arch_config(arch, None, overrides), is_teacher=True)
     if weights is not None:
-        load_backbone(backbone, weights, checkpoint_key, allow_partial=allow_partial)
+        report = load_backbone(backbone, weights, checkpoint_key, allow_partial=allow_partial)
+        print(f"{weights}: {report}", file=sys.stderr)
     return backbone.eval()
 
 

@@ -24,6 +24,7 @@ import data
 import engine
 import optim
 import utils
+from config import SPECS
 from data import augment
 from data.mixup import ViewMixup
 from losses import TEACHER_VIEWS
@@ -31,6 +32,7 @@ from losses import DINOLoss as DINOLoss
 from losses import RegionMatchingLoss as RegionMatchingLoss
 from models import Backbone, build_model, load_arch_config
 from models.heads import DINOHead
+from models.registry import config_name
 from progress import RunLog
 from utils import UsageError, bool_flag, logger
 
@@ -203,7 +205,11 @@ def main(args: argparse.Namespace) -> None:
 
 def config_overrides(args: argparse.Namespace) -> list[str]:
     """The overrides of the command line, with the flags that stand for a config key."""
-    return args.opts + ([] if args.drop_path is None else ["MODEL.SPEC.DROP_PATH_RATE", str(args.drop_path)])
+    if args.drop_path is None:
+        return args.opts
+    if "DROP_PATH_RATE" not in SPECS[config_name(args.arch)]:
+        raise UsageError(f"--drop_path {args.drop_path}: {args.arch} has no stochastic depth; leave the flag out")
+    return [*args.opts, "MODEL.SPEC.DROP_PATH_RATE", str(args.drop_path)]
 
 
 def check_args(args: argparse.Namespace) -> None:

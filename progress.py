@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class EpochMeter:
         self._sums: dict[str, tuple[float, int]] = {}
         self._waited = 0.0
         self._started = time.perf_counter()
+        self._stopped: float | None = None
+
+    def stop(self) -> None:
+        """The steps are done: what follows in the epoch does not count as their time."""
+        self._stopped = time.perf_counter()
 
     def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Pass `batches` on and count the time they take to come."""
@@ -74,8 +79,8 @@ class EpochMeter:
 
     @property
     def seconds(self) -> float:
-        """Since the epoch began."""
-        return time.perf_counter() - self._started
+        """Since the epoch began, until `stop` if it was called."""
+        return (self._stopped or time.perf_counter()) - self._started
 
     @property
     def images_per_second(self) -> float:
@@ -129,7 +134,7 @@ class RunLog:
         label = f"epoch {meter.epoch + 1}/{self.epochs}"
         with tqdm(total=meter.steps, desc=label, disable=not terminal, leave=False) as bar:
 
-            def show(iteration: int, lr: float, wd: float) -> None:
+            def show(iteration: int, lr: float, wd: float | None = None) -> None:
                 bar.update()
                 if meter.done % self.log_freq and meter.done != meter.steps:
                     return
@@ -137,12 +142,13 @@ class RunLog:
                 bar.set_postfix_str(line, refresh=False)
                 if not terminal:
                     logger.info("%s  step %d/%d  %s", label, meter.done, meter.steps, line)
+                rates = {"lr": lr} if wd is None else {"lr": lr, "wd": wd}
                 if self.writer is not None:
-                    for name, value in {**meter.latest, "lr": lr, "wd": wd}.items():
+                    for name, value in (meter.latest | rates).items():
                         self.writer.add_scalar(f"step/{name}", value, iteration)
                     self.writer.add_scalar("step/images_per_s", meter.images_per_second, iteration)
                     self.writer.add_scalar("step/waiting_share", meter.waiting_share, iteration)
-                self._rates = {"train_lr": lr, "train_wd": wd}
+                self._rates = {f"train_{name}": value for name, value in rates.items()}
 
             yield show
 
@@ -155,8 +161,8 @@ class RunLog:
             f"memory {peak_memory_mb(self.device):.0f} MiB  left {left}"
         )
 
-    def finish_epoch(self, meter: EpochMeter, **counts: float) -> None:
-        """Append the epoch's line to `log.txt` and to TensorBoard, and say it."""
+    def finish_epoch(self, meter: EpochMeter, **more: Any) -> None:
+        """Append the epoch's line, with `more` numbers and mappings of numbers, to `log.txt` and to TensorBoard, and say it."""
         means = meter.means()
         record: dict[str, Any] = {f"train_{k}": v for k, v in means.items() if k != "skipped_steps"}
         record |= self._rates | {"epoch": meter.epoch, "skipped_steps": int(means["skipped_steps"])}
@@ -165,15 +171,15 @@ class RunLog:
             "waiting_share": round(meter.waiting_share, 4),
             "seconds": round(meter.seconds, 2),
             "peak_memory_mb": round(peak_memory_mb(self.device), 1),
-            **counts,
+            **more,
         }
         if self.writer is None:
             return
         with (self.output_dir / "log.txt").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "epoch":
-                self.writer.add_scalar(f"epoch/{name}", value, meter.epoch)
+        for name, value in _numbers(record, "epoch/"):
+            if name != "epoch/epoch":
+                self.writer.add_scalar(name, value, meter.epoch)
         self.writer.flush()
         logger.info("epoch %d/%d done: %s", meter.epoch + 1, self.epochs, json.dumps(record))
 
@@ -198,3 +204,12 @@ class RunLog:
         return torch.nn.functional.pad(
             pixels, (margin // 2, margin - margin // 2, margin // 2, margin - margin // 2), value=1.0
         )
+
+
+def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    """The numbers of nested mappings with their names joined by slashes; anything else is left out."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value

@@ -214,6 +214,22 @@ def deit_views(
 # --------------------------------------------------------------------------- evaluation
 
 
+def train_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
+    """What a linear classifier trains on: a random crop of 8 to 100 % resized to `size` (bilinear), flipped half the time."""
+    return MultiCrop(
+        [
+            transforms.Compose(
+                [
+                    transforms.RandomResizedCrop(size, antialias=True),
+                    transforms.RandomHorizontalFlip(),
+                    _to_tensor,
+                    transforms.Normalize(mean, std),
+                ]
+            )
+        ]
+    )
+
+
 def eval_view(size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
     """The evaluation protocol: resize the short side to size / crop_ratio (256 for 224), bicubic, centre crop, one view."""
     return MultiCrop(

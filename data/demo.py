@@ -47,7 +47,7 @@ SKLEARN = {"china": "china.jpg", "flower": "flower.jpg"}
 TRAIN_SHARE = 0.6  # of the width
 CROPS = {"train": 125, "val": 30}  # of each photograph
 SIZE = 64
-SCALE = (0.08, 0.25)  # side of a crop as a share of the photograph's shorter side, the same in both parts
+SCALE = (0.2, 0.3)  # side of a crop as a share of the photograph's shorter side, the same in both parts
 SEED = 0
 
 

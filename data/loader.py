@@ -46,19 +46,23 @@ def usable_workers(wanted: int) -> int:
     return min(wanted, cores)
 
 
-def build_train_loader(dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+def build_train_loader(
+    dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool, drop_last: bool = True
+) -> DataLoader[Batch]:
     """Shuffled batches; the last incomplete one of an epoch is left out.
 
+    Without `drop_last` every image comes in every epoch; first ones come again where the processes' shares would differ.
+
     Raises:
-        UsageError: less data than one batch on every process.
+        UsageError: less data than one batch on every process, with `drop_last`.
     """
     world = get_world_size()
-    if len(dataset) < batch_size * world:
+    if drop_last and len(dataset) < batch_size * world:
         raise UsageError(
             f"{len(dataset)} images do not fill one batch of {batch_size} x {world} processes; lower --batch_size_per_gpu"
         )
     sampler: DistributedSampler = DistributedSampler(
-        dataset, num_replicas=world, rank=get_rank(), shuffle=True, seed=dataset.seed, drop_last=True
+        dataset, num_replicas=world, rank=get_rank(), shuffle=True, seed=dataset.seed, drop_last=drop_last
     )
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # collate makes a Batch of its Samples
@@ -67,7 +71,7 @@ def build_train_loader(dataset: ImageDataset, batch_size: int, num_workers: int,
         num_workers=usable_workers(num_workers),
         collate_fn=collate,
         pin_memory=pin_memory,
-        drop_last=True,
+        drop_last=drop_last,
     )
 
 

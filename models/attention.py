@@ -21,7 +21,7 @@ def attend(
     dropout: float = 0.0,
     attention: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend, and return the maps (B, H, Q, N) too when `attention` is set; they are not kept otherwise.
+    """Attend, and return the maps (B, H, Q, N), in float32 or better, when `attention` is set; they are not kept otherwise.
 
     Args:
         bias: added to the logits, anything that broadcasts to (B, H, Q, N); (windows, H, Q, N) where windows are an axis.
@@ -40,8 +40,10 @@ def attend(
         bias = None if bias is None else bias.to(q_BHQD.dtype)
         return F.scaled_dot_product_attention(q_BHQD, k_BHND, v_BHND, bias, dropout, scale=scale), None
     logits = q_BHQD * scale @ k_BHND.transpose(-2, -1)
+    if logits.dtype in {torch.float16, torch.bfloat16}:
+        logits = logits.float()
     maps = (logits if bias is None else logits + bias).softmax(dim=-1)
-    return F.dropout(maps, dropout) @ v_BHND, maps
+    return F.dropout(maps, dropout).to(v_BHND.dtype) @ v_BHND, maps
 
 
 def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:

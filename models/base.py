@@ -12,7 +12,8 @@ Origin: EsViT (Li et al., ICLR 2022) sections 3.1-3.2; method names follow micro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.interop import Converter
 from models.resize import resize_square_table
+from models.windows import Cut, real_tokens, window_plane
 from outputs import MultiCropOutput
+from utils import UsageError
 
 
 class Tokens(NamedTuple):
@@ -40,6 +43,7 @@ class BlockOutput(NamedTuple):
     num_prefix_tokens: int
     grid: tuple[int, int]
     attention: Tensor | None  # (B * windows, heads, queries, keys), when asked for
+    block: int  # its number, the first block of the network being 0
 
 
 class Features(NamedTuple):
@@ -57,6 +61,7 @@ class Backbone(nn.Module, ABC):
         head, head_dense: empty (`nn.Identity`) until a method sets them; `head_dense` is None unless dense.
         stage_dims, stage_depths: channels and number of blocks of each stage.
         patch_size: pixels of a side that one token of the first stage covers; no image may be smaller.
+        image_size: (height, width) of MODEL.IMAGE_SIZE, where learned tables depend on it; else None.
         norm: the norm of the last stage's tokens.
         has_attention: whether blocks can give attention maps.
         converters: for each library that has this architecture, what makes its state dict of this one's.
@@ -66,6 +71,7 @@ class Backbone(nn.Module, ABC):
     stage_dims: tuple[int, ...]
     stage_depths: tuple[int, ...]
     patch_size: int
+    image_size: tuple[int, int] | None = None
     norm: nn.Module
     has_attention: bool = True
     converters: ClassVar[Mapping[str, Converter]] = {}
@@ -84,15 +90,15 @@ class Backbone(nn.Module, ABC):
         """What the blocks of `stage` take, made of the images (B, C, H, W) for stage 0, else of the stage before."""
 
     @abstractmethod
-    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
-        """The blocks of a stage; `block(x, attention)` returns x in the same layout and its attention maps or None."""
+    def stage_blocks(self, stage: int) -> Sequence[Any]:
+        """The blocks of a stage, for `call_block`."""
 
     @abstractmethod
     def tokens(self, x: Any) -> Tokens:
         """The tokens of what travels between blocks."""
 
-    def call_block(self, block: nn.Module, x: Any, attention: bool) -> tuple[Any, Tensor | None]:
-        """Pass a block that was not written for `stage_blocks`; the others are called as they are."""
+    def call_block(self, block: Any, x: Any, attention: bool) -> tuple[Any, Tensor | None]:
+        """What comes out of a block, in the layout that went in, and its attention maps if asked for."""
         return block(x, attention)
 
     def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -102,10 +108,11 @@ class Backbone(nn.Module, ABC):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch of training, for architectures whose attention depends on the progress."""
 
-    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
+    def fit_tensor(self, name: str, tensor: Tensor, image_size: tuple[int, int] | None = None) -> Tensor | None:
         """A tensor of a file made for another image or window size, resized to fit parameter `name`; None if it cannot be.
 
-        Tables of relative positions are resized for all architectures.
+        Tables of relative positions inside windows are resized for all architectures; `image_size` is that of the file, where
+        it is known.
         """
         if not name.endswith("relative_position_bias_table"):
             return None
@@ -132,7 +139,13 @@ class Backbone(nn.Module, ABC):
 
         Raises:
             ValueError: `n` outside 1 .. number of blocks.
+            UsageError: images smaller than a patch.
         """
+        height, width = x_BCHW.shape[2:]
+        if min(height, width) < self.patch_size:
+            raise UsageError(
+                f"images of {height} x {width} pixels are smaller than a patch of {self.patch_size}; enlarge the crops"
+            )
         depth = sum(self.stage_depths)
         if not 1 <= n <= depth:
             raise ValueError(f"the last {n} blocks are outside 1..{depth}, the blocks of this network")
@@ -145,25 +158,28 @@ class Backbone(nn.Module, ABC):
                 wanted = passed > depth - n
                 x, maps = self._run_block(block, x, attention and wanted)
                 if wanted:
-                    outputs.append(BlockOutput(*self.tokens(x), maps))
+                    outputs.append(BlockOutput(*self.tokens(x), maps, passed - 1))
         return outputs
 
-    def _run_block(self, block: nn.Module, x: Any, attention: bool) -> tuple[Any, Tensor | None]:
+    def _run_block(self, block: Any, x: Any, attention: bool) -> tuple[Any, Tensor | None]:
         """Call a block, through activation checkpointing when that is on and gradients are wanted."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.call_block, block, x, attention, use_reentrant=False)
+            again = _statistics_kept(self)
+            return checkpoint(
+                self.call_block, block, x, attention, use_reentrant=False, context_fn=lambda: (nullcontext(), again)
+            )
         return self.call_block(block, x, attention)
 
     def forward_features(self, x_BCHW: Tensor) -> Features:
         """View feature and region features of one batch of equally sized images."""
-        tokens_BNC, prefix, _, _ = self.forward_blocks(x_BCHW)[-1]
-        tokens_BNC = self.norm(tokens_BNC)
+        last = self.forward_blocks(x_BCHW)[-1]
+        tokens_BNC, prefix = self.norm(last.tokens_BNC), last.num_prefix_tokens
         return Features(self.pool(tokens_BNC, prefix), tokens_BNC[:, prefix:])
 
     def forward_feature_maps(self, x_BCHW: Tensor) -> Tensor:
         """Region features put back on the image plane: (B, C, H', W')."""
-        tokens_BNC, prefix, grid, _ = self.forward_blocks(x_BCHW)[-1]
-        return self.norm(tokens_BNC)[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        last = self.forward_blocks(x_BCHW)[-1]
+        return self.norm(last.tokens_BNC)[:, last.num_prefix_tokens :].transpose(1, 2).unflatten(2, last.grid)
 
     def forward_return_n_last_blocks(self, x_BCHW: Tensor, n: int, return_patch_avgpool: bool = False) -> Tensor:
         """Features of the linear probe (EsViT section 4.1): the pooled token of each of the last `n` blocks, concatenated.
@@ -194,6 +210,54 @@ class Backbone(nn.Module, ABC):
         found = [m for m in maps if m is not None]
         return found[-1] if n == 1 else found
 
+    # ----------------------------------------------------------------- attention on the image plane
+
+    def block_at(self, number: int) -> Any:
+        """The block of that number, the first one being 0."""
+        return [block for stage in range(len(self.stage_depths)) for block in self.stage_blocks(stage)][number]
+
+    def cut_of(self, output: BlockOutput) -> Cut | None:
+        """How the grid was cut for the maps of a block; None where every token attends to every token."""
+        return None
+
+    def has_summary_query(self, output: BlockOutput) -> bool:
+        """Whether the maps of a block have a row for a class or global token."""
+        return output.num_prefix_tokens > 0 and self.cut_of(output) is None
+
+    def real_queries(self, output: BlockOutput) -> Tensor:
+        """(windows of an image, queries): which rows of the maps belong to tokens, and not to padding."""
+        cut = self.cut_of(output)
+        return torch.ones(1, output.tokens_BNC.shape[1]) > 0 if cut is None else real_tokens(cut, output.grid)
+
+    def attention_plane(self, output: BlockOutput, query_yx: tuple[int, int] | None) -> Tensor:
+        """Where a token looks: its attention (B, heads, H', W') to the regions of `output.grid`, in their places.
+
+        Weights sum to 1 less what the token gives to prefix tokens and to padding; outside its window they are 0.
+
+        Args:
+            output: of `forward_blocks` with `attention`, in evaluation mode.
+            query_yx: row and column of the region that looks; None for the first prefix token.
+
+        Raises:
+            ValueError: no maps, a query outside the grid, or none where `has_summary_query` is false.
+        """
+        if output.attention is None:
+            raise ValueError(f"block {output.block} of {type(self).__name__} has no attention maps")
+        if query_yx is None and not self.has_summary_query(output):
+            raise ValueError(f"no class or global token has attention maps in block {output.block}; name a region")
+        if query_yx is not None and not all(0 <= at < side for at, side in zip(query_yx, output.grid)):
+            raise ValueError(f"region {query_yx} is outside the grid {output.grid}")
+        return self.plane_of_query(output.attention, output, query_yx)
+
+    def plane_of_query(self, maps: Tensor, output: BlockOutput, query_yx: tuple[int, int] | None) -> Tensor:
+        """What `attention_plane` returns, for full attention and for windows; its arguments are checked."""
+        cut = self.cut_of(output)
+        if cut is not None and query_yx is not None:
+            return window_plane(maps, cut, output.grid, query_yx)
+        prefix = output.num_prefix_tokens
+        row = 0 if query_yx is None else prefix + query_yx[0] * output.grid[1] + query_yx[1]
+        return maps[:, :, row, prefix:].unflatten(-1, output.grid)
+
     # ----------------------------------------------------------------- multi-crop
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor | MultiCropOutput:
@@ -216,6 +280,19 @@ class Backbone(nn.Module, ABC):
         region_features = torch.cat([f.regions_BTC.flatten(0, 1) for f in features])
         regions_per_view = tuple(f.regions_BTC.shape[1] for f, group in zip(features, groups) for _ in group)
         return MultiCropOutput(view_logits, self.head_dense(region_features), region_features, regions_per_view)
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Recomputing a block must not count its batch twice in the running statistics of BatchNorm."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class ResidualBlock(nn.Module):

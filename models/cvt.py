@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
-from models.base import Backbone, Tokens, drop_path_rates, grid_tokens
+from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, grid_tokens
 from models.registry import register
-from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
+from models.windows import Cut, cut_windows, join_windows, pad_to_windows, relative_position_index, shift_mask
 from utils import UsageError
 
 LayerNorm = partial(LayerNormFp32, eps=1e-5)
@@ -92,20 +92,19 @@ class ConvAttention(nn.Module):
 
     def forward(self, x_BHWC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """Attend in windows: (B, H, W, C) to the same, with the maps (B * windows, heads, N, N) if asked for."""
-        height, width = x_BHWC.shape[1:3]
-        window = min(self.window, height, width)
-        shift = window // 2 if self.shifts and window < min(height, width) else 0
-        qkv = self.qkv(pad_to_windows(x_BHWC, window))
-        grid = (qkv.shape[1], qkv.shape[2])
+        grid = (x_BHWC.shape[1], x_BHWC.shape[2])
+        cut = self.cut_of(grid)
+        qkv = self.qkv(pad_to_windows(x_BHWC, cut.window))
         mask = None
-        if shift:
-            qkv = torch.roll(qkv, (-shift, -shift), dims=(1, 2))
-            mask = shift_mask(grid, window, shift, qkv.device)
-        windows, maps = self.attend_windows(window_partition(qkv, window), self.bias(window, mask), attention)
-        x = window_reverse(windows, window, grid)
-        if shift:
-            x = torch.roll(x, (shift, shift), dims=(1, 2))
-        return self.drop(self.proj_out(x[:, :height, :width])), maps
+        if cut.shift:
+            mask = shift_mask((qkv.shape[1], qkv.shape[2]), cut.window, cut.shift, qkv.device)
+        windows, maps = self.attend_windows(cut_windows(qkv, cut), self.bias(cut.window, mask), attention)
+        return self.drop(self.proj_out(join_windows(windows, cut, grid))), maps
+
+    def cut_of(self, grid: tuple[int, int]) -> Cut:
+        """The window and the shift for a grid."""
+        window = min(self.window, *grid)
+        return Cut(window, window // 2 if self.shifts and window < min(grid) else 0)
 
     def bias(self, window: int, mask: Tensor | None) -> Tensor | None:
         """What is added to the logits, (1 or windows, heads, N, N): relative position bias, shift mask, both, or nothing.
@@ -290,6 +289,10 @@ class CvT(Backbone):
     def tokens(self, x_BHWC: Tensor) -> Tokens:
         """See `Backbone.tokens`."""
         return grid_tokens(x_BHWC)
+
+    def cut_of(self, output: BlockOutput) -> Cut:
+        """See `Backbone.cut_of`."""
+        return self.block_at(output.block)[0].fn.cut_of(output.grid)
 
 
 def init_conv_weights(module: nn.Module) -> None:

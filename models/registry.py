@@ -18,7 +18,9 @@ from yacs.config import CfgNode
 
 from config import load_config
 from models.base import Backbone
-from utils import UsageError
+from utils import UsageError, logger
+
+SIZE_KEYS = ("DIM_EMBED", "DEPTH", "DEPTHS", "NUM_HEADS")
 
 
 class Builder(Protocol):
@@ -28,13 +30,15 @@ class Builder(Protocol):
 
 
 class Entry(NamedTuple):
-    """What the registry knows of a name."""
+    """What the registry knows of a name.
+
+    `default_config` is the yaml used when none is given, relative to the project's root; an empty one stands for the schema's
+    defaults, None for a yaml that must be given.
+    """
 
     build: Builder
     config_name: str  # the MODEL.NAME its yaml must have
-    default_config: (
-        str | None
-    )  # yaml used when none is given, relative to the root; empty: the schema's; None: one must be given
+    default_config: str | None
 
 
 _REGISTRY: dict[str, Entry] = {}
@@ -78,14 +82,25 @@ def load_arch_config(arch: str, path: str | None, overrides: list[str] | tuple[s
     Raises:
         UsageError: unknown arch, no yaml where the arch needs one, or one that describes another architecture.
     """
-    entry = _lookup(arch)
+    entry, given = _lookup(arch), path
     if path is None:
         if entry.default_config is None:
             raise UsageError(f"arch '{arch}' has no yaml of its own; name one with --cfg (see experiments/)")
         path = str(Path(__file__).parent.parent / entry.default_config) if entry.default_config else None
     config = load_config(path, overrides if path else ["MODEL.NAME", entry.config_name, *overrides])
     _check_family(arch, entry, config, path or "the command line")
+    if given is not None and entry.default_config:
+        _report_other_size(arch, load_config(Path(__file__).parent.parent / entry.default_config), config, given)
     return config
+
+
+def _report_other_size(arch: str, named: CfgNode, given: CfgNode, path: str) -> None:
+    """Say so where a yaml describes a network of another size than the name: the yaml counts."""
+    different = [key for key in SIZE_KEYS if named.MODEL.SPEC.get(key) != given.MODEL.SPEC.get(key)]
+    if "MSVIT" in named.MODEL.SPEC and named.MODEL.SPEC.MSVIT.ARCH != given.MODEL.SPEC.MSVIT.ARCH:
+        different.append("MSVIT.ARCH")
+    if different:
+        logger.warning("%s has another %s than --arch %s; the yaml counts", path, " and ".join(different), arch)
 
 
 def _check_family(arch: str, entry: Entry, config: CfgNode, source: str) -> None:

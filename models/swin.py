@@ -20,10 +20,18 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
-from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
+from models.base import Backbone, BlockOutput, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
 from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
 from models.registry import register
-from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
+from models.windows import (
+    Cut,
+    cut_windows,
+    join_windows,
+    pad_to_windows,
+    padded_grid,
+    relative_position_index,
+    shift_mask,
+)
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -90,18 +98,12 @@ class SwinBlock(ResidualBlock):
 
     def attend(self, x_BHWC: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
         """Pad, shift, cut into windows, attend, and all of it back."""
-        height, width = x_BHWC.shape[1:3]
-        x = pad_to_windows(x_BHWC, self.window)
-        grid = (x.shape[1], x.shape[2])
+        grid, cut = (x_BHWC.shape[1], x_BHWC.shape[2]), Cut(self.window, self.shift)
         mask = None
         if self.shift:
-            x = torch.roll(x, (-self.shift, -self.shift), dims=(1, 2))
-            mask = shift_mask(grid, self.window, self.shift, x.device)
-        windows, maps = self.attn(window_partition(x, self.window), mask, attention)
-        x = window_reverse(windows, self.window, grid)
-        if self.shift:
-            x = torch.roll(x, (self.shift, self.shift), dims=(1, 2))
-        return x[:, :height, :width], maps
+            mask = shift_mask(padded_grid(grid, self.window), self.window, self.shift, x_BHWC.device)
+        windows, maps = self.attn(cut_windows(x_BHWC, cut), mask, attention)
+        return join_windows(windows, cut, grid), maps
 
 
 class PatchMerging(nn.Module):
@@ -213,6 +215,11 @@ class SwinTransformer(Backbone):
     def tokens(self, x_BHWC: Tensor) -> Tokens:
         """See `Backbone.tokens`."""
         return grid_tokens(x_BHWC)
+
+    def cut_of(self, output: BlockOutput) -> Cut:
+        """See `Backbone.cut_of`."""
+        block = self.block_at(output.block)
+        return Cut(block.window, block.shift)
 
     def timm_name(self, name: str) -> str:
         """See `Backbone.timm_name`."""

@@ -1,7 +1,9 @@
 """ViL, the multi-scale Vision Longformer: early stages attend to nearby chunks and to global tokens, later ones to everything.
 
 State-dict keys and numbers are those of the EsViT networks (golden file vil_2262); any image size goes in, square or not.
-`layer1.0` embeds the patches of a stage, `layer1.1`, `layer1.2`, ... are attention and MLP in turn; the two make one block.
+At another size than MODEL.IMAGE_SIZE full attention resizes, as published, the matrix of its biases; a network built for that
+size resizes the table they come from, so the two differ a little. `layer1.0` embeds the patches of a stage, `layer1.1`,
+`layer1.2`, ... are attention and MLP in turn; the two make one block.
 
 Shapes: B images, N tokens (the global ones first, then the regions row by row), C channels, H x W map.
 Origin: Vision Longformer (Zhang et al., ICCV 2021), conventions of EsViT (Li et al., ICLR 2022).
@@ -20,11 +22,12 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.base import Backbone, Tokens, drop_path_rates, init_linear_weights
+from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, init_linear_weights
 from models.registry import register
 from models.resize import resize_grid
 from models.vil_arch import StageSpec, parse_arch
 from models.vil_attention import OFFSETS, BiasedAttention, ChunkAttention, FullAttention, random_parameter
+from models.windows import Cut
 from utils import UsageError
 
 CONFIGS = "experiments/imagenet/vil/{}.yaml"
@@ -147,7 +150,9 @@ class VisionLongformer(Backbone):
             raise UsageError(
                 f"MODEL.IMAGE_SIZE {list(image_size)} is below {smallest} pixels, one token of the last stage"
             )
-        self.patch_size = stages[0].patch_size
+        self.image_size = image_size
+        self.patch_sizes = [stage.patch_size for stage in stages]
+        self.patch_size = self.patch_sizes[0]
         self.stage_dims = tuple(stage.dim for stage in stages)
         self.stage_depths = tuple(stage.depth for stage in stages)
         self.avg_pool = spec.AVG_POOL
@@ -193,6 +198,18 @@ class VisionLongformer(Backbone):
         """See `Backbone.tokens`; the global tokens are the prefix."""
         return x
 
+    def cut_of(self, output: BlockOutput) -> Cut | None:
+        """The chunks of the queries, whose keys lie in the chunks around theirs too."""
+        attn = self.block_at(output.block).attention.attn
+        return Cut(attn.window) if isinstance(attn, ChunkAttention) else None
+
+    def plane_of_query(self, maps: Tensor, output: BlockOutput, query_yx: tuple[int, int] | None) -> Tensor:
+        """See `Backbone.plane_of_query`."""
+        attn = self.block_at(output.block).attention.attn
+        if isinstance(attn, ChunkAttention) and query_yx is not None:
+            return attn.plane(maps, output.grid, query_yx)
+        return super().plane_of_query(maps, output, query_yx)
+
     def _layer(self, stage: int) -> nn.ModuleList:
         layer = getattr(self, f"layer{stage + 1}")
         assert isinstance(layer, nn.ModuleList)
@@ -212,11 +229,26 @@ class VisionLongformer(Backbone):
             if isinstance(module, ChunkAttention):
                 module.mode = self.mode if drawing else min(self.mode, 0)
 
-    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Positions of rows and columns are resized too."""
+    def fit_tensor(self, name: str, tensor: Tensor, image_size: tuple[int, int] | None = None) -> Tensor | None:
+        """Positions of rows and columns are resized too, and tables of full attention; unknown image sizes are taken as square."""
+        owner = self.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, FullAttention) and name.endswith("relative_position_bias_table"):
+            side = (math.isqrt(len(tensor)) + 1) // 2
+            grid, stage = (side, side), int(name.removeprefix("layer").split(".")[0])
+            if image_size is not None:
+                grid = _grid(image_size, self.patch_sizes[:stage])
+            return owner.fit_table(tensor, grid)
         if name.endswith(("x_pos_embed", "y_pos_embed")) and tensor.ndim == 3:
             return resize_axis(tensor, self.get_parameter(name).shape[1])
-        return super().fit_tensor(name, tensor)
+        return super().fit_tensor(name, tensor, image_size)
+
+
+def _grid(image_size: tuple[int, int], patch_sizes: Sequence[int]) -> tuple[int, int]:
+    """Regions of an image after patches of these sizes, one stage after the other."""
+    height, width = image_size
+    for patch_size in patch_sizes:
+        height, width = height // patch_size, width // patch_size
+    return height, width
 
 
 def _check(spec: CfgNode) -> None:
@@ -227,11 +259,12 @@ def _check(spec: CfgNode) -> None:
         "SHARE_KV": (True,),
         "ONLY_GLOBAL": (False,),
         "SW_EXACT": (-1, 0, 1),
-        "MODE": tuple(range(-1, len(OFFSETS))),
     }
     for name, values in allowed.items():
         if msvit[name] not in values:
             raise UsageError(f"{key}.{name} {msvit[name]} is not supported; use {' or '.join(map(str, values))}")
+    if not -1 <= msvit.MODE < len(OFFSETS):
+        raise UsageError(f"{key}.MODE {msvit.MODE} is not supported; use -1 to {len(OFFSETS) - 1}")
     if not 0 <= msvit.VIL_MODE_SWITCH <= 1:
         raise UsageError(f"{key}.VIL_MODE_SWITCH is a share of the epochs in 0..1, not {msvit.VIL_MODE_SWITCH}")
     if msvit.LN_EPS <= 0:

@@ -19,6 +19,8 @@ from models.attention import attend, join_heads, pairwise_bias, split_heads
 from models.resize import resize_grid
 from models.vil_arch import StageSpec
 from models.windows import (
+    Cut,
+    join_windows,
     made_once,
     neighbour_position_index,
     pad_to_windows,
@@ -154,6 +156,17 @@ class ChunkAttention(BiasedAttention):
             x = torch.cat([self._attend_from_globals(x_BNC), x], dim=1)
         return self.proj_drop(x), maps
 
+    def plane(self, maps: Tensor, grid: tuple[int, int], query_yx: tuple[int, int]) -> Tensor:
+        """Attention (B, H, height, width) of one region, of the maps of a call in evaluation mode."""
+        window = self.window
+        rows, columns = (-(-side // window) for side in grid)
+        (row, y), (column, x) = (divmod(at, window) for at in query_yx)
+        of_query = maps.unflatten(0, (-1, rows, columns))[:, row, column, :, y * window + x, self.num_global :]
+        plane = maps.new_zeros(len(of_query), rows, columns, window**2, self.num_heads)
+        for (down, right), weights in zip((OFFSETS[i] for i in self._neighbours()), of_query.split(window**2, dim=-1)):
+            plane[:, (row + down) % rows, (column + right) % columns] += weights.transpose(1, 2)
+        return join_windows(plane.flatten(0, 2), Cut(window), grid).permute(0, 3, 1, 2)
+
     def _attend_from_regions(
         self, x_BNC: Tensor, grid: tuple[int, int], attention: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -199,9 +212,8 @@ class ChunkAttention(BiasedAttention):
 
     def _bias(self, grid: tuple[int, int], neighbours: tuple[int, ...], device: torch.device) -> Tensor:
         """(chunks, H, w * w or 1, g + K * w * w): relative positions, and minus infinity at hidden keys."""
-        hidden = F.pad(hidden_keys(grid, self.window, neighbours, self.exact, device), (self.num_global, 0)).unsqueeze(
-            1
-        )
+        hidden_regions = hidden_keys(grid, self.window, neighbours, self.exact, device)
+        hidden = F.pad(hidden_regions, (self.num_global, 0)).unsqueeze(1)
         if not self.relative:
             return torch.where(hidden, -torch.inf, 0.0).expand(-1, self.num_heads, -1, -1)
         by_neighbour = self.relative_position_index.chunk(len(OFFSETS), dim=1)
@@ -231,6 +243,11 @@ class FullAttention(BiasedAttention):
         q, k, v = split_heads(self.qkv(x_BNC), 3, self.num_heads)
         x, maps = attend(q, k, v, bias=self._bias(grid), attention=attention)
         return self.proj_drop(self.proj(join_heads(x))), maps
+
+    def fit_table(self, table: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """A table made for another `grid` resized to this one's; None if it is not one of that grid."""
+        sides, wanted = ((2 * height - 1, 2 * width - 1) for height, width in (grid, self.grid))
+        return resize_grid(table, sides, wanted) if table.ndim == 2 and len(table) == math.prod(sides) else None
 
     def _bias(self, grid: tuple[int, int]) -> Tensor | None:
         """(1, H, N, N)."""

@@ -81,6 +81,7 @@ class VisionTransformer(Backbone):
                 f"--patch_size {patch_size} must lie in 1..{min(image_size)}, the side of MODEL.IMAGE_SIZE"
             )
         self.patch_size = patch_size
+        self.image_size = image_size
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.stage_dims, self.stage_depths = (dim,), (spec.DEPTH,)
         self.patch_embed = PatchEmbed(
@@ -129,12 +130,17 @@ class VisionTransformer(Backbone):
         """The class token."""
         return tokens_BNC[:, 0]
 
-    def fit_tensor(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Position embeddings of another image size are resized; the file's grid is taken to be square."""
-        side = math.isqrt(tensor.shape[1] - 1) if tensor.ndim == 3 else 0
-        if name != "pos_embed" or 1 + side**2 != tensor.shape[1] or tensor.shape[2] != self.num_features:
+    def fit_tensor(self, name: str, tensor: Tensor, image_size: tuple[int, int] | None = None) -> Tensor | None:
+        """Position embeddings of another image size are resized; where that is unknown, the file's grid is taken to be square."""
+        if name != "pos_embed" or tensor.ndim != 3 or tensor.shape[2] != self.num_features:
             return None
-        return resize_pos_embed(tensor, 1, (side, side), self.grid)
+        side = math.isqrt(tensor.shape[1] - 1)
+        grid = (
+            (side, side) if image_size is None else (image_size[0] // self.patch_size, image_size[1] // self.patch_size)
+        )
+        if 1 + math.prod(grid) != tensor.shape[1]:
+            return None
+        return resize_pos_embed(tensor, 1, grid, self.grid)
 
 
 @register(

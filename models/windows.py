@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, cast
+from typing import NamedTuple, ParamSpec, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,51 @@ def window_reverse(windows: Tensor, window: int, grid: tuple[int, int]) -> Tenso
     height, width = grid
     x = windows.view(-1, height // window, width // window, window, window, windows.shape[-1])
     return x.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
+
+
+class Cut(NamedTuple):
+    """How a grid becomes windows: padded to whole ones, moved up and to the left in a circle, cut row by row."""
+
+    window: int
+    shift: int = 0
+
+
+def padded_grid(grid: tuple[int, int], window: int) -> tuple[int, int]:
+    """The sides that `pad_to_windows` gives."""
+    return grid[0] + -grid[0] % window, grid[1] + -grid[1] % window
+
+
+def cut_windows(x_BHWC: Tensor, cut: Cut) -> Tensor:
+    """Any grid to windows (B * windows, N, C)."""
+    x = pad_to_windows(x_BHWC, cut.window)
+    if cut.shift:
+        x = torch.roll(x, (-cut.shift, -cut.shift), dims=(1, 2))
+    return window_partition(x, cut.window)
+
+
+def join_windows(windows: Tensor, cut: Cut, grid: tuple[int, int]) -> Tensor:
+    """Undo `cut_windows`: (B * windows, N, C) back to (B, H, W, C), the padding cut off."""
+    x = window_reverse(windows, cut.window, padded_grid(grid, cut.window))
+    if cut.shift:
+        x = torch.roll(x, (cut.shift, cut.shift), dims=(1, 2))
+    return x[:, : grid[0], : grid[1]]
+
+
+def real_tokens(cut: Cut, grid: tuple[int, int]) -> Tensor:
+    """(windows, N) whether a position of a window lies on the grid, and not in its padding."""
+    return cut_windows(torch.ones(1, *grid, 1), cut).squeeze(-1) > 0
+
+
+def window_plane(maps: Tensor, cut: Cut, grid: tuple[int, int], query_yx: tuple[int, int]) -> Tensor:
+    """Attention (B, heads, H, W) of one position of the grid, of maps (B * windows, heads, N, N): zero outside its window."""
+    asked_1HW1 = torch.zeros(1, *grid, 1)
+    asked_1HW1[0, query_yx[0], query_yx[1]] = 1
+    asked = cut_windows(asked_1HW1, cut).squeeze(-1)  # (windows, N)
+    window, position = asked.nonzero()[0].tolist()
+    of_image = maps.unflatten(0, (-1, len(asked)))  # (B, windows, heads, N, N)
+    spread = maps.new_zeros(of_image.shape[0], *asked.shape, maps.shape[1])
+    spread[:, window] = of_image[:, window, :, position].transpose(1, 2)
+    return join_windows(spread.flatten(0, 1), cut, grid).permute(0, 3, 1, 2)
 
 
 def _positions(height: int, width: int) -> Tensor:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pre-train a published row on ImageNet, with the published batch size on any number of GPUs.
+# Pre-train on ImageNet with the published batch size on any number of GPUs; the flags are those of the rows with 300 epochs.
 #   bash scripts/pretrain.sh ARCH IMAGENET OUT [flags of main_esvit.py]
 #   GPUS=2 bash scripts/pretrain.sh swin_tiny /data/imagenet /runs/swin_tiny                  batch 512 = 2 x 64 x 4 accumulated
 #   GPUS=8 PER_GPU=128 BATCH=1024 bash scripts/pretrain.sh swin_tiny ...                      batch 1024 in one go

@@ -25,6 +25,7 @@ from data.augment import (
     deit_views,
     dino_views,
     eval_view,
+    train_view,
 )
 from data.datasets import ImageLike
 from utils import UsageError
@@ -349,6 +350,25 @@ def test_eval_view_of_other_channels(in_chans: int) -> None:
     expected = torch.from_numpy(pixels.reshape(in_chans, 8, 12)[:, 2:6, 4:8])
     (view,) = eval_view(4, 0.5, [0.5] * in_chans, [0.25] * in_chans)(image)
     torch.testing.assert_close(view, (expected - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
+def test_train_view_is_a_normalised_crop_flipped_half_the_time(in_chans: int) -> None:
+    """Against torchvision's crop with its published defaults, drawn from the same generator."""
+    image, mean, std = noise_image(in_chans, 20, 30), [0.5] * in_chans, [0.25] * in_chans
+    pixels = image if isinstance(image, Tensor) else transforms.functional.to_tensor(image)
+    flips = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        (view,) = train_view(8, mean, std)(image)
+        torch.manual_seed(seed)
+        box = transforms.RandomResizedCrop.get_params(pixels, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+        crop = transforms.functional.resized_crop(pixels, *box, [8, 8], antialias=True)
+        flipped = bool(torch.rand(1) < 0.5)
+        flips += flipped
+        expected = (crop.flip(-1) if flipped else crop) / 0.25 - 2
+        torch.testing.assert_close(view, expected, rtol=0, atol=0.02)  # PIL rounds to eight bits
+    assert 10 < flips < 30
 
 
 # --------------------------------------------------------------------------- checks

@@ -8,8 +8,11 @@ import pytest
 import torch
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 
+import eval_finetune
 import eval_knn
+import eval_linear
 import main_esvit
+import run_analysis
 import utils
 from models.registry import register
 from models.swin import build_swin
@@ -42,7 +45,38 @@ PUBLISHED_KNN = {
 }  # fmt: skip
 ADDED_KNN: dict[str, object] = {
     "data_path": "", "image_size": None, "crop_ratio": 0.875, "baselines": False, "output_dir": None, "seed": 0,
-    "device": "auto", "opts": [], "allow_partial": False,
+    "device": "auto", "opts": [], "allow_partial": False, "half": False, "backend": "torch", "leave_one_out": False,
+}  # fmt: skip
+PUBLISHED_LINEAR = {
+    "cfg": None, "arch": "deit_small", "n_last_blocks": [4], "avgpool_patchtokens": False, "patch_size": 16,
+    "pretrained_weights": "", "checkpoint_key": "teacher", "epochs": 100, "lr": [0.001], "batch_size_per_gpu": 128,
+    "data_path": "", "num_workers": 10, "val_freq": 1, "output_dir": ".", "zip_mode": False, "num_labels": 1000,
+    "dist_url": "env://", "local_rank": None,
+}  # fmt: skip
+ADDED_LINEAR: dict[str, object] = {
+    "allow_partial": False, "cache_features": False, "precision": "fp32", "image_size": None, "crop_ratio": 0.875, "seed": 0,
+    "log_freq": 20, "device": "auto", "opts": [],
+}  # fmt: skip
+
+FINETUNE: dict[str, object] = {
+    "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "allow_partial": False, "drop_path": None, "grad_checkpointing": False, "epochs": 100, "warmup_epochs": 5,
+    "batch_size_per_gpu": 64, "accum_iter": 1, "lr": 5e-4, "min_lr": 1e-6, "layer_decay": 0.75, "weight_decay": 0.05,
+    "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4,
+    "reprob": 0.25, "model_ema": False, "model_ema_decay": 0.9999, "image_size": None, "crop_ratio": 0.875,
+    "precision": "auto", "val_freq": 1, "log_freq": 10, "seed": 0, "num_workers": 10, "data_path": "", "output_dir": ".",
+    "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [],
+}  # fmt: skip
+
+PUBLISHED_ANALYSIS = {
+    "cfg": None, "arch": "deit_small", "use_saved_aug": False, "vis_correspondence": False, "measure_correspondence": False,
+    "vis_attention": False, "vis_entropy": False, "seed": 8, "patch_size": 8, "pretrained_weights": "",
+    "checkpoint_key": "teacher", "learning": "ssl", "image_path": None, "image_path2": None, "output_dir": ".",
+    "threshold": 0.6, "batch_size_per_gpu": 32, "data_path": "", "num_workers": 10, "dist_url": "env://", "local_rank": None,
+}  # fmt: skip
+ADDED_ANALYSIS: dict[str, object] = {
+    "measure_stereo": False, "vis_features": False, "report": False, "run_dir": None, "allow_partial": False, "query": None,
+    "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [],
 }  # fmt: skip
 
 
@@ -53,6 +87,9 @@ def parse(*args: str) -> None:
 def test_names_and_defaults_are_frozen() -> None:
     assert vars(main_esvit.get_args_parser().parse_args([])) == PUBLISHED | ADDED
     assert vars(eval_knn.get_args_parser().parse_args([])) == PUBLISHED_KNN | ADDED_KNN
+    assert vars(eval_linear.get_args_parser().parse_args([])) == PUBLISHED_LINEAR | ADDED_LINEAR
+    assert vars(run_analysis.get_args_parser().parse_args([])) == PUBLISHED_ANALYSIS | ADDED_ANALYSIS
+    assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE
 
 
 def test_published_spellings() -> None:
@@ -63,13 +100,26 @@ def test_published_spellings() -> None:
     assert (args.aug_opt, args.local_rank, args.cutmix_minmax, args.use_fp16) == ("deit_aug", 3, [0.2, 0.8], False)
     assert (args.local_crops_number, args.local_crops_size) == ([2, 6], [96, 64])
     assert (args.zip_mode, args.tsv_mode, args.opts) == (True, True, ["MODEL.SPEC.WINDOW_SIZE", "14"])
+    args = eval_linear.get_args_parser().parse_args(
+        ["--lr", "0.01", "--n_last_blocks", "4", "--avgpool_patchtokens", "False", "--num_labels", "1000", "MODEL.NUM_CLASSES", "0"]
+    )  # fmt: skip
+    assert (args.lr, args.n_last_blocks, args.avgpool_patchtokens, args.opts) == (
+        [0.01],
+        [4],
+        False,
+        ["MODEL.NUM_CLASSES", "0"],
+    )
 
 
-@pytest.mark.parametrize("script", ["main_esvit.py", "eval_knn.py"])
+@pytest.mark.parametrize(
+    "script", ["main_esvit.py", "eval_knn.py", "eval_linear.py", "eval_finetune.py", "run_analysis.py"]
+)
 def test_help_tells_every_flag(script: str) -> None:
     result = run_script(script, "--help")
     assert result.returncode == 0
-    parser = {"main_esvit.py": main_esvit, "eval_knn.py": eval_knn}[script].get_args_parser()
+    scripts = (main_esvit, eval_knn, eval_linear, eval_finetune, run_analysis)
+    modules = {module.__name__: module for module in scripts}
+    parser = modules[Path(script).stem].get_args_parser()
     for action in parser._actions:
         assert all(option in result.stdout for option in action.option_strings)
 

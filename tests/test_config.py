@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT
 from yacs.config import CfgNode
 
+import main_esvit
 from config import load_config
-from models import build_model
+from models import build_model, load_arch_config
 from utils import UsageError
 
 YAMLS = sorted((ROOT / "experiments").rglob("*.yaml"))
@@ -76,6 +77,17 @@ def test_yaml_loads_and_builds_what_its_header_says(file: Path) -> None:
     assert header is not None, "the first line says how many parameters the network has"
     decimals = len(header[1].partition(".")[2])
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, decimals) == float(header[1])
+
+
+@pytest.mark.parametrize("file", [file for file in YAMLS if "imagenet" in file.parts], ids=lambda file: file.stem)
+def test_yaml_command_is_one_that_the_script_takes(file: Path) -> None:
+    text = " ".join(line.lstrip("# ").rstrip("\\") for line in file.read_text().splitlines() if line.startswith("#   "))
+    launcher, script, flags = text.partition("main_esvit.py")
+    assert (launcher.split()[0], script) == ("torchrun", "main_esvit.py")
+    args = main_esvit.get_args_parser().parse_args(flags.split())
+    assert ROOT / args.cfg == file
+    assert load_arch_config(args.arch, args.cfg, args.opts) == load_config(file, args.opts)
+    assert 8 * args.batch_size_per_gpu == 512
 
 
 @pytest.mark.parametrize("window", [7, 14])

@@ -1,19 +1,25 @@
-"""The k-NN vote against the published one-hot formula, and the script on small sets."""
+"""The k-NN vote against the published one-hot formula, with any chunks, and the script on small sets."""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from runs import TINY_SWIN, write_images
+from torch import Tensor
 
 import eval_knn
-from eval_knn import KnnScore, Split, knn_scores
+import features
+import neighbours
 from features import LabelledFeatures
+from neighbours import KnnScore, Split, knn_scores, nearest
 from utils import UsageError
 
 
@@ -27,35 +33,124 @@ def random_split(train: int, val: int, classes: int, seed: int = 0) -> Split:
     return Split(labelled(train), labelled(val))
 
 
-def slow_scores(split: Split, k: int, temperature: float) -> tuple[float, float]:
-    """The vote one validation image at a time, with one-hot labels."""
+def split_of_ties(train: int, val: int, classes: int) -> Split:
+    """Sixteen directions with halves as entries, so that products are exact and most of them are equal to others."""
+    generator = torch.Generator().manual_seed(1)
+
+    def labelled(count: int) -> LabelledFeatures:
+        signs = torch.randint(2, (count, 4), generator=generator) - 0.5
+        return LabelledFeatures(signs, torch.randint(classes, (count,), generator=generator))
+
+    return Split(labelled(train), labelled(val))
+
+
+def slow_scores(split: Split, k: int, temperature: float, leave_one_out: bool = False) -> KnnScore:
+    """The vote one validation image at a time, with one-hot labels; equal similarities in the order of the images."""
     (train_x, train_y), (val_x, val_y) = split
     classes = int(max(train_y.max(), val_y.max())) + 1
-    top1 = top5 = 0
-    for x, y in zip(val_x, val_y):
-        similarity = train_x @ x
+    first, five = [], []
+    for i, (x, y) in enumerate(zip(val_x.float(), val_y)):
+        similarity = train_x.float() @ x
         votes = torch.zeros(classes)
-        for j in similarity.argsort(descending=True)[:k]:
+        order = similarity.argsort(descending=True, stable=True)
+        order = order[order != i] if leave_one_out else order
+        for j in order[:k]:
             votes += F.one_hot(train_y[j], classes) * torch.exp(similarity[j] / temperature)
         ranking = votes.argsort(descending=True, stable=True)[:5].tolist()
-        top1 += ranking[0] == int(y)
-        top5 += int(y) in ranking
-    return 100 * top1 / len(val_y), 100 * top5 / len(val_y)
+        first.append(ranking[0] == int(y))
+        five.append(int(y) in ranking)
+    top1 = torch.tensor(first).float() * 100
+    per_class = {int(label): top1[val_y == label].mean().item() for label in val_y.unique()}
+    return KnnScore(k, top1.mean().item(), 100 * sum(five) / len(five), per_class)
+
+
+def assert_equal_scores(score: KnnScore, expected: KnnScore) -> None:
+    assert score[:3] == pytest.approx(expected[:3])
+    assert score.per_class == pytest.approx(expected.per_class)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1200])
 def test_vote_equals_the_formula(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval_knn, "CHUNK", 7)  # not a divisor of the 40 images
+    monkeypatch.setitem(neighbours.CHUNKS, "cpu", (7, 11))  # no divisors of the 40 and 60 images
     split = random_split(60, 40, classes)
-    scores = knn_scores(split, [1, 5, 20], 0.07)
+    scores = knn_scores(split, [5, 1, 20, 5], 0.07)
+    assert [score.k for score in scores] == [5, 1, 20, 5]
     for score in scores:
-        assert (score.top1, score.top5) == pytest.approx(slow_scores(split, score.k, 0.07))
+        assert_equal_scores(score, slow_scores(split, score.k, 0.07))
+
+
+@pytest.mark.parametrize("chunks", [(1, 1), (3, 7), (40, 2), (1, 61), (64, 64)], ids=str)
+def test_ties_and_duplicates_are_broken_the_same_way_whatever_the_chunks(
+    chunks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(neighbours.CHUNKS, "cpu", chunks)
+    split = split_of_ties(60, 40, 7)
+    similarity = split.val.features_NC @ split.train.features_NC.T
+    assert len(similarity.unique()) == 5  # 2400 pairs
+    for k in (1, 2, 13, 60):
+        found = nearest(split.val.features_NC, split.train.features_NC, k, key_chunk=chunks[1])
+        expected = similarity.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(found.index_Qk, expected.indices[:, :k])
+        assert torch.equal(found.similarity_Qk, expected.values[:, :k])
+        assert_equal_scores(knn_scores(split, [k], 0.5)[0], slow_scores(split, k, 0.5))
+
+
+def test_keys_that_come_in_rising_order() -> None:
+    """Each chunk beats all before it, which is the most there can be to sort."""
+    keys = torch.linspace(-1, 1, 501)[:, None]
+    found = nearest(torch.tensor([[1.0], [-1.0]]), keys, 3, key_chunk=97)
+    assert found.index_Qk.tolist() == [[500, 499, 498], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("chunks", [(1, 1), (3, 7), (64, 64)], ids=str)
+@pytest.mark.parametrize("make", [split_of_ties, random_split])
+def test_leave_one_out(make: object, chunks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(neighbours.CHUNKS, "cpu", chunks)
+    only = make(30, 1, 4).train  # type: ignore[operator]
+    for score in knn_scores(Split(only, only), [1, 5, 29], 0.2, leave_one_out=True):
+        assert_equal_scores(score, slow_scores(Split(only, only), score.k, 0.2, leave_one_out=True))
+
+
+def test_leave_one_out_of_a_pair_and_of_one() -> None:
+    pair = LabelledFeatures(torch.eye(2), torch.tensor([0, 1]))
+    assert knn_scores(Split(pair, pair), [5], 0.07, leave_one_out=True)[0].top1 == 0.0  # each has the other's label
+    one = LabelledFeatures(torch.eye(1), torch.tensor([0]))
+    with pytest.raises(UsageError, match="two images"):
+        knn_scores(Split(one, one), [1], 0.07, leave_one_out=True)
+
+
+def test_half_precision_votes_like_the_rounded_features() -> None:
+    split = random_split(60, 40, 10)
+    half = Split(*(LabelledFeatures(features.half(), labels) for features, labels in split))
+    assert_equal_scores(knn_scores(half, [5], 0.07)[0], slow_scores(half, 5, 0.07))
+
+
+def fake_faiss(queries: np.ndarray, keys: np.ndarray, k: int, metric: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the documentation of faiss.knn says; equal keys come in falling order, to be put right."""
+    assert metric == 0
+    similarity = queries @ keys.T
+    index = len(keys) - 1 - np.argsort(-similarity[:, ::-1], axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(similarity, index, axis=1), index
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_faiss_gives_the_same_votes(leave_one_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(knn=fake_faiss, METRIC_INNER_PRODUCT=0))
+    monkeypatch.setitem(neighbours.CHUNKS, "cpu", (7, 11))
+    split = random_split(60, 40, 10)
+    split = Split(split.train, split.train) if leave_one_out else split
+    for score in knn_scores(split, [1, 5], 0.07, leave_one_out, backend="faiss"):
+        assert_equal_scores(score, slow_scores(split, score.k, 0.07, leave_one_out))
+    ties = split_of_ties(20, 5, 3)
+    found = neighbours.nearest_faiss(ties.val.features_NC, ties.train.features_NC, 20)
+    plain = nearest(ties.val.features_NC, ties.train.features_NC, 20)
+    assert torch.equal(found.index_Qk, plain.index_Qk)
 
 
 def test_own_neighbours_are_always_right() -> None:
     train = random_split(30, 1, 30).train
     train = train._replace(labels_N=torch.arange(30))
-    assert knn_scores(Split(train, train), [1], 0.07) == [KnnScore(1, 100.0, 100.0)]
+    assert knn_scores(Split(train, train), [1], 0.07) == [KnnScore(1, 100.0, 100.0, dict.fromkeys(range(30), 100.0))]
 
 
 def test_k_beyond_the_set_is_clamped_with_a_warning(
@@ -75,6 +170,11 @@ def test_impossible_votes() -> None:
         knn_scores(Split(split.train, empty), [1], 0.07)
     with pytest.raises(UsageError, match="must be positive"):
         knn_scores(split, [0], 0.07)
+    with pytest.raises(UsageError, match="unknown --backend 'annoy'; choose one of torch, faiss"):
+        knn_scores(split, [1], 0.07, backend="annoy")
+    infinite = split.train._replace(features_NC=split.train.features_NC / torch.tensor(0.0))
+    with pytest.raises(UsageError, match="not finite; check the weights"):
+        knn_scores(Split(infinite, split.val), [1], 0.07)
 
 
 # --------------------------------------------------------------------------- the script
@@ -103,6 +203,9 @@ def test_small_sets_and_baselines(images: Path, tmp_path: Path, capsys: pytest.C
     scores = json.loads((tmp_path / "out" / "knn.json").read_text())
     assert scores["mean and deviation of colour"]["1"]["top1"] == 100.0  # the classes are colours
     assert set(scores) == {"network", "raw pixels", "mean and deviation of colour"}
+    for row in (row for rows in scores.values() for row in rows.values()):
+        assert list(row["per_class"]) == ["class0", "class1", "class2"]
+        assert row["top1"] == pytest.approx(sum(row["per_class"].values()) / 3)  # classes of two images each
 
 
 def test_saved_features_give_the_same_scores(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +213,61 @@ def test_saved_features_give_the_same_scores(images: Path, tmp_path: Path, capsy
     first = capsys.readouterr().out
     run(tmp_path / "nowhere", "--load_features", str(tmp_path / "features"))
     assert capsys.readouterr().out == first
+
+
+def test_saved_features_are_moved_and_rounded_as_asked(images: Path, tmp_path: Path) -> None:
+    run(images, "--dump_features", str(tmp_path / "full"), "--use_cuda", "off")
+    run(images, "--dump_features", str(tmp_path / "half"), "--half")
+    full, half = (torch.load(tmp_path / name / "trainfeat.pth") for name in ("full", "half"))
+    assert (full.dtype, half.dtype) == (torch.float32, torch.float16)
+    assert torch.equal(full.half(), half)
+    torch.testing.assert_close(full.norm(dim=1), torch.ones(12))
+
+
+def test_leave_one_out_of_a_folder_without_a_split(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        images / "train",
+        "--leave_one_out",
+        "--dump_features",
+        str(tmp_path / "features"),
+        "--output_dir",
+        str(tmp_path),
+    )
+    printed = capsys.readouterr().out
+    assert "k-NN of 12 images, each among the 11 others, 3 classes:" in printed
+    assert sorted(path.name for path in (tmp_path / "features").iterdir()) == ["trainfeat.pth", "trainlabels.pth"]
+    only = LabelledFeatures(*(torch.load(tmp_path / "features" / f"train{kind}.pth") for kind in ("feat", "labels")))
+    assert only.labels_N.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    scores = json.loads((tmp_path / "knn.json").read_text())["network"]
+    for k in (1, 2):
+        expected = slow_scores(Split(only, only), k, 0.07, leave_one_out=True)
+        assert scores[str(k)]["top1"] == pytest.approx(expected.top1)
+        assert list(scores[str(k)]["per_class"].values()) == pytest.approx(list(expected.per_class.values()))
+    run(tmp_path / "nowhere", "--leave_one_out", "--load_features", str(tmp_path / "features"))
+    assert capsys.readouterr().out == printed
+
+
+def test_features_come_in_the_order_of_the_images_and_are_held_once() -> None:
+    """Batches in any order, as processes that take turns give them."""
+    indices = [torch.tensor([4, 0]), torch.tensor([3]), torch.tensor([1, 2])]
+    cpu = torch.device("cpu")
+    order = torch.cat(list(features._exchange(list(indices), cpu, cpu))).argsort()
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(5))
+    rows = [torch.stack([i, i * 10], dim=1) for i in indices]
+    placed: Tensor = features._put(features._exchange(rows, cpu, cpu), place)
+    assert placed.tolist() == [[i, 10 * i] for i in range(5)]
+    assert not rows
+
+
+def test_faiss_that_is_missing(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UsageError, match="pip install faiss-cpu"):
+        run(images, "--backend", "faiss")
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace())
+    with pytest.raises(UsageError, match="float32 only"):
+        run(images, "--backend", "faiss", "--half")
 
 
 def test_random_weights_are_named(images: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,25 @@ def test_train_loader_leaves_out_the_last_incomplete_batch(dataset: ImageDataset
     assert len(set(indices(batches))) == 8
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_image_of_an_epoch_without_drop_last(
+    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    """On two processes with equal batches; also with less than one batch of data."""
+    monkeypatch.setattr("data.loader.get_world_size", lambda: world)
+    for batch_size in (4, 1000):
+        sizes, seen = [], []
+        for rank in range(world):
+            monkeypatch.setattr("data.loader.get_rank", lambda rank=rank: rank)
+            loader = build_train_loader(dataset, batch_size, 0, pin_memory=False, drop_last=False)
+            batches = [batch.indices_B.tolist() for batch in loader]
+            sizes.append([len(batch) for batch in batches])
+            seen += [index for batch in batches for index in batch]
+        assert sizes[0] == sizes[-1]
+        assert set(seen) == set(range(len(dataset)))
+        assert len(seen) - len(dataset) == -len(dataset) % world
+
+
 def test_batches_hold_what_their_indices_say(dataset: ImageDataset) -> None:
     for batch in one_epoch(dataset, 0, batch_size=IMAGES):
         assert sorted(batch.indices_B.tolist()) == list(range(IMAGES))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from progress import EpochMeter, RunLog
 from utils import logger
@@ -44,6 +45,15 @@ def iter_slowly(count: int, seconds: float) -> Iterator[int]:
         yield i
 
 
+def test_time_after_the_last_step_does_not_count() -> None:
+    meter = EpochMeter(epoch=0, steps=1, images_per_step=1)
+    meter.update({"loss": 0.0})
+    meter.stop()
+    seconds, speed = meter.seconds, meter.images_per_second
+    time.sleep(0.01)
+    assert (meter.seconds, meter.images_per_second) == (seconds, speed)
+
+
 def test_epoch_line_and_step_lines(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -70,6 +80,24 @@ def test_epoch_line_and_step_lines(
     assert (record["train_loss"], record["train_lr"], record["train_wd"], record["epoch"]) == (1.0, 0.2, 0.5, 1)
     assert record["unreadable_images"] == 7
     assert record["peak_memory_mb"] > 0
+
+
+def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
+    """All of it goes to log.txt, the numbers to TensorBoard; without weight decay there is none in the line."""
+    log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5], std=[0.5], device=CPU)
+    meter = EpochMeter(epoch=0, steps=1, images_per_step=1)
+    with log.epoch(meter) as show:
+        meter.update({"loss": 1.0})
+        show(0, lr=0.5)
+    more = {"each": {"a": {"loss": 2.0}, "b": {"loss": None}}, "note": "words"}
+    log.finish_epoch(meter, **more)
+    log.close()
+    record = json.loads((tmp_path / "log.txt").read_text())
+    assert more.items() <= record.items()
+    assert "train_wd" not in record
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert {"epoch/each/a/loss", "epoch/train_lr", "step/lr"} <= set(tags)
+    assert not {"epoch/each/b/loss", "epoch/note", "step/wd", "epoch/epoch"} & set(tags)
 
 
 def test_picture_shows_the_crops(tmp_path: Path) -> None:

@@ -188,6 +188,51 @@ def test_resuming_another_run_is_refused(images: Path, tmp_path: Path, flags: li
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
+def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which chunk a call of ViL draws, and when it stops drawing, is as if the run had never ended."""
+    images = write_images(tmp_path / "images", 8)
+    overrides = [
+        *("MODEL.NAME", "vision_longformer", "MODEL.IMAGE_SIZE", "32", "MODEL.SPEC.MSVIT.VIL_MODE_SWITCH", "0.7")
+    ]
+    overrides += [
+        "MODEL.SPEC.MSVIT.MODE",
+        "1",
+        "MODEL.SPEC.MSVIT.ARCH",
+        "l1,h1,d8,n1,s1,g1,p4,f2,a0_l2,h1,d12,n1,s0,g0,p2,f2,a0",
+    ]
+
+    def run(folder: str) -> None:
+        args = [
+            *TINY_RUN,
+            "--arch",
+            "vil",
+            "--cfg",
+            "experiments/demo/vil_micro.yaml",
+            "--epochs",
+            "3",
+            "--data_path",
+            str(images),
+        ]
+        args += ["--output_dir", str(tmp_path / folder), "--device", "cpu", *overrides]
+        main_esvit.main(main_esvit.get_args_parser().parse_args(args))
+
+    run("whole")
+    save = engine.save_run
+
+    def save_and_die(output_dir: Path, step: engine.TrainStep, epoch: int, **kwargs: Any) -> None:
+        save(output_dir, step, epoch, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save_run", save_and_die)
+        with pytest.raises(Killed):
+            run("halves")
+    run("halves")
+    whole, halves = (checkpoint.load_file(tmp_path / folder / "checkpoint.pth") for folder in ("whole", "halves"))
+    for network in ("student", "teacher"):
+        assert all(torch.equal(value, halves[network][name]) for name, value in whole[network].items())
+
+
 def test_networks_hear_of_every_epoch_also_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What depends on the progress of training (ViL's switch of modes) follows the epoch, so a resumed run has it."""
     heard: list[tuple[int, int]] = []

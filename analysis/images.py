@@ -1,0 +1,217 @@
+"""Images for analysis: read at any size, as networks and as people see them, in two views that can be kept.
+
+Shapes: C channels, H x W pixels.
+Origin: this project's own; the views follow DINO (Caron et al., ICCV 2021).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+from yacs.config import CfgNode
+
+import data
+from checkpoint import load_file, save_file
+from data.augment import BrightnessContrast, MultiCrop, ViewTransform
+from data.datasets import ImageLike, read_image
+from models import Backbone
+from utils import UsageError, isolated_rng
+
+BICUBIC = transforms.InterpolationMode.BICUBIC
+VIEW_SCALE = (0.4, 1.0)
+
+
+class Picture(NamedTuple):
+    """An image resized to whole regions of a network."""
+
+    name: str  # of the file, without its ending
+    pixels_CHW: Tensor  # 0..1
+    original_size: tuple[int, int]  # height and width of the file
+
+
+class Scale(NamedTuple):
+    """What a network takes: sides of whole regions, and the normalisation."""
+
+    shorter_side: int
+    region: tuple[int, int]  # height and width of a last-stage region in pixels
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """The sides nearest to an image's shape whose shorter one is as wanted, in whole regions."""
+        factor = self.shorter_side / min(height, width)
+        sides = [max(1, round(side * factor / step)) * step for side, step in zip((height, width), self.region)]
+        return sides[0], sides[1]
+
+    def normalised(self, pixels_CHW: Tensor) -> Tensor:
+        """(1, C, H, W) as the network takes it."""
+        return TF.normalize(pixels_CHW, list(self.mean), list(self.std)).unsqueeze(0)
+
+
+@torch.no_grad()
+def scale_of(backbone: Backbone, config: CfgNode, shorter_side: int | None, device: torch.device) -> Scale:
+    """The scale at which a network looks; a region's size is measured at MODEL.IMAGE_SIZE.
+
+    Raises:
+        UsageError: a side below a region's.
+    """
+    height, width = config.MODEL.IMAGE_SIZE
+    blank = torch.zeros(1, config.MODEL.SPEC.IN_CHANS, height, width, device=device)
+    rows, columns = backbone.forward_blocks(blank)[-1].grid
+    region = (max(1, round(height / rows)), max(1, round(width / columns)))
+    side = min(height, width) if shorter_side is None else shorter_side
+    if side < max(region):
+        raise UsageError(f"--image_size {side} is below one region of this network, {max(region)} pixels")
+    return Scale(side, region, config.INPUT.MEAN, config.INPUT.STD)
+
+
+def load_picture(path: str, scale: Scale, in_chans: int) -> Picture:
+    """Read a file and resize it.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        image = read_image(path, in_chans)
+    except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"cannot read the image {path} ({reason}); name another one") from None
+    return as_picture(Path(path).stem, image, scale)
+
+
+def as_picture(name: str, image: ImageLike, scale: Scale) -> Picture:
+    """An image that is there already, resized."""
+    size = (image.shape[1], image.shape[2]) if isinstance(image, Tensor) else (image.height, image.width)
+    image = TF.resize(image, list(scale.size_for(*size)), interpolation=BICUBIC, antialias=True)
+    pixels_CHW = image if isinstance(image, Tensor) else TF.to_tensor(image)
+    return Picture(name, pixels_CHW.clamp(0, 1), size)
+
+
+def find_images(path: str, count: int) -> list[str]:
+    """The file itself, or `count` files spread evenly over a folder (or its folder `val`).
+
+    Raises:
+        UsageError: nothing is there.
+    """
+    if Path(path).is_file() and Path(path).suffix.lower() != ".txt":
+        return [path]
+    dataset = data.build_dataset(path, "val", lambda image: [])
+    count = min(count, len(dataset))
+    return [dataset.path((2 * i + 1) * len(dataset) // (2 * count)) for i in range(count)]
+
+
+# --------------------------------------------------------------------------- views
+
+
+class RandomColours:
+    """Colour jitter and sometimes grey; brightness and contrast only where channels are no colours."""
+
+    def __init__(self, in_chans: int, strength: float = 0.4) -> None:
+        colours = transforms.ColorJitter(strength, strength, strength / 2, strength / 4)
+        jitter = colours if in_chans in (1, 3) else BrightnessContrast(strength)
+        steps = [transforms.RandomApply([jitter], p=0.8)]
+        self.steps = transforms.Compose(steps + [transforms.RandomGrayscale(p=0.2)] if in_chans == 3 else steps)
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        return self.steps(image).clamp(0, 1)
+
+
+class Views(NamedTuple):
+    """Two images to compare, in 0..1, and how they were made."""
+
+    first_CHW: Tensor
+    second_CHW: Tensor
+    made: str
+
+
+def random_views(picture: Picture, seed: int) -> Views:
+    """Two random crops of a picture, of its size, with a flip and colours; `seed` decides everything."""
+    with isolated_rng(seed):
+        views, told = [], []
+        for _ in range(2):
+            size = (picture.pixels_CHW.shape[1], picture.pixels_CHW.shape[2])
+            box = transforms.RandomResizedCrop.get_params(
+                picture.pixels_CHW, list(VIEW_SCALE), [0.75 * size[1] / size[0], 1.33 * size[1] / size[0]]
+            )
+            view = TF.resized_crop(picture.pixels_CHW, *box, size=list(size), interpolation=BICUBIC, antialias=True)
+            flipped = random.random() < 0.5
+            view = RandomColours(len(view))(TF.hflip(view) if flipped else view)
+            views.append(view.clamp(0, 1))
+            top, left, height, width = box
+            told.append(f"rows {top}-{top + height}, columns {left}-{left + width}{', flipped' if flipped else ''}")
+    return Views(views[0], views[1], f"{picture.name}, seed {seed}: {told[0]}; {told[1]}")
+
+
+def save_views(views: Views, path: Path) -> None:
+    """Keep two views for another network."""
+    save_file({"first": views.first_CHW, "second": views.second_CHW, "made": views.made}, path)
+
+
+def load_views(path: Path, in_chans: int) -> Views:
+    """What `save_views` kept.
+
+    Raises:
+        UsageError: the file is missing, damaged or of images with other channels.
+    """
+    content = load_file(path)
+    first, second = content.get("first"), content.get("second")
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        raise UsageError(f"{path} holds no saved views; leave --use_saved_aug out to make new ones")
+    if len(first) != in_chans or len(second) != in_chans:
+        raise UsageError(f"the views in {path} have {len(first)} channels, this network takes {in_chans}")
+    return Views(first, second, str(content.get("made", "")))
+
+
+def views_of_size(views: Views, scale: Scale) -> Views:
+    """Both views resized to whole regions of a network; one that fits stays as it is."""
+    sides = [scale.size_for(view.shape[1], view.shape[2]) for view in views[:2]]
+    resized = [
+        view if tuple(view.shape[1:]) == side else TF.resize(view, list(side), BICUBIC, antialias=True).clamp(0, 1)
+        for view, side in zip(views[:2], sides)
+    ]
+    return Views(resized[0], resized[1], views.made)
+
+
+def flip_views(size: tuple[int, int], in_chans: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
+    """The image, cut to `size` (height, width) from its centre, and its horizontal flip with jittered colours or grey."""
+
+    def view(extra: list[ViewTransform]) -> ViewTransform:
+        return transforms.Compose([FillAndCrop(size), _to_tensor, *extra, transforms.Normalize(mean, std)])
+
+    return MultiCrop([view([]), view([TF.hflip, RandomColours(in_chans)])])
+
+
+def plain_view(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
+    """The image, cut to `size` (height, width) from its centre."""
+    return MultiCrop([transforms.Compose([FillAndCrop(size), _to_tensor, transforms.Normalize(mean, std)])])
+
+
+class FillAndCrop:
+    """Resize an image so that it just covers `size` (height, width), and cut its centre."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+        factor = max(self.size[0] / height, self.size[1] / width)
+        sides = [max(wanted, round(side * factor)) for wanted, side in zip(self.size, (height, width))]
+        return TF.center_crop(TF.resize(image, sides, interpolation=BICUBIC, antialias=True), list(self.size))
+
+
+def _to_tensor(image: ImageLike) -> Tensor:
+    return image if isinstance(image, Tensor) else TF.to_tensor(image)
+
+
+def shown(pixels_CHW: Tensor) -> Image.Image:
+    """An image of any number of channels as a person may look at it."""
+    pixels = pixels_CHW[:3] if len(pixels_CHW) >= 3 else pixels_CHW[:1].expand(3, -1, -1)
+    return TF.to_pil_image(pixels.clamp(0, 1).cpu())

@@ -1,0 +1,178 @@
+"""Time and peak memory of the k-NN vote in chunks (neighbours.py) against the published way with one-hot votes.
+
+    python benchmarks/knn.py                                                # the full size, some minutes
+    python benchmarks/knn.py --keys 20000 --queries 500 --classes 100       # smaller; memory says little below full size
+
+Compared are the accuracies of all values of k together, from features that are there to printed numbers. The plain side does
+what the published scripts do for each k anew: similarities of a hundredth of the queries to all keys, the k best of them, and
+votes as a product with a one-hot tensor (queries, k, classes). The features are noisy class centres in the order of their
+classes, as those of an image folder are; both sides read the same ones.
+
+Each side runs in a process of its own. Its peak memory is `ru_maxrss` at the end less what was resident when features and
+labels were loaded and both libraries warmed up.
+
+Origin: this project's own; the plain side restates the protocol of DINO (Caron et al., ICCV 2021), section 4.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from features import LabelledFeatures
+from neighbours import Split, knn_scores
+
+SIDES = ("plain", "chunked")
+PLAIN_CHUNKS = 100  # of the queries, as published
+TEMPERATURE = 0.07
+TARGETS = (4.0, 0.2)  # times faster, share of the peak memory
+
+Accuracies = list[tuple[float, float]]  # top-1 and top-5 for each k
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Sizes, and which side this process runs (set by the process that starts both)."""
+    parser = argparse.ArgumentParser(
+        "benchmarks/knn.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--keys", type=int, default=200_000)
+    parser.add_argument("--queries", type=int, default=5_000)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--classes", type=int, default=1_000)
+    parser.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--side", choices=("both", "data", *SIDES), default="both")
+    parser.add_argument("--folder", default=None, help="where the features lie; default: a temporary one")
+    return parser
+
+
+def make_features(args: argparse.Namespace, folder: Path) -> None:
+    """Write features and labels of keys and queries."""
+    torch.manual_seed(0)
+    centres = torch.randn(args.classes, args.width)
+    for name, count in (("train", args.keys), ("val", args.queries)):
+        labels = torch.randint(args.classes, (count,)).sort().values
+        features = F.normalize(centres[labels] + 4 * torch.randn(count, args.width), dim=-1)
+        np.save(folder / f"{name}feat.npy", features.numpy())
+        np.save(folder / f"{name}labels.npy", labels.numpy())
+
+
+def load_split(folder: Path) -> Split:
+    """What `make_features` wrote."""
+    names = [[folder / f"{part}{kind}.npy" for kind in ("feat", "labels")] for part in ("train", "val")]
+    return Split(*(LabelledFeatures(*(torch.from_numpy(np.load(name)) for name in pair)) for pair in names))
+
+
+def plain(split: Split, ks: list[int], classes: int) -> Accuracies:
+    """The published way."""
+    (keys, labels), (all_queries, all_truths) = split
+    size = max(len(all_queries) // PLAIN_CHUNKS, 1)
+    accuracies = []
+    for k in ks:
+        first = five = 0.0
+        one_hot = torch.zeros(k, classes)
+        for queries, truth in zip(all_queries.split(size), all_truths.split(size)):
+            similarity, nearest = (queries @ keys.T).topk(k, largest=True, sorted=True)
+            voters = labels.expand(len(queries), -1).gather(1, nearest)
+            one_hot.resize_(len(queries) * k, classes).zero_()
+            one_hot.scatter_(1, voters.view(-1, 1), 1)
+            weight = (similarity / TEMPERATURE).exp()
+            votes = (one_hot.view(len(queries), k, classes) * weight.unsqueeze(2)).sum(dim=1)
+            correct = votes.sort(dim=1, descending=True).indices == truth[:, None]
+            first += correct[:, :1].sum().item()
+            five += correct[:, :5].sum().item()
+        accuracies.append((100 * first / len(all_queries), 100 * five / len(all_queries)))
+    return accuracies
+
+
+def chunked(split: Split, ks: list[int], classes: int) -> Accuracies:
+    """This project's."""
+    return [(score.top1, score.top5) for score in knn_scores(split, ks, TEMPERATURE)]
+
+
+def resident_mb() -> float:
+    """What of this process lies in memory now, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def run_side(args: argparse.Namespace, folder: Path) -> None:
+    """Measure one side and print its figures as JSON."""
+    vote = {"plain": plain, "chunked": chunked}[args.side]
+    split = load_split(folder)
+    vote(Split(*(LabelledFeatures(part.features_NC[:300], part.labels_N[:300]) for part in split)), [5], args.classes)
+    before = resident_mb()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    accuracies = vote(split, args.nb_knn, args.classes)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    peak = utils.peak_memory_mb(torch.device("cpu")) - before
+    figures = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak, "resident_mb": before}
+    print(json.dumps(figures | {"accuracies": accuracies}))
+
+
+def start_side(args: argparse.Namespace, side: str, folder: Path) -> str:
+    """Run this program for one side in a fresh process; returns what it prints."""
+    sizes = [f"--{name}={getattr(args, name)}" for name in ("keys", "queries", "width", "classes", "threads")]
+    command = [
+        sys.executable,
+        __file__,
+        *sizes,
+        "--side",
+        side,
+        "--folder",
+        str(folder),
+        "--nb_knn",
+        *map(str, args.nb_knn),
+    ]
+    threads = {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
+    return subprocess.run(command, env=os.environ | threads, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run both sides and print their figures and ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_side(args, "data", Path(folder))
+        figures = {side: json.loads(start_side(args, side, Path(folder))) for side in SIDES}
+    print(
+        f"{args.queries} queries among {args.keys} keys of width {args.width}, {args.classes} classes, "
+        f"k {' '.join(map(str, args.nb_knn))}, float32, {args.threads} thread(s)"
+    )
+    for side, figure in figures.items():
+        accuracies = "  ".join(f"{top1:.2f}/{top5:.2f}" for top1, top5 in figure["accuracies"])
+        print(
+            f"{side:8} {figure['seconds']:7.1f} s ({figure['cpu_seconds']:.1f} s of the CPU)   "
+            f"peak {figure['peak_mb']:7.1f} MiB above {figure['resident_mb']:.0f} MiB   top-1/top-5 {accuracies}"
+        )
+    ratio = {key: figures["plain"][key] / figures["chunked"][key] for key in ("seconds", "cpu_seconds", "peak_mb")}
+    print(
+        f"chunked is {ratio['seconds']:.2f}x faster, by CPU time {ratio['cpu_seconds']:.2f}x (target: {TARGETS[0]}x) "
+        f"with {1 / ratio['peak_mb']:.3f} of the peak memory (target: {TARGETS[1]})"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compare, or do the part of it that --side names."""
+    torch.set_num_threads(args.threads)
+    if args.side == "both":
+        compare(args)
+    elif args.side == "data":
+        make_features(args, Path(args.folder))
+    else:
+        run_side(args, Path(args.folder))
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,353 @@
+"""Fine-tune a pre-trained backbone with labels, every weight of it, and score it on validation images.
+
+    python eval_finetune.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/finetune
+    torchrun --nproc_per_node=8 eval_finetune.py ...                             # 64 images on each process
+    python eval_finetune.py ... --mixup 0 --cutmix 0 --aa "" --reprob 0          # few images: less augmentation
+
+--data_path holds train/<class>/ and val/<class>/; the head is a linear layer with an output for each class of train. The recipe:
+AdamW, a rate that falls by --layer_decay from block to block towards the input, linear warm-up and half a cosine, mixup and
+cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated.
+`results.json` in --output_dir has the best accuracy, `best.pth` the weights that reached it (key `model`).
+
+Origin: the recipe of DeiT (Touvron et al., ICML 2021) with the layer-wise rates of BEiT (Bao et al., ICLR 2022), from timm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from timm.data import create_transform
+from torch import nn
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+import data
+import utils
+from checkpoint import load_backbone
+from data import augment
+from data.datasets import Transform
+from engine import steps_per_epoch
+from features import labelled_datasets
+from finetune import Accuracy, Best, FineTuner, Recipe, resume_run, save_run
+from models import Backbone, build_model, load_arch_config
+from progress import EpochMeter, RunLog
+from utils import UsageError, bool_flag, logger
+
+EVALUATION = "fine-tuning"  # how results.json tells whose it is
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "eval_finetune.py",
+        description="supervised fine-tuning of a backbone",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+
+    def add_switch(name: str, explanation: str) -> None:
+        add(name, type=bool_flag, nargs="?", const=True, default=False, help=explanation)
+
+    utils.add_network_flags(parser)
+    add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
+    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
+    add_switch("--allow_partial", "take what fits of the checkpoint")
+    add(
+        "--drop_path", type=float, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
+    )
+    add_switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
+    add("--epochs", type=int, default=100)
+    add("--warmup_epochs", type=int, default=5)
+    add("--batch_size_per_gpu", type=int, default=64)
+    add("--accum_iter", type=int, default=1, help="batches that count as one")
+    add("--lr", type=float, default=5e-4, help="of the head for 256 images a step, scaled with them")
+    add("--min_lr", type=float, default=1e-6, help="at the end, not scaled")
+    add("--layer_decay", type=float, default=0.75, help="factor of the rate from a block to the one before it; 1: none")
+    add("--weight_decay", type=float, default=0.05)
+    add("--clip_grad", type=float, default=5.0, help="largest norm of all gradients together; 0: no clipping")
+    add("--mixup", type=float, default=0.8, help="alpha of mixup; 0: none")
+    add("--cutmix", type=float, default=1.0, help="alpha of cutmix; 0: none")
+    add("--smoothing", type=float, default=0.1, help="of the labels")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of timm; empty: colour jitter instead")
+    add("--color_jitter", type=float, default=0.4, help="where there is no --aa")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add_switch("--model_ema", "validate an average of the weights too")
+    add("--model_ema_decay", type=float, default=0.9999)
+    add("--image_size", type=int, default=None, help="pixels of a side; default: MODEL.IMAGE_SIZE of the yaml")
+    add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    add("--precision", choices=utils.PRECISIONS, default="auto", help="of the network; losses are always float32")
+    add("--val_freq", type=int, default=1, help="epochs between two validations; the last epoch always has one")
+    add("--log_freq", type=int, default=10, help="steps between two lines")
+    add("--seed", type=int, default=0)
+    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
+    add("--output_dir", default=".", help="folder for checkpoint.pth, best.pth, log.txt and results.json")
+    utils.add_launch_flags(parser)
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Stop on values that no part of the program would refuse by itself.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    for name in ("epochs", "batch_size_per_gpu", "accum_iter", "val_freq", "log_freq"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)} must be 1 or more")
+    for name in (
+        "warmup_epochs",
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "clip_grad",
+        "mixup",
+        "cutmix",
+        "color_jitter",
+        "num_workers",
+    ):
+        if not getattr(args, name) >= 0:
+            raise UsageError(f"--{name} {getattr(args, name)} must be 0 or more")
+    if args.warmup_epochs > args.epochs:
+        raise UsageError(
+            f"{args.warmup_epochs} warm-up epochs do not fit in {args.epochs} epochs; lower --warmup_epochs"
+        )
+    if not 0 < args.layer_decay <= 1:
+        raise UsageError(
+            f"--layer_decay {args.layer_decay} must lie above 0 and not above 1, which is the same rate everywhere"
+        )
+    for name in ("smoothing", "reprob", "model_ema_decay"):
+        if not 0 <= getattr(args, name) <= 1 or (name != "reprob" and getattr(args, name) == 1):
+            raise UsageError(
+                f"--{name} {getattr(args, name)} must lie in 0..1" + ("" if name == "reprob" else ", below 1")
+            )
+    if (args.mixup or args.cutmix) and args.batch_size_per_gpu % 2:
+        raise UsageError(
+            f"mixup pairs images, --batch_size_per_gpu {args.batch_size_per_gpu} must be even, or --mixup and --cutmix 0"
+        )
+    if not 0 < args.crop_ratio <= 1 or (args.image_size is not None and args.image_size < 1):
+        raise UsageError(
+            f"--crop_ratio {args.crop_ratio} must lie in 0..1 and --image_size {args.image_size} be positive"
+        )
+
+
+# --------------------------------------------------------------------------- images
+
+
+def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Transform:
+    """DeiT's augmentation from timm for colour images; random crops and flips for others.
+
+    Raises:
+        UsageError: timm does not know the policy.
+    """
+    mean, std = config.INPUT.MEAN, config.INPUT.STD
+    if config.MODEL.SPEC.IN_CHANS != 3:
+        logger.info("RandAugment and erasing are for colour images: these get random crops and flips")
+        return augment.train_view(size, mean, std)
+    try:
+        view = create_transform(
+            size,
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa or None,
+            interpolation="bicubic",
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=args.reprob,
+            re_mode="pixel",
+        )
+    except (KeyError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"timm does not take --aa {args.aa} ({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1, or none"
+        ) from None
+    return augment.MultiCrop([view])
+
+
+def build_loaders(
+    args: argparse.Namespace, config: CfgNode, device: torch.device
+) -> tuple[DataLoader[data.Batch], DataLoader[data.Batch]]:
+    """Shuffled and augmented training images, and validation images of which each process has its share."""
+    size = args.image_size or config.MODEL.IMAGE_SIZE[0]
+    augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
+    val_transform = augment.eval_view(size, args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
+    train, val = labelled_datasets(
+        args.data_path, config, train_transform(args, config, size), val_transform, args.seed
+    )
+    pin = device.type == "cuda"
+    return (
+        data.build_train_loader(train, args.batch_size_per_gpu, args.num_workers, pin),
+        data.build_eval_loader(val, args.batch_size_per_gpu, args.num_workers, pin),
+    )
+
+
+# --------------------------------------------------------------------------- network
+
+
+def build_network(args: argparse.Namespace, config: CfgNode, classes: int) -> Backbone:
+    """The pre-trained backbone with a new linear head.
+
+    Raises:
+        UsageError: see `checkpoint.load_backbone`.
+    """
+    network = build_model(args.arch, config, patch_size=args.patch_size)
+    size = args.image_size or config.MODEL.IMAGE_SIZE[0]
+    if size < network.patch_size:
+        raise UsageError(f"images of {size} pixels are smaller than a patch of {network.patch_size}; enlarge them")
+    if args.pretrained_weights:
+        report = load_backbone(network, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
+        logger.info("%s: %s", args.pretrained_weights, report)
+    else:
+        logger.warning("no --pretrained_weights: the network starts from random weights, this is supervised training")
+    network.head = nn.Linear(network.num_features, classes)
+    nn.init.trunc_normal_(network.head.weight, std=0.02)
+    nn.init.zeros_(network.head.bias)
+    network.grad_checkpointing = args.grad_checkpointing
+    return network
+
+
+def make_recipe(args: argparse.Namespace, steps: int) -> Recipe:
+    """The recipe of the command line, with the rate scaled to the batch of all processes."""
+    batch = args.batch_size_per_gpu * args.accum_iter * utils.get_world_size()
+    return Recipe(
+        epochs=args.epochs,
+        steps=steps,
+        lr=args.lr * batch / 256,
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs,
+        layer_decay=args.layer_decay,
+        weight_decay=args.weight_decay,
+        mixup=args.mixup,
+        cutmix=args.cutmix,
+        smoothing=args.smoothing,
+        clip_grad=args.clip_grad,
+        accum_iter=args.accum_iter,
+        ema_decay=args.model_ema_decay if args.model_ema else None,
+    )
+
+
+# --------------------------------------------------------------------------- the run
+
+
+def better(best: Best, accuracies: dict[str, Accuracy], epoch: int) -> Best:
+    """The best of before and of this validation; the earlier one of equals."""
+    for name, (top1, top5) in accuracies.items():
+        if top1 > best.top1:
+            best = Best(name, epoch, top1, top5)
+    return best
+
+
+def write_results(
+    output_dir: Path, args: argparse.Namespace, best: Best, accuracies: dict[str, Accuracy], val: data.ImageDataset
+) -> None:
+    """`results.json`: the best and the last accuracies."""
+    record = {
+        "evaluation": EVALUATION,
+        "top1": best.top1,
+        "top5": best.top5,
+        "epoch": best.epoch,
+        "network": best.network,
+        "last": {name: accuracy._asdict() for name, accuracy in accuracies.items()},
+        "epochs": args.epochs,
+        "classes": len(val.classes),
+        "val_images": len(val),
+        "arch": args.arch,
+        "pretrained_weights": args.pretrained_weights,
+    }
+    temporary = output_dir / ".results.json.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, output_dir / "results.json")
+
+
+def refuse_foreign_results(output_dir: Path) -> None:
+    """Stop where `results.json` is another evaluation's.
+
+    Raises:
+        UsageError: naming the folder.
+    """
+    path = output_dir / "results.json"
+    try:
+        own = not path.exists() or json.loads(path.read_text())["evaluation"] == EVALUATION
+    except (OSError, ValueError, LookupError, TypeError):
+        own = False
+    if not own:
+        raise UsageError(f"{path} is of another evaluation and would be overwritten; choose another --output_dir")
+
+
+def train(
+    tuner: FineTuner,
+    loaders: tuple[DataLoader[data.Batch], DataLoader[data.Batch]],
+    first_epoch: int,
+    best: Best,
+    args: argparse.Namespace,
+    config: CfgNode,
+) -> None:
+    """The epochs that are left, with validation, `log.txt`, checkpoint and `results.json` after each."""
+    train_loader, val_loader = loaders
+    output_dir, recipe = Path(args.output_dir), tuner.recipe
+    assert isinstance(train_loader.dataset, data.ImageDataset)
+    assert isinstance(val_loader.dataset, data.ImageDataset)
+    batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
+    log = RunLog(output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device)
+    tally = data.FailureTally(len(train_loader.dataset))
+    top5 = "Top5" if tuner.classes >= 5 else f"Top{tuner.classes}"
+    for epoch in range(first_epoch, recipe.epochs):
+        meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
+        tuner.train_epoch(train_loader, epoch, meter, log, tally)
+        accuracies: dict[str, Accuracy] = {}
+        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
+            accuracies = tuner.validate(val_loader)
+            best = better(best, accuracies, epoch)
+        log.finish_epoch(
+            meter, unreadable_images=len(tally.seen), val={name: row._asdict() for name, row in accuracies.items()}
+        )
+        if accuracies and utils.is_main_process():
+            for name, row in accuracies.items():
+                print(f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {top5}: {row.top5:.2f}")
+            write_results(output_dir, args, best, accuracies, val_loader.dataset)
+        save_run(output_dir, tuner, epoch, best, args, config)
+    log.close()
+    if utils.is_main_process():
+        print(
+            f"best of {len(val_loader.dataset)} validation images: Top1: {best.top1:.2f} (epoch {best.epoch + 1}, {best.network})"
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Fine-tune as the arguments say."""
+    device = utils.init_processes(args)
+    utils.setup_logging()
+    precision = utils.resolve_precision(args.precision, device)
+    with utils.failing_together():
+        check_args(args)
+        drop_path = [] if args.drop_path is None else ["MODEL.SPEC.DROP_PATH_RATE", str(args.drop_path)]
+        config = load_arch_config(args.arch, args.cfg, [*args.opts, *drop_path])
+        loaders = build_loaders(args, config, device)
+        output_dir = utils.make_output_dir(args.output_dir)
+        refuse_foreign_results(output_dir)
+        recipe = make_recipe(args, steps_per_epoch(len(loaders[0]), args.accum_iter))
+    assert isinstance(loaders[0].dataset, data.ImageDataset)
+    utils.must_agree("numbers of images", [len(loader.dataset) for loader in loaders])
+    classes = len(loaders[0].dataset.classes)
+    utils.seed_everything(args.seed)
+    with utils.failing_together():
+        network = build_network(args, config, classes)
+    utils.seed_everything(args.seed + utils.get_rank())
+    tuner = FineTuner(network.to(device), recipe, classes, device, precision)
+    with utils.failing_together():
+        first_epoch, best = resume_run(output_dir, tuner, args)
+    utils.must_agree("checkpoints", first_epoch)
+    if first_epoch >= args.epochs:
+        logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
+        return
+    if utils.is_main_process():
+        utils.save_provenance(output_dir, args, config)
+    train(tuner, loaders, first_epoch, best, args, config)
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

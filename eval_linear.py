@@ -1,0 +1,401 @@
+"""Score frozen features with linear classifiers.
+
+    python eval_linear.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/linear
+    torchrun --nproc_per_node=8 eval_linear.py ...                               # 128 images on each process
+    python eval_linear.py ... --lr 0.0001 0.001 0.01 --n_last_blocks 1 4 --cache_features
+
+--data_path holds train/<class>/ and val/<class>/. A classifier is trained for every pair of --lr and --n_last_blocks, all of them
+in one pass over the same features. One value each is the published protocol: the pooled tokens of the last n blocks concatenated,
+random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to 0 in steps of an epoch
+(epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is another
+protocol: features of centre crops, computed once. A killed run goes on from `checkpoint.pth.tar` when its command is repeated.
+
+Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 2021); flags and file names follow microsoft/esvit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode
+
+import checkpoint
+import data
+import utils
+from data import augment
+from features import CachedFeatures, FeatureSource, ImageFeatures, extract_features, frozen_backbone, labelled_datasets
+from models import Backbone, load_arch_config
+from probe import Probe, Score, Setting, json_number, probe_width
+from progress import EpochMeter, RunLog
+from utils import UsageError, bool_flag, logger
+
+DEFAULT_LABELS = 1000
+EVALUATION = "linear probe"  # how results.json tells whose it is
+PROTOCOLS = {
+    False: "published protocol (random resized crops)",
+    True: "cached features of un-augmented images (NOT the published protocol)",
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line: names and defaults of the published script, and this project's additions."""
+    parser = argparse.ArgumentParser(
+        "eval_linear.py",
+        description="linear classifiers on frozen features",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+
+    def add_switch(name: str, explanation: str) -> None:
+        add(name, type=bool_flag, nargs="?", const=True, default=False, help=explanation)
+
+    utils.add_network_flags(parser)
+    add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
+    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
+    add_switch("--allow_partial", "take what fits of the checkpoint")
+    add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
+    add_switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
+    add("--epochs", type=int, default=100)
+    add("--lr", type=float, nargs="+", default=[0.001], help="for 256 images a step, scaled with them; one or more")
+    add("--batch_size_per_gpu", type=int, default=128)
+    add("--val_freq", type=int, default=1, help="epochs between two validations")
+    add("--num_labels", type=int, default=DEFAULT_LABELS, help="classes; left at its default: as many as the data has")
+    add_switch("--cache_features", "another protocol: train on features of centre crops, held in memory; takes minutes")
+    add("--precision", choices=utils.PRECISIONS, default="fp32", help="of the network; classifiers are always float32")
+    add("--image_size", type=int, default=None, help="pixels of the crops; default: MODEL.IMAGE_SIZE of the yaml")
+    add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    add("--seed", type=int, default=0, help="of classifiers, order and crops, and of random weights")
+    add("--log_freq", type=int, default=20, help="steps between two lines")
+    add("--output_dir", default=".", help="folder for checkpoint.pth.tar, log.txt and results.json")
+    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
+    add_switch("--zip_mode", "images in zip files (not supported yet)")
+    utils.add_launch_flags(parser)
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return parser
+
+
+# --------------------------------------------------------------------------- features
+
+
+def feature_source(
+    args: argparse.Namespace,
+    backbone: Backbone,
+    datasets: tuple[data.ImageDataset, data.ImageDataset],
+    device: torch.device,
+    precision: str,
+) -> FeatureSource:
+    """The features of the largest --n_last_blocks, of which every classifier takes the last entries."""
+
+    @torch.no_grad()
+    def function(images_BCHW: Tensor) -> Tensor:
+        with utils.autocast(device, precision):
+            features = backbone.forward_return_n_last_blocks(
+                images_BCHW, max(args.n_last_blocks), args.avgpool_patchtokens
+            )
+        return features.float()
+
+    if not args.cache_features:
+        return ImageFeatures(function, *datasets, args.batch_size_per_gpu, args.num_workers, device)
+    cached = []
+    for label, dataset in zip(("train", "val"), datasets):
+        loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, device.type == "cuda")
+        found = extract_features(loader, {"network": function}, device, torch.device("cpu"), label, normalise=False)
+        cached.append(found["network"])
+    size = sum(part.features_NC.nbytes for part in cached) / 2**30
+    logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS[True])
+    return CachedFeatures(cached[0], cached[1], args.batch_size_per_gpu, device, args.seed)
+
+
+# --------------------------------------------------------------------------- training and validation
+
+
+@torch.no_grad()
+def validate(probe: Probe, source: FeatureSource) -> list[Score]:
+    """Score every classifier on every validation image once, over all processes.
+
+    A classifier whose logits are not finite is wrong everywhere.
+    """
+    sums_S3 = torch.zeros(len(probe.settings), 3, dtype=torch.float64)
+    images = 0
+    for features_BC, labels_B in source.validation():
+        images += len(labels_B)
+        for row, logits_BK in enumerate(probe.classifiers(features_BC)):
+            ranking = logits_BK.topk(min(5, logits_BK.shape[1])).indices
+            correct = (ranking == labels_B[:, None]) & logits_BK.isfinite().all(dim=1, keepdim=True)
+            loss = F.cross_entropy(logits_BK, labels_B, reduction="sum")
+            sums_S3[row] += torch.stack([loss, correct[:, 0].sum(), correct.sum()]).cpu()
+    parts = utils.all_gather_objects((images, sums_S3))
+    total = sum(part[0] for part in parts)
+    assert total == source.validation_images, (total, source.validation_images)
+    means_S3 = torch.stack([part[1] for part in parts]).sum(dim=0) / total
+    return [Score(loss, 100 * top1, 100 * top5) for loss, top1, top5 in means_S3.tolist()]
+
+
+def train_epoch(probe: Probe, source: FeatureSource, epoch: int, meter: EpochMeter, log: RunLog) -> list[float]:
+    """One pass over the training set; returns the mean loss of each classifier over steps and processes.
+
+    Raises:
+        FloatingPointError: no classifier has a finite loss any more, on all processes at once.
+    """
+    losses_S: Any = 0.0
+    with log.epoch(meter) as show:
+        for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter)):
+            losses = probe.step(features_BC, labels_B)
+            losses_S = losses_S + losses
+            meter.update({"loss": losses[probe.best].item()})
+            show(epoch * source.steps + step, lr=probe.lrs[probe.best])
+    meter.stop()
+    means = (utils.all_reduce_sum(losses_S) / (source.steps * utils.get_world_size())).tolist()
+    diverged = [setting for setting, mean in zip(probe.settings, means) if not math.isfinite(mean)]
+    if len(diverged) == len(means):
+        raise FloatingPointError(f"the loss is not finite in epoch {epoch}; lower --lr {[s.lr for s in diverged]}")
+    for setting in diverged:
+        logger.warning("the classifier %s has diverged in epoch %d: its loss is not finite", setting.name, epoch)
+    return means
+
+
+def train(
+    probe: Probe, source: FeatureSource, epochs: range, args: argparse.Namespace, log: RunLog, run: dict[str, Any]
+) -> None:
+    """Train through `epochs`; log and save each, validate every `--val_freq` epochs and after the last one.
+
+    `run` is what makes a run the same, saved beside the classifiers.
+    """
+    batch = args.batch_size_per_gpu * utils.get_world_size()
+    for epoch in epochs:
+        meter = EpochMeter(epoch, source.steps, images_per_step=batch)
+        lrs = probe.lrs
+        losses = train_epoch(probe, source, epoch, meter, log)
+        probe.scheduler.step()
+        rows = [{"train_loss": json_number(loss), "train_lr": lr} for loss, lr in zip(losses, lrs)]
+        if epoch % args.val_freq == 0 or epoch == epochs.stop - 1:
+            scores = validate(probe, source)
+            probe.record(epoch, scores)
+            for row, score in zip(rows, scores):
+                row |= {"test_loss": json_number(score.loss), "test_acc1": score.top1, "test_acc5": score.top5}
+        every = {"classifiers": {s.name: row for s, row in zip(probe.settings, rows)}} if len(rows) > 1 else {}
+        about = {"protocol": PROTOCOLS[args.cache_features]} if args.cache_features else {}
+        log.finish_epoch(meter, **rows[probe.best], **every, **about)
+        if utils.is_main_process():
+            checkpoint.save_file(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
+
+
+# --------------------------------------------------------------------------- one run, one folder
+
+
+def identity(
+    args: argparse.Namespace,
+    config: CfgNode,
+    backbone: Backbone,
+    datasets: tuple[data.ImageDataset, data.ImageDataset],
+    precision: str,
+) -> dict[str, Any]:
+    """What must be the same for a run to go on: everything that changes its numbers, by the name of the flag."""
+    digest = hashlib.sha256(config.dump().encode())
+    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(checkpoint.DERIVED)}
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    flags = ["arch", "lr", "n_last_blocks", "avgpool_patchtokens", "epochs", "cache_features"]
+    flags += ["image_size", "crop_ratio", "seed"]
+    return {f"--{name}": getattr(args, name) for name in flags} | {
+        "--batch_size_per_gpu times processes": args.batch_size_per_gpu * utils.get_world_size(),
+        "--precision": precision,
+        "numbers of images and classes": [len(datasets[0]), len(datasets[1]), len(datasets[0].classes)],
+        "digest of weights and config": digest.hexdigest()[:16],
+    }
+
+
+def checkpoint_path(args: argparse.Namespace) -> Path:
+    """The published name."""
+    return Path(args.output_dir) / "checkpoint.pth.tar"
+
+
+def resume(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> int:
+    """Continue from `checkpoint.pth.tar` if it is there; returns the epoch to start with.
+
+    Raises:
+        UsageError: the file is damaged or of another run, on all processes at once.
+    """
+    path, first = checkpoint_path(args), 0
+    with utils.failing_together():
+        if path.exists():
+            content = checkpoint.load_file(path)
+            saved = content.get("run")
+            if saved is None:
+                logger.warning("%s does not say what it was made with; it is taken for a part of this run", path)
+            elif saved != run:
+                changed = [f"{key} {saved.get(key)} -> {run[key]}" for key in run if saved.get(key) != run[key]]
+                raise UsageError(
+                    f"{path} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
+                )
+            probe.load_state(content, f"checkpoint '{path}'")
+            first = int(content["epoch"])
+            logger.info("resuming %s at epoch %d of %d", path, first, args.epochs)
+    utils.must_agree("epochs to resume at", first)
+    return first
+
+
+def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
+    """Print the scores and write them to `results.json`."""
+    train_images, val_images, classes = run["numbers of images and classes"]
+    best, ranked = probe.table[probe.best], f"Top{min(5, classes)}"
+    print(
+        f"linear probe, {PROTOCOLS[args.cache_features]}: {val_images} validation and {train_images} training images, "
+        f"{classes} classes, {args.epochs} epochs"
+    )
+    for row in probe.table:
+        print(f"lr {row['lr']}, last {row['n_last_blocks']} blocks: {_describe(row, ranked)}")
+    print(f"Top-1 test accuracy: {best['best_acc1']:.2f}")
+    record = {
+        "evaluation": EVALUATION,
+        "protocol": PROTOCOLS[args.cache_features],
+        "pretrained_weights": args.pretrained_weights,
+        "best": best,
+        "table": probe.table,
+        "acc5_is": ranked.lower(),
+        "finished_epochs": args.epochs,
+        "run": run,
+    }
+    path = Path(args.output_dir) / "results.json"
+    temporary = path.with_name(".results.json.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _describe(row: dict[str, Any], ranked: str) -> str:
+    if row.get("last_acc1") is None:
+        return f"best Top1: {row['best_acc1']:.2f}"
+    return (
+        f"best Top1: {row['best_acc1']:.2f}, {ranked}: {row['best_acc5']:.2f} (epoch {row['best_epoch']}); "
+        f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
+    )
+
+
+# --------------------------------------------------------------------------- the script
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Stop on values that no part of the program would refuse by itself.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if args.zip_mode:
+        raise UsageError("--zip_mode is not supported yet; unpack the images to DIR/{train,val}/<class>/")
+    for name in ("epochs", "batch_size_per_gpu", "val_freq", "log_freq", "num_labels"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)} must be 1 or more")
+    if args.num_workers < 0:
+        raise UsageError(f"--num_workers {args.num_workers} must be 0 or more")
+    if not 0 < args.crop_ratio <= 1 or (args.image_size is not None and args.image_size < 1):
+        raise UsageError(
+            f"--crop_ratio {args.crop_ratio} must lie in 0..1 and --image_size {args.image_size} be positive"
+        )
+    if not all(0 < lr < math.inf for lr in args.lr):
+        raise UsageError(f"--lr {args.lr} must be positive numbers")
+    for name in ("lr", "n_last_blocks"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise UsageError(f"--{name} {getattr(args, name)} names a value twice; give each once")
+
+
+def claim_folder(args: argparse.Namespace) -> Path:
+    """Create --output_dir.
+
+    Raises:
+        UsageError: it cannot be created, or holds what this run would overwrite or mix with its own.
+    """
+    folder = utils.make_output_dir(args.output_dir)
+    begun = checkpoint_path(args).exists()
+    strangers = {
+        "a pre-training run (checkpoint.pth)": (folder / "checkpoint.pth").exists() and not begun,
+        "other results (results.json)": (folder / "results.json").exists() and not (begun and _own_results(folder)),
+    }
+    for what, found in strangers.items():
+        if found:
+            raise UsageError(f"--output_dir {folder} holds {what}; choose another, e.g. {folder / 'linear'}")
+    return folder
+
+
+def _own_results(folder: Path) -> bool:
+    """Whether `results.json` was written by this script."""
+    try:
+        return json.loads((folder / "results.json").read_text())["evaluation"] == EVALUATION
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
+    """Training images in random crops (centre crops where features are cached), validation images in centre crops.
+
+    Raises:
+        UsageError: no such data, or another number of classes than --num_labels.
+    """
+    size, mean, std = args.image_size or config.MODEL.IMAGE_SIZE[0], config.INPUT.MEAN, config.INPUT.STD
+    val_transform = augment.eval_view(size, args.crop_ratio, mean, std)
+    train_transform = val_transform if args.cache_features else augment.train_view(size, mean, std)
+    datasets = labelled_datasets(args.data_path, config, train_transform, val_transform, args.seed)
+    classes = len(datasets[0].classes)
+    if args.num_labels not in (DEFAULT_LABELS, classes):
+        raise UsageError(
+            f"--num_labels {args.num_labels} differs from the {classes} classes of {args.data_path}; leave it out"
+        )
+    if args.num_labels != classes:
+        logger.info("the data has %d classes: classifiers have as many, not the default of %d", classes, DEFAULT_LABELS)
+    return datasets
+
+
+def build_probe(args: argparse.Namespace, backbone: Backbone, num_labels: int, device: torch.device) -> Probe:
+    """A classifier for every pair of --lr and --n_last_blocks.
+
+    Raises:
+        UsageError: a number of blocks that the network does not have.
+    """
+    blocks = sum(backbone.stage_depths)
+    wrong = [n for n in args.n_last_blocks if not 1 <= n <= blocks]
+    if wrong:
+        raise UsageError(f"--n_last_blocks {wrong[0]} must lie in 1..{blocks}, the blocks of {args.arch}")
+    settings = [Setting(lr, n) for n in args.n_last_blocks for lr in args.lr]
+    widths = [probe_width(backbone, setting.n_last_blocks, args.avgpool_patchtokens) for setting in settings]
+    batch = args.batch_size_per_gpu * utils.get_world_size()
+    return Probe(settings, widths, num_labels, batch, args.epochs, device, args.seed)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build everything, resume, train, report."""
+    device = utils.init_processes(args)
+    utils.setup_logging()
+    check_args(args)
+    precision = utils.resolve_precision(args.precision, device)
+    folder = claim_folder(args)
+    config = load_arch_config(args.arch, args.cfg, args.opts)
+    datasets = build_datasets(args, config)
+    backbone = frozen_backbone(args, config, args.pretrained_weights, device)
+    if not args.pretrained_weights:
+        logger.warning("no --pretrained_weights: the scores are those of a network with random weights")
+    probe = build_probe(args, backbone, len(datasets[0].classes), device)
+    run = identity(args, config, backbone, datasets, precision)
+    first_epoch = resume(probe, args, run)
+    if first_epoch < args.epochs:
+        if utils.is_main_process():
+            utils.save_provenance(folder, args, config)
+        log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
+        source = feature_source(args, backbone, datasets, device, precision)
+        train(probe, source, range(first_epoch, args.epochs), args, log, run)
+        log.close()
+    if utils.is_main_process():
+        report(probe, args, run)
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

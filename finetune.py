@@ -1,0 +1,340 @@
+"""Supervised fine-tuning of a backbone: learning rates by depth, one update, one epoch, validation, saving and resuming.
+
+What timm has comes from there: the parameter groups of layer-wise decay, mixup and cutmix, the losses, the cosine schedule and
+the average of the weights. The command line is eval_finetune.py.
+
+Shapes: B images, C channels, L classes.
+Origin: layer-wise decay of BEiT (Bao et al., ICLR 2022) as used for Swin by SimMIM (Xie et al., CVPR 2022); recipe of DeiT
+(Touvron et al., ICML 2021); all through timm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import utils
+from data.loader import Batch, FailureTally, set_epoch
+from engine import LAUNCH_FLAGS, SYNC_BUFFERS
+from models.base import Backbone
+from progress import EpochMeter, RunLog
+from utils import UsageError, logger
+
+CHECKPOINT = "checkpoint.pth"
+BEST = "best.pth"
+STATE = ("model", "optimizer", "epoch", "best", "finetuning")  # keys without which nothing is resumed
+
+
+# --------------------------------------------------------------------------- learning rates by depth
+
+
+def layer_depths(network: Backbone) -> dict[str, int]:
+    """How deep each parameter lies: 0 before the first block, 1 .. n in the blocks, n + 1 after the last one (norm and heads).
+
+    What leads from one stage to the next (merging, patch embedding) has the depth of the block before it.
+    """
+    number_of: dict[int, int] = {}  # id of a parameter -> its block, counted from 1
+    blocks = [block for stage in range(len(network.stage_depths)) for block in network.stage_blocks(stage)]
+    for number, block in enumerate(blocks, start=1):
+        for part in [block] if isinstance(block, nn.Module) else list(block):
+            number_of |= {id(parameter): number for parameter in part.parameters()}
+    depths, passed = {}, 0
+    for name, parameter in network.named_parameters():
+        if name.startswith(checkpoint.HEADS):
+            depths[name] = len(blocks) + 1
+            continue
+        passed = number_of.get(id(parameter), passed)
+        after_all = passed == len(blocks) and id(parameter) not in number_of
+        depths[name] = len(blocks) + 1 if after_all else passed
+    return depths
+
+
+class _ByDepth(nn.Module):
+    """A network as timm's grouping asks for it: with its parameters' names, and a depth for each name."""
+
+    def __init__(self, network: Backbone) -> None:
+        super().__init__()
+        self.network = network
+        self.depths = {f"network.{name}": depth for name, depth in layer_depths(network).items()}
+
+    def group_matcher(self, coarse: bool) -> Any:
+        """From a name to its depth."""
+        return self.depths.__getitem__
+
+
+def param_groups(network: Backbone, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups whose `lr_scale` is layer_decay ** (deepest - depth); biases, norms and positions are without weight decay."""
+    plain = [f"network.{name}" for name in network.no_weight_decay()]
+    return param_groups_layer_decay(_ByDepth(network), weight_decay, plain, layer_decay=layer_decay)
+
+
+# --------------------------------------------------------------------------- the training
+
+
+class Recipe(NamedTuple):
+    """Everything of the command line that an update depends on."""
+
+    epochs: int
+    steps: int  # optimiser steps of an epoch
+    lr: float  # of the head, after scaling with the batch
+    min_lr: float
+    warmup_epochs: int
+    layer_decay: float
+    weight_decay: float
+    mixup: float
+    cutmix: float
+    smoothing: float
+    clip_grad: float
+    accum_iter: int
+    ema_decay: float | None  # None: no average of the weights
+
+
+class Accuracy(NamedTuple):
+    """In percent; `top5` is of as many classes as there are when these are fewer."""
+
+    top1: float
+    top5: float
+
+
+class FineTuner:
+    """A network with its optimiser and all else that changes as it trains.
+
+    Args:
+        network: with a linear head, on `device`.
+        recipe, classes: see there; classes of the head.
+        precision: what the network computes in, `fp32`, `bf16` or `fp16`; losses are float32.
+    """
+
+    def __init__(self, network: Backbone, recipe: Recipe, classes: int, device: torch.device, precision: str) -> None:
+        if utils.is_distributed() and device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network, self.recipe, self.classes = network, recipe, classes
+        self.device, self.precision = device, precision
+        self.optimizer = torch.optim.AdamW(param_groups(network, recipe.weight_decay, recipe.layer_decay), lr=recipe.lr)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max((recipe.epochs - recipe.warmup_epochs) * recipe.steps, 1),
+            lr_min=recipe.min_lr,
+            warmup_t=recipe.warmup_epochs * recipe.steps,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self.mixup = None
+        if recipe.mixup > 0 or recipe.cutmix > 0:
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+            self.criterion: nn.Module = SoftTargetCrossEntropy()
+        else:
+            self.criterion = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+        self.ema = None if recipe.ema_decay is None else ModelEmaV3(network, recipe.ema_decay, use_warmup=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.wrapped: nn.Module = network
+        if utils.is_distributed():
+            has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+            buffers: dict[str, Any] = {SYNC_BUFFERS: has_batch_norm}
+            self.wrapped = DistributedDataParallel(
+                network, device_ids=[device.index] if device.type == "cuda" else None, **buffers
+            )
+
+    def networks(self) -> dict[str, Backbone]:
+        """What is validated: the network, and the average of its weights where there is one."""
+        return {"model": self.network} | ({} if self.ema is None else {"ema": self.ema.module})
+
+    def step(self, batches: list[Batch], iteration: int) -> dict[str, float]:
+        """One update on micro-batches that count as one batch; gives the loss, a mean over them and the processes.
+
+        Raises:
+            FloatingPointError: a loss that is not finite, on all processes at once and before any weight has changed.
+        """
+        self.scheduler.step_update(iteration)
+        total = torch.zeros((), device=self.device)
+        for i, batch in enumerate(batches):
+            wait = isinstance(self.wrapped, DistributedDataParallel) and i < len(batches) - 1
+            with self.wrapped.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+                images, targets = batch.views[0].to(self.device), batch.labels_B.to(self.device)
+                if self.mixup is not None:
+                    images, targets = self.mixup(images, targets)
+                with utils.autocast(self.device, self.precision):
+                    logits_BL = self.wrapped(images)
+                loss = self.criterion(logits_BL.float(), targets)
+                self.scaler.scale(loss / len(batches)).backward()
+            total += loss.detach() / len(batches)
+        mean = utils.all_reduce_sum(total).item() / utils.get_world_size()
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss of step {iteration} is {mean} with --precision {self.precision}; start the same command again, which "
+                "goes on at the last epoch, with --precision fp32 or a lower --lr"
+            )
+        self.scaler.unscale_(self.optimizer)
+        if self.recipe.clip_grad:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.network, iteration + 1)
+        return {"loss": mean}
+
+    def train_epoch(
+        self, loader: DataLoader[Batch], epoch: int, meter: EpochMeter, log: RunLog, tally: FailureTally
+    ) -> None:
+        """All updates of an epoch.
+
+        Raises:
+            UsageError: more than 1 % of the images cannot be read.
+            FloatingPointError: see `step`.
+        """
+        set_epoch(loader, epoch)
+        for network in self.networks().values():
+            network.start_epoch(epoch, self.recipe.epochs)
+        self.network.train()
+        with log.epoch(meter) as show:
+            for i, batches in enumerate(_in_groups(meter.timed(loader), self.recipe.accum_iter)):
+                failures = [failure for batch in batches for failure in batch.failures]
+                tally.add(failures, self.device, incomplete=not all(batch.views for batch in batches))
+                iteration = epoch * self.recipe.steps + i
+                meter.update(self.step(batches, iteration))
+                show(iteration, lr=max(group["lr"] for group in self.optimizer.param_groups))
+        meter.stop()
+
+    @torch.no_grad()
+    def validate(self, loader: DataLoader[Batch]) -> dict[str, Accuracy]:
+        """Accuracies of all networks in one pass; over all processes every image counts once.
+
+        Raises:
+            UsageError: more than 1 % of the images cannot be read.
+        """
+        networks = self.networks()
+        hits = {name: torch.zeros(2, dtype=torch.float64) for name in networks}
+        failures: list[str] = []
+        seen, incomplete = 0, False
+        for network in networks.values():
+            network.eval()
+        for batch in tqdm(loader, desc="val", disable=None if utils.is_main_process() else True, leave=False):
+            failures += batch.failures
+            incomplete = not batch.views
+            if incomplete:
+                break
+            images = batch.views[0].to(self.device, non_blocking=True)
+            seen += len(images)
+            for name, network in networks.items():
+                with utils.autocast(self.device, self.precision):
+                    logits_BL = network(images)
+                best = logits_BL.float().topk(min(5, self.classes)).indices.cpu() == batch.labels_B[:, None]
+                hits[name] += torch.stack([best[:, :1].sum(), best.sum()])
+        FailureTally(len(loader.dataset)).add(failures, self.device, incomplete)  # type: ignore[arg-type]
+        images_of_all = sum(utils.all_gather_objects(seen))
+        accuracies = {}
+        for name, own in hits.items():
+            top1, top5 = (100 * torch.stack(utils.all_gather_objects(own)).sum(dim=0) / images_of_all).tolist()
+            accuracies[name] = Accuracy(top1, top5)
+        return accuracies
+
+
+def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive groups of `size`; an incomplete last one is left out."""
+    while len(group := list(islice(batches, size))) == size:
+        yield group
+
+
+# --------------------------------------------------------------------------- saving and resuming
+
+
+class Best(NamedTuple):
+    """The best validation so far; epochs count from 0."""
+
+    network: str = ""  # `model` or `ema`; empty before the first validation
+    epoch: int = -1
+    top1: float = -1.0
+    top5: float = -1.0
+
+
+def save_run(output_dir: Path, tuner: FineTuner, epoch: int, best: Best, args: Any, config: Any) -> None:
+    """Write `checkpoint.pth` after an epoch, and `best.pth` if it was the best one. All processes call this."""
+    rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
+    if not utils.is_main_process():
+        return
+    if best.epoch == epoch:
+        weights = tuner.networks()[best.network].state_dict()
+        checkpoint.save_file({"model": weights, "finetuning": best._asdict()}, output_dir / BEST)
+    state = {
+        "model": tuner.network.state_dict(),
+        "ema": None if tuner.ema is None else tuner.ema.module.state_dict(),
+        "optimizer": tuner.optimizer.state_dict(),
+        "fp16_scaler": tuner.scaler.state_dict() if tuner.scaler.is_enabled() else None,
+        "epoch": epoch + 1,
+        "best": best._asdict(),
+        "finetuning": tuner.recipe._asdict(),
+        "args": args,
+        "config": config.dump(),
+        "rng": rng_of_rank,
+        "world_size": utils.get_world_size(),
+    }
+    checkpoint.save_file(state, output_dir / CHECKPOINT)
+
+
+def resume_run(output_dir: Path, tuner: FineTuner, args: Any) -> tuple[int, Best]:
+    """Continue from `output_dir/checkpoint.pth` if it is there; returns the epoch to start with, and the best one so far.
+
+    Raises:
+        UsageError: the file is damaged, of another kind of run, or of another network.
+    """
+    path = output_dir / CHECKPOINT
+    if not path.exists():
+        return 0, Best()
+    source = f"checkpoint '{path}'"
+    content = checkpoint.load_file(path)
+    absent = [key for key in STATE if key not in content]
+    if absent:
+        raise UsageError(
+            f"{source} is not of a fine-tuning, it has no {', '.join(absent)}; choose another --output_dir"
+        )
+    if len(content["model"].get("head.bias", ())) != tuner.classes:
+        raise UsageError(
+            f"{source} has another number of classes than the data's {tuner.classes}; choose another --output_dir"
+        )
+    if (content.get("ema") is None) != (tuner.ema is None):
+        flag = "off" if tuner.ema else "on"
+        raise UsageError(f"{source} was made with --model_ema {flag}; pass that, or choose another --output_dir")
+    for key, network in tuner.networks().items():
+        checkpoint.load_network(network, checkpoint.NetworkState(content[key], "full checkpoint", key), source)
+    try:
+        tuner.optimizer.load_state_dict(content["optimizer"])
+    except ValueError:
+        raise UsageError(f"{source} trained other parameters; choose another --output_dir") from None
+    rebuilt = param_groups(tuner.network, tuner.recipe.weight_decay, tuner.recipe.layer_decay)
+    for group, wanted in zip(tuner.optimizer.param_groups, rebuilt):  # this run's flags, where they have changed
+        group.update({key: wanted[key] for key in ("lr_scale", "weight_decay")})
+    if tuner.scaler.is_enabled() and content.get("fp16_scaler"):
+        tuner.scaler.load_state_dict(content["fp16_scaler"])
+    _report_changes(vars(args), vars(content.get("args") or args))
+    rng_of_rank = content.get("rng") or []
+    if len(rng_of_rank) == utils.get_world_size():
+        utils.set_rng_state(rng_of_rank[utils.get_rank()])
+    else:
+        logger.info("the run was saved by %d processes: random numbers start afresh", len(rng_of_rank))
+    logger.info("resuming %s at epoch %d", path, content["epoch"])
+    return int(content["epoch"]), Best(**content["best"])
+
+
+def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Say which arguments differ from those of the run that is continued."""
+    names = sorted((now.keys() & before.keys()) - LAUNCH_FLAGS)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if now[name] != before[name]]
+    if changed:
+        logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))

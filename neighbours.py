@@ -1,0 +1,236 @@
+"""Nearest neighbours by cosine and the weighted vote over them, for sets of any size.
+
+Both sides are cut into chunks: the similarities of one chunk of queries to one chunk of keys are held at once, and each query
+keeps its k best so far. Equal similarities go to the lower index and equal votes to the lower label, whatever the chunks are.
+
+Memory: the keys, 14 million of width 384 being 21 GB in float32 and half of that in half precision, and beside them a few
+chunks (`CHUNKS`) and one number for each query of a chunk and each class. Votes are float32 always. In half precision
+a GPU multiplies in it; a CPU, where that is slow, turns a chunk of keys at a time to float32.
+
+Shapes: N keys (training images), Q queries of a chunk, C channels, k neighbours, S numbers of neighbours asked for, L classes.
+Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et al. (CVPR 2018); the chunks are this project's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import utils
+from features import LabelledFeatures
+from utils import UsageError, logger
+
+BACKENDS = ("torch", "faiss")
+CHUNKS = {"cpu": (128, 2048), "cuda": (2048, 65536)}  # queries and keys of a chunk; other devices take the CPU's
+RANKED = 5  # the second accuracy is that of the five classes with most votes
+
+
+class Split(NamedTuple):
+    """The same kind of features of both halves of the protocol, normalised to length 1; one set twice for leave-one-out."""
+
+    train: LabelledFeatures
+    val: LabelledFeatures
+
+
+class KnnScore(NamedTuple):
+    """Accuracies in percent of the vote of `k` neighbours.
+
+    `top5` is top-L where there are only L < 5 classes; `per_class` is the top-1 of each label that has validation images.
+    """
+
+    k: int
+    top1: float
+    top5: float
+    per_class: dict[int, float]
+
+
+class Neighbours(NamedTuple):
+    """The nearest keys of some queries, best first; equal ones by index."""
+
+    similarity_Qk: Tensor
+    index_Qk: Tensor
+
+
+# --------------------------------------------------------------------------- the search
+
+
+def nearest(queries_QC: Tensor, keys_NC: Tensor, k: int, own: int | None = None, key_chunk: int = 2048) -> Neighbours:
+    """The `k` keys with the largest inner product, for each query.
+
+    Args:
+        queries_QC, keys_NC: on one device, in one precision.
+        k: at most N, or N - 1 where `own` is given.
+        own: query i is key own + i, and no neighbour of itself.
+        key_chunk: keys whose similarities are held at once.
+    """
+    if queries_QC.device.type == "cpu":
+        queries_QC = queries_QC.float()
+    best = Neighbours(
+        torch.full((len(queries_QC), k), -torch.inf, device=queries_QC.device),
+        torch.full((len(queries_QC), k), -1, device=queries_QC.device),
+    )
+    for first in range(0, len(keys_NC), key_chunk):
+        keys = keys_NC[first : first + key_chunk].to(queries_QC.dtype)
+        similarity = queries_QC @ keys.T
+        if own is not None:
+            itself = own + torch.arange(len(queries_QC), device=keys.device) - first
+            rows = ((itself >= 0) & (itself < len(keys))).nonzero()[:, 0]
+            similarity[rows, itself[rows]] = -torch.inf
+        best = _merge(best, similarity, first)
+    return best
+
+
+def _merge(best: Neighbours, similarity: Tensor, first: int) -> Neighbours:
+    """`best` with the keys `first`, `first` + 1, ... taken in, whose similarities (Q, keys) these are.
+
+    Only what beats a query's worst neighbour so far is sorted: a key as good as that one comes later and loses.
+    Where much does so, as at the beginning, the left half goes first and raises the bar for the right one.
+    """
+    queries, k = best.similarity_Qk.shape
+    better = similarity > best.similarity_Qk[:, -1:].to(similarity.dtype)
+    count, width = int(better.count_nonzero()), similarity.shape[1]
+    if not count:
+        return best
+    if count > 2 * queries * k and width > 1:
+        left, right = similarity.tensor_split(2, dim=1)
+        return _merge(_merge(best, left, first), right, first + left.shape[1])
+    rows, columns = better.nonzero(as_tuple=True)
+    count_Q = rows.bincount(minlength=queries)
+    slots = torch.arange(count, device=rows.device) - (count_Q.cumsum(0) - count_Q)[rows]
+    shape = (queries, int(count_Q.max()))
+    new_similarity = best.similarity_Qk.new_full(shape, -torch.inf)
+    new_similarity[rows, slots] = similarity[rows, columns].float()
+    new_index = best.index_Qk.new_full(shape, -1)
+    new_index[rows, slots] = columns + first
+    merged = torch.cat([best.similarity_Qk, new_similarity], 1).sort(dim=1, descending=True, stable=True)
+    index = torch.cat([best.index_Qk, new_index], 1).gather(1, merged.indices[:, :k])
+    return Neighbours(merged.values[:, :k].contiguous(), index)
+
+
+def load_faiss() -> Any:
+    """The faiss library.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module("faiss")
+    except ImportError:
+        raise UsageError(
+            "--backend faiss needs the package faiss, which is not installed; pip install faiss-cpu, or use --backend torch"
+        ) from None
+
+
+def nearest_faiss(queries_QC: Tensor, keys_NC: Tensor, k: int, own: int | None = None) -> Neighbours:
+    """As `nearest`, by faiss's exact search on the CPU; which of several equal keys come last in the list is its choice."""
+    faiss = load_faiss()
+    found = faiss.knn(
+        queries_QC.cpu().contiguous().numpy(),
+        keys_NC.cpu().contiguous().numpy(),
+        k if own is None else k + 1,
+        metric=faiss.METRIC_INNER_PRODUCT,
+    )
+    similarity, index = (torch.as_tensor(part).to(queries_QC.device) for part in found)
+    index = index.long()
+    if own is not None:
+        itself = own + torch.arange(len(index), device=index.device)[:, None]
+        similarity = similarity.masked_fill(index == itself, -torch.inf)
+    by_index = index.argsort(dim=1)
+    best = similarity.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    return Neighbours(best.values[:, :k], index.gather(1, by_index).gather(1, best.indices[:, :k]))
+
+
+# --------------------------------------------------------------------------- the vote
+
+
+def classes_before_the_true_one(
+    neighbours: Neighbours, labels_N: Tensor, truth_Q: Tensor, ks: Sequence[int], temperature: float, classes: int
+) -> Tensor:
+    """How many classes have more votes than the true one, or as many and a lower label: (S, Q), 0 for a correct vote.
+
+    A neighbour's vote weighs exp(similarity / temperature); votes grow from one `k` to the next larger.
+    """
+    weight_Qk = ((neighbours.similarity_Qk - 1) / temperature).exp()  # up to a factor that no rank depends on
+    label_Qk = labels_N[neighbours.index_Qk]
+    votes_QL = weight_Qk.new_zeros(len(truth_Q), classes)
+    lower_QL = torch.arange(classes, device=truth_Q.device) < truth_Q[:, None]
+    counted, before = 0, {}
+    for k in sorted(set(ks)):
+        votes_QL.scatter_add_(1, label_Qk[:, counted:k], weight_Qk[:, counted:k])
+        counted = k
+        own_Q1 = votes_QL.gather(1, truth_Q[:, None])
+        before[k] = ((votes_QL > own_Q1) | ((votes_QL == own_Q1) & lower_QL)).sum(dim=1)
+    return torch.stack([before[k] for k in ks])
+
+
+def knn_scores(
+    split: Split, ks: Sequence[int], temperature: float, leave_one_out: bool = False, backend: str = "torch"
+) -> list[KnnScore]:
+    """Top-1 and top-5 of the vote, for each number of neighbours; several processes share the queries.
+
+    A `k` beyond the training set is clamped to it, with a warning.
+
+    Args:
+        split: the same on all processes, which all have to call this.
+        leave_one_out: the two sets are one, and every image votes on all others but not on itself.
+
+    Raises:
+        UsageError: an empty set (or a single image to leave out), a `k` or temperature that is not positive, features that
+            are not finite, a backend that is unknown or not installed.
+    """
+    train, val = split
+    voters = len(train.labels_N) - leave_one_out
+    _check(split, ks, temperature, voters, backend)
+    clamped = [min(k, voters) for k in ks]
+    for k in (k for k in ks if k > voters):
+        logger.warning("k = %d is more than the %d training images that vote; all of them do", k, voters)
+    classes = 1 + int(max(train.labels_N.max(), val.labels_N.max()).item())
+    query_chunk, key_chunk = CHUNKS.get(train.features_NC.device.type, CHUNKS["cpu"])
+    hits = torch.zeros(len(ks), 2, classes, dtype=torch.long)  # of the one class with most votes, and of the first five
+    mine = range(0, len(val.labels_N), query_chunk)[utils.get_rank() :: utils.get_world_size()]
+    for first in tqdm(mine, desc="vote", disable=None if utils.is_main_process() else True, leave=False):
+        queries = val.features_NC[first : first + query_chunk]
+        truth = val.labels_N[first : first + query_chunk]
+        own = first if leave_one_out else None
+        if backend == "faiss":
+            found = nearest_faiss(queries, train.features_NC, max(clamped), own)
+        else:
+            found = nearest(queries, train.features_NC, max(clamped), own, key_chunk)
+        before = classes_before_the_true_one(found, train.labels_N, truth, clamped, temperature, classes)
+        for row, before_Q in enumerate(before):
+            for column, ranked in enumerate((1, RANKED)):
+                hits[row, column] += truth[before_Q < ranked].bincount(minlength=classes).cpu()
+    hits = torch.stack(utils.all_gather_objects(hits)).sum(dim=0)
+    return _percent(hits, val.labels_N.cpu().bincount(minlength=classes), ks)
+
+
+def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown --backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    if voters < 1 or not len(split.val.labels_N):
+        raise UsageError("k-NN needs at least one training and one validation image, --leave_one_out two images")
+    if min(ks) < 1 or temperature <= 0:
+        raise UsageError(f"--nb_knn {list(ks)} and --temperature {temperature} must be positive")
+    if not all(part.features_NC.sum(dtype=torch.float32).isfinite() for part in split):
+        raise UsageError("the features hold numbers that are not finite; check the weights of the network")
+    if backend == "faiss" and split.train.features_NC.dtype != torch.float32:
+        raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
+    if backend == "faiss":
+        load_faiss()
+
+
+def _percent(hits: Tensor, images_L: Tensor, ks: Sequence[int]) -> list[KnnScore]:
+    """Accuracies of counted hits (S, 2, L)."""
+    scores = []
+    labels = images_L.nonzero()[:, 0].tolist()
+    for k, (first, ranked) in zip(ks, hits):
+        top1, top5 = (100 * int(count.sum()) / int(images_L.sum()) for count in (first, ranked))
+        scores.append(
+            KnnScore(k, top1, top5, {label: 100 * int(first[label]) / int(images_L[label]) for label in labels})
+        )
+    return scores

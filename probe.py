@@ -1,0 +1,187 @@
+"""Linear classifiers on frozen features, trained side by side: their weights, optimiser, schedule and table of scores.
+
+Shapes: B images of a batch, C channels of a feature, K classes, S classifiers.
+Origin: the linear evaluation of DINO (Caron et al., ICCV 2021) section 4.1; keys of files follow microsoft/esvit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import utils
+from models import Backbone
+from utils import UsageError
+
+
+class Setting(NamedTuple):
+    """What one classifier is trained with."""
+
+    lr: float  # of the command line, before it is scaled with the batch
+    n_last_blocks: int
+
+    @property
+    def name(self) -> str:
+        """Its key in files."""
+        return f"lr{self.lr}_n{self.n_last_blocks}"
+
+
+class Score(NamedTuple):
+    """Mean loss and accuracies in percent; `top5` is top-C where there are only C < 5 classes."""
+
+    loss: float
+    top1: float
+    top5: float
+
+
+# --------------------------------------------------------------------------- classifiers
+
+
+def probe_width(backbone: Backbone, n: int, avgpool: bool) -> int:
+    """Length of `forward_return_n_last_blocks(images, n, avgpool)`; these are the last entries of what a larger n gives."""
+    widths = [width for width, depth in zip(backbone.stage_dims, backbone.stage_depths) for _ in range(depth)]
+    return sum(widths[-n:]) + (backbone.num_features if avgpool else 0)
+
+
+class Classifier(nn.Module):
+    """One linear layer on the last `width` entries of a feature vector."""
+
+    def __init__(self, width: int, num_labels: int, seed: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, num_labels)
+        with torch.no_grad():
+            self.linear.weight.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
+            self.linear.bias.zero_()
+
+    def forward(self, features_BC: Tensor) -> Tensor:
+        return self.linear(features_BC[:, -self.linear.in_features :])
+
+
+class Classifiers(nn.Module):
+    """Classifiers that see the same features and nothing of each other; each starts as it would alone."""
+
+    def __init__(self, widths: list[int], num_labels: int, seed: int) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(Classifier(width, num_labels, seed) for width in widths)
+
+    def forward(self, features_BC: Tensor) -> list[Tensor]:
+        return [classifier(features_BC) for classifier in self.each]
+
+
+class Probe:
+    """All classifiers of a run with their optimiser, their schedule and the table of their scores.
+
+    Args:
+        settings: one for each classifier.
+        widths: of each one's features.
+        num_labels: classes.
+        batch: images of a step over all processes.
+        epochs: length of the cosine.
+        device: where they compute; with several processes gradients are averaged.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        settings: list[Setting],
+        widths: list[int],
+        num_labels: int,
+        batch: int,
+        epochs: int,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.settings = settings
+        self.classifiers = Classifiers(widths, num_labels, seed).to(device)
+        self.wrapped: nn.Module = self.classifiers
+        if utils.is_distributed():
+            self.wrapped = DistributedDataParallel(
+                self.classifiers, device_ids=[device.index] if device.type == "cuda" else None
+            )
+        groups = [
+            {"params": list(classifier.parameters()), "lr": setting.lr * batch / 256}
+            for setting, classifier in zip(settings, self.classifiers.each)
+        ]
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs, eta_min=0.0)
+        self.table: list[dict[str, Any]] = [
+            {**setting._asdict(), "best_acc1": None, "best_acc5": None, "best_epoch": None} for setting in settings
+        ]
+
+    @property
+    def lrs(self) -> list[float]:
+        """Present learning rate of each classifier."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def best(self) -> int:
+        """The classifier with the best validation accuracy so far; the first of equals."""
+        accuracies = [-1.0 if row["best_acc1"] is None else row["best_acc1"] for row in self.table]
+        return accuracies.index(max(accuracies))
+
+    def step(self, features_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """Update every classifier; returns the loss of each on this process."""
+        losses_S = torch.stack([F.cross_entropy(logits, labels_B) for logits in self.wrapped(features_BC)])
+        self.optimizer.zero_grad()
+        losses_S.sum().backward()
+        self.optimizer.step()
+        return losses_S.detach()
+
+    def record(self, epoch: int, scores: list[Score]) -> None:
+        """Enter the scores of a validation into the table."""
+        for row, score in zip(self.table, scores):
+            row |= {"last_acc1": score.top1, "last_acc5": score.top5, "last_loss": json_number(score.loss)}
+            if row["best_acc1"] is None or score.top1 > row["best_acc1"]:
+                row |= {"best_acc1": score.top1, "best_acc5": score.top5, "best_epoch": epoch}
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """What `checkpoint.pth.tar` holds: the published keys for the best classifier, and all where there are several."""
+        weights = [classifier.state_dict() for classifier in self.classifiers.each]
+        state = {
+            "epoch": epoch + 1,
+            "state_dict": checkpoint.prefixed(weights[self.best]),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "best_acc": self.table[self.best]["best_acc1"] or 0.0,
+            "table": self.table,
+        }
+        if len(weights) > 1:
+            state["classifiers"] = {setting.name: w for setting, w in zip(self.settings, weights)}
+        return state
+
+    def load_state(self, content: dict[str, Any], source: str) -> None:
+        """Take up what `state` returned, or a published file of one classifier.
+
+        Raises:
+            UsageError: keys are missing, or it is of other classifiers.
+        """
+        absent = {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"} - content.keys()
+        if absent:
+            raise UsageError(
+                f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
+            )
+        several = content.get("classifiers", {})
+        try:
+            for setting, classifier in zip(self.settings, self.classifiers.each):
+                weights = several[setting.name] if len(self.settings) > 1 else content["state_dict"]
+                classifier.load_state_dict({name.removeprefix(checkpoint.PREFIX): w for name, w in weights.items()})
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scheduler.load_state_dict(content["scheduler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UsageError(f"{source} is of other classifiers ({reason}); choose another --output_dir") from None
+        if "table" in content:
+            self.table = content["table"]
+        else:
+            self.table[0]["best_acc1"] = float(content["best_acc"])
+
+
+def json_number(value: float) -> float | None:
+    """None in place of what JSON cannot hold."""
+    return value if math.isfinite(value) else None

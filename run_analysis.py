@@ -1,0 +1,438 @@
+"""Look into a frozen network: attention, correspondences, entropy, features, and a report of a run.
+
+    python run_analysis.py --arch swin_tiny --pretrained_weights RUN/checkpoint.pth --image_path PHOTO --output_dir OUT \\
+        --vis_attention --vis_correspondence --vis_features
+    python run_analysis.py ... --data_path IMAGES --vis_entropy --measure_correspondence    # over a folder; torchrun works too
+    python run_analysis.py ... --measure_stereo                                             # against ground truth
+    python run_analysis.py ... --report --run_dir RUN --image_path PHOTOS                   # one HTML page
+
+Any architecture, any image size; ResNet has no attention to show. Nothing in --output_dir is overwritten.
+
+Origin: the pictures and measures of EsViT (Li et al., ICLR 2022) and DINO (Caron et al., ICCV 2021); flags follow microsoft/esvit.
+The stereo measure and the report are this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+import data
+import utils
+from analysis import attention, correspondence, draw, pictures, stereo
+from analysis.files import newest, save_image, save_json, unused
+from analysis.images import (
+    Picture,
+    Scale,
+    Views,
+    as_picture,
+    find_images,
+    flip_views,
+    load_picture,
+    load_views,
+    plain_view,
+    random_views,
+    save_views,
+    scale_of,
+)
+from analysis.report import Figure, build_report
+from data.augment import MultiCrop
+from features import frozen_backbone
+from models import Backbone, load_arch_config
+from utils import UsageError, bool_flag, logger
+
+LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line: names and defaults of the published script, and this project's additions."""
+    parser = argparse.ArgumentParser(
+        "run_analysis.py",
+        description="attention, correspondences and features of a frozen network",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    utils.add_network_flags(parser)
+    parser.set_defaults(patch_size=8)
+    tasks = parser.add_argument_group("what to do, at least one of")
+    for flag, words in {
+        "vis_attention": "where a query looks, head by head",
+        "vis_correspondence": "the most similar regions of two views, or of two images",
+        "measure_correspondence": "how often regions find their place in the flipped image, over a folder",
+        "measure_stereo": "how well regions find their place in the other picture of a stereo pair",
+        "vis_entropy": "mean entropy of each head's attention, over a folder",
+        "vis_features": "principal components of the region features as colours",
+        "report": "one HTML page with the run's curves, scores and pictures",
+    }.items():
+        tasks.add_argument(f"--{flag}", type=bool_flag, nargs="?", const=True, default=False, help=words)
+    add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
+    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
+    add(
+        "--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of the checkpoint"
+    )
+    add("--learning", default="ssl", choices=list(LEARNING), help="how the network was trained, as file names tell it")
+    add("--image_path", default=None, help="image, or folder of images of which some are taken; default: --data_path")
+    add("--image_path2", default=None, help="second image for --vis_correspondence; default: two views of the first")
+    add("--num_images", type=int, default=4, help="how many images of a folder are looked at")
+    add("--image_size", type=int, default=None, help="shorter side in pixels; default: that of MODEL.IMAGE_SIZE")
+    add("--query", type=float, nargs=2, metavar=("X", "Y"), default=None,
+        help="pixel of the image whose region looks; default: the class token where there is one, else the centre")  # fmt: skip
+    add("--block", type=int, default=-1, help="block to look at, counted from the first (0) or from the last (-1)")
+    add("--threshold", type=float, default=0.6, help="share of the attention that masks keep")
+    add("--use_saved_aug", type=bool_flag, nargs="?", const=True, default=False,
+        help="take the views that an earlier --vis_correspondence saved in --output_dir")  # fmt: skip
+    add("--output_dir", default=".", help="folder for pictures and figures")
+    add("--run_dir", default=None, help="folder of the training run for --report; default: --output_dir")
+    add("--seed", type=int, default=8, help="of views, and of random weights")
+    add("--batch_size_per_gpu", type=int, default=32)
+    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--data_path", default="", help="folder of images for what is measured over many")
+    utils.add_launch_flags(parser)
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return parser
+
+
+class Lab(NamedTuple):
+    """What every task works with."""
+
+    backbone: Backbone
+    config: CfgNode
+    scale: Scale
+    device: torch.device
+    folder: Path
+    args: argparse.Namespace
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return int(self.config.MODEL.SPEC.IN_CHANS)
+
+    @property
+    def block(self) -> int:
+        """The block that --block means, counted from the first."""
+        return attention.find_block(self.backbone, self.args.block)
+
+    def output(self, name: str) -> Path:
+        """Where a result goes, with network and learning in its name."""
+        return self.folder / f"{self.args.arch}_{LEARNING[self.args.learning]}_{name}"
+
+    def pictures(self) -> list[Picture]:
+        """The images to look at.
+
+        Raises:
+            UsageError: none is named, or one cannot be read.
+        """
+        path = self.args.image_path or self.args.data_path
+        if not path:
+            raise UsageError("no image is named; pass --image_path FILE or FOLDER, or --data_path FOLDER")
+        files = find_images(path, self.args.num_images)
+        found = [load_picture(file, self.scale, self.in_chans) for file in files]
+        if len(files) > 1:  # files of several folders may share their names
+            found = [p._replace(name=f"{Path(file).parent.name}_{p.name}") for file, p in zip(files, found)]
+        return found
+
+
+# --------------------------------------------------------------------------- pictures of single images
+
+
+def vis_attention(lab: Lab) -> None:
+    """An overview and the single pictures of every image."""
+    block = lab.block
+    for picture in lab.pictures():
+        drawn = attention_of(lab, picture, block)
+        _say(save_image(drawn.overview, lab.output(f"{picture.name}_attention.png")))
+        folder = unused(lab.output(f"{picture.name}_attention_heads"))
+        folder.mkdir()
+        for name, image in drawn.single.items():
+            image.save(folder / name)
+
+
+def attention_of(lab: Lab, picture: Picture, block: int) -> pictures.AttentionPictures:
+    """Attention of one block on one image, as the flags ask for it."""
+    query = tuple(lab.args.query) if lab.args.query else None
+    return pictures.attention_pictures(lab.backbone, picture, lab.scale, block, lab.args.threshold, query, lab.device)
+
+
+def vis_correspondence(lab: Lab) -> None:
+    """The best pairs of two views of every image, or of two images."""
+    found = lab.pictures()
+    if lab.args.image_path2:
+        first, second = found[0], load_picture(lab.args.image_path2, lab.scale, lab.in_chans)
+        views = {f"{first.name}_{second.name}": Views(first.pixels_CHW, second.pixels_CHW, "two images")}
+    else:
+        views = {picture.name: views_of(lab, picture) for picture in found}
+    for name, pair in views.items():
+        image, cosines = pictures.correspondence_picture(lab.backbone, pair, lab.scale, lab.device)
+        _say(save_image(image, lab.output(f"{name}_correspondence.png")))
+        print(f"{name} ({pair.made}): cosines {' '.join(f'{cosine:.3f}' for cosine in cosines)}")
+
+
+def views_of(lab: Lab, picture: Picture) -> Views:
+    """Two views: the saved ones with --use_saved_aug, else new ones, which are saved.
+
+    Raises:
+        UsageError: none were saved.
+    """
+    path = lab.folder / f"views_{picture.name}.pth"
+    if not lab.args.use_saved_aug:
+        views = random_views(picture, lab.args.seed)
+        save_views(views, unused(path))
+        return views
+    saved = newest(path)
+    if saved is None:
+        raise UsageError(f"--use_saved_aug finds no {path}; run --vis_correspondence without it first")
+    return load_views(saved, lab.in_chans)
+
+
+def vis_features(lab: Lab) -> None:
+    """Principal components of every image's regions."""
+    for picture in lab.pictures():
+        image = pictures.features_picture(lab.backbone, picture, lab.scale, lab.device)
+        _say(save_image(image, lab.output(f"{picture.name}_features.png")))
+
+
+# --------------------------------------------------------------------------- measures over a folder
+
+
+@torch.no_grad()
+def sum_over_folder(lab: Lab, transform: MultiCrop, measure: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """The sum of what `measure` gives for each batch's views, over the whole folder and all processes.
+
+    Raises:
+        UsageError: no folder, no images, or more than 1 % of them cannot be read.
+    """
+    path = lab.args.data_path or lab.args.image_path
+    if not path:
+        raise UsageError("no folder of images is named; pass --data_path FOLDER")
+    dataset = data.build_dataset(path, "val", transform, lab.in_chans, lab.args.seed)
+    loader = data.build_eval_loader(
+        dataset, lab.args.batch_size_per_gpu, lab.args.num_workers, pin_memory=lab.device.type == "cuda"
+    )
+    total: Tensor | None = None
+    failures: list[str] = []
+    incomplete = False
+    for batch in tqdm(loader, disable=None if utils.is_main_process() else True, leave=False):
+        failures += batch.failures
+        incomplete = incomplete or not batch.views
+        if incomplete:
+            break
+        sums = measure([view.to(lab.device, non_blocking=True) for view in batch.views])
+        total = sums if total is None else total + sums
+    data.FailureTally(len(dataset)).add(failures, lab.device, incomplete)
+    width = max(utils.all_gather_objects(0 if total is None else len(total)))  # a process may have no image
+    total = torch.zeros(width) if total is None else total
+    return utils.all_reduce_sum(total.float().to(lab.device)).double().cpu()
+
+
+def measure_correspondence(lab: Lab) -> None:
+    """The published measure over a folder, to `correspondence.json`."""
+    size = lab.scale.size_for(*lab.config.MODEL.IMAGE_SIZE)
+
+    def measure(views: list[Tensor]) -> Tensor:
+        first, second = (correspondence.region_features(lab.backbone, view) for view in views)
+        return correspondence.flip_sums(first, second, size, pictures.PAIRS)
+
+    transform = flip_views(size, lab.in_chans, lab.scale.mean, lab.scale.std)
+    score = correspondence.flip_score(sum_over_folder(lab, transform, measure).tolist())
+    if utils.is_main_process():
+        print(
+            f"correspondence under a flip, {score.images} images: accuracy {score.accuracy:.2f} %, "
+            f"distance error {score.distance:.2f} pixels"
+        )
+        _say(save_json(score._asdict() | {"image_size": list(size)}, lab.folder / "correspondence.json"))
+
+
+def mean_entropies(lab: Lab) -> list[list[float]]:
+    """For each block the mean entropy of each head, in bits, over a folder."""
+    lab.block  # noqa: B018  # a network without attention is told so
+    size = lab.scale.size_for(*lab.config.MODEL.IMAGE_SIZE)
+    heads: list[int] = []
+
+    def measure(views: list[Tensor]) -> Tensor:
+        by_block = attention.entropies(lab.backbone, views[0])
+        heads[:] = [bits_BH.shape[1] for bits_BH in by_block]
+        counted = torch.ones(len(views[0]), 1, device=views[0].device)
+        return torch.cat([*by_block, counted], dim=1).sum(dim=0).cpu()
+
+    sums = sum_over_folder(lab, plain_view(size, lab.scale.mean, lab.scale.std), measure)
+    heads = next(found for found in utils.all_gather_objects(heads) if found)
+    means = sums[:-1] / sums[-1]
+    return [part.tolist() for part in means.split(heads)]
+
+
+def vis_entropy(lab: Lab) -> None:
+    """Entropy by layer and head, as a plot and as JSON."""
+    values = mean_entropies(lab)
+    if utils.is_main_process():
+        _say(save_image(entropy_plot(lab, values), lab.output("entropy.png")))
+        _say(save_json({"bits_by_block_and_head": values}, lab.output("entropy.json")))
+
+
+def entropy_plot(lab: Lab, values: Sequence[Sequence[float]]) -> Any:
+    """The plot of `mean_entropies`."""
+    return draw.dots_by_layer(
+        values, lab.backbone.stage_depths, "Entropy of attention by layer; a dot is a head", "bits"
+    )
+
+
+# --------------------------------------------------------------------------- stereo
+
+
+def measure_stereo(lab: Lab) -> None:
+    """The network beside raw pixels, the untrained network and chance, as a table and to `stereo.json`."""
+    scores = stereo_scores(lab)
+    print(f"{'stereo pair':<20}{'regions':>9}{'within one region':>20}{'median error':>15}")
+    for name, score in scores.items():
+        print(f"{name:<20}{score.regions:>9}{score.within_one:>18.2f} %{score.median_error:>12.1f} px")
+    _say(save_json({name: score._asdict() for name, score in scores.items()}, lab.folder / "stereo.json"))
+
+
+@torch.no_grad()
+def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
+    """The stereo measure for all kinds of features."""
+    if lab.in_chans != 3:
+        raise UsageError(
+            f"--measure_stereo has pictures of 3 channels, this network takes {lab.in_chans}; leave it out"
+        )
+    pair = stereo.load_stereo()
+    scale = lab.scale if lab.args.image_size else lab.scale._replace(shorter_side=pair.left.height)
+    size = scale.size_for(pair.left.height, pair.left.width)
+    pair = stereo.resized(pair, size)
+    left, right = (
+        scale.normalised(as_picture("", picture, scale).pixels_CHW).to(lab.device)
+        for picture in (pair.left, pair.right)
+    )
+    networks = {"network": lab.backbone}
+    if lab.args.pretrained_weights:
+        networks["untrained network"] = frozen_backbone(lab.args, lab.config, "", lab.device)
+    grid = correspondence.region_features(lab.backbone, left).grid
+    truth = stereo.true_places(pair.disparity_HW, grid)
+    scores = {}
+    for name, network in networks.items():
+        first, second = (correspondence.region_features(network, image).regions_BTC[0].cpu() for image in (left, right))
+        scores[name] = stereo.stereo_score(first, second, truth, grid, size)
+    first, second = (stereo.pixel_regions(image.cpu(), grid) for image in (left, right))
+    scores["raw pixels"] = stereo.stereo_score(first, second, truth, grid, size)
+    scores["chance"] = stereo.chance_score(truth, grid, size)
+    return scores
+
+
+# --------------------------------------------------------------------------- the report
+
+
+def report(lab: Lab) -> None:
+    """Everything about a run on one page, `report.html`."""
+    found = lab.pictures()
+    figures: dict[str, list[Figure]] = {"Attention": [], "Correspondence of two views": [], "Region features": []}
+    for picture in found:
+        if lab.backbone.has_attention:
+            figures["Attention"].append(
+                Figure(attention_of(lab, picture, lab.block).overview, f"attention on {picture.name}")
+            )
+        views = random_views(picture, lab.args.seed)
+        pairs, _ = pictures.correspondence_picture(lab.backbone, views, lab.scale, lab.device)
+        figures["Correspondence of two views"].append(Figure(pairs, f"two views of {picture.name}"))
+        regions = pictures.features_picture(lab.backbone, picture, lab.scale, lab.device)
+        figures["Region features"].append(
+            Figure(regions, f"regions of {picture.name}, alike in colour where alike in features")
+        )
+    if lab.backbone.has_attention:
+        images = torch.cat([centre_view(lab, picture) for picture in found]).to(lab.device)
+        by_block = [bits_BH.mean(dim=0).tolist() for bits_BH in attention.entropies(lab.backbone, images)]
+        figures["Entropy of attention"] = [
+            Figure(entropy_plot(lab, by_block), f"mean over the {len(found)} images above")
+        ]
+    run_dir = Path(lab.args.run_dir or lab.folder)
+    facts = {
+        "network": f"{lab.args.arch}, {sum(p.numel() for p in lab.backbone.parameters()) / 1e6:.1f}M parameters",
+        "weights": f"{lab.args.pretrained_weights or 'random'} ({lab.args.checkpoint_key}, {lab.args.learning})",
+        "run": str(run_dir),
+        "revision": utils.git_revision(),
+    }
+    path = unused(lab.folder / "report.html")
+    path.write_text(
+        build_report(f"Report on {run_dir.resolve().name}", facts, run_dir, lab.folder, figures), encoding="utf-8"
+    )
+    _say(path)
+
+
+def centre_view(lab: Lab, picture: Picture) -> Tensor:
+    """(1, C, H, W) of the size that all images can have."""
+    transform = plain_view(lab.scale.size_for(*lab.config.MODEL.IMAGE_SIZE), lab.scale.mean, lab.scale.std)
+    return transform(picture.pixels_CHW)[0].unsqueeze(0)
+
+
+def _say(path: Path) -> None:
+    logger.info("wrote %s", path)
+
+
+# --------------------------------------------------------------------------- the script
+
+# Measures over a folder share it among processes; the other tasks are the main process's.
+SHARED: dict[str, Callable[[Lab], None]] = {
+    "vis_entropy": vis_entropy,
+    "measure_correspondence": measure_correspondence,
+}
+ALONE: dict[str, Callable[[Lab], None]] = {
+    "vis_attention": vis_attention,
+    "vis_correspondence": vis_correspondence,
+    "vis_features": vis_features,
+    "measure_stereo": measure_stereo,
+    "report": report,  # last: it shows the scores of the others
+}
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Stop on values that no task can use.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    tasks = SHARED | ALONE
+    if not any(getattr(args, task) for task in tasks):
+        raise UsageError(f"nothing to do; pass at least one of {' '.join('--' + task for task in tasks)}")
+    if not 0 < args.threshold <= 1:
+        raise UsageError(f"--threshold {args.threshold} is a share of the attention and must lie in 0..1, above 0")
+    for flag in ("batch_size_per_gpu", "num_images"):
+        if getattr(args, flag) < 1:
+            raise UsageError(f"--{flag} {getattr(args, flag)} must be 1 or more")
+    if args.num_workers < 0:
+        raise UsageError(f"--num_workers {args.num_workers} must be 0 or more")
+    if args.run_dir and not Path(args.run_dir).is_dir():
+        raise UsageError(f"--run_dir {args.run_dir} is no folder; name the folder of a training run")
+
+
+def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
+    """Load the network and see at which scale it looks."""
+    config = load_arch_config(args.arch, args.cfg, args.opts)
+    data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
+    backbone = frozen_backbone(args, config, args.pretrained_weights, device)
+    if not args.pretrained_weights:
+        logger.warning("no --pretrained_weights: the network has random weights, this is what an untrained one sees")
+    scale = scale_of(backbone, config, args.image_size, device)
+    return Lab(backbone, config, scale, device, utils.make_output_dir(args.output_dir), args)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Do what was asked for, one task after the other."""
+    device = utils.init_processes(args)
+    utils.setup_logging()
+    check_args(args)
+    lab = open_lab(args, device)
+    for name, task in SHARED.items():
+        if getattr(args, name):
+            task(lab)
+    for name, task in ALONE.items():
+        if getattr(args, name) and utils.is_main_process():
+            task(lab)
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,339 @@
+"""What analysis computes, against loops and hand-made cases; what it draws, pixel by pixel where that is short."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from small_networks import small_network
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+from analysis import attention, correspondence, draw, stereo
+from analysis.correspondence import RegionFeatures
+from analysis.files import newest, read_json, save_image, save_json, unused
+from analysis.images import (
+    Scale,
+    as_picture,
+    flip_views,
+    load_views,
+    random_views,
+    save_views,
+    scale_of,
+    shown,
+    views_of_size,
+)
+from config import load_config
+from data.augment import MultiCrop
+from models.base import BlockOutput
+from utils import UsageError
+
+# --------------------------------------------------------------------------- attention
+
+
+def test_entropy_in_bits() -> None:
+    weights = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.0] * 4, [3.0, 3.0, 0, 0]])
+    torch.testing.assert_close(attention.entropy_bits(weights), torch.tensor([2.0, 0.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
+def test_the_mask_is_the_smallest_set_with_the_mass(share: float) -> None:
+    weights = torch.rand(20, 7).square()
+    for row, mask in zip(weights, attention.keep_top_mass(weights, share)):
+        sizes = (
+            n
+            for n in range(1, 8)
+            if any(row[list(s)].sum() >= share * row.sum() for s in itertools.combinations(range(7), n))
+        )
+        assert int(mask.sum()) == next(sizes)
+        assert float(row[mask].sum()) >= share * float(row.sum()) - 1e-6
+        assert not (~mask).any() or row[mask].min() >= row[~mask].max()
+
+
+def test_masks_of_zero_and_of_all() -> None:
+    assert not attention.keep_top_mass(torch.zeros(2, 5), 0.6).any()
+    assert attention.keep_top_mass(torch.tensor([0.5, 0.0, 0.5]), 1.0).tolist() == [True, False, True]
+
+
+def test_regions_of_points() -> None:
+    assert attention.region_at((0, 0), (100, 200), (5, 10)) == (0, 0)
+    assert attention.region_at((199.9, 99.9), (100, 200), (5, 10)) == (4, 9)
+    assert attention.region_at((45, 70), (100, 200), (5, 10)) == (3, 2)
+    with pytest.raises(UsageError, match="--query 200 10 is outside the image, which is 200 pixels wide and 100 high"):
+        attention.region_at((200, 10), (100, 200), (5, 10))
+
+
+@torch.no_grad()
+def test_heads_are_ranked_by_entropy_and_keep_their_numbers() -> None:
+    network = small_network("swin").eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    image = torch.randn(1, 3, 64, 64)
+    maps = attention.head_maps(network, image, 3, 0.6, (40.0, 20.0))
+    assert maps.query_yx == (2, 5)
+    output = network.forward_blocks(image, attention=True)[0]
+    planes = network.attention_plane(output, (2, 5))[0]
+    assert sorted(maps.heads) == [0, 1]
+    torch.testing.assert_close(maps.planes_Hhw, planes[maps.heads])
+    assert maps.entropies_H.tolist() == sorted(maps.entropies_H.tolist())
+    assert attention.head_maps(network, image, 0, 0.6).query_yx == (8, 8)  # the centre of 16 x 16
+
+
+def test_padding_does_not_count_in_the_entropy() -> None:
+    """Rows of tokens are uniform over 16, those of padding look at one token."""
+    network, grid = small_network("swin"), (5, 6)  # in windows of 4: one and a half each way
+    maps = F.one_hot(torch.zeros(2, 4, 16, dtype=torch.long), 16).float()  # images, windows, queries, keys
+    real = [(4, 4), (4, 2), (1, 4), (1, 2)]  # height and width of what is no padding
+    for window, (height, width) in enumerate(real):
+        for position in range(16):
+            if position // 4 < height and position % 4 < width:
+                maps[:, window, position] = 1 / 16
+    output = BlockOutput(torch.zeros(2, 30, 12), 0, grid, maps.flatten(0, 1).unsqueeze(1), 0)
+    torch.testing.assert_close(attention.block_entropy(network, output), torch.full((2, 1), 4.0))
+
+
+def test_networks_and_blocks_without_attention() -> None:
+    with pytest.raises(UsageError, match="ResNet has no attention to show"):
+        attention.find_block(small_network("resnet"), -1)
+    swin = small_network("swin")
+    assert [attention.find_block(swin, number) for number in (-1, 0, -4)] == [3, 0, 0]
+    with pytest.raises(UsageError, match=r"--block 4 is not there; choose 0\.\.3"):
+        attention.find_block(swin, 4)
+
+
+# --------------------------------------------------------------------------- correspondence
+
+
+def features_of(regions_BTC: Tensor, grid: tuple[int, int]) -> RegionFeatures:
+    regions_BTC = F.normalize(regions_BTC, dim=-1)
+    return RegionFeatures(F.normalize(regions_BTC.mean(1), dim=-1), regions_BTC, grid)
+
+
+def test_flip_measure_equals_a_loop() -> None:
+    grid, size, count = (3, 5), (30, 100), 10
+    first, second = (features_of(torch.randn(4, 15, 8), grid) for _ in range(2))
+    hits, pixels = [], []
+    for b in range(4):
+        found = []
+        for i in range(15):
+            cosines = [float(first.regions_BTC[b, i] @ second.regions_BTC[b, j]) for j in range(15)]
+            j = int(np.argmax(cosines))
+            true = i // 5 * 5 + 4 - i % 5
+            off = math.hypot((j // 5 - true // 5) * 10, (j % 5 - true % 5) * 20)
+            found.append((-cosines[j], j == true, off))
+        best = sorted(found)[:count]
+        hits.append(sum(hit for _, hit, _ in best) / count)
+        pixels.append(sum(off for _, _, off in best) / count)
+    score = correspondence.flip_score(correspondence.flip_sums(first, second, size, count).tolist())
+    assert score.images == 4
+    assert score.accuracy == pytest.approx(100 * sum(hits) / 4)
+    assert score.distance == pytest.approx(sum(pixels) / 4, rel=1e-5)
+
+
+def test_a_perfect_flip_is_found() -> None:
+    first = features_of(torch.randn(2, 12, 32), (3, 4))
+    second = first._replace(regions_BTC=first.regions_BTC.unflatten(1, (3, 4)).flip(2).flatten(1, 2))
+    score = correspondence.flip_score(correspondence.flip_sums(first, second, (30, 40), 10).tolist())
+    assert (score.accuracy, score.distance) == (100.0, 0.0)
+
+
+def test_top_pairs_are_the_most_similar_and_may_be_few() -> None:
+    first, second = F.normalize(torch.randn(6, 8), dim=1), F.normalize(torch.randn(9, 8), dim=1)
+    pairs = correspondence.nearest(first, second)
+    top = correspondence.top_pairs(pairs, 4)
+    assert top.similarity_K.tolist() == sorted(pairs.similarity_K.tolist(), reverse=True)[:4]
+    torch.testing.assert_close((first[top.first_K] * second[top.second_K]).sum(1), top.similarity_K)
+    assert len(correspondence.top_pairs(pairs, 99).first_K) == 6
+
+
+def test_the_region_most_like_its_view() -> None:
+    regions = torch.eye(4)[None]
+    view = F.normalize(torch.tensor([[0.1, 0.2, 0.9, 0.3]]), dim=1)
+    assert RegionFeatures(view, regions, (2, 2)).most_like_view.tolist() == [2]
+
+
+def test_principal_colours_follow_the_strongest_directions() -> None:
+    along = torch.linspace(-1, 1, 9)
+    features = torch.stack([10 * along, torch.zeros(9), 3 * along.square()], dim=1)
+    colours = correspondence.principal_colours(features)
+    torch.testing.assert_close(colours[:, 0] if colours[0, 0] < 0.5 else 1 - colours[:, 0], (along + 1) / 2)
+    assert colours.amin(0).tolist()[:2] == [0.0, 0.0]
+    assert colours.amax(0).tolist()[:2] == [1.0, 1.0]
+    assert (colours[:, 2] == 0.5).all()  # nothing is left for a third one
+    assert (correspondence.principal_colours(torch.ones(5, 2)) == 0.5).all()
+
+
+# --------------------------------------------------------------------------- stereo
+
+
+def test_a_shifted_texture_is_found_where_the_disparity_says() -> None:
+    torch.manual_seed(3)
+    wide = torch.randn(1, 3, 64, 160)
+    left, right = wide[..., :128], wide[..., 16:144]  # what is at x on the left is at x - 16 on the right
+    grid, size = (4, 8), (64, 128)
+    truth = stereo.true_places(torch.full(size, 16.0), grid)
+    assert truth.regions_K.tolist() == [i for i in range(32) if i % 8]  # the first column has left the picture
+    score = stereo.stereo_score(stereo.pixel_regions(left, grid), stereo.pixel_regions(right, grid), truth, grid, size)
+    assert score == stereo.StereoScore(28, 100.0, 0.0)
+    wrong = stereo.stereo_score(stereo.pixel_regions(right, grid), stereo.pixel_regions(left, grid), truth, grid, size)
+    assert wrong.within_one < 20
+    chance = stereo.chance_score(truth, grid, size)
+    assert chance.regions == 28
+    assert 100 * 4 / 32 < chance.within_one < 100 * 9 / 32  # neighbours of a region: 4 in a corner, 9 inside
+
+
+def test_regions_without_disparity_do_not_count() -> None:
+    disparity = torch.full((20, 40), 3.0)
+    disparity[:10, :6] = torch.inf  # 6 of 10 columns of the first region
+    disparity[:10, 10:14] = 0  # 4 of 10 of the second
+    disparity[10:, 30:] = torch.nan
+    found = stereo.region_disparity(disparity, (2, 4))
+    assert torch.isnan(found).tolist() == [True, False, False, False, False, False, False, True]
+    assert found[1:7].tolist() == [3.0] * 6
+    assert stereo.true_places(disparity, (2, 4)).places_K2[0].tolist() == [5.0, 12.0]
+
+
+def test_the_motorcycle_pair_agrees_with_its_disparity() -> None:
+    """What is at x on the left is at x - disparity on the right: warping by it makes the pictures alike, other warps do not."""
+    pair = stereo.resized(stereo.load_stereo(), (256, 384))
+    left, right = (TF.to_tensor(picture) for picture in (pair.left, pair.right))
+    y, x = torch.meshgrid(torch.arange(256), torch.arange(384), indexing="ij")
+    known = torch.isfinite(pair.disparity_HW) & (x > 40) & (x < 344)
+    move = torch.where(known, pair.disparity_HW, 0.0).round().long()
+    assert 0.6 < float(known.float().mean()) < 0.8
+    assert 0 < float(pair.disparity_HW[known].min()) < float(pair.disparity_HW[known].max()) < 40
+    ours, none, against = (
+        float((left - right[:, y, (x - sign * move).clamp(0, 383)]).abs().mean(0)[known].mean()) for sign in (1, 0, -1)
+    )
+    assert ours < 0.5 * none < 0.5 * against
+    grid, size = (16, 24), (256, 384)
+    regions = [stereo.pixel_regions(picture[None], grid) for picture in (left, right)]
+    score = stereo.stereo_score(regions[0], regions[1], stereo.true_places(pair.disparity_HW, grid), grid, size)
+    assert score.regions > 300
+    assert score.within_one > 20
+
+
+# --------------------------------------------------------------------------- images and files
+
+
+SCALE = Scale(64, (8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def test_sizes_are_whole_regions_of_the_images_shape() -> None:
+    assert SCALE.size_for(100, 200) == (64, 128)
+    assert SCALE.size_for(300, 203) == (96, 64)
+    assert SCALE.size_for(10, 10_000) == (64, 64_000)
+    network = small_network("swin").eval()
+    config = load_config(None, ["MODEL.IMAGE_SIZE", "[64, 128]"])
+    assert scale_of(network, config, None, torch.device("cpu"))[:2] == (64, (8, 8))
+    with pytest.raises(UsageError, match="--image_size 7 is below one region of this network, 8 pixels"):
+        scale_of(network, config, 7, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_views_are_kept_and_depend_on_the_seed_alone(channels: int, tmp_path: Path) -> None:
+    picture = as_picture("some", torch.rand(channels, 50, 90), SCALE)
+    assert tuple(picture.pixels_CHW.shape) == (channels, 64, 112)
+    views = random_views(picture, 1)
+    save_views(views, tmp_path / "views.pth")
+    again = load_views(tmp_path / "views.pth", channels)
+    assert again.made == views.made
+    torch.randn(5)
+    for other in (again, random_views(picture, 1)):
+        assert torch.equal(other.first_CHW, views.first_CHW)
+        assert torch.equal(other.second_CHW, views.second_CHW)
+    assert not torch.equal(random_views(picture, 2).first_CHW, views.first_CHW)
+    assert views_of_size(views, SCALE).first_CHW is views.first_CHW
+    assert views_of_size(views, SCALE._replace(shorter_side=32)).second_CHW.shape[1:] == (32, 56)
+    assert shown(picture.pixels_CHW).size == (112, 64)
+    with pytest.raises(UsageError, match=f"have {channels} channels, this network takes 2"):
+        load_views(tmp_path / "views.pth", 2)
+
+
+def test_saved_views_that_are_none(tmp_path: Path) -> None:
+    torch.save({"other": torch.zeros(2)}, tmp_path / "views.pth")
+    with pytest.raises(UsageError, match="holds no saved views"):
+        load_views(tmp_path / "views.pth", 3)
+    (tmp_path / "views.pth").write_bytes(b"no file of torch")
+    with pytest.raises(UsageError, match=r"damaged|not a torch"):
+        load_views(tmp_path / "views.pth", 3)
+
+
+def test_the_second_view_of_the_measure_is_the_flipped_first() -> None:
+    pixels = np.zeros((60, 120, 3), dtype=np.uint8)
+    pixels[:, :60] = 255
+    views = flip_views((32, 48), 3, (0.0,) * 3, (1.0,) * 3)
+    assert isinstance(views, MultiCrop)
+    first, second = views(Image.fromarray(pixels))
+    assert first.shape == second.shape == (3, 32, 48)
+    assert float(first[:, :, :20].mean()) > 0.95
+    assert float(second[:, :, 28:].mean()) > 4 * float(second[:, :, :20].mean())
+
+
+def test_results_never_overwrite_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "score.json"
+    assert newest(path) is None
+    names = [save_json({"number": number}, path).name for number in range(3)]
+    assert names == ["score.json", "score_2.json", "score_3.json"]
+    assert read_json(newest(path)) == {"number": 2}
+    assert unused(path).name == "score_4.json"
+    assert save_image(Image.new("RGB", (2, 2)), tmp_path / "a.png").name == "a.png"
+    path.write_text("{")
+    assert read_json(path) is None
+
+
+# --------------------------------------------------------------------------- drawing
+
+
+def test_colours_of_the_map() -> None:
+    ends = draw.coloured(np.array([[0.0, 1.0, 0.5, 7.0]]))
+    assert [tuple(c) for c in ends[0]] == [draw.VIRIDIS[0], draw.VIRIDIS[-1], draw.VIRIDIS[4], draw.VIRIDIS[-1]]
+
+
+def test_overlays() -> None:
+    image = Image.new("RGB", (8, 4), (200, 100, 50))
+    assert (np.asarray(draw.heat(image, torch.zeros(2, 4))) == (200, 100, 50)).all()
+    plane = torch.zeros(2, 4)
+    plane[1, 3] = 0.01
+    bright = draw.heat(image, plane, strength=1.0)
+    assert bright.getpixel((7, 3)) == draw.VIRIDIS[-1]
+    assert bright.getpixel((0, 0)) == draw.VIRIDIS[0]
+    kept = draw.masked(image, plane > 0)
+    assert kept.getpixel((6, 2)) == (200, 100, 50)
+    red, green, blue = kept.getpixel((5, 2))  # type: ignore[misc]
+    assert red == green == blue < 50
+
+
+def test_lines_join_the_pairs_and_bear_their_ranks() -> None:
+    image = Image.new("RGB", (200, 100), (128, 128, 128))
+    drawn = draw.paired((image, image), [((0.1, 0.9), (0.9, 0.9)), ((0.1, 0.1), (0.9, 0.1))], ((0.5, 0.5), (0.5, 0.5)))
+    assert drawn.size == (424, 100)
+    assert drawn.getpixel((100, 90)) == draw.rank_colour(0, 2)
+    assert drawn.getpixel((300, 10)) == draw.rank_colour(1, 2)
+    assert drawn.getpixel((100, 50)) == drawn.getpixel((324, 50)) == (255, 230, 0)
+
+
+def test_captions_fit_and_tiles_do_not_overlap() -> None:
+    image = Image.new("RGB", (60, 40), (1, 2, 3))
+    captioned = draw.captioned(image, "a caption that is much too long for sixty pixels")
+    assert captioned.size == (60, 62)
+    sheet = draw.tiled([image] * 5, columns=3, gap=4)
+    assert sheet.size == (3 * 64 + 4, 2 * 44 + 4)
+    assert (np.asarray(sheet) == (1, 2, 3)).all(axis=2).sum() == 5 * 60 * 40
+
+
+@pytest.mark.parametrize(("largest", "step"), [(4.2, 1.0), (1.0, 0.2), (37.0, 10.0), (0.0005, 0.0001)])
+def test_axes_have_round_steps(largest: float, step: float) -> None:
+    assert draw.nice_step(largest) == pytest.approx(step)
+
+
+def test_plot_of_entropies_has_a_dot_for_each_head() -> None:
+    plot = draw.dots_by_layer([[0.0, 4.0], [2.0]], (1, 1), "title", "bits")
+    assert plot.size == (640, 360)
+    assert draw.dots_by_layer([[0.0]], (1,), "title", "bits").size == (640, 360)  # all zero: no division by it

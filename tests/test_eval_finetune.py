@@ -1,0 +1,298 @@
+"""Fine-tuning: rates by depth, learning, resuming, several processes and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import TINY_SWIN, run_script, write_images
+from small_networks import ARCHITECTURES, small_network
+from test_resume import assert_identical
+from torch import nn
+
+import checkpoint
+import eval_finetune
+import finetune
+from finetune import layer_depths, param_groups
+from models import Backbone, build_model, load_arch_config
+from utils import UsageError
+
+CLASSES = 3
+NETWORK = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml"]
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--aa", "", "--color_jitter", "0", "--reprob", "0"]
+SMALL_RUN = [*NETWORK, "--device", "cpu", "--precision", "fp32", "--num_workers", "0", "--batch_size_per_gpu", "4",
+             "--epochs", "2", "--warmup_epochs", "1", "--lr", "0.05", "--log_freq", "1"]  # fmt: skip
+
+
+def command(images: Path, output_dir: Path, *extra: str) -> list[str]:
+    return [*SMALL_RUN, "--data_path", str(images), "--output_dir", str(output_dir), *extra, "--seed", "0", *TINY_SWIN]
+
+
+def run(images: Path, output_dir: Path, *extra: str) -> None:
+    eval_finetune.main(eval_finetune.get_args_parser().parse_args(command(images, output_dir, *extra)))
+
+
+def results(output_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output_dir / "results.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of different colours, 12 training and 9 validation images."""
+    root = tmp_path_factory.mktemp("images")
+    for seed, (split, count) in enumerate((("train", 4), ("val", 3))):
+        write_images(root / split, count, classes=CLASSES, seed=seed)
+    return root
+
+
+# --------------------------------------------------------------------------- rates by depth
+
+
+def with_head(name: str) -> Backbone:
+    network = small_network(name)
+    network.head = nn.Linear(network.num_features, CLASSES)
+    return network
+
+
+def depths_by_prefix(name: str, prefixes: Sequence[str]) -> dict[str, set[int]]:
+    depths = layer_depths(with_head(name))
+    return {prefix: {depth for key, depth in depths.items() if key.startswith(prefix)} for prefix in prefixes}
+
+
+def test_depths_of_swin() -> None:
+    """Two stages of two blocks; merging counts with the block before it."""
+    expected = {"patch_embed.": 0, "layers.0.blocks.0.": 1, "layers.0.blocks.1.": 2, "layers.0.downsample.": 2,
+                "layers.1.blocks.0.": 3, "layers.1.blocks.1.": 4, "norm.": 5, "head.": 5}  # fmt: skip
+    assert depths_by_prefix("swin", list(expected)) == {prefix: {depth} for prefix, depth in expected.items()}
+
+
+def test_depths_of_vit() -> None:
+    expected = {"cls_token": 0, "pos_embed": 0, "patch_embed.": 0, "blocks.0.": 1, "blocks.1.": 2, "blocks.2.": 3,
+                "norm.": 4, "head.": 4}  # fmt: skip
+    assert depths_by_prefix("vit", list(expected)) == {prefix: {depth} for prefix, depth in expected.items()}
+
+
+@pytest.mark.parametrize("name", ["swin", "vit"])
+def test_rates_and_decay_by_value(name: str) -> None:
+    """Each parameter's group has layer_decay ** (n + 1 - depth), and weight decay unless it is a vector or a position."""
+    network = with_head(name)
+    deepest = sum(network.stage_depths) + 1
+    name_of = {id(parameter): key for key, parameter in network.named_parameters()}
+    seen = []
+    for group in param_groups(network, weight_decay=0.05, layer_decay=0.75):
+        for parameter in group["params"]:
+            key = name_of[id(parameter)]
+            seen.append(key)
+            assert group["lr_scale"] == pytest.approx(0.75 ** (deepest - layer_depths(network)[key])), key
+            plain = parameter.ndim == 1 or any(part in key for part in ("relative_position", "pos_embed", "cls_token"))
+            assert group["weight_decay"] == (0.0 if plain else 0.05), key
+    assert sorted(seen) == sorted(name_of.values())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_depths_of_every_architecture(name: str) -> None:
+    """All depths occur, and every block has one."""
+    network = with_head(name)
+    depths = layer_depths(network)
+    assert depths.keys() == dict(network.named_parameters()).keys()
+    assert set(depths.values()) == set(range(sum(network.stage_depths) + 2))
+
+
+def test_schedule_by_value() -> None:
+    """Ten steps of warm-up from 0, then half a cosine to the smallest rate, each group at its own scale."""
+    network = with_head("swin")
+    recipe = finetune.Recipe(4, 10, 1.0, 0.1, 1, 0.5, 0.0, 0, 0, 0, 0, 1, None)
+    tuner = finetune.FineTuner(network, recipe, CLASSES, torch.device("cpu"), "fp32")
+    for step, rate in ((0, 0.0), (5, 0.5), (10, 1.0), (25, 0.55), (40, 0.1)):
+        tuner.scheduler.step_update(step)
+        for group in tuner.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(rate * group["lr_scale"]), step
+
+
+# --------------------------------------------------------------------------- the run
+
+
+def test_learns_and_leaves_everything_behind(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(images, tmp_path, *PLAIN, "--epochs", "12", "--lr", "0.5", "--layer_decay", "0.9", "--model_ema")
+    found = results(tmp_path)
+    assert found["top1"] >= 88  # chance: 33
+    assert (found["classes"], found["val_images"], found["epochs"]) == (CLASSES, 9, 12)
+    assert found["top5"] == 100.0  # of three classes
+    assert set(found["last"]) == {"model", "ema"}
+    assert "Top3: 100.00" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").open()]
+    assert [line["epoch"] for line in lines] == list(range(12))
+    assert lines[-1]["train_loss"] < 0.7 * lines[0]["train_loss"]
+    best = max((line["val"][name]["top1"], -line["epoch"]) for line in lines for name in line["val"])
+    assert (found["top1"], found["epoch"]) == (best[0], -best[1])
+
+    content = checkpoint.load_file(tmp_path / "best.pth")
+    assert content["model"]["head.weight"].shape == (CLASSES, 24)
+    config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
+    backbone = build_model("swin", config)
+    checkpoint.load_backbone(backbone, tmp_path / "best.pth")  # for the other evaluations
+    assert torch.equal(backbone.state_dict()["norm.weight"], content["model"]["norm.weight"])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    run(images, tmp_path, *PLAIN, "--epochs", "12", "--lr", "0.5", "--layer_decay", "0.9", "--model_ema")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_starts_from_the_weights_and_not_from_others(images: Path, tmp_path: Path) -> None:
+    """A rate of 0 leaves the backbone as it was in the checkpoint."""
+    torch.manual_seed(7)
+    config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
+    weights = build_model("swin", config).state_dict()
+    torch.save({"teacher": weights, "student": {}}, tmp_path / "pretrained.pth")
+    run(
+        images, tmp_path / "run", "--pretrained_weights", str(tmp_path / "pretrained.pth"), "--lr", "0", "--min_lr", "0"
+    )
+    tuned = checkpoint.load_file(tmp_path / "run" / "checkpoint.pth")["model"]
+    for name, tensor in weights.items():
+        assert torch.equal(tuned[name], tensor), name
+
+
+class Killed(Exception):
+    """The run ends here, as if by a signal."""
+
+
+@pytest.mark.parametrize(
+    "flags", [["--model_ema"], ["--accum_iter", "2", *PLAIN]], ids=["mixup and ema", "accumulation"]
+)
+def test_resuming_equals_never_having_stopped(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """Bit for bit: weights, average, optimiser, best accuracy and random states."""
+    flags = [*flags, "--batch_size_per_gpu", "2"]
+    run(images, tmp_path / "whole", *flags)
+    save = finetune.save_run
+
+    def save_and_die(*args: Any) -> None:
+        save(*args)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_finetune, "save_run", save_and_die)
+        with pytest.raises(Killed):
+            run(images, tmp_path / "parts", *flags)
+    run(images, tmp_path / "parts", *flags)
+    whole, parts = (checkpoint.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    assert whole["epoch"] == 2
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], parts[key], key)
+    assert results(tmp_path / "whole") == results(tmp_path / "parts")
+    assert len((tmp_path / "parts" / "log.txt").read_text().splitlines()) == 2
+
+
+def test_best_is_kept_and_the_first_of_equals() -> None:
+    best = finetune.Best()
+    for epoch, (model, ema) in enumerate([(30.0, 20.0), (30.0, 40.0), (40.0, 10.0)]):
+        accuracies = {"model": finetune.Accuracy(model, 90.0), "ema": finetune.Accuracy(ema, 95.0)}
+        best = eval_finetune.better(best, accuracies, epoch)
+    assert best == finetune.Best("ema", 1, 40.0, 95.0)
+
+
+def test_grey_images(tmp_path: Path) -> None:
+    """One channel: random crops and flips without RandAugment."""
+    for seed, split in enumerate(("train", "val")):
+        write_images(tmp_path / "images" / split, 2, classes=2, seed=seed)
+    grey = ["MODEL.SPEC.IN_CHANS", "1", "INPUT.MEAN", "[0.5]", "INPUT.STD", "[0.25]"]
+    eval_finetune.main(
+        eval_finetune.get_args_parser().parse_args([*command(tmp_path / "images", tmp_path / "run"), *grey])
+    )
+    assert results(tmp_path / "run")["classes"] == 2
+
+
+# --------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--layer_decay", "0"], "--layer_decay 0.0 must lie above 0"),
+        (["--batch_size_per_gpu", "3"], "--batch_size_per_gpu 3 must be even"),
+        (["--batch_size_per_gpu", "16"], "12 images do not fill one batch of 16 x 1"),
+        (["--accum_iter", "4"], "--accum_iter 4"),
+        (["--warmup_epochs", "3"], "3 warm-up epochs do not fit in 2"),
+        (["--smoothing", "1"], "--smoothing 1.0 must lie in 0..1, below 1"),
+        (["--lr", "nan"], "--lr nan must be 0 or more"),
+        (["--val_freq", "0"], "--val_freq 0 must be 1 or more"),
+        (["--drop_path", "1.5"], "DROP_PATH_RATE.*0..1"),
+        (["--aa", "random"], "timm does not take --aa random"),
+        (["--pretrained_weights", "no.pth"], r"'no\.pth' does not exist"),
+        (["--image_size", "3"], "3 pixels are smaller than a patch of 4"),
+        (["--precision", "fp16"], "needs a CUDA device"),
+        (["--arch", "swim_tiny"], "did you mean 'swin_tiny'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors(images: Path, tmp_path: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        run(images, tmp_path / "out", *flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_of_other_runs_are_left_alone(images: Path, tmp_path: Path) -> None:
+    torch.save({"student": {}, "teacher": {}, "epoch": 3}, tmp_path / "checkpoint.pth")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(UsageError, match="is not of a fine-tuning, it has no model"):
+        run(images, tmp_path)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    (tmp_path / "linear").mkdir()
+    (tmp_path / "linear" / "results.json").write_text('{"evaluation": "linear probe"}')
+    with pytest.raises(UsageError, match="of another evaluation and would be overwritten"):
+        run(images, tmp_path / "linear")
+    assert [path.name for path in tmp_path.joinpath("linear").iterdir()] == ["results.json"]
+
+
+def test_resuming_another_network_is_refused(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "run", *PLAIN, "--epochs", "1", "--warmup_epochs", "0")
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    for split in ("train", "val"):
+        write_images(tmp_path / "two" / split, 6, classes=2)
+    with pytest.raises(UsageError, match="another number of classes than the data's 2"):
+        run(tmp_path / "two", tmp_path / "run", *PLAIN)
+    with pytest.raises(UsageError, match="made with --model_ema off"):
+        run(images, tmp_path / "run", *PLAIN, "--model_ema")
+    (tmp_path / "run" / "checkpoint.pth").write_bytes(before[: len(before) // 2])
+    with pytest.raises(UsageError, match="damaged"):
+        run(images, tmp_path / "run", *PLAIN)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="a lower --lr"):
+        run(images, tmp_path, *PLAIN, "--lr", "1e30", "--warmup_epochs", "0", "--clip_grad", "0")
+
+
+# --------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
+    """9 validation images on 2 processes count once each; weights agree, without randomness in the network."""
+    flags = [*PLAIN, "--batch_size_per_gpu", "4", "--clip_grad", "1", "--drop_path", "0"]
+    one = run_script("eval_finetune.py", *command(images, tmp_path / "one", *flags))
+    assert one.returncode == 0, one.stderr
+    flags[flags.index("--batch_size_per_gpu") + 1] = "2"
+    two = run_script("eval_finetune.py", *command(images, tmp_path / "two", *flags), processes=2)
+    assert two.returncode == 0, two.stderr
+    found = [results(tmp_path / name) for name in ("one", "two")]
+    assert found[0] == found[1]
+    assert found[0]["val_images"] == 9
+    assert (found[0]["top1"] * 9 / 100) == pytest.approx(round(found[0]["top1"] * 9 / 100), abs=1e-6)
+    losses = [
+        [json.loads(line)["train_loss"] for line in (tmp_path / name / "log.txt").open()] for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_mistakes_end_with_one_line_and_code_2(images: Path, tmp_path: Path) -> None:
+    result = run_script("eval_finetune.py", *command(images, tmp_path, "--layer_decay", "2"))
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("eval_finetune.py: error: --layer_decay 2.0")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,494 @@
+"""The linear probe against a loop written out by hand, and the script: grids, resuming, caching, mistakes, several processes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from runs import TINY_SWIN, run_script, write_images
+from small_networks import ARCHITECTURES, SMALL, small_network
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+import checkpoint
+import data
+import eval_linear
+from config import load_config
+from data import augment
+from eval_linear import validate
+from features import CachedFeatures, FeatureSource, LabelledFeatures
+from models import build_model
+from probe import Probe, Score, Setting, probe_width
+from progress import EpochMeter
+from utils import UsageError
+
+CPU = torch.device("cpu")
+SWIN = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml"]
+QUICK = ["--device", "cpu", "--num_workers", "0", "--epochs", "3", "--batch_size_per_gpu", "5", "--n_last_blocks", "2"]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three classes of different colours: 12 training and 6 validation images."""
+    for seed, (split, count) in enumerate((("train", 4), ("val", 2))):
+        write_images(tmp_path / "images" / split, count, classes=3, seed=seed)
+    return tmp_path / "images"
+
+
+def run(images: Path, out: Path, *flags: str) -> None:
+    command = [*SWIN, *QUICK, "--data_path", str(images), "--output_dir", str(out), *flags, "--seed", "0", *TINY_SWIN]
+    eval_linear.main(eval_linear.get_args_parser().parse_args(command))
+
+
+def saved(out: Path) -> dict[str, Any]:
+    return checkpoint.load_file(out / "checkpoint.pth.tar")
+
+
+def log_lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.txt").open()]
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+# --------------------------------------------------------------------------- the protocol, written out
+
+
+class ByHand:
+    """One linear classifier, with softmax, gradient, momentum and cosine written out, in double precision."""
+
+    def __init__(self, width: int, classes: int, lr: float, epochs: int) -> None:
+        self.weight = 0.01 * torch.randn(classes, width, generator=torch.Generator().manual_seed(0)).double()
+        self.bias = torch.zeros(classes).double()
+        self.velocity = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self.base_lr, self.epochs = lr, epochs
+
+    def lr(self, epoch: int) -> float:
+        return self.base_lr / 2 * (1 + math.cos(math.pi * epoch / self.epochs))
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        return torch.softmax(features.double() @ self.weight.T + self.bias, dim=1)
+
+    def loss(self, features: Tensor, labels: Tensor) -> float:
+        return -self.probabilities(features)[torch.arange(len(labels)), labels].log().mean().item()
+
+    def step(self, features: Tensor, labels: Tensor, epoch: int) -> float:
+        loss = self.loss(features, labels)
+        error = self.probabilities(features)
+        error[torch.arange(len(labels)), labels] -= 1
+        gradients = [error.T @ features.double() / len(labels), error.mean(dim=0)]
+        for i, (parameter, gradient) in enumerate(zip((self.weight, self.bias), gradients)):
+            self.velocity[i] = 0.9 * self.velocity[i] + gradient
+            parameter -= self.lr(epoch) * self.velocity[i]
+        return loss
+
+
+def frozen_features(n: int, images: Path, epoch: int | None) -> tuple[Tensor, Tensor]:
+    """Features and labels of a part: random crops of an epoch of the training set, or centre crops of all (None)."""
+    torch.manual_seed(0)
+    config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
+    network = build_model("swin", config, is_teacher=True).eval()
+    size, mean, std = 32, config.INPUT.MEAN, config.INPUT.STD
+    view = augment.eval_view(size, 0.875, mean, std) if epoch is None else augment.train_view(size, mean, std)
+    dataset = data.build_dataset(images, "train", view, need_labels=True)
+    dataset.epoch = epoch or 0
+    samples = [dataset[i] for i in range(len(dataset))]
+    with torch.no_grad():
+        features = [network.forward_return_n_last_blocks(sample.views[0][None], n) for sample in samples]
+    return torch.cat(features), torch.tensor([sample.label for sample in samples])
+
+
+def order_of(epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(epoch))  # seed 0 + epoch
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["published", "cached"])
+def test_one_value_equals_the_protocol_written_out(images: Path, tmp_path: Path, cached: bool) -> None:
+    """Three epochs over 12 images in batches of 5, 5 and 2: weights, losses, learning rates and accuracies."""
+    run(images, tmp_path / "out", "--lr", "2", *(["--cache_features"] if cached else []))
+    by_hand = ByHand(2 * 24, 3, lr=2 * 5 / 256, epochs=3)
+    val_features, val_labels = frozen_features(2, images / "val", None)
+    lines = log_lines(tmp_path / "out")
+    for epoch in range(3):
+        features, labels = frozen_features(2, images / "train", None if cached else epoch)
+        losses = [by_hand.step(features[i], labels[i], epoch) for i in order_of(epoch, 12).split(5)]
+        assert lines[epoch]["epoch"] == epoch
+        assert lines[epoch]["train_lr"] == pytest.approx(by_hand.lr(epoch))
+        assert lines[epoch]["train_loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+        assert lines[epoch]["test_loss"] == pytest.approx(by_hand.loss(val_features, val_labels), rel=1e-5)
+        hits = (by_hand.probabilities(val_features).argmax(dim=1) == val_labels).double()
+        assert lines[epoch]["test_acc1"] == pytest.approx(100 * hits.mean().item())
+        assert lines[epoch]["test_acc5"] == 100  # three classes
+    state = saved(tmp_path / "out")
+    assert set(state["state_dict"]) == {"module.linear.weight", "module.linear.bias"}
+    torch.testing.assert_close(
+        state["state_dict"]["module.linear.weight"].double(), by_hand.weight, rtol=1e-4, atol=1e-6
+    )
+    torch.testing.assert_close(state["state_dict"]["module.linear.bias"].double(), by_hand.bias, rtol=1e-4, atol=1e-6)
+    assert {"epoch", "optimizer", "scheduler", "best_acc"} <= state.keys()
+    assert "classifiers" not in state
+    assert state["epoch"] == 3
+    assert state["best_acc"] == max(line["test_acc1"] for line in lines)
+    assert all(("NOT the published" in line.get("protocol", "")) == cached for line in lines)
+
+
+def test_colours_are_learnt(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(images, tmp_path / "out", "--lr", "20", "--epochs", "8")
+    printed = capsys.readouterr().out
+    assert "published protocol (random resized crops): 6 validation and 12 training images, 3 classes" in printed
+    assert ", Top3: 100.00" in printed
+    assert "Top-1 test accuracy: 100.00" in printed
+
+
+# --------------------------------------------------------------------------- several classifiers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("avgpool", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fewer_blocks_are_the_tail_of_more(name: str, avgpool: bool) -> None:
+    network, images = small_network(name).eval(), torch.randn(2, 3, 64, 64)
+    largest = min(4, sum(network.stage_depths))
+    whole = network.forward_return_n_last_blocks(images, largest, avgpool)
+    for n in range(1, largest + 1):
+        alone = network.forward_return_n_last_blocks(images, n, avgpool)
+        assert alone.shape[1] == probe_width(network, n, avgpool)
+        torch.testing.assert_close(whole[:, -alone.shape[1] :], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_classifiers_among_others_are_what_they_are_alone(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(images, tmp_path / "grid", "--lr", "0.001", "20", "--n_last_blocks", "1", "3")
+    printed, table, grid = capsys.readouterr().out, results(tmp_path / "grid")["table"], saved(tmp_path / "grid")
+    names = ["lr0.001_n1", "lr20.0_n1", "lr0.001_n3", "lr20.0_n3"]
+    assert list(grid["classifiers"]) == names
+    for name, row in zip(names, table):
+        lr, n = name[2:].split("_n")
+        run(images, tmp_path / name, "--lr", lr, "--n_last_blocks", n)
+        alone = saved(tmp_path / name)["state_dict"]
+        for key, weights in grid["classifiers"][name].items():
+            torch.testing.assert_close(weights, alone[f"module.{key}"], rtol=1e-5, atol=1e-7)
+        assert row["best_acc1"] == results(tmp_path / name)["best"]["best_acc1"]
+        assert f"lr {float(lr)}, last {n} blocks: best Top1: {row['best_acc1']:.2f}" in printed
+        losses = [line["classifiers"][name]["train_loss"] for line in log_lines(tmp_path / "grid")]
+        assert losses == pytest.approx([line["train_loss"] for line in log_lines(tmp_path / name)], rel=1e-5)
+    accuracies = [row["best_acc1"] for row in table]
+    best = accuracies.index(max(accuracies))
+    assert results(tmp_path / "grid")["best"] == table[best]
+    assert grid["best_acc"] == accuracies[best]
+    assert torch.equal(grid["state_dict"]["module.linear.weight"], grid["classifiers"][names[best]]["linear.weight"])
+    last = log_lines(tmp_path / "grid")[-1]
+    assert last["classifiers"][names[best]].items() <= last.items()  # the published keys are those of the best
+
+
+def test_diverging_classifier_leaves_the_others_alone(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "grid", "--lr", "1e40", "20", "--cache_features")
+    run(images, tmp_path / "alone", "--lr", "20", "--cache_features")
+    diverged, healthy = results(tmp_path / "grid")["table"]
+    alone = results(tmp_path / "alone")["best"]
+    assert healthy == pytest.approx(alone)
+    assert diverged["last_acc1"] == 0
+    assert diverged["last_loss"] is None
+    assert results(tmp_path / "grid")["best"] == healthy
+    assert "NaN" not in (tmp_path / "grid" / "log.txt").read_text()
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        run(images, tmp_path / "only", "--lr", "1e40", "--cache_features")
+
+
+# --------------------------------------------------------------------------- validation
+
+
+class Given(FeatureSource):
+    """Validation batches as they are given."""
+
+    def __init__(self, batches: list[LabelledFeatures]) -> None:
+        self.batches, self.steps = batches, 0
+        self.validation_images = sum(len(batch.labels_N) for batch in batches)
+
+    def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+        raise NotImplementedError
+
+    def validation(self) -> Iterator[LabelledFeatures]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 9])
+def test_scores_are_counts_over_images(classes: int) -> None:
+    """Batches of different sizes weigh by their images."""
+    probe = Probe([Setting(1.0, 1), Setting(1.0, 2)], [3, 5], classes, 256, 1, CPU, seed=0)
+    features, labels = torch.randn(11, 5), torch.randint(classes, (11,))
+    batches = [LabelledFeatures(f, y) for f, y in zip(features.split(4), labels.split(4))]
+    for score, classifier, width in zip(validate(probe, Given(batches)), probe.classifiers.each, (3, 5)):
+        assert isinstance(classifier.linear, torch.nn.Linear)
+        logits = features[:, 5 - width :] @ classifier.linear.weight.T + classifier.linear.bias
+        rank = (logits > logits[torch.arange(11), labels][:, None]).sum(dim=1)
+        loss = -torch.log_softmax(logits, dim=1)[torch.arange(11), labels].mean()
+        expected = (loss.item(), 100 * (rank < 1).float().mean().item(), 100 * (rank < 5).float().mean().item())
+        assert score == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("images", "world"), [(7, 2), (1, 2), (9, 4), (3, 4)])
+def test_cached_shares_cover_the_validation_set_once(images: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.get_world_size", lambda: world)
+    some = LabelledFeatures(torch.randn(5, 2), torch.arange(5))
+    val = LabelledFeatures(torch.randn(images, 2), torch.arange(images))
+    seen = []
+    for rank in range(world):
+        monkeypatch.setattr("utils.get_rank", lambda rank=rank: rank)
+        seen += [y for batch in CachedFeatures(some, val, 2, CPU, 0).validation() for y in batch.labels_N.tolist()]
+    assert sorted(seen) == list(range(images))
+
+
+# --------------------------------------------------------------------------- resuming
+
+
+def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Kill the run in the validation of an epoch."""
+    validations = iter(range(100))
+
+    def killed(probe: Probe, source: FeatureSource) -> list[Score]:
+        if next(validations) == epoch:
+            raise KeyboardInterrupt
+        return validate(probe, source)
+
+    monkeypatch.setattr(eval_linear, "validate", killed)
+
+
+@pytest.mark.parametrize("flags", [["--lr", "20"], ["--lr", "1", "20", "--cache_features"]], ids=["one", "cached grid"])
+def test_resumed_equals_uninterrupted(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    run(images, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, tmp_path / "parts", *flags)
+    assert saved(tmp_path / "parts")["epoch"] == 2
+    assert not (tmp_path / "parts" / "results.json").exists()
+    run(images, tmp_path / "parts", *flags)
+    whole, parts = saved(tmp_path / "whole"), saved(tmp_path / "parts")
+    assert [line["epoch"] for line in log_lines(tmp_path / "parts")] == [0, 1, 2]
+    for key in ("state_dict", "classifiers"):
+        torch.testing.assert_close(parts.get(key), whole.get(key), rtol=0, atol=0)
+    for key in ("epoch", "best_acc", "table", "scheduler", "run"):
+        assert parts[key] == whole[key]
+    torch.testing.assert_close(parts["optimizer"]["state"], whole["optimizer"]["state"], rtol=0, atol=0)
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def test_finished_run_prints_again_and_ends(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(images, tmp_path / "out", "--epochs", "1")
+    first, files = capsys.readouterr().out, {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert first.splitlines()[-1].startswith("Top-1 test accuracy: ")
+
+    def not_again(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(eval_linear, "feature_source", not_again)
+    run(images, tmp_path / "out", "--epochs", "1")
+    assert capsys.readouterr().out == first
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "0.5"], r"--lr \[0.001\] -> \[0.5\]"),
+        (["--epochs", "2"], "--epochs 1 -> 2"),
+        (["--cache_features"], "--cache_features False -> True"),
+        (["--batch_size_per_gpu", "4"], "times processes 5 -> 4"),
+        (["--patch_size", "8", "--image_size", "48"], "--image_size None -> 48"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_folder_of_another_run_is_refused_and_left_alone(
+    images: Path, tmp_path: Path, flags: list[str], words: str
+) -> None:
+    run(images, tmp_path / "out", "--epochs", "1")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(UsageError, match=f"belongs to another run .*{words}"):
+        run(images, tmp_path / "out", "--epochs", "1", *flags)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
+
+
+def test_other_weights_are_another_run_and_moved_ones_are_not(images: Path, tmp_path: Path) -> None:
+    config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
+    for name, fill in (("a", 0.01), ("moved", 0.01), ("b", 0.02)):
+        network = build_model("swin", config, is_teacher=True)
+        state = {
+            key: torch.full_like(t, fill) if t.is_floating_point() else t for key, t in network.state_dict().items()
+        }
+        torch.save(state, tmp_path / f"{name}.pth")
+    run(images, tmp_path / "out", "--epochs", "1", "--pretrained_weights", str(tmp_path / "a.pth"))
+    run(images, tmp_path / "out", "--epochs", "1", "--pretrained_weights", str(tmp_path / "moved.pth"))
+    with pytest.raises(UsageError, match="digest of weights"):
+        run(images, tmp_path / "out", "--epochs", "1", "--pretrained_weights", str(tmp_path / "b.pth"))
+
+
+def test_published_files_are_continued(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the five published keys; damaged and foreign ones are refused in words."""
+    run(images, tmp_path / "out", "--epochs", "2")
+    published = {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"}
+    content = saved(tmp_path / "out")
+    path = tmp_path / "theirs" / "checkpoint.pth.tar"
+    path.parent.mkdir()
+    torch.save({key: content[key] for key in published} | {"best_acc": 98.5}, path)
+    run(images, path.parent, "--epochs", "2")
+    assert "Top-1 test accuracy: 98.50" in capsys.readouterr().out
+    torch.save({key: content[key] for key in published - {"scheduler"}}, path)
+    with pytest.raises(UsageError, match="it has no scheduler"):
+        run(images, path.parent, "--epochs", "2")
+    torch.save({key: content[key] for key in published}, path)
+    with pytest.raises(UsageError, match="is of other classifiers"):
+        run(images, path.parent, "--n_last_blocks", "1")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="damaged"):
+        run(images, path.parent)
+
+
+# --------------------------------------------------------------------------- the script
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(images: Path, tmp_path: Path, name: str) -> None:
+    arch, overrides, patch_size = SMALL[name]
+    yaml = tmp_path / "small.yaml"
+    yaml.write_text(load_config(None, overrides).dump())
+    flags = ["--arch", arch, "--cfg", str(yaml), "--patch_size", str(patch_size), "--data_path", str(images)]
+    flags += ["--output_dir", str(tmp_path), *QUICK, "--epochs", "1", "--n_last_blocks", "1", "3"]
+    eval_linear.main(eval_linear.get_args_parser().parse_args([*flags, "--avgpool_patchtokens", "on"]))
+    network = small_network(name)
+    widths = [w["linear.weight"].shape for w in saved(tmp_path)["classifiers"].values()]
+    assert widths == [(3, probe_width(network, n, True)) for n in (1, 3)]
+
+
+def test_what_a_run_leaves_behind(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, "--lr", "1", "2", "--val_freq", "2", "--epochs", "4", "--cache_features")
+    assert ["test_acc1" in line for line in log_lines(tmp_path)] == [True, False, True, True]  # and the last epoch
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag in ("epoch/test_acc1", "epoch/classifiers/lr2.0_n2/test_acc1"):
+        assert [event.step for event in events.Scalars(tag)] == [0, 2, 3]
+    assert [event.step for event in events.Scalars("epoch/train_loss")] == [0, 1, 2, 3]
+    record = results(tmp_path)
+    assert "NOT the published protocol" in record["protocol"]
+    assert record["acc5_is"] == "top3"
+    assert len(record["table"]) == 2
+    assert json.loads((tmp_path / "run.json").read_text())["args"]["lr"] == [1.0, 2.0]
+
+
+def test_number_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "the data has 3 classes: classifiers have as many, not the default of 1000"
+    run(images, tmp_path / "a", "--epochs", "1", "--num_labels", "3")
+    assert said not in capsys.readouterr().err
+    run(images, tmp_path / "b", "--epochs", "1")
+    assert said in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--num_labels 20 differs from the 3 classes"):
+        run(images, tmp_path / "c", "--num_labels", "20")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--zip_mode"], "--zip_mode is not supported yet"),
+        (["--n_last_blocks", "9"], r"--n_last_blocks 9 must lie in 1\.\.3"),
+        (["--n_last_blocks", "0"], r"--n_last_blocks 0 must lie"),
+        (["--lr", "0.1", "0.1"], "names a value twice"),
+        (["--lr", "-1"], "must be positive"),
+        (["--lr", "nan"], "must be positive"),
+        (["--epochs", "0"], "--epochs 0 must be 1 or more"),
+        (["--val_freq", "0"], "--val_freq 0 must be 1 or more"),
+        (["--num_workers", "-1"], "--num_workers -1 must be 0 or more"),
+        (["--image_size", "0"], "--image_size 0 be positive"),
+        (["--crop_ratio", "1.5"], "--crop_ratio 1.5 must lie"),
+        (["--precision", "fp16"], "needs a CUDA device"),
+        (["--pretrained_weights", "no.pth"], r"'no\.pth' does not exist"),
+        (["--data_path", "/no/such/folder"], "does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors(images: Path, tmp_path: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        run(images, tmp_path / "out", *flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "results.json"])
+def test_folder_with_other_results_is_refused(images: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(UsageError, match=f"{name}.*choose another, e.g. {tmp_path / 'linear'}"):
+        run(images, tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_results_of_another_evaluation_beside_a_finished_run(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, "--epochs", "1")
+    (tmp_path / "results.json").write_text('{"evaluation": "another"}')
+    with pytest.raises(UsageError, match=r"holds other results \(results.json\)"):
+        run(images, tmp_path, "--epochs", "1")
+    (tmp_path / "results.json").unlink()
+    run(images, tmp_path, "--epochs", "1")  # what is missing is written again
+    assert results(tmp_path)["evaluation"] == "linear probe"
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_unreadable_images_end_the_run(images: Path, tmp_path: Path, part: str) -> None:
+    (images / part / "class1" / "001.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match="images cannot be read, more than 1 %"):
+        run(images, tmp_path / "out")
+
+
+# --------------------------------------------------------------------------- as a user starts it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True], ids=["published", "cached"])
+def test_two_processes_equal_one(tmp_path: Path, cached: bool) -> None:
+    """Weights, losses and accuracies; an odd number of validation images, of which a process has one more (or all)."""
+    write_images(tmp_path / "images" / "train", 4, classes=3, seed=0)
+    write_images(tmp_path / "images" / "val", 1 if cached else 3, classes=1 if cached else 3, seed=1)
+    outputs = []
+    for name, processes, batch in (("one", 0, 4), ("two", 2, 2)):
+        flags = ["--data_path", str(tmp_path / "images"), "--output_dir", str(tmp_path / name), "--lr", "1", "20"]
+        flags += [
+            "--batch_size_per_gpu",
+            str(batch),
+            *(["--cache_features"] if cached else []),
+            "--seed",
+            "0",
+            *TINY_SWIN,
+        ]
+        result = run_script("eval_linear.py", *SWIN, *QUICK, *flags, processes=processes)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1]
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
+    torch.testing.assert_close(two["classifiers"], one["classifiers"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=1e-4, atol=1e-6)
+    for mine, other in zip(log_lines(tmp_path / "one"), log_lines(tmp_path / "two")):
+        for key in ("train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5"):
+            assert other[key] == pytest.approx(mine[key], rel=1e-5)
+    # What one process began, two may finish: the batch over all processes is what counts.
+    assert one["run"] == two["run"]
+
+
+@pytest.mark.slow
+def test_mistake_on_two_processes_ends_both(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint.pth.tar").write_bytes(b"damaged")
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--seed", "0", *TINY_SWIN]
+    result = run_script("eval_linear.py", *SWIN, *QUICK, *flags, processes=2)
+    assert result.returncode != 0
+    assert "eval_linear.py: error: " in result.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in result.stderr
+    assert (tmp_path / "out" / "checkpoint.pth.tar").read_bytes() == b"damaged"
