@@ -304,7 +304,9 @@ def _problem(
     parts = []
     remedy = "check --arch, --cfg and --use_dense_prediction, or pass --allow_partial True"
     if misfits:
-        name = misfits[0]
+        of_backbone = [name for name in misfits if not name.startswith(HEADS)]
+        prototypes = [name for name in misfits if "last_layer.weight" in name]
+        name = (of_backbone or prototypes or misfits)[0]
         ours, theirs = tuple(wanted[name].shape), tuple(tensors[name].shape)
         if "last_layer.weight" in name and ours[0] != theirs[0]:
             return f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}"
