@@ -321,7 +321,12 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
         raise UsageError(f"{source} trained other parameters; was --norm_last_layer the same?") from None
     if step.scaler.is_enabled() and content.get("fp16_scaler"):
         step.scaler.load_state_dict(content["fp16_scaler"])
-    _report_changes(vars(args), vars(saved_args))
+    return continue_from(content, args, path)
+
+
+def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
+    """The end of every resume: report changed arguments, restore the random states, say and return the epoch to start with."""
+    _report_changes(vars(args), vars(content.get("args") or args))
     rng_of_rank = content.get("rng") or []
     if len(rng_of_rank) == utils.get_world_size():
         utils.set_rng_state(rng_of_rank[utils.get_rank()])

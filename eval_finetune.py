@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from features import labelled_datasets
 from finetune import Accuracy, Best, FineTuner, Recipe, resume_run, save_run
 from models import Backbone, build_model, load_arch_config
 from progress import EpochMeter, RunLog
-from utils import UsageError, bool_flag, logger
+from utils import UsageError, logger
 
 EVALUATION = "fine-tuning"  # how results.json tells whose it is
 
@@ -48,18 +49,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-
-    def add_switch(name: str, explanation: str) -> None:
-        add(name, type=bool_flag, nargs="?", const=True, default=False, help=explanation)
-
+    switch = partial(utils.add_switch, parser)
     utils.add_network_flags(parser)
-    add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
-    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
-    add_switch("--allow_partial", "take what fits of the checkpoint")
+    utils.add_weights_flags(parser)
     add(
         "--drop_path", type=float, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
     )
-    add_switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
+    switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
     add("--epochs", type=int, default=100)
     add("--warmup_epochs", type=int, default=5)
     add("--batch_size_per_gpu", type=int, default=64)
@@ -75,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of timm; empty: colour jitter instead")
     add("--color_jitter", type=float, default=0.4, help="where there is no --aa")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
-    add_switch("--model_ema", "validate an average of the weights too")
+    switch("--model_ema", "validate an average of the weights too")
     add("--model_ema_decay", type=float, default=0.9999)
     add("--image_size", type=int, default=None, help="pixels of a side; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
@@ -97,22 +93,9 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    for name in ("epochs", "batch_size_per_gpu", "accum_iter", "val_freq", "log_freq"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)} must be 1 or more")
-    for name in (
-        "warmup_epochs",
-        "lr",
-        "min_lr",
-        "weight_decay",
-        "clip_grad",
-        "mixup",
-        "cutmix",
-        "color_jitter",
-        "num_workers",
-    ):
-        if not getattr(args, name) >= 0:
-            raise UsageError(f"--{name} {getattr(args, name)} must be 0 or more")
+    utils.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "accum_iter", "val_freq", "log_freq"))
+    rates = ("lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "color_jitter")
+    utils.check_at_least(args, 0, ("warmup_epochs", *rates, "num_workers"))
     if args.warmup_epochs > args.epochs:
         raise UsageError(
             f"{args.warmup_epochs} warm-up epochs do not fit in {args.epochs} epochs; lower --warmup_epochs"
@@ -130,10 +113,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(
             f"mixup pairs images, --batch_size_per_gpu {args.batch_size_per_gpu} must be even, or --mixup and --cutmix 0"
         )
-    if not 0 < args.crop_ratio <= 1 or (args.image_size is not None and args.image_size < 1):
-        raise UsageError(
-            f"--crop_ratio {args.crop_ratio} must lie in 0..1 and --image_size {args.image_size} be positive"
-        )
+    utils.check_centre_crop(args)
 
 
 # --------------------------------------------------------------------------- images
@@ -324,8 +304,7 @@ def main(args: argparse.Namespace) -> None:
     precision = utils.resolve_precision(args.precision, device)
     with utils.failing_together():
         check_args(args)
-        drop_path = [] if args.drop_path is None else ["MODEL.SPEC.DROP_PATH_RATE", str(args.drop_path)]
-        config = load_arch_config(args.arch, args.cfg, [*args.opts, *drop_path])
+        config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         loaders = build_loaders(args, config, device)
         output_dir = utils.make_output_dir(args.output_dir)
         refuse_foreign_results(output_dir)

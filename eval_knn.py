@@ -48,39 +48,21 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
     )
     add("--temperature", type=float, default=0.07, help="of the vote's weights")
-    add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
-    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
-    add(
-        "--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of the checkpoint"
-    )
+    utils.add_weights_flags(parser)
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
-    add("--half", type=bool_flag, nargs="?", const=True, default=False, help="store and compare features in float16")
+    utils.add_switch(parser, "--half", "store and compare features in float16")
     add("--backend", default="torch", choices=BACKENDS, help="of the search; faiss has to be installed")
-    add(
-        "--leave_one_out",
-        type=bool_flag,
-        nargs="?",
-        const=True,
-        default=False,
-        help="one labelled set: each image is judged by all others",
-    )
+    utils.add_switch(parser, "--leave_one_out", "one labelled set: each image is judged by all others")
     add("--dump_features", default=None, help="folder to save features and labels to")
     add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
     add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
-    add("--baselines", type=bool_flag, nargs="?", const=True, default=False, help="score simple features too")
+    utils.add_switch(parser, "--baselines", "score simple features too")
     add("--output_dir", default=None, help="folder for knn.json")
     add("--seed", type=int, default=0, help="of random weights")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/, or see --leave_one_out")
-    add(
-        "--zip_mode",
-        type=bool_flag,
-        nargs="?",
-        const=True,
-        default=False,
-        help="images in zip files (not supported yet)",
-    )
+    utils.add_switch(parser, "--zip_mode", "images in zip files (not supported yet)")
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
@@ -210,14 +192,9 @@ def check_args(args: argparse.Namespace) -> None:
         load_faiss()
     if args.backend == "faiss" and args.half:
         raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
-    if args.batch_size_per_gpu < 1:
-        raise UsageError(f"--batch_size_per_gpu {args.batch_size_per_gpu} must be 1 or more")
-    if args.num_workers < 0:
-        raise UsageError(f"--num_workers {args.num_workers} must be 0 or more")
-    if not 0 < args.crop_ratio <= 1 or (args.image_size is not None and args.image_size < 1):
-        raise UsageError(
-            f"--crop_ratio {args.crop_ratio} must lie in 0..1 and --image_size {args.image_size} be positive"
-        )
+    utils.check_at_least(args, 1, ["batch_size_per_gpu"])
+    utils.check_at_least(args, 0, ["num_workers"])
+    utils.check_centre_crop(args)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from features import CachedFeatures, FeatureSource, ImageFeatures, extract_featu
 from models import Backbone, load_arch_config
 from probe import Probe, Score, Setting, json_number, probe_width
 from progress import EpochMeter, RunLog
-from utils import UsageError, bool_flag, logger
+from utils import UsageError, logger
 
 DEFAULT_LABELS = 1000
 EVALUATION = "linear probe"  # how results.json tells whose it is
@@ -54,22 +55,17 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-
-    def add_switch(name: str, explanation: str) -> None:
-        add(name, type=bool_flag, nargs="?", const=True, default=False, help=explanation)
-
+    switch = partial(utils.add_switch, parser)
     utils.add_network_flags(parser)
-    add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
-    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
-    add_switch("--allow_partial", "take what fits of the checkpoint")
+    utils.add_weights_flags(parser)
     add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
-    add_switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
+    switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
     add("--epochs", type=int, default=100)
     add("--lr", type=float, nargs="+", default=[0.001], help="for 256 images a step, scaled with them; one or more")
     add("--batch_size_per_gpu", type=int, default=128)
     add("--val_freq", type=int, default=1, help="epochs between two validations")
     add("--num_labels", type=int, default=DEFAULT_LABELS, help="classes; left at its default: as many as the data has")
-    add_switch("--cache_features", "another protocol: train on features of centre crops, held in memory; takes minutes")
+    switch("--cache_features", "another protocol: train on features of centre crops, held in memory; takes minutes")
     add("--precision", choices=utils.PRECISIONS, default="fp32", help="of the network; classifiers are always float32")
     add("--image_size", type=int, default=None, help="pixels of the crops; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
@@ -78,7 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="folder for checkpoint.pth.tar, log.txt and results.json")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    add_switch("--zip_mode", "images in zip files (not supported yet)")
+    switch("--zip_mode", "images in zip files (not supported yet)")
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
@@ -293,15 +289,9 @@ def check_args(args: argparse.Namespace) -> None:
     """
     if args.zip_mode:
         raise UsageError("--zip_mode is not supported yet; unpack the images to DIR/{train,val}/<class>/")
-    for name in ("epochs", "batch_size_per_gpu", "val_freq", "log_freq", "num_labels"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)} must be 1 or more")
-    if args.num_workers < 0:
-        raise UsageError(f"--num_workers {args.num_workers} must be 0 or more")
-    if not 0 < args.crop_ratio <= 1 or (args.image_size is not None and args.image_size < 1):
-        raise UsageError(
-            f"--crop_ratio {args.crop_ratio} must lie in 0..1 and --image_size {args.image_size} be positive"
-        )
+    utils.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "val_freq", "log_freq", "num_labels"))
+    utils.check_at_least(args, 0, ["num_workers"])
+    utils.check_centre_crop(args)
     if not all(0 < lr < math.inf for lr in args.lr):
         raise UsageError(f"--lr {args.lr} must be positive numbers")
     for name in ("lr", "n_last_blocks"):

@@ -31,7 +31,7 @@ from yacs.config import CfgNode
 import utils
 from checkpoint import HEADS, load_backbone, save_file
 from models import Backbone, build_model, load_arch_config
-from utils import UsageError, bool_flag, logger
+from utils import UsageError, logger
 
 FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
 
@@ -43,11 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     utils.add_network_flags(parser)
-    add("--pretrained_weights", required=True, help="checkpoint of any known layout")
-    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
-    add(
-        "--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of the checkpoint"
-    )
+    utils.add_weights_flags(parser, required=True)
     add("--format", required=True, choices=FORMATS, help="what to write")
     add("--output", type=Path, required=True, help="file to write; it must not exist yet")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")

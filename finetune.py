@@ -31,10 +31,10 @@ from tqdm import tqdm
 import checkpoint
 import utils
 from data.loader import Batch, FailureTally, set_epoch
-from engine import LAUNCH_FLAGS, SYNC_BUFFERS
+from engine import SYNC_BUFFERS, continue_from
 from models.base import Backbone
 from progress import EpochMeter, RunLog
-from utils import UsageError, logger
+from utils import UsageError
 
 CHECKPOINT = "checkpoint.pth"
 BEST = "best.pth"
@@ -322,19 +322,4 @@ def resume_run(output_dir: Path, tuner: FineTuner, args: Any) -> tuple[int, Best
         group.update({key: wanted[key] for key in ("lr_scale", "weight_decay")})
     if tuner.scaler.is_enabled() and content.get("fp16_scaler"):
         tuner.scaler.load_state_dict(content["fp16_scaler"])
-    _report_changes(vars(args), vars(content.get("args") or args))
-    rng_of_rank = content.get("rng") or []
-    if len(rng_of_rank) == utils.get_world_size():
-        utils.set_rng_state(rng_of_rank[utils.get_rank()])
-    else:
-        logger.info("the run was saved by %d processes: random numbers start afresh", len(rng_of_rank))
-    logger.info("resuming %s at epoch %d", path, content["epoch"])
-    return int(content["epoch"]), Best(**content["best"])
-
-
-def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Say which arguments differ from those of the run that is continued."""
-    names = sorted((now.keys() & before.keys()) - LAUNCH_FLAGS)
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if now[name] != before[name]]
-    if changed:
-        logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))
+    return continue_from(content, args, path), Best(**content["best"])

@@ -24,7 +24,6 @@ import data
 import engine
 import optim
 import utils
-from config import SPECS
 from data import augment
 from data.mixup import ViewMixup
 from losses import TEACHER_VIEWS
@@ -32,7 +31,6 @@ from losses import DINOLoss as DINOLoss
 from losses import RegionMatchingLoss as RegionMatchingLoss
 from models import Backbone, build_model, load_arch_config
 from models.heads import DINOHead
-from models.registry import config_name
 from progress import RunLog
 from utils import UsageError, bool_flag, logger
 
@@ -109,25 +107,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add("--dataset", default="imagenet1k", help="imagenet1k (any folder), or a folder under --data_path")
     add("--data_path", default="", help="folder of images, with or without classes or train/, or a text file of paths")
-    add(
-        "--zip_mode",
-        type=bool_flag,
-        nargs="?",
-        const=True,
-        default=False,
-        help="images in zip files (not supported yet)",
-    )
-    add(
-        "--tsv_mode",
-        type=bool_flag,
-        nargs="?",
-        const=True,
-        default=False,
-        help="images in tsv files (not supported yet)",
-    )
+    utils.add_switch(parser, "--zip_mode", "images in zip files (not supported yet)")
+    utils.add_switch(parser, "--tsv_mode", "images in tsv files (not supported yet)")
     add("--sampler", default="distributed", help="distributed (chunk is not supported yet)")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
-    add("--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of those weights")
+    utils.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
     add("--saveckp_freq", type=int, default=5, help="keep checkpoint{epoch:04}.pth every so many epochs, 0 for none")
     add("--log_freq", type=int, default=10, help="steps between two log lines")
@@ -175,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         output_dir = utils.make_output_dir(args.output_dir)
-        config = load_arch_config(args.arch, args.cfg, config_overrides(args))
+        config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         loader = build_loader(args, config, device)
     utils.must_agree("numbers of images", len(loader.dataset))  # type: ignore[arg-type]
     utils.seed_everything(args.seed)
@@ -203,22 +187,13 @@ def main(args: argparse.Namespace) -> None:
     log.close()
 
 
-def config_overrides(args: argparse.Namespace) -> list[str]:
-    """The overrides of the command line, with the flags that stand for a config key."""
-    if args.drop_path is None:
-        return args.opts
-    if "DROP_PATH_RATE" not in SPECS[config_name(args.arch)]:
-        raise UsageError(f"--drop_path {args.drop_path}: {args.arch} has no stochastic depth; leave the flag out")
-    return [*args.opts, "MODEL.SPEC.DROP_PATH_RATE", str(args.drop_path)]
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Stop on values that no part of the program would refuse by itself.
 
     Raises:
         UsageError: naming the flag.
     """
-    for name in (
+    sizes = (
         "out_dim",
         "batch_size_per_gpu",
         "accum_iter",
@@ -226,19 +201,10 @@ def check_args(args: argparse.Namespace) -> None:
         "log_freq",
         "head_hidden_dim",
         "head_bottleneck_dim",
-    ):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)} must be 1 or more")
-    for name in (
-        "warmup_epochs",
-        "warmup_teacher_temp_epochs",
-        "num_workers",
-        "saveckp_freq",
-        "freeze_last_layer",
-        "clip_grad",
-    ):
-        if getattr(args, name) < 0:
-            raise UsageError(f"--{name} {getattr(args, name)} must be 0 or more")
+    )
+    utils.check_at_least(args, 1, sizes)
+    waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
+    utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad"))
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
     if args.smoothing and args.use_mixup and args.use_dense_prediction:

@@ -46,7 +46,7 @@ from analysis.report import Figure, build_report
 from data.augment import MultiCrop
 from features import frozen_backbone
 from models import Backbone, load_arch_config
-from utils import UsageError, bool_flag, logger
+from utils import UsageError, logger
 
 LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
 
@@ -71,12 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "vis_features": "principal components of the region features as colours",
         "report": "one HTML page with the run's curves, scores and pictures",
     }.items():
-        tasks.add_argument(f"--{flag}", type=bool_flag, nargs="?", const=True, default=False, help=words)
-    add("--pretrained_weights", default="", help="checkpoint; empty: random weights")
-    add("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
-    add(
-        "--allow_partial", type=bool_flag, nargs="?", const=True, default=False, help="take what fits of the checkpoint"
-    )
+        utils.add_switch(tasks, f"--{flag}", words)
+    utils.add_weights_flags(parser)
     add("--learning", default="ssl", choices=list(LEARNING), help="how the network was trained, as file names tell it")
     add("--image_path", default=None, help="image, or folder of images of which some are taken; default: --data_path")
     add("--image_path2", default=None, help="second image for --vis_correspondence; default: two views of the first")
@@ -86,8 +82,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="pixel of the image whose region looks; default: the class token where there is one, else the centre")  # fmt: skip
     add("--block", type=int, default=-1, help="block to look at, counted from the first (0) or from the last (-1)")
     add("--threshold", type=float, default=0.6, help="share of the attention that masks keep")
-    add("--use_saved_aug", type=bool_flag, nargs="?", const=True, default=False,
-        help="take the views that an earlier --vis_correspondence saved in --output_dir")  # fmt: skip
+    utils.add_switch(
+        parser, "--use_saved_aug", "take the views that an earlier --vis_correspondence saved in --output_dir"
+    )
     add("--output_dir", default=".", help="folder for pictures and figures")
     add("--run_dir", default=None, help="folder of the training run for --report; default: --output_dir")
     add("--seed", type=int, default=8, help="of views, and of random weights")

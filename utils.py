@@ -16,7 +16,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,42 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patch_size", type=int, default=16, help="pixels per patch, for networks whose yaml does not say"
     )
+
+
+def add_switch(parser: argparse._ActionsContainer, name: str, explanation: str) -> None:
+    """Add a flag that is off unless given, alone or with a boolean."""
+    parser.add_argument(name, type=bool_flag, nargs="?", const=True, default=False, help=explanation)
+
+
+def add_weights_flags(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the flags that name the weights of a frozen or starting network, the same in every script that takes them."""
+    explanation = "checkpoint of any known layout" + ("" if required else "; empty: random weights")
+    parser.add_argument("--pretrained_weights", default="", required=required, help=explanation)
+    parser.add_argument("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
+    add_switch(parser, "--allow_partial", "take what fits of the checkpoint")
+
+
+def check_at_least(args: argparse.Namespace, least: int, names: Iterable[str]) -> None:
+    """Stop on a flag below `least`, or one that is not a number.
+
+    Raises:
+        UsageError: naming the first such flag.
+    """
+    for name in names:
+        if not getattr(args, name) >= least:
+            raise UsageError(f"--{name} {getattr(args, name)} must be {least} or more")
+
+
+def check_centre_crop(args: argparse.Namespace) -> None:
+    """Stop on a --crop_ratio or --image_size that cuts nothing out.
+
+    Raises:
+        UsageError: naming both.
+    """
+    if not 0 < args.crop_ratio <= 1 or (args.image_size is not None and args.image_size < 1):
+        raise UsageError(
+            f"--crop_ratio {args.crop_ratio} must lie in 0..1 and --image_size {args.image_size} be positive"
+        )
 
 
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,13 +10,13 @@ Origin: this project's own.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from yacs.config import CfgNode
 
-from config import load_config
+from config import SPECS, load_config
 from models.base import Backbone
 from utils import UsageError, logger
 
@@ -76,13 +76,22 @@ def config_name(arch: str) -> str:
     return _lookup(arch).config_name
 
 
-def load_arch_config(arch: str, path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
+def load_arch_config(
+    arch: str, path: str | None, overrides: Sequence[str] = (), drop_path: float | None = None
+) -> CfgNode:
     """The config for `arch`: the yaml at `path`, or the published one of that name when `path` is None.
 
+    `drop_path` stands for an override of MODEL.SPEC.DROP_PATH_RATE.
+
     Raises:
-        UsageError: unknown arch, no yaml where the arch needs one, or one that describes another architecture.
+        UsageError: unknown arch, no yaml where the arch needs one, one that describes another architecture, or stochastic
+            depth for a network that has none.
     """
     entry, given = _lookup(arch), path
+    if drop_path is not None:
+        if "DROP_PATH_RATE" not in SPECS[entry.config_name]:
+            raise UsageError(f"--drop_path {drop_path}: {arch} has no stochastic depth; leave the flag out")
+        overrides = [*overrides, "MODEL.SPEC.DROP_PATH_RATE", str(drop_path)]
     if path is None:
         if entry.default_config is None:
             raise UsageError(f"arch '{arch}' has no yaml of its own; name one with --cfg (see experiments/)")

@@ -179,6 +179,13 @@ def test_sizes_that_are_not_square(
     if name == "vit":
         images = torch.randn(2, 3, *after)
         torch.testing.assert_close(loaded.eval()(images), saved(images))
+        return
+    table = "layer2.1.attn.local_relative_position_bias_table"
+    rows, columns = (2 * (side // 8) - 1 for side in before)
+    plane = saved.get_parameter(table).view(1, rows, columns, 2).permute(0, 3, 1, 2)
+    wanted = tuple(2 * (side // 8) - 1 for side in after)
+    expected = F.interpolate(plane, size=wanted, mode="bicubic").squeeze(0).flatten(1).T
+    torch.testing.assert_close(loaded.get_parameter(table), expected)
 
 
 def test_what_vil_shares_must_be_equal_in_the_file_or_given_once(tmp_path: Path) -> None:

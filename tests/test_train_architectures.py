@@ -19,6 +19,7 @@ import checkpoint
 import eval_knn
 import export
 import main_esvit
+import utils
 from data import demo
 from models import build_model, load_arch_config
 
@@ -80,9 +81,11 @@ def test_two_epochs_then_knn(
     eval_knn.main(eval_knn.get_args_parser().parse_args([*command, *common, *weights]))
     assert re.search(r"20 classes:\nnetwork: 1-NN classifier result: Top1: [\d.]+", capsys.readouterr().out)
 
-    arch, yaml = command[1], command[3]
-    backbone = build_model(arch, load_arch_config(arch, yaml), patch_size=8)
-    untrained = {name: value.clone() for name, value in backbone.state_dict().items()}
+    args = main_esvit.get_args_parser().parse_args([*command, *flags])
+    config = load_arch_config(args.arch, args.cfg)
+    utils.seed_everything(args.seed)
+    untrained = main_esvit.build_network(args, config, is_teacher=False).state_dict()  # what the run started from
+    backbone = build_model(args.arch, config, patch_size=8)
     report = checkpoint.load_backbone(backbone, tmp_path / "checkpoint.pth")
     assert report.left_out >= 8  # the heads
     assert all(not torch.equal(value, untrained[name]) for name, value in backbone.named_parameters() if value.ndim > 1)
