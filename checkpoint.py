@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others kee
 DERIVED = ("relative_position_index", "attn_mask")  # buffers that the architecture computes itself
 OPTIONAL = ("num_batches_tracked",)  # older files lack it
 LISTED_NAMES = 5
+# What published files keep their arguments in: EsViT and DINO a Namespace, the original Swin its yacs config, here an ordered
+# dictionary that is filled without any code of yacs.
+READABLE: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 MOST_CHANNELS = 32  # of images; a first convolution has no more inputs
 
 
@@ -88,7 +92,7 @@ def load_tensor(path: str | Path) -> Tensor:
 
 
 def _load_safely(path: str | Path) -> Any:
-    """Read a file without unpickling anything but tensors, plain values and argparse.Namespace.
+    """Read a file without unpickling anything but tensors, plain values and `READABLE`.
 
     Raises:
         UsageError: no such file, a damaged or foreign one, or one that only unsafe unpickling could read.
@@ -98,7 +102,7 @@ def _load_safely(path: str | Path) -> Any:
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(READABLE):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
         raise UsageError(f"'{path}' is no safetensors file or is damaged ({error}); use another file") from None
@@ -159,10 +163,13 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
 
 
 def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
-    """MODEL.IMAGE_SIZE of the config that this project's full checkpoints hold."""
+    """MODEL.IMAGE_SIZE of the config that this project's full checkpoints hold as text; other projects' tell nothing here."""
+    config = content.get("config")
+    if not isinstance(config, str):
+        return None
     try:
-        height, width = yaml.safe_load(content["config"])["MODEL"]["IMAGE_SIZE"]
-    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+        height, width = yaml.safe_load(config)["MODEL"]["IMAGE_SIZE"]
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):
         return None
     return int(height), int(width)
 

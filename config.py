@@ -97,7 +97,7 @@ SCHEMA: dict[str, Any] = {
     "INPUT": {"MEAN": [0.485, 0.456, 0.406], "STD": [0.229, 0.224, 0.225]},
 }
 
-# Keys of the published files that belong to the supervised code base they came from.
+# Keys of the published files that belong to the supervised code base they came from; of a whole group every key is one.
 PUBLISHED_UNUSED = {
     *(
         "AMP",
@@ -125,6 +125,9 @@ POSITIVE = {
 
 # Published files of these networks may give one value for every stage, or one per stage where a key has a single value.
 STAGED = {"cvt_v4_transformer"}
+
+# Published files name the size that learned tables are made for as that of the training images, whatever the network.
+COMMON_ALIASES = {"TRAIN.IMAGE_SIZE": "MODEL.IMAGE_SIZE"}
 
 # Other names of keys in published files, by MODEL.NAME.
 ALIASES = {
@@ -190,7 +193,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
         elif any(key == name or key.startswith(name + ".") for name in PUBLISHED_UNUSED):
             unused.append(key)
         else:
-            raise UsageError(f"unknown config key '{key}' in {where}{_suggestion(key, known)}")
+            raise UsageError(f"unknown config key '{key}' in {where}{_suggestion(key, config.MODEL.NAME, known)}")
     _check_values(config)
     _report_unused(path, unused)
     config.freeze()
@@ -229,7 +232,7 @@ def _on_top(values: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _as_in_schema(values: dict[str, Any], name: str, known: dict[str, Any]) -> dict[str, Any]:
     """`values` under the schema's names, and one value or one per stage as its keys have it."""
-    aliases = ALIASES.get(name, {})
+    aliases = COMMON_ALIASES | ALIASES.get(name, {})
     values = {aliases.get(key, key): value for key, value in values.items()}
     if name not in STAGED:
         return values
@@ -338,9 +341,19 @@ def _check_values(config: CfgNode) -> None:
         )
 
 
-def _suggestion(key: str, known: dict[str, Any]) -> str:
-    """`; did you mean ...?`: the nearest dotted key, or the nearest by last name when the path is off."""
-    nearest = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
+def _suggestion(key: str, name: str, known: dict[str, Any]) -> str:
+    """What may have been meant: a key of another network, one of an unused group, the nearest dotted key, or the nearest by
+    last name when the path is off.
+    """
+    others = [other for other, spec in SPECS.items() if key in dict(_leaves(spec, "MODEL.SPEC."))]
+    if others:
+        return f"; it is one of {' and '.join(others)}, MODEL.NAME is {name}"
+    group, dot, rest = key.partition(".")
+    nearest = difflib.get_close_matches(group.upper(), PUBLISHED_UNUSED, n=1, cutoff=0.75)
+    if nearest:
+        return f"; did you mean '{nearest[0]}{dot}{rest}'?"
+    dotted = [*known, *ALIASES.get(name, {}), *ONLY_CHOICES.get(name, {}), *(k for k in PUBLISHED_UNUSED if "." in k)]
+    nearest = difflib.get_close_matches(key.upper(), dotted, n=1, cutoff=0.6)
     if not nearest:
         last_names = {name.rsplit(".", 1)[-1]: name for name in known}
         last = key.upper().rsplit(".", 1)[-1]

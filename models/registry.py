@@ -76,6 +76,15 @@ def config_name(arch: str) -> str:
     return _lookup(arch).config_name
 
 
+def default_config(arch: str) -> str | None:
+    """The yaml that `arch` has of its own; see `Entry`.
+
+    Raises:
+        UsageError: unknown arch.
+    """
+    return _lookup(arch).default_config
+
+
 def load_arch_config(
     arch: str, path: str | None, overrides: Sequence[str] = (), drop_path: float | None = None
 ) -> CfgNode:
@@ -88,9 +97,10 @@ def load_arch_config(
             depth for a network that has none.
     """
     entry, given = _lookup(arch), path
-    if drop_path is not None:
-        if "DROP_PATH_RATE" not in SPECS[entry.config_name]:
-            raise UsageError(f"--drop_path {drop_path}: {arch} has no stochastic depth; leave the flag out")
+    has_drop_path = "DROP_PATH_RATE" in SPECS[entry.config_name]
+    if drop_path and not has_drop_path:
+        raise UsageError(f"--drop_path {drop_path}: {arch} has no stochastic depth; leave the flag out")
+    if drop_path is not None and has_drop_path:
         overrides = [*overrides, "MODEL.SPEC.DROP_PATH_RATE", str(drop_path)]
     if path is None:
         if entry.default_config is None:

@@ -8,7 +8,6 @@ Origin: Vision Longformer (Zhang et al., ICCV 2021) section 3.2, conventions of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +36,45 @@ OWN = OFFSETS.index((0, 0))
 
 # --------------------------------------------------------------------------- chunks
 
+Neighbours = tuple[int, ...] | Tensor  # numbers of OFFSETS: known ones, or (K,) on the device where one is drawn
 
-def neighbourhoods(chunks: Tensor, neighbours: Sequence[int]) -> list[Tensor]:
+
+def draw_neighbours(device: torch.device) -> Tensor:
+    """The own chunk and one of the other eight, each as likely: (2,).
+
+    It stays on the device, so that the host need not wait for it and torch.compile finds one graph for all that can be drawn. The
+    device's generator draws, whose state a run saves and restores.
+    """
+    others = len(OFFSETS) - 1
+    drawn = torch.randint(others, (1,), device=device)
+    return F.pad(drawn + (drawn >= OWN), (1, 0), value=OWN)
+
+
+def neighbourhoods(chunks: Tensor, neighbours: Neighbours) -> list[Tensor]:
     """For each neighbour the chunks (B, rows, columns, ...) moved so that it lies where its chunk was; borders wrap around."""
     rows, columns = chunks.shape[1:3]
+    if isinstance(neighbours, Tensor):  # the own chunk stays where it is
+        down, right = neighbours[1] // 3 - 1, neighbours[1] % 3 - 1
+        row = (torch.arange(rows, device=chunks.device) + down) % rows
+        column = (torch.arange(columns, device=chunks.device) + right) % columns
+        return [chunks, chunks.index_select(1, row).index_select(2, column)]
     wrapped = torch.cat([chunks[:, -1:], chunks, chunks[:, :1]], dim=1)
     wrapped = torch.cat([wrapped[:, :, -1:], wrapped, wrapped[:, :, :1]], dim=2)
     starts = [(1 + OFFSETS[i][0], 1 + OFFSETS[i][1]) for i in neighbours]
     return [wrapped[:, top : top + rows, left : left + columns] for top, left in starts]
 
 
+def of_neighbours(keys: Tensor, neighbours: Neighbours) -> Tensor:
+    """What belongs to the keys of `neighbours` (..., K * w * w), of what belongs to those of all nine (..., 9 * w * w)."""
+    by_chunk = keys.unflatten(-1, (len(OFFSETS), -1))
+    if isinstance(neighbours, Tensor):
+        return by_chunk.index_select(-2, neighbours).flatten(-2)
+    return keys if neighbours == ALL else torch.cat([by_chunk.select(-2, i) for i in neighbours], dim=-1)
+
+
 @made_once
-def hidden_keys(
-    grid: tuple[int, int], window: int, neighbours: tuple[int, ...], exact: int, device: torch.device
-) -> Tensor:
-    """Which regions of its neighbourhood a query must not see: (chunks, w * w or 1, K * w * w), True where hidden.
+def hidden_keys(grid: tuple[int, int], window: int, exact: int, device: torch.device) -> Tensor:
+    """Which regions of all nine chunks a query must not see: (chunks, w * w or 1, 9 * w * w), True where hidden.
 
     Padding is always hidden. With `exact` 0 so is what lies outside the image, with 1 also what is more than `window` rows or
     columns away; with -1 the grid of chunks goes on at its other end.
@@ -60,12 +83,12 @@ def hidden_keys(
     inside, near = [], []
     for axis, side in enumerate(grid):
         chunks = -(-side // window)
-        steps = torch.tensor([OFFSETS[i][axis] for i in neighbours], device=device)
+        steps = torch.tensor([offset[axis] for offset in OFFSETS], device=device)
         key = (torch.arange(chunks, device=device)[:, None, None] + steps[:, None]) * window + position
         key = key % (chunks * window) if exact == -1 else key
-        inside.append((key >= 0) & (key < side))  # (chunks of the axis, K, w)
+        inside.append((key >= 0) & (key < side))  # (chunks of the axis, 9, w)
         distance = position[:, None, None] - (steps[:, None] * window + position)
-        near.append(distance.abs() <= window)  # (w, K, w)
+        near.append(distance.abs() <= window)  # (w, 9, w)
     seen = (inside[0][:, None, :, :, None] & inside[1][None, :, :, None, :]).flatten(2).flatten(0, 1).unsqueeze(1)
     if exact == 1:
         seen = seen & (near[0][:, None, :, :, None] & near[1][None, :, :, None, :]).flatten(2).flatten(0, 1)
@@ -171,7 +194,8 @@ class ChunkAttention(BiasedAttention):
         self, x_BNC: Tensor, grid: tuple[int, int], attention: bool
     ) -> tuple[Tensor, Tensor | None]:
         g, heads, window = self.num_global, self.num_heads, self.window
-        neighbours = self._neighbours()
+        drawing = self.mode > 0 and self.training
+        neighbours: Neighbours = draw_neighbours(x_BNC.device) if drawing else self._neighbours()
         kv = self.kv(x_BNC)
         (q,) = split_heads(self._cut(self.query(x_BNC[:, g:]), grid), 1, heads)  # (B, rows, columns, H, w * w, D)
         rows, columns = q.shape[1:3]
@@ -196,13 +220,8 @@ class ChunkAttention(BiasedAttention):
         return self.proj_global(join_heads(x))
 
     def _neighbours(self) -> tuple[int, ...]:
-        """The chunks that regions see in this call."""
-        if self.mode < 0:
-            return (OWN,)
-        if self.mode == 0 or not self.training:
-            return ALL
-        beside = [i for i in ALL if i != OWN]
-        return OWN, beside[int(torch.randint(len(beside), ()))]
+        """The chunks that regions see in calls that draw none."""
+        return (OWN,) if self.mode < 0 else ALL
 
     def _cut(self, x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
         """Regions to chunks (B, rows, columns, w * w, C), padded at the bottom and at the right."""
@@ -210,14 +229,13 @@ class ChunkAttention(BiasedAttention):
         rows, columns = x_BHWC.shape[1] // self.window, x_BHWC.shape[2] // self.window
         return window_partition(x_BHWC, self.window).unflatten(0, (-1, rows, columns))
 
-    def _bias(self, grid: tuple[int, int], neighbours: tuple[int, ...], device: torch.device) -> Tensor:
+    def _bias(self, grid: tuple[int, int], neighbours: Neighbours, device: torch.device) -> Tensor:
         """(chunks, H, w * w or 1, g + K * w * w): relative positions, and minus infinity at hidden keys."""
-        hidden_regions = hidden_keys(grid, self.window, neighbours, self.exact, device)
+        hidden_regions = of_neighbours(hidden_keys(grid, self.window, self.exact, device), neighbours)
         hidden = F.pad(hidden_regions, (self.num_global, 0)).unsqueeze(1)
         if not self.relative:
             return torch.where(hidden, -torch.inf, 0.0).expand(-1, self.num_heads, -1, -1)
-        by_neighbour = self.relative_position_index.chunk(len(OFFSETS), dim=1)
-        index = torch.cat([by_neighbour[i] for i in neighbours], dim=1)
+        index = of_neighbours(self.relative_position_index, neighbours)
         bias = self.bias_of_regions(pairwise_bias(self.local_relative_position_bias_table, index))
         return torch.where(hidden, -torch.inf, bias)
 

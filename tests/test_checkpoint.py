@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
 import checkpoint
 from utils import UsageError
@@ -88,10 +89,13 @@ def test_missing_key_names_those_that_are_there() -> None:
 
 
 class Sneaky:
-    """Unpickling it would run code."""
+    """Unpickling it would run a command."""
+
+    def __init__(self, command: str = "true") -> None:
+        self.command = command
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("true",)
+        return os.system, (self.command,)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text", "picture", "list", "code", "missing", "folder"])
@@ -118,6 +122,31 @@ def test_damaged_and_foreign_files(tmp_path: Path, kind: str) -> None:
         checkpoint.load_file(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_config_of_original_swin_files_is_no_obstacle(tmp_path: Path) -> None:
+    """They hold their yacs config beside the network; one that smuggles code in is refused all the same."""
+    net, path = Net(), tmp_path / "swin.pth"
+    config = CfgNode({"MODEL": {"TYPE": "swin", "SWIN": {"DEPTHS": [2, 2, 6, 2]}}, "DATA": {"IMG_SIZE": 224}})
+    config.freeze()
+    wrapped = {
+        "model": net.state_dict(),
+        "optimizer": {"state": {}},
+        "max_accuracy": 81.2,
+        "epoch": 299,
+        "config": config,
+    }
+    torch.save(wrapped, path)
+    loaded = Net()
+    report = checkpoint.load_backbone(loaded, path)
+    assert str(report) == "wrapped state dict, key 'model': 9 tensors loaded, 0 of them resized, 0 left out"
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in net.state_dict().items())
+    assert checkpoint.load_file(path)["config"]["MODEL"]["SWIN"]["DEPTHS"] == [2, 2, 6, 2]
+    marker = tmp_path / "code has run"
+    torch.save(wrapped | {"config": CfgNode({"MODEL": {"TYPE": 1}}) | {"SNEAKY": Sneaky(f"touch '{marker}'")}}, path)
+    with pytest.raises(UsageError, match="not read for safety"):
+        checkpoint.load_file(path)
+    assert not marker.exists()
 
 
 def test_code_is_never_run(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import ROOT
 from yacs.config import CfgNode
 
@@ -79,15 +82,97 @@ def test_yaml_loads_and_builds_what_its_header_says(file: Path) -> None:
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, decimals) == float(header[1])
 
 
-@pytest.mark.parametrize("file", [file for file in YAMLS if "imagenet" in file.parts], ids=lambda file: file.stem)
-def test_yaml_command_is_one_that_the_script_takes(file: Path) -> None:
-    text = " ".join(line.lstrip("# ").rstrip("\\") for line in file.read_text().splitlines() if line.startswith("#   "))
-    launcher, script, flags = text.partition("main_esvit.py")
-    assert (launcher.split()[0], script) == ("torchrun", "main_esvit.py")
-    args = main_esvit.get_args_parser().parse_args(flags.split())
+IMAGENET_YAMLS = pytest.mark.parametrize(
+    "file", [file for file in YAMLS if "imagenet" in file.parts], ids=lambda file: file.stem
+)
+
+
+def header_of(file: Path) -> list[str]:
+    return [line for line in file.read_text().splitlines() if line.startswith("#")]
+
+
+def command_of(file: Path) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """What launcher and script make of the command on top of a yaml, whose lines are indented behind the `#`."""
+    lines = [line.removeprefix("#   ") for line in header_of(file) if line.startswith("#   ")]
+    words = shlex.split("\n".join(lines).replace("\\\n", " "))
+    assert words[0] == "torchrun"
+    launcher = torch.distributed.run.get_args_parser().parse_args(words[1:])
+    assert launcher.training_script == "main_esvit.py"
+    return launcher, main_esvit.get_args_parser().parse_args(launcher.training_script_args)
+
+
+@IMAGENET_YAMLS
+def test_yaml_command_is_one_that_the_scripts_take(file: Path) -> None:
+    _, args = command_of(file)
+    main_esvit.check_args(args)
     assert ROOT / args.cfg == file
     assert load_arch_config(args.arch, args.cfg, args.opts) == load_config(file, args.opts)
-    assert 8 * args.batch_size_per_gpu == 512
+    assert args.warmup_epochs < args.epochs
+    assert args.warmup_teacher_temp_epochs < args.epochs
+
+
+@IMAGENET_YAMLS
+def test_yaml_header_tells_batch_and_learning_rate_of_its_command(file: Path) -> None:
+    text = "\n".join(header_of(file))
+    told = re.search(
+        r"(\d+) GPUs? x (\d+) images(?: x (\d+) accumulated)? = batch (\d+), lr ([\d.]+) x (\d+) / 256 = ([\d.]+\d)",
+        text,
+    )
+    assert told is not None, "the header says what makes the batch and the learning rate"
+    gpus, images, accumulated, batch, base, scaled_by, lr = told.groups()
+    launcher, args = command_of(file)
+    assert (launcher.nnodes, launcher.nproc_per_node) == ("1:1", gpus)
+    assert (args.batch_size_per_gpu, args.accum_iter) == (int(images), int(accumulated or 1))
+    assert int(gpus) * args.batch_size_per_gpu * args.accum_iter == int(batch) == int(scaled_by)
+    assert args.lr == float(base)
+    assert args.lr * int(batch) / 256 == pytest.approx(float(lr))
+    claims = re.search(r"\b(\d+) epochs", header_of(file)[0]) or re.search(r"Paper \((\d+) epochs", text)
+    assert claims is None or args.epochs == int(claims[1])
+
+
+@IMAGENET_YAMLS
+def test_files_that_a_yaml_header_names_exist(file: Path) -> None:
+    named = re.findall(r"[\w./-]+\.(?:sh|py|yaml)\b", "\n".join(header_of(file)))
+    assert "main_esvit.py" in named
+    assert all((ROOT / name).is_file() or (file.parent / name).is_file() for name in named), named
+
+
+# Figures of the published table (linear / k-NN, top-1), and of its further rows.
+PUBLISHED_FIGURES = {
+    "resnet/resnet50": "75.0 69.1 75.7 71.3",
+    "swin/swin_tiny_patch4_window7_224": "77.0 74.2 78.0 75.7",
+    "swin/swin_small_patch4_window7_224": "79.2 76.9 79.5 77.7",
+    "swin/swin_base_patch4_window7_224": "79.6 77.7 80.4 78.9",
+    "swin/swin_tiny_patch4_window14_224": "77.9 75.5 78.7 77.0",
+    "swin/swin_small_patch4_window14_224": "79.4 77.3 80.8 79.1",
+    "swin/swin_base_patch4_window14_224": "80.5 78.3 81.3 79.3",
+    "vil/vil_2262": "77.3 73.9 77.5 74.5",
+    "cvt_v4/s1": "77.6 74.8 78.5 76.7",
+    "swin/swin_tiny_patch4_window7_224_batch1024": "77.1 73.7",
+    "swin/swin_tiny_patch4_window7_224_webvision1": "75.4 69.4",
+    "swin/swin_tiny_patch4_window7_224_openimages_v4": "69.6 60.3",
+    "swin/swin_tiny_patch4_window7_224_imagenet22k": "73.5 66.1",
+    "swin/swin_tiny_patch4_window7_224_100ep_2crops": "65.3 60.3 67.8 62.0",
+    "swin/swin_tiny_patch4_window7_224_100ep": "75.3 70.0",
+    "vit/deit_small": "73.1 69.0",
+    "vil/vil_2262_100ep": "75.4 70.1",
+    "cvt_v4/s1_100ep": "75.5 70.6",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FIGURES)
+def test_every_published_row_has_a_yaml_with_its_figures(name: str) -> None:
+    """V before V+R in the table; a yaml may name them in any order."""
+    paper = next(line for line in header_of(ROOT / f"experiments/imagenet/{name}.yaml") if line.startswith("# Paper"))
+    figures = PUBLISHED_FIGURES[name].split()
+    found = {
+        task: [linear, knn] for task, linear, knn in re.findall(r"(V\+R|V) linear ([\d.]+), k-NN (\d+\.\d)", paper)
+    }
+    if len(figures) == 4:
+        assert found == {"V": figures[:2], "V+R": figures[2:]}
+    else:
+        assert re.search(r"\(.*\bV[,)]", paper)
+        assert re.findall(r"linear ([\d.]+), k-NN (\d+\.\d)", paper) == [tuple(figures)]
 
 
 @pytest.mark.parametrize("window", [7, 14])
@@ -318,6 +403,56 @@ def test_published_file_is_reported_once(tmp_path: Path, log: pytest.LogCaptureF
     (record,) = log.records
     assert record.name == "esvit"
     assert record.getMessage().split(": ")[-1] == ", ".join(sorted(PUBLISHED_UNUSED))
+
+
+@pytest.mark.parametrize("group", [key for key in PUBLISHED_UNUSED if "." not in key])
+def test_any_key_of_an_unused_group_is_reported_and_not_fatal(
+    tmp_path: Path, log: pytest.LogCaptureFixture, group: str
+) -> None:
+    """What the published files hold there is theirs to know: at any depth, with or without values."""
+    file = write_yaml(tmp_path, f"{group}: {{NEVER_SEEN: 1, DEEP: {{ER: {{STILL: [1, a]}}}}, NOTHING: }}\n")
+    assert load_config(file) == load_config(None)
+    assert load_config(write_yaml(tmp_path, f"{group}:\n", "empty.yaml")) == load_config(None)
+    messages = [record.getMessage() for record in log.records]
+    assert [message.split(": ")[-1] for message in messages] == [group, group]  # once a file
+
+
+@pytest.mark.parametrize(
+    ("content", "nearest"),
+    [
+        ("MODEL: {NUM_CLASES: 10}", "MODEL.NUM_CLASSES"),
+        ("MODEL: {SPEC: {DEPHTS: [2, 2]}}", "MODEL.SPEC.DEPTHS"),
+        ("MODEL: {NAME: cvt_v4_transformer, SPEC: {QKV_BAIS: True}}", "MODEL.SPEC.QKV_BIAS"),
+        ("MODEL: {NAME: vision_longformer, SPEC: {MSVIT: {SHAREW: True}}}", "MODEL.SPEC.MSVIT.SHARE_W"),
+        ("MODEL: {NAME: vision_longformer, SPEC: {DROP_PAHT: 0.1}}", "MODEL.SPEC.DROP_PATH"),
+        ("MODEL: {NAME: cvt_v4_transformer, SPEC: {KERNEL_QVK: 3}}", "MODEL.SPEC.KERNEL_QKV"),
+        ("INPUT: {MAEN: [0.5, 0.5, 0.5]}", "INPUT.MEAN"),
+        ("INPUT: {STDEV: [0.5, 0.5, 0.5]}", "INPUT.STD"),
+        ("TRIAN: {LR: 0.1}", "TRAIN.LR"),
+        ("TESTS: {BATCH_SIZE_PER_GPU: 8}", "TEST.BATCH_SIZE_PER_GPU"),
+        ("PRINT_FREQUENCY: 10", "PRINT_FREQ"),
+    ],
+)
+def test_a_mistyped_key_of_a_group_in_use_is_an_error(tmp_path: Path, content: str, nearest: str) -> None:
+    with pytest.raises(UsageError, match=rf"unknown config key .*did you mean '{re.escape(nearest)}'\?"):
+        load_config(write_yaml(tmp_path, content))
+
+
+def test_a_key_of_another_network_names_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"'MODEL.SPEC.WINDOW_SIZE' .*; it is one of swin_.* and cvt_.*, MODEL.NAME is vision"
+    ):
+        load_config(write_yaml(tmp_path, "MODEL: {NAME: vision_longformer, SPEC: {WINDOW_SIZE: 7}}"))
+
+
+def test_the_image_size_of_published_files_counts(tmp_path: Path) -> None:
+    """They have it in a group that is unused otherwise; what is set later wins, under either name."""
+    file = write_yaml(tmp_path, "TRAIN: {IMAGE_SIZE: [96, 64], LR: 1.0}")
+    assert load_config(file).MODEL.IMAGE_SIZE == [96, 64]
+    assert load_config(file, ["MODEL.IMAGE_SIZE", "32"]).MODEL.IMAGE_SIZE == [32, 32]
+    assert load_config(TINY, ["TRAIN.IMAGE_SIZE", "384"]).MODEL.IMAGE_SIZE == [384, 384]
+    on_top = write_yaml(tmp_path, "BASE: [network.yaml]\nMODEL: {IMAGE_SIZE: [48, 48]}", "top.yaml")
+    assert load_config(on_top).MODEL.IMAGE_SIZE == [48, 48]
 
 
 def test_nothing_is_reported_without_unused_keys(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:

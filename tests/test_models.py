@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from config import load_config
 from models import Backbone, MultiCropOutput, build_model, list_models
-from models.registry import config_name
+from models.heads import DINOHead
+from models.registry import config_name, default_config
 from utils import UsageError
 
 NAMES = list_models()
@@ -25,7 +26,7 @@ def network_of(name: str, *, dense: bool = False, is_teacher: bool = False) -> B
     return build_model(name, config, dense=dense, is_teacher=is_teacher, patch_size=own.patch_size)
 
 
-# Networks of torchvision cannot be made small; two stand for the contract, all of them go through one slow test.
+# Networks of torchvision cannot be made small; two stand for the contract, all of them go through the slow tests at full size.
 BIG = [name for name in NAMES if config_name(name) == "resnet" and name not in {"resnet18", "resnext50_32x4d"}]
 
 
@@ -194,39 +195,71 @@ def test_stochastic_depth_is_the_students_alone(architecture: str) -> None:
         torch.testing.assert_close(teacher(x), student.eval()(x))
 
 
+# --------------------------------------------------------------------------- torch.compile and torch.export
+
+
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_forward_gives_equal_results(architecture: str) -> None:
-    """Traced by torch.compile without a break of the graph; a backend that generates no code keeps it short."""
+    """Traced without a break of the graph; a backend that generates no code keeps it short.
+
+    Names of one architecture run the same code with other numbers, so one network stands for all of them.
+    """
+    torch._dynamo.reset()
     network, x = small_network(architecture).eval(), images()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(x), network(x)) < 1e-4
 
 
+# Tracing and generating code take seconds a block: one or two blocks of every kind that an architecture has.
+MICRO = {
+    "swin": ("MODEL.SPEC.DEPTHS", "[2]", "MODEL.SPEC.NUM_HEADS", "[2]"),
+    "vit": ("MODEL.SPEC.DEPTH", "1"),
+    "resnet": (),
+    "cvt": (
+        *("MODEL.SPEC.DEPTHS", "[2]", "MODEL.SPEC.NUM_HEADS", "[2]", "MODEL.SPEC.DIM_EMBED", "[8]"),
+        *("MODEL.SPEC.PATCH_SIZE", "[7]", "MODEL.SPEC.PATCH_STRIDE", "[4]", "MODEL.SPEC.PATCH_PADDING", "[2]"),
+        *("MODEL.SPEC.WINDOW_SIZE", "[4]", "MODEL.SPEC.MLP_RATIO", "[4.0]"),
+    ),
+    "vil": ("MODEL.SPEC.MSVIT.ARCH", "l1,h1,d12,n1,s1,g1,p4,f4,a0_l2,h2,d24,n1,s0,g1,p2,f4,a0"),
+}
+# ViL as its yaml trains it: each call draws a neighbouring chunk.
+TRAINED = {"vil": ["MODEL.SPEC.MSVIT.MODE", "1"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiled_training_gives_equal_gradients(architecture: str) -> None:
+    """In training mode too, with stochastic depth off: outputs of crops of two sizes, and the gradient of each parameter."""
+    overrides = [*MICRO[architecture], *no_drop_path(architecture), *TRAINED.get(architecture, [])]
+    network, other = (small_network(architecture, *overrides, dense=True) for _ in range(2))
+    other.load_state_dict(network.state_dict())
+    torch._dynamo.reset()  # what was compiled before counts towards a limit
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    crops = [images(2, 64, 64), images(2, 32, 32)]
+    for run in (network, compiled):
+        torch.manual_seed(3)
+        output = run(crops)
+        (output.view_logits.square().sum() + output.region_logits.square().sum()).backward()
+    for (name, a), b in zip(network.named_parameters(), other.parameters()):
+        torch.testing.assert_close(b.grad, a.grad, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="generating code for the CPU takes a C++ compiler")
-def test_generated_code_gives_equal_results() -> None:
-    network, x = small_network("vit").eval(), images()
-    assert relative_error(torch.compile(network)(x), network(x)) < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("big", BIG)
-def test_large_torchvision_networks(big: str) -> None:
-    """Forward, backward and probe widths of the names that the other tests leave out."""
-    network = network_of(big)
-    view_BC, regions_BTC = network.forward_features(images(2, 40, 72))
-    assert view_BC.shape == (2, network.num_features)
-    assert regions_BTC.shape == (2, 2 * 3, network.num_features)
-    (view_BC.square().sum() + regions_BTC.square().sum()).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
-    width = 2 * network.stage_dims[3] + network.stage_dims[2] * (network.stage_depths[3] == 1)
-    with torch.no_grad():
-        assert network.eval().forward_return_n_last_blocks(images(1), 2).shape == (1, width)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generated_code_gives_equal_results(architecture: str) -> None:
+    """The default backend, on a network of a few blocks and 32-pixel images."""
+    network = small_network(architecture, "MODEL.IMAGE_SIZE", "32", *MICRO[architecture]).eval()
+    x = images(2, 32, 32)
+    torch._dynamo.reset()
+    assert relative_error(torch.compile(network, fullgraph=True)(x), network(x)) < 1e-4
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_export_gives_equal_results(architecture: str) -> None:
     network, x = small_network(architecture).eval(), images(3)
@@ -234,6 +267,62 @@ def test_export_gives_equal_results(architecture: str) -> None:
     program = torch.export.export(network, (x,), dynamic_shapes={"crops": {0: batch}})
     other = images(5)
     assert relative_error(program.module()(other), network(other)) < 1e-4
+
+
+# --------------------------------------------------------------------------- at full size
+
+
+FULL_SIZE = [name for name in NAMES if default_config(name) is not None]  # the others have no size of their own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", FULL_SIZE)
+def test_networks_of_full_size(full: str) -> None:
+    """Every name with the yaml of its own: crops of two sizes forward and backward, gradients and widths of a probe."""
+    network = build_model(full, dense=True, is_teacher=True)  # without stochastic depth, so that every gradient flows
+    network.head, network.head_dense = nn.Linear(network.num_features, 5), nn.Linear(network.num_features, 7)
+    output = network([images(2, 64, 96), images(2, 32, 32)])
+    assert isinstance(output, MultiCropOutput)
+    assert output.view_logits.shape == (4, 5)
+    stride = 16 if len(network.stage_dims) == 1 else 32
+    assert output.regions_per_view == (64 * 96 // stride**2, 32 * 32 // stride**2)
+    assert output.region_logits.shape == (2 * sum(output.regions_per_view), 7)
+    (output.view_logits.square().sum() + output.region_logits.square().sum()).backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
+        assert parameter.grad.abs().sum() > 0 or key.endswith("g2g_relative_position_bias"), key
+    widths = [dim for dim, depth in zip(network.stage_dims, network.stage_depths) for _ in range(depth)]
+    with torch.no_grad():
+        assert network.eval().forward_return_n_last_blocks(images(1), 4).shape == (1, sum(widths[-4:]))
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("architecture", ["resnet", "cvt"])
+def test_one_value_for_batch_norm_is_refused_in_one_sentence(architecture: str) -> None:
+    """One image whose map is down to 1 x 1 can be looked at, but not trained on; two of them can."""
+    overrides = ["MODEL.SPEC.PATCH_STRIDE", "[8,8]"] if architecture == "cvt" else []
+    network = small_network(architecture, *overrides)
+    with pytest.raises(
+        UsageError, match=r"one value per channel.*1 x 1; raise --batch_size_per_gpu or enlarge the crops"
+    ):
+        network([images(1, 16, 16)])
+    assert torch.isfinite(network(images(2, 16, 16))).all()
+    assert torch.isfinite(network.eval()(images(1, 16, 16))).all()
+
+
+def test_one_row_for_batch_norm_of_a_head_is_refused_in_one_sentence() -> None:
+    network = small_network("vit")
+    network.head = DINOHead(network.num_features, 8, use_bn=True, hidden_dim=16, bottleneck_dim=4)
+    with pytest.raises(UsageError, match="one value per channel"):
+        network(images(1))
+
+
+def test_other_errors_of_a_forward_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="expected input"):
+        small_network("resnet")(torch.randn(2, 4, 64, 64))
 
 
 def test_config_of_another_family_is_refused() -> None:

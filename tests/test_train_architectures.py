@@ -75,6 +75,8 @@ def test_two_epochs_then_knn(
     losses = [json.loads(line)["train_loss"] for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert len(losses) == 2
     assert all(0 < loss < 2 * math.log(64) for loss in losses)
+    if architecture != "resnet":  # whose loss does not fall in eight steps; on one batch it does, see below
+        assert losses[1] < losses[0]
 
     weights = ["--pretrained_weights", str(tmp_path / "checkpoint.pth"), "--nb_knn", "1", "--image_size", "32"]
     common = ["--patch_size", "8", "--device", "cpu", "--num_workers", "0"]

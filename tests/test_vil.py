@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from config import load_config
 from models import Backbone, build_model
@@ -191,6 +192,29 @@ def test_training_draws_each_neighbour_and_evaluation_sees_all() -> None:
     assert all(torch.equal(a, attn(x, grid)[0]) for a in first)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_drawing_is_traced_into_one_graph(backend: str) -> None:
+    """One compiled graph serves every draw: the same seeds give what they give without it, gradients included."""
+    attn, grid = chunk_attention(STAGE, MSVIT + "MODE", "1").train(), (6, 9)
+    x = torch.randn(1, 1 + math.prod(grid), 8)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(attn, backend=counter, fullgraph=True)
+    found: dict[Any, list[Tensor]] = {attn: [], compiled: []}
+    for run, outputs in found.items():
+        torch.manual_seed(1)
+        for _ in range(24):
+            outputs.append(run(x, grid)[0])
+        attn.zero_grad()
+        outputs[-1].square().sum().backward()
+        outputs += [parameter.grad.clone() for parameter in attn.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(found[compiled], found[attn])
+    distinct = {tuple(output.flatten()[:40].tolist()) for output in found[attn][:24]}
+    assert len(distinct) > 4  # of the eight neighbours
+    assert counter.frame_count == 1
+
+
 def test_neighbour_position_index_counts_offsets() -> None:
     window = 2
     index = neighbour_position_index(window)
@@ -297,6 +321,17 @@ def test_mode_switch_follows_the_epoch() -> None:
         network.start_epoch(epoch, 4)
         outputs = [network(images) for _ in range(4)]
         assert all(torch.allclose(output, all_nine, atol=1e-5) for output in outputs) == (epoch == 3)
+
+
+def test_blocks_that_are_recomputed_see_the_neighbour_that_was_drawn() -> None:
+    network = network_of(ARCH, MSVIT + "MODE", "1", spread=True)
+    images, gradients = torch.randn(1, 3, 64, 64), []
+    for network.grad_checkpointing in (False, True):
+        torch.manual_seed(2)
+        network.zero_grad()
+        network(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(*gradients)
 
 
 @torch.no_grad()
