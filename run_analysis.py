@@ -15,18 +15,20 @@ The stereo measure and the report are this project's own.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 import data
 import utils
-from analysis import attention, correspondence, draw, pictures, stereo
+from analysis import attention, correspondence, pictures, plots, stereo
+from analysis import report as pages
 from analysis.files import newest, save_image, save_json, unused
 from analysis.images import (
     Picture,
@@ -42,7 +44,6 @@ from analysis.images import (
     save_views,
     scale_of,
 )
-from analysis.report import Figure, build_report
 from data.augment import MultiCrop
 from features import frozen_backbone
 from models import Backbone, load_arch_config
@@ -53,11 +54,7 @@ LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = argparse.ArgumentParser(
-        "run_analysis.py",
-        description="attention, correspondences and features of a frozen network",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = utils.Parser("run_analysis.py", description="attention, correspondences and features of a frozen network")
     add = parser.add_argument
     utils.add_network_flags(parser)
     parser.set_defaults(patch_size=8)
@@ -131,7 +128,7 @@ class Lab(NamedTuple):
             raise UsageError("no image is named; pass --image_path FILE or FOLDER, or --data_path FOLDER")
         files = find_images(path, self.args.num_images)
         found = [load_picture(file, self.scale, self.in_chans) for file in files]
-        if len(files) > 1:  # files of several folders may share their names
+        if len({Path(file).parent for file in files}) > 1:  # files of several folders may share their names
             found = [p._replace(name=f"{Path(file).parent.name}_{p.name}") for file, p in zip(files, found)]
         return found
 
@@ -140,21 +137,28 @@ class Lab(NamedTuple):
 
 
 def vis_attention(lab: Lab) -> None:
-    """An overview and the single pictures of every image."""
+    """An overview, its figures and the single pictures of every image."""
     block = lab.block
     for picture in lab.pictures():
-        drawn = attention_of(lab, picture, block)
-        _say(save_image(drawn.overview, lab.output(f"{picture.name}_attention.png")))
+        drawing, single = attention_of(lab, picture, block)
+        save_drawing(lab, drawing, f"{picture.name}_attention")
         folder = unused(lab.output(f"{picture.name}_attention_heads"))
         folder.mkdir()
-        for name, image in drawn.single.items():
+        for name, image in single.items():
             image.save(folder / name)
 
 
-def attention_of(lab: Lab, picture: Picture, block: int) -> pictures.AttentionPictures:
+def save_drawing(lab: Lab, drawing: pictures.Drawing, name: str) -> None:
+    """The drawing as one picture, and the figures behind it, if any, as JSON."""
+    _say(save_image(pictures.on_one_page(drawing), lab.output(f"{name}.png")))
+    if drawing.record:
+        _say(save_json(drawing.record, lab.output(f"{name}.json")))
+
+
+def attention_of(lab: Lab, picture: Picture, block: int) -> tuple[pictures.Drawing, dict[str, Image.Image]]:
     """Attention of one block on one image, as the flags ask for it."""
     query = tuple(lab.args.query) if lab.args.query else None
-    return pictures.attention_pictures(lab.backbone, picture, lab.scale, block, lab.args.threshold, query, lab.device)
+    return pictures.attention_drawing(lab.backbone, picture, lab.scale, block, lab.args.threshold, query, lab.device)
 
 
 def vis_correspondence(lab: Lab) -> None:
@@ -165,10 +169,11 @@ def vis_correspondence(lab: Lab) -> None:
         views = {f"{first.name}_{second.name}": Views(first.pixels_CHW, second.pixels_CHW, "two images")}
     else:
         views = {picture.name: views_of(lab, picture) for picture in found}
-    for name, pair in views.items():
-        image, cosines = pictures.correspondence_picture(lab.backbone, pair, lab.scale, lab.device)
-        _say(save_image(image, lab.output(f"{name}_correspondence.png")))
-        print(f"{name} ({pair.made}): cosines {' '.join(f'{cosine:.3f}' for cosine in cosines)}")
+    for name, both in views.items():
+        drawing = pictures.correspondence_drawing(lab.backbone, both, lab.scale, lab.device)
+        save_drawing(lab, drawing, f"{name}_correspondence")
+        cosines = " ".join(f"{pair['cosine']:.3f}" for pair in drawing.record["pairs"])
+        print(f"{name}: cosines {cosines}")
 
 
 def views_of(lab: Lab, picture: Picture) -> Views:
@@ -191,8 +196,8 @@ def views_of(lab: Lab, picture: Picture) -> Views:
 def vis_features(lab: Lab) -> None:
     """Principal components of every image's regions."""
     for picture in lab.pictures():
-        image = pictures.features_picture(lab.backbone, picture, lab.scale, lab.device)
-        _say(save_image(image, lab.output(f"{picture.name}_features.png")))
+        drawing = pictures.features_drawing(lab.backbone, picture, lab.scale, lab.device)
+        save_drawing(lab, drawing, f"{picture.name}_features")
 
 
 # --------------------------------------------------------------------------- measures over a folder
@@ -246,37 +251,41 @@ def measure_correspondence(lab: Lab) -> None:
         _say(save_json(score._asdict() | {"image_size": list(size)}, lab.folder / "correspondence.json"))
 
 
-def mean_entropies(lab: Lab) -> list[list[float]]:
-    """For each block the mean entropy of each head, in bits, over a folder."""
-    lab.block  # noqa: B018  # a network without attention is told so
+def layer_shapes(lab: Lab) -> list[attention.LayerShape]:
+    """Heads and keys of every block, for images that are cut to one size.
+
+    Raises:
+        UsageError: a network without attention.
+    """
+    attention.check_attention(lab.backbone)
     size = lab.scale.size_for(*lab.config.MODEL.IMAGE_SIZE)
-    heads: list[int] = []
+    return attention.layer_shapes(lab.backbone, torch.zeros(1, lab.in_chans, *size, device=lab.device))
+
+
+def mean_entropies(lab: Lab, shapes: Sequence[attention.LayerShape]) -> list[list[float]]:
+    """For each block the mean entropy of each head, in bits, over a folder."""
+    size = lab.scale.size_for(*lab.config.MODEL.IMAGE_SIZE)
 
     def measure(views: list[Tensor]) -> Tensor:
-        by_block = attention.entropies(lab.backbone, views[0])
-        heads[:] = [bits_BH.shape[1] for bits_BH in by_block]
         counted = torch.ones(len(views[0]), 1, device=views[0].device)
-        return torch.cat([*by_block, counted], dim=1).sum(dim=0).cpu()
+        return torch.cat([*attention.entropies(lab.backbone, views[0]), counted], dim=1).sum(dim=0).cpu()
 
     sums = sum_over_folder(lab, plain_view(size, lab.scale.mean, lab.scale.std), measure)
-    heads = next(found for found in utils.all_gather_objects(heads) if found)
     means = sums[:-1] / sums[-1]
-    return [part.tolist() for part in means.split(heads)]
+    return [part.tolist() for part in means.split([shape.heads for shape in shapes])]
 
 
 def vis_entropy(lab: Lab) -> None:
     """Entropy by layer and head, as a plot and as JSON."""
-    values = mean_entropies(lab)
+    shapes = layer_shapes(lab)
+    values = mean_entropies(lab, shapes)
     if utils.is_main_process():
-        _say(save_image(entropy_plot(lab, values), lab.output("entropy.png")))
-        _say(save_json({"bits_by_block_and_head": values}, lab.output("entropy.json")))
-
-
-def entropy_plot(lab: Lab, values: Sequence[Sequence[float]]) -> Any:
-    """The plot of `mean_entropies`."""
-    return draw.dots_by_layer(
-        values, lab.backbone.stage_depths, "Entropy of attention by layer; a dot is a head", "bits"
-    )
+        uniform = [shape.uniform_bits for shape in shapes]
+        path = unused(lab.output("entropy.png"))
+        path.write_bytes(plots.as_png(plots.entropy_plot(values, uniform, lab.backbone.stage_depths)))
+        _say(path)
+        record = {"bits_by_block_and_head": values, "bits_of_uniform_attention": uniform}
+        _say(save_json(record, lab.output("entropy.json")))
 
 
 # --------------------------------------------------------------------------- stereo
@@ -327,37 +336,47 @@ def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
 def report(lab: Lab) -> None:
     """Everything about a run on one page, `report.html`."""
     found = lab.pictures()
-    figures: dict[str, list[Figure]] = {"Attention": [], "Correspondence of two views": [], "Region features": []}
-    for picture in found:
-        if lab.backbone.has_attention:
-            figures["Attention"].append(
-                Figure(attention_of(lab, picture, lab.block).overview, f"attention on {picture.name}")
-            )
-        views = random_views(picture, lab.args.seed)
-        pairs, _ = pictures.correspondence_picture(lab.backbone, views, lab.scale, lab.device)
-        figures["Correspondence of two views"].append(Figure(pairs, f"two views of {picture.name}"))
-        regions = pictures.features_picture(lab.backbone, picture, lab.scale, lab.device)
-        figures["Region features"].append(
-            Figure(regions, f"regions of {picture.name}, alike in colour where alike in features")
-        )
+    sections = [section for picture in found for section in picture_sections(lab, picture)]
     if lab.backbone.has_attention:
-        images = torch.cat([centre_view(lab, picture) for picture in found]).to(lab.device)
-        by_block = [bits_BH.mean(dim=0).tolist() for bits_BH in attention.entropies(lab.backbone, images)]
-        figures["Entropy of attention"] = [
-            Figure(entropy_plot(lab, by_block), f"mean over the {len(found)} images above")
-        ]
+        sections.append(entropy_section(lab, found))
     run_dir = Path(lab.args.run_dir or lab.folder)
     facts = {
         "network": f"{lab.args.arch}, {sum(p.numel() for p in lab.backbone.parameters()) / 1e6:.1f}M parameters",
         "weights": f"{lab.args.pretrained_weights or 'random'} ({lab.args.checkpoint_key}, {lab.args.learning})",
         "run": str(run_dir),
-        "revision": utils.git_revision(),
+        **pages.run_facts(run_dir),
     }
     path = unused(lab.folder / "report.html")
-    path.write_text(
-        build_report(f"Report on {run_dir.resolve().name}", facts, run_dir, lab.folder, figures), encoding="utf-8"
-    )
+    title = f"Report on {run_dir.resolve().name}"
+    path.write_text(pages.build_report(title, facts, run_dir, lab.folder, sections), encoding="utf-8")
     _say(path)
+
+
+def picture_sections(lab: Lab, picture: Picture) -> Iterator[pages.Section]:
+    """What the report shows of one image."""
+    drawings = {}
+    if lab.backbone.has_attention:
+        drawings["Attention"], _ = attention_of(lab, picture, lab.block)
+    views = random_views(picture, lab.args.seed)
+    drawings["Correspondence of two views"] = pictures.correspondence_drawing(
+        lab.backbone, views, lab.scale, lab.device
+    )
+    drawings["Region features"] = pictures.features_drawing(lab.backbone, picture, lab.scale, lab.device)
+    for heading, drawing in drawings.items():
+        words = f"{drawing.about[:1].upper()}{drawing.about[1:]}."
+        yield pages.Section(f"{heading}: {picture.name}", words, [pages.photo(*panel) for panel in drawing.panels])
+
+
+def entropy_section(lab: Lab, found: Sequence[Picture]) -> pages.Section:
+    """Mean entropy of the heads over the images of the report."""
+    images = torch.cat([centre_view(lab, picture) for picture in found]).to(lab.device)
+    values = [bits_BH.mean(dim=0).tolist() for bits_BH in attention.entropies(lab.backbone, images)]
+    uniform = [shape.uniform_bits for shape in layer_shapes(lab)]
+    drawn = plots.entropy_plot(values, uniform, lab.backbone.stage_depths)
+    words = (
+        "How widely heads look, by layer: 0 bits are one region, the dashed line is all that a head can see, evenly."
+    )
+    return pages.Section("Entropy of attention", words, [pages.plot(drawn, f"mean over the {len(found)} images above")])
 
 
 def centre_view(lab: Lab, picture: Picture) -> Tensor:

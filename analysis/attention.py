@@ -8,6 +8,7 @@ Origin: head-wise masks of DINO (Caron et al., ICCV 2021) section 4.2.2; entropy
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,21 @@ class HeadMaps(NamedTuple):
     heads: list[int]  # their numbers in the network
     block: int
     query_yx: tuple[int, int] | None  # region that looks; None: class or global token
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of regions."""
+        return self.planes_Hhw.shape[1], self.planes_Hhw.shape[2]
+
+    @property
+    def seen(self) -> tuple[int, int, int, int]:
+        """Top, left, bottom and right (the last two not included) of the regions that any head looks at: the query's window."""
+        weights_hw = self.planes_Hhw.amax(dim=0)
+        looked_at = weights_hw > 1e-6 * weights_hw.max()  # what a mask shuts out may be as much as 1e-44
+        if not looked_at.any():
+            return 0, 0, weights_hw.shape[0], weights_hw.shape[1]
+        rows, columns = (looked_at.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
+        return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
 
 
 def entropy_bits(weights: Tensor) -> Tensor:
@@ -52,17 +68,26 @@ def keep_top_mass(weights: Tensor, share: float) -> Tensor:
     return torch.zeros_like(wanted).scatter(-1, order, wanted)
 
 
+def check_attention(backbone: Backbone) -> None:
+    """Stop on a network that has no attention.
+
+    Raises:
+        UsageError: naming what can be shown of it.
+    """
+    if not backbone.has_attention:
+        raise UsageError(
+            f"{type(backbone).__name__} has no attention to show; choose --vis_features or correspondences"
+        )
+
+
 def find_block(backbone: Backbone, number: int) -> int:
     """A block's number counted from the first one, of one that may count from the last (-1).
 
     Raises:
         UsageError: a network without attention, or no such block.
     """
+    check_attention(backbone)
     blocks = sum(backbone.stage_depths)
-    if not backbone.has_attention:
-        raise UsageError(
-            f"{type(backbone).__name__} has no attention to show; choose --vis_features or correspondences"
-        )
     if not -blocks <= number < blocks:
         raise UsageError(
             f"--block {number} is not there; choose 0..{blocks - 1}, or -1 for the last of {blocks} blocks"
@@ -123,6 +148,25 @@ def block_entropy(backbone: Backbone, output: BlockOutput) -> Tensor:
     real_WQ = backbone.real_queries(output).to(output.attention.device)
     entropy_BWHQ = entropy_bits(output.attention.float()).unflatten(0, (images, -1))
     return (entropy_BWHQ * real_WQ[:, None]).sum(dim=(1, 3)) / real_WQ.sum()
+
+
+class LayerShape(NamedTuple):
+    """Attention of a block on images of one size."""
+
+    heads: int
+    keys: int  # of a query, those of padding too
+
+    @property
+    def uniform_bits(self) -> float:
+        """Entropy of attention that is spread evenly: none can have more."""
+        return math.log2(self.keys)
+
+
+@torch.no_grad()
+def layer_shapes(backbone: Backbone, image_1CHW: Tensor) -> list[LayerShape]:
+    """The shape of each block's attention on images like this one."""
+    outputs = backbone.forward_blocks(image_1CHW, sum(backbone.stage_depths), attention=True)
+    return [LayerShape(o.attention.shape[1], o.attention.shape[3]) for o in outputs if o.attention is not None]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor
 from models import Backbone
 
 Grid = tuple[int, int]
+CLIPPED = 0.02  # share of a principal component's values at each end that get the last colour
 
 
 class RegionFeatures(NamedTuple):
@@ -103,14 +104,15 @@ def flip_score(sums: Iterable[float]) -> FlipScore:
 def principal_colours(regions_TC: Tensor) -> Tensor:
     """The three strongest principal components of region features as colours (T, 3) in 0..1; a constant one is grey.
 
-    The sign of a component, which is free, is chosen so that its largest entry is positive.
+    The sign of a component, which is free, is chosen so that its largest entry is positive. A few regions unlike all others do
+    not take the contrast from the rest: the smallest and largest 2 % of a component are clipped.
     """
     centred = regions_TC.double() - regions_TC.double().mean(dim=0)
     left, strength, _ = torch.linalg.svd(centred, full_matrices=False)
     components = F.pad(left * strength, (0, max(0, 3 - left.shape[1])))[:, :3]
     largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
     components = components * torch.where(largest < 0, -1.0, 1.0)
-    low, high = components.amin(dim=0), components.amax(dim=0)
+    low, high = components.quantile(torch.tensor([CLIPPED, 1 - CLIPPED]).double(), dim=0)
     spread = high - low
     flat = spread <= 1e-6 * strength.max().clamp_min(1e-12)
-    return torch.where(flat, 0.5, (components - low) / torch.where(flat, 1.0, spread)).float()
+    return torch.where(flat, 0.5, (components - low) / torch.where(flat, 1.0, spread)).clamp(0, 1).float()

@@ -1,89 +1,104 @@
-"""Pictures of what the other modules compute: colour maps, overlays, lines between regions, plots. Nothing is computed here.
+"""Pictures drawn over photographs: weights, masks, frames, and lines between regions. Nothing is computed here.
 
-Pillow and numpy draw everything; colour maps are short tables.
+Planes and masks have one value for each region of the image they are laid over. Plots with axes are in `analysis.plots`.
 
-Origin: this project's own; the colours of `VIRIDIS` are those of the map of that name (van der Walt and Smith, 2015).
+Shapes: h x w grid of regions.
+Origin: this project's own; colour maps and letters are matplotlib's.
 """
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from functools import lru_cache
 
+import matplotlib
 import numpy as np
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-VIRIDIS = ((68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
-           (170, 220, 50), (253, 231, 37))  # fmt: skip
-INK, FAINT, PAPER = (30, 30, 30), (210, 210, 210), (255, 255, 255)
-QUERY = (255, 60, 60)
+Colour = tuple[int, int, int]
 Size = tuple[int, int]  # height and width
 Point = tuple[float, float]  # x and y
+Box = tuple[int, int, int, int]  # top, left, bottom and right in regions, the last two not included
+
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+RED, YELLOW = (255, 60, 60), (255, 225, 0)
+LETTERS = 14  # points of captions
+STAR, BADGE = 20.0, 11.0  # radius, in pixels, of the marks of correspondences
 
 
 @lru_cache(maxsize=8)
-def font(points: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font."""
-    return ImageFont.load_default(points)
+def font(points: int) -> ImageFont.FreeTypeFont:
+    """The font that plots have too."""
+    return ImageFont.truetype(findfont("DejaVu Sans"), points)
 
 
-def coloured(values_hw: np.ndarray) -> np.ndarray:
-    """Values in 0..1 as colours (h, w, 3) of the map."""
-    table = np.asarray(VIRIDIS, dtype=np.float64)
-    at = np.clip(values_hw, 0, 1) * (len(table) - 1)
-    low = np.minimum(at.astype(int), len(table) - 2)
-    share = (at - low)[..., None]
-    return (table[low] * (1 - share) + table[low + 1] * share).round().astype(np.uint8)
-
-
-def enlarged(image: Image.Image, shorter_side: int) -> Image.Image:
+def enlarged(image: Image.Image, shorter_side: float) -> Image.Image:
     """An image whose shorter side is at least `shorter_side`; smooth."""
     factor = max(1.0, shorter_side / min(image.size))
     return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
 
 
-def heat(image: Image.Image, plane_hw: Tensor, strength: float = 0.65) -> Image.Image:
-    """Weights of regions laid over an image, brightest where largest; the picture alone where all are zero."""
+def faded(image: Image.Image, light: float) -> Image.Image:
+    """The image in grey, with a share of its brightness."""
+    return image.convert("L").point([round(value * light) for value in range(256)]).convert("RGB")
+
+
+def heat(image: Image.Image, plane_hw: Tensor, strength: float = 0.7) -> Image.Image:
+    """Weights of regions in colours over the faded image, brightest where largest; no colour where a weight is 0."""
     plane = plane_hw.double().numpy()
     largest = plane.max()
-    colours = Image.fromarray(coloured(plane / largest if largest > 0 else plane))
-    return Image.blend(image, colours.resize(image.size, Image.Resampling.NEAREST), strength if largest > 0 else 0.0)
+    share = plane / largest if largest > 0 else plane
+    colours = Image.fromarray(matplotlib.colormaps["inferno"](share, bytes=True)[..., :3])
+    seen = Image.fromarray(np.where(share > 1e-6, round(255 * strength), 0).astype(np.uint8))
+    colours, seen = (layer.resize(image.size, Image.Resampling.NEAREST) for layer in (colours, seen))
+    return Image.composite(colours, faded(image, 0.6), seen)
 
 
 def masked(image: Image.Image, mask_hw: Tensor) -> Image.Image:
     """The image where the mask holds, dark and grey elsewhere."""
     keep = Image.fromarray(mask_hw.numpy().astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
-    grey = image.convert("L").point([value // 4 for value in range(256)]).convert("RGB")
-    return Image.composite(image, grey, keep)
+    return Image.composite(image, faded(image, 0.25), keep)
 
 
-def region_box(index_yx: tuple[int, int], grid: Size, image: Image.Image) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a region on an image."""
-    (row, column), height, width = index_yx, image.height / grid[0], image.width / grid[1]
-    return column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1
+def on_image(box: Box, grid: Size, size: Size) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a box in pixels of an image of `size`, the last two not included."""
+    top, left, bottom, right = box
+    y, x = size[0] / grid[0], size[1] / grid[1]
+    return round(left * x), round(top * y), round(right * x), round(bottom * y)
 
 
-def boxed(image: Image.Image, index_yx: tuple[int, int], grid: Size, colour: tuple[int, int, int]) -> Image.Image:
-    """The image with a frame around one region."""
+def boxed(image: Image.Image, box: Box, grid: Size, colour: Colour = RED) -> Image.Image:
+    """The image with a frame around some regions."""
     image = image.copy()
-    left, top, right, bottom = region_box(index_yx, grid, image)
+    left, top, right, bottom = on_image(box, grid, (image.height, image.width))
     draw = ImageDraw.Draw(image)
-    draw.rectangle((left, top, right, bottom), outline=PAPER, width=4)
-    draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=colour, width=2)
+    draw.rectangle((left, top, right - 1, bottom - 1), outline=PAPER, width=4)
+    draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=colour, width=2)
     return image
 
 
-def captioned(image: Image.Image, text: str, points: int = 14) -> Image.Image:
-    """The image below a line of text, which is cut where it is too long."""
-    letters = font(points)
-    while len(text) > 1 and letters.getlength(text) > image.width - 2:
-        text = text[:-2] + "…" if text.endswith("…") else text[:-1] + "…"
-    canvas = Image.new("RGB", (image.width, image.height + points + 8), PAPER)
-    ImageDraw.Draw(canvas).text((2, 2), text, fill=INK, font=letters)
-    canvas.paste(image, (0, points + 8))
+def captioned(image: Image.Image, text: str, margin: int = 1) -> Image.Image:
+    """The image below some words, on as many lines as they need."""
+    lines = lines_of(text, image.width - 2 * margin)
+    height = len(lines) * (LETTERS + 4) + 4
+    canvas = Image.new("RGB", (image.width, image.height + height), PAPER)
+    ImageDraw.Draw(canvas).text((margin, 2), "\n".join(lines), fill=INK, font=font(LETTERS), spacing=4)
+    canvas.paste(image, (0, height))
     return canvas
+
+
+def lines_of(text: str, width: int) -> list[str]:
+    """The words of a caption on lines of at most `width` pixels; a longer word has its own."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if lines[-1] and font(LETTERS).getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def tiled(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
@@ -97,12 +112,20 @@ def tiled(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Im
     return canvas
 
 
+def stacked(above: Image.Image, below: Image.Image, gap: int = 4) -> Image.Image:
+    """Two images of one width, on white."""
+    canvas = Image.new("RGB", (above.width, above.height + gap + below.height), PAPER)
+    canvas.paste(above, (0, 0))
+    canvas.paste(below, (0, above.height + gap))
+    return canvas
+
+
 # --------------------------------------------------------------------------- correspondence
 
 
-def rank_colour(rank: int, ranks: int) -> tuple[int, int, int]:
-    """A colour of its own for every rank."""
-    red, green, blue = colorsys.hsv_to_rgb(0.85 * rank / max(ranks, 1), 0.75, 1.0)
+def rank_colour(rank: int, ranks: int) -> Colour:
+    """A colour of its own for every rank, counted from 0."""
+    red, green, blue = matplotlib.colormaps["turbo"](0.86 - 0.76 * rank / max(ranks - 1, 1))[:3]
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -110,11 +133,11 @@ def paired(
     images: tuple[Image.Image, Image.Image],
     pairs: Sequence[tuple[Point, Point]],
     marks: tuple[Point, Point],
-    gap: int = 24,
+    gap: int = 16,
 ) -> Image.Image:
     """Two images side by side, ranked pairs of points (x, y in shares of 0..1) joined by lines, and one mark on each.
 
-    The first pair gets rank 1 and is drawn on top.
+    The first pair gets rank 1 and is drawn on top; a point of several pairs bears all their ranks.
     """
     first, second = images
     offset = first.width + gap
@@ -122,87 +145,47 @@ def paired(
     canvas.paste(first, (0, 0))
     canvas.paste(second, (offset, 0))
     draw = ImageDraw.Draw(canvas)
-    starts = [(x * first.width, y * first.height) for (x, y), _ in pairs]
-    ends = [(offset + x * second.width, y * second.height) for _, (x, y) in pairs]
-    for rank in reversed(range(len(pairs))):
-        draw.line((*starts[rank], *ends[rank]), fill=(0, 0, 0), width=4)
-        draw.line((*starts[rank], *ends[rank]), fill=rank_colour(rank, len(pairs)), width=2)
-    mark_at = ((marks[0][0] * first.width, marks[0][1] * first.height),)
-    for x, y in (*mark_at, (offset + marks[1][0] * second.width, marks[1][1] * second.height)):
-        _star(draw, x, y)
+
+    def on_first(point: Point) -> Point:
+        return point[0] * first.width, point[1] * first.height
+
+    def on_second(point: Point) -> Point:
+        return offset + point[0] * second.width, point[1] * second.height
+
+    lines = [(on_first(start), on_second(end)) for start, end in pairs]
+    for rank in reversed(range(len(lines))):
+        draw.line(lines[rank], fill=(0, 0, 0), width=5)
+        draw.line(lines[rank], fill=rank_colour(rank, len(lines)), width=3)
+    for mark in (on_first(marks[0]), on_second(marks[1])):
+        _star(draw, _inside(mark, STAR, STAR, canvas))
     ranks_at: dict[Point, list[int]] = {}
-    for rank, points in enumerate(zip(starts, ends)):
+    for rank, points in enumerate(lines):
         for point in points:
             ranks_at.setdefault(point, []).append(rank)
-    for (x, y), ranks in ranks_at.items():
-        _badge(draw, x, y, " ".join(str(rank + 1) for rank in ranks), rank_colour(ranks[0], len(pairs)))
+    for point, ranks in ranks_at.items():
+        _badge(draw, point, " ".join(str(rank + 1) for rank in ranks), rank_colour(ranks[0], len(lines)), canvas)
     return canvas
 
 
-def _badge(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour: tuple[int, int, int]) -> None:
-    reach = max(9.0, font(12).getlength(text) / 2 + 4)
-    draw.rounded_rectangle((x - reach, y - 9, x + reach, y + 9), radius=9, fill=colour, outline=(0, 0, 0))
-    draw.text((x, y), text, fill=(0, 0, 0), font=font(12), anchor="mm")
+def _inside(at: Point, reach_x: float, reach_y: float, canvas: Image.Image) -> Point:
+    """The nearest point from which a drawing of that reach does not leave the canvas."""
+    x, y = (min(max(a, r), side - 1 - r) for a, r, side in zip(at, (reach_x, reach_y), canvas.size))
+    return x, y
 
 
-def _star(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float = 17) -> None:
+def _badge(draw: ImageDraw.ImageDraw, at: Point, text: str, colour: Colour, canvas: Image.Image) -> None:
+    """A number on its colour."""
+    reach = max(BADGE, font(14).getlength(text) / 2 + 6)
+    x, y = _inside(at, reach, BADGE, canvas)
+    light = (299 * colour[0] + 587 * colour[1] + 114 * colour[2]) / 1000 > 110
+    draw.rounded_rectangle(
+        (x - reach, y - BADGE, x + reach, y + BADGE), radius=BADGE, fill=colour, outline=PAPER, width=2
+    )
+    draw.text((x, y), text, fill=INK if light else PAPER, font=font(14), anchor="mm")
+
+
+def _star(draw: ImageDraw.ImageDraw, at: Point) -> None:
     angles = np.arange(10) * np.pi / 5 - np.pi / 2
-    reach = np.where(np.arange(10) % 2, 0.55, 1.0) * radius
-    corners = [(x + float(r * np.cos(a)), y + float(r * np.sin(a))) for a, r in zip(angles, reach)]
-    draw.polygon(corners, fill=(255, 230, 0), outline=(0, 0, 0), width=2)
-
-
-# --------------------------------------------------------------------------- plots
-
-
-def dots_by_layer(
-    values: Sequence[Sequence[float]], groups: Sequence[int], title: str, unit: str, size: Size = (360, 640)
-) -> Image.Image:
-    """One dot for each head above its layer, a line through the layers' means; `groups` are the stages' depths."""
-    scale = 2  # drawn larger and reduced, which smooths edges
-    height, width = size[0] * scale, size[1] * scale
-    left, right, top, bottom = 56 * scale, width - 16 * scale, 40 * scale, height - 52 * scale
-    canvas = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    small, large = font(12 * scale), font(15 * scale)
-    step = nice_step(max(max(layer) for layer in values))
-    limit = step * max(1, int(np.ceil(max(max(layer) for layer in values) / step - 1e-9)))
-
-    def place(layer: float, value: float) -> Point:
-        return left + (layer + 0.5) * (right - left) / len(values), bottom - value / limit * (bottom - top)
-
-    for number in range(round(limit / step) + 1):
-        y = place(0, number * step)[1]
-        draw.line((left, y, right, y), fill=FAINT, width=scale)
-        draw.text((left - 6 * scale, y), f"{number * step:g}", fill=INK, font=small, anchor="rm")
-    first = 0
-    for stage, depth in enumerate(groups):
-        centre = place(first + (depth - 1) / 2, 0)[0]
-        if len(groups) > 1:
-            draw.text((centre, height - 18 * scale), f"stage {stage + 1}", fill=INK, font=small, anchor="mm")
-        if stage:
-            x = place(first - 0.5, 0)[0]
-            draw.line((x, top, x, bottom), fill=FAINT, width=scale)
-        first += depth
-    every = max(1, -(-len(values) // 16))
-    for layer, heads in enumerate(values):
-        x = place(layer, 0)[0]
-        if layer % every == 0:
-            draw.text((x, bottom + 12 * scale), str(layer), fill=INK, font=small, anchor="mm")
-        for value in heads:
-            y = place(layer, value)[1]
-            draw.ellipse(
-                (x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale), fill=(70, 130, 200), outline=PAPER
-            )
-    means = [place(layer, sum(heads) / len(heads)) for layer, heads in enumerate(values)]
-    draw.line([c for point in means for c in point], fill=(214, 90, 40), width=2 * scale)
-    draw.text((left, 8 * scale), title, fill=INK, font=large)
-    draw.text((6 * scale, top - 6 * scale), unit, fill=INK, font=small, anchor="lb")
-    return canvas.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-
-
-def nice_step(largest: float, steps: int = 5) -> float:
-    """A round distance of axis labels (1, 2 or 5 times a power of ten) that gives about `steps` of them."""
-    rough = max(largest, 1e-9) / steps
-    power = 10.0 ** np.floor(np.log10(rough))
-    return float(next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9)))
+    reach = np.where(np.arange(10) % 2, 0.5, 1.0) * STAR
+    corners = [(at[0] + float(r * np.cos(a)), at[1] + float(r * np.sin(a))) for a, r in zip(angles, reach)]
+    draw.polygon(corners, fill=YELLOW, outline=INK, width=2)

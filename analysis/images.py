@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 import data
 from checkpoint import load_file, save_file
 from data.augment import BrightnessContrast, MultiCrop, ViewTransform
-from data.datasets import ImageLike, read_image
+from data.decode import ImageLike, read_image
 from models import Backbone
 from utils import UsageError, isolated_rng
 
@@ -105,7 +105,7 @@ def find_images(path: str, count: int) -> list[str]:
         return [path]
     dataset = data.build_dataset(path, "val", lambda image: [])
     count = min(count, len(dataset))
-    return [dataset.path((2 * i + 1) * len(dataset) // (2 * count)) for i in range(count)]
+    return [dataset.source.name((2 * i + 1) * len(dataset) // (2 * count)) for i in range(count)]
 
 
 # --------------------------------------------------------------------------- views

@@ -1,4 +1,6 @@
-"""One picture for each question about an image: what the computing modules find, put together by `analysis.draw`.
+"""One drawing for each question about an image: what the computing modules find, put together by `analysis.draw`.
+
+A drawing comes in panels, which a page can let flow, and with the figures behind it; `on_one_page` joins panels to one picture.
 
 Shapes: C channels, H x W pixels, T regions.
 Origin: the questions are those of DINO (Caron et al., ICCV 2021) figures 1 and 3 and of EsViT (Li et al., ICLR 2022) figure 6.
@@ -6,10 +8,11 @@ Origin: the questions are those of DINO (Caron et al., ICCV 2021) figures 1 and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from analysis import attention, correspondence, draw
@@ -17,18 +20,39 @@ from analysis.images import Picture, Scale, Views, shown, views_of_size
 from models import Backbone
 
 TILE = 224  # shorter side, in pixels, of what is drawn on
-COLUMNS = 7
+PAGE = 1250  # width, in pixels, that the panels of a page fill
 PAIRS = 10
+ZOOM_BELOW = 0.4  # share of the image: where less is to be seen, panels are zoomed
 
 
-class AttentionPictures(NamedTuple):
-    """All heads on one page, and each one alone."""
+class Panel(NamedTuple):
+    """A part of a drawing and what it shows."""
 
-    overview: Image.Image
-    single: dict[str, Image.Image]  # by file name
+    image: Image.Image
+    caption: str
 
 
-def attention_pictures(
+class Drawing(NamedTuple):
+    """What was found out about an image."""
+
+    about: str  # how to read the panels
+    panels: list[Panel]
+    record: dict[str, Any]  # the figures behind it, for JSON
+
+
+def on_one_page(drawing: Drawing) -> Image.Image:
+    """All panels with their captions, below what the drawing is about."""
+    tiles = [draw.captioned(*panel) for panel in drawing.panels]
+    fit = max(1, PAGE // max(tile.width for tile in tiles))
+    rows = math.ceil(len(tiles) / fit)
+    page = draw.tiled(tiles, math.ceil(len(tiles) / rows))
+    return draw.captioned(page, drawing.about, margin=9)
+
+
+# --------------------------------------------------------------------------- attention
+
+
+def attention_drawing(
     backbone: Backbone,
     picture: Picture,
     scale: Scale,
@@ -36,73 +60,132 @@ def attention_pictures(
     share: float,
     query: tuple[float, float] | None,
     device: torch.device,
-) -> AttentionPictures:
-    """Heads ranked by entropy: above the weights on the image, below the regions that hold `share` of the mass."""
+) -> tuple[Drawing, dict[str, Image.Image]]:
+    """Heads ranked by entropy: the weights on the image, and below them the regions that hold `share` of the mass.
+
+    Returns:
+        the drawing, zoomed to the query's window where that is small, and the single pictures of the whole image by file name.
+    """
     pixels_1CHW = scale.normalised(picture.pixels_CHW).to(device)
     maps = attention.head_maps(backbone, pixels_1CHW, block, share, query, picture.original_size)
-    image = draw.enlarged(shown(picture.pixels_CHW), TILE)
-    grid = (maps.planes_Hhw.shape[1], maps.planes_Hhw.shape[2])
-
-    def marked(drawn: Image.Image) -> Image.Image:
-        return drawn if maps.query_yx is None else draw.boxed(drawn, maps.query_yx, grid, draw.QUERY)
-
-    asked = "class token" if maps.query_yx is None else "query in the red box"
-    mean = draw.heat(image, maps.planes_Hhw.mean(dim=0))
-    tiles = [
-        _stacked(
-            draw.captioned(marked(image), f"block {block}, {asked}"), draw.captioned(marked(mean), "mean of heads")
-        )
+    whole = _Layer(shown(picture.pixels_CHW), (0, 0, *maps.grid), maps.grid, maps.query_yx)
+    zoomed = whole.zoomed(maps.seen)
+    overview = whole.drawn(whole.image)
+    if zoomed is not whole:
+        overview = draw.boxed(overview, zoomed.box, maps.grid, draw.YELLOW)
+    mean = zoomed.heat(maps.planes_Hhw.mean(dim=0))
+    panels = [
+        Panel(draw.stacked(ImageOps.pad(overview, mean.size, color=draw.PAPER), mean), "the image; mean of all heads")
     ]
-    single = {}
+    single, heads = {}, []
     columns = zip(maps.heads, maps.entropies_H.tolist(), maps.planes_Hhw, maps.masks_Hhw)
     for rank, (head, bits, plane, mask) in enumerate(columns, start=1):
-        heat, kept = draw.heat(image, plane), draw.masked(image, mask)
-        single[f"rank{rank:02}_head{head}_heat.png"] = marked(heat)
-        single[f"rank{rank:02}_head{head}_mask.png"] = marked(kept)
-        above = draw.captioned(marked(heat), f"head {head}: {bits:.2f} bits")
-        tiles.append(_stacked(above, draw.captioned(marked(kept), f"top {share:.0%} of its mass")))
-    return AttentionPictures(draw.tiled(tiles, COLUMNS), single)
+        single[f"rank{rank:02}_head{head}_heat.png"] = whole.heat(plane)
+        single[f"rank{rank:02}_head{head}_mask.png"] = whole.masked(mask)
+        panels.append(Panel(draw.stacked(zoomed.heat(plane), zoomed.masked(mask)), f"head {head}: {bits:.2f} bits"))
+        heads.append({"rank": rank, "head": head, "bits": bits, "regions_kept": int(mask.sum())})
+    origin = "the class token" if maps.query_yx is None else "the red box"
+    frame = "; zoomed to the yellow frame" if zoomed is not whole else ""
+    about = f"block {block}, seen from {origin}; heads by entropy, below them {share:.0%} of their attention{frame}"
+    record = {
+        "block": block,
+        "query_row_and_column": maps.query_yx,
+        "grid": maps.grid,
+        "threshold": share,
+        "heads": heads,
+    }
+    return Drawing(about, panels, record), single
 
 
-def _stacked(above: Image.Image, below: Image.Image) -> Image.Image:
-    return draw.tiled([above, below], columns=1, gap=0)
+class _Layer(NamedTuple):
+    """A part of an image, and how planes and masks of the whole grid are laid over it."""
+
+    image: Image.Image
+    box: draw.Box  # the part, in regions
+    grid: draw.Size  # of the whole image
+    query_yx: tuple[int, int] | None
+
+    def zoomed(self, seen: draw.Box) -> _Layer:
+        """The part around what is seen, half its size added on each side; the whole where that is not much less."""
+        rows, columns = max(1, (seen[2] - seen[0]) // 2), max(1, (seen[3] - seen[1]) // 2)
+        top, left = max(0, seen[0] - rows), max(0, seen[1] - columns)
+        bottom, right = min(self.grid[0], seen[2] + rows), min(self.grid[1], seen[3] + columns)
+        if (bottom - top) * (right - left) > ZOOM_BELOW * self.grid[0] * self.grid[1]:
+            return self
+        box = top, left, bottom, right
+        part = self.image.crop(draw.on_image(box, self.grid, (self.image.height, self.image.width)))
+        return self._replace(image=part, box=box)
+
+    def heat(self, plane_hw: Tensor) -> Image.Image:
+        return self.drawn(draw.heat(draw.enlarged(self.image, TILE), self._part(plane_hw)))
+
+    def masked(self, mask_hw: Tensor) -> Image.Image:
+        return self.drawn(draw.masked(draw.enlarged(self.image, TILE), self._part(mask_hw)))
+
+    def drawn(self, image: Image.Image) -> Image.Image:
+        """The query framed on a drawing of this part."""
+        image = draw.enlarged(image, TILE)
+        if self.query_yx is None:
+            return image
+        top, left, bottom, right = self.box
+        row, column = self.query_yx[0] - top, self.query_yx[1] - left
+        return draw.boxed(image, (row, column, row + 1, column + 1), (bottom - top, right - left))
+
+    def _part(self, plane_hw: Tensor) -> Tensor:
+        top, left, bottom, right = self.box
+        return plane_hw[top:bottom, left:right]
 
 
-def correspondence_picture(
+# --------------------------------------------------------------------------- correspondence
+
+
+def correspondence_drawing(
     backbone: Backbone, views: Views, scale: Scale, device: torch.device, count: int = PAIRS
-) -> tuple[Image.Image, list[float]]:
-    """The `count` most similar pairs of regions joined by lines, stars on the regions most like their view; and the cosines."""
+) -> Drawing:
+    """The `count` most similar pairs of regions joined by lines, stars on the regions most like their view."""
     views = views_of_size(views, scale)
     first, second = (
         correspondence.region_features(backbone, scale.normalised(view).to(device)) for view in (views[0], views[1])
     )
     pairs = correspondence.top_pairs(correspondence.nearest(first.regions_BTC[0], second.regions_BTC[0]), count)
-    places = [correspondence.centres(features.grid, (1.0, 1.0)).flip(1).tolist() for features in (first, second)]
-    lines = [
-        (_point(places[0][i]), _point(places[1][j])) for i, j in zip(pairs.first_K.tolist(), pairs.second_K.tolist())
-    ]
-    marks = [_point(places[side][int(features.most_like_view)]) for side, features in enumerate((first, second))]
-    images = [draw.enlarged(shown(view), 2 * TILE) for view in (views[0], views[1])]
-    drawn = draw.paired((images[0], images[1]), lines, (marks[0], marks[1]))
-    legend = f"{len(lines)} most similar regions of {len(places[0])}; star: the region most like its whole view"
-    return draw.captioned(drawn, legend), pairs.similarity_K.tolist()
+    shares = [_centres(features.grid, (1.0, 1.0)) for features in (first, second)]
+    found = list(zip(pairs.first_K.tolist(), pairs.second_K.tolist(), pairs.similarity_K.tolist()))
+    most_like = [int(features.most_like_view) for features in (first, second)]
+    image = draw.paired(
+        (draw.enlarged(shown(views[0]), 2 * TILE), draw.enlarged(shown(views[1]), 2 * TILE)),
+        [(shares[0][i], shares[1][j]) for i, j, _ in found],
+        (shares[0][most_like[0]], shares[1][most_like[1]]),
+    )
+    about = (
+        f"the {len(found)} most similar regions of {len(shares[0])}, by rank; star: the region most like its whole view"
+    )
+    sizes = [(view.shape[1], view.shape[2]) for view in (views[0], views[1])]
+    pixels = [_centres(features.grid, size) for features, size in zip((first, second), sizes)]
+    record = {
+        "views": views.made,
+        "size_of_views": sizes,
+        "pairs": [
+            {"rank": rank, "cosine": cosine, "first_xy": pixels[0][i], "second_xy": pixels[1][j]}
+            for rank, (i, j, cosine) in enumerate(found, start=1)
+        ],
+        "most_like_view_xy": [pixels[0][most_like[0]], pixels[1][most_like[1]]],
+    }
+    return Drawing(about, [Panel(image, views.made)], record)
 
 
-def _point(xy: list[float]) -> draw.Point:
-    return xy[0], xy[1]
+def _centres(grid: correspondence.Grid, size: tuple[float, float]) -> list[draw.Point]:
+    return [(x, y) for y, x in correspondence.centres(grid, size).tolist()]
 
 
-def features_picture(backbone: Backbone, picture: Picture, scale: Scale, device: torch.device) -> Image.Image:
+# --------------------------------------------------------------------------- features
+
+
+def features_drawing(backbone: Backbone, picture: Picture, scale: Scale, device: torch.device) -> Drawing:
     """The image beside its regions in the colours of their three strongest principal components."""
     features = correspondence.region_features(backbone, scale.normalised(picture.pixels_CHW).to(device))
     colours_TC = correspondence.principal_colours(features.regions_BTC[0].cpu())
-    image = draw.enlarged(shown(picture.pixels_CHW), TILE)
-    regions = shown(_on_grid(colours_TC, features.grid)).resize(image.size, Image.Resampling.NEAREST)
+    image = draw.enlarged(shown(picture.pixels_CHW), 1.5 * TILE)
+    regions = shown(colours_TC.T.unflatten(1, features.grid)).resize(image.size, Image.Resampling.NEAREST)
     rows, columns = features.grid
-    return draw.tiled(
-        [draw.captioned(image, picture.name), draw.captioned(regions, f"{rows} x {columns} regions, PCA")], columns=2
-    )
-
-
-def _on_grid(values_TC: Tensor, grid: tuple[int, int]) -> Tensor:
-    return values_TC.T.unflatten(1, grid)
+    about = "regions alike in features are alike in colour: their three principal components"
+    return Drawing(about, [Panel(image, picture.name), Panel(regions, f"{rows} x {columns} regions")], {})

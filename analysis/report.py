@@ -1,5 +1,7 @@
 """One HTML page that tells of a run: curves, scores and pictures, all inside the file.
 
+The page forbids itself every request (its Content-Security-Policy), so it looks the same without a network.
+
 Origin: this project's own.
 """
 
@@ -9,49 +11,93 @@ import base64
 import html
 import io
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
-from analysis.draw import nice_step
+from analysis import plots
 from analysis.files import newest, read_json
 
-CURVES = {  # title of a chart -> keys of log.txt, and what they are called
+CURVES = {  # title of a plot -> keys of log.txt, and what they are called
     "Loss": {"train_loss": "loss", "train_view_loss": "views", "train_region_loss": "regions"},
     "Learning rate": {"train_lr": "learning rate"},
     "Weight decay": {"train_wd": "weight decay"},
     "Images per second": {"images_per_s": "images/s"},
 }
-SCORES = {  # heading -> file of the run's folder, as the evaluations name them
-    "k-NN": "knn.json",
-    "Linear probe": "results.json",
-    "Correspondence under a flip": "correspondence.json",
-    "Correspondence in a stereo pair": "stereo.json",
+SCORES = {  # file of scores -> heading, where the file does not name its evaluation
+    "results.json": "Scores",
+    "correspondence.json": "Correspondence under a flip",
+    "stereo.json": "Correspondence in a stereo pair",
 }
+HOLDERS = ("scores", "table")  # keys of a score file that only hold its rows
 DETAILS = ("run", "best", "per_class")  # of a score file, that are too long for a page or repeat its table
-COLOURS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3")
+LABELS = {  # keys of score files in words
+    "top1": "top-1, %",
+    "top5": "top-5, %",
+    "top5_is": "top-5 stands for",
+    "acc5_is": "top-5 stands for",
+    "best_acc1": "best top-1, %",
+    "best_acc5": "best top-5, %",
+    "best_epoch": "in epoch",
+    "last_acc1": "last top-1, %",
+    "last_acc5": "last top-5, %",
+    "n_last_blocks": "last blocks",
+    "within_one": "within one region, %",
+    "median_error": "median error, pixels",
+    "accuracy": "at the true place, %",
+    "distance": "mean error, pixels",
+}
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
-body { font: 16px/1.5 sans-serif; color: #1e1e1e; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 1px solid #ccc; margin-top: 2em; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .25em .9em; border-bottom: 1px solid #ddd;
-  text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1em 0; } figcaption { color: #555; }
-img, svg { max-width: 100%; height: auto; }
-svg text { font: 12px sans-serif; }
-.charts { display: flex; flex-wrap: wrap; gap: 1em; }
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1e1e1e; background: #fff; max-width: 1240px; margin: 0 auto; padding: 1em; }
+h1, h2 { line-height: 1.2; } h2 { border-bottom: 1px solid #ccc; margin-top: 2em; padding-bottom: .2em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .5em 0; }
+th, td { padding: .25em .9em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th:first-child, td:first-child { padding-left: 0; }
+.facts td { overflow-wrap: anywhere; } .number { white-space: nowrap; }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: #f5f5f5; padding: .8em; overflow-x: auto; font-size: 14px; }
+details { margin: 1em 0; } summary { cursor: pointer; }
+.figures { display: flex; flex-wrap: wrap; gap: 1em; }
+figure { margin: 0; max-width: 100%; } figcaption { color: #555; font-size: 14px; }
+img { display: block; max-width: 100%; height: auto; }
 """
-
-Points = Sequence[tuple[float, float]]
 
 
 class Figure(NamedTuple):
-    """A picture and what it shows."""
+    """A picture as the page holds it, and what it shows."""
 
-    image: Image.Image
+    content: bytes
+    media_type: str
+    size: tuple[int, int]  # width and height on the page, where there is room
     caption: str
+
+
+class Section(NamedTuple):
+    """A part of the page."""
+
+    heading: str
+    words: str
+    figures: Sequence[Figure]
+
+
+def photo(image: Image.Image, caption: str) -> Figure:
+    """A picture that may be a photograph."""
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "JPEG", quality=88, subsampling=0)
+    return Figure(stream.getvalue(), "image/jpeg", image.size, caption)
+
+
+def plot(figure: MatplotlibFigure, caption: str) -> Figure:
+    """A plot, sharp at every size."""
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return Figure(plots.as_svg(figure), "image/svg+xml", (width, height), caption)
 
 
 # --------------------------------------------------------------------------- what a run's folder holds
@@ -70,31 +116,91 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
+def curves(log: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """The plots of a log, those that it has numbers for."""
+    drawn = []
+    for title, keys in CURVES.items():
+        series = {
+            name: [(epoch["epoch"], float(epoch[key])) for epoch in log if isinstance(epoch.get(key), int | float)]
+            for key, name in keys.items()
+        }
+        series = {name: [p for p in points if abs(p[1]) < float("inf")] for name, points in series.items()}
+        series = {name: points for name, points in series.items() if points}
+        if series:
+            told = "; ".join(f"{name} {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in series.items())
+            drawn.append(plot(plots.curve_plot(title, series), told))
+    return drawn
+
+
+def crops(run_dir: Path) -> list[Figure]:
+    """The picture of views that a training run leaves behind, if it did."""
+    path = run_dir / "crops.png"
+    if not path.is_file():
+        return []
+    with Image.open(path) as image:
+        return [Figure(path.read_bytes(), "image/png", image.size, "augmented views, as training makes them")]
+
+
+def run_facts(run_dir: Path) -> dict[str, str]:
+    """What `run.json` tells of how a run was made."""
+    record = read_json(run_dir / "run.json")
+    if not isinstance(record, dict):
+        return {}
+    packages = record.get("packages")
+    facts = {
+        "started": record.get("started"),
+        "revision": record.get("git"),
+        "seed": record.get("seed"),
+        "processes": record.get("world_size"),
+        "PyTorch": packages.get("torch") if isinstance(packages, dict) else None,
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def command(run_dir: Path) -> str:
+    """The command of a run, from `run.json`, each flag on a line of its own; empty where it is not told."""
+    record = read_json(run_dir / "run.json")
+    words = record.get("command") if isinstance(record, dict) else None
+    if not isinstance(words, list):
+        return ""
+    return shlex.join(["python", *map(str, words)]).replace(" --", " \\\n    --")
+
+
 def scores(run_dir: Path, output_dir: Path) -> Iterator[tuple[str, Any]]:
-    """Headings and records: the last ones of `output_dir`, of `run_dir` and of each folder in that, a file once."""
-    for heading, file in SCORES.items():
+    """Headings and records: the last ones of `output_dir`, of `run_dir` and of each folder in that, a file once.
+
+    Where a heading comes again, the folder's name follows it.
+    """
+    seen = set()
+    for file, heading in SCORES.items():
         places = [output_dir, run_dir, *sorted(path.parent for path in run_dir.glob(f"*/{file}"))]
         found = {path.resolve(): read_json(path) for path in (newest(place / file) for place in places) if path}
-        found = {path: record for path, record in found.items() if isinstance(record, dict) and record}
         for path, record in found.items():
-            told = str(record.pop("evaluation", ""))
-            where = f" ({path.parent.name})" if len(found) > 1 else ""
-            yield (told[:1].upper() + told[1:] or heading) + where, record
+            if not isinstance(record, dict) or not record:
+                continue
+            told = str(record.pop("evaluation", heading))
+            told = told if told == "k-NN" else told[:1].upper() + told[1:]
+            yield f"{told} ({path.parent.name})" if told in seen else told, record
+            seen.add(told)
 
 
 def rows_of(record: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A nested record as rows: the way to every innermost dictionary, and its plain values."""
+    """A nested record as rows: the way to every innermost dictionary, and its plain values.
+
+    Keys that are numbers are the k of k-NN.
+    """
     if isinstance(record, list):
-        record = {str(number): value for number, value in enumerate(record, start=1)}
+        record = {f"{number}.": value for number, value in enumerate(record, start=1)}
     if not isinstance(record, dict):
         return
     record = {key: value for key, value in record.items() if key not in DETAILS}
     nested = {key: value for key, value in record.items() if isinstance(value, dict) or _is_list_of_rows(value)}
     plain = {key: _plain(value) for key, value in record.items() if key not in nested}
     if plain:
-        yield " / ".join(path), plain
+        yield ", ".join(path), plain
     for key, value in nested.items():
-        yield from rows_of(value, (*path, str(key)))
+        name = f"k\u00a0=\u00a0{key}" if key.isdigit() else key
+        yield from rows_of(value, path if key in HOLDERS else (*path, name))
 
 
 def _is_list_of_rows(value: Any) -> bool:
@@ -108,122 +214,85 @@ def _plain(value: Any) -> Any:
 # --------------------------------------------------------------------------- parts of the page
 
 
-def line_chart(title: str, series: Mapping[str, Points], width: int = 500, height: int = 260) -> str:
-    """Curves over epochs as SVG."""
-    values = [y for points in series.values() for _, y in points]
-    epochs = [x for points in series.values() for x, _ in points]
-    low, high = min(0.0, *values), max(values)
-    step = nice_step(max(high - low, 1e-12))
-    low, high = _floor(low / step) * step, max(-_floor(-high / step), _floor(low / step) + 1) * step
-    first, last = min(epochs), max(*epochs, min(epochs) + 1)
-    left, right, top, bottom = 64, width - 12, 16, height - 36
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + (x - first) / (last - first) * (right - left), bottom - (y - low) / (high - low) * (bottom - top)
-
-    parts = []
-    for number in range(round((high - low) / step) + 1):
-        y = at(first, low + number * step)[1]
-        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{low + number * step:.6g}</text>')
-    for x in sorted({first, last, (first + last) // 2}):
-        parts.append(f'<text x="{at(x, low)[0]:.1f}" y="{bottom + 16}" text-anchor="middle">{x:g}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">epoch</text>')
-    for number, (name, points) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        spots = [at(x, y) for x, y in points]
-        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(f'<polyline points="{corners}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
-        if len(series) > 1:
-            label = html.escape(name)
-            parts.append(f'<text x="{left + 10 + 90 * number}" y="{bottom - 8}" fill="{colour}">{label}</text>')
-    drawing = "".join(parts)
-    caption = f"<figcaption>{html.escape(title)}</figcaption>"
-    return f'<figure>{caption}<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{drawing}</svg></figure>'
-
-
-def _floor(value: float) -> int:
-    return int(value // 1)
-
-
-def curves(log: Sequence[Mapping[str, Any]]) -> str:
-    """The charts of a log, those that it has numbers for."""
-    charts = []
-    for title, keys in CURVES.items():
-        series = {
-            name: [(epoch["epoch"], float(epoch[key])) for epoch in log if isinstance(epoch.get(key), int | float)]
-            for key, name in keys.items()
-        }
-        series = {name: [p for p in points if abs(p[1]) < float("inf")] for name, points in series.items()}
-        series = {name: points for name, points in series.items() if points}
-        if series:
-            charts.append(line_chart(title, series))
-    return f'<div class="charts">{"".join(charts)}</div>'
-
-
 def table(record: Any) -> str:
     """A record of scores, a row for each of its innermost dictionaries; what holds for all rows stands above."""
     rows = list(rows_of(record))
     about = ""
     if len(rows) > 1 and not rows[0][0]:
-        about = "<p>" + html.escape("; ".join(f"{key}: {value}" for key, value in rows.pop(0)[1].items())) + "</p>"
-    columns = list(dict.fromkeys(key for _, values in rows for key in values))
+        told = [f"{_label(key)}: {_texts([value])[1][0]}" for key, value in rows.pop(0)[1].items()]
+        about = f"<p>{html.escape('; '.join(told))}</p>"
+    columns = {key: _texts([values.get(key) for _, values in rows]) for _, values in rows for key in values}
     named = any(path for path, _ in rows)
-    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in ([""] if named else []) + columns)
+    head = "<th></th>" if named else ""
+    head += "".join(f"<th{number}>{html.escape(_label(key))}</th>" for key, (number, _) in columns.items())
     body = []
-    for path, values in rows:
-        cells = [f"<td>{html.escape(path)}</td>"] if named else []
-        cells += [_cell(values.get(column)) for column in columns]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return f"{about}<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    for row, (path, _) in enumerate(rows):
+        cells = f"<td>{html.escape(path)}</td>" if named else ""
+        cells += "".join(f"<td{number}>{html.escape(texts[row])}</td>" for number, texts in columns.values())
+        body.append(f"<tr>{cells}</tr>")
+    return f'{about}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "<td></td>"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"<td>{html.escape(str(value))}</td>"
-    text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) and abs(value) >= 0.1 else f"{value:.6g}"
-    return f'<td class="number">{text}</td>'
+def _label(key: str) -> str:
+    return LABELS.get(key, key.replace("_", " "))
+
+
+def _texts(values: Sequence[Any]) -> tuple[str, list[str]]:
+    """A column's class attribute and cells: figures of one column get as many decimals, unless some are very small."""
+    figures = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    whole = all(isinstance(v, int) for v in figures)
+    small = any(0 < abs(v) < 0.1 for v in figures)
+    form = "d" if whole else ".6g" if small else ".2f"
+    texts = [
+        "" if v is None else format(v, form) if v in figures and not isinstance(v, bool) else str(v) for v in values
+    ]
+    return (' class="number"' if figures else ""), texts
 
 
 def inlined(figure: Figure) -> str:
     """A picture as part of the page."""
-    stream = io.BytesIO()
-    figure.image.save(stream, "PNG", optimize=True)
-    source = base64.b64encode(stream.getvalue()).decode()
+    source = base64.b64encode(figure.content).decode()
     caption = html.escape(figure.caption)
-    size = f'width="{figure.image.width}" height="{figure.image.height}"'
+    width, height = figure.size
     return (
-        f'<figure><img src="data:image/png;base64,{source}" {size} alt="{caption}">'
+        f'<figure><img src="data:{figure.media_type};base64,{source}" width="{width}" height="{height}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section><h2>{html.escape(heading)}</h2>{content}</section>"
+
+
+def _figures(figures: Sequence[Figure]) -> str:
+    return f'<div class="figures">{"".join(map(inlined, figures))}</div>'
 
 
 # --------------------------------------------------------------------------- the page
 
 
 def build_report(
-    title: str, facts: Mapping[str, str], run_dir: Path, output_dir: Path, figures: Mapping[str, Sequence[Figure]]
+    title: str, facts: Mapping[str, str], run_dir: Path, output_dir: Path, sections: Sequence[Section]
 ) -> str:
-    """The page: facts, training curves, scores of the folders, then the figures under their headings.
+    """The page: facts, training curves, scores of the folders, then the sections.
 
     A part that has nothing to show is left out.
     """
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<table><tbody>{rows}</tbody></table>"]
-    log = read_log(run_dir / "log.txt")
-    if log:
-        parts.append(_section("Training", curves(log)))
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<table class="facts"><tbody>{rows}</tbody></table>']
+    if drawn := curves(read_log(run_dir / "log.txt")):
+        parts.append(_section("Training", _figures(drawn)))
+    if told := command(run_dir):
+        parts.append(f"<details><summary>command of the run</summary><pre>{html.escape(told)}</pre></details>")
     for heading, record in scores(run_dir, output_dir):
         parts.append(_section(heading, table(record)))
-    for heading, drawn in figures.items():
-        if drawn:
-            parts.append(_section(heading, "".join(map(inlined, drawn))))
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    for heading, words, figures in sections:
+        parts.append(_section(heading, f"<p>{html.escape(words)}</p>{_figures(figures)}"))
+    if drawn := crops(run_dir):
+        parts.append(_section("What the network was trained on", _figures(drawn)))
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    )
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{html.escape(heading)}</h2>{content}</section>"

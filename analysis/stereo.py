@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +26,6 @@ from utils import UsageError
 FILES = {"left": "motorcycle_left.png", "right": "motorcycle_right.png", "disparity": "motorcycle_disp.npz"}
 VALID_SHARE = 0.5  # of a region's pixels whose disparity is known
 PIXELS = 8  # side to which the pixels of a region are reduced for the baseline
-
-MakeFeatures = Callable[[Tensor], Tensor]  # (1, 3, H, W) to (T, C) of length 1
 
 
 class StereoPair(NamedTuple):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import re
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 from PIL import Image
 from small_networks import small_network
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from analysis import attention, correspondence, draw, stereo
+from analysis import attention, correspondence, draw, pictures, plots, stereo
 from analysis.correspondence import RegionFeatures
 from analysis.files import newest, read_json, save_image, save_json, unused
 from analysis.images import (
@@ -159,10 +165,11 @@ def test_the_region_most_like_its_view() -> None:
 
 
 def test_principal_colours_follow_the_strongest_directions() -> None:
-    along = torch.linspace(-1, 1, 9)
-    features = torch.stack([10 * along, torch.zeros(9), 3 * along.square()], dim=1)
+    along = torch.linspace(-1, 1, 101)
+    features = torch.stack([10 * along, torch.zeros(101), 3 * along.square()], dim=1)
     colours = correspondence.principal_colours(features)
-    torch.testing.assert_close(colours[:, 0] if colours[0, 0] < 0.5 else 1 - colours[:, 0], (along + 1) / 2)
+    expected = ((along + 0.96) / 1.92).clamp(0, 1)  # two at each end of 101 are clipped
+    torch.testing.assert_close(colours[:, 0] if colours[0, 0] < 0.5 else 1 - colours[:, 0], expected)
     assert colours.amin(0).tolist()[:2] == [0.0, 0.0]
     assert colours.amax(0).tolist()[:2] == [1.0, 1.0]
     assert (colours[:, 2] == 0.5).all()  # nothing is left for a third one
@@ -291,49 +298,140 @@ def test_results_never_overwrite_each_other(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- drawing
 
 
-def test_colours_of_the_map() -> None:
-    ends = draw.coloured(np.array([[0.0, 1.0, 0.5, 7.0]]))
-    assert [tuple(c) for c in ends[0]] == [draw.VIRIDIS[0], draw.VIRIDIS[-1], draw.VIRIDIS[4], draw.VIRIDIS[-1]]
-
-
-def test_overlays() -> None:
+def test_heat_is_bright_where_weights_are_large_and_leaves_the_picture_where_they_are_none() -> None:
     image = Image.new("RGB", (8, 4), (200, 100, 50))
-    assert (np.asarray(draw.heat(image, torch.zeros(2, 4))) == (200, 100, 50)).all()
+    grey = draw.faded(image, 0.6).getpixel((0, 0))
+    assert isinstance(grey, tuple)
+    assert grey[0] == grey[1] == grey[2] == round(0.6 * 124)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50
     plane = torch.zeros(2, 4)
-    plane[1, 3] = 0.01
-    bright = draw.heat(image, plane, strength=1.0)
-    assert bright.getpixel((7, 3)) == draw.VIRIDIS[-1]
-    assert bright.getpixel((0, 0)) == draw.VIRIDIS[0]
-    kept = draw.masked(image, plane > 0)
-    assert kept.getpixel((6, 2)) == (200, 100, 50)
-    red, green, blue = kept.getpixel((5, 2))  # type: ignore[misc]
-    assert red == green == blue < 50
+    assert (np.asarray(draw.heat(image, plane)) == grey).all()
+    plane[1, 3], plane[1, 2] = 0.01, 0.005
+    colours = np.asarray(draw.heat(image, plane, strength=1.0))
+    assert (colours[:2] == grey).all()
+    assert (colours[2:, :4] == grey).all()
+    ends = [[round(255 * c) for c in matplotlib.colormaps["inferno"](share)[:3]] for share in (0.5, 1.0)]
+    np.testing.assert_allclose(colours[2:, 4:6].astype(int), np.broadcast_to(ends[0], (2, 2, 3)), atol=1)
+    np.testing.assert_allclose(colours[2:, 6:].astype(int), np.broadcast_to(ends[1], (2, 2, 3)), atol=1)
+
+
+def test_masks_and_frames() -> None:
+    image = Image.new("RGB", (80, 40), (200, 100, 50))
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    mask[1, 3] = True
+    kept = np.asarray(draw.masked(image, mask))
+    assert (kept[20:, 60:] == (200, 100, 50)).all()
+    assert kept[:20].max() < 50
+    framed = draw.boxed(image, (0, 1, 2, 3), (2, 4))
+    assert [framed.getpixel((x, 20)) for x in (19, 20, 21, 40, 58, 59, 60)] == [
+        (200, 100, 50), draw.PAPER, draw.RED, (200, 100, 50), draw.RED, draw.PAPER, (200, 100, 50)]  # fmt: skip
+    assert draw.on_image((0, 1, 2, 3), (2, 4), (40, 81)) == (20, 0, 61, 40)
 
 
 def test_lines_join_the_pairs_and_bear_their_ranks() -> None:
     image = Image.new("RGB", (200, 100), (128, 128, 128))
-    drawn = draw.paired((image, image), [((0.1, 0.9), (0.9, 0.9)), ((0.1, 0.1), (0.9, 0.1))], ((0.5, 0.5), (0.5, 0.5)))
-    assert drawn.size == (424, 100)
+    drawn = draw.paired((image, image), [((0.1, 0.9), (0.9, 0.9)), ((0.1, 0.2), (0.9, 0.2))], ((0.5, 0.5), (0.5, 0.0)))
+    assert drawn.size == (416, 100)
     assert drawn.getpixel((100, 90)) == draw.rank_colour(0, 2)
-    assert drawn.getpixel((300, 10)) == draw.rank_colour(1, 2)
-    assert drawn.getpixel((100, 50)) == drawn.getpixel((324, 50)) == (255, 230, 0)
+    assert drawn.getpixel((300, 20)) == draw.rank_colour(1, 2)
+    assert drawn.getpixel((100, 50)) == draw.YELLOW
+    assert drawn.getpixel((316, 15)) == draw.YELLOW  # moved into the picture
+    assert len({draw.rank_colour(rank, 10) for rank in range(10)}) == 10
 
 
-def test_captions_fit_and_tiles_do_not_overlap() -> None:
+def test_a_point_of_several_pairs_bears_all_their_ranks() -> None:
+    image, apart = Image.new("RGB", (200, 100), (128, 128, 128)), ((0.5, 0.1), (0.5, 0.1))
+    pairs = [((0.1, 0.5), (0.5, 0.8)), ((0.1, 0.2), (0.5, 0.8))]
+    one, both = draw.paired((image, image), pairs[:1], apart), draw.paired((image, image), pairs, apart)
+    row = [np.asarray(drawn)[86, 216:] for drawn in (one, both)]  # through the lower part of the badges
+    widths = [int((pixels != 128).any(axis=1).sum()) for pixels in row]
+    assert widths[1] > widths[0] > 0
+
+
+def test_captions_take_the_lines_they_need_and_tiles_do_not_overlap() -> None:
+    words = "a caption that is much too long for sixty pixels"
+    lines = draw.lines_of(words, 60)
+    assert " ".join(lines) == words
+    assert len(lines) > 4
+    assert all(draw.font(draw.LETTERS).getlength(line) <= 60 for line in lines)
+    assert draw.lines_of("unbreakable words", 10) == ["unbreakable", "words"]
     image = Image.new("RGB", (60, 40), (1, 2, 3))
-    captioned = draw.captioned(image, "a caption that is much too long for sixty pixels")
-    assert captioned.size == (60, 62)
+    heights = [draw.captioned(image, text).height for text in ("a", words)]
+    assert heights[1] - heights[0] >= (len(draw.lines_of(words, 58)) - 1) * draw.LETTERS
     sheet = draw.tiled([image] * 5, columns=3, gap=4)
     assert sheet.size == (3 * 64 + 4, 2 * 44 + 4)
     assert (np.asarray(sheet) == (1, 2, 3)).all(axis=2).sum() == 5 * 60 * 40
+    assert draw.stacked(image, image, gap=4).size == (60, 84)
 
 
-@pytest.mark.parametrize(("largest", "step"), [(4.2, 1.0), (1.0, 0.2), (37.0, 10.0), (0.0005, 0.0001)])
-def test_axes_have_round_steps(largest: float, step: float) -> None:
-    assert draw.nice_step(largest) == pytest.approx(step)
+# --------------------------------------------------------------------------- drawings of an image
+
+
+@pytest.mark.parametrize(("size", "zoomed"), [((64, 64), False), ((128, 192), True)])
+def test_a_small_window_is_shown_zoomed(size: tuple[int, int], zoomed: bool) -> None:
+    network = small_network("swin").eval()  # the last block has windows of 4 x 4 regions of 8 pixels, shifted by 2
+    scale = SCALE._replace(shorter_side=size[0])
+    picture = as_picture("some", torch.rand(3, *size), scale)
+    drawing, single = pictures.attention_drawing(network, picture, scale, 3, 0.6, (30.0, 30.0), torch.device("cpu"))
+    assert ("zoomed" in drawing.about) == zoomed
+    assert drawing.record["query_row_and_column"] == (3, 3)
+    assert drawing.record["grid"] == (size[0] // 8, size[1] // 8)
+    assert len(drawing.panels) == 1 + len(drawing.record["heads"]) == 1 + len(single) // 2
+    assert {panel.image.size for panel in drawing.panels} == {(224, 2 * 224 + 4)}
+    whole = next(iter(single.values()))
+    assert whole.width / whole.height == size[1] / size[0]
+    page = pictures.on_one_page(drawing)
+    assert page.width == 3 * 232 + 8
+
+
+def test_the_regions_that_are_seen_are_those_of_the_window() -> None:
+    network = small_network("swin").eval()
+    maps = attention.head_maps(network, torch.randn(1, 3, 128, 192), 3, 0.6, (60.0, 60.0))
+    assert maps.grid == (16, 24)
+    assert maps.seen == (6, 6, 10, 10)  # windows of 4 begin at 2, 6, 10, ...
+    assert maps._replace(planes_Hhw=torch.zeros(2, 16, 24)).seen == (0, 0, 16, 24)
+
+
+# --------------------------------------------------------------------------- plots
+
+
+def axes_of(figure: Figure) -> Axes:
+    (axes,) = figure.axes
+    return axes
 
 
 def test_plot_of_entropies_has_a_dot_for_each_head() -> None:
-    plot = draw.dots_by_layer([[0.0, 4.0], [2.0]], (1, 1), "title", "bits")
-    assert plot.size == (640, 360)
-    assert draw.dots_by_layer([[0.0]], (1,), "title", "bits").size == (640, 360)  # all zero: no division by it
+    axes = axes_of(plots.entropy_plot([[0.5, 3.5], [2.0, 2.5, 3.0]], [4.0, 5.0], (1, 1)))
+    dots, means = axes.lines
+    assert np.asarray(dots.get_xydata()).tolist() == [[0, 0.5], [0, 3.5], [1, 2.0], [1, 2.5], [1, 3.0]]
+    assert np.asarray(means.get_xydata()).tolist() == [[0, 2.0], [1, 2.5]]
+    (uniform,) = axes.collections
+    assert isinstance(uniform, LineCollection)
+    assert [segment.tolist() for segment in uniform.get_segments()] == [[[-0.5, 4], [0.5, 4]], [[0.5, 5], [1.5, 5]]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "bits")
+    assert [text.get_text() for text in axes.texts] == ["stage 1", "stage 2"]
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 5
+    assert not axes_of(plots.entropy_plot([[0.0]], [0.0], (1,))).texts  # all zero, and one stage needs no name
+
+
+def test_curves_have_their_points_and_a_legend_where_there_are_several() -> None:
+    figure = plots.curve_plot("Loss", {"a": [(0, 4.0), (1, 2.5)], "b": [(1, 3.0)]})
+    axes = axes_of(figure)
+    assert [np.asarray(line.get_xydata()).tolist() for line in axes.lines] == [[[0, 4], [1, 2.5]], [[1, 3]]]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert axes.get_xlabel() == "epoch"
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert axes_of(plots.curve_plot("Loss", {"a": [(0, 4.0)]})).get_legend() is None
+
+
+def test_plots_are_the_same_files_each_time() -> None:
+    first, second = (plots.as_svg(plots.curve_plot("Loss", {"a": [(0, 4.0), (1, 2.5)]})) for _ in range(2))
+    assert first == second
+    text = first.decode()
+    for words in (">Loss</text>", ">epoch</text>", ">3.00</text>"):
+        assert words in text
+    assert not re.search(r"\d{4}-\d{2}-\d{2}", text)  # no date
+    with Image.open(io.BytesIO(plots.as_png(plots.curve_plot("Loss", {"a": [(0, 4.0)]})))) as image:
+        assert image.size == (992, 480)

@@ -1,12 +1,10 @@
-"""The analysis script on every architecture: what it writes, what it refuses, and the report as a page."""
+"""The analysis script on every architecture: what it writes, and what it refuses."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
+import math
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from runs import run_script, write_images
 from small_networks import ARCHITECTURES, SMALL, small_network
 
 import run_analysis
-from analysis import report as pages
 from utils import UsageError
 
 PICTURES = ("--vis_attention", "--vis_correspondence", "--vis_features")
@@ -51,22 +48,45 @@ def folder(tmp_path: Path) -> str:
 # --------------------------------------------------------------------------- what it writes
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "resnet"])
-def test_pictures_of_every_architecture(name: str, photo: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_correspondences_and_features_of_every_architecture(name: str, photo: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(name, out, *PICTURES, "--image_path", photo, "--learning", "supervised")
+    run(name, out, "--vis_correspondence", "--vis_features", "--image_path", photo, "--learning", "supervised")
     prefix = f"{SMALL[name].arch}_sup_photo"
-    files = sorted(path.name for path in out.iterdir())
-    pictures = [
-        f"{prefix}_{what}" for what in ("attention.png", "attention_heads", "correspondence.png", "features.png")
-    ]
-    assert files == sorted([*pictures, "views_photo.pth"])
-    heads = small_network(name).forward_selfattention(torch.zeros(1, 3, 64, 64))
-    assert isinstance(heads, torch.Tensor)
-    single = sorted(path.name for path in (out / f"{prefix}_attention_heads").iterdir())
-    assert len(single) == 2 * heads.shape[1]
-    assert single[0].startswith("rank01_head")
-    with Image.open(out / f"{prefix}_attention_heads" / single[0]) as image:
+    pictures = [f"{prefix}_{what}" for what in ("correspondence.png", "correspondence.json", "features.png")]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, "views_photo.pth"])
+    record = json.loads((out / f"{prefix}_correspondence.json").read_text())
+    height, width = record["size_of_views"][0]
+    assert (height % 8, width % 8) == (0, 0)
+    assert width / height == pytest.approx(131 / 75, rel=0.15)
+    pairs = record["pairs"]
+    assert [pair["rank"] for pair in pairs] == list(range(1, len(pairs) + 1))
+    assert [pair["cosine"] for pair in pairs] == sorted((pair["cosine"] for pair in pairs), reverse=True)
+    assert len({tuple(pair["first_xy"]) for pair in pairs}) == len(pairs)
+    for x, y in [pair[side] for pair in pairs for side in ("first_xy", "second_xy")] + record["most_like_view_xy"]:
+        assert 0 < x < width
+        assert 0 < y < height
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "resnet"])
+def test_attention_of_every_architecture(name: str, photo: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(name, out, "--vis_attention", "--image_path", photo)
+    prefix = f"{SMALL[name].arch}_ssl_photo_attention"
+    assert sorted(path.name for path in out.iterdir()) == [f"{prefix}.json", f"{prefix}.png", f"{prefix}_heads"]
+    record = json.loads((out / f"{prefix}.json").read_text())
+    maps = small_network(name).forward_selfattention(torch.zeros(1, 3, 64, 64))
+    assert isinstance(maps, torch.Tensor)
+    heads = record["heads"]
+    assert sorted(head["head"] for head in heads) == list(range(maps.shape[1]))
+    assert [head["bits"] for head in heads] == sorted(head["bits"] for head in heads)
+    regions = record["grid"][0] * record["grid"][1]
+    assert all(0 < head["regions_kept"] <= math.ceil(0.6 * regions) for head in heads)
+    single = sorted(path.name for path in (out / f"{prefix}_heads").iterdir())
+    assert single == sorted(
+        f"rank{head['rank']:02}_head{head['head']}_{kind}.png" for head in heads for kind in ("heat", "mask")
+    )
+    with Image.open(out / f"{prefix}_heads" / single[0]) as image:
         assert min(image.size) == 224
         assert image.width / image.height == pytest.approx(131 / 75, rel=0.1)
 
@@ -75,20 +95,24 @@ def test_pictures_of_every_architecture(name: str, photo: str, tmp_path: Path) -
 def test_measures_of_every_architecture(name: str, folder: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     measures = ["--measure_correspondence", "True", "--data_path", folder, "--batch_size_per_gpu", "2"]
+    wide = ["MODEL.IMAGE_SIZE", "[64, 96]"]
     if name == "resnet":
         with pytest.raises(UsageError, match="ResNet has no attention to show"):
             run(name, out, "--vis_entropy", "--data_path", folder)
-        run(name, out, *measures)
+        run(name, out, *measures, extra=wide)
     else:
-        run(name, out, *measures, "--vis_entropy")
-        record = json.loads((out / f"{SMALL[name].arch}_ssl_entropy.json").read_text())["bits_by_block_and_head"]
-        network = small_network(name)
-        assert len(record) == sum(network.stage_depths)
-        assert all(0 < bits <= 12 for heads in record for bits in heads)
+        run(name, out, *measures, "--vis_entropy", extra=wide)
+        record = json.loads((out / f"{SMALL[name].arch}_ssl_entropy.json").read_text())
+        values, uniform = record["bits_by_block_and_head"], record["bits_of_uniform_attention"]
+        assert len(values) == len(uniform) == sum(small_network(name).stage_depths)
+        assert all(0 < bits <= most + 1e-4 for heads, most in zip(values, uniform) for bits in heads)
+        with Image.open(out / f"{SMALL[name].arch}_ssl_entropy.png") as plot:
+            assert plot.size == (1024, 576)
     score = json.loads((out / "correspondence.json").read_text())
     assert score["images"] == 5
     assert 0 <= score["accuracy"] <= 100
-    assert 0 <= score["distance"] <= 64 * 1.5
+    assert score["image_size"] == [64, 96]
+    assert 0 <= score["distance"] < math.hypot(64, 96)
 
 
 def test_stereo_beside_its_baselines(photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,19 +143,36 @@ def test_a_second_run_overwrites_nothing_and_can_take_the_saved_views(photo: str
     run("swin", out, "--vis_correspondence", "--image_path", photo, "--use_saved_aug")
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert before.items() <= after.items()
-    assert set(after) - set(before) == {"swin_ssl_photo_correspondence_2.png"}
     same = "swin_ssl_photo_correspondence"
-    assert after[f"{same}_2.png"] == after[f"{same}.png"]  # the same views and the same network
+    assert set(after) - set(before) == {f"{same}_2.png", f"{same}_2.json"}
+    for ending in ("png", "json"):
+        assert after[f"{same}_2.{ending}"] == after[f"{same}.{ending}"]  # the same views and the same network
     run("vit", out, "--vis_correspondence", "--image_path", photo, "--use_saved_aug", "True")
     assert len(list(out.glob("views_*.pth"))) == 1
 
 
 def test_two_images_and_folders_of_images(photo: str, folder: str, tmp_path: Path) -> None:
     run("swin", tmp_path / "a", "--vis_correspondence", "--image_path", photo, "--image_path2", f"{folder}/000.png")
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["swin_ssl_photo_000_correspondence.png"]
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == [f"swin_ssl_photo_000_correspondence.{ending}" for ending in ("json", "png")]
     run("swin", tmp_path / "b", "--vis_features", "--image_path", folder, "--num_images", "2")
     names = sorted(path.name for path in (tmp_path / "b").iterdir())
-    assert names == ["swin_ssl_images_001_features.png", "swin_ssl_images_003_features.png"]
+    assert names == ["swin_ssl_001_features.png", "swin_ssl_003_features.png"]
+    classes = str(write_images(tmp_path / "classes", 1, classes=2))  # both hold a 000.png
+    run("swin", tmp_path / "c", "--vis_features", "--image_path", classes)
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert names == ["swin_ssl_class0_000_features.png", "swin_ssl_class1_000_features.png"]
+
+
+@pytest.mark.parametrize("name", ["swin", "vil"])
+def test_every_region_of_an_image_finds_itself_in_the_same_image(name: str, photo: str, tmp_path: Path) -> None:
+    run(name, tmp_path, "--vis_correspondence", "--image_path", photo, "--image_path2", photo)
+    record = json.loads((tmp_path / f"{name}_ssl_photo_photo_correspondence.json").read_text())
+    assert len(record["pairs"]) == 10
+    for pair in record["pairs"]:
+        assert pair["first_xy"] == pair["second_xy"]
+        assert pair["cosine"] == pytest.approx(1)
+    assert record["most_like_view_xy"][0] == record["most_like_view_xy"][1]
 
 
 def test_images_of_other_channels(tmp_path: Path) -> None:
@@ -146,12 +187,18 @@ def test_images_of_other_channels(tmp_path: Path) -> None:
         run("swin", tmp_path / "out", "--measure_stereo", extra=channels)
 
 
-def test_query_and_block_change_the_picture(photo: str, tmp_path: Path) -> None:
-    overviews = []
+def test_query_block_and_threshold_change_the_picture(photo: str, tmp_path: Path) -> None:
+    overviews, records = [], []
     for number, flags in enumerate(([], ["--query", "10", "70"], ["--block", "0"], ["--threshold", "0.9"])):
         run("vit", tmp_path / str(number), "--vis_attention", "--image_path", photo, *flags)
         overviews.append((tmp_path / str(number) / "vit_ssl_photo_attention.png").read_bytes())
+        records.append(json.loads((tmp_path / str(number) / "vit_ssl_photo_attention.json").read_text()))
     assert len(set(overviews)) == 4
+    assert records[0]["grid"] == [8, 14]
+    assert [record["query_row_and_column"] for record in records] == [None, [7, 1], None, None]
+    assert [record["block"] for record in records] == [2, 2, 0, 2]
+    kept = [sum(head["regions_kept"] for head in records[number]["heads"]) for number in (0, 3)]
+    assert kept[0] < kept[1]
 
 
 @pytest.mark.slow
@@ -202,123 +249,3 @@ def test_damaged_images(photo: str, folder: str, tmp_path: Path) -> None:
     (Path(folder) / "002.png").write_bytes(b"")
     with pytest.raises(UsageError, match=r"1 of 5 images cannot be read, more than 1 %"):
         run("swin", tmp_path / "out", "--measure_correspondence", "--data_path", folder)
-
-
-# --------------------------------------------------------------------------- the report
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; complains where tags do not match."""
-
-    VOID = ("meta", "img", "line", "circle", "polyline")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.opened: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert self.opened == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.opened.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.opened.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """What a training run and its evaluations leave behind, the last line of the log cut off by a kill."""
-    folder = tmp_path / "run"
-    (folder / "linear").mkdir(parents=True)
-    lines = [
-        {"epoch": e, "train_loss": 4.0 - e, "train_lr": 0.1, "train_wd": 0.04, "images_per_s": 39.0} for e in range(3)
-    ]
-    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "train_lo')
-    knn = {"network": {"20": {"top1": 61.25, "top5": 93.5, "per_class": {"cat": 12.34}}}}
-    (folder / "knn.json").write_text(json.dumps(knn))
-    linear = {"protocol": "published", "table": [{"lr": 0.001, "best_acc1": 71.75}, {"lr": 0.01, "best_acc1": 70.5}]}
-    (folder / "linear" / "results.json").write_text(json.dumps(linear | {"run": {"digest": "c0ffee"}}))
-    return folder
-
-
-def make_report(photo: str, run_dir: Path, out: Path) -> Path:
-    flags = ("--report", "--measure_stereo", "--image_size", "64", "--image_path", photo, "--run_dir", str(run_dir))
-    run("swin", out, *flags)
-    return out / "report.html"
-
-
-def test_the_report_has_all_parts_and_needs_nothing_else(photo: str, run_dir: Path, tmp_path: Path) -> None:
-    text = make_report(photo, run_dir, tmp_path / "out").read_text(encoding="utf-8")
-    page = Page(text)
-    words = " ".join(page.words)
-    for heading in ("Report on run", "Training", "k-NN", "Linear probe", "Correspondence in a stereo pair", "Attention",
-                    "Correspondence of two views", "Region features", "Entropy of attention"):  # fmt: skip
-        assert heading in page.words, heading
-    for value in ("61.25", "93.5", "71.75", "70.5", "protocol: published", "raw pixels", "chance"):
-        assert value in words, value
-    assert "12.34" not in words  # accuracies of single classes are in the file
-    assert "c0ffee" not in words
-    tags = [tag for tag, _ in page.tags]
-    assert tags.count("img") == 4
-    assert tags.count("polyline") == 4  # loss, learning rate, weight decay, speed
-    assert tags.count("circle") == 4 * 3  # the damaged line is left out
-    for tag, attributes in page.tags:
-        assert tag not in {"script", "link", "iframe"}
-        for name in ("src", "href", "xlink:href"):
-            assert (attributes.get(name) or "data:").startswith("data:")
-    assert "://" not in text
-    assert "url(" not in text
-    assert "@import" not in text
-
-
-def test_a_report_without_a_run(photo: str, tmp_path: Path) -> None:
-    run("resnet", tmp_path / "out", "--report", "--image_path", photo)
-    run("resnet", tmp_path / "out", "--report", "--image_path", photo)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report_2.html"]
-    words = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).words
-    assert "Region features" in words
-    assert not {"Training", "k-NN", "Linear probe", "Attention"} & set(words)
-
-
-def test_charts_place_their_points() -> None:
-    chart = pages.line_chart("Loss", {"a": [(0, 0.0), (10, 5.0)], "b": [(5, 2.5)]}, width=500, height=260)
-    assert 'points="64.0,224.0 488.0,16.0"' in chart
-    assert 'points="276.0,120.0"' in chart
-    for flat in ([(0, 0.0)], [(3, 7.0), (4, 7.0)], [(0, -1.0), (1, -2.0)], [(0, 1e-7)]):
-        assert "nan" not in pages.line_chart("flat", {"a": flat})
-
-
-def test_titles_are_escaped(tmp_path: Path) -> None:
-    text = pages.build_report("<b>", {"a&b": "<i>"}, tmp_path, tmp_path, {})
-    assert Page(text).words.count("<b>") == 2
-    assert "<i>" not in text
-
-
-def test_a_log_of_a_resumed_run_counts_each_epoch_once(tmp_path: Path) -> None:
-    (tmp_path / "log.txt").write_text(
-        '{"epoch": 1, "train_loss": 2}\n{"epoch": 0}\n[]\n{"epoch": 1, "train_loss": 1}\n'
-    )
-    assert pages.read_log(tmp_path / "log.txt") == [{"epoch": 0}, {"epoch": 1, "train_loss": 1}]
-    assert pages.read_log(tmp_path / "none.txt") == []
-
-
-@pytest.mark.slow
-def test_a_browser_shows_the_report(photo: str, run_dir: Path, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: the report was not opened in a browser")
-    path = make_report(photo, run_dir, tmp_path / "out")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    shot = tmp_path / "shot.png"
-    subprocess.run([browser, *flags, f"--screenshot={shot}", "--window-size=1200,2000", path.as_uri()],
-                   check=True, capture_output=True, timeout=120)  # fmt: skip
-    with Image.open(shot) as image:
-        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 1000  # pictures, and not a blank page
