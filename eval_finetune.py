@@ -15,8 +15,6 @@ Origin: the recipe of DeiT (Touvron et al., ICML 2021) with the layer-wise rates
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +34,7 @@ from features import labelled_datasets
 from finetune import Accuracy, Best, FineTuner, Recipe, resume_run, save_run
 from models import Backbone, build_model, load_arch_config
 from progress import EpochMeter, RunLog
+from results import refuse_other_results, write_results
 from utils import UsageError, logger
 
 EVALUATION = "fine-tuning"  # how results.json tells whose it is
@@ -43,11 +42,7 @@ EVALUATION = "fine-tuning"  # how results.json tells whose it is
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "eval_finetune.py",
-        description="supervised fine-tuning of a backbone",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = utils.Parser("eval_finetune.py", description="supervised fine-tuning of a backbone")
     add = parser.add_argument
     switch = partial(utils.add_switch, parser)
     utils.add_network_flags(parser)
@@ -81,6 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
+    utils.add_layout_flags(parser)
     add("--output_dir", default=".", help="folder for checkpoint.pth, best.pth, log.txt and results.json")
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
@@ -155,9 +151,7 @@ def build_loaders(
     size = args.image_size or config.MODEL.IMAGE_SIZE[0]
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     val_transform = augment.eval_view(size, args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
-    train, val = labelled_datasets(
-        args.data_path, config, train_transform(args, config, size), val_transform, args.seed
-    )
+    train, val = labelled_datasets(args, config, train_transform(args, config, size), val_transform)
     pin = device.type == "cuda"
     return (
         data.build_train_loader(train, args.batch_size_per_gpu, args.num_workers, pin),
@@ -221,12 +215,11 @@ def better(best: Best, accuracies: dict[str, Accuracy], epoch: int) -> Best:
     return best
 
 
-def write_results(
+def save_results(
     output_dir: Path, args: argparse.Namespace, best: Best, accuracies: dict[str, Accuracy], val: data.ImageDataset
 ) -> None:
     """`results.json`: the best and the last accuracies."""
     record = {
-        "evaluation": EVALUATION,
         "top1": best.top1,
         "top5": best.top5,
         "epoch": best.epoch,
@@ -238,24 +231,7 @@ def write_results(
         "arch": args.arch,
         "pretrained_weights": args.pretrained_weights,
     }
-    temporary = output_dir / ".results.json.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, output_dir / "results.json")
-
-
-def refuse_foreign_results(output_dir: Path) -> None:
-    """Stop where `results.json` is another evaluation's.
-
-    Raises:
-        UsageError: naming the folder.
-    """
-    path = output_dir / "results.json"
-    try:
-        own = not path.exists() or json.loads(path.read_text())["evaluation"] == EVALUATION
-    except (OSError, ValueError, LookupError, TypeError):
-        own = False
-    if not own:
-        raise UsageError(f"{path} is of another evaluation and would be overwritten; choose another --output_dir")
+    write_results(output_dir, EVALUATION, record)
 
 
 def train(
@@ -288,7 +264,7 @@ def train(
         if accuracies and utils.is_main_process():
             for name, row in accuracies.items():
                 print(f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {top5}: {row.top5:.2f}")
-            write_results(output_dir, args, best, accuracies, val_loader.dataset)
+            save_results(output_dir, args, best, accuracies, val_loader.dataset)
         save_run(output_dir, tuner, epoch, best, args, config)
     log.close()
     if utils.is_main_process():
@@ -307,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         loaders = build_loaders(args, config, device)
         output_dir = utils.make_output_dir(args.output_dir)
-        refuse_foreign_results(output_dir)
+        refuse_other_results(output_dir, EVALUATION)
         recipe = make_recipe(args, steps_per_epoch(len(loaders[0]), args.accum_iter))
     assert isinstance(loaders[0].dataset, data.ImageDataset)
     utils.must_agree("numbers of images", [len(loader.dataset) for loader in loaders])

@@ -5,7 +5,7 @@
 
 --data_path holds train/<class>/ and val/<class>/; with --leave_one_out it may be one folder of class folders, each image of which
 is judged by all others. With --baselines the same vote is also taken on raw pixels, on the mean and deviation of the colours,
-and on the untrained network. `knn.json` in --output_dir keeps the accuracies, also those of each class.
+and on the untrained network. `results.json` in --output_dir keeps the accuracies, also those of each class.
 
 Memory: every process holds all features, 21 GB for 14 million images of width 384; --half stores and compares them in float16,
 in half of that. With --use_cuda False they stay in the CPU's memory. See neighbours.py for the search.
@@ -16,7 +16,6 @@ Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et a
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,17 +29,17 @@ from checkpoint import load_tensor, save_file
 from data import augment
 from features import FeatureFunction, LabelledFeatures, extract_features, frozen_backbone, labelled_datasets
 from models import load_arch_config
-from neighbours import BACKENDS, KnnScore, Split, knn_scores, load_faiss
+from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
+from results import add_results, refuse_other_results
 from utils import UsageError, bool_flag, logger
 
+EVALUATION = "k-NN"  # how results.json tells whose it is
 DUMPED = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # with train or test before it, as published
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = argparse.ArgumentParser(
-        "eval_knn.py", description="k-NN on frozen features", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.Parser("eval_knn.py", description="k-NN on frozen features")
     add = parser.add_argument
     utils.add_network_flags(parser)
     add("--batch_size_per_gpu", type=int, default=128)
@@ -58,11 +57,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
     utils.add_switch(parser, "--baselines", "score simple features too")
-    add("--output_dir", default=None, help="folder for knn.json")
+    add("--output_dir", default=None, help="folder for results.json")
     add("--seed", type=int, default=0, help="of random weights")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/, or see --leave_one_out")
-    utils.add_switch(parser, "--zip_mode", "images in zip files (not supported yet)")
+    utils.add_layout_flags(parser)
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
@@ -136,18 +135,22 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.Image
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     transform = augment.eval_view(args.image_size or config.MODEL.IMAGE_SIZE[0], args.crop_ratio, mean, std)
     if not args.leave_one_out:
-        return list(labelled_datasets(args.data_path, config, transform, transform))
+        return list(labelled_datasets(args, config, transform, transform))
     augment.check_normalisation(mean, std, config.MODEL.SPEC.IN_CHANS)
-    return [data.build_dataset(args.data_path, "train", transform, config.MODEL.SPEC.IN_CHANS, need_labels=True)]
+    in_chans = config.MODEL.SPEC.IN_CHANS
+    layout = data.layout_of(args)
+    return [data.build_dataset(args.data_path, "train", transform, in_chans, need_labels=True, layout=layout)]
 
 
 def extract_splits(
     args: argparse.Namespace, device: torch.device, keep_on: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, Split], Sequence[str]]:
     """Extract all kinds of features of both sets; also returns the names of the classes."""
-    config = load_arch_config(args.arch, args.cfg, args.opts)
-    datasets = build_datasets(args, config)
-    functions = feature_functions(args, config, device)
+    with utils.failing_together():
+        config = load_arch_config(args.arch, args.cfg, args.opts)
+        datasets = build_datasets(args, config)
+        functions = feature_functions(args, config, device)
+    utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     extracted = []
     for part, dataset in zip(("train", "val"), datasets):
         loader = data.build_eval_loader(
@@ -158,19 +161,27 @@ def extract_splits(
 
 
 def report(scores: dict[str, list[KnnScore]], split: Split, classes: Sequence[str], args: argparse.Namespace) -> None:
-    """Print the scores and write them to `knn.json`, with those of each class; `classes` is empty where no name is known."""
+    """Print the scores and write them to `results.json`, with those of each class; `classes` is empty where no name is known."""
     voters, count = len(split.train.labels_N), len(split.train.labels_N.unique())
     compared = f"{len(split.val.labels_N)} validation among {voters} training images"
     if args.leave_one_out:
         compared = f"{voters} images, each among the {voters - 1} others"
+    ranked = f"Top{min(count, RANKED)}"
     print(f"k-NN of {compared}, {count} classes:")
     for name, rows in scores.items():
         for score in rows:
-            top5 = "Top5" if count >= 5 else f"Top{count}"
-            print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {top5}: {score.top5:.2f}")
+            print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f}")
     if args.output_dir:
-        record = {name: {str(score.k): _as_json(score, classes) for score in rows} for name, rows in scores.items()}
-        (Path(args.output_dir) / "knn.json").write_text(json.dumps(record, indent=2) + "\n")
+        record = {
+            "pretrained_weights": args.load_features or args.pretrained_weights,
+            "compared": compared,
+            "temperature": args.temperature,
+            "top5_is": ranked.lower(),
+            "scores": {
+                name: {str(score.k): _as_json(score, classes) for score in rows} for name, rows in scores.items()
+            },
+        }
+        logger.info("wrote %s", add_results(Path(args.output_dir), EVALUATION, record))
 
 
 def _as_json(score: KnnScore, classes: Sequence[str]) -> dict[str, object]:
@@ -184,8 +195,6 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    if args.zip_mode:
-        raise UsageError("--zip_mode is not supported yet; unpack the images to DIR/{train,val}/<class>/")
     if min(args.nb_knn) < 1 or args.temperature <= 0:
         raise UsageError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
     if args.backend == "faiss":
@@ -201,15 +210,18 @@ def main(args: argparse.Namespace) -> None:
     """Extract (or load) features, vote, report."""
     device = utils.init_processes(args)
     utils.setup_logging()
-    check_args(args)
-    for folder in (args.output_dir, args.dump_features):
-        if folder:
+    with utils.failing_together():
+        check_args(args)
+        for folder in filter(None, (args.output_dir, args.dump_features)):
             utils.make_output_dir(folder)
+        if args.output_dir:
+            refuse_other_results(Path(args.output_dir), EVALUATION)
     keep_on = device if args.use_cuda else torch.device("cpu")
     dtype = torch.float16 if args.half else torch.float32
     classes: Sequence[str] = ()
     if args.load_features:
-        splits = {"network": load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)}
+        with utils.failing_together():
+            splits = {"network": load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)}
     else:
         splits, classes = extract_splits(args, device, keep_on, dtype)
     if args.dump_features and utils.is_main_process():

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from features import CachedFeatures, FeatureSource, ImageFeatures, extract_featu
 from models import Backbone, load_arch_config
 from probe import Probe, Score, Setting, json_number, probe_width
 from progress import EpochMeter, RunLog
+from results import has_other_results, write_results
 from utils import UsageError, logger
 
 DEFAULT_LABELS = 1000
@@ -49,11 +48,7 @@ PROTOCOLS = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = argparse.ArgumentParser(
-        "eval_linear.py",
-        description="linear classifiers on frozen features",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = utils.Parser("eval_linear.py", description="linear classifiers on frozen features")
     add = parser.add_argument
     switch = partial(utils.add_switch, parser)
     utils.add_network_flags(parser)
@@ -74,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="folder for checkpoint.pth.tar, log.txt and results.json")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    switch("--zip_mode", "images in zip files (not supported yet)")
+    utils.add_layout_flags(parser)
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
@@ -254,7 +249,6 @@ def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
         print(f"lr {row['lr']}, last {row['n_last_blocks']} blocks: {_describe(row, ranked)}")
     print(f"Top-1 test accuracy: {best['best_acc1']:.2f}")
     record = {
-        "evaluation": EVALUATION,
         "protocol": PROTOCOLS[args.cache_features],
         "pretrained_weights": args.pretrained_weights,
         "best": best,
@@ -263,10 +257,7 @@ def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
         "finished_epochs": args.epochs,
         "run": run,
     }
-    path = Path(args.output_dir) / "results.json"
-    temporary = path.with_name(".results.json.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_results(Path(args.output_dir), EVALUATION, record)
 
 
 def _describe(row: dict[str, Any], ranked: str) -> str:
@@ -287,8 +278,6 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    if args.zip_mode:
-        raise UsageError("--zip_mode is not supported yet; unpack the images to DIR/{train,val}/<class>/")
     utils.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "val_freq", "log_freq", "num_labels"))
     utils.check_at_least(args, 0, ["num_workers"])
     utils.check_centre_crop(args)
@@ -309,20 +298,13 @@ def claim_folder(args: argparse.Namespace) -> Path:
     begun = checkpoint_path(args).exists()
     strangers = {
         "a pre-training run (checkpoint.pth)": (folder / "checkpoint.pth").exists() and not begun,
-        "other results (results.json)": (folder / "results.json").exists() and not (begun and _own_results(folder)),
+        "other results (results.json)": (folder / "results.json").exists()
+        and not (begun and not has_other_results(folder, EVALUATION)),
     }
     for what, found in strangers.items():
         if found:
             raise UsageError(f"--output_dir {folder} holds {what}; choose another, e.g. {folder / 'linear'}")
     return folder
-
-
-def _own_results(folder: Path) -> bool:
-    """Whether `results.json` was written by this script."""
-    try:
-        return json.loads((folder / "results.json").read_text())["evaluation"] == EVALUATION
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
 
 
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
@@ -334,7 +316,7 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.Imag
     size, mean, std = args.image_size or config.MODEL.IMAGE_SIZE[0], config.INPUT.MEAN, config.INPUT.STD
     val_transform = augment.eval_view(size, args.crop_ratio, mean, std)
     train_transform = val_transform if args.cache_features else augment.train_view(size, mean, std)
-    datasets = labelled_datasets(args.data_path, config, train_transform, val_transform, args.seed)
+    datasets = labelled_datasets(args, config, train_transform, val_transform)
     classes = len(datasets[0].classes)
     if args.num_labels not in (DEFAULT_LABELS, classes):
         raise UsageError(
@@ -365,12 +347,14 @@ def main(args: argparse.Namespace) -> None:
     """Build everything, resume, train, report."""
     device = utils.init_processes(args)
     utils.setup_logging()
-    check_args(args)
-    precision = utils.resolve_precision(args.precision, device)
-    folder = claim_folder(args)
-    config = load_arch_config(args.arch, args.cfg, args.opts)
-    datasets = build_datasets(args, config)
-    backbone = frozen_backbone(args, config, args.pretrained_weights, device)
+    with utils.failing_together():
+        check_args(args)
+        precision = utils.resolve_precision(args.precision, device)
+        folder = claim_folder(args)
+        config = load_arch_config(args.arch, args.cfg, args.opts)
+        datasets = build_datasets(args, config)
+        backbone = frozen_backbone(args, config, args.pretrained_weights, device)
+    utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     if not args.pretrained_weights:
         logger.warning("no --pretrained_weights: the scores are those of a network with random weights")
     probe = build_probe(args, backbone, len(datasets[0].classes), device)

@@ -38,9 +38,7 @@ FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "export.py", description="Export a backbone", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.Parser("export.py", description="Export a backbone")
     add = parser.add_argument
     utils.add_network_flags(parser)
     utils.add_weights_flags(parser, required=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,7 @@ import data
 import utils
 from checkpoint import load_backbone
 from data import augment
+from data.datasets import Transform
 from data.loader import set_epoch
 from models import Backbone, build_model
 from progress import EpochMeter
@@ -58,22 +60,30 @@ def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Pa
 
 
 def labelled_datasets(
-    data_path: str | Path, config: CfgNode, train_transform: Any, val_transform: Any, seed: int = 0
+    args: argparse.Namespace, config: CfgNode, train_transform: Transform, val_transform: Transform
 ) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Training and validation images with labels, which both count in the training set's classes.
 
+    Reads `data_path`, `seed` and the layout of the arguments.
+
     Raises:
-        UsageError: no such folders, or classes in val that train has not.
+        UsageError: no such images, or classes in val that train has not.
     """
     in_chans = config.MODEL.SPEC.IN_CHANS
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
     train, val = (
-        data.build_dataset(data_path, part, transform, in_chans, seed, need_labels=True)
+        data.build_dataset(
+            args.data_path, part, transform, in_chans, args.seed, need_labels=True, layout=data.layout_of(args)
+        )
         for part, transform in (("train", train_transform), ("val", val_transform))
     )
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
-        raise UsageError(f"val under {data_path} has classes that train has not: {', '.join(unknown[:5])}")
+        first = int(np.argmax(val.labels == val.classes.index(unknown[0])))
+        raise UsageError(
+            f"val under {args.data_path} has classes that train has not: {', '.join(unknown[:5])}; "
+            f"{val.source.name(first)} is of class {unknown[0]}"
+        )
     val.use_classes(train.classes)
     return train, val
 

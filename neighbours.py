@@ -27,6 +27,7 @@ from utils import UsageError, logger
 
 BACKENDS = ("torch", "faiss")
 CHUNKS = {"cpu": (128, 2048), "cuda": (2048, 65536)}  # queries and keys of a chunk; other devices take the CPU's
+TIE = 1e-6  # similarities of unit vectors that differ by less may be equal but for rounding
 RANKED = 5  # the second accuracy is that of the five classes with most votes
 
 
@@ -59,13 +60,15 @@ class Neighbours(NamedTuple):
 # --------------------------------------------------------------------------- the search
 
 
-def nearest(queries_QC: Tensor, keys_NC: Tensor, k: int, own: int | None = None, key_chunk: int = 2048) -> Neighbours:
+def nearest(
+    queries_QC: Tensor, keys_NC: Tensor, k: int, own_Q: Tensor | None = None, key_chunk: int = 2048
+) -> Neighbours:
     """The `k` keys with the largest inner product, for each query.
 
     Args:
         queries_QC, keys_NC: on one device, in one precision.
-        k: at most N, or N - 1 where `own` is given.
-        own: query i is key own + i, and no neighbour of itself.
+        k: at most N, or N - 1 where `own_Q` is given.
+        own_Q: the key that a query itself is, which is no neighbour of it.
         key_chunk: keys whose similarities are held at once.
     """
     if queries_QC.device.type == "cpu":
@@ -77,8 +80,8 @@ def nearest(queries_QC: Tensor, keys_NC: Tensor, k: int, own: int | None = None,
     for first in range(0, len(keys_NC), key_chunk):
         keys = keys_NC[first : first + key_chunk].to(queries_QC.dtype)
         similarity = queries_QC @ keys.T
-        if own is not None:
-            itself = own + torch.arange(len(queries_QC), device=keys.device) - first
+        if own_Q is not None:
+            itself = own_Q - first
             rows = ((itself >= 0) & (itself < len(keys))).nonzero()[:, 0]
             similarity[rows, itself[rows]] = -torch.inf
         best = _merge(best, similarity, first)
@@ -126,23 +129,33 @@ def load_faiss() -> Any:
         ) from None
 
 
-def nearest_faiss(queries_QC: Tensor, keys_NC: Tensor, k: int, own: int | None = None) -> Neighbours:
-    """As `nearest`, by faiss's exact search on the CPU; which of several equal keys come last in the list is its choice."""
+def nearest_faiss(
+    queries_QC: Tensor, keys_NC: Tensor, k: int, own_Q: Tensor | None = None, key_chunk: int = 2048
+) -> Neighbours:
+    """As `nearest`, by faiss's exact search on the CPU.
+
+    faiss takes any of several keys that are equally near, and rounds in its own way: queries with neighbours that differ by less
+    than `TIE` are searched again by `nearest`, so that both give the same votes.
+    """
     faiss = load_faiss()
+    wanted = min(k + 1 + (own_Q is not None), len(keys_NC))  # the key after the last one shows whether that is tied
     found = faiss.knn(
         queries_QC.cpu().contiguous().numpy(),
         keys_NC.cpu().contiguous().numpy(),
-        k if own is None else k + 1,
+        wanted,
         metric=faiss.METRIC_INNER_PRODUCT,
     )
     similarity, index = (torch.as_tensor(part).to(queries_QC.device) for part in found)
     index = index.long()
-    if own is not None:
-        itself = own + torch.arange(len(index), device=index.device)[:, None]
-        similarity = similarity.masked_fill(index == itself, -torch.inf)
-    by_index = index.argsort(dim=1)
-    best = similarity.gather(1, by_index).sort(dim=1, descending=True, stable=True)
-    return Neighbours(best.values[:, :k], index.gather(1, by_index).gather(1, best.indices[:, :k]))
+    if own_Q is not None:
+        similarity = similarity.masked_fill(index == own_Q[:, None], -torch.inf)
+    similarity, order = similarity.sort(dim=1, descending=True)
+    index = index.gather(1, order)[:, :k]
+    tied = (similarity[:, : k + 1].diff(dim=1) > -TIE).any(dim=1)
+    again = nearest(queries_QC[tied], keys_NC, k, None if own_Q is None else own_Q[tied], key_chunk)
+    similarity = similarity[:, :k].contiguous()
+    similarity[tied], index[tied] = again
+    return Neighbours(similarity, index)
 
 
 # --------------------------------------------------------------------------- the vote
@@ -191,16 +204,14 @@ def knn_scores(
         logger.warning("k = %d is more than the %d training images that vote; all of them do", k, voters)
     classes = 1 + int(max(train.labels_N.max(), val.labels_N.max()).item())
     query_chunk, key_chunk = CHUNKS.get(train.features_NC.device.type, CHUNKS["cpu"])
+    search = nearest_faiss if backend == "faiss" else nearest
     hits = torch.zeros(len(ks), 2, classes, dtype=torch.long)  # of the one class with most votes, and of the first five
     mine = range(0, len(val.labels_N), query_chunk)[utils.get_rank() :: utils.get_world_size()]
     for first in tqdm(mine, desc="vote", disable=None if utils.is_main_process() else True, leave=False):
         queries = val.features_NC[first : first + query_chunk]
         truth = val.labels_N[first : first + query_chunk]
-        own = first if leave_one_out else None
-        if backend == "faiss":
-            found = nearest_faiss(queries, train.features_NC, max(clamped), own)
-        else:
-            found = nearest(queries, train.features_NC, max(clamped), own, key_chunk)
+        own = torch.arange(first, first + len(truth), device=truth.device) if leave_one_out else None
+        found = search(queries, train.features_NC, max(clamped), own, key_chunk)
         before = classes_before_the_true_one(found, train.labels_N, truth, clamped, temperature, classes)
         for row, before_Q in enumerate(before):
             for column, ranked in enumerate((1, RANKED)):

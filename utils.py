@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib.metadata
 import json
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -78,6 +80,34 @@ def must_agree(what: str, value: Any) -> None:
         )
 
 
+# --------------------------------------------------------------------------- command lines
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's command line: whole names of flags only, and mistakes told in one line with what was probably meant."""
+
+    def __init__(self, script: str, description: str) -> None:
+        super().__init__(
+            script,
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and argparse's message, with a remedy."""
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        flag = next((word.partition("=")[0] for word in words.split() if word.startswith("-")), None)
+        if flag is not None:
+            names = difflib.get_close_matches(flag, self._option_string_actions, n=3)
+            message += f"; did you mean {' or '.join(names)}?" if names else "; see --help"
+        elif unknown:
+            message += "; KEY VALUE pairs stand together, after all flags"
+        elif re.search(r"'[A-Z_]+(\.[A-Z0-9_]+)+'", message):
+            message += "; put -- before KEY VALUE pairs that follow a flag of several or optional values"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def bool_flag(text: str) -> bool:
     """Parse a boolean of the command line: on/off, true/false, 1/0.
 
@@ -104,6 +134,13 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
 def add_switch(parser: argparse._ActionsContainer, name: str, explanation: str) -> None:
     """Add a flag that is off unless given, alone or with a boolean."""
     parser.add_argument(name, type=bool_flag, nargs="?", const=True, default=False, help=explanation)
+
+
+def add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how --data_path holds its images, the same in every script."""
+    add_switch(
+        parser, "--zip_mode", "images in DIR/{train,val}.zip, named by DIR/{train,val}_map.txt (see data/zips.py)"
+    )
 
 
 def add_weights_flags(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -236,7 +273,7 @@ def init_processes(args: argparse.Namespace) -> torch.device:
 
     Understands torchrun and `torch.distributed.launch` (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID,
     SLURM_STEP_NUM_TASKS, SLURM_LOCALID; MASTER_ADDR and MASTER_PORT must be set). Without them it stays one process; so it
-    does in a batch script that calls python without srun. The backend is nccl on CUDA and gloo elsewhere.
+    does in a batch script that calls python without srun. The backend is nccl for tensors on CUDA and gloo for others.
 
     Raises:
         UsageError: no such device, fewer GPUs than processes on this machine, or no meeting place.
@@ -264,7 +301,7 @@ def init_processes(args: argparse.Namespace) -> torch.device:
             f"--device {args.device} is one device, {world} processes need one each; use --device auto, cuda or cpu"
         )
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=args.dist_url, world_size=world, rank=rank)
     return device
 

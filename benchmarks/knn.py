@@ -46,7 +46,10 @@ Accuracies = list[tuple[float, float]]  # top-1 and top-5 for each k
 def get_args_parser() -> argparse.ArgumentParser:
     """Sizes, and which side this process runs (set by the process that starts both)."""
     parser = argparse.ArgumentParser(
-        "benchmarks/knn.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "benchmarks/knn.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--keys", type=int, default=200_000)
     parser.add_argument("--queries", type=int, default=5_000)

@@ -10,7 +10,6 @@ Origin: this project's own.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import UsageError, run_script
+from utils import Parser, UsageError, run_script
 
 # name of the class -> file inside the package
 SKIMAGE = {
@@ -129,7 +128,7 @@ def write_demo_data(root: Path) -> None:
 
 def main() -> None:
     """Parse the command line and write the data."""
-    parser = argparse.ArgumentParser(description="Cut the demo data from photographs that installed packages ship.")
+    parser = Parser("data/demo.py", description="Cut the demo data from photographs that installed packages ship.")
     parser.add_argument("root", type=Path, help="folder to write to")
     root = parser.parse_args().root
     write_demo_data(root)

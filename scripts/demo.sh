@@ -2,48 +2,53 @@
 # From a fresh clone to a trained Swin with a k-NN score, on real photographs, on a CPU, with nothing to download but packages.
 # A second start reuses what is there: it resumes an interrupted run and finishes at once after a complete one.
 #   bash scripts/demo.sh
-#   SEED=1 bash scripts/demo.sh         another seed, in a folder of its own
-#   REGIONS=False bash scripts/demo.sh  views only, in a folder of its own
-#   TRAIN_ONLY=1 bash scripts/demo.sh   end after the k-NN score
+#   SEED=1 bash scripts/demo.sh                            another seed, in a folder of its own
+#   RUN=.demo/views REGIONS=False bash scripts/demo.sh     views only, in a folder that RUN names
+#   RUN=.demo/vil ARCH=vil CFG=experiments/demo/vil_micro.yaml EPOCHS=2 TRAIN_ONLY=1 bash scripts/demo.sh
+#                                                          another network, 2 epochs, and an end after the k-NN score
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_requirements requirements.txt
 
-SEED=${SEED:-0}
+SEED=${SEED:-0} REGIONS=${REGIONS:-True} EPOCHS=${EPOCHS:-4}
+ARCH=${ARCH:-swin} CFG=${CFG:-experiments/demo/swin_micro.yaml}
 DATA=.demo/data
-REGIONS=${REGIONS:-True}
-RUN=.demo/seed$SEED
-[ "$REGIONS" = True ] || RUN=$RUN-views
-NETWORK=(--arch swin --cfg experiments/demo/swin_micro.yaml --device cpu --data_path "$DATA" --seed "$SEED")
+RUN=${RUN:-.demo/seed$SEED}
+NETWORK=(--arch "$ARCH" --cfg "$CFG" --patch_size 8 --device cpu) # the patch size counts for ViT only
+DATA_FLAGS=(--data_path "$DATA" --seed "$SEED")
 
 "$PYTHON" -m data.demo "$DATA"
 
 # One thread trains and a worker cuts the views on the other core.
-OMP_NUM_THREADS=1 "$PYTHON" main_esvit.py "${NETWORK[@]}" --output_dir "$RUN" --precision fp32 --batch_size_per_gpu 16 --num_workers 1 \
-    --use_dense_prediction "$REGIONS" --out_dim 1024 --head_hidden_dim 256 --head_bottleneck_dim 128 --use_bn_in_head True \
+OMP_NUM_THREADS=1 "$PYTHON" main_esvit.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" --output_dir "$RUN" \
+    --precision fp32 --batch_size_per_gpu 16 --num_workers 1 --use_dense_prediction "$REGIONS" --out_dim 1024 --head_hidden_dim 256 --head_bottleneck_dim 128 --use_bn_in_head True \
     --local_crops_number 4 --local_crops_size 32 --local_crops_scale 0.15 0.5 \
     --aug-opt deit_aug --aa "" --color-jitter 0.4 --reprob 0 --drop_path 0 \
-    --epochs 4 --warmup_epochs 1 --lr 0.016 --momentum_teacher 0.98 --warmup_teacher_temp 0.05 --teacher_temp 0.05
+    --epochs "$EPOCHS" --warmup_epochs 1 --lr 0.016 --momentum_teacher 0.98 --warmup_teacher_temp 0.05 --teacher_temp 0.05
 
 # The student is scored: in a few hundred steps the teacher, whose momentum grows to 1, stays behind it.
-"$PYTHON" eval_knn.py "${NETWORK[@]}" --pretrained_weights "$RUN/checkpoint.pth" --checkpoint_key student --output_dir "$RUN" \
-    --crop_ratio 1 --baselines --nb_knn 1 20
+"$PYTHON" eval_knn.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" --output_dir "$RUN" \
+    --pretrained_weights "$RUN/checkpoint.pth" --checkpoint_key student --crop_ratio 1 --baselines --nb_knn 1 20
 
 [ -z "${TRAIN_ONLY:-}" ] || exit 0
 
 WEIGHTS=(--pretrained_weights "$RUN/checkpoint.pth" --checkpoint_key student)
-"$PYTHON" eval_linear.py "${NETWORK[@]}" "${WEIGHTS[@]}" --output_dir "$RUN/linear" --cache_features --crop_ratio 1 \
+"$PYTHON" eval_linear.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" "${WEIGHTS[@]}" --output_dir "$RUN/linear" --cache_features --crop_ratio 1 \
     --lr 0.01 0.1 1 --n_last_blocks 1 4 --num_workers 1
 
-PICTURES=(--arch swin --cfg experiments/demo/swin_micro.yaml --device cpu "${WEIGHTS[@]}" --output_dir "$RUN/analysis")
+# Photographs at 128 pixels, where the shifted windows of block 3 are large enough to see something.
+PHOTOS=$("$PYTHON" -c 'import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec("skimage").origin).parent / "data")')
+printf '%s\n' "$PHOTOS/astronaut.png" "$PHOTOS/coffee.png" >.demo/photos.txt
+PICTURES=("${NETWORK[@]}" "${WEIGHTS[@]}" --output_dir "$RUN/analysis")
 if [ ! -e "$RUN/analysis/report.html" ]; then
-    "$PYTHON" run_analysis.py "${PICTURES[@]}" --measure_stereo --report --run_dir "$RUN" --image_path "$DATA/val" --num_images 3
+    "$PYTHON" run_analysis.py "${PICTURES[@]}" --measure_stereo
+    "$PYTHON" run_analysis.py "${PICTURES[@]}" --report --run_dir "$RUN" --image_path .demo/photos.txt --image_size 128 --block 3
 fi
 
 cat <<END
 
 Measured: which of 20 photographs a 64-pixel crop was cut from. Training crops come from the left 60 % of each photograph,
 validation crops from the right 40 %; no pixel is shared. Features are frozen, and no label was used in training.
-  scores       $RUN/knn.json, $RUN/linear/results.json, $RUN/analysis/stereo.json
+  scores       $RUN/results.json, $RUN/linear/results.json, $RUN/analysis/stereo.json
   report       $RUN/analysis/report.html (curves, scores, attention, correspondences, features; opens without a network)
   run          $RUN/log.txt (a JSON object an epoch), checkpoint.pth, config.yaml, run.json
   crops        $RUN/crops.png (what the networks were shown)

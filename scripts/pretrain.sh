@@ -7,23 +7,15 @@
 # The learning rate follows the batch by itself: --lr is for 256 images (0.0005), the optimiser gets lr x BATCH / 256, so a batch
 # of 256 runs at 0.0005, 512 at 0.001, 1024 at 0.002. Accumulated micro-batches count as one batch in the step, its schedules and
 # its centre; BatchNorm, where a network has it, sees one micro-batch at a time. Flags given at the end win over those here.
-set -euo pipefail
-usage() { echo "pretrain.sh: error: $1; usage: bash scripts/pretrain.sh ARCH IMAGENET OUT [flags of main_esvit.py]" >&2; exit 2; }
-[ $# -ge 3 ] || usage "ARCH, IMAGENET and OUT are needed, $# were given"
+USAGE="ARCH IMAGENET OUT [flags of main_esvit.py]"
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+needs "ARCH IMAGENET OUT" "$@"
 ARCH=$1 DATA=$2 OUT=$3
 shift 3
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON=${PYTHON:-python}
-GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-PER_GPU=${PER_GPU:-64}
-BATCH=${BATCH:-512}
-for number in GPUS PER_GPU BATCH; do
-    [[ ${!number} =~ ^[1-9][0-9]*$ ]] || usage "$number=${!number} is not a number above 0"
-done
-[ $((BATCH % (GPUS * PER_GPU))) -eq 0 ] || usage "BATCH=$BATCH is no multiple of GPUS x PER_GPU = $((GPUS * PER_GPU)); change one of them"
-
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" main_esvit.py \
-    --arch "$ARCH" --data_path "$DATA" --output_dir "$OUT" \
-    --use_dense_prediction True --batch_size_per_gpu "$PER_GPU" --accum_iter $((BATCH / (GPUS * PER_GPU))) \
+PER_GPU=${PER_GPU:-64} BATCH=${BATCH:-512}
+count_gpus
+split_batch
+launch main_esvit.py --arch "$ARCH" --data_path "$DATA" --output_dir "$OUT" \
+    --use_dense_prediction True --batch_size_per_gpu "$PER_GPU" --accum_iter "$ACCUM" \
     --epochs 300 --warmup_epochs 10 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer False \
     --local_crops_scale 0.05 0.4 "$@"

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,23 @@ def write_images(root: Path, count: int, size: int = 40, classes: int = 0, seed:
             pixels = colour + rng.normal(0, 25, (size, size, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:03}.png")
     return root
+
+
+def zip_folders(
+    folders: Path, out: Path, method: int = zipfile.ZIP_STORED, parts: Sequence[str] = ("train", "val")
+) -> Path:
+    """Write `PART.zip` and `PART_map.txt` for each of the `parts` that are there, classes numbered in their order."""
+    out.mkdir(parents=True, exist_ok=True)
+    for part in (part for part in parts if (folders / part).is_dir()):
+        lines = []
+        with zipfile.ZipFile(out / f"{part}.zip", "w", method) as archive:
+            for label, folder in enumerate(sorted((folders / part).iterdir())):
+                for path in sorted(folder.iterdir()):
+                    archive.write(path, f"{folder.name}/{path.name}")
+                    if path.suffix == ".png":
+                        lines.append(f"{part}.zip@/{folder.name}/{path.name}\t{label}\n")
+        (out / f"{part}_map.txt").write_text("".join(lines))
+    return out
 
 
 def free_port() -> int:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from runs import TINY_SWIN, run_script, write_images
-from small_networks import ARCHITECTURES, small_network
+from small_networks import ARCHITECTURES, SMALL, small_network
 from test_resume import assert_identical
 from torch import nn
 
 import checkpoint
 import eval_finetune
 import finetune
+from config import load_config
 from finetune import layer_depths, param_groups
 from models import Backbone, build_model, load_arch_config
 from utils import UsageError
 
 CLASSES = 3
+# A global token ends with its stage, so the last block of a stage does not need what only it reads, and the last block of all
+# nothing but what it reads.
+WITHOUT_EFFECT = {"layer1.3.attn.g2g_relative_position_bias", "layer2.3.attn.local_relative_position_bias_table"}
 NETWORK = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml"]
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--aa", "", "--color_jitter", "0", "--reprob", "0"]
 SMALL_RUN = [*NETWORK, "--device", "cpu", "--precision", "fp32", "--num_workers", "0", "--batch_size_per_gpu", "4",
@@ -59,48 +62,50 @@ def with_head(name: str) -> Backbone:
     return network
 
 
-def depths_by_prefix(name: str, prefixes: Sequence[str]) -> dict[str, set[int]]:
-    depths = layer_depths(with_head(name))
-    return {prefix: {depth for key, depth in depths.items() if key.startswith(prefix)} for prefix in prefixes}
-
-
-def test_depths_of_swin() -> None:
-    """Two stages of two blocks; merging counts with the block before it."""
-    expected = {"patch_embed.": 0, "layers.0.blocks.0.": 1, "layers.0.blocks.1.": 2, "layers.0.downsample.": 2,
-                "layers.1.blocks.0.": 3, "layers.1.blocks.1.": 4, "norm.": 5, "head.": 5}  # fmt: skip
-    assert depths_by_prefix("swin", list(expected)) == {prefix: {depth} for prefix, depth in expected.items()}
-
-
-def test_depths_of_vit() -> None:
-    expected = {"cls_token": 0, "pos_embed": 0, "patch_embed.": 0, "blocks.0.": 1, "blocks.1.": 2, "blocks.2.": 3,
-                "norm.": 4, "head.": 4}  # fmt: skip
-    assert depths_by_prefix("vit", list(expected)) == {prefix: {depth} for prefix, depth in expected.items()}
-
-
-@pytest.mark.parametrize("name", ["swin", "vit"])
-def test_rates_and_decay_by_value(name: str) -> None:
-    """Each parameter's group has layer_decay ** (n + 1 - depth), and weight decay unless it is a vector or a position."""
-    network = with_head(name)
-    deepest = sum(network.stage_depths) + 1
-    name_of = {id(parameter): key for key, parameter in network.named_parameters()}
-    seen = []
-    for group in param_groups(network, weight_decay=0.05, layer_decay=0.75):
-        for parameter in group["params"]:
-            key = name_of[id(parameter)]
-            seen.append(key)
-            assert group["lr_scale"] == pytest.approx(0.75 ** (deepest - layer_depths(network)[key])), key
-            plain = parameter.ndim == 1 or any(part in key for part in ("relative_position", "pos_embed", "cls_token"))
-            assert group["weight_decay"] == (0.0 if plain else 0.05), key
-    assert sorted(seen) == sorted(name_of.values())
+DEPTHS: dict[str, dict[str, int]] = {  # two stages of two blocks, but for vit and resnet
+    "swin": {"patch_embed.": 0, "layers.0.blocks.0.": 1, "layers.0.blocks.1.": 2, "layers.0.downsample.": 2,
+             "layers.1.blocks.0.": 3, "layers.1.blocks.1.": 4, "norm.": 5, "head.": 5},
+    "vit": {"cls_token": 0, "pos_embed": 0, "patch_embed.": 0, "blocks.0.": 1, "blocks.1.": 2, "blocks.2.": 3, "norm.": 4,
+            "head.": 4},
+    "resnet": {"backbone.backbone.conv1.": 0, "backbone.backbone.bn1.": 0}
+              | {f"backbone.backbone.layer{1 + i // 2}.{i % 2}.": 1 + i for i in range(8)} | {"head.": 9},
+    "cvt": {"stage0.0.": 0, "stage0.1.layers.0.": 1, "stage0.1.layers.1.": 2, "stage1.0.": 2, "stage1.1.layers.0.": 3,
+            "stage1.1.layers.1.": 4, "norm.": 5, "head.": 5},
+    "vil": {"layer1.0.": 0, "layer1.1.": 1, "layer1.2.": 1, "layer1.3.": 2, "layer1.4.": 2, "layer2.0.": 2, "layer2.1.": 3,
+            "layer2.2.": 3, "layer2.3.": 4, "layer2.4.": 4, "norm.": 5, "head.": 5},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_depths_of_every_architecture(name: str) -> None:
-    """All depths occur, and every block has one."""
+def test_depths_by_value(name: str) -> None:
+    """0 for the stem, a block its number, what leads to the next stage that of the block before it; norm and head last."""
+    expected = DEPTHS[name]
+    depths = layer_depths(with_head(name))
+    assert all(key.startswith(tuple(expected)) for key in depths)
+    found = {prefix: {depth for key, depth in depths.items() if key.startswith(prefix)} for prefix in expected}
+    assert found == {prefix: {depth} for prefix, depth in expected.items()}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rates_and_decay_by_value(name: str) -> None:
+    """Each parameter's group has layer_decay ** (n + 1 - depth), and weight decay unless it is a vector or a position."""
     network = with_head(name)
-    depths = layer_depths(network)
-    assert depths.keys() == dict(network.named_parameters()).keys()
-    assert set(depths.values()) == set(range(sum(network.stage_depths) + 2))
+    deepest = max(DEPTHS[name].values())
+    name_of = {id(parameter): key for key, parameter in network.named_parameters()}
+    seen = []
+    groups = param_groups(network, weight_decay=0.05, layer_decay=0.75)
+    scales = sorted({group["lr_scale"] for group in groups})
+    assert scales == pytest.approx([0.75 ** (deepest - depth) for depth in range(deepest + 1)])  # stem smallest, head 1
+    assert len(groups) == 2 * len(scales)  # with weight decay and without
+    for group in groups:
+        for parameter in group["params"]:
+            key = name_of[id(parameter)]
+            seen.append(key)
+            depth = next(depth for prefix, depth in DEPTHS[name].items() if key.startswith(prefix))
+            assert group["lr_scale"] == pytest.approx(0.75 ** (deepest - depth)), key
+            plain = parameter.ndim == 1 or any(part in key for part in ("relative_position", "pos_embed", "cls_token"))
+            assert group["weight_decay"] == (0.0 if plain else 0.05), key
+    assert sorted(seen) == sorted(name_of.values())
 
 
 def test_schedule_by_value() -> None:
@@ -140,6 +145,46 @@ def test_learns_and_leaves_everything_behind(images: Path, tmp_path: Path, capsy
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     run(images, tmp_path, *PLAIN, "--epochs", "12", "--lr", "0.5", "--layer_decay", "0.9", "--model_ema")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def small_run(name: str, images: Path, output_dir: Path, *flags: str) -> None:
+    """Fine-tune the small network of an architecture."""
+    arch, overrides, patch_size = SMALL[name]
+    output_dir.mkdir()
+    (output_dir / "small.yaml").write_text(load_config(None, overrides).dump())
+    command = ["--data_path", str(images), "--output_dir", str(output_dir), *SMALL_RUN, "--arch", arch]
+    command += ["--cfg", str(output_dir / "small.yaml"), "--patch_size", str(patch_size), "--image_size", "32", *flags]
+    eval_finetune.main(eval_finetune.get_args_parser().parse_args(command))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_learns(name: str, images: Path, tmp_path: Path) -> None:
+    rate, epochs = {"resnet": ("0.05", "4"), "vit": ("0.2", "8")}.get(name, ("0.3", "8"))
+    small_run(name, images, tmp_path / "run", *PLAIN, "--epochs", epochs, "--lr", rate, "--layer_decay", "0.9")
+    assert results(tmp_path / "run")["top1"] >= 66  # chance: 33
+    losses = [json.loads(line)["train_loss"] for line in (tmp_path / "run" / "log.txt").open()]
+    assert min(losses[1:]) < 0.7 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_weight_of_every_architecture_is_trained(name: str, images: Path, tmp_path: Path) -> None:
+    """With the whole recipe: mixup, drop path, accumulation, recomputed blocks; and the average follows."""
+    network = small_network(name)
+    before = {key: tensor.clone() for key, tensor in network.named_parameters()}
+    torch.save({"teacher": network.state_dict(), "student": {}}, tmp_path / "pretrained.pth")
+    flags = ["--pretrained_weights", str(tmp_path / "pretrained.pth"), "--warmup_epochs", "0", "--model_ema"]
+    flags += ["--batch_size_per_gpu", "2", "--accum_iter", "2", "--grad_checkpointing"]
+    small_run(name, images, tmp_path / "run", *flags, *([] if name == "resnet" else ["--drop_path", "0.1"]))
+    content = checkpoint.load_file(tmp_path / "run" / "checkpoint.pth")
+    for key, tensor in before.items():
+        if key not in WITHOUT_EFFECT:
+            assert not torch.equal(content["model"][key], tensor), key
+            assert not torch.equal(content["ema"][key], content["model"][key]), key
+    assert torch.isfinite(torch.cat([tensor.flatten().float() for tensor in content["model"].values()])).all()
+    tuned = small_network(name)
+    checkpoint.load_backbone(tuned, tmp_path / "run" / "best.pth")  # for the other evaluations
 
 
 def test_starts_from_the_weights_and_not_from_others(images: Path, tmp_path: Path) -> None:

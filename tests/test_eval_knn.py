@@ -7,9 +7,11 @@ import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 import torch.nn.functional as F
 from runs import TINY_SWIN, write_images
@@ -125,26 +127,54 @@ def test_half_precision_votes_like_the_rounded_features() -> None:
     assert_equal_scores(knn_scores(half, [5], 0.07)[0], slow_scores(half, 5, 0.07))
 
 
-def fake_faiss(queries: np.ndarray, keys: np.ndarray, k: int, metric: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the documentation of faiss.knn says; equal keys come in falling order, to be put right."""
-    assert metric == 0
-    similarity = queries @ keys.T
-    index = len(keys) - 1 - np.argsort(-similarity[:, ::-1], axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(similarity, index, axis=1), index
+def photographs(size: int = 4) -> Split:
+    """Patches of photographs, many of which come again exactly or as another class: real data with ties and duplicates."""
+    pictures = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.page()]
+    patches, labels = [], []
+    for label, picture in enumerate(pictures):
+        grey = torch.from_numpy(np.ascontiguousarray(picture if picture.ndim == 2 else picture.mean(axis=2))).float()
+        cut = grey[::2, ::2].unfold(0, size, 9).unfold(1, size, 9).reshape(-1, size * size)
+        patches.append((cut / 32).round() + 1)  # few grey levels: flat patches are all alike
+        labels.append(torch.full((len(cut),), label))
+    features, of = F.normalize(torch.cat(patches), dim=-1), torch.cat(labels)
+    order = torch.randperm(len(of), generator=torch.Generator().manual_seed(0))[:1000]
+    features, of = features[order], of[order]
+    features, of = torch.cat([features, features[:300]]), torch.cat([of, (of[:300] + 1) % 4])
+    return Split(LabelledFeatures(features[200:], of[200:]), LabelledFeatures(features[:200], of[:200]))
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_faiss_gives_the_same_votes(leave_one_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(knn=fake_faiss, METRIC_INNER_PRODUCT=0))
-    monkeypatch.setitem(neighbours.CHUNKS, "cpu", (7, 11))
-    split = random_split(60, 40, 10)
+@pytest.mark.parametrize("leave_one_out", [False, True], ids=["split", "leave one out"])
+@pytest.mark.parametrize("make", [photographs, lambda: split_of_ties(60, 40, 7), lambda: random_split(60, 40, 10)],
+                         ids=["photographs", "ties", "random"])  # fmt: skip
+def test_faiss_gives_the_same_votes(leave_one_out: bool, make: Any) -> None:
+    pytest.importorskip("faiss")
+    split = make()
     split = Split(split.train, split.train) if leave_one_out else split
-    for score in knn_scores(split, [1, 5], 0.07, leave_one_out, backend="faiss"):
-        assert_equal_scores(score, slow_scores(split, score.k, 0.07, leave_one_out))
-    ties = split_of_ties(20, 5, 3)
-    found = neighbours.nearest_faiss(ties.val.features_NC, ties.train.features_NC, 20)
-    plain = nearest(ties.val.features_NC, ties.train.features_NC, 20)
+    ks = [1, 2, 5, 20]
+    ks += [100] if len(split.train.labels_N) < 100 else []
+    assert knn_scores(split, ks, 0.07, leave_one_out, "faiss") == knn_scores(split, ks, 0.07, leave_one_out)
+
+
+def test_faiss_gives_the_same_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of equal ones included; what has no ties is not searched a second time."""
+    pytest.importorskip("faiss")
+    split = photographs()
+    queries, keys = split.val.features_NC, split.train.features_NC
+    sorted_similarity = (queries @ keys.T).sort(dim=1, descending=True).values[:, :21]
+    tied = (sorted_similarity.diff(dim=1) > -neighbours.TIE).any(dim=1)
+    assert 20 < tied.sum() < 200
+    searched: list[int] = []
+
+    def counted(queries_QC: Tensor, *args: Any) -> neighbours.Neighbours:
+        searched.append(len(queries_QC))
+        return nearest(queries_QC, *args)
+
+    plain = nearest(queries, keys, 20)
+    monkeypatch.setattr(neighbours, "nearest", counted)
+    found = neighbours.nearest_faiss(queries, keys, 20)
     assert torch.equal(found.index_Qk, plain.index_Qk)
+    torch.testing.assert_close(found.similarity_Qk, plain.similarity_Qk, rtol=0, atol=1e-6)
+    assert searched == [pytest.approx(int(tied.sum()), abs=5)]
 
 
 def test_own_neighbours_are_always_right() -> None:
@@ -200,7 +230,9 @@ def test_small_sets_and_baselines(images: Path, tmp_path: Path, capsys: pytest.C
     assert "6 validation among 12 training images, 3 classes" in printed
     assert "network: 1-NN classifier result: Top1: " in printed
     assert ", Top3: 100.00" in printed
-    scores = json.loads((tmp_path / "out" / "knn.json").read_text())
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (record["evaluation"], record["top5_is"]) == ("k-NN", "top3")
+    scores = record["scores"]
     assert scores["mean and deviation of colour"]["1"]["top1"] == 100.0  # the classes are colours
     assert set(scores) == {"network", "raw pixels", "mean and deviation of colour"}
     for row in (row for rows in scores.values() for row in rows.values()):
@@ -240,7 +272,7 @@ def test_leave_one_out_of_a_folder_without_a_split(
     assert sorted(path.name for path in (tmp_path / "features").iterdir()) == ["trainfeat.pth", "trainlabels.pth"]
     only = LabelledFeatures(*(torch.load(tmp_path / "features" / f"train{kind}.pth") for kind in ("feat", "labels")))
     assert only.labels_N.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    scores = json.loads((tmp_path / "knn.json").read_text())["network"]
+    scores = json.loads((tmp_path / "results.json").read_text())["scores"]["network"]
     for k in (1, 2):
         expected = slow_scores(Split(only, only), k, 0.07, leave_one_out=True)
         assert scores[str(k)]["top1"] == pytest.approx(expected.top1)
@@ -268,6 +300,34 @@ def test_faiss_that_is_missing(images: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace())
     with pytest.raises(UsageError, match="float32 only"):
         run(images, "--backend", "faiss", "--half")
+
+
+def test_results_of_other_settings_and_evaluations_are_kept(images: Path, tmp_path: Path) -> None:
+    """The same scores are written once, others get a number; a folder of another evaluation is refused before any work."""
+    out = tmp_path / "out"
+    for flags in ([], [], ["--temperature", "0.2"], ["--temperature", "0.2"]):
+        run(images, "--output_dir", str(out), *flags)
+    assert sorted(path.name for path in out.iterdir()) == ["results.json", "results_2.json"]
+    temperatures = [json.loads((out / f"results{n}.json").read_text())["temperature"] for n in ("", "_2")]
+    assert temperatures == [0.07, 0.2]
+    (out / "results.json").write_text('{"evaluation": "linear probe"}')
+    with pytest.raises(UsageError, match=r"results\.json is of another evaluation"):
+        run(tmp_path / "nowhere", "--output_dir", str(out))
+    assert (out / "results.json").read_text() == '{"evaluation": "linear probe"}'
+
+
+def test_processes_that_see_different_images_stop(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process counts one image less, or cannot read its data at all."""
+
+    def other_sees_less(value: Any) -> list[Any]:
+        return [value, [12, 5] if value == [12, 6] else value]
+
+    monkeypatch.setattr("utils.all_gather_objects", other_sees_less)
+    with pytest.raises(UsageError, match="different numbers of images"):
+        run(images)
+    monkeypatch.setattr("utils.all_gather_objects", lambda value: [value, "no such disk" if value is None else value])
+    with pytest.raises(UsageError, match=r"^no such disk$"):
+        run(images)
 
 
 def test_random_weights_are_named(images: Path, capsys: pytest.CaptureFixture[str]) -> None:

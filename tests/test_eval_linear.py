@@ -399,7 +399,7 @@ def test_number_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--zip_mode"], "--zip_mode is not supported yet"),
+        (["--zip_mode"], r"--zip_mode needs train\.zip and train_map\.txt"),
         (["--n_last_blocks", "9"], r"--n_last_blocks 9 must lie in 1\.\.3"),
         (["--n_last_blocks", "0"], r"--n_last_blocks 0 must lie"),
         (["--lr", "0.1", "0.1"], "names a value twice"),

@@ -1,0 +1,187 @@
+"""Images in zip files, as `--zip_mode` takes them: millions of images in one file, which shared disks serve better.
+
+    DIR/train.zip  DIR/train_map.txt  DIR/val.zip  DIR/val_map.txt
+
+A line of a map is `NAME.zip@/path/in/zip<TAB>label`, or `path/in/zip<TAB>label` for an image in the zip of the split. Labels are
+numbers; those that occur are the classes, in their order. The directory of a zip is read once, by the process that starts the
+loader workers, and kept as an array of 27 bytes an image; workers read the members at the offsets it says.
+
+Origin: the layout of microsoft/esvit and microsoft/Swin-Transformer; reading is this project's own, on Python's zipfile.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.sources import Listing, Names, OwnFile, Source
+from utils import UsageError
+
+FIELDS = {
+    "archive": "H",
+    "method": "B",
+    "crc": "I",
+    "offset": "Q",
+    "packed": "Q",
+    "size": "I",
+}  # of a member, as in `struct`
+PACKED = struct.Struct("<" + "".join(FIELDS.values()))
+MEMBER = np.dtype([(name, f"<{kind}") for name, kind in FIELDS.items()])
+SIGNATURE = b"PK\x03\x04"  # what a member begins with
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field that follow
+ENCRYPTED = 1  # bit of a member's flags
+LARGEST_LABEL = 2**31 - 1
+
+
+class MapLine(NamedTuple):
+    """One line of a map."""
+
+    number: int  # from 1
+    archive: str  # name of the zip, beside the map
+    member: str
+    label: int
+
+
+class ZipMembers(Source):
+    """Images in zip files.
+
+    Args:
+        archives: the zip files.
+        members: a `MEMBER` each image: which archive, and where in it.
+        names: `NAME.zip@/path/in/zip` of each image.
+        folder: of the archives, for messages.
+    """
+
+    def __init__(self, archives: list[Path], members: np.ndarray, names: Names, folder: Path) -> None:
+        self.archives = [OwnFile(path) for path in archives]
+        self.members = members
+        self.names = names
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        return f"{self.folder}/{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        """See `Source.read`; what differs from its checksum is an error."""
+        member = self.members[index]
+        archive, offset, size = self.archives[member["archive"]], int(member["offset"]), int(member["size"])
+        signature, name_length, extra_length = LOCAL_HEADER.unpack(archive.read(offset, LOCAL_HEADER.size))
+        if signature != SIGNATURE:
+            raise ValueError(
+                f"{archive.path.name} has no member where its directory says; it was changed or is damaged"
+            )
+        content = archive.read(offset + LOCAL_HEADER.size + name_length + extra_length, int(member["packed"]))
+        if member["method"] == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size)
+        if len(content) != size or zlib.crc32(content) != member["crc"]:
+            raise ValueError("the member differs from its checksum")
+        return content
+
+
+def list_zip(root: Path, split: str, need_labels: bool) -> Listing:
+    """The images that `split`_map.txt of the folder `root` names; they always have labels.
+
+    Raises:
+        UsageError: a file is missing or damaged, or a line of the map is wrong, which is named by its number.
+    """
+    map_file = root / f"{split}_map.txt"
+    for path in (root / f"{split}.zip", map_file):
+        if not path.is_file():
+            raise UsageError(f"--zip_mode needs {split}.zip and {map_file.name} in --data_path; {path} is missing")
+    archives: dict[str, zipfile.ZipFile] = {}
+    rows, names, labels, missing = bytearray(), [], [], []
+    try:
+        for line in read_map(map_file, f"{split}.zip"):
+            if line.archive not in archives:
+                archives[line.archive] = open_zip(root / line.archive, f"{map_file} line {line.number}")
+            try:
+                info = archives[line.archive].getinfo(line.member)
+            except KeyError:
+                missing.append(f"{line.archive}@/{line.member} in line {line.number}")
+                continue
+            check_readable(info, f"{map_file} line {line.number}")
+            which = list(archives).index(line.archive)
+            rows += PACKED.pack(
+                which, info.compress_type, info.CRC, info.header_offset, info.compress_size, info.file_size
+            )
+            names.append(f"{line.archive}@/{line.member}")
+            labels.append(line.label)
+    finally:
+        for archive in archives.values():
+            archive.close()
+    if missing:
+        raise UsageError(
+            f"{map_file} names {len(missing)} images that its zip does not hold, the first is {missing[0]}"
+        )
+    if not rows:
+        raise UsageError(f"{map_file} names no image; a line is NAME.zip@/path/in/zip<TAB>label")
+    source = ZipMembers([root / name for name in archives], np.frombuffer(rows, dtype=MEMBER), Names(names), root)
+    found, label_N = np.unique(np.array(labels), return_inverse=True)
+    return Listing(source, label_N, [str(label) for label in found])
+
+
+def read_map(map_file: Path, default_archive: str) -> Iterator[MapLine]:
+    """The lines of a map; empty ones are skipped.
+
+    Raises:
+        UsageError: a line that names no image in a zip beside the map, or no label.
+    """
+    try:
+        text = map_file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{map_file} is not text in UTF-8; a line is NAME.zip@/path/in/zip<TAB>label") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{map_file} line {number}"
+        place, tab, label = line.rpartition("\t")
+        if not tab:
+            raise UsageError(f"{where} has no label: '{line.strip()}'; write NAME.zip@/path/in/zip<TAB>label")
+        label = label.strip()
+        if not label.isdecimal() or len(label) > 10 or int(label) > LARGEST_LABEL:
+            raise UsageError(f"{where}: the label '{label}' is not a whole number from 0 to {LARGEST_LABEL}; repair it")
+        archive, at, member = place.partition("@/")
+        archive, member = (archive, member) if at else (default_archive, place)
+        if "/" in archive or "\\" in archive or not archive.lower().endswith(".zip"):
+            raise UsageError(
+                f"{where}: '{archive}' is no zip file beside the map; write NAME.zip@/path/in/zip<TAB>label"
+            )
+        if any(part in ("", ".", "..") for part in member.split("/")):
+            raise UsageError(f"{where}: '{member}' is no path of an image inside {archive}; name it as the zip does")
+        yield MapLine(number, archive, member, int(label))
+
+
+def open_zip(path: Path, where: str) -> zipfile.ZipFile:
+    """A zip file with its directory.
+
+    Raises:
+        UsageError: it is missing or no whole zip file; `where` says who names it.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except FileNotFoundError:
+        raise UsageError(f"{where} names {path.name}, which is not in {path.parent}") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UsageError(f"{path} is no whole zip file ({error}); copy or make it again") from None
+
+
+def check_readable(info: zipfile.ZipInfo, where: str) -> None:
+    """Stop on a member that cannot be read whatever its bytes are.
+
+    Raises:
+        UsageError: it is encrypted, compressed in another way than deflate, or larger than 4 GiB.
+    """
+    if info.flag_bits & ENCRYPTED or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        how = "encrypted" if info.flag_bits & ENCRYPTED else f"compressed by method {info.compress_type}"
+        raise UsageError(f"{where}: {info.filename} is {how}; make the zip again, stored (zip -0) or deflated")
+    if info.file_size >= 2**32:
+        raise UsageError(f"{where}: {info.filename} has {info.file_size} bytes, too many for an image")

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Where the heads of the last block look, as in the paper's pictures of attention: an overview and single pictures of each image.
+#   bash scripts/analysis_attention.sh ARCH CHECKPOINT IMAGES OUT [flags of run_analysis.py]
+#   bash scripts/analysis_attention.sh swin_tiny /runs/swin_tiny/checkpoint.pth photo.jpg OUT
+# IMAGES is an image, or a folder of which four are taken (--num_images). --query X Y chooses the pixel that looks, --block the
+# layer, --threshold the share of the attention that masks keep, 0.6 as published.
+# Nothing in OUT is overwritten. Flags given at the end win over those here.
+USAGE="ARCH CHECKPOINT IMAGES OUT [flags of run_analysis.py]"
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+needs "ARCH CHECKPOINT IMAGES OUT" "$@"
+ARCH=$1 CHECKPOINT=$2 IMAGES=$3 OUT=$4
+shift 4
+GPUS=1  # few images
+launch run_analysis.py --arch "$ARCH" --pretrained_weights "$CHECKPOINT" --image_path "$IMAGES" --output_dir "$OUT" \
+    --checkpoint_key teacher --vis_attention --threshold 0.6 "$@"

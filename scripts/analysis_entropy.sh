@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Entropy of the attention of every head by layer, over a folder of images: the paper's plot, and the numbers as JSON.
+#   bash scripts/analysis_entropy.sh ARCH CHECKPOINT IMAGES OUT [flags of run_analysis.py]
+#   GPUS=4 bash scripts/analysis_entropy.sh swin_tiny /runs/swin_tiny/checkpoint.pth /data/imagenet OUT
+# IMAGES is ImageNet (its validation images are taken) or any folder of images. The figures depend neither on the number of GPUS
+# nor on the batch.
+# Nothing in OUT is overwritten. Flags given at the end win over those here.
+USAGE="ARCH CHECKPOINT IMAGES OUT [flags of run_analysis.py]"
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+needs "ARCH CHECKPOINT IMAGES OUT" "$@"
+ARCH=$1 CHECKPOINT=$2 IMAGES=$3 OUT=$4
+shift 4
+count_gpus
+launch run_analysis.py --arch "$ARCH" --pretrained_weights "$CHECKPOINT" --data_path "$IMAGES" --output_dir "$OUT" \
+    --checkpoint_key teacher --vis_entropy "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# How often regions find their place in the flipped and recoloured image, over a folder: the paper's accuracy and distance error.
+#   bash scripts/analysis_measure_correspondence.sh ARCH CHECKPOINT IMAGES OUT [flags of run_analysis.py]
+#   GPUS=4 bash scripts/analysis_measure_correspondence.sh swin_tiny /runs/swin_tiny/checkpoint.pth /data/imagenet OUT
+# IMAGES is ImageNet (its validation images are taken) or any folder of images. OUT gets correspondence.json.
+# Nothing in OUT is overwritten. Flags given at the end win over those here.
+USAGE="ARCH CHECKPOINT IMAGES OUT [flags of run_analysis.py]"
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+needs "ARCH CHECKPOINT IMAGES OUT" "$@"
+ARCH=$1 CHECKPOINT=$2 IMAGES=$3 OUT=$4
+shift 4
+count_gpus
+launch run_analysis.py --arch "$ARCH" --pretrained_weights "$CHECKPOINT" --data_path "$IMAGES" --output_dir "$OUT" \
+    --checkpoint_key teacher --measure_correspondence "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Fine-tune on ImageNet. There is no published figure for this; the recipe is DeiT's with the layer-wise rates of BEiT.
+#   bash scripts/eval_finetune.sh ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]
+#   GPUS=2 bash scripts/eval_finetune.sh swin_tiny /data/imagenet /runs/swin_tiny/checkpoint.pth /runs/swin_tiny/finetuned
+# 100 epochs, 1024 images a step (BATCH): what PER_GPU (64) images on each of GPUS do not fill is accumulated. Learning rate 0.0005
+# for 256 images: 0.002. OUT gets results.json, log.txt, best.pth and checkpoint.pth; the same command continues a killed run. Flags
+# given at the end win over those here.
+USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]"
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+needs "ARCH IMAGENET CHECKPOINT OUT" "$@"
+ARCH=$1 DATA=$2 CHECKPOINT=$3 OUT=$4
+shift 4
+PER_GPU=${PER_GPU:-64} BATCH=${BATCH:-1024}
+count_gpus
+split_batch
+launch eval_finetune.py --arch "$ARCH" --data_path "$DATA" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
+    --batch_size_per_gpu "$PER_GPU" --accum_iter "$ACCUM" --epochs 100 --warmup_epochs 5 --lr 0.0005 --layer_decay 0.75 "$@"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# k-NN on ImageNet, the second number in each row of the results in README: 75.7 % top-1 for Swin-T, window 7, views and regions.
+#   bash scripts/eval_knn.sh ARCH IMAGENET CHECKPOINT OUT [flags of eval_knn.py]
+#   GPUS=4 bash scripts/eval_knn.sh swin_tiny /data/imagenet /runs/swin_tiny/checkpoint.pth /runs/swin_tiny
+#   bash scripts/eval_knn.sh swin_tiny /data/imagenet_zips ... --zip_mode
+# The vote of 10, 20, 100 and 200 neighbours with temperature 0.07; 20 is the published one. Neither the number of GPUs nor the
+# batch changes the scores. OUT gets results.json. Flags given at the end win over those here.
+USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_knn.py]"
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+needs "ARCH IMAGENET CHECKPOINT OUT" "$@"
+ARCH=$1 DATA=$2 CHECKPOINT=$3 OUT=$4
+shift 4
+count_gpus
+launch eval_knn.py --arch "$ARCH" --data_path "$DATA" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
+    --checkpoint_key teacher --temperature 0.07 --batch_size_per_gpu 256 --nb_knn 10 20 100 200 "$@"

@@ -1,0 +1,157 @@
+"""Folders and lists of image files: every layout, labels, and data paths that cannot work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from image_files import whole, write_grey
+
+from data.datasets import ImageDataset, build_dataset
+from data.sources import UNLABELLED
+from utils import UsageError
+
+
+def names(dataset: ImageDataset, root: Path) -> list[str]:
+    return [str(Path(dataset.source.name(i)).relative_to(root)) for i in range(len(dataset))]
+
+
+# --------------------------------------------------------------------------- layouts
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    for name in ("zebra/b.png", "ant/c.JPG", "zebra/deep/a.png", "ant/notes.txt"):
+        write_grey((tmp_path / name).with_suffix(".png"), 0).rename(tmp_path / name)
+    dataset = build_dataset(tmp_path, "train", whole)
+    assert dataset.classes == ("ant", "zebra")
+    assert names(dataset, tmp_path) == ["ant/c.JPG", "zebra/b.png", "zebra/deep/a.png"]
+    assert dataset.labels.tolist() == [0, 1, 1]
+    assert [dataset[i].label for i in range(3)] == [0, 1, 1]
+    assert [dataset[i].image_index for i in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_folder_of_splits(tmp_path: Path, split: str) -> None:
+    for name in ("train/ant/1.png", "train/bee/2.png", "val/ant/3.png", "val/bee/4.png"):
+        write_grey(tmp_path / name, 0)
+    dataset = build_dataset(tmp_path, split, whole, need_labels=True)
+    expected = {"train": ["train/ant/1.png", "train/bee/2.png"], "val": ["val/ant/3.png", "val/bee/4.png"]}
+    assert names(dataset, tmp_path) == expected[split]
+    assert (dataset.classes, dataset.labels.tolist()) == (("ant", "bee"), [0, 1])
+
+
+def test_split_itself_as_data_path(tmp_path: Path) -> None:
+    write_grey(tmp_path / "train/ant/1.png", 0)
+    assert build_dataset(tmp_path / "train", "train", whole).classes == ("ant",)
+
+
+@pytest.mark.parametrize("files", [["b.png", "a.png"], ["loose.png", "ant/1.png"]])
+def test_loose_images_have_no_label(tmp_path: Path, files: list[str]) -> None:
+    for name in files:
+        write_grey(tmp_path / name, 0)
+    dataset = build_dataset(str(tmp_path), "train", whole)
+    assert names(dataset, tmp_path) == sorted(files)
+    assert dataset.classes == ()
+    assert [dataset[i].label for i in range(2)] == [UNLABELLED, UNLABELLED]
+
+
+def test_train_folder_without_classes(tmp_path: Path) -> None:
+    for name in ("train/1.png", "train/2.png", "other/3.png"):
+        write_grey(tmp_path / name, 0)
+    dataset = build_dataset(tmp_path, "train", whole)
+    assert names(dataset, tmp_path) == ["train/1.png", "train/2.png"]
+    assert dataset.labels.tolist() == [UNLABELLED, UNLABELLED]
+
+
+def test_text_file_of_paths(tmp_path: Path) -> None:
+    elsewhere = write_grey(tmp_path / "elsewhere/3.png", 3)
+    for name in ("lists/1.png", "pictures/two words.png"):
+        write_grey(tmp_path / name, 0)
+    listing = tmp_path / "lists/images.txt"
+    listing.write_text(f"# my photographs\n1.png\n\n  ../pictures/two words.png  \n{elsewhere}\n")
+    dataset = build_dataset(listing, "train", whole)
+    assert [Path(dataset.source.name(i)).resolve() for i in range(len(dataset))] == [
+        tmp_path / "lists/1.png",
+        tmp_path / "pictures/two words.png",
+        elsewhere,
+    ]
+    assert dataset.labels.tolist() == [UNLABELLED] * 3
+    assert dataset[2].views[0].mean() == pytest.approx(3 / 255)
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    write_grey(tmp_path / "disk/1.png", 0)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/ant").symlink_to(tmp_path / "disk")
+    dataset = build_dataset(tmp_path / "data", "train", whole)
+    assert names(dataset, tmp_path) == ["data/ant/1.png"]
+
+
+def test_link_that_leads_back_adds_no_image_twice(tmp_path: Path) -> None:
+    write_grey(tmp_path / "data/ant/1.png", 0)
+    (tmp_path / "data/ant/back").symlink_to(tmp_path / "data")
+    assert names(build_dataset(tmp_path / "data", "train", whole), tmp_path) == ["data/ant/1.png"]
+
+
+def test_names_outside_ascii(tmp_path: Path) -> None:
+    write_grey(tmp_path / "Käfer/größe 1.png", 7)
+    dataset = build_dataset(tmp_path, "train", whole)
+    assert dataset.classes == ("Käfer",)
+    assert dataset[0].views[0].mean() == pytest.approx(7 / 255)
+
+
+# --------------------------------------------------------------------------- data paths that cannot work
+
+
+def test_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UsageError) as caught:
+        build_dataset(tmp_path, "train", whole)
+    for word in (str(tmp_path), "sub-folders", ".png", ".jpg", ".tiff", ".npy"):
+        assert word in str(caught.value)
+
+
+def test_list_without_a_path(tmp_path: Path) -> None:
+    listing = tmp_path / "images.txt"
+    listing.write_text("# nothing yet\n")
+    with pytest.raises(UsageError, match=r"images\.txt") as caught:
+        build_dataset(listing, "train", whole)
+    assert "sub-folders" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["absent", "absent/images.txt"])
+def test_missing_data_path(tmp_path: Path, path: str) -> None:
+    with pytest.raises(UsageError, match=f"data path '.*{path}' does not exist; --data_path takes"):
+        build_dataset(str(tmp_path / path), "train", whole)
+
+
+@pytest.mark.parametrize("layout", ["files", "zip"])
+def test_no_data_path(layout: str) -> None:
+    with pytest.raises(UsageError, match=r"^--data_path is needed"):
+        build_dataset("", "train", whole, layout=layout)
+
+
+def test_list_that_names_missing_files(tmp_path: Path) -> None:
+    write_grey(tmp_path / "1.png", 0)
+    (tmp_path / "images.txt").write_text("1.png\n2.png\n3.png\n")
+    with pytest.raises(UsageError, match=r"names 2 files that do not exist, the first is .*2\.png"):
+        build_dataset(tmp_path / "images.txt", "train", whole)
+
+
+def test_image_as_data_path(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a text file of paths"):
+        build_dataset(write_grey(tmp_path / "1.png", 200), "train", whole)
+
+
+def test_labels_that_are_needed_but_missing(tmp_path: Path) -> None:
+    write_grey(tmp_path / "flat/1.png", 0)
+    (tmp_path / "images.txt").write_text("flat/1.png\n")
+    for path in ("flat", "images.txt"):
+        with pytest.raises(UsageError, match="images without a class"):
+            build_dataset(tmp_path / path, "val", whole, need_labels=True)
+
+
+def test_split_that_is_needed_but_missing(tmp_path: Path) -> None:
+    write_grey(tmp_path / "train/ant/1.png", 0)
+    with pytest.raises(UsageError, match="no folder 'val' beside the other one"):
+        build_dataset(tmp_path, "val", whole, need_labels=True)
