@@ -1,10 +1,10 @@
 """Multi-crop augmentation: one image in, global and local views out.
 
 Two policies: `dino_aug`, the photometric recipe of DINO, and `deit_aug`, RandAugment with random erasing as in DeiT.
-Images are PIL (1 or 3 channels) or float tensors (C, H, W) for any other number of channels.
+Images are PIL (1 or 3 channels) or float tensors (C, H, W) for any other number of channels. This is the `pil` backend, each
+image for itself in a loader worker; `split` does `dino_aug` of colour images faster (data/crops.py, data/photometric.py).
 
-Origin: DINO (Caron et al., ICCV 2021) appendix, following SwAV's multi-crop and BYOL's colour recipe; DeiT (Touvron et al.,
-ICML 2021) through timm.
+Origin: DINO (Caron et al., ICCV 2021), see data/recipe.py; DeiT (Touvron et al., ICML 2021) through timm.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from PIL import ImageFilter, ImageOps
@@ -21,25 +20,14 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from data.datasets import ImageLike
+from data.decode import ImageLike
+from data.recipe import ASPECT, BLUR_RADIUS, FLIP, GREY, JITTER, View, dino_recipe
+from data.recipe import Crops as Crops
+from data.recipe import check_crops as check_crops
 from utils import UsageError
 
 ViewTransform = Callable[[ImageLike], Tensor]
-
-
-class Crops(NamedTuple):
-    """Sizes and scales of the views."""
-
-    global_size: int
-    global_scale: tuple[float, float]
-    local_numbers: tuple[int, ...]  # one entry a local size
-    local_sizes: tuple[int, ...]
-    local_scale: tuple[float, float]
-
-    @property
-    def total(self) -> int:
-        """Views of an image: two global ones and all local ones."""
-        return 2 + sum(self.local_numbers)
+BACKENDS = ("auto", "pil", "split")
 
 
 class MultiCrop:
@@ -52,33 +40,11 @@ class MultiCrop:
         return [view_transform(image) for view_transform in self.view_transforms]
 
 
-def check_crops(crops: Crops) -> None:
-    """Stop on sizes, numbers or scales that cannot be cropped.
-
-    Raises:
-        UsageError: naming the value.
-    """
-    if len(crops.local_numbers) != len(crops.local_sizes):
-        raise UsageError(
-            f"--local_crops_number {list(crops.local_numbers)} and --local_crops_size {list(crops.local_sizes)} "
-            "must have the same length, one number for each size"
-        )
-    if min(crops.local_numbers, default=0) < 0:
-        raise UsageError(f"--local_crops_number {list(crops.local_numbers)} must be 0 or more")
-    if min(crops.local_sizes, default=1) < 1:
-        raise UsageError(f"--local_crops_size {list(crops.local_sizes)} must be 1 or more")
-    if crops.global_size < 1:
-        raise UsageError(f"--global_crops_size {crops.global_size} must be 1 or more")
-    for flag, (low, high) in (("global", crops.global_scale), ("local", crops.local_scale)):
-        if not 0 < low <= high <= 1:
-            raise UsageError(f"--{flag}_crops_scale {low} {high} must be two numbers with 0 < low <= high <= 1")
-
-
 # --------------------------------------------------------------------------- dino_aug
 
 
 class GaussianBlur:
-    """With probability `p` blur with a radius drawn from 0.1 .. 2 pixels."""
+    """With probability `p` blur with a radius drawn from `BLUR_RADIUS`."""
 
     def __init__(self, p: float) -> None:
         self.p = p
@@ -86,7 +52,7 @@ class GaussianBlur:
     def __call__(self, image: ImageLike) -> ImageLike:
         if random.random() >= self.p:
             return image
-        radius = random.uniform(0.1, 2.0)
+        radius = random.uniform(*BLUR_RADIUS)
         if isinstance(image, Tensor):
             return TF.gaussian_blur(image, kernel_size=9, sigma=radius)
         return image.filter(ImageFilter.GaussianBlur(radius))
@@ -119,41 +85,29 @@ class BrightnessContrast:
 
 
 def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence[float], strength: float) -> MultiCrop:
-    """DINO's views: blur always on the first global view, sometimes with solarisation on the second, half the time on local ones.
-
-    `strength` is the amount of brightness and contrast jitter (published: 0.4); saturation has half of it, hue a quarter.
+    """DINO's views of images of any number of channels, as data/recipe.py has them.
 
     Raises:
-        UsageError: a strength outside 0..2, where the hue would leave its range.
+        UsageError: a strength of the colour jitter outside 0..2.
     """
-    if not 0 <= strength <= 2:
-        raise UsageError(f"--color-jitter {strength} must lie in 0..2")
+    recipe = dino_recipe(crops, strength)
 
-    def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> transforms.Compose:
+    def transform(view: View) -> transforms.Compose:
+        bicubic = transforms.InterpolationMode.BICUBIC
         steps: list[Callable] = [
             transforms.RandomResizedCrop(
-                size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
+                view.size, scale=view.scale, ratio=ASPECT, interpolation=bicubic, antialias=True
             ),
-            transforms.RandomHorizontalFlip(p=0.5),
+            transforms.RandomHorizontalFlip(p=FLIP),
         ]
-        if in_chans in (1, 3):
-            jitter = transforms.ColorJitter(strength, strength, strength / 2, strength / 4)
-        else:
-            jitter = BrightnessContrast(strength)
-        steps.append(transforms.RandomApply([jitter], p=0.8))
+        jitter = transforms.ColorJitter(*recipe.jitter) if in_chans in (1, 3) else BrightnessContrast(strength)
+        steps.append(transforms.RandomApply([jitter], p=JITTER))
         if in_chans == 3:
-            steps.append(transforms.RandomGrayscale(p=0.2))
-        steps += [GaussianBlur(blur), Solarize(solarize), _to_tensor, transforms.Normalize(mean, std)]
+            steps.append(transforms.RandomGrayscale(p=GREY))
+        steps += [GaussianBlur(view.blur), Solarize(view.solarize), _to_tensor, transforms.Normalize(mean, std)]
         return transforms.Compose(steps)
 
-    first = view(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0)
-    second = view(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2)
-    local = [
-        view(size, crops.local_scale, blur=0.5, solarize=0.0)
-        for number, size in zip(crops.local_numbers, crops.local_sizes)
-        for _ in range(number)
-    ]
-    return MultiCrop([first, second, *local])
+    return MultiCrop([transform(view) for view in recipe.views])
 
 
 def _to_tensor(image: ImageLike) -> Tensor:
@@ -246,6 +200,21 @@ def eval_view(size: int, crop_ratio: float, mean: Sequence[float], std: Sequence
             )
         ]
     )
+
+
+def choose_backend(wanted: str, policy: str, in_chans: int) -> str:
+    """`pil` or `split`: `auto` takes `split`, the faster one on a CPU too (benchmarks/augment.py), for whatever it can do.
+
+    Raises:
+        UsageError: `split` is wanted for what only `pil` does.
+    """
+    splittable = policy == "dino_aug" and in_chans == 3
+    if wanted == "split" and not splittable:
+        raise UsageError(
+            f"--aug_backend split does dino_aug on images of 3 channels, not {policy} on images of {in_chans}; "
+            "leave it at auto, or use pil"
+        )
+    return "split" if splittable and wanted != "pil" else "pil"
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:

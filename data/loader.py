@@ -8,7 +8,8 @@ Origin: this project's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,22 +23,40 @@ MAX_FAILED_SHARE = 0.01
 LISTED_FAILURES = 10
 
 
+Finish = Callable[[Sequence[Tensor], torch.device], list[Tensor]]
+
+
 class Batch(NamedTuple):
     """Samples of one step on one process."""
 
-    views: list[Tensor]  # V tensors (B, C, H, W)
+    views: list[Tensor]  # V tensors (B, C, H, W); with `finish` what that makes the views of
     labels_B: Tensor
     indices_B: Tensor
     failures: list[str]
+    finish: Finish | None = None  # what is left to do on the device
+
+    def views_on(self, device: torch.device) -> list[Tensor]:
+        """The finished views on `device`, which is not waited for."""
+        if self.finish is not None:
+            return self.finish(self.views, device)
+        return [view.to(device, non_blocking=True) for view in self.views]
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples view by view; without any view if one of them could not be read at all."""
+def collate(samples: Sequence[Sample], finish: Finish | None = None, finish_here: bool = False) -> Batch:
+    """Stack samples view by view; without any view if one of them could not be read at all.
+
+    `finish` makes the views of what the transform gave: in this process, or later where the batch is used.
+    """
     complete = all(sample.views for sample in samples)
     views = [torch.stack(view) for view in zip(*(sample.views for sample in samples))] if complete else []
     labels = torch.tensor([sample.label for sample in samples])
     indices = torch.tensor([sample.image_index for sample in samples])
-    return Batch(views, labels, indices, [failure for sample in samples for failure in sample.failures])
+    failures = [failure for sample in samples for failure in sample.failures]
+    if finish is None or not complete:
+        return Batch(views, labels, indices, failures)
+    if finish_here:
+        return Batch(finish(views, torch.device("cpu")), labels, indices, failures)
+    return Batch(views, labels, indices, failures, finish)
 
 
 def usable_workers(wanted: int) -> int:
@@ -47,11 +66,17 @@ def usable_workers(wanted: int) -> int:
 
 
 def build_train_loader(
-    dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool, drop_last: bool = True
+    dataset: ImageDataset,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    drop_last: bool = True,
+    finish: Finish | None = None,
 ) -> DataLoader[Batch]:
     """Shuffled batches; the last incomplete one of an epoch is left out.
 
     Without `drop_last` every image comes in every epoch; first ones come again where the processes' shares would differ.
+    Batches are pinned for a CUDA device, on which they are then finished (`Batch.views_on`); elsewhere the workers do it.
 
     Raises:
         UsageError: less data than one batch on every process, with `drop_last`.
@@ -64,19 +89,23 @@ def build_train_loader(
     sampler: DistributedSampler = DistributedSampler(
         dataset, num_replicas=world, rank=get_rank(), shuffle=True, seed=dataset.seed, drop_last=drop_last
     )
+    workers = usable_workers(num_workers)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # collate makes a Batch of its Samples
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=usable_workers(num_workers),
-        collate_fn=collate,
+        num_workers=workers,
+        collate_fn=partial(collate, finish=finish, finish_here=not pin_memory),
         pin_memory=pin_memory,
         drop_last=drop_last,
+        persistent_workers=workers > 0,
+        # Its own: starting workers draws a number, and a resumed run starts them once more than one that went through.
+        generator=torch.Generator(),
     )
 
 
 def set_epoch(loader: DataLoader[Batch], epoch: int) -> None:
-    """Choose the order and the randomness of the next pass over a training loader."""
+    """Choose the order and the randomness of the next pass over a training loader, also in workers that run already."""
     assert isinstance(loader.sampler, DistributedSampler)
     assert isinstance(loader.dataset, ImageDataset)
     loader.sampler.set_epoch(epoch)

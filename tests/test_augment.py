@@ -22,12 +22,13 @@ from data.augment import (
     Solarize,
     check_crops,
     check_normalisation,
+    choose_backend,
     deit_views,
     dino_views,
     eval_view,
     train_view,
 )
-from data.datasets import ImageLike
+from data.decode import ImageLike
 from utils import UsageError
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
@@ -294,6 +295,34 @@ def test_policies_of_timm(policy: str | None, interpolation: str) -> None:
 def test_settings_that_timm_does_not_know(setting: str, value: str, flag: str) -> None:
     with pytest.raises(UsageError, match=f"timm does not take .*{flag}"):
         deit_views(CROPS, MEAN, STD, **{**DEIT, setting: value})
+
+
+# --------------------------------------------------------------------------- backends
+
+
+@pytest.mark.parametrize(
+    ("wanted", "policy", "in_chans", "chosen"),
+    [
+        ("auto", "dino_aug", 3, "split"),
+        ("auto", "dino_aug", 1, "pil"),
+        ("auto", "dino_aug", 5, "pil"),
+        ("auto", "deit_aug", 3, "pil"),
+        ("split", "dino_aug", 3, "split"),
+        ("pil", "dino_aug", 3, "pil"),
+        ("pil", "deit_aug", 3, "pil"),
+        ("pil", "dino_aug", 5, "pil"),
+    ],
+)
+def test_chosen_backend(wanted: str, policy: str, in_chans: int, chosen: str) -> None:
+    assert choose_backend(wanted, policy, in_chans) == chosen
+
+
+@pytest.mark.parametrize(("policy", "in_chans"), [("deit_aug", 3), ("dino_aug", 1), ("dino_aug", 5)])
+def test_split_backend_for_what_it_cannot_do(policy: str, in_chans: int) -> None:
+    with pytest.raises(
+        UsageError, match=f"--aug_backend split .* not {policy} on images of {in_chans}; .*auto, or use pil"
+    ):
+        choose_backend("split", policy, in_chans)
 
 
 # --------------------------------------------------------------------------- evaluation

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import write_images
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from data.datasets import UNLABELLED, ImageDataset, ImageLike, Sample, build_dataset
+from data.crops import split_views
+from data.datasets import ImageDataset, Sample, build_dataset
+from data.decode import ImageLike
 from data.loader import (
     Batch,
     EveryNth,
@@ -22,6 +28,9 @@ from data.loader import (
     set_epoch,
     usable_workers,
 )
+from data.photometric import DRAWS, Photometric
+from data.recipe import Crops
+from data.sources import UNLABELLED
 from utils import UsageError
 
 IMAGES = 11
@@ -99,6 +108,98 @@ def test_collate_without_a_view_of_one_image_has_no_view() -> None:
     assert batch.failures == ["a.png: gone"]
 
 
+# --------------------------------------------------------------------------- batches that are finished later
+
+
+def split_samples(count: int = 4) -> tuple[list[Sample], Photometric]:
+    crops, finish = split_views(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    return [Sample(crops(image), i, i, ()) for i in range(count)], finish
+
+
+def test_batch_ships_bytes_and_is_finished_where_it_is_used() -> None:
+    samples, finish = split_samples()
+    later = collate(samples, finish)
+    assert [(view.dtype, view.shape) for view in later.views[:-1]] == [
+        (torch.uint8, (4, 3, size, size)) for size in (16, 16, 8, 8)
+    ]
+    assert later.views[-1].shape == (4, 4, DRAWS)
+    here = collate(samples, finish, finish_here=True)
+    assert here.finish is None
+    assert [view.shape for view in here.views] == [(4, 3, size, size) for size in (16, 16, 8, 8)]
+    assert all(torch.equal(a, b) for a, b in zip(here.views, later.views_on(CPU), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(here.views, here.views_on(CPU), strict=True))
+
+
+def test_finished_batch_without_a_view_of_one_image_has_no_view() -> None:
+    samples, finish = split_samples()
+    for here in (False, True):
+        batch = collate([*samples, Sample([], UNLABELLED, 7, ("a.png: gone",))], finish, here)
+        assert batch.views == []
+        assert batch.views_on(CPU) == []
+
+
+def test_pinning_keeps_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the loader's thread pins a batch for CUDA; a copy stands for the pinned memory."""
+    samples, finish = split_samples()
+    batch = collate(samples, finish)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self, device=None: self.clone())
+    pinned = pin_memory(batch)
+    assert isinstance(pinned, Batch)
+    assert pinned.views[0].data_ptr() != batch.views[0].data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(pinned.views_on(CPU), batch.views_on(CPU), strict=True))
+
+
+@pytest.fixture
+def split_dataset(tmp_path: Path) -> tuple[ImageDataset, Photometric]:
+    crops, finish = split_views(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
+    return build_dataset(write_images(tmp_path, IMAGES), "train", crops), finish
+
+
+def split_epoch(split_dataset: tuple[ImageDataset, Photometric], epoch: int, workers: int, later: bool) -> list[Batch]:
+    dataset, finish = split_dataset
+    loader = build_train_loader(dataset, 4, workers, pin_memory=False, finish=finish)
+    if later:
+        loader = DataLoader(
+            dataset,  # type: ignore[arg-type]  # as in build_train_loader
+            batch_size=4,
+            sampler=loader.sampler,
+            num_workers=workers,
+            drop_last=True,
+            collate_fn=partial(collate, finish=finish),
+        )
+    set_epoch(loader, epoch)
+    return [batch._replace(views=batch.views_on(CPU), finish=None) for batch in loader]
+
+
+def test_who_finishes_a_batch_changes_nothing(split_dataset: tuple[ImageDataset, Photometric]) -> None:
+    """Not the number of workers, nor whether they or the training process do it: bit for bit."""
+    passes = [split_epoch(split_dataset, 2, workers, later) for workers in (0, 2) for later in (False, True)]
+    assert all(equal(passes[0], other) for other in passes[1:])
+    assert not equal(passes[0], split_epoch(split_dataset, 1, 0, False))
+
+
+def test_processes_draw_different_crops(
+    split_dataset: tuple[ImageDataset, Photometric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of different images, and each image's as it would get them on one process."""
+    everything = split_epoch(split_dataset, 1, 0, False)
+    of_image = {int(i): [view[row] for view in b.views] for b in everything for row, i in enumerate(b.indices_B)}
+    shares = []
+    for rank in range(2):
+        set_world(monkeypatch, rank, 2)
+        shares.append(split_epoch(split_dataset, 1, 0, False))
+    assert not set(indices(shares[0])) & set(indices(shares[1]))
+    assert not torch.equal(shares[0][0].views[0], shares[1][0].views[0])
+    compared = 0
+    for batch in (batch for share in shares for batch in share):
+        for row, i in enumerate(batch.indices_B.tolist()):
+            if i in of_image:
+                compared += 1
+                assert all(torch.equal(view[row], alone) for view, alone in zip(batch.views, of_image[i], strict=True))
+    assert compared >= 5
+
+
 # --------------------------------------------------------------------------- training
 
 
@@ -163,6 +264,27 @@ def test_one_loader_over_several_epochs_with_workers(dataset: ImageDataset) -> N
         passes.append(list(loader))
     for epoch in (0, 1):
         assert equal(passes[epoch], one_epoch(dataset, epoch))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_draws_no_global_random_number(dataset: ImageDataset, workers: int) -> None:
+    """So a run that resumes goes on as one that never stopped, though it starts workers once more."""
+    loader = build_train_loader(dataset, 4, workers, pin_memory=False)
+    before = torch.get_rng_state()
+    for epoch in (0, 1):
+        set_epoch(loader, epoch)
+        list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_stay_and_an_abandoned_pass_leaves_nothing_behind(dataset: ImageDataset) -> None:
+    loader = build_train_loader(dataset, 2, 1, pin_memory=False)
+    assert loader.persistent_workers
+    for epoch in (0, 3):
+        set_epoch(loader, epoch)
+        next(iter(loader))
+    set_epoch(loader, 1)
+    assert equal(list(loader), one_epoch(dataset, 1, batch_size=2))
 
 
 def test_global_random_numbers_change_nothing(dataset: ImageDataset) -> None:

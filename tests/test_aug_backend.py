@@ -1,0 +1,85 @@
+"""`--aug_backend` through whole runs: what auto takes, what the picture of the crops shows, going on after a stop, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import TINY_RUN, TINY_SWIN, write_images
+from torch import Tensor
+
+import main_esvit
+from checkpoint import load_file
+from utils import UsageError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 8)
+
+
+def train(folder: Path, output: Path, *flags: str, overrides: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The student after a tiny run."""
+    paths = ["--data_path", str(folder), "--output_dir", str(output)]
+    args = [*TINY_RUN, *paths, *flags, *TINY_SWIN, *overrides]
+    main_esvit.main(main_esvit.get_args_parser().parse_args(args))
+    student: dict[str, Tensor] = load_file(output / "checkpoint.pth")["student"]
+    return student
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_auto_is_split_and_both_show_normalised_views(folder: Path, tmp_path: Path) -> None:
+    students = {name: train(folder, tmp_path / name, "--aug_backend", name) for name in ("auto", "split", "pil")}
+    assert same(students["auto"], students["split"])
+    assert not same(students["auto"], students["pil"])
+    pictures = {name: np.asarray(Image.open(tmp_path / name / "crops.png")).astype(float) for name in students}
+    assert np.array_equal(pictures["auto"], pictures["split"])
+    assert pictures["pil"].shape == pictures["split"].shape
+    rows = slice(
+        2, 2 * 34
+    )  # the global views; their normalisation is undone in the picture, so their mean is that of the images
+    assert pictures["split"][rows].mean() == pytest.approx(pictures["pil"][rows].mean(), abs=25)
+    assert 60 < pictures["split"][rows].mean() < 200
+    assert pictures["split"][rows].std() > 10
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with a worker that stays over the epochs of the whole run and is started anew in the other."""
+    flags = ("--aug_backend", "split", "--num_workers", "1")
+    whole = train(folder, tmp_path / "whole", *flags)
+    save = main_esvit.engine.save_run
+
+    def save_and_stop(*args: object, **settings: object) -> None:
+        save(*args, **settings)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_esvit.engine, "save_run", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "halves", *flags)
+    monkeypatch.undo()
+    assert load_file(tmp_path / "halves" / "checkpoint.pth")["epoch"] == 1
+    assert same(train(folder, tmp_path / "halves", *flags), whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "overrides", "policy", "channels"),
+    [
+        (("--aug-opt", "deit_aug"), (), "deit_aug", 3),
+        ((), ("MODEL.SPEC.IN_CHANS", "1", "INPUT.MEAN", "[0.5]", "INPUT.STD", "[0.2]"), "dino_aug", 1),
+    ],
+)
+def test_split_is_refused_for_what_it_cannot_do(
+    folder: Path, tmp_path: Path, flags: tuple[str, ...], overrides: tuple[str, ...], policy: str, channels: int
+) -> None:
+    with pytest.raises(UsageError, match=f"--aug_backend split .* not {policy} on images of {channels}; .* use pil"):
+        train(folder, tmp_path, "--aug_backend", "split", *flags, overrides=overrides)
