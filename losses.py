@@ -4,14 +4,18 @@
     criterion.accumulate_center(teacher_output)               # after each micro-batch
     criterion.update_center()                                 # once a step, over all processes
 
-Shapes: B images, V student views, Q = 2 teacher views, T regions of a student view, U regions of a teacher view,
-K prototypes, C backbone channels. Rows of the inputs are ordered view, image (, region).
+Logits come multiplied, or as `FactoredLogits`; then the same numbers are computed in chunks (chunked_loss.py).
+
+Shapes: B images, V student views, Q = 2 teacher views, T regions of a student view, U regions of a teacher view, K prototypes,
+C backbone channels, D channels of the bottleneck, P images that a student image is mixed from, 1 without mixup. Rows of the inputs
+are ordered view, image (, region).
 Origin: DINO (Caron et al., ICCV 2021) section 3.1; EsViT (Li et al., ICLR 2022) section 3.2, equations 2-4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from outputs import MultiCropOutput
+from chunked_loss import Targets, Temperatures, chunked_cross_entropy
+from outputs import FactoredLogits, MultiCropOutput
 from utils import UsageError, all_reduce_sum
 
 TEACHER_VIEWS = 2
+Logits = Tensor | FactoredLogits
 
 
 def teacher_temperature_schedule(
@@ -89,25 +95,25 @@ class DINOLoss(nn.Module):
         self.register_buffer(name, torch.zeros(1, out_dim))
 
     @torch.no_grad()
-    def _accumulate(self, name: str, logits: Tensor) -> None:
+    def _accumulate(self, name: str, logits: Logits) -> None:
         total, rows = self._sums.get(name, (torch.zeros_like(getattr(self, name)), 0))
-        self._sums[name] = (total + logits.float().sum(dim=0, keepdim=True), rows + len(logits))
+        self._sums[name] = (total + _sum_of_rows(logits), rows + _count(logits))
 
-    def accumulate_center(self, teacher_output: Tensor) -> None:
+    def accumulate_center(self, teacher_output: Logits) -> None:
         """Add a micro-batch of teacher logits (Q * B, K) to the next centre."""
         self._accumulate("center", teacher_output)
 
     @torch.no_grad()
-    def update_center(self) -> None:
-        """Move each centre towards the mean of what was accumulated, over all processes."""
+    def update_center(self, applied: Tensor | None = None) -> None:
+        """Move each centre towards the mean of what was accumulated, over all processes.
+
+        `applied`, a boolean scalar on the device, is false for a step that is skipped: then no centre changes.
+        """
         for name, (total, rows) in self._sums.items():
             sum_and_rows = all_reduce_sum(torch.cat([total, total.new_full((1, 1), rows)], dim=1))
             center = getattr(self, name)
-            center.lerp_(sum_and_rows[:, :-1] / sum_and_rows[:, -1:], 1 - self.center_momentum)
-        self._sums.clear()
-
-    def drop_accumulated(self) -> None:
-        """Forget what was accumulated: the step was skipped."""
+            moved = center.lerp(sum_and_rows[:, :-1] / sum_and_rows[:, -1:], 1 - self.center_momentum)
+            center.copy_(moved if applied is None else torch.where(applied, moved, center))
         self._sums.clear()
 
     # ----------------------------------------------------------------- loss
@@ -125,14 +131,18 @@ class DINOLoss(nn.Module):
         return F.log_softmax(logits.float() / self.student_temp, dim=-1)
 
     def view_loss(
-        self, student_logits: Tensor, teacher_logits: Tensor, epoch: int, targets_mixup: Sequence[Tensor] | None = None
+        self, student_logits: Logits, teacher_logits: Logits, epoch: int, targets_mixup: Sequence[Tensor] | None = None
     ) -> Tensor:
         """L_V: mean over images and over the Q V - Q pairs of different views.
 
         `targets_mixup[v]` (B, B) weighs, for the student's view v, teacher image (row) by student image (column).
         """
-        student_VBK = _split(student_logits, self.ncrops, "student")
-        teacher_QBK = _split(teacher_logits, TEACHER_VIEWS, "teacher")
+        _check_views(student_logits, self.ncrops, "student")
+        _check_views(teacher_logits, TEACHER_VIEWS, "teacher")
+        if isinstance(student_logits, FactoredLogits) and isinstance(teacher_logits, FactoredLogits):
+            return self._chunked_view_loss(student_logits, teacher_logits, epoch, targets_mixup)
+        student_VBK = _multiplied(student_logits).unflatten(0, (self.ncrops, -1))
+        teacher_QBK = _multiplied(teacher_logits).unflatten(0, (TEACHER_VIEWS, -1))
         probs_QBK = self.teacher_probs(teacher_QBK, self.center, epoch)
         columns_Q = []
         for v, logits_BK in enumerate(student_VBK):
@@ -141,7 +151,36 @@ class DINOLoss(nn.Module):
                 targets_QBK = torch.einsum("ab,qak->qbk", targets_mixup[v].float(), probs_QBK)
             # A sum over K, not a matrix product: over 65536 prototypes its rounding is ten times smaller.
             columns_Q.append(-(targets_QBK * self.student_log_probs(logits_BK)).sum(dim=-1).mean(dim=-1))
-        return _mean_over_other_views(torch.stack(columns_Q, dim=1))
+        loss_QV = torch.stack(columns_Q, dim=1)
+        return loss_QV.where(_other_views(self.ncrops, loss_QV.device), 0.0).sum() / self._pairs
+
+    def _chunked_view_loss(
+        self, student: FactoredLogits, teacher: FactoredLogits, epoch: int, targets_mixup: Sequence[Tensor] | None
+    ) -> Tensor:
+        """All rows are one group: student row (v, b) learns from teacher rows (q, a), a being the images that b is mixed from."""
+        batch = len(teacher.bottleneck) // TEACHER_VIEWS
+        sources = mixup_sources(targets_mixup, self.ncrops, batch, student.bottleneck.device)
+        view_Q = torch.arange(TEACHER_VIEWS, device=student.bottleneck.device)
+        rows_BQP = batch * view_Q[:, None] + sources.images_PB.T[:, None]
+        weights_VBQP = (
+            _other_views(self.ncrops, view_Q.device).T[:, None, :, None]
+            * sources.weights_VPB.transpose(1, 2)[:, :, None]
+        )
+        rows_VBM = rows_BQP.flatten(1).expand(self.ncrops, -1, -1)
+        targets = Targets(rows_VBM.flatten(0, 1)[None], weights_VBQP.flatten(2).flatten(0, 1)[None])
+        student, teacher = (factors._replace(bottleneck=factors.bottleneck[None]) for factors in (student, teacher))
+        return self._chunked(student, teacher, targets, self.center, epoch) / (batch * self._pairs)
+
+    def _chunked(
+        self, student: FactoredLogits, teacher: FactoredLogits, targets: Targets, center: Tensor, epoch: int
+    ) -> Tensor:
+        temperatures = Temperatures(self.student_temp, self.teacher_temp(epoch))
+        return chunked_cross_entropy(student, teacher, targets, center, temperatures)
+
+    @property
+    def _pairs(self) -> int:
+        """How many pairs of a teacher's and another student's view there are."""
+        return TEACHER_VIEWS * (self.ncrops - 1)
 
     def terms(
         self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None = None
@@ -197,24 +236,54 @@ class RegionMatchingLoss(DINOLoss):
         epoch: int,
         targets_mixup: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """L_R: cross-entropy of each student region and its match, mean over regions, images and pairs of different views."""
-        student_views = _split_regions(student, self.ncrops, "student")
-        teacher_views = _split_regions(teacher, TEACHER_VIEWS, "teacher")
-        teacher_probs = [self.teacher_probs(view.logits_BTK, self.center_grid, epoch) for view in teacher_views]
-        loss_QV = teacher_probs[0].new_zeros(TEACHER_VIEWS, self.ncrops)
-        for v, student_view in enumerate(student_views):
-            log_probs_BTK = self.student_log_probs(student_view.logits_BTK)
-            weights_BB = None if targets_mixup is None else targets_mixup[v]
-            for q, teacher_view in enumerate(teacher_views):
-                if q != v:
-                    loss_QV[q, v] = matched_cross_entropy(
-                        log_probs_BTK,
-                        student_view.features_BTC,
-                        teacher_probs[q],
-                        teacher_view.features_BTC,
-                        weights_BB,
-                    )
-        return _mean_over_other_views(loss_QV)
+        """L_R: cross-entropy of each student region and its match, mean over regions, images and pairs of different views.
+
+        With mixup a region is matched in every image that its image was mixed from, and its targets are mixed accordingly.
+        """
+        _check_regions(student, self.ncrops, "student")
+        _check_regions(teacher, TEACHER_VIEWS, "teacher")
+        batch = _count(teacher.view_logits) // TEACHER_VIEWS
+        sources = mixup_sources(targets_mixup, self.ncrops, batch, teacher.region_features.device)
+        matches = list(match_views(student, teacher, sources))
+        if isinstance(student.region_logits, FactoredLogits) and isinstance(teacher.region_logits, FactoredLogits):
+            return self._chunked_region_loss(student, teacher, epoch, sources, matches)
+        student_views = _by_view(_multiplied(student.region_logits), student)
+        teacher_views = _by_view(_multiplied(teacher.region_logits), teacher)
+        log_probs = [self.student_log_probs(logits_BTK) for logits_BTK in student_views]
+        probs = [self.teacher_probs(logits_BUK, self.center_grid, epoch) for logits_BUK in teacher_views]
+        loss = self.center_grid.new_zeros(())
+        for match in matches:
+            images_B1 = match.images_B[:, None]
+            targets_BTK = probs[match.teacher_view][images_B1, match.regions_BT]
+            cross_entropy_BT = -(targets_BTK * log_probs[match.student_view]).sum(dim=-1)
+            loss = loss + (match.weights_B * cross_entropy_BT.mean(dim=1)).mean()
+        return loss / self._pairs
+
+    def _chunked_region_loss(
+        self, student: MultiCropOutput, teacher: MultiCropOutput, epoch: int, sources: Sources, matches: Sequence[Match]
+    ) -> Tensor:
+        """Groups are student images: the regions of all their views, and those of the teacher's views that they are mixed from."""
+        student_BSD = torch.cat(_by_view(student.region_logits.bottleneck, student), dim=1)
+        teacher_views = _by_view(teacher.region_logits.bottleneck, teacher)
+        teacher_BRD = torch.cat(
+            [view_BUD[images_B] for images_B in sources.images_PB for view_BUD in teacher_views], dim=1
+        )
+        starts = list(accumulate(student.regions_per_view, initial=0))
+        teacher_starts = list(accumulate(teacher.regions_per_view, initial=0))
+        batch, regions, _ = student_BSD.shape
+        columns = TEACHER_VIEWS * len(sources.images_PB)
+        targets = Targets(
+            student_BSD.new_zeros(batch, regions, columns, dtype=torch.long),
+            student_BSD.new_zeros(batch, regions, columns, dtype=torch.float32),
+        )
+        for match in matches:
+            v, q, p = match.student_view, match.teacher_view, match.source
+            place = (slice(None), slice(starts[v], starts[v + 1]), p * TEACHER_VIEWS + q)
+            targets.rows_GSM[place] = match.regions_BT + (p * teacher_starts[-1] + teacher_starts[q])
+            targets.weights_GSM[place] = match.weights_B[:, None] / student.regions_per_view[v]
+        student_logits = student.region_logits._replace(bottleneck=student_BSD)
+        teacher_logits = teacher.region_logits._replace(bottleneck=teacher_BRD)
+        return self._chunked(student_logits, teacher_logits, targets, self.center_grid, epoch) / (batch * self._pairs)
 
     def _terms(
         self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None
@@ -226,6 +295,47 @@ class RegionMatchingLoss(DINOLoss):
         }
 
 
+class Sources(NamedTuple):
+    """The images that each student image is mixed from."""
+
+    images_PB: Tensor  # numbers of teacher images
+    weights_VPB: Tensor  # their shares in every view; 0 where an image has fewer than P
+
+
+class Match(NamedTuple):
+    """For the regions of one student view, those of one teacher view in image `source` of `Sources`."""
+
+    student_view: int
+    teacher_view: int
+    source: int
+    images_B: Tensor
+    weights_B: Tensor
+    regions_BT: Tensor
+
+
+def mixup_sources(targets_mixup: Sequence[Tensor] | None, views: int, batch: int, device: torch.device) -> Sources:
+    """What `targets_mixup` (of each view teacher image by student image, (B, B)) says, or every image by itself."""
+    if targets_mixup is None:
+        return Sources(torch.arange(batch, device=device)[None], torch.ones(views, 1, batch, device=device))
+    weights_VBB = torch.stack([weights_BB.float() for weights_BB in targets_mixup])
+    used_BB = (weights_VBB != 0).any(dim=0)
+    most = int(used_BB.sum(dim=0).max())  # the only wait for a device, with mixup only
+    images_PB = used_BB.float().topk(most, dim=0).indices
+    return Sources(images_PB, weights_VBB.gather(1, images_PB.expand(views, -1, -1)))
+
+
+def match_views(student: MultiCropOutput, teacher: MultiCropOutput, sources: Sources) -> Iterator[Match]:
+    """The matches of all pairs of different views, found on backbone features."""
+    teacher_views = _by_view(teacher.region_features, teacher)
+    for v, student_BTC in enumerate(_by_view(student.region_features, student)):
+        for q, teacher_BUC in enumerate(teacher_views):
+            if q == v:
+                continue
+            for p, images_B in enumerate(sources.images_PB):
+                regions_BT = match_regions(student_BTC, teacher_BUC[images_B])
+                yield Match(v, q, p, images_B, sources.weights_VPB[v, p], regions_BT)
+
+
 def match_regions(student_features_BTC: Tensor, teacher_features_BUC: Tensor) -> Tensor:
     """(B, T) index of the teacher region with the highest cosine to each student region (EsViT equation 4)."""
     student = F.normalize(student_features_BTC.detach().float(), dim=-1)
@@ -233,58 +343,42 @@ def match_regions(student_features_BTC: Tensor, teacher_features_BUC: Tensor) ->
     return (student @ teacher.transpose(1, 2)).argmax(dim=-1)
 
 
-def matched_cross_entropy(
-    log_probs_BTK: Tensor,
-    student_features_BTC: Tensor,
-    teacher_probs_BUK: Tensor,
-    teacher_features_BUC: Tensor,
-    weights_BB: Tensor | None = None,
-) -> Tensor:
-    """Mean cross-entropy of student regions with the teacher probabilities at their matches.
-
-    With mixup, `weights_BB` (teacher image, student image) says how much of each teacher image is in a student image: its
-    regions are matched in every image that it was mixed from, and their targets are mixed with the same weights.
-    """
-    regions = log_probs_BTK.shape[0] * log_probs_BTK.shape[1]
-    if weights_BB is None:
-        matches_BT = match_regions(student_features_BTC, teacher_features_BUC)
-        targets_BTK = teacher_probs_BUK.gather(1, matches_BT[..., None].expand(-1, -1, teacher_probs_BUK.shape[-1]))
-        return -(targets_BTK * log_probs_BTK).sum() / regions
-    source, mixed = weights_BB.nonzero(as_tuple=True)  # the P pairs of a teacher image and a student image made from it
-    matches_PT = match_regions(student_features_BTC[mixed], teacher_features_BUC[source])
-    targets_PTK = teacher_probs_BUK[source[:, None], matches_PT]
-    cross_entropy_PT = -(targets_PTK * log_probs_BTK[mixed]).sum(dim=-1)
-    return (weights_BB[source, mixed].float()[:, None] * cross_entropy_PT).sum() / regions
+def _multiplied(logits: Logits) -> Tensor:
+    return logits.product() if isinstance(logits, FactoredLogits) else logits
 
 
-class _RegionView(NamedTuple):
-    logits_BTK: Tensor
-    features_BTC: Tensor
+def _count(logits: Logits) -> int:
+    return len(logits.bottleneck) if isinstance(logits, FactoredLogits) else len(logits)
 
 
-def _split(logits: Tensor, views: int, who: str) -> Tensor:
-    """(V * B, K) to (V, B, K)."""
-    if len(logits) % views:
-        raise ValueError(f"{len(logits)} rows of {who} logits are not a multiple of the {views} views")
-    return logits.unflatten(0, (views, -1))
+def _sum_of_rows(logits: Logits) -> Tensor:
+    """(1, K) in float32; the sum of products is the product of the sum."""
+    if not isinstance(logits, FactoredLogits):
+        return logits.float().sum(dim=0, keepdim=True)
+    with torch.autocast(logits.prototypes.device.type, enabled=False):
+        return F.linear(logits.bottleneck.float().sum(dim=0, keepdim=True), logits.prototypes.float())
 
 
-def _split_regions(output: MultiCropOutput, views: int, who: str) -> list[_RegionView]:
-    """Cut the flat region rows of an output into its views."""
+def _check_views(logits: Logits, views: int, who: str) -> None:
+    if _count(logits) % views:
+        raise ValueError(f"{_count(logits)} rows of {who} logits are not a multiple of the {views} views")
+
+
+def _check_regions(output: MultiCropOutput, views: int, who: str) -> None:
     if len(output.regions_per_view) != views:
         raise ValueError(f"regions_per_view has {len(output.regions_per_view)} entries, the {who} has {views} views")
-    batch = len(output.view_logits) // views
-    rows = [batch * regions for regions in output.regions_per_view]
-    if sum(rows) != len(output.region_logits) or sum(rows) != len(output.region_features):
-        raise ValueError(f"the {who} has {len(output.region_logits)} region rows, its views add up to {sum(rows)}")
-    return [
-        _RegionView(logits.unflatten(0, (batch, -1)), features.unflatten(0, (batch, -1)))
-        for logits, features in zip(output.region_logits.split(rows), output.region_features.split(rows))
-    ]
+    rows, expected = _count(output.region_logits), _count(output.view_logits) // views * sum(output.regions_per_view)
+    if expected != rows or expected != len(output.region_features):
+        raise ValueError(f"the {who} has {rows} region rows, its views add up to {expected}")
 
 
-def _mean_over_other_views(loss_QV: Tensor) -> Tensor:
-    """Mean over the pairs of different views; view q of the teacher and view q of the student show the same crop."""
-    teacher_views, student_views = loss_QV.shape
-    same_view = torch.eye(teacher_views, student_views, dtype=torch.bool, device=loss_QV.device)
-    return loss_QV.masked_fill(same_view, 0.0).sum() / (teacher_views * (student_views - 1))
+def _by_view(rows: Tensor, output: MultiCropOutput) -> list[Tensor]:
+    """Cut flat region rows of an output into its views, (B, T, ...) each."""
+    batch = len(rows) // sum(output.regions_per_view)
+    views = rows.split([batch * regions for regions in output.regions_per_view])
+    return [view.unflatten(0, (batch, -1)) for view in views]
+
+
+def _other_views(student_views: int, device: torch.device) -> Tensor:
+    """(Q, V), true where the views differ; view q of the teacher and view q of the student show the same crop."""
+    return ~torch.eye(TEACHER_VIEWS, student_views, dtype=torch.bool, device=device)

@@ -6,15 +6,33 @@ Origin: this project's own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
-class MultiCropOutput(NamedTuple):
-    """What a dense network gives for a list of crops; rows in the order view, image (, region)."""
+class FactoredLogits(NamedTuple):
+    """Logits not multiplied yet, for losses that never need all of them at once.
 
-    view_logits: Tensor  # (V * B, K)
-    region_logits: Tensor  # (sum over views of B * T, K)
+    Both factors have the dtype that their product is to be computed in.
+    """
+
+    bottleneck: Tensor  # (..., C), of length 1
+    prototypes: Tensor  # (K, C)
+
+    def product(self) -> Tensor:
+        """The logits (..., K)."""
+        return F.linear(self.bottleneck, self.prototypes)
+
+
+class MultiCropOutput(NamedTuple):
+    """What a dense network gives for a list of crops; rows in the order view, image (, region).
+
+    Logits are tensors, or `FactoredLogits` where the heads are told to give these.
+    """
+
+    view_logits: Any  # (V * B, K)
+    region_logits: Any  # (sum over views of B * T, K)
     region_features: Tensor  # (sum over views of B * T, C), of the backbone
     regions_per_view: tuple[int, ...]  # T of each of the V views

@@ -12,10 +12,11 @@ Origin: EsViT (Li et al., ICLR 2022) sections 3.1-3.2; method names follow micro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,28 @@ class Features(NamedTuple):
 
     view_BC: Tensor
     regions_BTC: Tensor
+
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def _say_what_batch_norm_lacks(forward: Callable[P, Result]) -> Callable[P, Result]:
+    """BatchNorm has no deviation of one value: tell that as a mistake of the command line."""
+
+    @wraps(forward)
+    def told(*args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            return forward(*args, **kwargs)
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                "BatchNorm cannot train on one value per channel, as one image gives where its map is down to 1 x 1; "
+                "raise --batch_size_per_gpu or enlarge the crops"
+            ) from None
+
+    return told
 
 
 class Backbone(nn.Module, ABC):
@@ -260,6 +283,7 @@ class Backbone(nn.Module, ABC):
 
     # ----------------------------------------------------------------- multi-crop
 
+    @_say_what_batch_norm_lacks
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor | MultiCropOutput:
         """View output of one batch, or of a list of crops in its order.
 
@@ -269,6 +293,9 @@ class Backbone(nn.Module, ABC):
         Returns:
             for a tensor, or a network that is not dense: `head(view features)`, (V * B, K), or (V * B, C) while the head is
             empty; for a list and a dense network: `MultiCropOutput`.
+
+        Raises:
+            UsageError: training BatchNorm, of the network or of its heads, with one value per channel.
         """
         if isinstance(crops, Tensor):
             return self.head(self.forward_features(crops).view_BC)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import init_linear_weights
+from outputs import FactoredLogits
 
 
 class WeightNormLinear(nn.Module):
@@ -25,11 +26,19 @@ class WeightNormLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The prototypes (K, C)."""
-        return self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., K)."""
         return F.linear(x, self.weight())
+
+    def factors(self, x: Tensor) -> FactoredLogits:
+        """What `forward` would multiply, in the dtype in which autocast would do it."""
+        factors = FactoredLogits(x, self.weight())
+        if not torch.is_autocast_enabled(x.device.type):
+            return factors
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return FactoredLogits(factors.bottleneck.to(dtype), factors.prototypes.to(dtype))
 
 
 class DINOHead(nn.Module):
@@ -42,6 +51,7 @@ class DINOHead(nn.Module):
         norm_last_layer: freeze the prototypes' gain at 1.
         nlayers: linear layers of the MLP, at least 1.
         hidden_dim, bottleneck_dim: widths inside the MLP and at its end.
+        factored: give the logits as `FactoredLogits`.
     """
 
     def __init__(
@@ -53,8 +63,10 @@ class DINOHead(nn.Module):
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        factored: bool = False,
     ) -> None:
         super().__init__()
+        self.factored = factored
         widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
         for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
@@ -66,6 +78,7 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, in_dim) to (rows, K)."""
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+    def forward(self, x: Tensor) -> Tensor | FactoredLogits:
+        """(rows, in_dim) to logits (rows, K), multiplied unless `factored`."""
+        bottleneck = F.normalize(self.mlp(x), dim=-1)
+        return self.last_layer.factors(bottleneck) if self.factored else self.last_layer(bottleneck)
