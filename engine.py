@@ -1,7 +1,8 @@
 """The loop that every method shares: the step with accumulation, clipping and EMA, logging, saving and resuming.
 
 A method brings its networks and a function from a batch to a loss (`Method`); nothing here knows which method it is.
-`TrainStep` is one update; `train` is the loop over epochs around it.
+`TrainStep` is one update; `train` is the loop over epochs around it. A step never makes the host wait for the device: whether it
+is finite is decided and acted upon there, and its numbers are read once a log interval.
 
 Origin: the order of an update is DINO's (Caron et al., ICCV 2021).
 """
@@ -31,6 +32,9 @@ from progress import EpochMeter, RunLog
 from utils import UsageError, logger
 
 MAX_BAD_STEPS = 20
+HOST = torch.device(
+    "cpu"
+)  # what processes tell each other about files goes past the device, which would have to be waited for
 # What DistributedDataParallel calls the exchange of buffers before a forward; torch 2.14 renamed it.
 SYNC_BUFFERS = (
     "forward_sync_buffers"
@@ -64,8 +68,8 @@ class Method(ABC):
                 backbone.start_epoch(epoch, epochs)
 
     @abstractmethod
-    def finish_step(self, applied: bool) -> None:
-        """After the last micro-batch: move centres if the step is `applied`, else forget what it gathered."""
+    def finish_step(self, applied: Tensor) -> None:
+        """After the last micro-batch: move centres where the step is `applied`, a boolean scalar on the device."""
 
 
 class Schedules(NamedTuple):
@@ -104,35 +108,43 @@ class TrainStep:
         self.clip_grad = clip_grad
         self.freeze_last_layer = freeze_last_layer
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.statistics = RunningStatistics([method.student, method.teacher])
         self.bad_steps_in_a_row = 0
 
-    def __call__(self, micro_batches: Sequence[Sequence[Tensor]], iteration: int, epoch: int) -> dict[str, float]:
+    def __call__(self, micro_batches: Sequence[Sequence[Tensor]], iteration: int, epoch: int) -> dict[str, Tensor]:
         """Update on micro-batches of views that count as one batch.
 
         Returns:
-            `loss` and the method's scalars, means over micro-batches and processes, and `skipped`: 1.0 where a loss or
-            gradient was not finite; then no process has changed a parameter or a centre.
-
-        Raises:
-            FloatingPointError: `MAX_BAD_STEPS` such steps in a row, on all processes at once.
+            scalars on the device, to be read later: `loss` and the method's, means over micro-batches and processes, and
+            `skipped`: 1.0 where a loss or gradient was not finite; then no process has changed a parameter, a moment, a step
+            counter, a running statistic or a centre.
         """
         student, teacher = self.method.student, self.method.teacher
         self._set_schedules(iteration)
+        self.statistics.keep()
         scalars = self._accumulate_gradients(micro_batches, epoch)
         self.scaler.unscale_(self.optimizer)
         gradients_finite = optim.clip_each_gradient(student, self.clip_grad)
         means = self._mean_over_processes(scalars, gradients_finite)
-        applied = means.pop("finite") == 1.0
+        applied = means.pop("finite") == 1
         if epoch < self.freeze_last_layer:
             optim.drop_last_layer_gradients(student)
-        if applied:
-            self.scaler.step(self.optimizer)
-            optim.update_teacher(teacher, student, float(self.schedules.momentum[iteration]))
+        optim.step_where(self.optimizer, applied)
+        optim.update_teacher(teacher, student, float(self.schedules.momentum[iteration]), applied)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.finish_step(applied)
-        self._count_bad_steps(applied, means["loss"], iteration)
-        return means | {"skipped": 0.0 if applied else 1.0}
+        self.statistics.restore_unless(applied)
+        return means | {"skipped": 1 - applied.float()}
+
+    def check(self, steps: Sequence[dict[str, float]], last_iteration: int) -> None:
+        """Tell of skipped steps among the last ones, whose scalars have been read, and end a run that only skips.
+
+        Raises:
+            FloatingPointError: `MAX_BAD_STEPS` skipped steps in a row, on all processes at once.
+        """
+        for iteration, scalars in enumerate(steps, last_iteration + 1 - len(steps)):
+            self._count_bad_steps(not scalars["skipped"], scalars["loss"], iteration)
 
     def _set_schedules(self, iteration: int) -> None:
         for i, group in enumerate(self.optimizer.param_groups):
@@ -155,12 +167,12 @@ class TrainStep:
                 scalars[name] = scalars.get(name, 0) + value.detach().float() / len(micro_batches)
         return scalars
 
-    def _mean_over_processes(self, scalars: dict[str, Tensor], gradients_finite: Tensor) -> dict[str, float]:
-        """Means of the scalars on the host, and `finite`: 1.0 where all losses and gradients of all processes are."""
+    def _mean_over_processes(self, scalars: dict[str, Tensor], gradients_finite: Tensor) -> dict[str, Tensor]:
+        """Means of the scalars, and `finite`: 1.0 where all losses and gradients of all processes are."""
         finite = gradients_finite & torch.isfinite(scalars["loss"])
         stacked = torch.stack([*scalars.values(), finite.float()])
-        means = (utils.all_reduce_sum(stacked) / utils.get_world_size()).tolist()
-        return dict(zip([*scalars, "finite"], means))
+        means = utils.all_reduce_sum(stacked) / utils.get_world_size()
+        return dict(zip([*scalars, "finite"], means.unbind()))
 
     def _count_bad_steps(self, applied: bool, loss: float, iteration: int) -> None:
         self.bad_steps_in_a_row = 0 if applied else self.bad_steps_in_a_row + 1
@@ -172,6 +184,32 @@ class TrainStep:
                 f"lr {float(self.schedules.lr[iteration]):.3g}, precision {self.precision}); resume with --precision fp32, "
                 "a lower --lr or a smaller --clip_grad"
             )
+
+
+class RunningStatistics:
+    """The running statistics of BatchNorm, which a forward changes: kept, to be put back where the step is skipped.
+
+    Networks without BatchNorm cost nothing here.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        norms = [m for net in networks for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self._flat = {
+            dtype: [buffer.view(-1) for buffer in buffers if buffer.dtype == dtype]
+            for dtype in {buffer.dtype for buffer in buffers}
+        }
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    def keep(self) -> None:
+        """Remember them as they are now."""
+        self._kept = {dtype: torch.cat(parts) for dtype, parts in self._flat.items()}
+
+    def restore_unless(self, applied: Tensor) -> None:
+        """Put back what was kept where `applied` is false."""
+        for dtype, parts in self._flat.items():
+            right = torch.where(applied, torch.cat(parts), self._kept.pop(dtype))
+            torch._foreach_copy_(parts, right.split([len(part) for part in parts]))
 
 
 # --------------------------------------------------------------------------- the loop
@@ -223,7 +261,7 @@ def train(
 
     Raises:
         UsageError: more than 1 % of the images cannot be read.
-        FloatingPointError: see `TrainStep`.
+        FloatingPointError: see `TrainStep.check`; raised when the log interval ends in which it happened.
     """
     steps = steps_per_epoch(len(loader), accum_iter)
     tally = FailureTally(len(loader.dataset))  # type: ignore[arg-type]
@@ -234,11 +272,13 @@ def train(
         with log.epoch(meter) as show:
             for i, micro_batches in enumerate(_in_groups(meter.timed(loader), accum_iter)):
                 failures = [failure for batch in micro_batches for failure in batch.failures]
-                tally.add(failures, step.device, incomplete=not all(batch.views for batch in micro_batches))
-                views = [_to_device(batch, step.device) for batch in micro_batches]
+                tally.add(failures, HOST, incomplete=not all(batch.views for batch in micro_batches))
+                views = [batch.views_on(step.device) for batch in micro_batches]
                 log.crops_once(views[0])
                 iteration = epoch * steps + i
                 meter.update(step(views, iteration, epoch))
+                if log.due(meter):
+                    step.check(meter.read(), iteration)
                 show(
                     iteration, lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration])
                 )
@@ -255,10 +295,6 @@ def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
     """Consecutive groups of `size`; an incomplete last one is left out."""
     while len(group := list(islice(batches, size))) == size:
         yield group
-
-
-def _to_device(batch: Batch, device: torch.device) -> list[Tensor]:
-    return [view.to(device, non_blocking=True) for view in batch.views]
 
 
 # --------------------------------------------------------------------------- saving and resuming
@@ -316,7 +352,7 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
             f"{source} was made with --optimizer {saved_args.optimizer}, not {args.optimizer}; choose another --output_dir"
         )
     try:
-        step.optimizer.load_state_dict(content["optimizer"])
+        optim.load_optimizer_state(step.optimizer, content["optimizer"])
     except ValueError:
         raise UsageError(f"{source} trained other parameters; was --norm_last_layer the same?") from None
     if step.scaler.is_enabled() and content.get("fp16_scaler"):

@@ -25,6 +25,7 @@ import engine
 import optim
 import utils
 from data import augment
+from data.crops import split_views
 from data.mixup import ViewMixup
 from losses import TEACHER_VIEWS
 from losses import DINOLoss as DINOLoss
@@ -37,9 +38,7 @@ from utils import UsageError, bool_flag, logger
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = argparse.ArgumentParser(
-        "main_esvit.py", description="EsViT pre-training", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.Parser("main_esvit.py", description="EsViT pre-training")
     add = parser.add_argument
 
     utils.add_network_flags(parser)
@@ -50,8 +49,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--use_dense_prediction", type=bool_flag, default=False, help="add the region-matching task")
     add("--head_hidden_dim", type=int, default=2048, help="hidden width of the heads")
     add("--head_bottleneck_dim", type=int, default=256, help="width of the heads before the prototypes")
+    add("--plain_loss", type=bool_flag, default=False, help="hold all logits at once: slower, for comparison")
     add("--drop_path", type=float, default=None, help="stochastic depth of the student; default: the yaml's")
     add("--grad_checkpointing", type=bool_flag, default=False, help="recompute blocks in the backward to save memory")
+    utils.add_switch(parser, "--compile", "torch.compile both backbones; the first steps take minutes")
 
     add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at the start")
     add("--teacher_temp", type=float, default=0.04, help="teacher temperature after its warm-up")
@@ -80,6 +81,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--local_crops_size", type=int, nargs="+", default=(96,), help="pixels, one value for each number")
 
     add("--aug-opt", dest="aug_opt", default="dino_aug", choices=("dino_aug", "deit_aug"))
+    add(
+        "--aug_backend",
+        default="auto",
+        choices=augment.BACKENDS,
+        help="split: colours in batches on the training device",
+    )
     add("--color-jitter", dest="color_jitter", type=float, default=0.4, help="strength of the colour jitter")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of deit_aug")
     add("--train-interpolation", dest="train_interpolation", default="bicubic", help="of deit_aug")
@@ -105,10 +112,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mixup-mode", dest="mixup_mode", default="batch", help="batch, pair or elem")
     add("--smoothing", type=float, default=0.0, help="label smoothing of the mixed targets")
 
-    add("--dataset", default="imagenet1k", help="imagenet1k (any folder), or a folder under --data_path")
+    add(
+        "--dataset",
+        default="imagenet1k",
+        help="imagenet1k (any data), imagenet22k, webvision1, openimages_v4, or a folder under --data_path",
+    )
     add("--data_path", default="", help="folder of images, with or without classes or train/, or a text file of paths")
-    utils.add_switch(parser, "--zip_mode", "images in zip files (not supported yet)")
-    utils.add_switch(parser, "--tsv_mode", "images in tsv files (not supported yet)")
+    utils.add_layout_flags(parser)
     add("--sampler", default="distributed", help="distributed (chunk is not supported yet)")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
     utils.add_switch(parser, "--allow_partial", "take what fits of those weights")
@@ -143,12 +153,9 @@ class EsViT(engine.Method):
         self.criterion.accumulate_center(teacher_output)
         return self.criterion.total(terms), terms if len(terms) > 1 else {}
 
-    def finish_step(self, applied: bool) -> None:
+    def finish_step(self, applied: Tensor) -> None:
         """Move the centres by the step's teacher outputs."""
-        if applied:
-            self.criterion.update_center()
-        else:
-            self.criterion.drop_accumulated()
+        self.criterion.update_center(applied)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -205,18 +212,16 @@ def check_args(args: argparse.Namespace) -> None:
     utils.check_at_least(args, 1, sizes)
     waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
     utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad"))
+    if args.compile and args.grad_checkpointing:
+        raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
     if args.smoothing and args.use_mixup and args.use_dense_prediction:
         raise UsageError(
             "--smoothing mixes every image with every other, too much for regions; set it to 0 or turn regions off"
         )
-    if args.zip_mode or args.tsv_mode or args.sampler != "distributed":
-        raise UsageError("zip files, tsv files and other samplers are not supported yet; unpack the images to a folder")
-    if args.dataset in {"imagenet22k", "webvision1", "openimages_v4"}:
-        raise UsageError(
-            f"the file format of --dataset {args.dataset} is not supported yet; unpack the images to a folder"
-        )
+    if args.sampler != "distributed":
+        raise UsageError(f"--sampler {args.sampler} is not supported yet; use distributed")
 
 
 # --------------------------------------------------------------------------- data
@@ -228,10 +233,11 @@ def build_loader(
     """The training images as batches of multi-crop views."""
     in_chans = config.MODEL.SPEC.IN_CHANS
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
-    transform = build_views(args, config, in_chans)
-    path = Path(args.data_path) / args.dataset if args.dataset != "imagenet1k" else args.data_path
-    dataset = data.build_dataset(path, "train", transform, in_chans, args.seed)
-    return data.build_train_loader(dataset, args.batch_size_per_gpu, args.num_workers, pin_memory=device.type == "cuda")
+    transform, finish = build_views(args, config, in_chans)
+    path = args.data_path if args.dataset in data.COLLECTIONS else Path(args.data_path) / args.dataset
+    dataset = data.build_dataset(path, "train", transform, in_chans, args.seed, layout=data.layout_of(args))
+    pin = device.type == "cuda"
+    return data.build_train_loader(dataset, args.batch_size_per_gpu, args.num_workers, pin, finish=finish)
 
 
 def get_crops(args: argparse.Namespace, config: CfgNode) -> augment.Crops:
@@ -247,15 +253,19 @@ def get_crops(args: argparse.Namespace, config: CfgNode) -> augment.Crops:
     return crops
 
 
-def build_views(args: argparse.Namespace, config: CfgNode, in_chans: int) -> augment.MultiCrop:
-    """The augmentation policy that --aug-opt names."""
+def build_views(args: argparse.Namespace, config: CfgNode, in_chans: int) -> tuple[data.Transform, data.Finish | None]:
+    """The augmentation policy that --aug-opt names: what workers do, and what is left to do on batches, if anything."""
     crops = get_crops(args, config)
     mean, std = config.INPUT.MEAN, config.INPUT.STD
+    backend = augment.choose_backend(args.aug_backend, args.aug_opt, in_chans)
+    logger.info("views of %s by the backend %s", args.aug_opt, backend)
+    if backend == "split":
+        return split_views(crops, mean, std, args.color_jitter)
     if args.aug_opt == "dino_aug":
-        return augment.dino_views(crops, in_chans, mean, std, args.color_jitter)
+        return augment.dino_views(crops, in_chans, mean, std, args.color_jitter), None
     if in_chans != 3:
         raise UsageError(f"--aug-opt deit_aug works on colour images, these have {in_chans} channels; use dino_aug")
-    return augment.deit_views(
+    transform = augment.deit_views(
         crops,
         mean,
         std,
@@ -267,6 +277,7 @@ def build_views(args: argparse.Namespace, config: CfgNode, in_chans: int) -> aug
         erase_count=args.recount,
         clean_first_view=args.resplit,
     )
+    return transform, None
 
 
 # --------------------------------------------------------------------------- networks and loss
@@ -285,6 +296,7 @@ def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool
         norm_last_layer=args.norm_last_layer,
         hidden_dim=args.head_hidden_dim,
         bottleneck_dim=args.head_bottleneck_dim,
+        factored=not args.plain_loss,
     )
     network.head = head()
     if network.dense:
@@ -299,6 +311,8 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     student.grad_checkpointing = args.grad_checkpointing
+    if args.compile:
+        compile_backbones(student, teacher)
     crops = get_crops(args, config)
     smallest = min(crops.global_size, *crops.local_sizes)
     if smallest < student.patch_size:
@@ -327,6 +341,12 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
         )
     wrapped_student, wrapped_teacher = engine.wrap_networks(student.to(device), teacher.to(device))
     return EsViT(wrapped_student, wrapped_teacher, criterion.to(device), mixup)
+
+
+def compile_backbones(*networks: Backbone) -> None:
+    """Compile the stages of networks, one graph for each size of crops; modules, names of parameters and checkpoints stay."""
+    for network in networks:
+        network.forward_features = torch.compile(network.forward_features, dynamic=False)  # type: ignore[method-assign]
 
 
 def build_step(

@@ -1,5 +1,8 @@
 """Parameter groups, schedules, the optimisers, gradient clipping and the teacher's moving average.
 
+Whether a step counts is known on the device alone (`applied`, a boolean scalar tensor): nothing here makes the host wait for it,
+apart from the optimisers that `step_where` names.
+
 Origin: DINO (Caron et al., ICCV 2021), implementation details; EsViT (Li et al., ICLR 2022) appendix.
 """
 
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from utils import UsageError
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
+FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW and SGD have a fused kernel that a flag on the device can hold back
+HOW_IT_COMPUTES = ("fused", "foreach", "capturable")  # settings of a parameter group that change no number but rounding
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -30,13 +35,16 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW, SGD with momentum 0.9 or LARS; learning rate and weight decay are set by the schedules of each step.
 
+    AdamW and SGD are fused where that exists (`FUSED_DEVICES`).
+
     Raises:
         UsageError: an unknown name.
     """
+    fused = all(parameter.device.type in FUSED_DEVICES for group in groups for parameter in group["params"])
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
+        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+        return _with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused))
     if name == "lars":
         return Lars(groups, lr=0.0, momentum=0.9)
     raise UsageError(f"unknown optimizer '{name}'; choose one of {', '.join(OPTIMIZERS)}")
@@ -64,18 +72,55 @@ def cosine_schedule(
     return np.concatenate([warmup, cosine])
 
 
+def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let each parameter's momentum start at zero: the same numbers as none, and a first step can be held back."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        for parameter in group["params"]:
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a saved state dict; how this optimiser computes (`HOW_IT_COMPUTES`) stays as it was built.
+
+    Raises:
+        ValueError: the state is of other parameters.
+    """
+    kept = [{key: group[key] for key in HOW_IT_COMPUTES if key in group} for group in optimizer.param_groups]
+    groups = [saved | own for saved, own in zip(state["param_groups"], kept, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
+    _with_momentum(optimizer)
+
+
+@torch.no_grad()
+def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """The optimiser's step where `applied` is true; elsewhere no parameter, moment or step counter changes a bit.
+
+    A fused optimiser is told on the device. LARS, and AdamW and SGD outside `FUSED_DEVICES`, have no such way: the host reads
+    the flag, one wait a step.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif applied.item():
+        optimizer.step()
+
+
 @torch.no_grad()
 def clip_each_gradient(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale each parameter's gradient down to its own norm `max_norm` (0: leave it), without a copy to the host.
+    """Scale each parameter's gradient down to its own norm `max_norm` (0: leave it).
 
     Returns:
         a boolean scalar on the device: whether every gradient is finite.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
+    norms = torch.stack(torch._foreach_norm(gradients))
     if max_norm > 0:
-        torch._foreach_mul_(gradients, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    return torch.isfinite(torch.stack(norms)).all()
+        torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp_(max=1.0).unbind())
+    return torch.isfinite(norms).all()
 
 
 def drop_last_layer_gradients(model: nn.Module) -> None:
@@ -86,8 +131,8 @@ def drop_last_layer_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum teacher + (1 - momentum) student, for parameters, not for buffers."""
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, applied: Tensor) -> None:
+    """teacher <- momentum teacher + (1 - momentum) student where `applied`, for parameters, not for buffers."""
     teacher_params: list[Tensor] = list(teacher.parameters())
-    torch._foreach_mul_(teacher_params, momentum)
-    torch._foreach_add_(teacher_params, list(student.parameters()), alpha=1 - momentum)
+    weight = applied.float() * (1 - momentum)
+    torch._foreach_lerp_(teacher_params, list(student.parameters()), [weight] * len(teacher_params))

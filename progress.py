@@ -30,6 +30,8 @@ CROP_GRID_IMAGES = 8
 class EpochMeter:
     """Running means of one epoch, its speed, and the share of time spent waiting for data.
 
+    Scalars may lie on a device; they stay there until somebody asks for a number.
+
     Args:
         epoch, steps: which epoch and how many optimiser steps it has.
         images_per_step: over all processes and micro-batches.
@@ -40,7 +42,8 @@ class EpochMeter:
         self.steps = steps
         self.images_per_step = images_per_step
         self.done = 0
-        self.latest: dict[str, float] = {}
+        self._unread: list[Mapping[str, Tensor | float]] = []
+        self._latest: dict[str, float] = {}
         self._sums: dict[str, tuple[float, int]] = {}
         self._waited = 0.0
         self._started = time.perf_counter()
@@ -61,10 +64,27 @@ class EpochMeter:
                 return
             yield batch
 
-    def update(self, scalars: dict[str, float]) -> None:
-        """Count a finished step; what a skipped step measured is left out of the means."""
+    def update(self, scalars: Mapping[str, Tensor | float]) -> None:
+        """Count a finished step, whose scalars (tensors of no axis, on one device, or numbers) are not read yet."""
         self.done += 1
-        self.latest = scalars
+        self._unread.append(scalars)
+
+    def read(self) -> list[dict[str, float]]:
+        """Take in the steps since the last reading and return their scalars: one wait for the device, however many they are."""
+        tensors = [value for scalars in self._unread for value in scalars.values() if isinstance(value, Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+        steps = [
+            {name: next(numbers) if isinstance(value, Tensor) else value for name, value in scalars.items()}
+            for scalars in self._unread
+        ]
+        self._unread.clear()
+        for scalars in steps:
+            self._take_in(scalars)
+        return steps
+
+    def _take_in(self, scalars: dict[str, float]) -> None:
+        """What a skipped step measured is left out of the means."""
+        self._latest = scalars
         skipped = bool(scalars.get("skipped"))
         for name, value in scalars.items():
             total, count = self._sums.get(name, (0.0, 0))
@@ -72,8 +92,15 @@ class EpochMeter:
                 total, count = total + value, count + 1
             self._sums[name] = (total, count)
 
+    @property
+    def latest(self) -> dict[str, float]:
+        """The scalars of the last step."""
+        self.read()
+        return self._latest
+
     def means(self) -> dict[str, float]:
         """Mean of each scalar, and `skipped_steps`, a count."""
+        self.read()
         means = {name: total / count for name, (total, count) in self._sums.items() if count and name != "skipped"}
         return means | {"skipped_steps": self._sums.get("skipped", (0.0, 0))[0]}
 
@@ -127,6 +154,10 @@ class RunLog:
         if self.writer is not None:
             self.writer.close()
 
+    def due(self, meter: EpochMeter) -> bool:
+        """Whether the last step ends a log interval."""
+        return meter.done % self.log_freq == 0 or meter.done == meter.steps
+
     @contextlib.contextmanager
     def epoch(self, meter: EpochMeter) -> Iterator[Callable[..., None]]:
         """Give the function that shows a step: a progress bar on a terminal, a line every `log_freq` steps elsewhere."""
@@ -136,7 +167,7 @@ class RunLog:
 
             def show(iteration: int, lr: float, wd: float | None = None) -> None:
                 bar.update()
-                if meter.done % self.log_freq and meter.done != meter.steps:
+                if not self.due(meter):
                     return
                 line = self._describe(meter, lr)
                 bar.set_postfix_str(line, refresh=False)

@@ -141,6 +141,7 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     add_switch(
         parser, "--zip_mode", "images in DIR/{train,val}.zip, named by DIR/{train,val}_map.txt (see data/zips.py)"
     )
+    add_switch(parser, "--tsv_mode", "images in DIR/{train,val}.tsv, or a folder of tsv files (see data/tsv.py)")
 
 
 def add_weights_flags(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

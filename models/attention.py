@@ -1,5 +1,7 @@
 """Softmax attention, once for all architectures: fused where its maps are not wanted, spelled out where they are.
 
+On a CPU a spelled-out attention over few keys is the faster one, and what it keeps is small (`SPELLED_OUT_KEYS`).
+
 Shapes: B images, or images and windows as two axes; H heads, Q queries, N keys, D channels of a head.
 Origin: scaled dot-product attention (Vaswani et al., NeurIPS 2017).
 """
@@ -9,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SPELLED_OUT_KEYS = 256
 
 
 def attend(
@@ -36,14 +40,21 @@ def attend(
         x, maps = attend(q, k, v, bias=bias, scale=scale, dropout=dropout, attention=attention)
         return x.unflatten(1, (windows, -1)), None if maps is None else maps.unflatten(1, (windows, -1))
     scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
-    if not attention:
+    if not attention and (q_BHQD.device.type != "cpu" or k_BHND.shape[-2] > SPELLED_OUT_KEYS):
         bias = None if bias is None else bias.to(q_BHQD.dtype)
         return F.scaled_dot_product_attention(q_BHQD, k_BHND, v_BHND, bias, dropout, scale=scale), None
-    logits = q_BHQD * scale @ k_BHND.transpose(-2, -1)
+    # Products of three axes: with four, matmul expands and copies.
+    q, k, v = ((x if x.ndim == 3 else x.flatten(0, 1)) for x in (q_BHQD, k_BHND, v_BHND))
+    logits = torch.bmm(q * scale, k.transpose(1, 2))
     if logits.dtype in {torch.float16, torch.bfloat16}:
         logits = logits.float()
-    maps = (logits if bias is None else logits + bias).softmax(dim=-1)
-    return F.dropout(maps, dropout).to(v_BHND.dtype) @ v_BHND, maps
+    shape = (*q_BHQD.shape[:-1], k_BHND.shape[-2])
+    if bias is not None:
+        logits = logits.view(shape).add_(bias).view_as(logits)
+    maps = logits.softmax(dim=-1)
+    kept = maps if dropout == 0 else F.dropout(maps, dropout)
+    x = torch.bmm(kept.to(v.dtype), v).view(*q_BHQD.shape[:-1], v.shape[-1])
+    return x, maps.view(shape) if attention else None
 
 
 def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:

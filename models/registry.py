@@ -97,7 +97,7 @@ def load_arch_config(
             depth for a network that has none.
     """
     entry, given = _lookup(arch), path
-    has_drop_path = "DROP_PATH_RATE" in SPECS[entry.config_name]
+    has_drop_path = "DROP_PATH_RATE" in SPECS.get(entry.config_name, {})
     if drop_path and not has_drop_path:
         raise UsageError(f"--drop_path {drop_path}: {arch} has no stochastic depth; leave the flag out")
     if drop_path is not None and has_drop_path:

@@ -19,19 +19,12 @@ from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
+from models.attention import attend, drop_rate, pairwise_bias
 from models.base import Backbone, BlockOutput, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
 from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
 from models.registry import register
-from models.windows import (
-    Cut,
-    cut_windows,
-    join_windows,
-    pad_to_windows,
-    padded_grid,
-    relative_position_index,
-    shift_mask,
-)
+from models.window_heads import to_grid, to_windows
+from models.windows import Cut, pad_to_windows, padded_grid, relative_position_index, shift_mask
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -62,24 +55,24 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, windows: Tensor, mask: Tensor | None, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Attend inside windows.
+    def forward(self, x_BHWC: Tensor, cut: Cut, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Attend inside windows of a grid; (B, H, W, C) as it went in.
 
         Args:
-            windows: (B * windows, N, C).
-            mask: (windows, N, N) added to the logits, for shifted windows.
+            cut: how the grid becomes windows.
             attention: also return the attention maps (B * windows, heads, N, N); they are not kept otherwise.
         """
-        bias = pairwise_bias(self.relative_position_bias_table, self.relative_position_index).unsqueeze(0)
-        if mask is not None:
-            bias = bias + mask.unsqueeze(1)  # (windows, heads, N, N)
-        # The windows of an image are a batch axis of their own, so that one bias serves all images without a copy.
-        per_image = self.qkv(windows).unflatten(0, (-1, len(bias)))  # (B, windows, N, 3 C), or (B * windows, 1, N, 3 C)
-        q, k, v = split_heads(per_image, 3, self.num_heads)
-        dropout = drop_rate(self, self.attn_drop)
-        x, maps = attend(q, k, v, bias=bias, dropout=dropout, attention=attention)
-        x = join_heads(x).flatten(0, 1)
-        return self.proj_drop(self.proj(x)), None if maps is None else maps.flatten(0, 1)
+        bias = pairwise_bias(self.relative_position_bias_table, self.relative_position_index)
+        if cut.shift:
+            grid = padded_grid((x_BHWC.shape[1], x_BHWC.shape[2]), cut.window)
+            mask = shift_mask(grid, cut.window, cut.shift, x_BHWC.device)
+            bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # (windows * heads, N, N)
+        q, k, v = to_windows(self.qkv(x_BHWC), self.qkv.bias, cut, self.num_heads, bias.shape[0])
+        x, maps = attend(q, k, v, bias=bias, dropout=drop_rate(self, self.attn_drop), attention=attention)
+        x = to_grid(x, cut, x_BHWC.shape, self.num_heads)
+        if maps is not None:
+            maps = maps.reshape(-1, self.num_heads, *maps.shape[2:])
+        return self.proj_drop(self.proj(x)), maps
 
 
 class SwinBlock(ResidualBlock):
@@ -97,13 +90,8 @@ class SwinBlock(ResidualBlock):
         self.shift = shift
 
     def attend(self, x_BHWC: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Pad, shift, cut into windows, attend, and all of it back."""
-        grid, cut = (x_BHWC.shape[1], x_BHWC.shape[2]), Cut(self.window, self.shift)
-        mask = None
-        if self.shift:
-            mask = shift_mask(padded_grid(grid, self.window), self.window, self.shift, x_BHWC.device)
-        windows, maps = self.attn(cut_windows(x_BHWC, cut), mask, attention)
-        return join_windows(windows, cut, grid), maps
+        """See `ResidualBlock.attend`."""
+        return self.attn(x_BHWC, Cut(self.window, self.shift), attention)
 
 
 class PatchMerging(nn.Module):

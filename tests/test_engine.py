@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden_json
+from conftest import ROOT, golden_json
 from fill import fill_, tensor
-from runs import TINY_RUN, TINY_SWIN
+from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 from torch import Tensor
 
 import engine
 import main_esvit
+import optim
 from models import load_arch_config
 from utils import UsageError
 
@@ -96,7 +98,7 @@ def test_golden_trajectory() -> None:
     losses = []
     for i in range(6):
         views = [tensor(f"traj-{i}-{v}", 4, 3, size, size) for v, size in enumerate((64, 64, 32, 32, 32))]
-        losses.append(step([views], iteration=i, epoch=i // 3)["loss"])
+        losses.append(step([views], iteration=i, epoch=i // 3)["loss"].item())
     assert losses == pytest.approx(golden["losses"], rel=1e-4)
     assert list(step.schedules.lr) == pytest.approx(golden["lr_schedule"])
     assert list(step.schedules.weight_decay) == pytest.approx(golden["wd_schedule"])
@@ -118,8 +120,9 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
     assert list(whole.schedules.lr) == list(parts.schedules.lr)
     for i in range(3):
         views = random_views(4, seed=i)
-        loss = whole([views], i, 1)["loss"]
-        assert parts([[v[:2] for v in views], [v[2:] for v in views]], i, 1)["loss"] == pytest.approx(loss, rel=1e-5)
+        loss = whole([views], i, 1)["loss"].item()
+        halves = [[v[:2] for v in views], [v[2:] for v in views]]
+        assert parts(halves, i, 1)["loss"].item() == pytest.approx(loss, rel=1e-5)
     for a, b in zip(whole_method.criterion.state_dict().values(), parts_method.criterion.state_dict().values()):
         torch.testing.assert_close(a, b)
     for network in ("student", "teacher"):
@@ -138,20 +141,74 @@ def test_prototypes_are_frozen_in_the_first_epoch() -> None:
     assert not torch.equal(weights, before)
 
 
+def everything(method: main_esvit.EsViT, step: engine.TrainStep) -> dict[str, Tensor]:
+    """All tensors that a step may change."""
+    networks = {"student": method.student, "teacher": method.teacher, "criterion": method.criterion}
+    tensors = {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+    for number, state in step.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def spoiled(views: list[Tensor]) -> list[Tensor]:
+    views[2][0, 0, 0, 0] = float("nan")
+    return views
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["bad first step", "bad second step"])
+@pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
+def test_bad_step_in_the_middle_leaves_no_trace(optimizer: str, first: int) -> None:
+    """Weights, moments, step counters, running statistics and centres end bit for bit as without that step."""
+    flags = ["--optimizer", optimizer, "--use_bn_in_head", "on", "--momentum_teacher", "0.5"]
+    (clean_method, clean), (method, step) = tiny(*flags), tiny(*flags)
+    for i in range(3):
+        if i == first:
+            assert step([spoiled(random_views(4, 7))], i, min(i, 1))["skipped"] == 1
+        # Epoch 0 freezes the prototypes, whose moments begin in epoch 1.
+        assert [s([random_views(4, i)], i, min(i, 1))["skipped"].item() for s in (clean, step)] == [0, 0]
+    expected, found = everything(clean_method, clean), everything(method, step)
+    assert expected.keys() == found.keys()
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert not [name for name in found if name.endswith("running_mean") and not torch.isfinite(found[name]).all()]
+
+
 def test_step_that_is_not_finite_changes_nothing() -> None:
     method, step = tiny()
     step([random_views(4, 0)], 0, 1)
-    networks = (method.student, method.teacher, method.criterion)
-    before = [value.clone() for network in networks for value in network.state_dict().values()]
-    bad = random_views(4, 1)
-    bad[2][0, 0, 0, 0] = float("nan")
-    result = step([random_views(4, 2), bad], 1, 1)
+    before = everything(method, step)
+    result = step([random_views(4, 2), spoiled(random_views(4, 1))], 1, 1)
     assert result["skipped"] == 1.0
     assert math.isnan(result["loss"])
-    after = [value for network in networks for value in network.state_dict().values()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    after = everything(method, step)
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
     assert step([random_views(4, 0)], 1, 1)["skipped"] == 0.0
-    assert step.bad_steps_in_a_row == 0
+
+
+@pytest.mark.slow
+def test_two_processes_skip_together(tmp_path: Path) -> None:
+    """Only the second process meets a value that is not finite; both keep everything as it was, and go on alike."""
+    script = tmp_path / "skip.py"
+    script.write_text(
+        "import argparse, sys, torch\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import utils\n"
+        "from test_engine import everything, random_views, spoiled, tiny\n"
+        "def main():\n"
+        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None))\n"
+        "    rank = utils.get_rank()\n"
+        "    method, step = tiny()\n"
+        "    assert step([random_views(4, rank)], 0, 1)['skipped'] == 0\n"
+        "    before = everything(method, step)\n"
+        "    views = random_views(4, 5 + rank)\n"
+        "    assert step([spoiled(views) if rank else views], 1, 1)['skipped'] == 1\n"
+        "    after = everything(method, step)\n"
+        "    assert all(torch.equal(before[name], after[name]) for name in before | after)\n"
+        "    assert step([random_views(4, rank)], 1, 1)['skipped'] == 0\n"
+        "    utils.must_agree('weights', [value.tolist() for value in everything(method, step).values()])\n"
+        "utils.run_script(main)\n"
+    )
+    result = run_script(str(script), processes=2)
+    assert result.returncode == 0, result.stderr
 
 
 def test_step_is_skipped_when_another_process_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,10 +230,30 @@ def test_step_is_skipped_when_another_process_is_not_finite(monkeypatch: pytest.
 def test_many_bad_steps_end_the_run_with_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "MAX_BAD_STEPS", 2)
     _, step = tiny()
-    bad = [view * float("nan") for view in random_views(4, 0)]
-    step([bad], 0, 1)
-    with pytest.raises(FloatingPointError, match="--precision fp32"):
-        step([bad], 1, 1)
+    good, bad = {"loss": 1.0, "skipped": 0.0}, {"loss": math.nan, "skipped": 1.0}
+    step.check([bad, good, bad], last_iteration=2)
+    assert step.bad_steps_in_a_row == 1
+    step.check([good, bad], last_iteration=4)
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row .*--precision fp32"):
+        step.check([bad], last_iteration=3)  # they may lie on both sides of a reading
+
+
+def test_run_of_bad_steps_ends_with_its_log_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps an epoch and a reading every two: the third bad step in a row is found after the fourth."""
+    monkeypatch.setattr(engine, "MAX_BAD_STEPS", 3)
+    compute, calls = main_esvit.EsViT.compute_loss, []
+
+    def spoil(self: main_esvit.EsViT, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append(epoch)
+        loss, terms = compute(self, views, epoch)
+        return loss * math.nan, terms
+
+    monkeypatch.setattr(main_esvit.EsViT, "compute_loss", spoil)
+    flags = ["--data_path", str(write_images(tmp_path / "images", 16)), "--output_dir", str(tmp_path / "out")]
+    command_line = [*TINY_RUN, *flags, "--epochs", "1", "--log_freq", "2", *TINY_SWIN]
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        main_esvit.main(main_esvit.get_args_parser().parse_args(command_line))
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize(
@@ -187,7 +264,7 @@ def test_training_on_one_batch_lowers_the_loss(flags: list[str], dense: str) -> 
     """With a fixed teacher and batch the student fits its targets; every flag combination must be able to learn."""
     method, step = tiny("--use_dense_prediction", dense, "--momentum_teacher", "1.0", "--lr", "0.2", *flags, steps=20)
     views = random_views(4, 0)[: method.criterion.ncrops]
-    losses = [step([views], i, 1)["loss"] for i in range(20)]
+    losses = [step([views], i, 1)["loss"].item() for i in range(20)]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
@@ -196,7 +273,7 @@ def test_bf16_loss_is_close_to_fp32() -> None:
     _, half = tiny()
     half.precision = "bf16"
     views = random_views(4, 0)
-    loss, exact = half([views], 0, 1)["loss"], plain([views], 0, 1)["loss"]
+    loss, exact = half([views], 0, 1)["loss"].item(), plain([views], 0, 1)["loss"].item()
     assert loss == pytest.approx(exact, rel=2e-2)
     assert loss != exact  # the networks did compute in bf16
 
@@ -208,12 +285,32 @@ def test_gradient_scaling_changes_no_number() -> None:
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for i in range(2):
         views = random_views(4, i)
-        assert scaled([views], i, 1)["loss"] == pytest.approx(plain([views], i, 1)["loss"], rel=1e-5)
+        assert scaled([views], i, 1)["loss"].item() == pytest.approx(plain([views], i, 1)["loss"].item(), rel=1e-5)
     for a, b in zip(plain_method.student.parameters(), scaled_method.student.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     overflow = [view * float("inf") for view in random_views(4, 2)]
     assert scaled([overflow], 2, 1)["skipped"] == 1.0
     assert scaled.scaler.get_scale() == 512.0
+
+
+@pytest.mark.slow
+def test_compiled_step_is_the_plain_one() -> None:
+    """Losses and weights agree to rounding, and names in the state dicts are the same."""
+    (eager_method, eager), (method, step) = tiny(), tiny("--compile")
+    for i in range(2):
+        views = random_views(4, i)
+        assert step([views], i, 1)["loss"].item() == pytest.approx(eager([views], i, 1)["loss"].item(), rel=1e-5)
+    for network in ("student", "teacher"):
+        expected, found = getattr(eager_method, network).state_dict(), getattr(method, network).state_dict()
+        assert list(found) == list(expected)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_compile_and_checkpointing_exclude_each_other() -> None:
+    args = main_esvit.get_args_parser().parse_args(["--compile", "--grad_checkpointing", "on"])
+    with pytest.raises(UsageError, match="turn one of them off"):
+        main_esvit.check_args(args)
 
 
 def test_steps_per_epoch_needs_one_step() -> None:

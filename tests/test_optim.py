@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -63,6 +64,63 @@ def test_unknown_optimizer() -> None:
         optim.build_optimizer("adam", [])
 
 
+def random_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range, bad: int = -1) -> None:
+    """A step for each seed; that of `bad` has gradients that are not finite and is held back."""
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if seed == bad:
+                parameter.grad[..., 0] = float("nan")
+        for group, decay in zip(optimizer.param_groups, (0.3, 0.0)):
+            group.update(lr=0.05, weight_decay=decay)
+        optim.step_where(optimizer, torch.tensor(seed != bad))
+
+
+PLAIN = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0, foreach=False, fused=False),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, foreach=False, fused=False),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_fused_optimiser_is_the_plain_one_to_rounding(name: str) -> None:
+    """Ten steps, the fifth of which is held back by each in its own way."""
+    ours, plain = random_model(), random_model()
+    optimizer = optim.build_optimizer(name, optim.param_groups(ours))
+    assert optimizer.defaults["fused"]
+    train_steps(ours, optimizer, range(10), bad=5)
+    train_steps(plain, PLAIN[name](optim.param_groups(plain)), range(10), bad=5)
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_state_of_a_plain_optimiser_goes_on_fused(name: str) -> None:
+    """As in checkpoints from elsewhere; the settings of how to compute are not taken over from them."""
+    ours, plain = random_model(), random_model()
+    before = PLAIN[name](optim.param_groups(plain))
+    train_steps(plain, before, range(3))
+    ours.load_state_dict(plain.state_dict())
+    optimizer = optim.build_optimizer(name, optim.param_groups(ours))
+    state = copy.deepcopy(before.state_dict())
+    for group in state["param_groups"]:
+        del group["fused"]  # older files do not have it
+    optim.load_optimizer_state(optimizer, state)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for model, its_own in ((plain, before), (ours, optimizer)):
+        train_steps(model, its_own, range(3, 6), bad=4)
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="longer"):
+        optim.load_optimizer_state(optimizer, {"state": {}, "param_groups": []})
+
+
 def test_each_gradient_is_clipped_by_its_own_norm() -> None:
     model = nn.Linear(4, 3)
     model.weight.grad, model.bias.grad = torch.full((3, 4), 2.0), torch.full((3,), 0.01)
@@ -88,6 +146,8 @@ def test_teacher_moves_parameters_but_not_buffers() -> None:
     student, teacher = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     nn.init.constant_(student.weight, 5.0)
     student.running_mean.fill_(7.0)  # type: ignore[union-attr]
-    optim.update_teacher(teacher, student, 0.75)
+    optim.update_teacher(teacher, student, 0.75, torch.tensor(False))
+    torch.testing.assert_close(teacher.weight.detach(), torch.ones(3))
+    optim.update_teacher(teacher, student, 0.75, torch.tensor(True))
     torch.testing.assert_close(teacher.weight.detach(), torch.full((3,), 0.75 * 1 + 0.25 * 5))
     torch.testing.assert_close(teacher.running_mean, torch.zeros(3))

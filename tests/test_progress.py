@@ -26,6 +26,24 @@ def test_means_leave_skipped_steps_out() -> None:
     assert meter.means() == {"loss": 2.0, "skipped_steps": 1.0}
 
 
+def test_scalars_stay_on_the_device_until_they_are_read() -> None:
+    """Means, the last values and what `read` returns are those of numbers added up one by one."""
+    losses = torch.randn(5)
+    tensors, numbers = (EpochMeter(epoch=0, steps=5, images_per_step=4) for _ in range(2))
+    returned = []
+    for i, loss in enumerate(losses):
+        skipped = float(i == 2)
+        tensors.update({"loss": loss, "skipped": torch.tensor(skipped)})
+        numbers.update({"loss": loss.item(), "skipped": skipped})
+        if i in {2, 3}:
+            returned.append(tensors.read())
+    assert tensors.means() == numbers.means()
+    assert tensors.means()["loss"] == sum(losses[i].item() for i in (0, 1, 3, 4)) / 4
+    assert tensors.latest == {"loss": losses[4].item(), "skipped": 0.0}
+    assert [[step["loss"] for step in steps] for steps in returned] == [losses[:3].tolist(), losses[3:4].tolist()]
+    assert tensors.read() == []
+
+
 def test_waiting_is_the_time_for_batches_only() -> None:
     meter = EpochMeter(epoch=0, steps=3, images_per_step=1)
     passed_on = []

@@ -1,0 +1,1 @@
+"""Programs that time and weigh, each printing a ratio against a plain baseline."""

@@ -1,0 +1,206 @@
+"""Peak memory of a whole training step, simulated with fake tensors: no GPU, no memory and no time for the arithmetic is needed.
+
+    python benchmarks/memory.py                          # Swin-T at batch 32: plain, lean, lean with --grad_checkpointing
+    python benchmarks/memory.py --rows                   # and the largest batch of every published row for 24, 40 and 80 GB
+    python benchmarks/memory.py --batch 8 --out_dim 4096
+
+Every storage that an operation of the second step makes or holds is counted from its birth to its death: parameters, gradients,
+optimiser, centres, what autograd keeps, and results on the way. The lean side's attention is that of the fused kernel of CUDA
+(memory-efficient attention), the plain side's is spelled out. Not counted: the context and libraries of CUDA, scratch memory
+inside a kernel, fragmentation, images of the next batch; leave one or two GB for them. The largest batch is the line through two
+batch sizes.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import engine
+import main_esvit
+import optim
+import utils
+from benchmarks.plain import PlainStep
+from benchmarks.sides import add_sizes, build_step, make_crops
+
+GB = 1e9
+TARGETS = {"lean": 0.6, "checkpointed": 0.35}
+CAPACITIES = (24, 40, 80)
+FIT_BATCHES = (8, 16)
+ROWS = {  # the published rows: architecture and what its config needs beside the default
+    "ResNet-50": ("resnet50", ()),
+    "Swin-T, window 7": ("swin_tiny", ()),
+    "Swin-S, window 7": ("swin_small", ()),
+    "Swin-B, window 7": ("swin_base", ()),
+    "Swin-T, window 14": ("swin_tiny", ("MODEL.SPEC.WINDOW_SIZE", "14")),
+    "Swin-S, window 14": ("swin_small", ("MODEL.SPEC.WINDOW_SIZE", "14")),
+    "Swin-B, window 14": ("swin_base", ("MODEL.SPEC.WINDOW_SIZE", "14")),
+    "ViL, window 7": ("vil_2262", ()),
+    "CvT, window 7": ("cvt_tiny", ()),
+}
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive inside the `with` block.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def see(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor until it dies."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        return result
+
+
+def fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0, *, scale: float | None = None
+) -> Tensor:
+    """The operator that `scaled_dot_product_attention` chooses on CUDA where there is a bias with a gradient."""
+    if bias is not None:
+        bias = bias.expand(*q.shape[:-1], k.shape[-2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(q, k, v, bias, torch.is_grad_enabled(), dropout, False, scale=scale)[0]
+
+
+@contextmanager
+def simulated() -> Iterator[FakeTensorMode]:
+    """Inside, tensors have shapes but no values, and the fused attention is that of CUDA."""
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with (
+            mock.patch("torch.nn.functional.scaled_dot_product_attention", fake_attention),
+            mock.patch("models.attention.SPELLED_OUT_KEYS", 0),
+            FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        ):
+            yield mode
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Give a module's tensors up for fake ones."""
+    module._apply(lambda tensor: mode.from_tensor(tensor, static_shapes=True))
+
+
+def peak_bytes(side: str, args: argparse.Namespace, batch: int, *, flags: tuple[str, ...] = (), **build: Any) -> int:
+    """The peak of a second step of a `side`: plain, lean or checkpointed."""
+    if side == "checkpointed":
+        flags = (*flags, "--grad_checkpointing", "on")
+    sizes = argparse.Namespace(batch=batch, out_dim=args.out_dim, local_crops=args.local_crops)
+    step = build_step("plain" if side == "plain" else "lean", sizes, precision=args.precision, flags=flags, **build)
+    method = step.method
+    with simulated() as mode:
+        for module in (method.student, method.teacher, method.criterion):
+            make_fake(module, mode)
+        step = rebuilt(step, plain=side == "plain")
+        crops = make_crops(batch, args.local_crops)
+        step([crops], 0, 0)
+        counter = LiveStorages()
+        held = [*crops, *tensors_of(step)]
+        for tensor in held:
+            counter.see(tensor)
+        del held
+        with counter:
+            step([crops], 1, 0)
+    return counter.peak
+
+
+def rebuilt(step: engine.TrainStep, *, plain: bool) -> engine.TrainStep:
+    """The same step with an optimiser on the parameters that the networks have now."""
+    assert isinstance(step.method, main_esvit.EsViT)
+    optimizer = optim.build_optimizer("adamw", optim.param_groups(step.method.student))
+    settings = (step.schedules, step.device, step.precision, step.clip_grad, step.freeze_last_layer)
+    new = engine.TrainStep(step.method, optimizer, *settings)
+    return PlainStep(new, read=lambda tensor: 1.0) if plain else new
+
+
+def tensors_of(step: engine.TrainStep) -> Iterator[Tensor]:
+    """Parameters, buffers and the optimiser's state."""
+    for module in (step.method.student, step.method.teacher, step.method.criterion):
+        yield from module.parameters()
+        yield from module.buffers()
+    for state in step.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def largest_batches(args: argparse.Namespace, side: str, **build: Any) -> list[int]:
+    """For each of `CAPACITIES`, by the line through the peaks at `FIT_BATCHES`."""
+    (small, large), peaks = FIT_BATCHES, [peak_bytes(side, args, batch, **build) for batch in FIT_BATCHES]
+    slope = (peaks[1] - peaks[0]) / (large - small)
+    fixed = peaks[0] - slope * small
+    return [max(int((capacity * GB - fixed) // slope), 0) for capacity in CAPACITIES]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Sizes, and whether to go through the published rows."""
+    parser = argparse.ArgumentParser(
+        "benchmarks/memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_sizes(parser, batch=32)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--rows", nargs="*", choices=tuple(ROWS), default=None, metavar="ROW", help="none: all of them")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the peaks and ratios, and the table of the rows."""
+    print(
+        f"Swin-T, views and regions, batch {args.batch}, K {args.out_dim}, 2 + {args.local_crops} crops, {args.precision}:"
+    )
+    plain = peak_bytes("plain", args, args.batch)
+    print(f"  {'plain':13} {plain / GB:6.2f} GB", flush=True)
+    for side, target in TARGETS.items():
+        peak = peak_bytes(side, args, args.batch)
+        print(f"  {side:13} {peak / GB:6.2f} GB   {peak / plain:.2f} of plain (target: {target})", flush=True)
+    if args.rows is None:
+        return
+    print(
+        f"largest batch for {', '.join(map(str, CAPACITIES))} GB ({args.precision}, without and with --grad_checkpointing):"
+    )
+    for row in args.rows or ROWS:
+        arch, overrides = ROWS[row]
+        lean, checkpointed = (largest_batches(args, side, arch=arch, overrides=overrides) for side in TARGETS)
+        print(f"  {row:18}", "   ".join(f"{a:4} / {b:4}" for a, b in zip(lean, checkpointed)), flush=True)
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,86 @@
+"""What the benchmarks of a step run: this project's step (`lean`), the plain one, and the backbone of timm alone, on random crops.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import engine
+import main_esvit
+import utils
+from benchmarks.plain import PlainStep, make_plain
+from models import load_arch_config
+
+SIDES = ("timm", "plain", "lean")
+GLOBAL_SIZE, LOCAL_SIZE = 224, 96
+TIMM_NAME = "swin_tiny_patch4_window7_224"
+CPU = torch.device("cpu")
+
+
+def add_sizes(parser: argparse.ArgumentParser, batch: int) -> None:
+    """Add the flags of a step's size."""
+    parser.add_argument("--batch", type=int, default=batch, help="images")
+    parser.add_argument("--out_dim", type=int, default=65536, help="prototypes K")
+    parser.add_argument("--local_crops", type=int, default=8, help="crops of 96 pixels beside two of 224")
+
+
+def make_crops(batch: int, local_crops: int) -> list[Tensor]:
+    """Two global and some local crops of random numbers."""
+    sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * local_crops
+    return [torch.randn(batch, 3, size, size) for size in sizes]
+
+
+def build_step(
+    side: str,
+    args: argparse.Namespace,
+    *,
+    arch: str = "swin_tiny",
+    dense: bool = True,
+    precision: str = "fp32",
+    flags: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (),
+) -> engine.TrainStep:
+    """The lean or the plain step as main_esvit.py would build it from `flags`, past the first epoch's frozen prototypes."""
+    sizes = ["--batch_size_per_gpu", args.batch, "--out_dim", args.out_dim, "--local_crops_number", args.local_crops]
+    plain = ["--plain_loss", "on"] if side == "plain" else []
+    line = ["--arch", arch, "--use_dense_prediction", dense, "--freeze_last_layer", 0, "--epochs", 1, *sizes, *plain]
+    line += ["--warmup_epochs", 0, *flags, *(["--"] if overrides else []), *overrides]
+    options = main_esvit.get_args_parser().parse_args([str(word) for word in line])
+    config = load_arch_config(options.arch, options.cfg, options.opts)
+    torch.manual_seed(0)
+    method = main_esvit.build_method(options, config, CPU)
+    step = main_esvit.build_step(options, method, 100, CPU, precision)
+    if side == "plain":
+        make_plain(method.student)
+        make_plain(method.teacher)
+        return PlainStep(step)
+    return step
+
+
+def build_timm(precision: str, drop_path: float) -> Callable[[list[Tensor]], None]:
+    """timm's Swin-T on a step's crops: a teacher forward, a student forward and its backward; no head and no loss."""
+    settings = {"num_classes": 0, "strict_img_size": False}
+    student = timm.create_model(TIMM_NAME, drop_path_rate=drop_path, **settings)
+    teacher = timm.create_model(TIMM_NAME, drop_path_rate=0.0, **settings)
+
+    def run(crops: list[Tensor]) -> None:
+        with utils.autocast(CPU, precision):
+            with torch.no_grad():
+                teacher(torch.cat(crops[:2]))
+            groups = [crops[:2], crops[2:]] if len(crops) > 2 else [crops]
+            features = torch.cat([student(torch.cat(group)) for group in groups])
+        features.float().square().mean().backward()
+        student.zero_grad(set_to_none=True)
+
+    return run

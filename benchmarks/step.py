@@ -1,0 +1,147 @@
+"""Time and memory of a whole training step of Swin-T, beside the plain step and beside timm's backbone alone.
+
+    python benchmarks/step.py                                  # batch 4, K 65536, views and regions: some minutes
+    python benchmarks/step.py --precisions fp32 --compile      # a fourth side: lean with --compile
+    python benchmarks/step.py --scaling --batch 2 --out_dim 8192   # also how the lean step grows with batch, K and local crops
+
+A step is everything between two batches: teacher, student, both losses, backward, clipping, optimiser, centres, teacher's average.
+timm's side is the floor: its Swin-T on the same crops, a forward of the teacher on the two global ones, forward and backward of the
+student on all, without heads, loss and update. bf16 is autocast; on processors without instructions for it (AMX, AVX-512) it is
+emulated and says nothing.
+
+Every side runs in processes of its own, in turn; each takes one step to warm up and `--steps` to measure. Times are the best of
+all, by the clock and of the CPU. Memory is `ru_maxrss` of the whole process.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from benchmarks.sides import CPU, SIDES, add_sizes, build_step, build_timm, make_crops
+
+COMPILED = "compiled"
+DROP_PATH = 0.2  # of the student, as in the published yaml of Swin-T
+TIMM_TARGET, PLAIN_TARGETS, MEMORY_TARGET = 1.3, {"lean": 1.6, COMPILED: 2.0}, 0.75
+SCALING = {"batch": (1, 2, 4), "out_dim": (4096, 16384, 65536), "local_crops": (0, 4, 8)}
+
+Figures = dict[str, float]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Sizes, and which side this process runs (set by the process that starts all)."""
+    parser = argparse.ArgumentParser(
+        "benchmarks/step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_sizes(parser, batch=4)
+    add = parser.add_argument
+    add("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    add("--rounds", type=int, default=2, help="processes a side")
+    add("--steps", type=int, default=1, help="measured steps a process")
+    add("--threads", type=int, default=1)
+    add("--compile", action="store_true", help="also the lean step with --compile")
+    add("--scaling", action="store_true", help="also a table of the lean step's time over batch, K and local crops")
+    add("--side", choices=("all", *SIDES, COMPILED), default="all")
+    return parser
+
+
+def build_side(args: argparse.Namespace, precision: str) -> Callable[[], object]:
+    """What one side does with a batch."""
+    crops = make_crops(args.batch, args.local_crops)
+    if args.side == "timm":
+        run = build_timm(precision, DROP_PATH)
+        return lambda: run(crops)
+    flags = ("--compile", "on") if args.side == COMPILED else ()
+    step = build_step("plain" if args.side == "plain" else "lean", args, precision=precision, flags=flags)
+    return lambda: step([crops], 0, 0)["loss"].item()
+
+
+def run_side(args: argparse.Namespace) -> None:
+    """Measure one side and print its figures as JSON."""
+    work = build_side(args, args.precisions[0])
+    work()
+    seconds, cpu_seconds = [], []
+    for _ in range(args.steps):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        work()
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    peak = utils.peak_memory_mb(CPU)
+    print(json.dumps({"seconds": min(seconds), "cpu_seconds": min(cpu_seconds), "peak_mb": peak}))
+
+
+def start_side(args: argparse.Namespace, side: str, precision: str, **sizes: int) -> Figures:
+    """Run this program for one side in a fresh process."""
+    names = ("batch", "out_dim", "local_crops", "steps", "threads")
+    flags = [f"--{name}={sizes.get(name, getattr(args, name))}" for name in names]
+    command = [sys.executable, __file__, *flags, "--side", side, "--precisions", precision]
+    threads = {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
+    output = subprocess.run(command, env=os.environ | threads, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def measure(args: argparse.Namespace, precision: str) -> dict[str, Figures]:
+    """The best figures of each side, measured in turn."""
+    sides = [*SIDES, *([COMPILED] if args.compile else [])]
+    rounds: dict[str, list[Figures]] = {side: [] for side in sides}
+    for _ in range(args.rounds):
+        for side in sides:
+            rounds[side].append(start_side(args, side, precision))
+    return {side: {key: min(f[key] for f in figures) for key in figures[0]} for side, figures in rounds.items()}
+
+
+def report(args: argparse.Namespace, precision: str) -> None:
+    """Measure one precision and print its figures and ratios."""
+    crops = f"2 + {args.local_crops} crops"
+    print(f"Swin-T, batch {args.batch}, K {args.out_dim}, {crops}, {precision}, {args.threads} thread(s):", flush=True)
+    best = measure(args, precision)
+    for side, figures in best.items():
+        times = f"{figures['seconds']:7.2f} s ({figures['cpu_seconds']:.2f} s of the CPU)"
+        print(f"  {side:9} {times}   peak {figures['peak_mb']:7.0f} MiB")
+    for side, target in PLAIN_TARGETS.items():
+        if side in best:
+            to_timm, to_plain = (best[side]["cpu_seconds"] / best[other]["cpu_seconds"] for other in ("timm", "plain"))
+            memory = best[side]["peak_mb"] / best["plain"]["peak_mb"]
+            print(
+                f"  {side}: {to_timm:.2f}x the CPU time of timm's backbone (target: {TIMM_TARGET}), {1 / to_plain:.2f}x faster "
+                f"than plain (target: {target}), {memory:.2f} of its memory (target: {MEMORY_TARGET})",
+                flush=True,
+            )
+
+
+def report_scaling(args: argparse.Namespace, precision: str) -> None:
+    """Change one size at a time, the others as given."""
+    print(f"the lean step over its sizes, {precision}: CPU seconds and peak MiB")
+    for name, values in SCALING.items():
+        for value in values:
+            figures = start_side(args, "lean", precision, **{name: value})
+            print(f"  {name:12} {value:6}   {figures['cpu_seconds']:7.2f}   {figures['peak_mb']:7.0f}", flush=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compare all sides, or do the part of it that --side names."""
+    torch.set_num_threads(args.threads)
+    if args.side != "all":
+        run_side(args)
+        return
+    for precision in args.precisions:
+        report(args, precision)
+        if args.scaling:
+            report_scaling(args, precision)
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,130 @@
+"""Images a second of feature extraction for every published row, beside timm's model of the same network where there is one.
+
+    python benchmarks/throughput.py                              # small batches: a minute or two on a CPU
+    python benchmarks/throughput.py --rows "Swin-T, window 7" --batch 32 256 --precision bf16
+    python benchmarks/throughput.py --device cuda --batch 32 256
+
+Features as k-NN takes them: evaluation mode, no gradient, 224 pixels. Both sides hold the same weights (ours, exported) and their
+features are compared first; they take turns, and the best of `--repeats` counts. On a CPU the ratio is that of its time in this
+process. The last column is what the paper measured on a V100: for orientation, another machine.
+
+Origin: this project's own; the paper's figures are those of EsViT (Li et al., ICLR 2022).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from models import Backbone, build_model, load_arch_config
+
+SIZE = 224
+
+
+class Row(NamedTuple):
+    """A published row: our name and overrides, timm's name (None: it has none), images a second of the paper (None: not given)."""
+
+    arch: str
+    overrides: tuple[str, ...] = ()
+    timm_name: str | None = None
+    paper: int | None = None
+
+
+WINDOW_14 = ("MODEL.SPEC.WINDOW_SIZE", "14")
+ROWS = {
+    "DeiT-S/16": Row("deit_small", (), "deit_small_patch16_224", 1007),
+    "ResNet-50": Row("resnet50", (), "resnet50"),
+    "Swin-T, window 7": Row("swin_tiny", (), "swin_tiny_patch4_window7_224", 808),
+    "Swin-S, window 7": Row("swin_small", (), "swin_small_patch4_window7_224", 467),
+    "Swin-B, window 7": Row("swin_base", (), "swin_base_patch4_window7_224", 297),
+    "Swin-T, window 14": Row("swin_tiny", WINDOW_14),
+    "Swin-S, window 14": Row("swin_small", WINDOW_14, None, 383),
+    "Swin-B, window 14": Row("swin_base", WINDOW_14, None, 254),
+    "ViL, window 7": Row("vil_2262", (), None, 386),
+    "CvT, window 7": Row("cvt_tiny", (), None, 848),
+}
+
+
+def build_pair(row: Row) -> tuple[Backbone, nn.Module | None]:
+    """Our network with random weights, and timm's with the same ones."""
+    torch.manual_seed(0)
+    ours = build_model(row.arch, load_arch_config(row.arch, None, list(row.overrides))).eval()
+    if row.timm_name is None:
+        return ours, None
+    theirs = timm.create_model(row.timm_name, num_classes=0).eval()
+    theirs.load_state_dict(ours.converters["timm"](ours.state_dict()), strict=False)
+    for module in theirs.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6  # EsViT's
+    return ours, theirs
+
+
+def seconds_of(work: Callable[[], Tensor], device: torch.device) -> float:
+    """CPU time of one call, or the time on the clock until a GPU is done."""
+    if device.type == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    start = time.perf_counter()
+    work().sum().item()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(row: Row, batch: int, args: argparse.Namespace, device: torch.device) -> tuple[float, float | None, float]:
+    """Images a second of ours and of timm's, and the largest difference of their features relative to the largest feature."""
+    networks = [network.to(device) for network in build_pair(row) if network is not None]
+    images = torch.randn(batch, 3, SIZE, SIZE, device=device)
+    with utils.autocast(device, args.precision):
+        features = [network(images).float() for network in networks]  # the warm-up
+        best = [float("inf")] * len(networks)
+        for _ in range(args.repeats):
+            for i, network in enumerate(networks):
+                best[i] = min(best[i], seconds_of(partial(network, images), device))
+    difference = (features[0] - features[-1]).abs().max() / features[0].abs().max()
+    return batch / best[0], batch / best[1] if len(best) > 1 else None, difference.item()
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """What to measure where."""
+    parser = argparse.ArgumentParser(
+        "benchmarks/throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW")
+    add("--batch", type=int, nargs="+", default=[4])
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--repeats", type=int, default=3)
+    add("--threads", type=int, default=1)
+    add("--device", default="cpu")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print row by row."""
+    torch.set_num_threads(args.threads)
+    device = utils.resolve_device(args.device)
+    for batch in args.batch:
+        print(f"images a second at batch {batch}, {SIZE} pixels, {args.precision}, {device}, {args.threads} thread(s)")
+        print(f"  {'row':18} {'ours':>8} {'timm':>8} {'ours/timm':>9}   {'V100, paper':>11}")
+        for name in args.rows:
+            ours, theirs, difference = measure(ROWS[name], batch, args, device)
+            ratio = f"{theirs:8.1f} {ours / theirs:9.2f}" if theirs else f"{'-':>8} {'-':>9}"
+            note = f"   features differ by {difference:.1e}" if theirs else ""
+            print(f"  {name:18} {ours:8.1f} {ratio}   {ROWS[name].paper or '-':>11}{note}", flush=True)
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))
