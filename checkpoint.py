@@ -265,7 +265,9 @@ def load_network(
             raise UsageError(problem)
         logger.warning("%s; --allow_partial loads the rest", problem)
         if not taken:
-            raise UsageError(f"{source} has not one tensor of this network, not even with --allow_partial")
+            raise UsageError(
+                f"{source} has not one tensor of this network, not even with --allow_partial; check --arch or use another file"
+            )
     network.load_state_dict(taken, strict=False)
     left_out = sum(name not in taken for name in tensors)
     return LoadReport(state.layout, state.key, len(taken), resized, left_out)

@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from outputs import FactoredLogits
 
-CHUNK_BYTES = 128 * 2**20  # of logits in float32: rows that are multiplied together
-BLOCK_BYTES = (
-    8 * 2**20
-)  # of them: rows of a chunk whose probabilities are computed together, so that they stay in a CPU's cache
+# Of logits in float32: the rows that are multiplied together.
+CHUNK_BYTES = 128 * 2**20
+# Of logits in float32, on a CPU: the rows of a chunk whose probabilities are computed together, so that they stay in its cache.
+BLOCK_BYTES = 8 * 2**20
 
 
 class Targets(NamedTuple):
@@ -62,11 +62,13 @@ def chunked_cross_entropy(
         teacher: bottleneck (G, R, C), without gradient, in the student's dtype.
         targets: whose row numbers must be in range.
         center: (1, K), subtracted from the teacher's logits.
-        chunk_bytes: how much of the logits, in float32, may be there at once, by default `CHUNK_BYTES`; the teacher's of one group
-            are, at least.
+        chunk_bytes: of the logits in float32 of a chunk's student and teacher rows together, by default `CHUNK_BYTES`; a chunk
+            has all teacher rows of a group, at least. Held at once are the larger of the two in the dtype of the factors, the
+            teacher's probabilities, and of a block the student's probabilities, their targets and, for factors that are narrower
+            than float32, its logits in float32. A block is the larger of the two, on a CPU at most `BLOCK_BYTES`.
 
     Returns:
-        a scalar in float32 (float64 for factors in float64).
+        a scalar in float32 (float64 for factors in float64). Gradients are computed with it, where gradients are enabled.
 
     Raises:
         ValueError: groups or rows of student, teacher and targets that do not fit.
@@ -77,7 +79,7 @@ def chunked_cross_entropy(
         raise ValueError(f"student {shapes[0]}, teacher {shapes[1]} and targets {shapes[2]} do not fit each other")
     size = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     return _ChunkedCrossEntropy.apply(
-        student.bottleneck, student.prototypes, teacher, targets, center, temperatures, size
+        student.bottleneck, student.prototypes, teacher, targets, center, temperatures, size, torch.is_grad_enabled()
     )
 
 
@@ -94,10 +96,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         center: Tensor,
         temperatures: Temperatures,
         chunk_bytes: int,
+        enabled: bool,  # gradients, where the function was called: in here they never are
     ) -> Tensor:
+        wanted = (enabled and ctx.needs_input_grad[0], enabled and ctx.needs_input_grad[1])
         student = FactoredLogits(bottleneck_GSC, prototypes_KC)
         with torch.autocast(bottleneck_GSC.device.type, enabled=False):
-            walk = _Walk(student, teacher, targets, center, temperatures, chunk_bytes, ctx.needs_input_grad[:2])
+            walk = _Walk(student, teacher, targets, center, temperatures, chunk_bytes, wanted)
             loss = walk.run()
         ctx.save_for_backward(walk.grad_bottleneck_GSC, walk.grad_prototypes_KC)
         ctx.dtypes = bottleneck_GSC.dtype, prototypes_KC.dtype
@@ -109,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = [
             None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
 
 class _Walk:
@@ -128,7 +132,7 @@ class _Walk:
         chunk_bytes: int,
         wanted: tuple[bool, bool],
     ) -> None:
-        self.student, self.teacher, self.temperatures = student, teacher, temperatures
+        self.student, self.teacher, self.temperatures, self.wanted = student, teacher, temperatures, wanted
         factors = student.bottleneck.dtype  # products are computed in this, everything else in:
         dtype = torch.promote_types(factors, torch.float32)
         tiny = torch.finfo(dtype).tiny
@@ -151,7 +155,8 @@ class _Walk:
         new = student.bottleneck.new_empty
         self.logits_NK = new(most_N, prototypes)
         self.teacher_probs_NK = new(teacher_N, prototypes, dtype=dtype)
-        self.block_nK, self.probs_nK = (new(self.rows_per_block, prototypes, dtype=dtype) for _ in range(2))
+        self.probs_nK = new(self.rows_per_block, prototypes, dtype=dtype)
+        self.widened_nK = None if factors == dtype else torch.empty_like(self.probs_nK)
         self.scale = _safe_scale(factors, student_N)
 
         zeros = torch.zeros_like
@@ -193,9 +198,11 @@ class _Walk:
                 rows_NM[block], self.teacher_probs_NK, per_sample_weights=mixture_NM[block], mode="sum"
             )
             cross_entropies.append(log_sum_exp_n - scaled_nK.mul_(targets_nK).sum(dim=-1))
-            grad_nK = probs_nK.sub_(targets_nK)
-            logits_NK[block] = grad_nK if self.scale == 1 else grad_nK.mul_(self.scale)
-        self._add_gradients(chunk, grad_logits_NK=logits_NK)
+            if any(self.wanted):
+                grad_nK = probs_nK.sub_(targets_nK)
+                logits_NK[block] = grad_nK if self.scale == 1 else grad_nK.mul_(self.scale)
+        if any(self.wanted):
+            self._add_gradients(chunk, grad_logits_NK=logits_NK)
         return (weights_N * torch.cat(cross_entropies)).sum()
 
     def _add_gradients(self, chunk: tuple[slice, slice], grad_logits_NK: Tensor) -> None:
@@ -217,9 +224,9 @@ class _Walk:
 
     def _widened(self, logits_nK: Tensor) -> Tensor:
         """The same logits in float32 or wider, to be overwritten."""
-        if logits_nK.dtype == self.block_nK.dtype:
+        if self.widened_nK is None:
             return logits_nK
-        return self.block_nK[: len(logits_nK)].copy_(logits_nK)
+        return self.widened_nK[: len(logits_nK)].copy_(logits_nK)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

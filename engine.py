@@ -13,6 +13,7 @@ import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,16 +33,19 @@ from progress import EpochMeter, RunLog
 from utils import UsageError, logger
 
 MAX_BAD_STEPS = 20
-HOST = torch.device(
-    "cpu"
-)  # what processes tell each other about files goes past the device, which would have to be waited for
+# What processes tell each other about files goes past the device, which would have to be waited for.
+HOST = torch.device("cpu")
 # What DistributedDataParallel calls the exchange of buffers before a forward; torch 2.14 renamed it.
 SYNC_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
-LAUNCH_FLAGS = {"device", "dist_url", "local_rank", "num_workers", "log_freq"}  # change no number of a run
+LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq"}  # change no number of a run
+# What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
+BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
+Views = Sequence[Tensor]
+MicroBatch = Views | Callable[[], Views]
 
 
 class Method(ABC):
@@ -111,8 +115,10 @@ class TrainStep:
         self.statistics = RunningStatistics([method.student, method.teacher])
         self.bad_steps_in_a_row = 0
 
-    def __call__(self, micro_batches: Sequence[Sequence[Tensor]], iteration: int, epoch: int) -> dict[str, Tensor]:
+    def __call__(self, micro_batches: Sequence[MicroBatch], iteration: int, epoch: int) -> dict[str, Tensor]:
         """Update on micro-batches of views that count as one batch.
+
+        What is a function gives its views when it is their turn, and they are forgotten after their backward.
 
         Returns:
             scalars on the device, to be read later: `loss` and the method's, means over micro-batches and processes, and
@@ -152,17 +158,19 @@ class TrainStep:
             if i == 0:
                 group["weight_decay"] = float(self.schedules.weight_decay[iteration])
 
-    def _accumulate_gradients(self, micro_batches: Sequence[Sequence[Tensor]], epoch: int) -> dict[str, Tensor]:
+    def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch], epoch: int) -> dict[str, Tensor]:
         """Backward through every micro-batch; gradients are exchanged between processes after the last one only."""
         student = self.method.student
         scalars: dict[str, Tensor] = {}
-        for i, views in enumerate(micro_batches):
+        for i, micro_batch in enumerate(micro_batches):
+            views = micro_batch() if callable(micro_batch) else micro_batch
             last = i == len(micro_batches) - 1
             wait = isinstance(student, DistributedDataParallel) and not last
             with student.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
                 with utils.autocast(self.device, self.precision):
                     loss, extra = self.method.compute_loss(views, epoch)
                 self.scaler.scale(loss / len(micro_batches)).backward()
+            del views  # the next ones are made now
             for name, value in {"loss": loss, **extra}.items():
                 scalars[name] = scalars.get(name, 0) + value.detach().float() / len(micro_batches)
         return scalars
@@ -232,8 +240,8 @@ def wrap_networks(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn
         teacher.requires_grad_(True)  # DistributedDataParallel refuses a network without trainable parameters
         teacher = DistributedDataParallel(teacher, device_ids=device_ids)
         teacher.requires_grad_(False)
-    sync_buffers: dict[str, Any] = {SYNC_BUFFERS: has_batch_norm}
-    return DistributedDataParallel(student, device_ids=device_ids, **sync_buffers), teacher
+    options: dict[str, Any] = {SYNC_BUFFERS: has_batch_norm, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(student, device_ids=device_ids, **options), teacher
 
 
 def steps_per_epoch(batches: int, accum_iter: int) -> int:
@@ -273,8 +281,7 @@ def train(
             for i, micro_batches in enumerate(_in_groups(meter.timed(loader), accum_iter)):
                 failures = [failure for batch in micro_batches for failure in batch.failures]
                 tally.add(failures, HOST, incomplete=not all(batch.views for batch in micro_batches))
-                views = [batch.views_on(step.device) for batch in micro_batches]
-                log.crops_once(views[0])
+                views = [partial(_finished_views, batch, step.device, log) for batch in micro_batches]
                 iteration = epoch * steps + i
                 meter.update(step(views, iteration, epoch))
                 if log.due(meter):
@@ -284,6 +291,12 @@ def train(
                 )
         log.finish_epoch(meter, unreadable_images=len(tally.seen))
         save(epoch)
+
+
+def _finished_views(batch: Batch, device: torch.device, log: RunLog) -> Views:
+    views = batch.views_on(device)
+    log.crops_once(views)
+    return views
 
 
 def _global_batch(loader: DataLoader[Batch], accum_iter: int) -> int:
@@ -373,7 +386,8 @@ def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
 
 
 def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Say which arguments differ from those of the run that is continued."""
+    """Say which arguments differ from those of the run that is continued, or from what it did before they existed."""
+    before = BEFORE_THE_FLAG | before
     names = sorted((now.keys() & before.keys()) - LAUNCH_FLAGS)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in names if now[name] != before[name]]
     if changed:

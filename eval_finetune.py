@@ -7,7 +7,8 @@
 --data_path holds train/<class>/ and val/<class>/; the head is a linear layer with an output for each class of train. The recipe:
 AdamW, a rate that falls by --layer_decay from block to block towards the input, linear warm-up and half a cosine, mixup and
 cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated.
-`results.json` in --output_dir has the best accuracy, `best.pth` the weights that reached it (key `model`).
+`results.json` in --output_dir has the best accuracy, `best.pth` the weights that reached it (key `model`); epochs
+count from 0.
 
 Origin: the recipe of DeiT (Touvron et al., ICML 2021) with the layer-wise rates of BEiT (Bao et al., ICLR 2022), from timm.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import create_transform
@@ -30,8 +32,8 @@ from checkpoint import load_backbone
 from data import augment
 from data.datasets import Transform
 from engine import steps_per_epoch
-from features import labelled_datasets
-from finetune import Accuracy, Best, FineTuner, Recipe, resume_run, save_run
+from features import data_identity, evaluation_size, labelled_datasets
+from finetune import Accuracy, Best, FineTuner, Progress, Recipe, resume_run, save_run
 from models import Backbone, build_model, load_arch_config
 from progress import EpochMeter, RunLog
 from results import refuse_other_results, write_results
@@ -145,10 +147,9 @@ def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Tra
 
 
 def build_loaders(
-    args: argparse.Namespace, config: CfgNode, device: torch.device
+    args: argparse.Namespace, config: CfgNode, device: torch.device, size: int
 ) -> tuple[DataLoader[data.Batch], DataLoader[data.Batch]]:
-    """Shuffled and augmented training images, and validation images of which each process has its share."""
-    size = args.image_size or config.MODEL.IMAGE_SIZE[0]
+    """Shuffled and augmented training images, and validation images of which each process has its share; `size` pixels a side."""
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     val_transform = augment.eval_view(size, args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
     train, val = labelled_datasets(args, config, train_transform(args, config, size), val_transform)
@@ -162,14 +163,13 @@ def build_loaders(
 # --------------------------------------------------------------------------- network
 
 
-def build_network(args: argparse.Namespace, config: CfgNode, classes: int) -> Backbone:
-    """The pre-trained backbone with a new linear head.
+def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size: int) -> Backbone:
+    """The pre-trained backbone with a new linear head, for images of `size` pixels a side.
 
     Raises:
         UsageError: see `checkpoint.load_backbone`.
     """
     network = build_model(args.arch, config, patch_size=args.patch_size)
-    size = args.image_size or config.MODEL.IMAGE_SIZE[0]
     if size < network.patch_size:
         raise UsageError(f"images of {size} pixels are smaller than a patch of {network.patch_size}; enlarge them")
     if args.pretrained_weights:
@@ -215,34 +215,49 @@ def better(best: Best, accuracies: dict[str, Accuracy], epoch: int) -> Best:
     return best
 
 
-def save_results(
-    output_dir: Path, args: argparse.Namespace, best: Best, accuracies: dict[str, Accuracy], val: data.ImageDataset
-) -> None:
-    """`results.json`: the best and the last accuracies."""
+def ranked(classes: int) -> str:
+    """What the second accuracy is: that of five classes, or of all where these are fewer."""
+    return f"Top{min(classes, 5)}"
+
+
+def report(progress: Progress, val: data.ImageDataset, about: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write `results.json`: the best and the last accuracies; print the best one when the run is finished."""
+    best = progress.best
     record = {
         "top1": best.top1,
         "top5": best.top5,
         "epoch": best.epoch,
         "network": best.network,
-        "last": {name: accuracy._asdict() for name, accuracy in accuracies.items()},
+        "top5_is": ranked(len(val.classes)).lower(),
+        "last": {name: accuracy._asdict() for name, accuracy in progress.last.items()},
         "epochs": args.epochs,
         "classes": len(val.classes),
         "val_images": len(val),
         "arch": args.arch,
         "pretrained_weights": args.pretrained_weights,
+        "checkpoint_key": args.checkpoint_key,
+        "data_path": args.data_path,
+        "image_size": about["--image_size"],
+        "crop_ratio": args.crop_ratio,
     }
-    write_results(output_dir, EVALUATION, record)
+    written = write_results(Path(args.output_dir), EVALUATION, record)
+    if progress.epochs >= args.epochs:
+        logger.info("%s", written)
+        print(f"best of {len(val)} validation images: Top1: {best.top1:.2f} (epoch {best.epoch}, {best.network})")
 
 
 def train(
     tuner: FineTuner,
     loaders: tuple[DataLoader[data.Batch], DataLoader[data.Batch]],
-    first_epoch: int,
-    best: Best,
+    progress: Progress,
+    about: dict[str, Any],
     args: argparse.Namespace,
     config: CfgNode,
 ) -> None:
-    """The epochs that are left, with validation, `log.txt`, checkpoint and `results.json` after each."""
+    """The epochs that are left, with validation, `log.txt`, checkpoint and `results.json` after each.
+
+    `about` is what makes a run the same.
+    """
     train_loader, val_loader = loaders
     output_dir, recipe = Path(args.output_dir), tuner.recipe
     assert isinstance(train_loader.dataset, data.ImageDataset)
@@ -250,27 +265,22 @@ def train(
     batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
     log = RunLog(output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device)
     tally = data.FailureTally(len(train_loader.dataset))
-    top5 = "Top5" if tuner.classes >= 5 else f"Top{tuner.classes}"
-    for epoch in range(first_epoch, recipe.epochs):
+    for epoch in range(progress.epochs, recipe.epochs):
         meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
         tuner.train_epoch(train_loader, epoch, meter, log, tally)
         accuracies: dict[str, Accuracy] = {}
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
             accuracies = tuner.validate(val_loader)
-            best = better(best, accuracies, epoch)
+        progress = Progress(epoch + 1, better(progress.best, accuracies, epoch), accuracies or progress.last)
         log.finish_epoch(
             meter, unreadable_images=len(tally.seen), val={name: row._asdict() for name, row in accuracies.items()}
         )
         if accuracies and utils.is_main_process():
             for name, row in accuracies.items():
-                print(f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {top5}: {row.top5:.2f}")
-            save_results(output_dir, args, best, accuracies, val_loader.dataset)
-        save_run(output_dir, tuner, epoch, best, args, config)
+                print(f"epoch {epoch} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}")
+            report(progress, val_loader.dataset, about, args)
+        save_run(output_dir, tuner, progress, about, args, config)
     log.close()
-    if utils.is_main_process():
-        print(
-            f"best of {len(val_loader.dataset)} validation images: Top1: {best.top1:.2f} (epoch {best.epoch + 1}, {best.network})"
-        )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -281,27 +291,34 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
-        loaders = build_loaders(args, config, device)
+        size = evaluation_size(args, config)
+        loaders = build_loaders(args, config, device, size)
         output_dir = utils.make_output_dir(args.output_dir)
         refuse_other_results(output_dir, EVALUATION)
         recipe = make_recipe(args, steps_per_epoch(len(loaders[0]), args.accum_iter))
-    assert isinstance(loaders[0].dataset, data.ImageDataset)
+    train_set, val_set = (loader.dataset for loader in loaders)
+    assert isinstance(train_set, data.ImageDataset)
+    assert isinstance(val_set, data.ImageDataset)
     utils.must_agree("numbers of images", [len(loader.dataset) for loader in loaders])
-    classes = len(loaders[0].dataset.classes)
+    classes = len(train_set.classes)
+    about = {"--arch": args.arch, "--image_size": size, "--crop_ratio": args.crop_ratio}
+    about |= data_identity(train_set, val_set)
     utils.seed_everything(args.seed)
     with utils.failing_together():
-        network = build_network(args, config, classes)
+        network = build_network(args, config, classes, size)
     utils.seed_everything(args.seed + utils.get_rank())
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
     with utils.failing_together():
-        first_epoch, best = resume_run(output_dir, tuner, args)
-    utils.must_agree("checkpoints", first_epoch)
-    if first_epoch >= args.epochs:
-        logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
+        progress = resume_run(output_dir, tuner, about, args)
+    utils.must_agree("checkpoints", progress.epochs)
+    if progress.epochs >= args.epochs:
+        logger.info("%s has all %d epochs already; nothing to train", output_dir, args.epochs)
+        if utils.is_main_process():
+            report(progress, val_set, about, args)
         return
     if utils.is_main_process():
         utils.save_provenance(output_dir, args, config)
-    train(tuner, loaders, first_epoch, best, args, config)
+    train(tuner, loaders, progress, about, args, config)
 
 
 if __name__ == "__main__":

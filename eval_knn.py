@@ -27,7 +27,14 @@ import data
 import utils
 from checkpoint import load_tensor, save_file
 from data import augment
-from features import FeatureFunction, LabelledFeatures, extract_features, frozen_backbone, labelled_datasets
+from features import (
+    FeatureFunction,
+    LabelledFeatures,
+    evaluation_size,
+    extract_features,
+    frozen_backbone,
+    labelled_datasets,
+)
 from models import load_arch_config
 from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
 from results import add_results, refuse_other_results
@@ -52,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     utils.add_switch(parser, "--half", "store and compare features in float16")
     add("--backend", default="torch", choices=BACKENDS, help="of the search; faiss has to be installed")
     utils.add_switch(parser, "--leave_one_out", "one labelled set: each image is judged by all others")
-    add("--dump_features", default=None, help="folder to save features and labels to")
+    add("--dump_features", default=None, help="folder without such files, to save features and labels to")
     add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
     add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
@@ -98,6 +105,19 @@ def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.d
 # --------------------------------------------------------------------------- saved features
 
 
+def check_dump_folder(folder: str) -> None:
+    """Create the folder of --dump_features.
+
+    Raises:
+        UsageError: it cannot be created, or holds saved features, which would be overwritten or mixed with others.
+    """
+    place = utils.make_output_dir(folder, "--dump_features")
+    names = [kind.format(part) for part in ("train", "test") for kind in DUMPED.values()]
+    found = [name for name in names if (place / name).exists()]
+    if found:
+        raise UsageError(f"--dump_features {folder} holds {', '.join(found)} already; choose another folder")
+
+
 def dump_features(folder: Path, split: Split) -> None:
     """Save features and labels of both sets under their published names; a set that is left out of in turn is saved once."""
     for part, labelled in zip(("train", "test"), split if split.train is not split.val else split[:1]):
@@ -133,7 +153,7 @@ def load_features(folder: Path, keep_on: torch.device, dtype: torch.dtype, leave
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.ImageDataset]:
     """Training and validation images, or the one set of --leave_one_out."""
     mean, std = config.INPUT.MEAN, config.INPUT.STD
-    transform = augment.eval_view(args.image_size or config.MODEL.IMAGE_SIZE[0], args.crop_ratio, mean, std)
+    transform = augment.eval_view(evaluation_size(args, config), args.crop_ratio, mean, std)
     if not args.leave_one_out:
         return list(labelled_datasets(args, config, transform, transform))
     augment.check_normalisation(mean, std, config.MODEL.SPEC.IN_CHANS)
@@ -144,8 +164,8 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.Image
 
 def extract_splits(
     args: argparse.Namespace, device: torch.device, keep_on: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, Split], Sequence[str]]:
-    """Extract all kinds of features of both sets; also returns the names of the classes."""
+) -> tuple[dict[str, Split], Sequence[str], dict[str, object]]:
+    """Extract all kinds of features of both sets; also returns the names of the classes, and what the features are of."""
     with utils.failing_together():
         config = load_arch_config(args.arch, args.cfg, args.opts)
         datasets = build_datasets(args, config)
@@ -157,11 +177,28 @@ def extract_splits(
             dataset, args.batch_size_per_gpu, args.num_workers, pin_memory=device.type == "cuda"
         )
         extracted.append(extract_features(loader, functions, device, keep_on, part, dtype=dtype))
-    return {name: Split(extracted[0][name], extracted[-1][name]) for name in functions}, datasets[0].classes
+    splits = {name: Split(extracted[0][name], extracted[-1][name]) for name in functions}
+    about: dict[str, object] = {
+        "arch": args.arch,
+        "checkpoint_key": args.checkpoint_key,
+        "data_path": args.data_path,
+        "image_size": evaluation_size(args, config),
+        "crop_ratio": args.crop_ratio,
+    }
+    return splits, datasets[0].classes, about
 
 
-def report(scores: dict[str, list[KnnScore]], split: Split, classes: Sequence[str], args: argparse.Namespace) -> None:
-    """Print the scores and write them to `results.json`, with those of each class; `classes` is empty where no name is known."""
+def report(
+    scores: dict[str, list[KnnScore]],
+    split: Split,
+    classes: Sequence[str],
+    about: dict[str, object],
+    args: argparse.Namespace,
+) -> None:
+    """Print the scores and write them to `results.json`, with those of each class.
+
+    `classes` and `about`, what features are of, are empty where features were loaded, which do not tell.
+    """
     voters, count = len(split.train.labels_N), len(split.train.labels_N.unique())
     compared = f"{len(split.val.labels_N)} validation among {voters} training images"
     if args.leave_one_out:
@@ -174,14 +211,16 @@ def report(scores: dict[str, list[KnnScore]], split: Split, classes: Sequence[st
     if args.output_dir:
         record = {
             "pretrained_weights": args.load_features or args.pretrained_weights,
+            **about,
             "compared": compared,
+            "half": args.half,
             "temperature": args.temperature,
             "top5_is": ranked.lower(),
             "scores": {
                 name: {str(score.k): _as_json(score, classes) for score in rows} for name, rows in scores.items()
             },
         }
-        logger.info("wrote %s", add_results(Path(args.output_dir), EVALUATION, record))
+        logger.info("%s", add_results(Path(args.output_dir), EVALUATION, record))
 
 
 def _as_json(score: KnnScore, classes: Sequence[str]) -> dict[str, object]:
@@ -212,18 +251,20 @@ def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     with utils.failing_together():
         check_args(args)
-        for folder in filter(None, (args.output_dir, args.dump_features)):
-            utils.make_output_dir(folder)
         if args.output_dir:
+            utils.make_output_dir(args.output_dir)
             refuse_other_results(Path(args.output_dir), EVALUATION)
+        if args.dump_features:
+            check_dump_folder(args.dump_features)
     keep_on = device if args.use_cuda else torch.device("cpu")
     dtype = torch.float16 if args.half else torch.float32
     classes: Sequence[str] = ()
+    about: dict[str, object] = {}
     if args.load_features:
         with utils.failing_together():
             splits = {"network": load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)}
     else:
-        splits, classes = extract_splits(args, device, keep_on, dtype)
+        splits, classes, about = extract_splits(args, device, keep_on, dtype)
     if args.dump_features and utils.is_main_process():
         dump_features(Path(args.dump_features), splits["network"])
     scores = {
@@ -231,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
         for name, split in splits.items()
     }
     if utils.is_main_process():
-        report(scores, splits["network"], classes, args)
+        report(scores, splits["network"], classes, about, args)
 
 
 if __name__ == "__main__":

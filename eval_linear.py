@@ -8,7 +8,8 @@
 in one pass over the same features. One value each is the published protocol: the pooled tokens of the last n blocks concatenated,
 random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to 0 in steps of an epoch
 (epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is another
-protocol: features of centre crops, computed once. A killed run goes on from `checkpoint.pth.tar` when its command is repeated.
+protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on from
+`checkpoint.pth.tar` when its command is repeated. Epochs count from 0, in files and in what is printed.
 
 Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 2021); flags and file names follow microsoft/esvit.
 """
@@ -31,14 +32,30 @@ import checkpoint
 import data
 import utils
 from data import augment
-from features import CachedFeatures, FeatureSource, ImageFeatures, extract_features, frozen_backbone, labelled_datasets
+from features import (
+    CachedFeatures,
+    FeatureSource,
+    ImageFeatures,
+    LabelledFeatures,
+    data_identity,
+    evaluation_size,
+    extract_features,
+    frozen_backbone,
+    labelled_datasets,
+)
 from models import Backbone, load_arch_config
 from probe import Probe, Score, Setting, json_number, probe_width
 from progress import EpochMeter, RunLog
 from results import has_other_results, write_results
 from utils import UsageError, logger
 
-DEFAULT_LABELS = 1000
+
+class Inferred(int):
+    """A default that gives way to what the data has; equal numbers of the command line are plain ones and do not."""
+
+
+DEFAULT_LABELS = Inferred(1000)
+FEATURES = "cached_features.pth"  # of --cache_features, until the run is finished
 EVALUATION = "linear probe"  # how results.json tells whose it is
 PROTOCOLS = {
     False: "published protocol (random resized crops)",
@@ -59,8 +76,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, nargs="+", default=[0.001], help="for 256 images a step, scaled with them; one or more")
     add("--batch_size_per_gpu", type=int, default=128)
     add("--val_freq", type=int, default=1, help="epochs between two validations")
-    add("--num_labels", type=int, default=DEFAULT_LABELS, help="classes; left at its default: as many as the data has")
-    switch("--cache_features", "another protocol: train on features of centre crops, held in memory; takes minutes")
+    add("--num_labels", type=int, default=DEFAULT_LABELS, help="classes; if not given: as many as the data has")
+    switch("--cache_features", "another protocol: train on features of centre crops, computed once; takes minutes")
     add("--precision", choices=utils.PRECISIONS, default="fp32", help="of the network; classifiers are always float32")
     add("--image_size", type=int, default=None, help="pixels of the crops; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
@@ -84,8 +101,12 @@ def feature_source(
     datasets: tuple[data.ImageDataset, data.ImageDataset],
     device: torch.device,
     precision: str,
+    run: dict[str, Any],
 ) -> FeatureSource:
-    """The features of the largest --n_last_blocks, of which every classifier takes the last entries."""
+    """The features of the largest --n_last_blocks, of which every classifier takes the last entries.
+
+    `run` is what makes a run the same (see `identity`).
+    """
 
     @torch.no_grad()
     def function(images_BCHW: Tensor) -> Tensor:
@@ -97,14 +118,36 @@ def feature_source(
 
     if not args.cache_features:
         return ImageFeatures(function, *datasets, args.batch_size_per_gpu, args.num_workers, device)
-    cached = []
-    for label, dataset in zip(("train", "val"), datasets):
-        loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, device.type == "cuda")
-        found = extract_features(loader, {"network": function}, device, torch.device("cpu"), label, normalise=False)
-        cached.append(found["network"])
+    path = Path(args.output_dir) / FEATURES
+    cached = load_cached(path, run)
+    if cached is None:
+        cached = []
+        for label, dataset in zip(("train", "val"), datasets):
+            loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, device.type == "cuda")
+            found = extract_features(loader, {"network": function}, device, torch.device("cpu"), label, normalise=False)
+            cached.append(found["network"])
+        if utils.is_main_process():
+            checkpoint.save_file({"run": run, "features": [list(part) for part in cached]}, path)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
     logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS[True])
     return CachedFeatures(cached[0], cached[1], args.batch_size_per_gpu, device, args.seed)
+
+
+def load_cached(path: Path, run: dict[str, Any]) -> list[LabelledFeatures] | None:
+    """The features that an interrupted run left, if all processes find them whole and of this `run`."""
+    content: dict[str, Any] = {}
+    if path.exists():
+        try:
+            content = checkpoint.load_file(path)
+        except UsageError as error:
+            logger.warning("%s; the features are computed again", error)
+        if content and content.get("run") != run:
+            logger.info("%s is of other flags, weights or images; the features are computed again", path)
+            content = {}
+    if not all(utils.all_gather_objects(bool(content))):
+        return None
+    logger.info("features are those of %s", path)
+    return [LabelledFeatures(*part) for part in content["features"]]
 
 
 # --------------------------------------------------------------------------- training and validation
@@ -143,7 +186,7 @@ def train_epoch(probe: Probe, source: FeatureSource, epoch: int, meter: EpochMet
         for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter)):
             losses = probe.step(features_BC, labels_B)
             losses_S = losses_S + losses
-            meter.update({"loss": losses[probe.best].item()})
+            meter.update({"loss": losses[probe.best]})
             show(epoch * source.steps + step, lr=probe.lrs[probe.best])
     meter.stop()
     means = (utils.all_reduce_sum(losses_S) / (source.steps * utils.get_world_size())).tolist()
@@ -202,7 +245,7 @@ def identity(
     return {f"--{name}": getattr(args, name) for name in flags} | {
         "--batch_size_per_gpu times processes": args.batch_size_per_gpu * utils.get_world_size(),
         "--precision": precision,
-        "numbers of images and classes": [len(datasets[0]), len(datasets[1]), len(datasets[0].classes)],
+        **data_identity(*datasets),
         "digest of weights and config": digest.hexdigest()[:16],
     }
 
@@ -225,8 +268,8 @@ def resume(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> int:
             saved = content.get("run")
             if saved is None:
                 logger.warning("%s does not say what it was made with; it is taken for a part of this run", path)
-            elif saved != run:
-                changed = [f"{key} {saved.get(key)} -> {run[key]}" for key in run if saved.get(key) != run[key]]
+            changed = [f"{key} {old} -> {run.get(key)}" for key, old in (saved or {}).items() if old != run.get(key)]
+            if changed:
                 raise UsageError(
                     f"{path} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
                 )
@@ -257,12 +300,17 @@ def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
         "finished_epochs": args.epochs,
         "run": run,
     }
-    write_results(Path(args.output_dir), EVALUATION, record)
+    logger.info("%s", write_results(Path(args.output_dir), EVALUATION, record))
 
 
 def _describe(row: dict[str, Any], ranked: str) -> str:
     if row.get("last_acc1") is None:
         return f"best Top1: {row['best_acc1']:.2f}"
+    if row["best_acc5"] is None:  # a published file knows no more of its best epoch
+        return (
+            f"best Top1: {row['best_acc1']:.2f} (before this run went on); "
+            f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
+        )
     return (
         f"best Top1: {row['best_acc1']:.2f}, {ranked}: {row['best_acc5']:.2f} (epoch {row['best_epoch']}); "
         f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
@@ -310,20 +358,23 @@ def claim_folder(args: argparse.Namespace) -> Path:
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Training images in random crops (centre crops where features are cached), validation images in centre crops.
 
+    Sets `num_labels` of the arguments to the number of classes.
+
     Raises:
         UsageError: no such data, or another number of classes than --num_labels.
     """
-    size, mean, std = args.image_size or config.MODEL.IMAGE_SIZE[0], config.INPUT.MEAN, config.INPUT.STD
+    size, mean, std = evaluation_size(args, config), config.INPUT.MEAN, config.INPUT.STD
     val_transform = augment.eval_view(size, args.crop_ratio, mean, std)
     train_transform = val_transform if args.cache_features else augment.train_view(size, mean, std)
     datasets = labelled_datasets(args, config, train_transform, val_transform)
     classes = len(datasets[0].classes)
-    if args.num_labels not in (DEFAULT_LABELS, classes):
+    if args.num_labels != classes and not isinstance(args.num_labels, Inferred):
         raise UsageError(
             f"--num_labels {args.num_labels} differs from the {classes} classes of {args.data_path}; leave it out"
         )
     if args.num_labels != classes:
         logger.info("the data has %d classes: classifiers have as many, not the default of %d", classes, DEFAULT_LABELS)
+    args.num_labels = classes
     return datasets
 
 
@@ -364,11 +415,12 @@ def main(args: argparse.Namespace) -> None:
         if utils.is_main_process():
             utils.save_provenance(folder, args, config)
         log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
-        source = feature_source(args, backbone, datasets, device, precision)
+        source = feature_source(args, backbone, datasets, device, precision, run)
         train(probe, source, range(first_epoch, args.epochs), args, log, run)
         log.close()
     if utils.is_main_process():
         report(probe, args, run)
+        (folder / FEATURES).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ Origin: the evaluation protocols of DINO (Caron et al., ICCV 2021) section 4.1 a
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -59,6 +62,20 @@ def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Pa
     return backbone.to(device).eval().requires_grad_(False)
 
 
+def evaluation_size(args: argparse.Namespace, config: CfgNode) -> int:
+    """Pixels of a side of the images that an evaluation shows: --image_size, or the side of MODEL.IMAGE_SIZE.
+
+    Raises:
+        UsageError: that has two different sides.
+    """
+    height, width = config.MODEL.IMAGE_SIZE
+    if args.image_size is None and height != width:
+        raise UsageError(
+            f"MODEL.IMAGE_SIZE [{height}, {width}] is not square, evaluation shows squares; pass --image_size PIXELS"
+        )
+    return args.image_size or height
+
+
 def labelled_datasets(
     args: argparse.Namespace, config: CfgNode, train_transform: Transform, val_transform: Transform
 ) -> tuple[data.ImageDataset, data.ImageDataset]:
@@ -67,7 +84,7 @@ def labelled_datasets(
     Reads `data_path`, `seed` and the layout of the arguments.
 
     Raises:
-        UsageError: no such images, or classes in val that train has not.
+        UsageError: no such images, the same ones for both, or classes in val that train has not.
     """
     in_chans = config.MODEL.SPEC.IN_CHANS
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
@@ -77,6 +94,11 @@ def labelled_datasets(
         )
         for part, transform in (("train", train_transform), ("val", val_transform))
     )
+    if _same_images(train, val):
+        raise UsageError(
+            f"{args.data_path} gives the same {len(train)} images for training and validation, which would score them by "
+            "themselves; put them in DIR/{train,val}, or judge each by all others with eval_knn.py --leave_one_out"
+        )
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         first = int(np.argmax(val.labels == val.classes.index(unknown[0])))
@@ -86,6 +108,25 @@ def labelled_datasets(
         )
     val.use_classes(train.classes)
     return train, val
+
+
+def _same_images(train: data.ImageDataset, val: data.ImageDataset) -> bool:
+    """Whether both sets are the same images in the same order, by the names of up to a hundred of them."""
+    if len(train) != len(val):
+        return False
+    some = np.linspace(0, len(train) - 1, min(len(train), 100)).astype(int).tolist()
+    return all(os.path.realpath(train.source.name(i)) == os.path.realpath(val.source.name(i)) for i in some)
+
+
+def data_identity(train: data.ImageDataset, val: data.ImageDataset) -> dict[str, Any]:
+    """What tells whether a run that goes on sees the data it began with, wherever that lies."""
+    digest = hashlib.sha256(json.dumps(train.classes).encode())
+    for part in (train, val):
+        digest.update(part.labels.tobytes())
+    return {
+        "numbers of images and classes": [len(train), len(val), len(train.classes)],
+        "digest of classes and labels": digest.hexdigest()[:16],
+    }
 
 
 # --------------------------------------------------------------------------- extraction

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from data.loader import Batch, FailureTally, set_epoch
 from engine import SYNC_BUFFERS, continue_from
 from models.base import Backbone
 from progress import EpochMeter, RunLog
-from utils import UsageError
+from utils import UsageError, logger
 
 CHECKPOINT = "checkpoint.pth"
 BEST = "best.pth"
@@ -82,6 +82,27 @@ def param_groups(network: Backbone, weight_decay: float, layer_decay: float) -> 
     """Groups whose `lr_scale` is layer_decay ** (deepest - depth); biases, norms and positions are without weight decay."""
     plain = [f"network.{name}" for name in network.no_weight_decay()]
     return param_groups_layer_decay(_ByDepth(network), weight_decay, plain, layer_decay=layer_decay)
+
+
+# --------------------------------------------------------------------------- the average of the weights
+
+
+class WeightAverage(ModelEmaV3):
+    """timm's average of parameters and buffers, with each tensor taken once a step.
+
+    A state dict names tensors that modules share (global and local projections of ViL) more than once; timm's own update
+    would move these as often.
+    """
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move every tensor by 1 - decay of the way to the model's."""
+        pairs = zip(self.module.state_dict().values(), model.state_dict().values())
+        each = list({average.data_ptr(): (average, own) for average, own in pairs if average.numel()}.values())
+        moving = [pair for pair in each if pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in moving], [own for _, own in moving], 1.0 - decay)
+        for average, own in each:
+            if not average.is_floating_point():
+                average.copy_(own)
 
 
 # --------------------------------------------------------------------------- the training
@@ -141,7 +162,7 @@ class FineTuner:
             self.criterion: nn.Module = SoftTargetCrossEntropy()
         else:
             self.criterion = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
-        self.ema = None if recipe.ema_decay is None else ModelEmaV3(network, recipe.ema_decay, use_warmup=True)
+        self.ema = None if recipe.ema_decay is None else WeightAverage(network, recipe.ema_decay, use_warmup=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.wrapped: nn.Module = network
         if utils.is_distributed():
@@ -264,12 +285,27 @@ class Best(NamedTuple):
     top5: float = -1.0
 
 
-def save_run(output_dir: Path, tuner: FineTuner, epoch: int, best: Best, args: Any, config: Any) -> None:
-    """Write `checkpoint.pth` after an epoch, and `best.pth` if it was the best one. All processes call this."""
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    epochs: int = 0  # that are done
+    best: Best = Best()
+    last: Mapping[str, Accuracy] = {}  # of the last validation, by network
+
+
+def save_run(
+    output_dir: Path, tuner: FineTuner, progress: Progress, identity: Mapping[str, Any], args: Any, config: Any
+) -> None:
+    """Write `checkpoint.pth` after an epoch, and `best.pth` if it was the best one. All processes call this.
+
+    Args:
+        identity: what must be the same for the run to go on, by the name of the flag.
+    """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
     if not utils.is_main_process():
         return
-    if best.epoch == epoch:
+    best = progress.best
+    if best.epoch == progress.epochs - 1:
         weights = tuner.networks()[best.network].state_dict()
         checkpoint.save_file({"model": weights, "finetuning": best._asdict()}, output_dir / BEST)
     state = {
@@ -277,8 +313,10 @@ def save_run(output_dir: Path, tuner: FineTuner, epoch: int, best: Best, args: A
         "ema": None if tuner.ema is None else tuner.ema.module.state_dict(),
         "optimizer": tuner.optimizer.state_dict(),
         "fp16_scaler": tuner.scaler.state_dict() if tuner.scaler.is_enabled() else None,
-        "epoch": epoch + 1,
+        "epoch": progress.epochs,
         "best": best._asdict(),
+        "last": {name: accuracy._asdict() for name, accuracy in progress.last.items()},
+        "identity": dict(identity),
         "finetuning": tuner.recipe._asdict(),
         "args": args,
         "config": config.dump(),
@@ -288,15 +326,15 @@ def save_run(output_dir: Path, tuner: FineTuner, epoch: int, best: Best, args: A
     checkpoint.save_file(state, output_dir / CHECKPOINT)
 
 
-def resume_run(output_dir: Path, tuner: FineTuner, args: Any) -> tuple[int, Best]:
-    """Continue from `output_dir/checkpoint.pth` if it is there; returns the epoch to start with, and the best one so far.
+def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], args: Any) -> Progress:
+    """Continue from `output_dir/checkpoint.pth` if it is there; returns how far it is.
 
     Raises:
-        UsageError: the file is damaged, of another kind of run, or of another network.
+        UsageError: the file is damaged, of another kind of run, of other data or of another network.
     """
     path = output_dir / CHECKPOINT
     if not path.exists():
-        return 0, Best()
+        return Progress()
     source = f"checkpoint '{path}'"
     content = checkpoint.load_file(path)
     absent = [key for key in STATE if key not in content]
@@ -307,6 +345,14 @@ def resume_run(output_dir: Path, tuner: FineTuner, args: Any) -> tuple[int, Best
     if len(content["model"].get("head.bias", ())) != tuner.classes:
         raise UsageError(
             f"{source} has another number of classes than the data's {tuner.classes}; choose another --output_dir"
+        )
+    if "identity" not in content:
+        logger.warning("%s does not say what data it was made with; it is taken for a part of this run", path)
+    saved = content.get("identity", {})
+    changed = [f"{key} {old} -> {identity.get(key)}" for key, old in saved.items() if old != identity.get(key)]
+    if changed:
+        raise UsageError(
+            f"{source} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
         )
     if (content.get("ema") is None) != (tuner.ema is None):
         flag = "off" if tuner.ema else "on"
@@ -322,4 +368,5 @@ def resume_run(output_dir: Path, tuner: FineTuner, args: Any) -> tuple[int, Best
         group.update({key: wanted[key] for key in ("lr_scale", "weight_decay")})
     if tuner.scaler.is_enabled() and content.get("fp16_scaler"):
         tuner.scaler.load_state_dict(content["fp16_scaler"])
-    return continue_from(content, args, path), Best(**content["best"])
+    last = {name: Accuracy(**row) for name, row in content.get("last", {}).items()}
+    return Progress(continue_from(content, args, path), Best(**content["best"]), last)

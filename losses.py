@@ -86,7 +86,8 @@ class DINOLoss(nn.Module):
         self.teacher_temp_schedule = teacher_temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
-        self._sums: dict[str, tuple[Tensor, int]] = {}  # name of a centre -> (sum of its logits, rows) of this step
+        # Of this step, by name of a centre: the weighted sum of its logits and the sum of the weights.
+        self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}
         self._add_center("center", out_dim)
 
     # ----------------------------------------------------------------- centre
@@ -95,9 +96,11 @@ class DINOLoss(nn.Module):
         self.register_buffer(name, torch.zeros(1, out_dim))
 
     @torch.no_grad()
-    def _accumulate(self, name: str, logits: Logits) -> None:
-        total, rows = self._sums.get(name, (torch.zeros_like(getattr(self, name)), 0))
-        self._sums[name] = (total + _sum_of_rows(logits), rows + _count(logits))
+    def _accumulate(self, name: str, logits: Logits, weights_N: Tensor | None = None) -> None:
+        """Add N rows to the next centre `name`, each with its weight, not negative, or 1."""
+        total, weight = self._sums.get(name, (torch.zeros_like(getattr(self, name)), 0))
+        added = _count(logits) if weights_N is None else weights_N.float().sum()
+        self._sums[name] = (total + _sum_of_rows(logits, weights_N), weight + added)
 
     def accumulate_center(self, teacher_output: Logits) -> None:
         """Add a micro-batch of teacher logits (Q * B, K) to the next centre."""
@@ -105,15 +108,16 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, applied: Tensor | None = None) -> None:
-        """Move each centre towards the mean of what was accumulated, over all processes.
+        """Move each centre towards the weighted mean of what was accumulated, over all processes; one without weight stays.
 
         `applied`, a boolean scalar on the device, is false for a step that is skipped: then no centre changes.
         """
-        for name, (total, rows) in self._sums.items():
-            sum_and_rows = all_reduce_sum(torch.cat([total, total.new_full((1, 1), rows)], dim=1))
-            center = getattr(self, name)
-            moved = center.lerp(sum_and_rows[:, :-1] / sum_and_rows[:, -1:], 1 - self.center_momentum)
-            center.copy_(moved if applied is None else torch.where(applied, moved, center))
+        for name, (total, weight) in self._sums.items():
+            of_this = weight.view(1, 1) if isinstance(weight, Tensor) else total.new_full((1, 1), weight)
+            sums = all_reduce_sum(torch.cat([total, of_this], dim=1))
+            center, moves = getattr(self, name), sums[:, -1:] > 0
+            moved = center.lerp(sums[:, :-1] / sums[:, -1:], 1 - self.center_momentum)
+            center.copy_(torch.where(moves if applied is None else moves & applied, moved, center))
         self._sums.clear()
 
     # ----------------------------------------------------------------- loss
@@ -131,35 +135,34 @@ class DINOLoss(nn.Module):
         return F.log_softmax(logits.float() / self.student_temp, dim=-1)
 
     def view_loss(
-        self, student_logits: Logits, teacher_logits: Logits, epoch: int, targets_mixup: Sequence[Tensor] | None = None
+        self, student_logits: Logits, teacher_logits: Logits, epoch: int, sources: Sources | None = None
     ) -> Tensor:
-        """L_V: mean over images and over the Q V - Q pairs of different views.
-
-        `targets_mixup[v]` (B, B) weighs, for the student's view v, teacher image (row) by student image (column).
-        """
+        """L_V: mean over images and over the Q V - Q pairs of different views; `sources`: None for images that are not mixed."""
         _check_views(student_logits, self.ncrops, "student")
         _check_views(teacher_logits, TEACHER_VIEWS, "teacher")
         if isinstance(student_logits, FactoredLogits) and isinstance(teacher_logits, FactoredLogits):
-            return self._chunked_view_loss(student_logits, teacher_logits, epoch, targets_mixup)
+            return self._chunked_view_loss(student_logits, teacher_logits, epoch, sources)
         student_VBK = _multiplied(student_logits).unflatten(0, (self.ncrops, -1))
         teacher_QBK = _multiplied(teacher_logits).unflatten(0, (TEACHER_VIEWS, -1))
         probs_QBK = self.teacher_probs(teacher_QBK, self.center, epoch)
         columns_Q = []
         for v, logits_BK in enumerate(student_VBK):
             targets_QBK = probs_QBK
-            if targets_mixup is not None:  # what student image b should see is the mixture sum_a M_ab p_a
-                targets_QBK = torch.einsum("ab,qak->qbk", targets_mixup[v].float(), probs_QBK)
+            if sources is not None:  # student image b should see the mixture of its sources' probabilities
+                targets_QBK = torch.zeros_like(probs_QBK)
+                for weights_B, images_B in zip(sources.weights_VPB[v], sources.images_PB):
+                    targets_QBK += weights_B[:, None] * probs_QBK[:, images_B]
             # A sum over K, not a matrix product: over 65536 prototypes its rounding is ten times smaller.
             columns_Q.append(-(targets_QBK * self.student_log_probs(logits_BK)).sum(dim=-1).mean(dim=-1))
         loss_QV = torch.stack(columns_Q, dim=1)
         return loss_QV.where(_other_views(self.ncrops, loss_QV.device), 0.0).sum() / self._pairs
 
     def _chunked_view_loss(
-        self, student: FactoredLogits, teacher: FactoredLogits, epoch: int, targets_mixup: Sequence[Tensor] | None
+        self, student: FactoredLogits, teacher: FactoredLogits, epoch: int, sources: Sources | None
     ) -> Tensor:
         """All rows are one group: student row (v, b) learns from teacher rows (q, a), a being the images that b is mixed from."""
         batch = len(teacher.bottleneck) // TEACHER_VIEWS
-        sources = mixup_sources(targets_mixup, self.ncrops, batch, student.bottleneck.device)
+        sources = sources or unmixed(self.ncrops, batch, student.bottleneck.device)
         view_Q = torch.arange(TEACHER_VIEWS, device=student.bottleneck.device)
         rows_BQP = batch * view_Q[:, None] + sources.images_PB.T[:, None]
         weights_VBQP = (
@@ -183,32 +186,51 @@ class DINOLoss(nn.Module):
         return TEACHER_VIEWS * (self.ncrops - 1)
 
     def terms(
-        self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None = None
+        self,
+        student_output: Any,
+        teacher_output: Any,
+        epoch: int,
+        targets_mixup: Sequence[Tensor] | None = None,
+        mixed_from: int | None = None,
     ) -> dict[str, Tensor]:
-        """The unweighted terms of the loss by name, computed in float32 even where the networks run under autocast."""
+        """The unweighted terms of the loss by name, computed in float32 even where the networks run under autocast.
+
+        Args:
+            student_output, teacher_output: as for `forward`.
+            epoch: chooses the teacher's temperature.
+            targets_mixup: of each student view (B, B), teacher image (row) by student image (column), if images are mixed.
+            mixed_from: how many images one is mixed from at most; None for any number, which costs as much as all do.
+        """
         with torch.autocast(self.center.device.type, enabled=False):
-            return self._terms(student_output, teacher_output, epoch, targets_mixup)
+            sources = None if targets_mixup is None else mixup_sources(targets_mixup, mixed_from)
+            return self._terms(student_output, teacher_output, epoch, sources)
 
     def _terms(
-        self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None
+        self, student_output: Any, teacher_output: Any, epoch: int, sources: Sources | None
     ) -> dict[str, Tensor]:
-        return {"view_loss": self.view_loss(student_output, teacher_output, epoch, targets_mixup)}
+        return {"view_loss": self.view_loss(student_output, teacher_output, epoch, sources)}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms: what is minimised."""
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
     def forward(
-        self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None = None
+        self,
+        student_output: Any,
+        teacher_output: Any,
+        epoch: int,
+        targets_mixup: Sequence[Tensor] | None = None,
+        mixed_from: int | None = None,
     ) -> Tensor:
         """The loss of a student's and a teacher's output, as the network gives them for a list of crops.
 
         Here logits (V * B, K) and (Q * B, K); `RegionMatchingLoss` takes `MultiCropOutput`, or plain tuples in its order.
+        For mixup see `terms`.
 
         Raises:
             ValueError: rows that do not fit the number of views (and their regions).
         """
-        return self.total(self.terms(student_output, teacher_output, epoch, targets_mixup))
+        return self.total(self.terms(student_output, teacher_output, epoch, targets_mixup, mixed_from))
 
 
 class RegionMatchingLoss(DINOLoss):
@@ -234,7 +256,7 @@ class RegionMatchingLoss(DINOLoss):
         student: MultiCropOutput,
         teacher: MultiCropOutput,
         epoch: int,
-        targets_mixup: Sequence[Tensor] | None = None,
+        sources: Sources | None = None,
     ) -> Tensor:
         """L_R: cross-entropy of each student region and its match, mean over regions, images and pairs of different views.
 
@@ -243,8 +265,8 @@ class RegionMatchingLoss(DINOLoss):
         _check_regions(student, self.ncrops, "student")
         _check_regions(teacher, TEACHER_VIEWS, "teacher")
         batch = _count(teacher.view_logits) // TEACHER_VIEWS
-        sources = mixup_sources(targets_mixup, self.ncrops, batch, teacher.region_features.device)
-        matches = list(match_views(student, teacher, sources))
+        mixed, sources = sources is not None, sources or unmixed(self.ncrops, batch, teacher.region_features.device)
+        matches = list(match_views(student, teacher, sources, mixed))
         if isinstance(student.region_logits, FactoredLogits) and isinstance(teacher.region_logits, FactoredLogits):
             return self._chunked_region_loss(student, teacher, epoch, sources, matches)
         student_views = _by_view(_multiplied(student.region_logits), student)
@@ -286,12 +308,12 @@ class RegionMatchingLoss(DINOLoss):
         return self._chunked(student_logits, teacher_logits, targets, self.center_grid, epoch) / (batch * self._pairs)
 
     def _terms(
-        self, student_output: Any, teacher_output: Any, epoch: int, targets_mixup: Sequence[Tensor] | None
+        self, student_output: Any, teacher_output: Any, epoch: int, sources: Sources | None
     ) -> dict[str, Tensor]:
         student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
         return {
-            "view_loss": self.view_loss(student.view_logits, teacher.view_logits, epoch, targets_mixup),
-            "region_loss": self.region_loss(student, teacher, epoch, targets_mixup),
+            "view_loss": self.view_loss(student.view_logits, teacher.view_logits, epoch, sources),
+            "region_loss": self.region_loss(student, teacher, epoch, sources),
         }
 
 
@@ -313,34 +335,50 @@ class Match(NamedTuple):
     regions_BT: Tensor
 
 
-def mixup_sources(targets_mixup: Sequence[Tensor] | None, views: int, batch: int, device: torch.device) -> Sources:
-    """What `targets_mixup` (of each view teacher image by student image, (B, B)) says, or every image by itself."""
-    if targets_mixup is None:
-        return Sources(torch.arange(batch, device=device)[None], torch.ones(views, 1, batch, device=device))
+def unmixed(views: int, batch: int, device: torch.device) -> Sources:
+    """Every image by itself."""
+    return Sources(torch.arange(batch, device=device)[None], torch.ones(views, 1, batch, device=device))
+
+
+def mixup_sources(targets_mixup: Sequence[Tensor], mixed_from: int | None = None) -> Sources:
+    """What `targets_mixup` (of each view teacher image by student image, (B, B)) says, without waiting for the device.
+
+    P is `mixed_from`, over all views no image may have more, or B.
+    """
     weights_VBB = torch.stack([weights_BB.float() for weights_BB in targets_mixup])
-    used_BB = (weights_VBB != 0).any(dim=0)
-    most = int(used_BB.sum(dim=0).max())  # the only wait for a device, with mixup only
-    images_PB = used_BB.float().topk(most, dim=0).indices
+    views, batch, _ = weights_VBB.shape
+    most = batch if mixed_from is None else min(mixed_from, batch)
+    images_PB = (weights_VBB != 0).any(dim=0).float().topk(most, dim=0).indices
     return Sources(images_PB, weights_VBB.gather(1, images_PB.expand(views, -1, -1)))
 
 
-def match_views(student: MultiCropOutput, teacher: MultiCropOutput, sources: Sources) -> Iterator[Match]:
-    """The matches of all pairs of different views, found on backbone features."""
-    teacher_views = _by_view(teacher.region_features, teacher)
-    for v, student_BTC in enumerate(_by_view(student.region_features, student)):
+def match_views(
+    student: MultiCropOutput, teacher: MultiCropOutput, sources: Sources, mixed: bool = True
+) -> Iterator[Match]:
+    """The matches of all pairs of different views, found on backbone features; `mixed`: not every image by itself."""
+    student_views, teacher_views = (
+        [_directions(view) for view in _by_view(output.region_features, output)] for output in (student, teacher)
+    )
+    for v, student_BTC in enumerate(student_views):
         for q, teacher_BUC in enumerate(teacher_views):
             if q == v:
                 continue
             for p, images_B in enumerate(sources.images_PB):
-                regions_BT = match_regions(student_BTC, teacher_BUC[images_B])
+                regions_BT = _nearest(student_BTC, teacher_BUC[images_B] if mixed else teacher_BUC)
                 yield Match(v, q, p, images_B, sources.weights_VPB[v, p], regions_BT)
 
 
 def match_regions(student_features_BTC: Tensor, teacher_features_BUC: Tensor) -> Tensor:
     """(B, T) index of the teacher region with the highest cosine to each student region (EsViT equation 4)."""
-    student = F.normalize(student_features_BTC.detach().float(), dim=-1)
-    teacher = F.normalize(teacher_features_BUC.detach().float(), dim=-1)
-    return (student @ teacher.transpose(1, 2)).argmax(dim=-1)
+    return _nearest(_directions(student_features_BTC), _directions(teacher_features_BUC))
+
+
+def _directions(features: Tensor) -> Tensor:
+    return F.normalize(features.detach().float(), dim=-1)
+
+
+def _nearest(student_BTC: Tensor, teacher_BUC: Tensor) -> Tensor:
+    return (student_BTC @ teacher_BUC.transpose(1, 2)).argmax(dim=-1)
 
 
 def _multiplied(logits: Logits) -> Tensor:
@@ -351,12 +389,17 @@ def _count(logits: Logits) -> int:
     return len(logits.bottleneck) if isinstance(logits, FactoredLogits) else len(logits)
 
 
-def _sum_of_rows(logits: Logits) -> Tensor:
-    """(1, K) in float32; the sum of products is the product of the sum."""
+def _sum_of_rows(logits: Logits, weights_N: Tensor | None) -> Tensor:
+    """(1, K) in float32, weighted; the sum of products is the product of the sum."""
     if not isinstance(logits, FactoredLogits):
-        return logits.float().sum(dim=0, keepdim=True)
+        return _weighted(logits, weights_N).sum(dim=0, keepdim=True)
     with torch.autocast(logits.prototypes.device.type, enabled=False):
-        return F.linear(logits.bottleneck.float().sum(dim=0, keepdim=True), logits.prototypes.float())
+        sum_1C = _weighted(logits.bottleneck, weights_N).sum(dim=0, keepdim=True)
+        return F.linear(sum_1C, logits.prototypes.float())
+
+
+def _weighted(rows_NC: Tensor, weights_N: Tensor | None) -> Tensor:
+    return rows_NC.float() if weights_N is None else rows_NC.float() * weights_N.float()[:, None]
 
 
 def _check_views(logits: Logits, views: int, who: str) -> None:

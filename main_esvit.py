@@ -119,7 +119,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--data_path", default="", help="folder of images, with or without classes or train/, or a text file of paths")
     utils.add_layout_flags(parser)
-    add("--sampler", default="distributed", help="distributed (chunk is not supported yet)")
+    add(
+        "--sampler",
+        default="distributed",
+        choices=("distributed", "chunk"),
+        help="chunk: neighbours are read by one node at about the same time (see data/chunks.py)",
+    )
+    add("--shuffle_buffer", type=int, default=256, help="images that each worker mixes, of tar shards")
+    add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, which local ones tell")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
     utils.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
@@ -148,8 +155,9 @@ class EsViT(engine.Method):
         with torch.no_grad():
             teacher_output = self.teacher(views[:TEACHER_VIEWS])
         student_views, targets = (views, None) if self.mixup is None else self.mixup(views)
+        mixed_from = None if self.mixup is None else self.mixup.mixed_from
         student_output = self.student(student_views)
-        terms = self.criterion.terms(student_output, teacher_output, epoch, targets)
+        terms = self.criterion.terms(student_output, teacher_output, epoch, targets, mixed_from)
         self.criterion.accumulate_center(teacher_output)
         return self.criterion.total(terms), terms if len(terms) > 1 else {}
 
@@ -162,17 +170,19 @@ def main(args: argparse.Namespace) -> None:
     """Pre-train as the arguments say."""
     device = utils.init_processes(args)
     utils.setup_logging()
-    precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
+    # What `auto` stands for is kept with the run, and told where it is another one at a resume.
+    args.precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
     with utils.failing_together():
         check_args(args)
         output_dir = utils.make_output_dir(args.output_dir)
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
+        args.aug_backend = augment.choose_backend(args.aug_backend, args.aug_opt, config.MODEL.SPEC.IN_CHANS)
         loader = build_loader(args, config, device)
     utils.must_agree("numbers of images", len(loader.dataset))  # type: ignore[arg-type]
     utils.seed_everything(args.seed)
     method = build_method(args, config, device)
     utils.seed_everything(args.seed + utils.get_rank())
-    step = build_step(args, method, len(loader), device, precision)
+    step = build_step(args, method, len(loader), device, args.precision)
 
     with utils.failing_together():
         first_epoch = engine.resume_run(output_dir, step, args)
@@ -186,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if utils.is_main_process():
         utils.save_provenance(output_dir, args, config)
-    describe_run(args, method, loader, device, precision)
+    describe_run(args, method, loader, device, args.precision)
 
     log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
     save = partial(engine.save_run, output_dir, step, args=args, config=config, keep_every=args.saveckp_freq)
@@ -220,8 +230,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(
             "--smoothing mixes every image with every other, too much for regions; set it to 0 or turn regions off"
         )
-    if args.sampler != "distributed":
-        raise UsageError(f"--sampler {args.sampler} is not supported yet; use distributed")
+    utils.check_at_least(args, 1, ("shuffle_buffer",))
+    utils.check_at_least(args, 0, ("epoch_images",))
 
 
 # --------------------------------------------------------------------------- data
@@ -235,9 +245,16 @@ def build_loader(
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
     transform, finish = build_views(args, config, in_chans)
     path = args.data_path if args.dataset in data.COLLECTIONS else Path(args.data_path) / args.dataset
-    dataset = data.build_dataset(path, "train", transform, in_chans, args.seed, layout=data.layout_of(args))
+    layout = data.layout_of(args)
+    dataset: data.ImageDataset | data.ShardStream
+    if layout == "shards":
+        dataset = data.build_stream(str(path), transform, in_chans, args.seed, args.shuffle_buffer, args.epoch_images)
+    else:
+        dataset = data.build_dataset(path, "train", transform, in_chans, args.seed, layout=layout)
     pin = device.type == "cuda"
-    return data.build_train_loader(dataset, args.batch_size_per_gpu, args.num_workers, pin, finish=finish)
+    return data.build_train_loader(
+        dataset, args.batch_size_per_gpu, args.num_workers, pin, finish=finish, sampler=args.sampler
+    )
 
 
 def get_crops(args: argparse.Namespace, config: CfgNode) -> augment.Crops:

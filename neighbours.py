@@ -27,6 +27,8 @@ from utils import UsageError, logger
 
 BACKENDS = ("torch", "faiss")
 CHUNKS = {"cpu": (128, 2048), "cuda": (2048, 65536)}  # queries and keys of a chunk; other devices take the CPU's
+FAISS_QUERIES = 4096  # of a chunk; faiss cuts its work itself
+CHECKED_ROWS = 65536  # features that are looked at together; half ones become float32 for it
 TIE = 1e-6  # similarities of unit vectors that differ by less may be equal but for rounding
 RANKED = 5  # the second accuracy is that of the five classes with most votes
 
@@ -132,7 +134,7 @@ def load_faiss() -> Any:
 def nearest_faiss(
     queries_QC: Tensor, keys_NC: Tensor, k: int, own_Q: Tensor | None = None, key_chunk: int = 2048
 ) -> Neighbours:
-    """As `nearest`, by faiss's exact search on the CPU.
+    """As `nearest`, by faiss's exact search; all tensors are on the CPU.
 
     faiss takes any of several keys that are equally near, and rounds in its own way: queries with neighbours that differ by less
     than `TIE` are searched again by `nearest`, so that both give the same votes.
@@ -140,12 +142,12 @@ def nearest_faiss(
     faiss = load_faiss()
     wanted = min(k + 1 + (own_Q is not None), len(keys_NC))  # the key after the last one shows whether that is tied
     found = faiss.knn(
-        queries_QC.cpu().contiguous().numpy(),
-        keys_NC.cpu().contiguous().numpy(),
+        queries_QC.contiguous().numpy(),
+        keys_NC.contiguous().numpy(),
         wanted,
         metric=faiss.METRIC_INNER_PRODUCT,
     )
-    similarity, index = (torch.as_tensor(part).to(queries_QC.device) for part in found)
+    similarity, index = (torch.as_tensor(part) for part in found)
     index = index.long()
     if own_Q is not None:
         similarity = similarity.masked_fill(index == own_Q[:, None], -torch.inf)
@@ -197,6 +199,8 @@ def knn_scores(
             are not finite, a backend that is unknown or not installed.
     """
     train, val = split
+    if backend == "faiss":  # which searches there; once, not for every chunk of queries
+        train, val = (LabelledFeatures(*(tensor.cpu().contiguous() for tensor in part)) for part in split)
     voters = len(train.labels_N) - leave_one_out
     _check(split, ks, temperature, voters, backend)
     clamped = [min(k, voters) for k in ks]
@@ -204,6 +208,8 @@ def knn_scores(
         logger.warning("k = %d is more than the %d training images that vote; all of them do", k, voters)
     classes = 1 + int(max(train.labels_N.max(), val.labels_N.max()).item())
     query_chunk, key_chunk = CHUNKS.get(train.features_NC.device.type, CHUNKS["cpu"])
+    if backend == "faiss":
+        query_chunk = FAISS_QUERIES
     search = nearest_faiss if backend == "faiss" else nearest
     hits = torch.zeros(len(ks), 2, classes, dtype=torch.long)  # of the one class with most votes, and of the first five
     mine = range(0, len(val.labels_N), query_chunk)[utils.get_rank() :: utils.get_world_size()]
@@ -227,7 +233,8 @@ def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, bac
         raise UsageError("k-NN needs at least one training and one validation image, --leave_one_out two images")
     if min(ks) < 1 or temperature <= 0:
         raise UsageError(f"--nb_knn {list(ks)} and --temperature {temperature} must be positive")
-    if not all(part.features_NC.sum(dtype=torch.float32).isfinite() for part in split):
+    chunks = (chunk for part in split for chunk in part.features_NC.split(CHECKED_ROWS))
+    if not torch.stack([chunk.sum(dtype=torch.float32) for chunk in chunks]).isfinite().all():
         raise UsageError("the features hold numbers that are not finite; check the weights of the network")
     if backend == "faiss" and split.train.features_NC.dtype != torch.float32:
         raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")

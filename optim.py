@@ -35,12 +35,12 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW, SGD with momentum 0.9 or LARS; learning rate and weight decay are set by the schedules of each step.
 
-    AdamW and SGD are fused where that exists (`FUSED_DEVICES`).
+    AdamW and SGD are fused where that exists (`FUSED_DEVICES`), elsewhere as torch chooses (None; False would choose the slowest).
 
     Raises:
         UsageError: an unknown name.
     """
-    fused = all(parameter.device.type in FUSED_DEVICES for group in groups for parameter in group["params"])
+    fused = all(parameter.device.type in FUSED_DEVICES for group in groups for parameter in group["params"]) or None
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=fused)
     if name == "sgd":

@@ -18,7 +18,7 @@ class FactoredLogits(NamedTuple):
     Both factors have the dtype that their product is to be computed in.
     """
 
-    bottleneck: Tensor  # (..., C), of length 1
+    bottleneck: Tensor  # (..., C), of any length; DINO's head gives it length 1
     prototypes: Tensor  # (K, C)
 
     def product(self) -> Tensor:

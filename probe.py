@@ -166,6 +166,12 @@ class Probe:
             raise UsageError(
                 f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
             )
+        begun_with = content["scheduler"].get("T_max")
+        if begun_with not in (None, self.scheduler.T_max):
+            raise UsageError(
+                f"{source} was begun with --epochs {begun_with}, not {self.scheduler.T_max}; "
+                "pass that, or choose another --output_dir"
+            )
         several = content.get("classifiers", {})
         try:
             for setting, classifier in zip(self.settings, self.classifiers.each):

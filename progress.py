@@ -98,11 +98,18 @@ class EpochMeter:
         self.read()
         return self._latest
 
-    def means(self) -> dict[str, float]:
-        """Mean of each scalar, and `skipped_steps`, a count."""
+    def means(self) -> dict[str, float | None]:
+        """Mean of each scalar, None where every step was skipped, and `skipped_steps`, a count."""
         self.read()
-        means = {name: total / count for name, (total, count) in self._sums.items() if count and name != "skipped"}
-        return means | {"skipped_steps": self._sums.get("skipped", (0.0, 0))[0]}
+        means = {
+            name: total / count if count else None for name, (total, count) in self._sums.items() if name != "skipped"
+        }
+        return means | {"skipped_steps": self.skipped_steps}
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of the steps that were read changed nothing."""
+        return int(self._sums.get("skipped", (0.0, 0))[0])
 
     @property
     def seconds(self) -> float:
@@ -196,7 +203,7 @@ class RunLog:
         """Append the epoch's line, with `more` numbers and mappings of numbers, to `log.txt` and to TensorBoard, and say it."""
         means = meter.means()
         record: dict[str, Any] = {f"train_{k}": v for k, v in means.items() if k != "skipped_steps"}
-        record |= self._rates | {"epoch": meter.epoch, "skipped_steps": int(means["skipped_steps"])}
+        record |= self._rates | {"epoch": meter.epoch, "skipped_steps": meter.skipped_steps}
         record |= {
             "images_per_s": round(meter.images_per_second, 2),
             "waiting_share": round(meter.waiting_share, 4),

@@ -1,4 +1,6 @@
-"""`results.json`: the scores that an evaluation leaves in its folder, with the evaluation's name so that none overwrites another's.
+"""Result files: numbered names, so that nothing is overwritten, and `results.json`, the scores that an evaluation leaves.
+
+`results.json` holds the evaluation's name, so that none takes another's place.
 
 Origin: this project's own.
 """
@@ -7,20 +9,82 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from analysis.files import newest, read_json, save_json
 from utils import UsageError
 
 FILE = "results.json"
 
 
+# --------------------------------------------------------------------------- numbered files
+
+
+def _names(path: Path) -> Iterator[Path]:
+    """The path itself, then with _2, _3, ... before its ending, without end."""
+    yield path
+    yield from (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(2))
+
+
+def unused(path: Path) -> Path:
+    """The first of a path's names that does not exist."""
+    return next(candidate for candidate in _names(path) if not candidate.exists())
+
+
+def numbered(path: Path) -> list[Path]:
+    """The names that `unused` gave out for a path, as far as they exist without a gap, in their order."""
+    return list(takewhile(Path.exists, _names(path)))
+
+
+def newest(path: Path) -> Path | None:
+    """The last of the `numbered` names."""
+    return next(iter(reversed(numbered(path))), None)
+
+
+def save_json(record: Mapping[str, Any], path: Path) -> Path:
+    """Write JSON under an unused name, and return that; a file that appears meanwhile keeps its name."""
+    text = json.dumps(record, indent=2) + "\n"
+    for candidate in _names(path):
+        try:
+            with candidate.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError  # there is no last number
+
+
+def read_json(path: Path | None) -> Any:
+    """The content of a JSON file; None without a file or where it is damaged."""
+    try:
+        return None if path is None else json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+# --------------------------------------------------------------------------- results.json
+
+
+class Written(NamedTuple):
+    """A result file, and whether it was written now; else it held the same before."""
+
+    path: Path
+    changed: bool
+
+    def __str__(self) -> str:
+        return f"wrote {self.path}" if self.changed else f"{self.path} is unchanged: it holds these results already"
+
+
+def _is_of(path: Path, evaluation: str) -> bool:
+    record = read_json(path)
+    return isinstance(record, dict) and record.get("evaluation") == evaluation
+
+
 def has_other_results(folder: Path, evaluation: str) -> bool:
     """Whether `results.json` is there and not of this evaluation."""
-    record = read_json(folder / FILE)
-    return (folder / FILE).exists() and not (isinstance(record, dict) and record.get("evaluation") == evaluation)
+    return (folder / FILE).exists() and not _is_of(folder / FILE, evaluation)
 
 
 def refuse_other_results(folder: Path, evaluation: str) -> None:
@@ -35,14 +99,21 @@ def refuse_other_results(folder: Path, evaluation: str) -> None:
         )
 
 
-def write_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> None:
-    """Write the results of a run, in place of its earlier ones."""
+def write_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Written:
+    """Write the results of a run, in place of its earlier ones; under a new number where another evaluation's came meanwhile."""
+    whole = {"evaluation": evaluation} | dict(record)
+    path = next(p for p in _names(folder / FILE) if not p.exists() or _is_of(p, evaluation))
+    if read_json(path) == whole:
+        return Written(path, changed=False)
     temporary = folder / f".{FILE}.tmp"
-    temporary.write_text(json.dumps({"evaluation": evaluation} | dict(record), indent=2) + "\n")
-    os.replace(temporary, folder / FILE)
+    temporary.write_text(json.dumps(whole, indent=2) + "\n")
+    os.replace(temporary, path)
+    return Written(path, changed=True)
 
 
-def add_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Path:
-    """Write results that belong to no run: under a new number, unless the last ones are the same. Returns the file."""
+def add_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Written:
+    """Write results that belong to no run: under a new number, unless the last ones are the same."""
     whole, last = {"evaluation": evaluation} | dict(record), newest(folder / FILE)
-    return last if last is not None and read_json(last) == whole else save_json(whole, folder / FILE)
+    if last is not None and read_json(last) == whole:
+        return Written(last, changed=False)
+    return Written(save_json(whole, folder / FILE), changed=True)

@@ -29,19 +29,17 @@ import data
 import utils
 from analysis import attention, correspondence, pictures, plots, stereo
 from analysis import report as pages
-from analysis.files import newest, save_image, save_json, unused
+from analysis.files import save_image, save_json, unused
 from analysis.images import (
     Picture,
     Scale,
     Views,
-    as_picture,
-    find_images,
     flip_views,
-    load_picture,
-    load_views,
+    load_pictures,
     plain_view,
     random_views,
     save_views,
+    saved_views,
     scale_of,
 )
 from data.augment import MultiCrop
@@ -88,6 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size_per_gpu", type=int, default=32)
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder of images for what is measured over many")
+    utils.add_layout_flags(parser)
     utils.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
@@ -117,6 +116,10 @@ class Lab(NamedTuple):
         """Where a result goes, with network and learning in its name."""
         return self.folder / f"{self.args.arch}_{LEARNING[self.args.learning]}_{name}"
 
+    def layout(self, path: str) -> str:
+        """How a folder of images holds them, as the flags say."""
+        return data.layout_of(argparse.Namespace(**vars(self.args) | {"data_path": path}))
+
     def pictures(self) -> list[Picture]:
         """The images to look at.
 
@@ -126,11 +129,7 @@ class Lab(NamedTuple):
         path = self.args.image_path or self.args.data_path
         if not path:
             raise UsageError("no image is named; pass --image_path FILE or FOLDER, or --data_path FOLDER")
-        files = find_images(path, self.args.num_images)
-        found = [load_picture(file, self.scale, self.in_chans) for file in files]
-        if len({Path(file).parent for file in files}) > 1:  # files of several folders may share their names
-            found = [p._replace(name=f"{Path(file).parent.name}_{p.name}") for file, p in zip(files, found)]
-        return found
+        return load_pictures(path, self.args.num_images, self.scale, self.in_chans, self.layout(path))
 
 
 # --------------------------------------------------------------------------- pictures of single images
@@ -164,11 +163,7 @@ def attention_of(lab: Lab, picture: Picture, block: int) -> tuple[pictures.Drawi
 def vis_correspondence(lab: Lab) -> None:
     """The best pairs of two views of every image, or of two images."""
     found = lab.pictures()
-    if lab.args.image_path2:
-        first, second = found[0], load_picture(lab.args.image_path2, lab.scale, lab.in_chans)
-        views = {f"{first.name}_{second.name}": Views(first.pixels_CHW, second.pixels_CHW, "two images")}
-    else:
-        views = {picture.name: views_of(lab, picture) for picture in found}
+    views = two_images(lab, found) if lab.args.image_path2 else {p.name: views_of(lab, p) for p in found}
     for name, both in views.items():
         drawing = pictures.correspondence_drawing(lab.backbone, both, lab.scale, lab.device)
         save_drawing(lab, drawing, f"{name}_correspondence")
@@ -176,21 +171,35 @@ def vis_correspondence(lab: Lab) -> None:
         print(f"{name}: cosines {cosines}")
 
 
+def two_images(lab: Lab, found: Sequence[Picture]) -> dict[str, Views]:
+    """The image of --image_path and that of --image_path2.
+
+    Raises:
+        UsageError: more than one of either, or one that cannot be read.
+    """
+    path2 = lab.args.image_path2
+    second = load_pictures(path2, lab.args.num_images, lab.scale, lab.in_chans, lab.layout(path2))
+    for flag, several in (("--image_path", found), ("--image_path2", second)):
+        if len(several) > 1:
+            raise UsageError(
+                f"{flag} names {len(several)} images, and --image_path2 compares one with one; name a file"
+            )
+    first, other = found[0], second[0]
+    return {f"{first.name}_{other.name}": Views(first.pixels_CHW, other.pixels_CHW, "two images")}
+
+
 def views_of(lab: Lab, picture: Picture) -> Views:
     """Two views: the saved ones with --use_saved_aug, else new ones, which are saved.
 
     Raises:
-        UsageError: none were saved.
+        UsageError: none of this picture were saved.
     """
     path = lab.folder / f"views_{picture.name}.pth"
-    if not lab.args.use_saved_aug:
-        views = random_views(picture, lab.args.seed)
-        save_views(views, unused(path))
-        return views
-    saved = newest(path)
-    if saved is None:
-        raise UsageError(f"--use_saved_aug finds no {path}; run --vis_correspondence without it first")
-    return load_views(saved, lab.in_chans)
+    if lab.args.use_saved_aug:
+        return saved_views(path, picture, lab.in_chans)
+    views = random_views(picture, lab.args.seed)
+    save_views(views, unused(path))
+    return views
 
 
 def vis_features(lab: Lab) -> None:
@@ -213,7 +222,9 @@ def sum_over_folder(lab: Lab, transform: MultiCrop, measure: Callable[[list[Tens
     path = lab.args.data_path or lab.args.image_path
     if not path:
         raise UsageError("no folder of images is named; pass --data_path FOLDER")
-    dataset = data.build_dataset(path, "val", transform, lab.in_chans, lab.args.seed)
+    with utils.failing_together():
+        dataset = data.build_dataset(path, "val", transform, lab.in_chans, lab.args.seed, layout=lab.layout(path))
+    utils.must_agree("numbers of images", len(dataset))
     loader = data.build_eval_loader(
         dataset, lab.args.batch_size_per_gpu, lab.args.num_workers, pin_memory=lab.device.type == "cuda"
     )
@@ -251,19 +262,19 @@ def measure_correspondence(lab: Lab) -> None:
         _say(save_json(score._asdict() | {"image_size": list(size)}, lab.folder / "correspondence.json"))
 
 
-def layer_shapes(lab: Lab) -> list[attention.LayerShape]:
-    """Heads and keys of every block, for images that are cut to one size.
+def uniform_bits(lab: Lab) -> list[list[float]]:
+    """For each block and head the entropy of attention that is spread evenly, on images that are cut to one size.
 
     Raises:
         UsageError: a network without attention.
     """
     attention.check_attention(lab.backbone)
     size = lab.scale.size_for(*lab.config.MODEL.IMAGE_SIZE)
-    return attention.layer_shapes(lab.backbone, torch.zeros(1, lab.in_chans, *size, device=lab.device))
+    return attention.uniform_bits(lab.backbone, torch.zeros(1, lab.in_chans, *size, device=lab.device))
 
 
-def mean_entropies(lab: Lab, shapes: Sequence[attention.LayerShape]) -> list[list[float]]:
-    """For each block the mean entropy of each head, in bits, over a folder."""
+def mean_entropies(lab: Lab, heads: Sequence[int]) -> list[list[float]]:
+    """For each block, of so many heads, the mean entropy of each head, in bits, over a folder."""
     size = lab.scale.size_for(*lab.config.MODEL.IMAGE_SIZE)
 
     def measure(views: list[Tensor]) -> Tensor:
@@ -272,15 +283,15 @@ def mean_entropies(lab: Lab, shapes: Sequence[attention.LayerShape]) -> list[lis
 
     sums = sum_over_folder(lab, plain_view(size, lab.scale.mean, lab.scale.std), measure)
     means = sums[:-1] / sums[-1]
-    return [part.tolist() for part in means.split([shape.heads for shape in shapes])]
+    return [part.tolist() for part in means.split(list(heads))]
 
 
 def vis_entropy(lab: Lab) -> None:
     """Entropy by layer and head, as a plot and as JSON."""
-    shapes = layer_shapes(lab)
-    values = mean_entropies(lab, shapes)
+    by_head = uniform_bits(lab)
+    values = mean_entropies(lab, [len(heads) for heads in by_head])
     if utils.is_main_process():
-        uniform = [shape.uniform_bits for shape in shapes]
+        uniform = [heads[0] for heads in by_head]
         path = unused(lab.output("entropy.png"))
         path.write_bytes(plots.as_png(plots.entropy_plot(values, uniform, lab.backbone.stage_depths)))
         _say(path)
@@ -312,7 +323,7 @@ def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
     size = scale.size_for(pair.left.height, pair.left.width)
     pair = stereo.resized(pair, size)
     left, right = (
-        scale.normalised(as_picture("", picture, scale).pixels_CHW).to(lab.device)
+        scale.normalised(data.augment.as_tensor(picture)).to(lab.device)  # at `size` already
         for picture in (pair.left, pair.right)
     )
     networks = {"network": lab.backbone}
@@ -371,7 +382,7 @@ def entropy_section(lab: Lab, found: Sequence[Picture]) -> pages.Section:
     """Mean entropy of the heads over the images of the report."""
     images = torch.cat([centre_view(lab, picture) for picture in found]).to(lab.device)
     values = [bits_BH.mean(dim=0).tolist() for bits_BH in attention.entropies(lab.backbone, images)]
-    uniform = [shape.uniform_bits for shape in layer_shapes(lab)]
+    uniform = [heads[0] for heads in uniform_bits(lab)]
     drawn = plots.entropy_plot(values, uniform, lab.backbone.stage_depths)
     words = (
         "How widely heads look, by layer: 0 bits are one region, the dashed line is all that a head can see, evenly."
@@ -416,11 +427,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"nothing to do; pass at least one of {' '.join('--' + task for task in tasks)}")
     if not 0 < args.threshold <= 1:
         raise UsageError(f"--threshold {args.threshold} is a share of the attention and must lie in 0..1, above 0")
-    for flag in ("batch_size_per_gpu", "num_images"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag} {getattr(args, flag)} must be 1 or more")
-    if args.num_workers < 0:
-        raise UsageError(f"--num_workers {args.num_workers} must be 0 or more")
+    if args.use_saved_aug and args.image_path2:
+        raise UsageError("--use_saved_aug takes views of one image, --image_path2 a second one; leave one of them out")
+    utils.check_at_least(args, 1, ["batch_size_per_gpu", "num_images"])
+    utils.check_at_least(args, 0, ["num_workers"])
     if args.run_dir and not Path(args.run_dir).is_dir():
         raise UsageError(f"--run_dir {args.run_dir} is no folder; name the folder of a training run")
 
@@ -440,8 +450,9 @@ def main(args: argparse.Namespace) -> None:
     """Do what was asked for, one task after the other."""
     device = utils.init_processes(args)
     utils.setup_logging()
-    check_args(args)
-    lab = open_lab(args, device)
+    with utils.failing_together():
+        check_args(args)
+        lab = open_lab(args, device)
     for name, task in SHARED.items():
         if getattr(args, name):
             task(lab)

@@ -470,8 +470,8 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def make_output_dir(folder: str | Path) -> Path:
-    """Create the folder of a run.
+def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
+    """Create the folder of a run, or another one that `flag` names.
 
     Raises:
         UsageError: it cannot be created.
@@ -479,5 +479,5 @@ def make_output_dir(folder: str | Path) -> Path:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be created ({error.strerror}); choose another") from None
+        raise UsageError(f"{flag} {folder} cannot be created ({error.strerror}); choose another") from None
     return Path(folder)

@@ -8,8 +8,8 @@ Origin: head-wise masks of DINO (Caron et al., ICCV 2021) section 4.2.2; entropy
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from models import Backbone
 from models.base import BlockOutput
 from utils import UsageError
+
+HIDDEN_BELOW = 1e-30  # weight of a key that a mask hides, see block_uniform_bits
 
 
 class HeadMaps(NamedTuple):
@@ -141,36 +143,51 @@ def head_maps(
     return HeadMaps(planes_Hhw[heads], masks[heads], entropies_H[heads], heads.tolist(), block, query)
 
 
+def mean_over_queries(backbone: Backbone, output: BlockOutput, rows_WHQ: Tensor) -> Tensor:
+    """(B, H) the mean of what each row of a block's maps gave (windows of all images, H, Q); rows of padding do not count."""
+    real_WQ = backbone.real_queries(output).to(rows_WHQ.device)
+    rows_BWHQ = rows_WHQ.unflatten(0, (output.tokens_BNC.shape[0], -1))
+    return (rows_BWHQ * real_WQ[:, None]).sum(dim=(1, 3)) / real_WQ.sum()
+
+
 def block_entropy(backbone: Backbone, output: BlockOutput) -> Tensor:
-    """Mean entropy (B, H) in bits of the attention of a block's tokens; rows of padding do not count."""
+    """Mean entropy (B, H) in bits of the attention of a block's tokens."""
     assert output.attention is not None
-    images = output.tokens_BNC.shape[0]
-    real_WQ = backbone.real_queries(output).to(output.attention.device)
-    entropy_BWHQ = entropy_bits(output.attention.float()).unflatten(0, (images, -1))
-    return (entropy_BWHQ * real_WQ[:, None]).sum(dim=(1, 3)) / real_WQ.sum()
+    return mean_over_queries(backbone, output, entropy_bits(output.attention.float()))
 
 
-class LayerShape(NamedTuple):
-    """Attention of a block on images of one size."""
+def block_uniform_bits(backbone: Backbone, output: BlockOutput) -> Tensor:
+    """(B, H) the entropy that a block's attention would have if each token looked evenly at all that it sees.
 
-    heads: int
-    keys: int  # of a query, those of padding too
-
-    @property
-    def uniform_bits(self) -> float:
-        """Entropy of attention that is spread evenly: none can have more."""
-        return math.log2(self.keys)
+    Keys that a mask hides have weights of 0, or of exp(-100) where shifted windows meet; what is seen is far above both in the
+    maps of a blank image, whose tokens are alike. Padding that a network lets be seen counts as seen.
+    """
+    assert output.attention is not None
+    seen_WHQ = (output.attention > HIDDEN_BELOW).sum(dim=-1)
+    return mean_over_queries(backbone, output, seen_WHQ.float().log2())
 
 
 @torch.no_grad()
-def layer_shapes(backbone: Backbone, image_1CHW: Tensor) -> list[LayerShape]:
-    """The shape of each block's attention on images like this one."""
-    outputs = backbone.forward_blocks(image_1CHW, sum(backbone.stage_depths), attention=True)
-    return [LayerShape(o.attention.shape[1], o.attention.shape[3]) for o in outputs if o.attention is not None]
+def of_each_block(
+    backbone: Backbone, images_BCHW: Tensor, measure: Callable[[Backbone, BlockOutput], Tensor]
+) -> list[Tensor]:
+    """What `measure` gives for each block; maps of a block are let go before the next one makes its own."""
+    found: list[Tensor] = []
+    x: Any = images_BCHW
+    for stage in range(len(backbone.stage_depths)):
+        x = backbone.enter_stage(stage, x)
+        for block in backbone.stage_blocks(stage):
+            x, maps = backbone.call_block(block, x, True)
+            found.append(measure(backbone, BlockOutput(*backbone.tokens(x), maps, len(found))))
+            del maps
+    return found
 
 
-@torch.no_grad()
 def entropies(backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
     """For each block the mean entropy (B, H) in bits of its heads' attention."""
-    outputs = backbone.forward_blocks(images_BCHW, sum(backbone.stage_depths), attention=True)
-    return [block_entropy(backbone, output) for output in outputs]
+    return of_each_block(backbone, images_BCHW, block_entropy)
+
+
+def uniform_bits(backbone: Backbone, blank_1CHW: Tensor) -> list[list[float]]:
+    """For each block and head the entropy of attention that is spread evenly, on images of this size: none can have more."""
+    return [bits_BH[0].tolist() for bits_BH in of_each_block(backbone, blank_1CHW, block_uniform_bits)]

@@ -6,9 +6,11 @@ Origin: this project's own; the views follow DINO (Caron et al., ICCV 2021).
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import takewhile
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import torch
@@ -20,9 +22,12 @@ from yacs.config import CfgNode
 
 import data
 from checkpoint import load_file, save_file
-from data.augment import BrightnessContrast, MultiCrop, ViewTransform
-from data.decode import ImageLike, read_image
+from data.augment import BrightnessContrast, MultiCrop, ViewTransform, as_tensor
+from data.datasets import reason_of
+from data.decode import ImageLike, decode_image
+from data.sources import Files, Source
 from models import Backbone
+from results import numbered
 from utils import UsageError, isolated_rng
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -32,9 +37,10 @@ VIEW_SCALE = (0.4, 1.0)
 class Picture(NamedTuple):
     """An image resized to whole regions of a network."""
 
-    name: str  # of the file, without its ending
+    name: str  # of the file, without its ending; no other picture that is looked at has it
     pixels_CHW: Tensor  # 0..1
     original_size: tuple[int, int]  # height and width of the file
+    digest: str  # of the pixels of the file: the same photograph has the same one under every name
 
 
 class Scale(NamedTuple):
@@ -73,39 +79,56 @@ def scale_of(backbone: Backbone, config: CfgNode, shorter_side: int | None, devi
     return Scale(side, region, config.INPUT.MEAN, config.INPUT.STD)
 
 
-def load_picture(path: str, scale: Scale, in_chans: int) -> Picture:
-    """Read a file and resize it.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    try:
-        image = read_image(path, in_chans)
-    except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"cannot read the image {path} ({reason}); name another one") from None
-    return as_picture(Path(path).stem, image, scale)
-
-
 def as_picture(name: str, image: ImageLike, scale: Scale) -> Picture:
     """An image that is there already, resized."""
-    size = (image.shape[1], image.shape[2]) if isinstance(image, Tensor) else (image.height, image.width)
-    image = TF.resize(image, list(scale.size_for(*size)), interpolation=BICUBIC, antialias=True)
-    pixels_CHW = image if isinstance(image, Tensor) else TF.to_tensor(image)
-    return Picture(name, pixels_CHW.clamp(0, 1), size)
+    pixels_CHW = as_tensor(image)
+    size = pixels_CHW.shape[1], pixels_CHW.shape[2]
+    digest = hashlib.sha256(f"{tuple(pixels_CHW.shape)}".encode() + pixels_CHW.contiguous().numpy().tobytes())
+    resized = TF.resize(image, list(scale.size_for(*size)), interpolation=BICUBIC, antialias=True)
+    return Picture(name, as_tensor(resized).clamp(0, 1), size, digest.hexdigest())
 
 
-def find_images(path: str, count: int) -> list[str]:
-    """The file itself, or `count` files spread evenly over a folder (or its folder `val`).
+def load_pictures(path: str, count: int, scale: Scale, in_chans: int, layout: str = "files") -> list[Picture]:
+    """The file itself, or `count` images spread evenly over a folder (or its part `val`), under names of their own.
+
+    Args:
+        layout: of the folder, see data/datasets.py.
 
     Raises:
-        UsageError: nothing is there.
+        UsageError: nothing is there, or an image cannot be read.
     """
     if Path(path).is_file() and Path(path).suffix.lower() != ".txt":
-        return [path]
-    dataset = data.build_dataset(path, "val", lambda image: [])
-    count = min(count, len(dataset))
-    return [dataset.source.name((2 * i + 1) * len(dataset) // (2 * count)) for i in range(count)]
+        source: Source = Files([path])
+    else:
+        source = data.build_dataset(path, "val", lambda image: [], in_chans, layout=layout).source
+    count = min(count, len(source))
+    chosen = [(2 * i + 1) * len(source) // (2 * count) for i in range(count)]
+    names = unique_names([source.name(index) for index in chosen])
+    images = (_image(source, index, in_chans) for index in chosen)
+    return [as_picture(name, image, scale) for name, image in zip(names, images)]
+
+
+def _image(source: Source, index: int, in_chans: int) -> ImageLike:
+    try:
+        return decode_image(source.read(index), in_chans)
+    except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
+        raise UsageError(f"cannot read the image {source.name(index)} ({reason_of(error)}); name another one") from None
+
+
+def unique_names(files: Sequence[str]) -> list[str]:
+    """A name for each file, as short as tells them apart: without folders and ending, with them, or with a number."""
+    paths = [PurePath(file) for file in files]
+    folders = [path.parent.parts for path in paths]
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders)))
+    whole = ["_".join([*path.parts[shared:-1], path.stem]) for path in paths]
+    attempts = [
+        [path.stem for path in paths] if len(set(folders)) == 1 else [],
+        [f"{path.parent.name}_{path.stem}" for path in paths] if all(folders) else [],
+        whole,
+        [f"{name}_{path.suffix[1:]}" for name, path in zip(whole, paths)],
+    ]
+    told_apart = (names for names in attempts if len(set(names)) == len(files))
+    return next(told_apart, [f"{number}_{name}" for number, name in enumerate(whole)])
 
 
 # --------------------------------------------------------------------------- views
@@ -130,6 +153,7 @@ class Views(NamedTuple):
     first_CHW: Tensor
     second_CHW: Tensor
     made: str
+    digest: str = ""  # of the picture that both were cut from
 
 
 def random_views(picture: Picture, seed: int) -> Views:
@@ -147,12 +171,13 @@ def random_views(picture: Picture, seed: int) -> Views:
             views.append(view.clamp(0, 1))
             top, left, height, width = box
             told.append(f"rows {top}-{top + height}, columns {left}-{left + width}{', flipped' if flipped else ''}")
-    return Views(views[0], views[1], f"{picture.name}, seed {seed}: {told[0]}; {told[1]}")
+    return Views(views[0], views[1], f"{picture.name}, seed {seed}: {told[0]}; {told[1]}", picture.digest)
 
 
 def save_views(views: Views, path: Path) -> None:
     """Keep two views for another network."""
-    save_file({"first": views.first_CHW, "second": views.second_CHW, "made": views.made}, path)
+    content = {"first": views.first_CHW, "second": views.second_CHW, "made": views.made, "digest": views.digest}
+    save_file(content, path)
 
 
 def load_views(path: Path, in_chans: int) -> Views:
@@ -163,11 +188,30 @@ def load_views(path: Path, in_chans: int) -> Views:
     """
     content = load_file(path)
     first, second = content.get("first"), content.get("second")
+    remedy = "leave --use_saved_aug out to make new ones"
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        raise UsageError(f"{path} holds no saved views; leave --use_saved_aug out to make new ones")
+        raise UsageError(f"{path} holds no saved views; {remedy}")
     if len(first) != in_chans or len(second) != in_chans:
-        raise UsageError(f"the views in {path} have {len(first)} channels, this network takes {in_chans}")
-    return Views(first, second, str(content.get("made", "")))
+        raise UsageError(f"the views in {path} have {len(first)} channels, this network takes {in_chans}; {remedy}")
+    return Views(first, second, str(content.get("made", "")), str(content.get("digest", "")))
+
+
+def saved_views(path: Path, picture: Picture, in_chans: int) -> Views:
+    """Of the views kept under `path` and its numbered names the last ones of this picture.
+
+    Raises:
+        UsageError: none are there, those that are show another picture, or they cannot be read.
+    """
+    files = numbered(path)
+    if not files:
+        raise UsageError(f"--use_saved_aug finds no {path}; run --vis_correspondence without it first")
+    for views in (load_views(file, in_chans) for file in reversed(files)):
+        if views.digest == picture.digest:
+            return views
+    raise UsageError(
+        f"--use_saved_aug finds views of another picture than {picture.name} in {path}; "
+        "leave it out to make new ones, or name another --output_dir"
+    )
 
 
 def views_of_size(views: Views, scale: Scale) -> Views:
@@ -177,21 +221,21 @@ def views_of_size(views: Views, scale: Scale) -> Views:
         view if tuple(view.shape[1:]) == side else TF.resize(view, list(side), BICUBIC, antialias=True).clamp(0, 1)
         for view, side in zip(views[:2], sides)
     ]
-    return Views(resized[0], resized[1], views.made)
+    return views._replace(first_CHW=resized[0], second_CHW=resized[1])
 
 
 def flip_views(size: tuple[int, int], in_chans: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
     """The image, cut to `size` (height, width) from its centre, and its horizontal flip with jittered colours or grey."""
 
     def view(extra: list[ViewTransform]) -> ViewTransform:
-        return transforms.Compose([FillAndCrop(size), _to_tensor, *extra, transforms.Normalize(mean, std)])
+        return transforms.Compose([FillAndCrop(size), as_tensor, *extra, transforms.Normalize(mean, std)])
 
     return MultiCrop([view([]), view([TF.hflip, RandomColours(in_chans)])])
 
 
 def plain_view(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
     """The image, cut to `size` (height, width) from its centre."""
-    return MultiCrop([transforms.Compose([FillAndCrop(size), _to_tensor, transforms.Normalize(mean, std)])])
+    return MultiCrop([transforms.Compose([FillAndCrop(size), as_tensor, transforms.Normalize(mean, std)])])
 
 
 class FillAndCrop:
@@ -205,10 +249,6 @@ class FillAndCrop:
         factor = max(self.size[0] / height, self.size[1] / width)
         sides = [max(wanted, round(side * factor)) for wanted, side in zip(self.size, (height, width))]
         return TF.center_crop(TF.resize(image, sides, interpolation=BICUBIC, antialias=True), list(self.size))
-
-
-def _to_tensor(image: ImageLike) -> Tensor:
-    return image if isinstance(image, Tensor) else TF.to_tensor(image)
 
 
 def shown(pixels_CHW: Tensor) -> Image.Image:

@@ -80,10 +80,10 @@ def measure(jpegs: list[bytes], rounds: int) -> dict[str, list[Seconds]]:
 
     def with_pil() -> None:
         for jpeg in jpegs:
-            pil(decode_image(jpeg, "photograph.jpg", 3))
+            pil(decode_image(jpeg, 3))
 
     def worker() -> None:
-        samples[:] = [crops(decode_image(jpeg, "photograph.jpg", 3)) for jpeg in jpegs]
+        samples[:] = [crops(decode_image(jpeg, 3)) for jpeg in jpegs]
 
     def device_part() -> None:
         finish([torch.stack(part) for part in zip(*samples)], torch.device("cpu"))

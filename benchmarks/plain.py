@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 
 import engine
 import optim
 from models.attention import pairwise_bias
+from models.mlp import Mlp
 from models.swin import SwinBlock, WindowAttention
 from models.windows import Cut, cut_windows, join_windows, padded_grid, window_partition
 
@@ -56,10 +58,10 @@ def plain_shift_mask(grid: tuple[int, int], cut: Cut) -> Tensor:
 
 
 def make_plain(network: nn.Module) -> nn.Module:
-    """Turn the Swin blocks of a network into plain ones, in place; parameters and their names stay."""
+    """Turn the Swin blocks and MLPs of a network into plain ones, in place; parameters and their names stay."""
+    plain: dict[type[nn.Module], type[nn.Module]] = {SwinBlock: PlainSwinBlock, Mlp: timm.layers.Mlp}
     for module in network.modules():
-        if type(module) is SwinBlock:
-            module.__class__ = PlainSwinBlock
+        module.__class__ = plain.get(type(module), type(module))
     return network
 
 
@@ -77,7 +79,7 @@ class PlainStep(engine.TrainStep):
         super().__init__(step.method, optimizer, step.schedules, *settings)
         self.read = read
 
-    def __call__(self, micro_batches: Sequence[Sequence[Tensor]], iteration: int, epoch: int) -> dict[str, Tensor]:
+    def __call__(self, micro_batches: Sequence[engine.MicroBatch], iteration: int, epoch: int) -> dict[str, Tensor]:
         """One update.
 
         Raises:

@@ -1,3 +1,4 @@
+from data.datasets import COLLECTIONS as COLLECTIONS
 from data.datasets import ImageDataset as ImageDataset
 from data.datasets import Transform as Transform
 from data.datasets import build_dataset as build_dataset
@@ -7,3 +8,5 @@ from data.loader import FailureTally as FailureTally
 from data.loader import Finish as Finish
 from data.loader import build_eval_loader as build_eval_loader
 from data.loader import build_train_loader as build_train_loader
+from data.shards import ShardStream as ShardStream
+from data.shards import build_stream as build_stream

@@ -104,13 +104,14 @@ def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence
         steps.append(transforms.RandomApply([jitter], p=JITTER))
         if in_chans == 3:
             steps.append(transforms.RandomGrayscale(p=GREY))
-        steps += [GaussianBlur(view.blur), Solarize(view.solarize), _to_tensor, transforms.Normalize(mean, std)]
+        steps += [GaussianBlur(view.blur), Solarize(view.solarize), as_tensor, transforms.Normalize(mean, std)]
         return transforms.Compose(steps)
 
     return MultiCrop([transform(view) for view in recipe.views])
 
 
-def _to_tensor(image: ImageLike) -> Tensor:
+def as_tensor(image: ImageLike) -> Tensor:
+    """(C, H, W) in 0..1; a tensor is that already."""
     return image if isinstance(image, Tensor) else TF.to_tensor(image)
 
 
@@ -176,7 +177,7 @@ def train_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiC
                 [
                     transforms.RandomResizedCrop(size, antialias=True),
                     transforms.RandomHorizontalFlip(),
-                    _to_tensor,
+                    as_tensor,
                     transforms.Normalize(mean, std),
                 ]
             )
@@ -194,7 +195,7 @@ def eval_view(size: int, crop_ratio: float, mean: Sequence[float], std: Sequence
                         round(size / crop_ratio), interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
                     ),
                     transforms.CenterCrop(size),
-                    _to_tensor,
+                    as_tensor,
                     transforms.Normalize(mean, std),
                 ]
             )

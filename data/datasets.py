@@ -2,6 +2,8 @@
 
     dataset = build_dataset("photos/", "train", transform)                   # class folders, loose files or a text file of paths
     dataset = build_dataset("imagenet/", "train", transform, layout="zip")   # train.zip with train_map.txt
+    dataset = build_dataset("imagenet/", "train", transform, layout="tsv")   # train.tsv
+    dataset = build_dataset("imagenet/", "train", transform, layout="shards")   # train-000000.tar and others
     sample = dataset[0]                                                      # views, label, index, failures
 
 Reading never ends a run by itself: an unreadable image is replaced by another sample and named in `Sample.failures`.
@@ -23,21 +25,32 @@ from torch.utils.data import Dataset
 
 from data.decode import ImageLike, decode_image
 from data.folders import list_files
-from data.sources import UNLABELLED, Listing, Source
+from data.published import list_openimages, list_webvision
+from data.sources import UNLABELLED, Listing, MultiLabels, Source
+from data.tars import holds_shards, list_tars
+from data.tsv import list_tsv
 from data.zips import list_zip
 from utils import UsageError, isolated_rng
 
 REPLACEMENT_TRIES = 20
 
 Transform = Callable[[ImageLike], list[Tensor]]
-LAYOUTS: dict[str, Callable[[Path, str, bool], Listing]] = {"files": list_files, "zip": list_zip}
+LAYOUTS: dict[str, Callable[[Path, str, bool], Listing]] = {
+    "files": list_files,
+    "zip": list_zip,
+    "tsv": list_tsv,
+    "shards": list_tars,
+    "webvision1": list_webvision,
+    "openimages_v4": list_openimages,
+}
+COLLECTIONS = ("imagenet1k", "imagenet22k", "webvision1", "openimages_v4")  # names of --dataset that are no folder's
 
 
 class Sample(NamedTuple):
     """One image, seen through the transform."""
 
     views: list[Tensor]  # each (C, H, W); empty when no replacement could be read either
-    label: int  # UNLABELLED without classes
+    label: int | Tensor  # UNLABELLED without classes; (classes,) 0 and 1 where an image has several
     image_index: int  # of the image asked for
     failures: tuple[str, ...]  # "name: reason" (no ": " in it) of every unreadable image on the way
 
@@ -49,7 +62,7 @@ class ImageDataset(Dataset[Sample]):
 
     Args:
         source: the encoded images.
-        labels: one an image.
+        labels: one an image, or several.
         classes: the names that labels index; empty without labels.
         transform: image to views.
         in_chans: channels; 1 and 3 give the transform a PIL image, other numbers a float tensor (C, H, W) in 0..1.
@@ -59,14 +72,15 @@ class ImageDataset(Dataset[Sample]):
     def __init__(
         self,
         source: Source,
-        labels: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray | MultiLabels,
         classes: Sequence[str],
         transform: Transform,
         in_chans: int = 3,
         seed: int = 0,
     ) -> None:
         self.source = source
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.multi_labels = labels if isinstance(labels, MultiLabels) else None
+        self.labels = np.asarray([] if isinstance(labels, MultiLabels) else labels, dtype=np.int64)
         self.classes = tuple(classes)
         self.transform = transform
         self.in_chans = in_chans
@@ -100,19 +114,41 @@ class ImageDataset(Dataset[Sample]):
             for _ in range(REPLACEMENT_TRIES):
                 name = self.source.name(chosen)
                 try:
-                    image = decode_image(self.source.read(chosen), name, self.in_chans)
+                    image = decode_image(self.source.read(chosen), self.in_chans)
                 except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
-                    reason = " ".join(str(error).replace(": ", " ").split()) or type(error).__name__
-                    failures.append(f"{name}: {reason}")
+                    failures.append(f"{name}: {reason_of(error)}")
                     chosen = int(np.random.randint(len(self)))
                     continue
-                return Sample(self.transform(image), int(self.labels[chosen]), index, tuple(failures))
+                return Sample(self.transform(image), self._label(chosen), index, tuple(failures))
         return Sample([], UNLABELLED, index, tuple(failures))
+
+    def _label(self, index: int) -> int | Tensor:
+        if self.multi_labels is not None:
+            return torch.from_numpy(self.multi_labels[index])
+        return int(self.labels[index])
+
+
+def reason_of(error: Exception) -> str:
+    """In one line without ": ", as `Sample.failures` takes it."""
+    return " ".join(str(error).replace(": ", " ").split()) or type(error).__name__
 
 
 def layout_of(args: argparse.Namespace) -> str:
-    """The layout that a script's flags name."""
-    return "zip" if args.zip_mode else "files"
+    """The layout that a script's flags name: a key of `LAYOUTS`.
+
+    Raises:
+        UsageError: flags that exclude each other.
+    """
+    dataset = getattr(args, "dataset", "")
+    flags = [flag for flag, given in (("--zip_mode", args.zip_mode), ("--tsv_mode", args.tsv_mode)) if given]
+    flags += [f"--dataset {dataset}"] if dataset in LAYOUTS else []
+    if len(flags) > 1:
+        raise UsageError(f"{' and '.join(flags)} name different layouts of --data_path; pass one of them")
+    if dataset in LAYOUTS:
+        return dataset
+    if args.zip_mode or args.tsv_mode:
+        return "zip" if args.zip_mode else "tsv"
+    return "shards" if holds_shards(args.data_path) else "files"
 
 
 def build_dataset(
@@ -128,7 +164,7 @@ def build_dataset(
 
     With the layout `files` it may be a folder with a sub-folder named `split` (then that one counts), a folder of class
     folders, a flat or nested folder without classes, or a text file with one path a line, relative to the file itself;
-    see data/folders.py. With `zip` it is a folder with zip files; see data/zips.py.
+    see data/folders.py. The other layouts are told in data/zips.py, data/tsv.py, data/tars.py and data/published.py.
 
     Args:
         split: `train` or `val`.
@@ -138,10 +174,11 @@ def build_dataset(
     Raises:
         UsageError: the path is missing or holds no image, or no class where labels are needed.
     """
+    assert layout in LAYOUTS
     root = Path(data_path)
     if not str(data_path):
         raise UsageError("--data_path is needed; it takes a folder of images or a text file of paths")
-    if not root.exists():
+    if layout != "shards" and not root.exists():
         raise UsageError(
             f"data path '{data_path}' does not exist; --data_path takes a folder of images or a text file of paths"
         )

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+import numpy as np
 
 from data.sources import UNLABELLED, Files, Listing
+from data.tree import EXTENSIONS, find_images
 from utils import UsageError
-
-EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 
 
 def list_files(root: Path, split: str, need_labels: bool) -> Listing:
@@ -23,25 +22,37 @@ def list_files(root: Path, split: str, need_labels: bool) -> Listing:
         UsageError: no image, or no class where labels are needed.
     """
     if root.is_file():
-        paths, relative = _read_path_list(root), []
-    else:
-        root = _folder_of_split(root, split, need_labels)
-        relative = _find_images(root)
-        paths = [str(root / name) for name in relative]
-    if not paths and (root / f"{split}.zip").is_file():
-        raise UsageError(f"no image found under {root}, but {split}.zip; pass --zip_mode")
-    if not paths:
-        raise UsageError(
-            f"no image found under {root}; looked in all sub-folders for files ending in {' '.join(EXTENSIONS)}"
-        )
-    class_of_path = [name.split(os.sep, 1)[0] for name in relative if os.sep in name]
-    if len(class_of_path) < len(paths):
-        if need_labels:
-            raise UsageError(f"{root} has images without a class; evaluation needs DIR/{{train,val}}/<class>/<image>")
-        return Listing(Files(paths), [UNLABELLED] * len(paths), ())
-    classes = sorted(set(class_of_path))
-    index_of_class = {name: i for i, name in enumerate(classes)}
-    return Listing(Files(paths), [index_of_class[name] for name in class_of_path], classes)
+        return _unlabelled(Files(_read_path_list(root)), root, need_labels)
+    root = _folder_of_split(root, split, need_labels)
+    names = find_images(root)
+    if not len(names):
+        raise UsageError(_no_image(root, split))
+    source = Files(names, str(root))
+    labels = np.zeros(len(names), dtype=np.int64)
+    number_of: dict[str, int] = {}
+    for i, name in enumerate(names):
+        class_name, separator, _ = name.partition(os.sep)
+        if not separator:
+            return _unlabelled(source, root, need_labels)
+        labels[i] = number_of.setdefault(class_name, len(number_of))
+    classes = sorted(number_of)
+    rank_of = np.empty(len(classes), dtype=np.int64)
+    rank_of[[number_of[name] for name in classes]] = np.arange(len(classes))
+    return Listing(source, rank_of[labels], classes)
+
+
+def _unlabelled(source: Files, root: Path, need_labels: bool) -> Listing:
+    if need_labels:
+        raise UsageError(f"{root} has images without a class; evaluation needs DIR/{{train,val}}/<class>/<image>")
+    return Listing(source, np.full(len(source), UNLABELLED), ())
+
+
+def _no_image(root: Path, split: str) -> str:
+    if (root / f"{split}.zip").is_file():
+        return f"no image found under {root}, but {split}.zip; pass --zip_mode"
+    if any(root.glob("*.tsv")):
+        return f"no image found under {root}, but tsv files; pass --tsv_mode"
+    return f"no image found under {root}; looked in all sub-folders for files ending in {' '.join(EXTENSIONS)}"
 
 
 def _folder_of_split(root: Path, split: str, need_labels: bool) -> Path:
@@ -51,22 +62,6 @@ def _folder_of_split(root: Path, split: str, need_labels: bool) -> Path:
     if need_labels and (root / ("val" if split == "train" else "train")).is_dir():
         raise UsageError(f"{root} has no folder '{split}' beside the other one; evaluation needs DIR/train and DIR/val")
     return root
-
-
-def _find_images(root: Path) -> list[str]:
-    """Image files below `root`, relative to it, sorted; links to folders are followed, but not in a circle."""
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        parents = {os.path.realpath(folder)} | {os.path.realpath(p) for p in Path(folder).parents}
-        visible = sorted(name for name in subfolders if not name.startswith("."))
-        subfolders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) not in parents]
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in files if _is_image_name(f)]
-    return sorted(found)
-
-
-def _is_image_name(name: str) -> bool:
-    """By ending; hidden files (`._photo.jpg` of macOS) are no images."""
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def _read_path_list(file: Path) -> list[str]:
@@ -80,5 +75,8 @@ def _read_path_list(file: Path) -> list[str]:
         raise UsageError(f"{file} names no path; it takes the path of one image a line")
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
-        raise UsageError(f"{file} names {len(missing)} files that do not exist, the first is {missing[0]}")
+        raise UsageError(
+            f"{file} names {len(missing)} files that do not exist, the first is {missing[0]}; "
+            "paths are relative to the text file: repair or remove these lines"
+        )
     return paths

@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
+from data.chunks import ChunkSampler, processes_per_node
 from data.datasets import ImageDataset, Sample
+from data.shards import ShardLoader, ShardStream
 from utils import UsageError, all_gather_objects, all_reduce_sum, get_rank, get_world_size, logger
 
 MAX_FAILED_SHARE = 0.01
@@ -30,7 +32,7 @@ class Batch(NamedTuple):
     """Samples of one step on one process."""
 
     views: list[Tensor]  # V tensors (B, C, H, W); with `finish` what that makes the views of
-    labels_B: Tensor
+    labels_B: Tensor  # (B, classes) where an image may have several
     indices_B: Tensor
     failures: list[str]
     finish: Finish | None = None  # what is left to do on the device
@@ -49,7 +51,7 @@ def collate(samples: Sequence[Sample], finish: Finish | None = None, finish_here
     """
     complete = all(sample.views for sample in samples)
     views = [torch.stack(view) for view in zip(*(sample.views for sample in samples))] if complete else []
-    labels = torch.tensor([sample.label for sample in samples])
+    labels = _stack_labels([sample.label for sample in samples])
     indices = torch.tensor([sample.image_index for sample in samples])
     failures = [failure for sample in samples for failure in sample.failures]
     if finish is None or not complete:
@@ -59,6 +61,13 @@ def collate(samples: Sequence[Sample], finish: Finish | None = None, finish_here
     return Batch(views, labels, indices, failures, finish)
 
 
+def _stack_labels(labels: Sequence[int | Tensor]) -> Tensor:
+    several = next((label for label in labels if isinstance(label, Tensor)), None)
+    if several is None:
+        return torch.tensor(labels)
+    return torch.stack([label if isinstance(label, Tensor) else torch.zeros_like(several) for label in labels])
+
+
 def usable_workers(wanted: int) -> int:
     """`wanted` loader workers, but not more than this process has cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -66,14 +75,18 @@ def usable_workers(wanted: int) -> int:
 
 
 def build_train_loader(
-    dataset: ImageDataset,
+    dataset: ImageDataset | ShardStream,
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
     drop_last: bool = True,
     finish: Finish | None = None,
+    sampler: str = "distributed",
 ) -> DataLoader[Batch]:
     """Shuffled batches; the last incomplete one of an epoch is left out.
+
+    `sampler`: `distributed` mixes all images, `chunk` those that lie beside each other (data/chunks.py). A stream of shards
+    brings its own order.
 
     Without `drop_last` every image comes in every epoch; first ones come again where the processes' shares would differ.
     Batches are pinned for a CUDA device, on which they are then finished (`Batch.views_on`); elsewhere the workers do it.
@@ -86,30 +99,41 @@ def build_train_loader(
         raise UsageError(
             f"{len(dataset)} images do not fill one batch of {batch_size} x {world} processes; lower --batch_size_per_gpu"
         )
-    sampler: DistributedSampler = DistributedSampler(
-        dataset, num_replicas=world, rank=get_rank(), shuffle=True, seed=dataset.seed, drop_last=drop_last
-    )
     workers = usable_workers(num_workers)
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # collate makes a Batch of its Samples
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=partial(collate, finish=finish, finish_here=not pin_memory),
-        pin_memory=pin_memory,
-        drop_last=drop_last,
-        persistent_workers=workers > 0,
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": workers,
+        "collate_fn": partial(collate, finish=finish, finish_here=not pin_memory),
+        "pin_memory": pin_memory,
+        "drop_last": drop_last,
+        "persistent_workers": workers > 0,
         # Its own: starting workers draws a number, and a resumed run starts them once more than one that went through.
-        generator=torch.Generator(),
+        "generator": torch.Generator(),
+    }
+    if isinstance(dataset, ShardStream):
+        assert drop_last
+        dataset.batch_size, dataset.rank, dataset.world = batch_size, get_rank(), world
+        return ShardLoader(dataset, **options)
+    return DataLoader(dataset, sampler=_train_sampler(dataset, sampler, drop_last), **options)  # type: ignore[arg-type]
+
+
+def _train_sampler(dataset: ImageDataset, name: str, drop_last: bool) -> Sampler[int]:
+    rank, world = get_rank(), get_world_size()
+    if name == "chunk":
+        assert drop_last
+        return ChunkSampler(len(dataset), rank, world, processes_per_node(), dataset.seed)
+    return DistributedSampler(
+        dataset, num_replicas=world, rank=rank, shuffle=True, seed=dataset.seed, drop_last=drop_last
     )
 
 
 def set_epoch(loader: DataLoader[Batch], epoch: int) -> None:
     """Choose the order and the randomness of the next pass over a training loader, also in workers that run already."""
-    assert isinstance(loader.sampler, DistributedSampler)
-    assert isinstance(loader.dataset, ImageDataset)
-    loader.sampler.set_epoch(epoch)
+    assert isinstance(loader.dataset, ImageDataset | ShardStream)
     loader.dataset.epoch = epoch
+    if not isinstance(loader.dataset, ShardStream):
+        assert isinstance(loader.sampler, DistributedSampler | ChunkSampler)
+        loader.sampler.set_epoch(epoch)
 
 
 class EveryNth(Sampler[int]):

@@ -23,6 +23,10 @@ class ViewMixup:
         batch_size: images of a batch on one process, an even number.
         mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, smoothing: as in timm's `Mixup`.
 
+    Attributes:
+        mixed_from: how many images of the batch one is mixed from at most: itself and its mirror image in the batch's order,
+            or all of them where smoothing gives each a share.
+
     Raises:
         UsageError: an odd batch, or both alphas zero.
     """
@@ -46,6 +50,7 @@ class ViewMixup:
         if mixup_alpha <= 0 and cutmix_alpha <= 0 and cutmix_minmax is None:
             raise UsageError("--use_mixup needs --mixup, --cutmix or --cutmix-minmax above 0")
         self.num_views = num_views
+        self.mixed_from = batch_size if smoothing else 2
         self.mix = Mixup(
             mixup_alpha=mixup_alpha,
             cutmix_alpha=cutmix_alpha,

@@ -1,8 +1,9 @@
 """The device's half of the split pipeline: colours of all crops of a batch at once, on the device that trains.
 
-Colour jitter, grey, blur, solarisation and normalisation as DINO's views have them, on uint8 crops of data/crops.py. There is no
-loop over images and nothing waits for the device: each image's uniform numbers come with the batch, on the host, where they become
-parameters and the rows that an operation works on. So an image's colours depend on its own draws alone, not on its batch.
+Colour jitter, grey, blur, solarisation and normalisation as DINO's views have them, on uint8 crops of data/crops.py. Each operation
+takes all images of one size that undergo it, on a CPU in pieces of a few images that stay in its cache, and nothing waits for the
+device: each image's uniform numbers come with the batch, on the host, where they become parameters and the rows that an operation
+works on. So an image's colours depend on its own draws alone, not on its batch.
 
 Values are floats in 0..255 between the operations, where Pillow rounds or truncates to integers after each.
 
@@ -125,12 +126,17 @@ def make_plan(colours: Colours, device: torch.device) -> Plan:
     own = colours.factors.gather(1, operation)
     weights = torch.stack([own, (1 - own) * (operation == SATURATION), (1 - own) * (operation == CONTRAST)], dim=2)
     numbers = (weights[..., None, None, None], turn, box_weights(colours.radius))
-    return Plan(torch.cat([hue_rounds, others], dim=1), *(field.to(device, non_blocking=True) for field in numbers))
+    return Plan(torch.cat([hue_rounds, others], dim=1), *(_send(field, device) for field in numbers))
+
+
+def _send(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`; a GPU takes it without a wait from pinned memory only, which torch keeps until the copy is done."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def apply_colours(x_NCHW: Tensor, plan: Plan) -> Tensor:
     """Images with values 0..255, changed in place."""
-    found = plan.picks.T.nonzero()[:, 1].to(x_NCHW.device, non_blocking=True)
+    found = _send(plan.picks.T.nonzero()[:, 1], x_NCHW.device)
     rows = found.split(plan.picks.sum(dim=0).tolist())
 
     def change(number: int, operation: Callable[..., Tensor], numbers: Tensor | None = None) -> None:

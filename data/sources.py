@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from utils import UsageError
+
 UNLABELLED = -1
+LARGEST_LABEL = 2**31 - 1
 
 
 class Source(ABC):
@@ -28,7 +31,7 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What messages call the image; its ending tells the kind of file. The path, where it is a file of its own."""
+        """What messages call the image. The path, where it is a file of its own."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -39,11 +42,35 @@ class Source(ABC):
         """
 
 
+class MultiLabels:
+    """Any number of classes for each image, in two arrays.
+
+    Args:
+        numbers: the classes of each image.
+        classes: how many there are.
+    """
+
+    def __init__(self, numbers: Sequence[Sequence[int]], classes: int) -> None:
+        self.ends = np.cumsum([len(row) for row in numbers], dtype=np.int64)
+        self.numbers = np.array([number for row in numbers for number in row], dtype=np.int32)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(classes,) 1 for each class of the image, else 0."""
+        index = range(len(self))[index]
+        vector = np.zeros(self.classes, dtype=np.uint8)
+        vector[self.numbers[self.ends[index - 1] if index else 0 : self.ends[index]]] = 1
+        return vector
+
+
 class Listing(NamedTuple):
     """What a data path holds."""
 
     source: Source
-    labels: Sequence[int] | np.ndarray  # one an image: the index of its class, or UNLABELLED
+    labels: Sequence[int] | np.ndarray | MultiLabels  # one an image: the index of its class, or UNLABELLED
     classes: Sequence[str]  # empty without labels
 
 
@@ -55,8 +82,28 @@ class Names:
         self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
+    @classmethod
+    def of(cls, text: np.ndarray, ends: np.ndarray) -> Names:
+        """From the two arrays.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        names = cls([])
+        names.text, names.ends = text.astype(np.uint8, copy=False), ends.astype(np.int64, copy=False)
+        steps = np.diff(ends, prepend=0, append=len(text))
+        if (steps < 0).any() or steps[-1]:
+            raise ValueError("the ends of names do not fit their text")
+        return names
+
     def __len__(self) -> int:
         return len(self.ends)
+
+    def __iter__(self) -> Iterator[str]:
+        text, begin = self.text.tobytes(), 0
+        for end in self.ends.tolist():
+            yield os.fsdecode(text[begin:end])
+            begin = end
 
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]
@@ -81,26 +128,78 @@ class OwnFile:
             OSError: the file cannot be opened or read.
             EOFError: it ends before.
         """
-        if self._handle is None or self._process != os.getpid():
-            self._handle, self._process = self.path.open("rb"), os.getpid()
-        self._handle.seek(offset)
-        content = self._handle.read(count)
+        content = self._at(offset).read(count)
         if len(content) < count:
             raise EOFError(f"{self.path.name} ends {count - len(content)} bytes too early")
         return content
 
+    def read_line(self, offset: int, block: int = 2**17, fields: int | None = None) -> bytes:
+        """The line that begins at `offset`, without its end; of only so many tab-separated `fields` if given.
+
+        Raises:
+            OSError: the file cannot be opened or read.
+            EOFError: it ends before.
+        """
+        handle, line = self._at(offset), b""
+        while chunk := handle.read(block):
+            line += chunk
+            end = line.find(b"\n")
+            if end >= 0:
+                line = line[:end]
+            if fields is not None and line.count(b"\t") >= fields:
+                return b"\t".join(line.split(b"\t", fields)[:fields])
+            if end >= 0:
+                break
+        if not line and not chunk:
+            raise EOFError(f"{self.path.name} ends before byte {offset}")
+        return line.removesuffix(b"\r")
+
+    def _at(self, offset: int) -> BinaryIO:
+        if self._handle is None or self._process != os.getpid():
+            self._handle, self._process = self.path.open("rb"), os.getpid()
+        self._handle.seek(offset)
+        return self._handle
+
 
 class Files(Source):
-    """Images that are files of their own."""
+    """Images that are files of their own.
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = Names(paths)
+    Args:
+        paths: of the files.
+        root: what the paths are relative to, if anything.
+    """
+
+    def __init__(self, paths: Sequence[str] | Names, root: str = "") -> None:
+        self.paths = paths if isinstance(paths, Names) else Names(paths)
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return os.path.join(self.root, self.paths[index])
 
     def read(self, index: int) -> bytes:
-        return Path(self.paths[index]).read_bytes()
+        return Path(self.name(index)).read_bytes()
+
+
+def parse_label(text: str, where: str) -> int:
+    """A class that a text file gives as a number.
+
+    Raises:
+        UsageError: it is none; `where` says in which line.
+    """
+    text = text.strip()
+    if not text.isdecimal() or len(text) > 10 or int(text) > LARGEST_LABEL:
+        raise UsageError(f"{where}: the label '{text}' is not a whole number from 0 to {LARGEST_LABEL}; repair it")
+    return int(text)
+
+
+def check_inside(path: str, where: str, of: str) -> None:
+    """Stop on a name that would lead out of the place it belongs to.
+
+    Raises:
+        UsageError: an empty, absolute or climbing path.
+    """
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise UsageError(f"{where}: '{path}' is no path of an image inside {of}; write it relative to that")

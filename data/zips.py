@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.sources import Listing, Names, OwnFile, Source
+from data.sources import Listing, Names, OwnFile, Source, check_inside, parse_label
 from utils import UsageError
 
 FIELDS = {
@@ -36,7 +36,6 @@ MEMBER = np.dtype([(name, f"<{kind}") for name, kind in FIELDS.items()])
 SIGNATURE = b"PK\x03\x04"  # what a member begins with
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field that follow
 ENCRYPTED = 1  # bit of a member's flags
-LARGEST_LABEL = 2**31 - 1
 
 
 class MapLine(NamedTuple):
@@ -120,7 +119,8 @@ def list_zip(root: Path, split: str, need_labels: bool) -> Listing:
             archive.close()
     if missing:
         raise UsageError(
-            f"{map_file} names {len(missing)} images that its zip does not hold, the first is {missing[0]}"
+            f"{map_file} names {len(missing)} images that its zip does not hold, the first is {missing[0]}; "
+            "repair the map or the zip"
         )
     if not rows:
         raise UsageError(f"{map_file} names no image; a line is NAME.zip@/path/in/zip<TAB>label")
@@ -146,18 +146,15 @@ def read_map(map_file: Path, default_archive: str) -> Iterator[MapLine]:
         place, tab, label = line.rpartition("\t")
         if not tab:
             raise UsageError(f"{where} has no label: '{line.strip()}'; write NAME.zip@/path/in/zip<TAB>label")
-        label = label.strip()
-        if not label.isdecimal() or len(label) > 10 or int(label) > LARGEST_LABEL:
-            raise UsageError(f"{where}: the label '{label}' is not a whole number from 0 to {LARGEST_LABEL}; repair it")
+        number_of_class = parse_label(label, where)
         archive, at, member = place.partition("@/")
         archive, member = (archive, member) if at else (default_archive, place)
         if "/" in archive or "\\" in archive or not archive.lower().endswith(".zip"):
             raise UsageError(
                 f"{where}: '{archive}' is no zip file beside the map; write NAME.zip@/path/in/zip<TAB>label"
             )
-        if any(part in ("", ".", "..") for part in member.split("/")):
-            raise UsageError(f"{where}: '{member}' is no path of an image inside {archive}; name it as the zip does")
-        yield MapLine(number, archive, member, int(label))
+        check_inside(member, where, archive)
+        yield MapLine(number, archive, member, number_of_class)
 
 
 def open_zip(path: Path, where: str) -> zipfile.ZipFile:
@@ -170,7 +167,7 @@ def open_zip(path: Path, where: str) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except FileNotFoundError:
         raise UsageError(f"{where} names {path.name}, which is not in {path.parent}") from None
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise UsageError(f"{path} is no whole zip file ({error}); copy or make it again") from None
 
 

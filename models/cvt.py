@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
 from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, grid_tokens
+from models.mlp import activated_linear
 from models.registry import register
 from models.windows import Cut, cut_windows, join_windows, pad_to_windows, relative_position_index, shift_mask
 from utils import UsageError
@@ -143,7 +144,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        return self.net(x_BHWC)
+        enter, activation, leave, drop = self.net
+        assert isinstance(leave, PointwiseConv)
+        return drop(activated_linear(enter(x_BHWC), activation, leave.weight.flatten(1), leave.bias))
 
 
 class PreNorm(nn.Module):

@@ -15,13 +15,14 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, pairwise_bias
 from models.base import Backbone, BlockOutput, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
 from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
+from models.mlp import Mlp
 from models.registry import register
 from models.window_heads import to_grid, to_windows
 from models.windows import Cut, pad_to_windows, padded_grid, relative_position_index, shift_mask

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, init_linear_weights
+from models.mlp import Mlp
 from models.registry import register
 from models.resize import resize_grid
 from models.vil_arch import StageSpec, parse_arch

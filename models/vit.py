@@ -14,13 +14,14 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, join_heads, split_heads
 from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_linear_weights
 from models.interop import Converter
+from models.mlp import Mlp
 from models.registry import register
 from models.resize import resize_pos_embed
 from utils import UsageError

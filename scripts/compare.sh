@@ -6,7 +6,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=()
 run() { # NAME ARCH YAML EPOCHS SEED: once for views, once for views and regions
-    local folder=.demo/$1
+    local folder=.demo/$1 logs
+    for logs in "$folder"{,-views}/log.txt; do
+        [ ! -f "$logs" ] || [ "$(wc -l <"$logs")" -le "$4" ] ||
+            { echo "compare.sh: error: $logs is of a run with other epochs than $4; move its folder away" >&2; exit 2; }
+    done
     RUN=$folder-views REGIONS=False ARCH=$2 CFG=experiments/demo/$3.yaml EPOCHS=$4 SEED=$5 TRAIN_ONLY=1 bash scripts/demo.sh
     RUN=$folder REGIONS=True ARCH=$2 CFG=experiments/demo/$3.yaml EPOCHS=$4 SEED=$5 TRAIN_ONLY=1 bash scripts/demo.sh
     runs+=("$folder-views" "$folder")
@@ -28,12 +32,13 @@ networks)
     exit 2
     ;;
 esac
-.venv/bin/python - "${runs[@]}" <<'END_OF_TABLE'
+.venv/bin/python - "${runs[@]}" <<'END'
 import json, pathlib, sys
 for folder in map(pathlib.Path, sys.argv[1:]):
     losses = [json.loads(line)["train_loss"] for line in (folder / "log.txt").read_text().splitlines()]
-    scores = json.loads((folder / "results.json").read_text())["scores"]
+    newest = max(folder.glob("results*.json"), key=lambda path: path.stat().st_mtime)
+    scores = json.loads(newest.read_text())["scores"]
     trained, untrained = scores["network"], scores["untrained network"]
-    print(f"{folder.name:32} loss {losses[0]:.2f} -> {losses[-1]:.2f}  1-NN {trained['1']['top1']:.1f} (untrained "
+    print(f"{folder.name:20} {len(losses)} epochs, loss {losses[0]:.2f} -> {losses[-1]:.2f}  1-NN {trained['1']['top1']:.1f} (untrained "
           f"{untrained['1']['top1']:.1f})  20-NN {trained['20']['top1']:.1f} ({untrained['20']['top1']:.1f})")
-END_OF_TABLE
+END

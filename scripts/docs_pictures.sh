@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "docs_pictures.sh: error: $1" >&2; exit 2; }
 RUN=${1:-.demo/seed0} OUT=${2:-docs}
 PYTHON=${PYTHON:-.venv/bin/python}
-[ -f "$RUN/checkpoint.pth" ] || fail "$RUN/checkpoint.pth is missing; run bash scripts/demo.sh first"
+[ -f "$RUN/analysis/report.html" ] || fail "$RUN/analysis/report.html is missing; run bash scripts/demo.sh first"
 BROWSER=$(command -v chromium || command -v chromium-browser || command -v google-chrome) ||
     fail "no chromium on PATH; on Debian: apt-get install chromium"
 PHOTOS=$("$PYTHON" -c 'import pathlib, importlib.util as u; print(pathlib.Path(u.find_spec("skimage").origin).parent / "data")')
@@ -24,12 +24,10 @@ look() {
 # Block 3 has shifted windows; at 128 pixels a window covers the face.
 look --vis_attention --block 3 --image_size 128 --image_path "$PHOTOS/astronaut.png" --query 220 100
 look --vis_features --image_size 320 --image_path "$PHOTOS/astronaut.png"
-look --vis_correspondence --image_size 256 --image_path "$PHOTOS/motorcycle_left.png" --image_path2 "$PHOTOS/motorcycle_right.png"
-printf '%s\n' "$PHOTOS/astronaut.png" "$PHOTOS/coffee.png" >"$WORK/photos.txt"
-look --report --run_dir "$RUN" --image_size 128 --block 3 --image_path "$WORK/photos.txt"
+look --vis_correspondence --image_size 256 --image_path "$PHOTOS/chelsea.png"
 HOME=$WORK "$BROWSER" --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
-    --disable-component-update --disable-sync --hide-scrollbars --user-data-dir="$WORK/profile" --window-size=1280,1750 \
-    --screenshot="$WORK/pictures/report.png" "file://$WORK/pictures/report.html" 2>/dev/null >&2
+    --disable-component-update --disable-sync --hide-scrollbars --user-data-dir="$WORK/profile" --window-size=1280,4200 \
+    --screenshot="$WORK/pictures/report.png" "file://$(realpath "$RUN")/analysis/report.html" 2>/dev/null >&2
 
 "$PYTHON" - "$WORK/pictures" "$OUT" <<'END'
 """Shrink the pictures until each is below 150 KB: to 256 colours, then to fewer pixels."""

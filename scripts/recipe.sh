@@ -47,9 +47,10 @@ split_batch() {
     ACCUM=$((BATCH / (GPUS * PER_GPU)))
 }
 
-# launch SCRIPT.py FLAG ...
+# launch SCRIPT.py FLAG ...: one process without a launcher, so that mistakes end with one line and code 2.
 launch() {
     local script=$1
     shift
+    [ "$GPUS" -gt 1 ] || exec "$PYTHON" "$ROOT/$script" "$@"
     exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$ROOT/$script" "$@"
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,10 @@ def encoded(save: Callable[[io.BytesIO], Any]) -> bytes:
     buffer = io.BytesIO()
     save(buffer)
     return buffer.getvalue()
+
+
+def write_tsv(path: Path, rows: Iterable[tuple[str, str, bytes]]) -> Path:
+    """A tsv file of rows (key, label, encoded image)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{key}\t{label}\t{base64.b64encode(image).decode()}\n" for key, label, image in rows))
+    return path

@@ -31,8 +31,10 @@ from analysis.images import (
     load_views,
     random_views,
     save_views,
+    saved_views,
     scale_of,
     shown,
+    unique_names,
     views_of_size,
 )
 from config import load_config
@@ -435,3 +437,33 @@ def test_plots_are_the_same_files_each_time() -> None:
     assert not re.search(r"\d{4}-\d{2}-\d{2}", text)  # no date
     with Image.open(io.BytesIO(plots.as_png(plots.curve_plot("Loss", {"a": [(0, 4.0)]})))) as image:
         assert image.size == (992, 480)
+
+
+# --------------------------------------------------------------------------- what reviews found
+
+
+@torch.no_grad()
+def test_uniform_attention_counts_the_keys_that_are_seen() -> None:
+    """Swin's shifted windows of a 16 x 16 grid, window 4, shift 2: 9 inner windows see 16 keys, 6 on borders 8, one 4."""
+    plain, shifted = attention.uniform_bits(small_network("swin").eval(), torch.zeros(1, 3, 64, 64))[:2]
+    assert plain == pytest.approx([4.0] * len(plain))
+    assert shifted == pytest.approx([(9 * 4 + 6 * 3 + 2) / 16] * len(shifted))
+
+
+def test_names_of_pictures_are_short_and_their_own() -> None:
+    assert unique_names(["d/a.jpg", "d/b.jpg"]) == ["a", "b"]
+    assert unique_names(["x/0.png", "y/0.png"]) == ["x_0", "y_0"]
+    assert unique_names(["x/c/0.png", "y/c/0.png"]) == ["x_c_0", "y_c_0"]
+    assert len(set(unique_names(["d/a.jpg", "d/a.png"]))) == 2
+    assert len(set(unique_names(["d/a.jpg", "d/a.jpg"]))) == 2
+
+
+def test_saved_views_of_another_picture_are_refused(tmp_path: Path) -> None:
+    first, second = (as_picture("a", torch.rand(3, 50, 90), SCALE) for _ in range(2))
+    path = tmp_path / "views_a.pth"
+    save_views(random_views(first, 1), path)
+    with pytest.raises(UsageError, match="finds views of another picture than a"):
+        saved_views(path, second, 3)
+    save_views(random_views(second, 1), unused(path))
+    for picture in (first, second):
+        assert torch.equal(saved_views(path, picture, 3).first_CHW, random_views(picture, 1).first_CHW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from runs import TINY_RUN, TINY_SWIN, write_images
 from torch import Tensor
 
+import engine
 import main_esvit
 from checkpoint import load_file
 from utils import UsageError
@@ -57,13 +59,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     """Bit for bit, with a worker that stays over the epochs of the whole run and is started anew in the other."""
     flags = ("--aug_backend", "split", "--num_workers", "1")
     whole = train(folder, tmp_path / "whole", *flags)
-    save = main_esvit.engine.save_run
+    save = engine.save_run
 
-    def save_and_stop(*args: object, **settings: object) -> None:
-        save(*args, **settings)  # type: ignore[arg-type]
+    def save_and_stop(*args: Any, **settings: Any) -> None:
+        save(*args, **settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_esvit.engine, "save_run", save_and_stop)
+    monkeypatch.setattr(engine, "save_run", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "halves", *flags)
     monkeypatch.undo()

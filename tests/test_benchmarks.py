@@ -11,6 +11,7 @@ from runs import TINY_SWIN
 
 from benchmarks import memory, sides, step, syncs, throughput
 from engine import TrainStep
+from progress import EpochMeter
 
 TINY = argparse.Namespace(batch=2, out_dim=32, local_crops=2)
 FLAGS = ("--cfg", "experiments/demo/swin_micro.yaml", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8")
@@ -43,11 +44,26 @@ def test_counted_waits_and_operations() -> None:
     assert not syncs.count(lambda: values[torch.tensor([1])] * 2).waits
 
 
-def test_a_lean_step_never_waits_and_its_interval_once() -> None:
-    lean = tiny_step("lean")
-    crops = sides.make_crops(2, 2)
-    lean([crops], 0, 0)
-    assert not syncs.count(lambda: lean([crops], 1, 0)).waits
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--use_mixup", "on"),
+        ("--use_dense_prediction", "off"),
+        ("--use_mixup", "on", "--use_dense_prediction", "off"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_lean_step_never_waits_and_its_interval_once(flags: tuple[str, ...], parts: int) -> None:
+    lean = tiny_step("lean", *flags)
+    micro_batches = [sides.make_crops(2, 2)] * parts
+    meter = EpochMeter(0, 3, 2)
+    meter.update(lean(micro_batches, 0, 0))
+    for iteration in (1, 2):
+        assert not syncs.count(lambda i=iteration: meter.update(lean(micro_batches, i, 0))).waits  # type: ignore[misc]
+    reading = syncs.count(lambda: lean.check(meter.read(), 2))
+    assert sum(reading.waits.values()) == 1
 
 
 def test_live_storages_are_counted_to_the_byte() -> None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import chunked_loss
 import utils
+from benchmarks.syncs import OperationCount
 from chunked_loss import Targets, Temperatures, chunked_cross_entropy
 from losses import DINOLoss, RegionMatchingLoss
 from models.heads import WeightNormLinear
@@ -239,9 +240,14 @@ def test_nothing_is_computed_for_a_loss_without_gradient() -> None:
     networks, loss = Networks(2, (4, 4)), region_loss(2)
     student, teacher = networks.outputs(True)
     before = [value.clone() for value in loss.state_dict().values()]
-    with torch.no_grad():
+    with torch.no_grad(), OperationCount() as alone:
         value = loss(student, teacher, 1)
+    with OperationCount() as together:
+        loss(student, teacher, 1)
     assert not value.requires_grad
+    # Of each term: the logits of teacher and student, and with gradients the product that gives those of the bottleneck.
+    assert (alone.operations["mm"], together.operations["mm"]) == (4, 6)
+    assert (alone.operations["addmm_"], together.operations["addmm_"]) == (0, 2)
     torch.testing.assert_close(value, loss(student, teacher, 1).detach())
     assert all(torch.equal(a, b) for a, b in zip(before, loss.state_dict().values()))
 
@@ -255,6 +261,19 @@ def test_rows_that_do_not_fit_the_views() -> None:
         loss(student._replace(region_logits=view), teacher, 0)
     with pytest.raises(ValueError, match="do not fit each other"):
         loss(Networks(2, (4, 4, 1, 1)).outputs(True)[0], teacher, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_widened_where_they_are_narrower_only(dtype: torch.dtype) -> None:
+    z, weight = torch.randn(1, 3, 2).to(dtype), torch.randn(5, 2).to(dtype)
+    targets = Targets(torch.zeros(1, 3, 1, dtype=torch.long), torch.ones(1, 3, 1))
+    factors = FactoredLogits(z, weight)
+    walk = chunked_loss._Walk(
+        factors, factors, targets, torch.zeros(1, 5), Temperatures(1.0, 1.0), 2**20, (False, False)
+    )
+    assert (walk.widened_nK is None) == (dtype == torch.float32)
+    probs = torch.softmax((z[0] @ weight.T).float(), dim=-1)
+    torch.testing.assert_close(walk.run(), -(probs[0] * probs.log()).sum())
 
 
 class Watch(TorchDispatchMode):

@@ -36,6 +36,7 @@ PUBLISHED = {
     "num_workers": 10, "dist_url": "env://", "local_rank": None,
 }  # fmt: skip
 ADDED = {
+    "shuffle_buffer": 256, "epoch_images": 0,
     "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "drop_path": None,
     "grad_checkpointing": False, "compile": False,
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
@@ -83,7 +84,7 @@ PUBLISHED_ANALYSIS = {
 }  # fmt: skip
 ADDED_ANALYSIS: dict[str, object] = {
     "measure_stereo": False, "vis_features": False, "report": False, "run_dir": None, "allow_partial": False, "query": None,
-    "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [],
+    "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [], "zip_mode": False, "tsv_mode": False,
 }  # fmt: skip
 
 

@@ -175,6 +175,12 @@ def test_every_published_row_has_a_yaml_with_its_figures(name: str) -> None:
         assert re.findall(r"linear ([\d.]+), k-NN (\d+\.\d)", paper) == [tuple(figures)]
 
 
+@pytest.mark.parametrize("name", ["vil_2262", "vil_2262_100ep", "vil_1281", "vil_14121"])
+def test_published_vil_draws_neighbours_to_the_end(name: str) -> None:
+    msvit = load_config(ROOT / f"experiments/imagenet/vil/{name}.yaml").MODEL.SPEC.MSVIT
+    assert (msvit.MODE, msvit.VIL_MODE_SWITCH) == (1, 1.0)
+
+
 @pytest.mark.parametrize("window", [7, 14])
 @pytest.mark.parametrize(
     ("size", "dim", "third_stage", "heads"),

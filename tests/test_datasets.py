@@ -132,13 +132,13 @@ def test_replacement_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     chosen: dict[tuple[int, int], int] = {}
     for seed in range(4):
         for epoch in range(4):
-            labels = set()
+            labels: set[int] = set()
             for _ in range(2):
                 dataset = build_dataset(root, "train", whole, seed=seed)
                 dataset.epoch = epoch
                 random.seed(len(chosen))
                 sample = dataset[0]
-                labels.add(sample.label)
+                labels.add(int(sample.label))
                 assert sample.views[0].mean() == pytest.approx(sample.label / 255)
                 assert len(sample.failures) >= 1
             assert len(labels) == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ from torch import Tensor
 import engine
 import main_esvit
 import optim
+from data.loader import Batch
 from models import load_arch_config
+from progress import RunLog
 from utils import UsageError
 
 CPU = torch.device("cpu")
@@ -129,6 +133,45 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
         ours, theirs = getattr(whole_method, network).state_dict(), getattr(parts_method, network).state_dict()
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+
+
+def test_views_are_made_at_their_turn_and_forgotten_after_it() -> None:
+    """No view is there when the next ones are made; numbers are those of views that were there before."""
+    (eager_method, eager), (method, step) = tiny("--accum_iter", "3"), tiny("--accum_iter", "3")
+    views: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def make(seed: int) -> list[Tensor]:
+        alive.append(sum(view() is not None for view in views))
+        made = random_views(4, seed)
+        views.extend(map(weakref.ref, made))
+        return made
+
+    step([partial(make, i) for i in range(3)], 0, 1)
+    assert alive == [0, 0, 0]
+    assert not any(view() is not None for view in views)
+    eager([random_views(4, i) for i in range(3)], 0, 1)
+    expected, found = everything(eager_method, eager), everything(method, step)
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
+def test_one_micro_batch_of_a_run_is_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of two micro-batches of four of 16 images; the picture shows the first one's views."""
+    views_on, views, alive, pictured = Batch.views_on, [], [], []  # type: ignore[var-annotated]
+
+    def watched(self: Batch, device: torch.device) -> list[Tensor]:
+        alive.append(sum(view() is not None for view in views))
+        made = [view.clone() for view in views_on(self, device)]
+        views.extend(map(weakref.ref, made))
+        return made
+
+    monkeypatch.setattr(Batch, "views_on", watched)
+    monkeypatch.setattr(RunLog, "crops_once", lambda self, views_of_batch: pictured.append(len(views)))
+    flags = ["--data_path", str(write_images(tmp_path / "images", 16)), "--output_dir", str(tmp_path / "out")]
+    command_line = [*TINY_RUN, *flags, "--epochs", "1", "--accum_iter", "2", *TINY_SWIN]
+    main_esvit.main(main_esvit.get_args_parser().parse_args(command_line))
+    assert alive == [0] * 4
+    assert pictured[0] == 4  # views that were made until then
 
 
 def test_prototypes_are_frozen_in_the_first_epoch() -> None:

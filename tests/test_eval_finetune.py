@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from runs import TINY_SWIN, run_script, write_images
 from small_networks import ARCHITECTURES, SMALL, small_network
 from test_resume import assert_identical
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import checkpoint
 import eval_finetune
 import finetune
 from config import load_config
+from data.loader import Batch
 from finetune import layer_depths, param_groups
 from models import Backbone, build_model, load_arch_config
 from utils import UsageError
@@ -233,6 +236,43 @@ def test_resuming_equals_never_having_stopped(
     assert len((tmp_path / "parts" / "log.txt").read_text().splitlines()) == 2
 
 
+def test_average_moves_shared_weights_once_a_step() -> None:
+    """ViL's global projections are its local ones; against lerp in double precision, with timm's decay by the step."""
+    network = with_head("vil")
+    state = network.state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) < len(state)  # shared tensors are there
+    average = finetune.WeightAverage(network, 0.9, use_warmup=True)
+    expected = {name: tensor.double().clone() for name, tensor in state.items()}
+    for step in range(1, 5):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update(network, step)
+        decay = min(0.9, 1 - step ** (-2 / 3))  # timm counts its steps from 0
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                expected[name] += (1 - decay) * (tensor - expected[name])
+            else:
+                expected[name] = tensor.double()
+    for name, tensor in average.module.state_dict().items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_average_of_other_networks_is_timms() -> None:
+    """Bit for bit, buffers of BatchNorm included."""
+    network = with_head("resnet")
+    ours, theirs = (kind(network, 0.9, use_warmup=True) for kind in (finetune.WeightAverage, ModelEmaV3))
+    for step in range(1, 4):
+        network.train()(torch.randn(2, 3, 64, 64))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(1.1)
+        ours.update(network, step)
+        theirs.update(network, step)
+    for name, tensor in theirs.module.state_dict().items():
+        assert torch.equal(ours.module.state_dict()[name], tensor), name
+
+
 def test_best_is_kept_and_the_first_of_equals() -> None:
     best = finetune.Best()
     for epoch, (model, ema) in enumerate([(30.0, 20.0), (30.0, 40.0), (40.0, 10.0)]):
@@ -303,14 +343,59 @@ def test_resuming_another_network_is_refused(images: Path, tmp_path: Path) -> No
         run(tmp_path / "two", tmp_path / "run", *PLAIN)
     with pytest.raises(UsageError, match="made with --model_ema off"):
         run(images, tmp_path / "run", *PLAIN, "--model_ema")
+    for flags, words in (
+        (["--image_size", "48"], "--image_size 32 -> 48"),
+        (["--crop_ratio", "1"], "--crop_ratio 0.875 -> 1.0"),
+    ):
+        with pytest.raises(UsageError, match=f"belongs to another run .*{words}"):
+            run(images, tmp_path / "run", *PLAIN, *flags)
+    for split, count in (("train", 4), ("val", 3)):
+        for label, name in enumerate(("class0", "class1", "other")):
+            write_images(tmp_path / "other" / split / name, count, seed=label)
+    with pytest.raises(UsageError, match=r"belongs to another run .*digest of classes and labels"):
+        run(tmp_path / "other", tmp_path / "run", *PLAIN)
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
     (tmp_path / "run" / "checkpoint.pth").write_bytes(before[: len(before) // 2])
     with pytest.raises(UsageError, match="damaged"):
         run(images, tmp_path / "run", *PLAIN)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(images: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="a lower --lr"):
         run(images, tmp_path, *PLAIN, "--lr", "1e30", "--warmup_epochs", "0", "--clip_grad", "0")
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    """Neither weights nor average nor optimiser, after a step that did."""
+    recipe = finetune.Recipe(1, 4, 0.1, 0.0, 0, 1.0, 0.05, 0, 0, 0, 0, 1, 0.9)
+    tuner = finetune.FineTuner(with_head("swin"), recipe, CLASSES, torch.device("cpu"), "fp32")
+    batch = Batch([torch.randn(2, 3, 64, 64)], torch.tensor([0, 1]), torch.arange(2), [])
+
+    def everything() -> dict[str, Any]:
+        networks = {name: network.state_dict() for name, network in tuner.networks().items()}
+        return copy.deepcopy(networks | {"optimizer": tuner.optimizer.state_dict()["state"]})
+
+    start = everything()
+    tuner.step([batch], 0)
+    before = everything()
+    assert not torch.equal(start["model"]["head.weight"], before["model"]["head.weight"])
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        tuner.step([batch._replace(views=[torch.full((2, 3, 64, 64), torch.nan)])], 1)
+    assert_identical(before, everything(), "after the step")
+
+
+def test_finished_run_says_its_score_and_mends_its_results(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(images, tmp_path, *PLAIN)
+    said, record = capsys.readouterr().out.splitlines()[-1], (tmp_path / "results.json").read_bytes()
+    best = json.loads(record)
+    assert said == f"best of 9 validation images: Top1: {best['top1']:.2f} (epoch {best['epoch']}, model)"
+    assert (best["top5_is"], best["image_size"], best["checkpoint_key"]) == ("top3", 32, "teacher")
+    (tmp_path / "results.json").unlink()
+    run(images, tmp_path, *PLAIN)
+    assert capsys.readouterr().out.splitlines() == [said]
+    assert (tmp_path / "results.json").read_bytes() == record
 
 
 # --------------------------------------------------------------------------- several processes

@@ -177,6 +177,34 @@ def test_faiss_gives_the_same_neighbours(monkeypatch: pytest.MonkeyPatch) -> Non
     assert searched == [pytest.approx(int(tied.sum()), abs=5)]
 
 
+def test_faiss_is_given_the_keys_once_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same memory for every chunk of queries, so that nothing is converted again."""
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(neighbours, "FAISS_QUERIES", 7)
+    split = random_split(60, 40, 10)
+    strided = Split(split.train._replace(features_NC=split.train.features_NC.T.contiguous().T), split.val)
+    search, seen = neighbours.nearest_faiss, []
+
+    def counted(queries_QC: Tensor, keys_NC: Tensor, *args: Any) -> neighbours.Neighbours:
+        seen.append((len(queries_QC), keys_NC.data_ptr(), keys_NC.is_contiguous()))
+        return search(queries_QC, keys_NC, *args)
+
+    monkeypatch.setattr(neighbours, "nearest_faiss", counted)
+    assert knn_scores(strided, [5], 0.07, backend="faiss") == knn_scores(split, [5], 0.07)
+    assert [count for count, _, _ in seen] == [7, 7, 7, 7, 7, 5]
+    assert {place[1:] for place in seen} == {(seen[0][1], True)}
+
+
+@pytest.mark.parametrize("row", [0, 6, 7, 59])
+def test_numbers_that_are_not_finite_are_found_in_every_chunk(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "CHECKED_ROWS", 7)
+    train, val = random_split(60, 4, 3)
+    half = LabelledFeatures(train.features_NC.half(), train.labels_N)
+    half.features_NC[row, 3] = torch.inf
+    with pytest.raises(UsageError, match="not finite"):
+        knn_scores(Split(half, val._replace(features_NC=val.features_NC.half())), [1], 0.07)
+
+
 def test_own_neighbours_are_always_right() -> None:
     train = random_split(30, 1, 30).train
     train = train._replace(labels_N=torch.arange(30))
@@ -302,6 +330,54 @@ def test_faiss_that_is_missing(images: Path, monkeypatch: pytest.MonkeyPatch) ->
         run(images, "--backend", "faiss", "--half")
 
 
+def test_saved_features_are_never_overwritten(images: Path, tmp_path: Path) -> None:
+    """Not even one of the four files, and the folder is looked at before any image."""
+    (tmp_path / "features").mkdir()
+    for name in ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"):
+        (tmp_path / "features" / name).write_text("precious")
+        for flags in ([], ["--leave_one_out"]):
+            with pytest.raises(UsageError, match=f"--dump_features .* holds {name} already; choose another folder"):
+                run(tmp_path / "nowhere", "--dump_features", str(tmp_path / "features"), *flags)
+        assert (tmp_path / "features" / name).read_text() == "precious"
+        (tmp_path / "features" / name).unlink()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--dump_features .*/file/folder cannot be created"):
+        run(images, "--dump_features", str(tmp_path / "file" / "folder"))
+
+
+def test_record_says_what_was_scored(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loaded features do not say what they are of."""
+    out = ["--output_dir", str(tmp_path / "out")]
+    run(images, "--half", *out, "--dump_features", str(tmp_path / "features"))
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    about = {
+        "arch": "swin",
+        "checkpoint_key": "teacher",
+        "data_path": str(images),
+        "image_size": 32,
+        "crop_ratio": 0.875,
+    }
+    assert about.items() <= record.items()
+    assert record["half"] is True
+    assert f"wrote {tmp_path}/out/results.json" in capsys.readouterr().err
+    run(images, "--half", *out)
+    assert f"{tmp_path}/out/results.json is unchanged" in capsys.readouterr().err
+    run(images, *out, "--load_features", str(tmp_path / "features"))
+    loaded = json.loads((tmp_path / "out" / "results_2.json").read_text())
+    assert not about.keys() & loaded.keys()
+    assert loaded["half"] is False
+
+
+def test_networks_that_are_not_square_need_a_size(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = ["--seed", "0", *TINY_SWIN, "MODEL.IMAGE_SIZE", "[32, 48]"]
+    flags = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
+    flags += ["--data_path", str(images), "--nb_knn", "1"]
+    with pytest.raises(UsageError, match=r"MODEL.IMAGE_SIZE \[32, 48\] is not square.*pass --image_size"):
+        eval_knn.main(eval_knn.get_args_parser().parse_args([*flags, *wide]))
+    eval_knn.main(eval_knn.get_args_parser().parse_args([*flags, "--image_size", "40", *wide]))
+    assert "network: 1-NN classifier result" in capsys.readouterr().out
+
+
 def test_results_of_other_settings_and_evaluations_are_kept(images: Path, tmp_path: Path) -> None:
     """The same scores are written once, others get a number; a folder of another evaluation is refused before any work."""
     out = tmp_path / "out"
@@ -341,8 +417,12 @@ def test_random_weights_are_named(images: Path, capsys: pytest.CaptureFixture[st
         (lambda root: (root / "val").rename(root / "test"), "has no folder 'val'"),
         (lambda root: (root / "val" / "class1").rename(root / "val" / "other"), "classes that train has not: other"),
         (lambda root: write_images(root / "val", 1), "images without a class"),
+        (
+            lambda root: [part.rename(root / f"another {part.name}") for part in (root / "train", root / "val")],
+            r"the same 18 images for training and validation.*DIR/{train,val}.*--leave_one_out",
+        ),
     ],
-    ids=["no val", "classes", "unlabelled"],
+    ids=["no val", "classes", "unlabelled", "no split"],
 )
 def test_data_that_cannot_be_scored(images: Path, prepare: object, words: str) -> None:
     prepare(images)  # type: ignore[operator]

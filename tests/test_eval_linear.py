@@ -22,7 +22,7 @@ import eval_linear
 from config import load_config
 from data import augment
 from eval_linear import validate
-from features import CachedFeatures, FeatureSource, LabelledFeatures
+from features import CachedFeatures, FeatureSource, LabelledFeatures, extract_features
 from models import build_model
 from probe import Probe, Score, Setting, probe_width
 from progress import EpochMeter
@@ -345,15 +345,95 @@ def test_published_files_are_continued(images: Path, tmp_path: Path, capsys: pyt
     torch.save({key: content[key] for key in published} | {"best_acc": 98.5}, path)
     run(images, path.parent, "--epochs", "2")
     assert "Top-1 test accuracy: 98.50" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="was begun with --epochs 2, not 5; pass that"):
+        run(images, path.parent, "--epochs", "5")
     torch.save({key: content[key] for key in published - {"scheduler"}}, path)
     with pytest.raises(UsageError, match="it has no scheduler"):
         run(images, path.parent, "--epochs", "2")
     torch.save({key: content[key] for key in published}, path)
     with pytest.raises(UsageError, match="is of other classifiers"):
-        run(images, path.parent, "--n_last_blocks", "1")
+        run(images, path.parent, "--epochs", "2", "--n_last_blocks", "1")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UsageError, match="damaged"):
         run(images, path.parent)
+
+
+@pytest.mark.parametrize("best", [100.0, 0.0], ids=["theirs stays best", "ours is better"])
+def test_the_last_epoch_of_a_published_file(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], best: float
+) -> None:
+    """Only its best accuracy is known: the epoch that was left is trained as by one who was never stopped."""
+    run(images, tmp_path / "whole", "--epochs", "2", "--lr", "20")
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, tmp_path / "theirs", "--epochs", "2", "--lr", "20")
+    content = {key: saved(tmp_path / "theirs")[key] for key in ("epoch", "state_dict", "optimizer", "scheduler")}
+    assert content["epoch"] == 1
+    torch.save(content | {"best_acc": best}, tmp_path / "theirs" / "checkpoint.pth.tar")
+    capsys.readouterr()
+    run(images, tmp_path / "theirs", "--epochs", "2", "--lr", "20")
+    printed, found = capsys.readouterr().out, results(tmp_path / "theirs")["best"]
+    whole = saved(tmp_path / "whole")
+    torch.testing.assert_close(saved(tmp_path / "theirs")["state_dict"], whole["state_dict"], rtol=0, atol=0)
+    last = results(tmp_path / "whole")["best"]["last_acc1"]
+    assert found["last_acc1"] == last > 0
+    if best:
+        assert f"best Top1: 100.00 (before this run went on); last Top1: {last:.2f}, Top3: 100.00" in printed
+        assert (found["best_acc1"], found["best_acc5"], found["best_epoch"]) == (100.0, None, None)
+    else:
+        assert f"best Top1: {last:.2f}, Top3: 100.00 (epoch 1); last Top1: {last:.2f}" in printed
+        assert (found["best_acc1"], found["best_epoch"]) == (last, 1)
+
+
+def test_other_classes_or_labels_are_another_run(images: Path, tmp_path: Path) -> None:
+    """As many images and classes as before."""
+    run(images, tmp_path / "out", "--epochs", "1")
+    for part in ("train", "val"):
+        (images / part / "class1").rename(images / part / "other")
+    with pytest.raises(UsageError, match="digest of classes and labels"):
+        run(images, tmp_path / "out", "--epochs", "1")
+    for part in ("train", "val"):
+        (images / part / "other").rename(images / part / "class1")
+    (images / "train" / "class1" / "000.png").rename(images / "train" / "class2" / "moved.png")
+    with pytest.raises(UsageError, match="digest of classes and labels"):
+        run(images, tmp_path / "out", "--epochs", "1")
+
+
+def test_cached_features_outlive_a_killed_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed once; again where flags differ or the file is damaged, and leave with the end of the run."""
+    extracted, extract = [], extract_features
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        extracted.append(args[4])
+        return extract(*args, **kwargs)
+
+    monkeypatch.setattr(eval_linear, "extract_features", counted)
+    run(images, tmp_path / "whole", "--cache_features", "--lr", "20")
+    assert extracted == ["train", "val"]
+    file = tmp_path / "parts" / "cached_features.pth"
+
+    def killed(flags: list[str], epoch: int) -> int:
+        extracted.clear()
+        with monkeypatch.context() as patch:
+            stop_in_epoch(patch, epoch)
+            with pytest.raises(KeyboardInterrupt):
+                run(images, tmp_path / "parts", "--cache_features", *flags)
+        assert file.exists()
+        return len(extracted)
+
+    assert killed(["--lr", "20", "--crop_ratio", "1"], 0) == 2  # before the first checkpoint
+    assert killed(["--lr", "20"], 0) == 2
+    assert killed(["--lr", "20"], 0) == 0
+    file.write_bytes(file.read_bytes()[:2000])
+    assert killed(["--lr", "20"], 1) == 2
+    assert killed(["--lr", "20"], 0) == 0
+    run(images, tmp_path / "parts", "--cache_features", "--lr", "20")
+    assert not extracted
+    assert not file.exists()
+    torch.testing.assert_close(
+        saved(tmp_path / "parts")["state_dict"], saved(tmp_path / "whole")["state_dict"], rtol=0, atol=0
+    )
 
 
 # --------------------------------------------------------------------------- the script
@@ -392,8 +472,10 @@ def test_number_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert said not in capsys.readouterr().err
     run(images, tmp_path / "b", "--epochs", "1")
     assert said in capsys.readouterr().err
-    with pytest.raises(UsageError, match="--num_labels 20 differs from the 3 classes"):
-        run(images, tmp_path / "c", "--num_labels", "20")
+    for number in ("20", "1000"):  # also what is the default where it is not given
+        with pytest.raises(UsageError, match=f"--num_labels {number} differs from the 3 classes"):
+            run(images, tmp_path / "c", "--num_labels", number)
+    assert saved(tmp_path / "b")["args"].num_labels == 3
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_no_data_path(layout: str) -> None:
 def test_list_that_names_missing_files(tmp_path: Path) -> None:
     write_grey(tmp_path / "1.png", 0)
     (tmp_path / "images.txt").write_text("1.png\n2.png\n3.png\n")
-    with pytest.raises(UsageError, match=r"names 2 files that do not exist, the first is .*2\.png"):
+    with pytest.raises(UsageError, match=r"names 2 files that do not exist, the first is .*2\.png; paths are relative"):
         build_dataset(tmp_path / "images.txt", "train", whole)
 
 

@@ -14,8 +14,17 @@ from fill import tensor
 from torch import Tensor
 
 import main_esvit
-from losses import DINOLoss, RegionMatchingLoss, match_regions, teacher_temperature_schedule
+from losses import (
+    DINOLoss,
+    RegionMatchingLoss,
+    match_regions,
+    match_views,
+    mixup_sources,
+    teacher_temperature_schedule,
+    unmixed,
+)
 from models import MultiCropOutput
+from outputs import FactoredLogits
 from utils import UsageError
 
 TOLERANCE = 1e-5
@@ -167,6 +176,37 @@ def test_one_hot_mixup_is_no_mixup() -> None:
     torch.testing.assert_close(loss(student, teacher, 0, [torch.eye(3)] * 4), loss(student, teacher, 0))
 
 
+def test_known_number_of_mixed_images_changes_no_number() -> None:
+    """Image and mirror image in two views of four, as timm mixes; a view that is not mixed has weights of 0 for the other."""
+    loss = RegionMatchingLoss(11, 4, 0.04, 0.04, 0, 1)
+    student, teacher = random_outputs(5, (4, 4, 1, 1))
+    weights = [share * torch.eye(5) + (1 - share) * torch.eye(5).flip(0) for share in (0.3, 0.8, 1.0, 1.0)]
+    sources = mixup_sources(weights, mixed_from=2)
+    assert sources.images_PB.shape == (2, 5)
+    torch.testing.assert_close(sources.weights_VPB.sum(dim=1), torch.ones(4, 5))
+    for image in range(5):  # the one in the middle is its own mirror image
+        assert {image, 4 - image} <= set(sources.images_PB[:, image].tolist())
+    known, unknown = (loss.terms(student, teacher, 0, weights, most) for most in (2, None))
+    for name in unknown:
+        torch.testing.assert_close(known[name], unknown[name])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_matches_of_all_views_are_those_of_each_pair(mixed: bool) -> None:
+    student, teacher = random_outputs(3, (16, 16, 4))
+    weights = [torch.rand(3, 3).softmax(0) for _ in range(3)]
+    sources = mixup_sources(weights) if mixed else unmixed(3, 3, torch.device("cpu"))
+    matches = list(match_views(student, teacher, sources, mixed))
+    assert len(matches) == 4 * len(sources.images_PB)
+    views = [
+        rows.unflatten(0, (3, -1)) for rows in student.region_features.split([3 * t for t in student.regions_per_view])
+    ]
+    teacher_views = teacher.region_features.unflatten(0, (2, 3, -1))
+    for match in matches:
+        expected = match_regions(views[match.student_view], teacher_views[match.teacher_view][match.images_B])
+        assert torch.equal(match.regions_BT, expected)
+
+
 def test_matches_ignore_length_and_find_copies() -> None:
     teacher = torch.randn(2, 7, 5)
     order = torch.stack([torch.randperm(7) for _ in range(2)])
@@ -225,6 +265,26 @@ def test_center_of_micro_batches_is_that_of_the_batch() -> None:
     parts.update_center(torch.tensor(False))
     parts.update_center()
     torch.testing.assert_close(parts.center, whole.center)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_center_of_weighted_rows(factored: bool) -> None:
+    """The weighted mean over micro-batches, of which one may have no weight; without any the centre stays as it is."""
+    loss = DINOLoss(11, 2, 0.04, 0.04, 0, 1)
+    loss.center.normal_()
+    before, bottleneck, prototypes = loss.center.clone(), torch.randn(12, 3), torch.randn(11, 3)
+    weights = torch.cat([torch.rand(4), torch.zeros(4), torch.rand(4)])
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        logits = FactoredLogits(bottleneck[rows], prototypes)
+        loss._accumulate("center", logits if factored else logits.product(), weights[rows])
+    loss._accumulate("center", torch.ones(2, 11))  # of weight 1 each
+    loss.update_center()
+    total = (weights[:, None] * (bottleneck @ prototypes.T)).sum(dim=0, keepdim=True) + 2
+    torch.testing.assert_close(loss.center, 0.9 * before + 0.1 * total / (weights.sum() + 2))
+    kept = loss.center.clone()
+    loss._accumulate("center", bottleneck @ prototypes.T, torch.zeros(12))
+    loss.update_center(torch.tensor(True))
+    assert torch.equal(loss.center, kept)
 
 
 def test_published_names() -> None:

@@ -126,6 +126,15 @@ def test_smoothing_spreads_a_share_over_all_images() -> None:
     torch.testing.assert_close(weights[0], 0.7 * torch.eye(IMAGES) + 0.3 / IMAGES)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("smoothing", "most"), [(0.0, 2), (0.1, IMAGES)])
+def test_number_of_images_that_one_is_mixed_from(mode: str, smoothing: float, most: int) -> None:
+    mixup = view_mixup(mode=mode, smoothing=smoothing)
+    used = torch.stack(mixup(constant_views(3))[1]).ne(0).any(dim=0)
+    assert mixup.mixed_from == most
+    assert used.sum(dim=0).tolist() == [most] * IMAGES
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -243,7 +243,9 @@ def test_compiled_training_gives_equal_gradients(architecture: str) -> None:
         output = run(crops)
         (output.view_logits.square().sum() + output.region_logits.square().sum()).backward()
     for (name, a), b in zip(network.named_parameters(), other.parameters()):
-        torch.testing.assert_close(b.grad, a.grad, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        assert a.grad is not None
+        assert b.grad is not None
+        assert (b.grad - a.grad).abs().max() <= 1e-4 + 1e-3 * a.grad.abs().max(), name
 
 
 @torch.no_grad()

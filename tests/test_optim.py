@@ -100,6 +100,12 @@ def test_fused_optimiser_is_the_plain_one_to_rounding(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+def test_other_devices_have_what_torch_chooses() -> None:
+    """`False` would also rule out the updates of many parameters at once."""
+    groups = optim.param_groups(nn.Linear(2, 2, device="meta"))
+    assert [optim.build_optimizer(name, groups).defaults["fused"] for name in ("adamw", "sgd")] == [None, None]
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_state_of_a_plain_optimiser_goes_on_fused(name: str) -> None:
     """As in checkpoints from elsewhere; the settings of how to compute are not taken over from them."""

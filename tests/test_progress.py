@@ -44,32 +44,53 @@ def test_scalars_stay_on_the_device_until_they_are_read() -> None:
     assert tensors.read() == []
 
 
-def test_waiting_is_the_time_for_batches_only() -> None:
-    meter = EpochMeter(epoch=0, steps=3, images_per_step=1)
+class Clock:
+    """Stands for `time.perf_counter`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+def test_waiting_is_the_time_for_batches_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    def batches() -> Iterator[int]:
+        for i in range(3):
+            clock.now += 0.25
+            yield i
+
+    meter = EpochMeter(epoch=0, steps=3, images_per_step=4)
     passed_on = []
-    for batch in meter.timed(iter_slowly(3, 0.05)):
+    for batch in meter.timed(batches()):
         passed_on.append(batch)
-        time.sleep(0.05)
-    assert passed_on == [0, 1, 2]
-    assert 0.3 < meter.waiting_share < 0.7
-    for _ in passed_on:
         meter.update({"loss": 0.0})
-    assert 5 < meter.images_per_second < 10  # 3 images in 0.3 seconds
+        clock.now += 0.75
+    assert passed_on == [0, 1, 2]
+    assert (meter.seconds, meter.waiting_share, meter.images_per_second) == (3.0, 0.25, 4.0)
 
 
-def iter_slowly(count: int, seconds: float) -> Iterator[int]:
-    for i in range(count):
-        time.sleep(seconds)
-        yield i
-
-
-def test_time_after_the_last_step_does_not_count() -> None:
+def test_time_after_the_last_step_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
     meter = EpochMeter(epoch=0, steps=1, images_per_step=1)
     meter.update({"loss": 0.0})
+    clock.now += 2
     meter.stop()
-    seconds, speed = meter.seconds, meter.images_per_second
-    time.sleep(0.01)
-    assert (meter.seconds, meter.images_per_second) == (seconds, speed)
+    clock.now += 5
+    assert (meter.seconds, meter.images_per_second) == (2.0, 0.5)
+
+
+def test_epoch_of_skipped_steps_alone_has_no_means(tmp_path: Path) -> None:
+    """Its line has the same keys as any other, with null for what was not measured."""
+    log = RunLog(tmp_path, epochs=1, log_freq=2, mean=[0.5], std=[0.5], device=CPU)
+    meter = EpochMeter(epoch=0, steps=2, images_per_step=4)
+    for _ in range(2):
+        meter.update({"loss": torch.tensor(float("nan")), "skipped": torch.tensor(1.0)})
+    log.finish_epoch(meter)
+    log.close()
+    record = json.loads((tmp_path / "log.txt").read_text())
+    assert (record["train_loss"], record["skipped_steps"]) == (None, 2)
+    assert meter.means() == {"loss": None, "skipped_steps": 2}
 
 
 def test_epoch_line_and_step_lines(

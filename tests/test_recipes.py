@@ -56,8 +56,9 @@ EVALUATIONS: dict[str, tuple[Any, dict[str, str], list[str], list[str]]] = {
         ["--epochs", "2", "--n_last_blocks", "3", "--lr", "0.001", "--batch_size_per_gpu", "8"],
     ),
     "eval_finetune": (
-        eval_finetune, {"GPUS": "1", "PER_GPU": "2", "BATCH": "4"}, ["--epochs", "2", "--precision", "fp32"],
-        ["--batch_size_per_gpu", "2", "--accum_iter", "2", "--epochs", "2", "--precision", "fp32", "--warmup_epochs", "5"],
+        eval_finetune, {"GPUS": "1", "PER_GPU": "2", "BATCH": "4"},
+        ["--epochs", "2", "--warmup_epochs", "1", "--precision", "fp32"],
+        ["--batch_size_per_gpu", "2", "--accum_iter", "2", "--epochs", "2", "--precision", "fp32", "--warmup_epochs", "1"],
     ),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ import checkpoint
 import engine
 import main_esvit
 from models import Backbone
-from utils import UsageError
+from utils import UsageError, logger, resolve_precision
 
 
 def train(output_dir: Path, images: Path, *extra: str, overrides: Sequence[str] = ()) -> None:
@@ -88,8 +88,10 @@ def test_two_steps_resume_two_steps_is_four_steps(
 
 def test_run_folder(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Everything a run leaves behind, with the published keys; starting it again changes nothing."""
-    train(tmp_path, images)
+    train(tmp_path, images, "--precision", "auto")
     content = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    assert content["args"].precision == resolve_precision("auto", torch.device("cpu"))
+    assert content["args"].aug_backend == "split"  # what auto stood for
     assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"} <= content.keys()
     assert all(key.startswith("module.") for key in content["student"])
     assert not any(key.startswith("module.") for key in content["teacher"])
@@ -116,6 +118,27 @@ def test_run_folder(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     train(tmp_path, images)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_changed_arguments_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Also those that the saved run did not have, where it did something else; not how often lines are logged."""
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
+    now = {
+        "aug_backend": "split",
+        "sampler": "distributed",
+        "num_workers": 2,
+        "device": "cpu",
+        "log_freq": 5,
+        "lr": 0.1,
+    }
+    saved = {"num_workers": 10, "device": "cuda", "log_freq": 10, "lr": 0.1}
+    engine._report_changes(now, saved)
+    engine._report_changes(now, now | {"log_freq": 1})
+    assert caplog.messages == [
+        "arguments differ from those of the resumed run: "
+        "aug_backend pil -> split; device cuda -> cpu; num_workers 10 -> 2"
+    ]
 
 
 def test_training_improves_on_its_own_start(images: Path, tmp_path: Path) -> None:

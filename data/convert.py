@@ -1,0 +1,318 @@
+"""Turn images into one of the layouts of few large files: zip, tsv or shards. Images stay byte for byte what they are.
+
+    python -m data.convert IMAGENET OUT --to shards         # OUT/train-000000.tar ..., OUT/val-000000.tar ..., OUT/sizes.json
+    python -m data.convert IMAGENET OUT --to zip            # OUT/train.zip, OUT/train_map.txt, the same of val
+    python -m data.convert OUT TSV --to tsv --zip_mode      # from zip files; --tsv_mode: from tsv files; tars are seen
+    python main_esvit.py --data_path OUT ...                # --zip_mode and --tsv_mode as the layout needs
+
+SOURCE is whatever the scripts take: with training and validation images both are converted, else all counts as training.
+Classes are numbered in their order over both, and classes.txt says how; those that are numbers already keep them. Labels are
+written where every image has one. Nothing is overwritten, and files get their names when they are whole.
+
+Origin: this project's own; shards are written by webdataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from webdataset import TarWriter
+
+import utils
+from data.datasets import LAYOUTS, layout_of
+from data.sources import UNLABELLED, Files, Listing, Source, check_inside
+from data.tars import SIZES
+from data.tree import EXTENSIONS
+from data.tsv import TsvLines, label_names
+from data.zips import ZipMembers
+from utils import UsageError, logger
+
+SPLITS = ("train", "val")
+CLASSES = "classes.txt"
+
+
+class Item(NamedTuple):
+    """An image on its way."""
+
+    name: str  # where the source has one of its own, else a number
+    suffix: str  # of the kind of file, without a dot
+    content: bytes
+    label: int | None
+
+
+class Writer(ABC):
+    """One split in a layout. Files are written as `.NAME.part` and named by `finish`.
+
+    Args:
+        folder, split: where, and which.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder
+        self.split = split
+        self.parts: list[str] = []  # names of the files to be
+
+    @abstractmethod
+    def write(self, item: Item) -> None:
+        """Add an image."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """After the last image, or an error."""
+
+    def part(self, name: str) -> Path:
+        """Where to write the file that will be `name`.
+
+        Raises:
+            UsageError: there is one.
+        """
+        if (self.folder / name).exists():
+            raise UsageError(f"{self.folder / name} is there already; nothing is overwritten, choose another folder")
+        self.parts.append(name)
+        return self.folder / f".{name}.part"
+
+    def finish(self) -> None:
+        """Give the files their names."""
+        for name in self.parts:
+            os.link(self.folder / f".{name}.part", self.folder / name)  # unlike a renaming it overwrites nothing
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what has no name yet."""
+        for name in self.parts:
+            (self.folder / f".{name}.part").unlink(missing_ok=True)
+
+
+class ZipWriter(Writer):
+    """`SPLIT.zip` with its map."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        super().__init__(folder, split)
+        archive, map_file = self.part(f"{split}.zip"), self.part(f"{split}_map.txt")
+        self.archive = zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED)
+        self.map = map_file.open("w", encoding="utf-8")
+
+    def write(self, item: Item) -> None:
+        if item.label is None:
+            raise UsageError(f"{item.name} has no label, which a zip needs for each image; choose --to tsv or shards")
+        self.archive.writestr(zipfile.ZipInfo(item.name), item.content)
+        self.map.write(f"{self.split}.zip@/{item.name}\t{item.label}\n")
+
+    def close(self) -> None:
+        self.archive.close()
+        self.map.close()
+
+
+class TsvWriter(Writer):
+    """`SPLIT.tsv` with its index."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        super().__init__(folder, split)
+        tsv, index = self.part(f"{split}.tsv"), self.part(f"{split}.lineidx")
+        self.file, self.index = tsv.open("wb"), index.open("w")
+
+    def write(self, item: Item) -> None:
+        self.index.write(f"{self.file.tell()}\n")
+        key = " ".join(item.name.split())  # no tab or newline
+        label = "" if item.label is None else item.label
+        self.file.write(f"{key}\t{label}\t".encode("utf-8", "replace") + base64.b64encode(item.content) + b"\n")
+
+    def close(self) -> None:
+        self.file.close()
+        self.index.close()
+
+
+class ShardsWriter(Writer):
+    """`SPLIT-000000.tar` and so on.
+
+    Args:
+        images: of a shard.
+    """
+
+    def __init__(self, folder: Path, split: str, images: int) -> None:
+        super().__init__(folder, split)
+        self.images = images
+        self.count = 0
+        self.tar: TarWriter | None = None
+
+    def write(self, item: Item) -> None:
+        if self.count % self.images == 0:
+            self.close()
+            self.tar = TarWriter(
+                str(self.part(f"{self.split}-{self.count // self.images:06}.tar")), encoder=False, mtime=0
+            )
+        label = {} if item.label is None else {"cls": str(item.label).encode()}
+        assert self.tar is not None
+        self.tar.write({"__key__": f"{self.count:09}", item.suffix: item.content, **label})
+        self.count += 1
+
+    def close(self) -> None:
+        if self.tar is not None:
+            self.tar.close()
+        self.tar = None
+
+    def sizes(self) -> dict[str, int]:
+        """Images of each shard."""
+        return {name: min(self.images, self.count - i * self.images) for i, name in enumerate(self.parts)}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """From where to where."""
+    parser = utils.Parser("python -m data.convert", description="images into zip, tsv or shards")
+    parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
+    parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
+    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards"))
+    parser.add_argument("--shard_images", type=int, default=5000, help="images of a shard")
+    utils.add_layout_flags(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Convert all splits of the source."""
+    utils.setup_logging()
+    utils.check_at_least(args, 1, ("shard_images",))
+    layout = layout_of(args)
+    listings = {split: list_split(args.data_path, layout, split) for split in find_splits(args.data_path, layout)}
+    numbers, names = number_classes(list(listings.values()))
+    folder = utils.make_output_dir(args.dest)
+    writers: list[Writer] = []
+    try:
+        for (split, listing), label_N in zip(listings.items(), numbers):
+            writers.append(make_writer(args, folder, split))
+            for item in tqdm(
+                items_of(listing.source, label_N, Path(args.data_path), split), desc=split, total=len(listing.source)
+            ):
+                writers[-1].write(item)
+            writers[-1].close()
+        write_small_files(folder, writers, names)
+        for writer in writers:
+            writer.finish()
+    finally:
+        for writer in writers:
+            writer.close()
+            writer.discard()
+    for split, listing in listings.items():
+        logger.info("%s: %d images, %d classes", split, len(listing.source), len(listing.classes))
+
+
+def make_writer(args: argparse.Namespace, folder: Path, split: str) -> Writer:
+    """The writer that --to names."""
+    if args.to == "shards":
+        return ShardsWriter(folder, split, args.shard_images)
+    makers: dict[str, Callable[[Path, str], Writer]] = {"zip": ZipWriter, "tsv": TsvWriter}
+    return makers[args.to](folder, split)
+
+
+def find_splits(data_path: str, layout: str) -> list[str]:
+    """`train`, and `val` where the source has it apart."""
+    root = Path(data_path)
+    if not root.is_dir():
+        return ["train"]
+    apart = {
+        "files": lambda split: (root / split).is_dir(),
+        "zip": lambda split: (root / f"{split}_map.txt").is_file(),
+        "tsv": lambda split: (root / f"{split}.tsv").is_file() or (root / split).is_dir(),
+        "shards": lambda split: (root / split).is_dir() or any(root.glob(f"{split}*.tar")),
+    }[layout]
+    return [split for split in SPLITS if apart(split)] or ["train"]
+
+
+def list_split(data_path: str, layout: str, split: str) -> Listing:
+    """The images of a split, with their labels if they have any.
+
+    Raises:
+        UsageError: see the layouts.
+    """
+    if layout != "shards" and not Path(data_path).exists():
+        raise UsageError(f"'{data_path}' does not exist; SOURCE is a folder or file of images")
+    listing = LAYOUTS[layout](Path(data_path), split, False)
+    if isinstance(listing.source, TsvLines) and label_names(listing.source.head(0)[1]):
+        return LAYOUTS[layout](Path(data_path), split, True)  # reads labels, which takes longer
+    return listing
+
+
+def number_classes(listings: Sequence[Listing]) -> tuple[list[np.ndarray], list[str]]:
+    """The labels of each listing, numbered alike, and the names of the classes where they were no numbers before."""
+    names = sorted({name for listing in listings for name in listing.classes})
+    as_numbers = all(name.isdecimal() for name in names)
+    number_of = {name: int(name) if as_numbers else number for number, name in enumerate(names)}
+    numbers = []
+    for listing in listings:
+        assert isinstance(listing.labels, Sequence | np.ndarray)
+        numbers_of_class = np.array([number_of[name] for name in listing.classes], dtype=np.int64)
+        labels = np.asarray(listing.labels, dtype=np.int64)
+        numbers.append(numbers_of_class[labels] if len(numbers_of_class) else labels)
+    return numbers, [] if as_numbers else names
+
+
+def items_of(source: Source, label_N: np.ndarray, root: Path, split: str) -> Iterator[Item]:
+    """The images of a source, one after the other.
+
+    Raises:
+        UsageError: one cannot be read.
+    """
+    names = own_names(source, root / split if (root / split).is_dir() else root)
+    for i in range(len(source)):
+        try:
+            content = source.read(i)
+        except Exception as error:  # of any kind: see Source
+            raise UsageError(f"{source.name(i)} cannot be read ({error}); repair or remove it") from None
+        suffix = kind_of(content, source.name(i))
+        name = names[i] if names else f"{i:09}.{suffix}"
+        yield Item(name, suffix, content, None if label_N[i] == UNLABELLED else int(label_N[i]))
+
+
+def own_names(source: Source, root: Path) -> list[str]:
+    """The images' names inside the source, if they are paths below it and all different; else none."""
+    names = [source.name(i) for i in range(len(source))]
+    if isinstance(source, ZipMembers):
+        names = [name.partition("@/")[2] for name in names]
+    elif isinstance(source, Files):
+        folder = os.path.commonpath([os.path.dirname(name) for name in names]) if root.is_file() else str(root)
+        names = [os.path.relpath(name, folder).replace(os.sep, "/") for name in names]
+    else:
+        return []
+    try:
+        for name in names:
+            check_inside(name, "", "")
+            name.encode()
+    except ValueError:
+        return []
+    return names if len(set(names)) == len(names) else []
+
+
+def kind_of(content: bytes, name: str) -> str:
+    """The suffix of an image file: its own, else what its bytes say, else jpg."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in EXTENSIONS:
+        return suffix[1:]
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return {"jpeg": "jpg", "tiff": "tif"}.get(kind := str(image.format).lower(), kind)
+    except Exception:  # damaged images are converted too, and named when they are used
+        return "npy" if content.startswith(b"\x93NUMPY") else "jpg"
+
+
+def write_small_files(folder: Path, writers: Sequence[Writer], names: Sequence[str]) -> None:
+    """classes.txt, where classes have names, and sizes.json of shards; they become files of the last writer."""
+    sizes = {name: n for writer in writers if isinstance(writer, ShardsWriter) for name, n in writer.sizes().items()}
+    if names:
+        writers[-1].part(CLASSES).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    if sizes:
+        writers[-1].part(SIZES).write_text(json.dumps(sizes, indent=1))
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,109 @@
+"""Files that are made once and read by every process: whole or not at all, by one process while the others wait.
+
+Processes need not know of each other, nor run on one machine: a lock file beside the wanted one tells them apart, and a lock
+whose owner died is taken over. Where nothing can be written, callers keep what they made in memory.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+HEARTBEAT = 5.0  # seconds
+ABANDONED_AFTER = 60.0  # seconds without a heartbeat
+POLL = 0.1  # seconds
+CACHE_VARIABLE = "ESVIT_CACHE"
+
+
+def make_once(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+    """Let one process `write` the file `path`, unless it is there; the others wait until it is.
+
+    Returns:
+        whether it is there now; False where it cannot be written (a read-only or full disk), which says nothing of its content.
+    """
+    lock = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not path.exists():
+            if not _take(lock):
+                continue
+            try:
+                with _beating(lock):
+                    _write_whole(path, write)
+            finally:
+                lock.unlink(missing_ok=True)
+    except OSError:
+        return path.exists()
+    return True
+
+
+def _take(lock: Path) -> bool:
+    """Try to own the lock; where another does, wait until it is gone, and remove it if its owner died."""
+    try:
+        lock.open("x").close()
+    except FileExistsError:
+        seen, since = _last_beat(lock), time.monotonic()
+        while lock.exists():
+            time.sleep(POLL)
+            if _last_beat(lock) != seen:
+                seen, since = _last_beat(lock), time.monotonic()
+            elif time.monotonic() - since > ABANDONED_AFTER:
+                lock.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def cache_file(about: Path, suffix: str) -> Path:
+    """Where to keep what was found out about the file or folder `about`: in $ESVIT_CACHE, else in the user's cache folder."""
+    folder = os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "esvit")
+    name = hashlib.sha256(os.fsencode(about.resolve())).hexdigest()[:24]
+    return Path(folder).expanduser() / f"{name}{suffix}"
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Under a name of its own first, so that two owners of a lock that both believe the other dead do no harm."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _last_beat(lock: Path) -> int:
+    """Of the lock's clock, which need not be ours."""
+    try:
+        return lock.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+@contextlib.contextmanager
+def _beating(lock: Path) -> Iterator[None]:
+    """Touch the lock every few seconds, so that others see its owner is alive."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                lock.touch()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

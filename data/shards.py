@@ -1,0 +1,255 @@
+"""Pre-training on WebDataset shards, read from their beginning to their end: from slow disks, or from elsewhere.
+
+    --data_path 'shards/train-{000000..000146}.tar'      or a folder of tars
+    --data_path 'https://HOST/train-{000000..000146}.tar' --epoch_images 1281167
+    --data_path 'pipe:aws s3 cp s3://BUCKET/train-{000000..000146}.tar -' --epoch_images 1281167
+
+Each epoch lays the shards in a new order end to end and cuts them into one part for each process, and that into one for each of its
+workers, in whole batches: every image comes at most once, and all processes get as many batches. A worker mixes what it reads
+in a buffer. What comes when depends on (seed, epoch, processes, workers, batch size) alone.
+
+An image that cannot be read is named, and another one of the buffer takes its place; so are images that a shard lacks.
+
+Origin: the method and the opening of URLs are WebDataset's (webdataset); the exact cut is this project's own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.gopen import gopen
+from webdataset.tariterators import tar_file_iterator
+
+from data.datasets import REPLACEMENT_TRIES, Sample, Transform, reason_of
+from data.decode import decode_image
+from data.sources import UNLABELLED, parse_label
+from data.tars import count_images, find_shards, is_remote, samples_of
+from utils import UsageError, isolated_rng
+
+RECENT = 16  # readable images that are kept to stand in for others
+
+
+class Span(NamedTuple):
+    """Consecutive images of a shard."""
+
+    shard: int
+    start: int
+    images: int
+
+
+class Encoded(NamedTuple):
+    """An image as its shard holds it."""
+
+    name: str
+    number: int  # among all images
+    content: bytes
+    label: int
+    error: str = ""  # why there is no content
+
+
+def plan_spans(
+    counts: Sequence[int], batch_size: int, parts: Sequence[int], part: int, order: np.ndarray
+) -> list[Span]:
+    """What one reader reads in an epoch.
+
+    Args:
+        counts: images of each shard.
+        batch_size: images of a batch.
+        parts: batches of each reader.
+        part: which reader.
+        order: of the shards.
+    """
+    begin = sum(parts[:part]) * batch_size
+    end = begin + parts[part] * batch_size
+    spans, place = [], 0
+    for shard in order.tolist():
+        first, last = max(begin - place, 0), min(end - place, counts[shard])
+        if first < last:
+            spans.append(Span(shard, first, last - first))
+        place += counts[shard]
+    return spans
+
+
+class ShardStream(IterableDataset[Sample]):
+    """The images of shards, as a stream; set `epoch` before each pass and `batch_size`, `rank` and `world` before the first.
+
+    Args:
+        shards: paths, or URLs and pipes as the webdataset library opens them.
+        counts: images of each; those beyond are not read.
+        transform, in_chans, seed: as of `ImageDataset`.
+        buffer: images that a worker mixes.
+        length: images of an epoch, at most the sum of `counts`; as many by default.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        counts: Sequence[int],
+        transform: Transform,
+        in_chans: int = 3,
+        seed: int = 0,
+        buffer: int = 256,
+        length: int | None = None,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.counts = tuple(counts)
+        self.starts = np.cumsum([0, *counts])
+        self.length = int(self.starts[-1]) if length is None else length
+        self.transform = transform
+        self.in_chans = in_chans
+        self.seed = seed
+        self.buffer = buffer
+        self.batch_size, self.rank, self.world = 1, 0, 1
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # as of ImageDataset
+
+    @property
+    def epoch(self) -> int:
+        """Of the next pass."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        """Images of an epoch, over all processes."""
+        return self.length
+
+    @property
+    def batches(self) -> int:
+        """Of an epoch, on each process."""
+        return self.length // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        reader = self.rank * workers + worker
+        each = [self.batches // workers + (i < self.batches % workers) for i in range(workers)]
+        generator = np.random.default_rng([self.seed % 2**64, self.epoch])
+        order = generator.permutation(len(self.shards))
+        spans = plan_spans(self.counts, self.batch_size, each * self.world, reader, order)
+        generator = np.random.default_rng([self.seed % 2**64, self.epoch, reader])
+        elsewhere = [Span(shard, 0, RECENT) for shard in order.tolist()]
+        yield from self._samples(self._read(spans), self._read(elsewhere), generator)
+
+    def _read(self, spans: Sequence[Span]) -> Iterator[Encoded]:
+        for span in spans:
+            yield from read_span(self.shards[span.shard], span, int(self.starts[span.shard]))
+
+    def _samples(
+        self, images: Iterator[Encoded], elsewhere: Iterator[Encoded], generator: np.random.Generator
+    ) -> Iterator[Sample]:
+        """Mix the images, decode them, and let others stand in for those that cannot be read."""
+        mixed: list[Encoded] = []  # images without content, which take no memory, come on top of the buffer's
+        recent: deque[Encoded] = deque(maxlen=RECENT)
+        readable = 0
+        while True:
+            while readable < self.buffer and (image := next(images, None)) is not None:
+                mixed.append(image)
+                readable += not image.error
+            if not mixed:
+                return
+            place = int(generator.integers(len(mixed)))
+            mixed[place], mixed[-1] = mixed[-1], mixed[place]
+            wanted = mixed.pop()
+            readable -= not wanted.error
+            sample, used = self._view(wanted, stand_ins(mixed, recent, elsewhere))
+            if used is not None:
+                recent.append(used)
+            yield sample
+
+    def _view(self, wanted: Encoded, others: Iterator[Encoded]) -> tuple[Sample, Encoded | None]:
+        """The views of the wanted image or of one of the others, and which it was."""
+        failures: list[str] = []
+        with isolated_rng(self.seed, self.epoch, wanted.number):
+            for chosen in islice(chain([wanted], others), REPLACEMENT_TRIES):
+                try:
+                    if chosen.error:
+                        raise ValueError(chosen.error)
+                    image = decode_image(chosen.content, self.in_chans)
+                except Exception as error:  # see ImageDataset
+                    failures.append(f"{chosen.name}: {reason_of(error)}")
+                    continue
+                return Sample(self.transform(image), chosen.label, wanted.number, tuple(failures)), chosen
+        return Sample([], UNLABELLED, wanted.number, tuple(failures)), None
+
+
+def stand_ins(mixed: Sequence[Encoded], recent: Sequence[Encoded], elsewhere: Iterator[Encoded]) -> Iterator[Encoded]:
+    """Images that may be readable: drawn with numpy's generator, of those at hand, or the first of all shards if there are none."""
+    others = [image for image in (*mixed, *recent) if not image.error]
+    while others:
+        yield others[int(np.random.randint(len(others)))]
+    yield from (image for image in elsewhere if not image.error)
+
+
+def read_span(shard: str, span: Span, first_index: int) -> Iterator[Encoded]:
+    """As many images as the span says; those that the shard does not give carry an error."""
+    place = span.start
+    reason = f"the shard has fewer than {span.start + span.images} images"
+    try:
+        stream = gopen(shard) if is_remote(shard) else open(shard, "rb")  # noqa: SIM115
+        with stream:
+            files = ((file["fname"], file["data"]) for file in tar_file_iterator(stream))
+            for name, content, label in islice(samples_of(files), span.start, span.start + span.images):
+                yield _labelled(Encoded(f"{shard}@/{name}", first_index + place, content, UNLABELLED), label)
+                place += 1
+    except Exception as error:  # whatever a damaged tar or a lost connection makes the libraries raise
+        reason = reason_of(error)
+    for missing in range(place, span.start + span.images):
+        yield Encoded(f"{shard} image {missing + 1}", first_index + missing, b"", UNLABELLED, reason)
+
+
+def _labelled(image: Encoded, label: bytes | None) -> Encoded:
+    if label is None:
+        return image
+    try:
+        return image._replace(label=parse_label(label.decode("ascii", "replace"), "its label"))
+    except UsageError as error:
+        return image._replace(error=str(error))
+
+
+class ShardLoader(DataLoader[Any]):
+    """A loader whose length is that of this process's share, not of all shards."""
+
+    def __len__(self) -> int:
+        assert isinstance(self.dataset, ShardStream)
+        return self.dataset.batches
+
+
+def build_stream(
+    data_path: str,
+    transform: Transform,
+    in_chans: int = 3,
+    seed: int = 0,
+    buffer: int = 256,
+    epoch_images: int = 0,
+) -> ShardStream:
+    """The training images of shards.
+
+    Args:
+        data_path: a folder of tars, a tar, or a pattern of them; what is not on this disk needs `epoch_images`.
+        epoch_images: images of an epoch; 0: all.
+
+    Raises:
+        UsageError: no shards, a damaged one, or a number of images that they do not hold.
+    """
+    shards = find_shards(data_path, "train")
+    if any(is_remote(shard) for shard in shards):
+        if epoch_images < len(shards):
+            raise UsageError(
+                f"--epoch_images {epoch_images} is needed for shards from elsewhere: how many images the {len(shards)} hold"
+            )
+        counts = [epoch_images // len(shards)] * len(shards)
+        return ShardStream(shards, counts, transform, in_chans, seed, buffer)
+    counts = count_images(shards)
+    if epoch_images > sum(counts) or not sum(counts):
+        raise UsageError(
+            f"{data_path} holds {sum(counts)} images in {len(shards)} shards, --epoch_images is {epoch_images}"
+        )
+    return ShardStream(shards, counts, transform, in_chans, seed, buffer, epoch_images or None)

@@ -1,0 +1,230 @@
+"""Images in local tar files: WebDataset shards at any place of them, for evaluation and conversion.
+
+    DIR/train-000000.tar ...       or a pattern 'DIR/train-{000000..000146}.tar', or a folder train/ of tars
+
+Members of one name before the first dot are one sample: an image, and where labels are known `NAME.cls` with a number. Nothing is
+ever unpacked to the disk. Training reads the same files from their beginning to their end: data/shards.py.
+
+Origin: the conventions of WebDataset; the index is this project's own, on Python's tarfile.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
+
+import braceexpand
+import numpy as np
+from tqdm import tqdm
+
+from data.sources import UNLABELLED, Listing, Names, OwnFile, Source, parse_label
+from data.tree import EXTENSIONS
+from utils import UsageError, is_main_process
+
+SUFFIXES = tuple(name.lstrip(".") for name in EXTENSIONS)
+LABEL_SUFFIX = "cls"
+LABEL_BYTES = 64  # of a label's member, at most
+SIZES = "sizes.json"  # beside shards: the number of images in each, by its name
+MEMBER = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
+REMOTE = ("pipe:", "://")  # opened by the webdataset library, pipes by a shell: only ever what the user typed
+
+
+T = TypeVar("T")
+
+
+class Member(NamedTuple):
+    """An image in a tar file."""
+
+    name: str
+    offset: int  # of its bytes
+    size: int
+    label: str | None
+
+
+class TarMembers(Source):
+    """Images in tar files that are not compressed.
+
+    Args:
+        shards: the tar files.
+        members: a `MEMBER` each image: which tar, and where in it.
+        names: of the members.
+    """
+
+    def __init__(self, shards: Sequence[Path], members: np.ndarray, names: Names) -> None:
+        self.shards = [OwnFile(path) for path in shards]
+        self.members = members
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self.members[index]['shard']].path}@/{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        member = self.members[index]
+        return self.shards[member["shard"]].read(int(member["offset"]), int(member["size"]))
+
+
+def list_tars(root: Path, split: str, need_labels: bool) -> Listing:
+    """The images of local shards, with labels where all of them have one.
+
+    Raises:
+        UsageError: no such shards, a damaged one, or no labels where they are needed.
+    """
+    shards = find_shards(str(root), split, need_labels)
+    if any(is_remote(shard) for shard in shards):
+        raise UsageError(f"{root} is not on this disk; only pre-training reads shards from elsewhere, copy them here")
+    paths = [Path(shard) for shard in shards]
+    rows, names, labels = [], [], []
+    for number, path in enumerate(tqdm(paths, desc="shards", disable=_quiet(), leave=False)):
+        for member in tar_members(path):
+            rows.append((number, member.offset, member.size))
+            names.append(member.name)
+            where = f"{path}@/{member.name}"
+            labels.append(UNLABELLED if member.label is None else parse_label(member.label, where))
+    if not rows:
+        raise UsageError(
+            f"{root} holds no image; looked in {len(paths)} tar files for names ending in {' '.join(SUFFIXES)}"
+        )
+    source = TarMembers(paths, np.array(rows, dtype=MEMBER), Names(names))
+    if UNLABELLED in labels:
+        if need_labels:
+            without = source.name(labels.index(UNLABELLED))
+            raise UsageError(f"{without} has no label; evaluation needs a member NAME.{LABEL_SUFFIX} for each image")
+        return Listing(source, np.full(len(labels), UNLABELLED), ())
+    found, label_N = np.unique(np.array(labels), return_inverse=True)
+    return Listing(source, label_N, [str(label) for label in found])
+
+
+def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
+    """The shards that a data path names: a pattern, one file, or a folder.
+
+    Of a folder: those in its sub-folder `split`, else those whose name begins with it, else (unless the split is needed and the
+    other one is there) all.
+
+    Raises:
+        UsageError: none, or one that is missing.
+    """
+    if is_remote(path) or "{" in path:
+        shards = list(braceexpand.braceexpand(path))
+        missing = [shard for shard in shards if not is_remote(shard) and not Path(shard).is_file()]
+        if missing:
+            raise UsageError(
+                f"--data_path names {len(shards)} shards of which {len(missing)} are missing, first {missing[0]}"
+            )
+        return shards
+    root = Path(path)
+    if root.is_file():
+        return [path]
+    folder = root / split if (root / split).is_dir() else root
+    tars = sorted(folder.glob("*.tar"))
+    chosen = [tar for tar in tars if folder != root or tar.name.startswith(split)]
+    if not chosen and any(tar.name.startswith(("train", "val")) for tar in tars):
+        tars = []
+    if not tars:
+        raise UsageError(f"{root} holds no tar files of '{split}'; name them {split}-000000.tar, or pass a pattern")
+    return [str(tar) for tar in chosen or tars]
+
+
+def holds_shards(path: str) -> bool:
+    """Whether a data path names tar files, by itself or as a folder."""
+    if is_remote(path) or path.endswith(".tar"):
+        return True
+    root = Path(path)
+    folders = [folder for folder in (root, root / "train", root / "val") if folder.is_dir()]
+    return any(next(folder.glob("*.tar"), None) is not None for folder in folders)
+
+
+def is_remote(shard: str) -> bool:
+    """Whether it takes the webdataset library to open it."""
+    return shard.startswith(REMOTE[0]) or REMOTE[1] in shard
+
+
+def split_name(member: str) -> tuple[str, str]:
+    """The sample that a member belongs to, and what it is of it: `a/b.c.JPG` is the `c.jpg` of `a/b`."""
+    path = PurePosixPath(member)
+    stem, _, suffix = path.name.partition(".")
+    return str(path.parent / stem), suffix.lower()
+
+
+def is_image(suffix: str) -> bool:
+    """Of a member; `seg.png` is an image as `png` is."""
+    return suffix.rpartition(".")[2] in SUFFIXES
+
+
+def samples_of(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T, T | None]]:
+    """Name and content of the image, and content of the label, of each sample that has an image; of several the first."""
+    key, name, image, label = "", "", None, None
+    for member, content in members:
+        sample, suffix = split_name(member)
+        if sample != key:
+            if image is not None:
+                yield name, image, label
+            key, image, label = sample, None, None
+        if image is None and is_image(suffix):
+            name, image = member, content
+        elif suffix == LABEL_SUFFIX:
+            label = content
+    if image is not None:
+        yield name, image, label
+
+
+def tar_members(path: Path) -> Iterator[Member]:
+    """The images of a tar file in its order: one of each sample that has any.
+
+    Raises:
+        UsageError: it is compressed or no whole tar file.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for name, image, label in samples_of(_regular_files(tar)):
+                content = tar.extractfile(label) if label else None
+                text = content.read(LABEL_BYTES).decode("ascii", "replace") if content else None
+                yield Member(name, image.offset_data, image.size, text)
+    except (tarfile.TarError, OSError) as error:
+        raise UsageError(f"{path} is no whole tar file without compression ({error}); copy or make it again") from None
+
+
+def _regular_files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    for info in tar:
+        tar.members = []  # type: ignore[attr-defined]  # which would hold every header
+        if info.isreg() and not info.issparse():
+            yield info.name, info
+
+
+def count_images(shards: Sequence[str]) -> list[int]:
+    """Images of each local shard, as `sizes.json` beside it says, else counted.
+
+    Raises:
+        UsageError: a damaged shard or list.
+    """
+    known: dict[Path, dict[str, int]] = {}
+    counts = []
+    for shard in tqdm(shards, desc="counting images of shards", disable=_quiet(), leave=False):
+        folder = Path(shard).parent
+        if folder not in known:
+            known[folder] = _read_sizes(folder / SIZES)
+        count = known[folder].get(Path(shard).name)
+        counts.append(sum(1 for _ in tar_members(Path(shard))) if count is None else count)
+    return counts
+
+
+def _read_sizes(path: Path) -> dict[str, int]:
+    try:
+        sizes = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not readable as JSON ({error}); move it away, images are counted then") from None
+    if not isinstance(sizes, dict) or not all(type(count) is int and count >= 0 for count in sizes.values()):
+        raise UsageError(f"{path} does not give a number of images for each tar; move it away, images are counted then")
+    return sizes
+
+
+def _quiet() -> bool:
+    return not (is_main_process() and sys.stderr.isatty())

@@ -1,0 +1,131 @@
+"""Conversion both ways: the same images byte for byte, the same labels, nothing overwritten, nothing left half."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+from image_files import whole, write_grey, write_tsv
+from runs import write_images
+
+from data import convert
+from data.datasets import LAYOUTS, build_dataset
+from utils import UsageError
+
+FLAGS = {"files": [], "zip": ["--zip_mode"], "tsv": ["--tsv_mode"], "shards": []}
+
+
+def run(source: Path, dest: Path, to: str, layout: str = "files", *more: str) -> Path:
+    convert.main(convert.get_args_parser().parse_args([str(source), str(dest), "--to", to, *FLAGS[layout], *more]))
+    return dest
+
+
+def content(root: Path, layout: str, split: str) -> list[tuple[bytes, int]]:
+    """Bytes and label of every image, sorted."""
+    dataset = build_dataset(root, split, whole, need_labels=True, layout=layout)
+    labels = [int(dataset.classes[label]) if dataset.classes[0].isdecimal() else int(label) for label in dataset.labels]
+    return sorted((dataset.source.read(i), labels[i]) for i in range(len(dataset)))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Twelve training images of three classes; four of validation, whose first class is the training set's second."""
+    write_images(tmp_path / "folders" / "train", 4, size=8, classes=3)
+    for label in (1, 2):
+        write_grey(tmp_path / "folders" / "val" / f"class{label}" / "grey.png", label)
+        (tmp_path / "folders" / "val" / f"class{label}" / "damaged.jpg").write_bytes(b"no image %d" % label)
+    return tmp_path / "folders"
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations(("zip", "tsv", "shards"), 2))
+def test_folder_to_one_layout_to_another(folders: Path, tmp_path: Path, first: str, second: str) -> None:
+    """Damaged images too; classes of val are numbered as those of train."""
+    one = run(folders, tmp_path / "one", first, "files", "--shard_images", "5")
+    two = run(one, tmp_path / "two", second, first, "--shard_images", "3")
+    expected = content(folders, "files", "train")
+    assert content(one, first, "train") == expected
+    assert content(two, second, "train") == expected
+    val = sorted((path.read_bytes(), int(path.parent.name[-1])) for path in (folders / "val").rglob("*.*"))
+    assert content(one, first, "val") == val
+    assert content(two, second, "val") == val
+    assert (one / "classes.txt").read_text() == "class0\nclass1\nclass2\n"
+    assert not [name for root in (one, two) for name in os.listdir(root) if name.endswith(".part")]
+
+
+def test_order_and_names(folders: Path, tmp_path: Path) -> None:
+    source = build_dataset(folders, "train", whole).source
+    for layout in ("zip", "tsv", "shards"):
+        root = run(folders, tmp_path / layout, layout)
+        dataset = build_dataset(root, "train", whole, layout=layout)
+        assert [dataset.source.read(i) for i in range(12)] == [source.read(i) for i in range(12)]
+    zipped = build_dataset(tmp_path / "zip", "train", whole, layout="zip")
+    assert zipped.source.name(5) == f"{tmp_path}/zip/train.zip@/class1/001.png"
+    assert (tmp_path / "tsv" / "train.tsv").read_text().startswith("class0/000.png\t0\t")
+    names = sorted(os.listdir(tmp_path / "shards"))
+    assert names == ["classes.txt", "sizes.json", "train-000000.tar", "val-000000.tar"]
+
+
+def test_index_and_sizes_that_are_written_are_those_that_are_found(folders: Path, tmp_path: Path) -> None:
+    from data.tars import count_images, find_shards
+    from data.tsv import index_lines
+
+    tsv = run(folders, tmp_path / "tsv", "tsv") / "train.tsv"
+    assert tsv.with_suffix(".lineidx").read_text() == "".join(f"{n}\n" for n in index_lines(tsv))
+    shards = run(folders, tmp_path / "shards", "shards", "files", "--shard_images", "5")
+    written = count_images(find_shards(str(shards), "train"))
+    (shards / "sizes.json").unlink()
+    assert count_images(find_shards(str(shards), "train")) == written == [5, 5, 2]
+
+
+def test_conversion_repeats_bit_for_bit(folders: Path, tmp_path: Path) -> None:
+    for layout in ("zip", "tsv", "shards"):
+        one, two = (run(folders, tmp_path / f"{layout}{i}", layout) for i in range(2))
+        assert sorted(os.listdir(one)) == sorted(os.listdir(two))
+        assert all((one / name).read_bytes() == (two / name).read_bytes() for name in os.listdir(one))
+
+
+def test_images_without_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 3, size=8)
+    for layout in ("tsv", "shards"):
+        root = run(tmp_path / "flat", tmp_path / layout, layout)
+        assert len(build_dataset(root, "train", whole, layout=layout)) == 3
+        with pytest.raises(UsageError, match="label"):
+            build_dataset(root, "train", whole, need_labels=True, layout=layout)
+    with pytest.raises(UsageError, match=r"000\.png has no label, which a zip needs .*--to tsv or shards"):
+        run(tmp_path / "flat", tmp_path / "zip", "zip")
+    assert os.listdir(tmp_path / "zip") == []
+
+
+def test_numbers_stay_numbers(tmp_path: Path) -> None:
+    """Labels 7 and 900 are not renumbered."""
+    png = write_grey(tmp_path / "a.png", 1).read_bytes()
+    tsv = write_tsv(tmp_path / "tsv" / "train.tsv", [("a", "900", png), ("b", "7", png)])
+    for layout in ("zip", "shards"):
+        assert content(run(tsv, tmp_path / layout, layout, "tsv"), layout, "train") == [(png, 7), (png, 900)]
+        assert not (tmp_path / layout / "classes.txt").exists()
+
+
+@pytest.mark.parametrize(("to", "name"), [("zip", "train_map.txt"), ("tsv", "val.lineidx"), ("shards", "sizes.json")])
+def test_nothing_is_overwritten(folders: Path, tmp_path: Path, to: str, name: str) -> None:
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    (dest / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"{name} is there already; nothing is overwritten"):
+        run(folders, dest, to)
+    assert (dest / name).read_text() == "mine"
+    assert os.listdir(dest) == [name]
+
+
+def test_image_that_cannot_be_read_stops_it_without_a_trace(folders: Path, tmp_path: Path) -> None:
+    (folders / "train" / "class1" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"class1/gone\.png cannot be read"):
+        run(folders, tmp_path / "dest", "zip")
+    assert os.listdir(tmp_path / "dest") == []
+
+
+def test_source_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist; SOURCE is a folder or file of images"):
+        run(tmp_path / "nowhere", tmp_path / "dest", "zip")
+    assert set(FLAGS) <= set(LAYOUTS)

@@ -1,0 +1,332 @@
+"""Shards: every image at most once an epoch over processes and workers, failures named, and the same images as in folders."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_files import encoded, whole
+from PIL import Image
+from runs import TINY_RUN, TINY_SWIN
+from torch.utils.data import DataLoader
+
+import checkpoint
+import main_esvit
+from data.datasets import build_dataset
+from data.loader import Batch, build_train_loader, set_epoch
+from data.shards import ShardStream, build_stream, plan_spans
+from data.tars import count_images, find_shards, holds_shards, is_image, is_remote, split_name
+from utils import UsageError
+
+COUNTS = (5, 1, 7, 4, 6)  # images of the shards
+IMAGES = sum(COUNTS)
+
+
+def grey(value: int, size: int = 4) -> bytes:
+    return encoded(lambda buffer: Image.new("L", (size, size), value).save(buffer, "PNG"))
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Image i of all is filled with i, its label is i modulo 3."""
+    number = 0
+    for shard, count in enumerate(COUNTS):
+        members = []
+        for _ in range(count):
+            members += [(f"k{number:03}.png", grey(number, 32)), (f"k{number:03}.cls", str(number % 3).encode())]
+            number += 1
+        write_tar(tmp_path / "shards" / f"train-{shard:03}.tar", members)
+    return tmp_path / "shards"
+
+
+def set_world(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setattr("data.loader.get_rank", lambda: rank)
+    monkeypatch.setattr("data.loader.get_world_size", lambda: world)
+
+
+def loader_of(stream: ShardStream, batch_size: int = 2, workers: int = 0) -> DataLoader[Batch]:
+    return build_train_loader(stream, batch_size, workers, pin_memory=False)
+
+
+def one_epoch(loader: DataLoader[Batch], epoch: int) -> list[Batch]:
+    set_epoch(loader, epoch)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    return batches
+
+
+def indices(batches: list[Batch]) -> list[int]:
+    return [int(index) for batch in batches for index in batch.indices_B]
+
+
+# --------------------------------------------------------------------------- the cut
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_readers_share_the_images_without_overlap(world: int, workers: int, batch_size: int) -> None:
+    order = np.array([3, 0, 4, 1, 2])
+    batches = IMAGES // (world * batch_size)
+    parts = [batches // workers + (i < batches % workers) for i in range(workers)] * world
+    taken: Counter[tuple[int, int]] = Counter()
+    for part, wanted in enumerate(parts):
+        spans = plan_spans(COUNTS, batch_size, parts, part, order)
+        assert sum(span.images for span in spans) == wanted * batch_size
+        for span in spans:
+            taken.update((span.shard, place) for place in range(span.start, span.start + span.images))
+    assert max(taken.values()) == 1
+    assert len(taken) == batches * world * batch_size
+    assert all(place < COUNTS[shard] for shard, place in taken)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_image_at_most_once_an_epoch(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, world: int, workers: int
+) -> None:
+    """Over all processes and workers, with what its index says, and as many batches for each."""
+    for epoch in (0, 1):
+        seen: list[int] = []
+        for rank in range(world):
+            set_world(monkeypatch, rank, world)
+            batches = one_epoch(loader_of(build_stream(str(shards), whole, buffer=4), workers=workers), epoch)
+            assert len(batches) == IMAGES // (2 * world)
+            for batch in batches:
+                assert torch.equal((batch.views[0][:, 0, 0, 0] * 255).round().long(), batch.indices_B)
+                assert torch.equal(batch.labels_B, batch.indices_B % 3)
+                assert batch.failures == []
+            seen += indices(batches)
+        assert len(set(seen)) == len(seen) == IMAGES // (2 * world) * 2 * world
+
+
+def test_epochs_differ_and_repeat(shards: Path) -> None:
+    """Also in workers that stay, and in a loader that is made anew; and seeds differ."""
+    staying = loader_of(build_stream(str(shards), whole, buffer=4), workers=1)
+    passes = [indices(one_epoch(staying, epoch)) for epoch in (0, 1)]
+    assert passes[0] != passes[1]
+    for epoch in (1, 0):
+        fresh = loader_of(build_stream(str(shards), whole, buffer=4), workers=1)
+        assert indices(one_epoch(fresh, epoch)) == passes[epoch]
+    other = loader_of(build_stream(str(shards), whole, buffer=4, seed=1), workers=1)
+    assert indices(one_epoch(other, 0)) != passes[0]
+    assert passes[0] != sorted(passes[0])
+
+
+def test_views_do_not_depend_on_workers(shards: Path) -> None:
+    """An image looks the same whoever reads it: its randomness is that of (seed, epoch, index)."""
+
+    def noise(image: object) -> list[torch.Tensor]:
+        return [torch.rand(2)]
+
+    found = []
+    for workers in (0, 2):
+        batches = one_epoch(loader_of(build_stream(str(shards), noise, buffer=3), workers=workers), 2)
+        found.append({int(i): v.tolist() for batch in batches for i, v in zip(batch.indices_B, batch.views[0])})
+    common = found[0].keys() & found[1].keys()
+    assert len(common) >= IMAGES - 2
+    assert all(found[0][i] == found[1][i] for i in common)
+
+
+def test_epoch_length(shards: Path) -> None:
+    stream = build_stream(str(shards), whole, epoch_images=9)
+    assert len(stream) == 9
+    seen = [index for epoch in range(6) for index in indices(one_epoch(loader_of(stream), epoch))]
+    assert len(seen) == 6 * 8
+    assert len(set(seen)) > 15
+    with pytest.raises(UsageError, match="holds 23 images in 5 shards, --epoch_images is 24"):
+        build_stream(str(shards), whole, epoch_images=24)
+    with pytest.raises(UsageError, match="23 images do not fill one batch of 24 x 1"):
+        loader_of(build_stream(str(shards), whole), batch_size=24)
+
+
+def test_pipes(shards: Path) -> None:
+    """From elsewhere nobody can count: each shard gives its share of --epoch_images, and what it lacks is named."""
+    pattern = f"pipe:cat {shards}/train-00{{0..4}}.tar"
+    with pytest.raises(
+        UsageError, match="--epoch_images 0 is needed for shards from elsewhere: how many images the 5 hold"
+    ):
+        build_stream(pattern, whole)
+    stream = build_stream(pattern, whole, epoch_images=12)
+    assert len(stream) == 10
+    batches = one_epoch(loader_of(stream), 0)
+    assert len(indices(batches)) == 10
+    failures = {failure for batch in batches for failure in batch.failures}
+    assert failures == {f"pipe:cat {shards}/train-001.tar image 2: the shard has fewer than 2 images"}
+    assert all(batch.views for batch in batches)
+
+
+# --------------------------------------------------------------------------- which shards
+
+
+def test_patterns_and_folders(shards: Path, tmp_path: Path) -> None:
+    names = [str(shards / f"train-{i:03}.tar") for i in range(5)]
+    assert find_shards(f"{shards}/train-{{000..004}}.tar", "train") == names
+    assert find_shards(str(shards), "train") == names
+    assert find_shards(names[2], "train") == [names[2]]
+    with pytest.raises(UsageError, match=r"names 6 shards of which 1 are missing, first .*train-005\.tar"):
+        find_shards(f"{shards}/train-{{000..005}}.tar", "train")
+    with pytest.raises(UsageError, match=r"holds no tar files of 'val'; name them val-000000\.tar"):
+        find_shards(str(shards), "val")
+    shutil.copy(names[0], shards / "val-000.tar")
+    assert find_shards(str(shards), "val") == [str(shards / "val-000.tar")]
+    assert find_shards(str(shards), "train") == names
+    shards.rename(tmp_path / "train")
+    assert len(find_shards(str(tmp_path), "train")) == 6
+    assert holds_shards(str(tmp_path))
+    assert holds_shards("https://host/a-{0..3}.tar")
+    assert not holds_shards(str(tmp_path / "nowhere"))
+
+
+def test_only_what_was_typed_is_opened_by_a_shell(tmp_path: Path) -> None:
+    """A file whose name looks like a pipe is a file: a folder's shards are never given to the library's opener."""
+    folder = tmp_path / "pipe:touch pwned"
+    write_tar(folder / "train-0.tar", [("a.png", grey(1))])
+    assert not is_remote(str(folder))
+    assert [b.failures for b in one_epoch(loader_of(build_stream(str(folder), whole), 1), 0)] == [[]]
+
+
+def test_names_of_samples() -> None:
+    assert split_name("a/b.c.JPG") == ("a/b", "c.jpg")
+    assert split_name("x.png") == ("x", "png")
+    assert [is_image(suffix) for suffix in ("png", "seg.png", "cls", "json", "", "npy")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_sizes_are_read_beside_the_shards(shards: Path) -> None:
+    names = find_shards(str(shards), "train")
+    assert count_images(names) == list(COUNTS)
+    (shards / "sizes.json").write_text(json.dumps({"train-000.tar": 3}))
+    assert count_images(names) == [3, *COUNTS[1:]]
+    for wrong in ("{", "[]", '{"train-000.tar": -1}', '{"train-000.tar": "5"}'):
+        (shards / "sizes.json").write_text(wrong)
+        with pytest.raises(UsageError, match=r"sizes\.json .*move it away, images are counted then"):
+            count_images(names)
+
+
+# --------------------------------------------------------------------------- damage
+
+
+def failures_of(shards: Path, counts: tuple[int, ...] = COUNTS, buffer: int = 4) -> tuple[set[str], list[Batch]]:
+    """Of an epoch; the sizes are those of before the damage."""
+    (shards / "sizes.json").write_text(json.dumps({f"train-{i:03}.tar": n for i, n in enumerate(counts)}))
+    batches = one_epoch(loader_of(build_stream(str(shards), whole, buffer=buffer), 1), 0)
+    assert len(batches) == IMAGES
+    assert sorted(indices(batches)) == list(range(IMAGES))
+    assert all(batch.views for batch in batches)
+    return {failure for batch in batches for failure in batch.failures}, batches
+
+
+def test_unreadable_image_is_replaced_and_named(shards: Path) -> None:
+    write_tar(shards / "train-001.tar", [("k005.png", b""), ("k005.cls", b"2")])
+    failures, batches = failures_of(shards)
+    assert failures == {f"{shards}/train-001.tar@/k005.png: the file is empty"}
+    (batch,) = [batch for batch in batches if batch.indices_B.item() == 5]
+    shown = int((batch.views[0][0, 0, 0, 0] * 255).round())
+    assert shown != 5
+    assert int(batch.labels_B) == shown % 3
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "no tar", "short"])
+def test_shard_that_is_not_whole(shards: Path, damage: str) -> None:
+    """Its images are named one by one, so that their number counts; the run goes on with others."""
+    path = shards / "train-002.tar"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+        path.symlink_to(shards / "nowhere")
+    elif damage == "short":
+        write_tar(path, [(f"k{i:03}.png", grey(i, 32)) for i in range(6, 9)])
+    else:
+        path.write_bytes({"empty": b"", "cut": content[: 512 * 9 + 100], "no tar": b"x" * 3000}[damage])
+    read_whole = {"short": 3, "cut": 2}.get(damage, 0)
+    failures, _ = failures_of(shards)
+    names = {failure.split(": ")[0] for failure in failures}
+    assert names == {f"{path} image {i + 1}" for i in range(read_whole, 7)}
+    assert all(failure.split(": ", 1)[1].strip() for failure in failures)
+
+
+def test_wrong_label_is_named(shards: Path) -> None:
+    write_tar(shards / "train-001.tar", [("k005.png", grey(5, 32)), ("k005.cls", b"-7")])
+    failures, _ = failures_of(shards)
+    (failure,) = failures
+    assert failure.startswith(f"{shards}/train-001.tar@/k005.png: its label the label '-7' is not a whole number")
+
+
+def test_labels_are_optional_and_other_members_are_passed_over(tmp_path: Path) -> None:
+    members = [
+        ("a.json", b"{}"),
+        ("a.png", grey(3)),
+        ("b.txt", b"no image"),
+        ("d/c.png", grey(4)),
+        ("../../e.png", grey(5)),
+    ]
+    write_tar(tmp_path / "train-0.tar", [*members, ("/abs/f.png", grey(6))])
+    stream = build_stream(str(tmp_path), whole)
+    assert len(stream) == 4
+    batches = one_epoch(loader_of(stream, 1), 0)
+    assert sorted(int(b.views[0][0, 0, 0, 0] * 255) for b in batches) == [3, 4, 5, 6]
+    assert all(b.labels_B.item() == -1 for b in batches)
+    assert not (tmp_path.parent / "e.png").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train-0.tar"]
+
+
+def test_nothing_readable_gives_no_view(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", [("a.png", b""), ("b.png", b"")])
+    batches = one_epoch(loader_of(build_stream(str(tmp_path), whole), 2), 0)
+    assert batches[0].views == []
+    assert len(set(batches[0].failures)) == 2
+
+
+# --------------------------------------------------------------------------- at any place
+
+
+def test_tars_at_any_place(shards: Path) -> None:
+    dataset = build_dataset(shards, "train", whole, need_labels=True, layout="shards")
+    assert len(dataset) == IMAGES
+    assert dataset.labels.tolist() == [i % 3 for i in range(IMAGES)]
+    assert [round(float(dataset[i].views[0].max()) * 255) for i in range(IMAGES)] == list(range(IMAGES))
+    assert dataset.source.name(6) == f"{shards}/train-002.tar@/k006.png"
+    write_tar(shards / "train-001.tar", [("k005.png", grey(5, 32))])
+    with pytest.raises(UsageError, match=r"train-001\.tar@/k005\.png has no label; evaluation needs"):
+        build_dataset(shards, "train", whole, need_labels=True, layout="shards")
+    assert build_dataset(shards, "train", whole, layout="shards").labels.tolist() == [-1] * IMAGES
+    (shards / "train-001.tar").write_bytes((shards / "train-000.tar").read_bytes()[:700])
+    with pytest.raises(UsageError, match=r"train-001\.tar is no whole tar file"):
+        build_dataset(shards, "train", whole, layout="shards")
+
+
+# --------------------------------------------------------------------------- the script
+
+
+def test_pretraining_repeats(shards: Path, tmp_path: Path) -> None:
+    """Two runs of the same command give the same network; a damaged image among a hundred does not end them."""
+    students = []
+    for name in ("a", "b"):
+        command = [*TINY_RUN, "--data_path", f"{shards}/train-{{000..004}}.tar", "--output_dir", str(tmp_path / name)]
+        main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--epochs", "1", "--seed", "0", *TINY_SWIN]))
+        students.append(checkpoint.load_file(tmp_path / name / "checkpoint.pth")["student"])
+    torch.testing.assert_close(students[1], students[0], rtol=0, atol=0)

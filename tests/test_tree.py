@@ -1,0 +1,158 @@
+"""The index of a large folder: kept, believed while no folder changes, and made by one of several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_files import whole
+
+import data.tree
+from data.datasets import build_dataset
+from data.once import cache_file
+from data.sources import Names
+from data.tree import find_images
+
+FOLDERS, PER_FOLDER = 3, 4
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own cache folder, and trees of ten images on are large."""
+    monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data.tree, "KEPT_FROM", 10)
+    monkeypatch.setattr(data.tree, "UNSETTLED", 0)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for folder in range(FOLDERS):
+        (tmp_path / "tree" / f"c{folder}").mkdir(parents=True)
+        for number in range(PER_FOLDER):
+            (tmp_path / "tree" / f"c{folder}" / f"{number}.png").touch()
+    return tmp_path / "tree"
+
+
+def walked(root: Path) -> list[str]:
+    """By another way."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
+
+
+def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("the tree was listed again")
+
+    monkeypatch.setattr(os, "walk", fail)
+
+
+def test_second_start_looks_at_folders_only(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build_dataset(tree, "train", whole)
+    assert [path.name for path in cache.iterdir()] == [cache_file(tree, ".files").name]
+    forbid_listing(monkeypatch)
+    again = build_dataset(tree, "train", whole)
+    names = [again.source.name(i) for i in range(len(again))]
+    assert names == [first.source.name(i) for i in range(len(first))] == [f"{tree}/{name}" for name in walked(tree)]
+    assert again.labels.tolist() == first.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "new folder", "folder gone", "deep", "replaced"])
+def test_changed_folder_is_seen(tree: Path, change: str) -> None:
+    before = list(find_images(tree))
+    if change == "added":
+        (tree / "c1" / "9.png").touch()
+    elif change == "removed":
+        (tree / "c1" / "2.png").unlink()
+    elif change == "renamed":
+        (tree / "c1" / "2.png").rename(tree / "c1" / "5.png")
+    elif change == "new folder":
+        (tree / "c9").mkdir()
+        (tree / "c9" / "1.png").touch()
+    elif change == "deep":
+        (tree / "c0" / "deep").mkdir()
+        (tree / "c0" / "deep" / "1.png").touch()
+    else:
+        for path in (tree / "c2").iterdir():
+            path.unlink()
+        (tree / "c2").rmdir()
+        if change == "replaced":
+            (tree / "c2").mkdir()
+            (tree / "c2" / "other.png").touch()
+    found = list(find_images(tree))
+    assert found == walked(tree) != before
+    assert list(find_images(tree)) == found
+
+
+def test_folder_that_changed_a_moment_ago_is_not_believed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may change again without its time telling so."""
+    monkeypatch.setattr(data.tree, "UNSETTLED", 10**12)
+    find_images(tree)
+    forbid_listing(monkeypatch)
+    with pytest.raises(AssertionError, match="listed again"):
+        find_images(tree)
+
+
+def test_small_trees_are_not_kept(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.tree, "KEPT_FROM", FOLDERS * PER_FOLDER + 1)
+    assert list(find_images(tree)) == walked(tree)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
+def test_damaged_index_is_made_anew(tree: Path, damage: str) -> None:
+    expected = list(find_images(tree))
+    place = cache_file(tree, ".files")
+    content = place.read_bytes()
+    if damage == "other":
+        with place.open("wb") as file:
+            np.savez(file, text=np.zeros(3), ends=np.array([9]))
+    else:
+        place.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": b"PK\x03\x04" * 50}[damage])
+    assert list(find_images(tree)) == expected
+
+
+def test_cache_folder_that_cannot_be_written(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "file" / "cache"))
+    assert list(find_images(tree)) == walked(tree)
+
+
+def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
+    walk = os.walk
+
+    def slow(*args: Any, **options: Any) -> Iterator[Any]:
+        for step in walk(*args, **options):
+            time.sleep(0.1)
+            yield step
+        listed.put(os.getpid())
+
+    os.walk = slow
+    assert list(find_images(tree)) == walked(tree)
+
+
+def test_one_of_three_processes_lists_to_the_end(tree: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    listed: multiprocessing.Queue[int] = context.Queue()
+    processes = [context.Process(target=find_slowly, args=(tree, listed)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert listed.get(timeout=5) in {process.pid for process in processes}
+    assert listed.empty()
+
+
+def test_names_of_arrays() -> None:
+    names = Names(["a", "größe", "\udcff", ""])
+    assert list(names) == ["a", "größe", "\udcff", ""]
+    assert list(Names.of(names.text, names.ends)) == list(names)
+    for text, ends in ((names.text, names.ends[:-2]), (names.text, names.ends[::-1]), (names.text[1:], names.ends)):
+        with pytest.raises(ValueError, match="do not fit"):
+            Names.of(text, ends)
