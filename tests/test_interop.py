@@ -257,6 +257,7 @@ def test_backbone_files_come_back(name: str, target: str, tmp_path: Path) -> Non
     assert_same_tensors(saved, loaded)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["swin", "vit", "resnet", "cvt", "vil"])
 def test_onnxruntime_computes_the_same(name: str, tmp_path: Path) -> None:
@@ -340,6 +341,7 @@ def test_what_a_library_has_not_is_refused(name: str, target: str, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path: Path) -> None:
     """The command line writes a file that timm reads, and never writes over one."""
     network = random_network("resnet")
