@@ -24,7 +24,7 @@ import yaml
 from torch import Tensor, nn
 
 from models.base import Backbone
-from utils import UsageError, logger
+from utils import UsageError, logger, whole_file
 
 PREFIX = "module."
 HEADS = ("head.", "head_dense.")
@@ -53,16 +53,9 @@ def prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
-    """Write `state` to a temporary file beside `path`, flush it to the disk and move it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `state` to `path`, whole or not at all."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_file(path: str | Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -101,13 +100,8 @@ def _detectron2_pickle(state: dict[str, Tensor]) -> bytes:
 
 
 def _write_whole(output: Path, writer: Callable[[Path], object]) -> None:
-    """Write beside `output` and move into place."""
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
+    with utils.whole_file(output) as temporary:
         writer(temporary)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _ViewAndRegions(nn.Module):

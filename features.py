@@ -255,12 +255,14 @@ class ImageFeatures(FeatureSource):
         return LabelledFeatures(self.function(images), labels)
 
     def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+        """See `FeatureSource.training`."""
         set_epoch(self.train_loader, epoch)
         for batch in meter.timed(self.train_loader):
             self.train_tally.add(batch.failures, self.device, incomplete=not batch.views)
             yield self._features(batch)
 
     def validation(self) -> Iterator[LabelledFeatures]:
+        """See `FeatureSource.validation`."""
         failures: list[str] = []
         incomplete = False
         for batch in self.val_loader:
@@ -296,11 +298,13 @@ class CachedFeatures(FeatureSource):
         self.steps, self.validation_images = len(self.loader), len(val_set.labels_N)
 
     def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+        """See `FeatureSource.training`."""
         self.order.set_epoch(epoch)
         for features, labels in meter.timed(self.loader):
             yield LabelledFeatures(features.to(self.device), labels.to(self.device))
 
     def validation(self) -> Iterator[LabelledFeatures]:
+        """See `FeatureSource.validation`."""
         own = [tensor[utils.get_rank() :: utils.get_world_size()] for tensor in self.val_set]
         for features, labels in zip(*(tensor.split(self.batch_size) for tensor in own)):
             if len(labels):  # an empty share is split into one empty part

@@ -60,6 +60,7 @@ class Classifier(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, features_BC: Tensor) -> Tensor:
+        """(B, C) to logits (B, K)."""
         return self.linear(features_BC[:, -self.linear.in_features :])
 
 
@@ -71,6 +72,7 @@ class Classifiers(nn.Module):
         self.each = nn.ModuleList(Classifier(width, num_labels, seed) for width in widths)
 
     def forward(self, features_BC: Tensor) -> list[Tensor]:
+        """(B, C) to the logits (B, K) of each."""
         return [classifier(features_BC) for classifier in self.each]
 
 

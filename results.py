@@ -8,13 +8,12 @@ Origin: this project's own.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import UsageError
+from utils import UsageError, whole_file
 
 FILE = "results.json"
 
@@ -105,9 +104,8 @@ def write_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> W
     path = next(p for p in _names(folder / FILE) if not p.exists() or _is_of(p, evaluation))
     if read_json(path) == whole:
         return Written(path, changed=False)
-    temporary = folder / f".{FILE}.tmp"
-    temporary.write_text(json.dumps(whole, indent=2) + "\n")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(whole, indent=2) + "\n")
     return Written(path, changed=True)
 
 

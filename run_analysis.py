@@ -29,7 +29,7 @@ import data
 import utils
 from analysis import attention, correspondence, pictures, plots, stereo
 from analysis import report as pages
-from analysis.files import save_image, save_json, unused
+from analysis.draw import save_image
 from analysis.images import (
     Picture,
     Scale,
@@ -45,6 +45,7 @@ from analysis.images import (
 from data.augment import MultiCrop
 from features import frozen_backbone
 from models import Backbone, load_arch_config
+from results import save_json, unused
 from utils import UsageError, logger
 
 LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
@@ -329,14 +330,17 @@ def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
     networks = {"network": lab.backbone}
     if lab.args.pretrained_weights:
         networks["untrained network"] = frozen_backbone(lab.args, lab.config, "", lab.device)
-    grid = correspondence.region_features(lab.backbone, left).grid
+    found = {
+        name: (correspondence.region_features(network, left), correspondence.region_features(network, right))
+        for name, network in networks.items()
+    }
+    grid = found["network"][0].grid
+    regions = {
+        name: (first.regions_BTC[0].cpu(), second.regions_BTC[0].cpu()) for name, (first, second) in found.items()
+    }
+    regions["raw pixels"] = stereo.pixel_regions(left.cpu(), grid), stereo.pixel_regions(right.cpu(), grid)
     truth = stereo.true_places(pair.disparity_HW, grid)
-    scores = {}
-    for name, network in networks.items():
-        first, second = (correspondence.region_features(network, image).regions_BTC[0].cpu() for image in (left, right))
-        scores[name] = stereo.stereo_score(first, second, truth, grid, size)
-    first, second = (stereo.pixel_regions(image.cpu(), grid) for image in (left, right))
-    scores["raw pixels"] = stereo.stereo_score(first, second, truth, grid, size)
+    scores = {name: stereo.stereo_score(*both, truth, grid, size) for name, both in regions.items()}
     scores["chance"] = stereo.chance_score(truth, grid, size)
     return scores
 

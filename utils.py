@@ -470,6 +470,19 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; after the block it is on the disk and moved to `path`, or removed if that failed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
     """Create the folder of a run, or another one that `flag` names.
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from results import unused
 
 Colour = tuple[int, int, int]
 Size = tuple[int, int]  # height and width
@@ -189,3 +192,10 @@ def _star(draw: ImageDraw.ImageDraw, at: Point) -> None:
     reach = np.where(np.arange(10) % 2, 0.5, 1.0) * STAR
     corners = [(at[0] + float(r * np.cos(a)), at[1] + float(r * np.sin(a))) for a, r in zip(angles, reach)]
     draw.polygon(corners, fill=YELLOW, outline=INK, width=2)
+
+
+def save_image(image: Image.Image, path: Path) -> Path:
+    """Write a PNG under an unused name, and return that."""
+    path = unused(path)
+    image.save(path)
+    return path

@@ -117,9 +117,11 @@ class _Layer(NamedTuple):
         return self._replace(image=part, box=box)
 
     def heat(self, plane_hw: Tensor) -> Image.Image:
+        """A plane of weights over the image."""
         return self.drawn(draw.heat(draw.enlarged(self.image, TILE), self._part(plane_hw)))
 
     def masked(self, mask_hw: Tensor) -> Image.Image:
+        """The image, dark outside of a mask."""
         return self.drawn(draw.masked(draw.enlarged(self.image, TILE), self._part(mask_hw)))
 
     def drawn(self, image: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
 from analysis import plots
-from analysis.files import newest, read_json
+from results import newest, read_json
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
     "Loss": {"train_loss": "loss", "train_view_loss": "views", "train_region_loss": "regions"},

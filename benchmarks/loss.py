@@ -149,23 +149,24 @@ def start_side(args: argparse.Namespace, side: str, dtype: str, out_dim: int) ->
     figures: dict[str, float] = json.loads(output)
     print(
         f"{dtype:9} {side:8} K {out_dim:6}: {figures['seconds']:7.2f} s ({figures['cpu_seconds']:.2f} s of the CPU)  "
-        f"peak {figures['peak_mb']:7.0f} MiB, {figures['peak_mb'] - weights_mb(out_dim):.0f} without weights  "
+        f"peak {figures['peak_mb']:7.0f} MiB, {figures['peak_mb'] - weights_mb(out_dim, dtype):.0f} without weights  "
         f"loss {figures['loss']:.5f}",
         flush=True,
     )
     return figures
 
 
-def weights_mb(out_dim: int) -> float:
-    """What two heads take whatever the loss does: prototypes of student and teacher, and a gradient, in float32."""
-    return 2 * 3 * out_dim * BOTTLENECK * 4 / MIB
+def weights_mb(out_dim: int, dtype: str) -> float:
+    """What two heads take whatever the loss does: prototypes of student and teacher, and a gradient in float32."""
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    return 2 * out_dim * BOTTLENECK * (2 * size + 4) / MIB
 
 
 def compare(args: argparse.Namespace, dtype: str) -> None:
     """Run both sides, and the chunks with a quarter of the prototypes; print figures and ratios."""
     chunked = start_side(args, "chunked", dtype, args.out_dim)
     smaller = start_side(args, "chunked", dtype, args.out_dim // 4)
-    rest = [f["peak_mb"] - weights_mb(k) for f, k in ((chunked, args.out_dim), (smaller, args.out_dim // 4))]
+    rest = [f["peak_mb"] - weights_mb(k, dtype) for f, k in ((chunked, args.out_dim), (smaller, args.out_dim // 4))]
     print(
         f"{dtype:9} four times the prototypes take {rest[0] - rest[1]:+.0f} MiB apart from the weights, "
         f"{rest[0] / rest[1]:.2f}x (target: {TARGET_GROWTH})"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -68,11 +69,31 @@ def build_step(
     return step
 
 
+def keep_masks(network: nn.Module) -> nn.Module:
+    """Let timm's Swin make its shift masks once for a size; where sizes may differ it makes them in every forward."""
+    for module in network.modules():
+        if isinstance(module, SwinTransformerBlock):
+            module.get_attn_mask = _once_a_size(module.get_attn_mask)
+    return network
+
+
+def _once_a_size(make: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    kept: dict[tuple[torch.Size, torch.dtype], Tensor | None] = {}
+
+    def get(x_BHWC: Tensor) -> Tensor | None:
+        key = x_BHWC.shape[1:3], x_BHWC.dtype
+        if key not in kept:
+            kept[key] = make(x_BHWC)
+        return kept[key]
+
+    return get
+
+
 def build_timm(precision: str, drop_path: float) -> Callable[[list[Tensor]], None]:
     """timm's Swin-T on a step's crops: a teacher forward, a student forward and its backward; no head and no loss."""
     settings = {"num_classes": 0, "strict_img_size": False}
-    student = timm.create_model(TIMM_NAME, drop_path_rate=drop_path, **settings)
-    teacher = timm.create_model(TIMM_NAME, drop_path_rate=0.0, **settings)
+    student = keep_masks(timm.create_model(TIMM_NAME, drop_path_rate=drop_path, **settings))
+    teacher = keep_masks(timm.create_model(TIMM_NAME, drop_path_rate=0.0, **settings))
 
     def run(crops: list[Tensor]) -> None:
         with utils.autocast(CPU, precision):

@@ -6,8 +6,8 @@
 Counted on the CPU while one step runs. A wait is a number read by the host (`item`, `tolist`, a tensor used as a condition), a
 shape that depends on values (`nonzero`, boolean indices), or a copy to another device: on a GPU each of them stops the host until
 all work is done. An operation is what reaches a kernel or makes a view, forward and backward; only those that are no views are
-launched on a GPU. The lean step's scalars are read once a log interval; that reading is counted apart. Counts do not depend on the
-sizes.
+launched on a GPU; a foreach is one. The lean step's scalars are read once a log interval; that reading is counted apart. The plain
+side's counts do not depend on the sizes; the lean side's operations grow with the chunks of the loss, few at the default size.
 
 Origin: this project's own.
 """
@@ -124,7 +124,7 @@ def count_step(side: str, args: argparse.Namespace, dense: bool) -> tuple[Operat
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Sizes, which change no count."""
+    """Sizes."""
     parser = argparse.ArgumentParser(
         "benchmarks/syncs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import timm
 import torch
@@ -28,33 +27,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from benchmarks.rows import ROWS, Row
 from models import Backbone, build_model, load_arch_config
 
 SIZE = 224
-
-
-class Row(NamedTuple):
-    """A published row: our name and overrides, timm's name (None: it has none), images a second of the paper (None: not given)."""
-
-    arch: str
-    overrides: tuple[str, ...] = ()
-    timm_name: str | None = None
-    paper: int | None = None
-
-
-WINDOW_14 = ("MODEL.SPEC.WINDOW_SIZE", "14")
-ROWS = {
-    "DeiT-S/16": Row("deit_small", (), "deit_small_patch16_224", 1007),
-    "ResNet-50": Row("resnet50", (), "resnet50"),
-    "Swin-T, window 7": Row("swin_tiny", (), "swin_tiny_patch4_window7_224", 808),
-    "Swin-S, window 7": Row("swin_small", (), "swin_small_patch4_window7_224", 467),
-    "Swin-B, window 7": Row("swin_base", (), "swin_base_patch4_window7_224", 297),
-    "Swin-T, window 14": Row("swin_tiny", WINDOW_14),
-    "Swin-S, window 14": Row("swin_small", WINDOW_14, None, 383),
-    "Swin-B, window 14": Row("swin_base", WINDOW_14, None, 254),
-    "ViL, window 7": Row("vil_2262", (), None, 386),
-    "CvT, window 7": Row("cvt_tiny", (), None, 848),
-}
 
 
 def build_pair(row: Row) -> tuple[Backbone, nn.Module | None]:

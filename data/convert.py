@@ -105,12 +105,14 @@ class ZipWriter(Writer):
         self.map = map_file.open("w", encoding="utf-8")
 
     def write(self, item: Item) -> None:
+        """See `Writer.write`."""
         if item.label is None:
             raise UsageError(f"{item.name} has no label, which a zip needs for each image; choose --to tsv or shards")
         self.archive.writestr(zipfile.ZipInfo(item.name), item.content)
         self.map.write(f"{self.split}.zip@/{item.name}\t{item.label}\n")
 
     def close(self) -> None:
+        """See `Writer.close`."""
         self.archive.close()
         self.map.close()
 
@@ -124,12 +126,14 @@ class TsvWriter(Writer):
         self.file, self.index = tsv.open("wb"), index.open("w")
 
     def write(self, item: Item) -> None:
+        """See `Writer.write`."""
         self.index.write(f"{self.file.tell()}\n")
         key = " ".join(item.name.split())  # no tab or newline
         label = "" if item.label is None else item.label
         self.file.write(f"{key}\t{label}\t".encode("utf-8", "replace") + base64.b64encode(item.content) + b"\n")
 
     def close(self) -> None:
+        """See `Writer.close`."""
         self.file.close()
         self.index.close()
 
@@ -148,6 +152,7 @@ class ShardsWriter(Writer):
         self.tar: TarWriter | None = None
 
     def write(self, item: Item) -> None:
+        """See `Writer.write`."""
         if self.count % self.images == 0:
             self.close()
             self.tar = TarWriter(
@@ -159,6 +164,7 @@ class ShardsWriter(Writer):
         self.count += 1
 
     def close(self) -> None:
+        """See `Writer.close`."""
         if self.tar is not None:
             self.tar.close()
         self.tar = None

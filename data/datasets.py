@@ -55,7 +55,23 @@ class Sample(NamedTuple):
     failures: tuple[str, ...]  # "name: reason" (no ": " in it) of every unreadable image on the way
 
 
-class ImageDataset(Dataset[Sample]):
+class SharedEpoch:
+    """What has an epoch of which workers that run already learn: it lies in shared memory."""
+
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Of the next pass."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+
+class ImageDataset(SharedEpoch, Dataset[Sample]):
     """The images of a source, with labels.
 
     What a sample looks like depends on (`seed`, `epoch`, index) alone; set `epoch` before each pass.
@@ -78,6 +94,7 @@ class ImageDataset(Dataset[Sample]):
         in_chans: int = 3,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.source = source
         self.multi_labels = labels if isinstance(labels, MultiLabels) else None
         self.labels = np.asarray([] if isinstance(labels, MultiLabels) else labels, dtype=np.int64)
@@ -85,18 +102,6 @@ class ImageDataset(Dataset[Sample]):
         self.transform = transform
         self.in_chans = in_chans
         self.seed = seed
-        self._epoch = torch.zeros(
-            (), dtype=torch.int64
-        ).share_memory_()  # so that workers that run already see it change
-
-    @property
-    def epoch(self) -> int:
-        """Of the next pass."""
-        return int(self._epoch)
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.source)

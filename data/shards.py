@@ -21,12 +21,11 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.tariterators import tar_file_iterator
 
-from data.datasets import REPLACEMENT_TRIES, Sample, Transform, reason_of
+from data.datasets import REPLACEMENT_TRIES, Sample, SharedEpoch, Transform, reason_of
 from data.decode import decode_image
 from data.sources import UNLABELLED, parse_label
 from data.tars import count_images, find_shards, is_remote, samples_of
@@ -76,7 +75,7 @@ def plan_spans(
     return spans
 
 
-class ShardStream(IterableDataset[Sample]):
+class ShardStream(SharedEpoch, IterableDataset[Sample]):
     """The images of shards, as a stream; set `epoch` before each pass and `batch_size`, `rank` and `world` before the first.
 
     Args:
@@ -97,6 +96,7 @@ class ShardStream(IterableDataset[Sample]):
         buffer: int = 256,
         length: int | None = None,
     ) -> None:
+        super().__init__()
         self.shards = tuple(shards)
         self.counts = tuple(counts)
         self.starts = np.cumsum([0, *counts])
@@ -106,16 +106,6 @@ class ShardStream(IterableDataset[Sample]):
         self.seed = seed
         self.buffer = buffer
         self.batch_size, self.rank, self.world = 1, 0, 1
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # as of ImageDataset
-
-    @property
-    def epoch(self) -> int:
-        """Of the next pass."""
-        return int(self._epoch)
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         """Images of an epoch, over all processes."""

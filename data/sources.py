@@ -177,9 +177,11 @@ class Files(Source):
         return len(self.paths)
 
     def name(self, index: int) -> str:
+        """See `Source.name`."""
         return os.path.join(self.root, self.paths[index])
 
     def read(self, index: int) -> bytes:
+        """See `Source.read`."""
         return Path(self.name(index)).read_bytes()
 
 

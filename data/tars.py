@@ -63,9 +63,11 @@ class TarMembers(Source):
         return len(self.members)
 
     def name(self, index: int) -> str:
+        """See `Source.name`."""
         return f"{self.shards[self.members[index]['shard']].path}@/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
+        """See `Source.read`."""
         member = self.members[index]
         return self.shards[member["shard"]].read(int(member["offset"]), int(member["size"]))
 

@@ -51,11 +51,13 @@ class TsvLines(Source):
         return len(self.lines)
 
     def name(self, index: int) -> str:
+        """See `Source.name`."""
         entry = self.lines[index]
         place = f"line {entry['line']}" if entry["line"] else f"at byte {entry['offset']}"
         return f"{self.files[entry['file']].path} {place}"
 
     def read(self, index: int) -> bytes:
+        """See `Source.read`."""
         entry = self.lines[index]
         columns = self.files[entry["file"]].read_line(int(entry["offset"])).split(b"\t")
         if len(columns) < COLUMNS:

@@ -67,6 +67,7 @@ class ZipMembers(Source):
         return len(self.members)
 
     def name(self, index: int) -> str:
+        """See `Source.name`."""
         return f"{self.folder}/{self.names[index]}"
 
     def read(self, index: int) -> bytes:

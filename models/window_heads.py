@@ -11,14 +11,13 @@ Origin: this project's own; what it computes is the partition of Swin Transforme
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.windows import Cut, cut_windows
+from models.windows import Cut, cut_windows, made_once
 
 PARTS = 3  # queries, keys and values
 
@@ -33,7 +32,8 @@ class Routes(NamedTuple):
     from_grid: Tensor  # (L,) rows of the grid: the way back of `to_grid`
 
 
-def make_routes(grid: tuple[int, int], cut: Cut, num_heads: int, device: torch.device) -> Routes:
+@made_once
+def routes(grid: tuple[int, int], cut: Cut, num_heads: int, device: torch.device) -> Routes:
     """The routes of one size."""
     tokens = grid[0] * grid[1]
     numbers_HW = torch.arange(1, tokens + 1, device=device).view(1, *grid, 1)
@@ -52,14 +52,6 @@ def make_routes(grid: tuple[int, int], cut: Cut, num_heads: int, device: torch.d
     return Routes(
         to_windows.unbind(), places[order[:real]], padding, from_grid.argsort()[: tokens * num_heads], from_grid
     )
-
-
-_kept = lru_cache(maxsize=128)(torch.inference_mode(False)(make_routes))
-
-
-def routes(grid: tuple[int, int], cut: Cut, num_heads: int, device: torch.device) -> Routes:
-    """`make_routes`, once for each size; while a graph is traced anew, since what is made then belongs to the graph."""
-    return (make_routes if torch.compiler.is_compiling() else _kept)(grid, cut, num_heads, device)
 
 
 def select_rows(rows_BRD: Tensor, index: Tensor, fill_FD: Tensor | None) -> Tensor:

@@ -8,29 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import NamedTuple, ParamSpec, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
+Made = TypeVar("Made")
+
+_kept: list[Any] = []  # the caches of `made_once`
 
 
-def made_once(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def made_once(make: Callable[P, Made]) -> Callable[P, Made]:
     """Keep the tensors that a function makes of sizes and a device for its next call with the same ones.
 
     While a graph is traced (torch.compile, torch.export) they are made anew, since what is made then belongs to the graph.
     """
 
     outside_inference = torch.inference_mode(False)(make)  # what an evaluation wants first may be trained with later
-    kept = cast(Callable[P, Tensor], lru_cache(maxsize=128)(outside_inference))
+    cache = lru_cache(maxsize=128)(outside_inference)
+    _kept.append(cache)
+    kept = cast(Callable[P, Made], cache)
 
     @wraps(make)
-    def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def get(*args: P.args, **kwargs: P.kwargs) -> Made:
         return (make if torch.compiler.is_compiling() else kept)(*args, **kwargs)
 
     return get
+
+
+def forget_made() -> None:
+    """Forget what `made_once` keeps, as is needed after a simulation, whose tensors hold no values."""
+    for cache in _kept:
+        cache.cache_clear()
 
 
 def pad_to_windows(x_BHWC: Tensor, window: int) -> Tensor:

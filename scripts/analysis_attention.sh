@@ -8,9 +8,7 @@
 # Nothing in OUT is overwritten. Flags given at the end win over those here.
 USAGE="ARCH CHECKPOINT IMAGES OUT [flags of run_analysis.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
-needs "ARCH CHECKPOINT IMAGES OUT" "$@"
-ARCH=$1 CHECKPOINT=$2 IMAGES=$3 OUT=$4
-shift 4
+take "$@"
 GPUS=1  # few images
 launch run_analysis.py --arch "$ARCH" --pretrained_weights "$CHECKPOINT" --image_path "$IMAGES" --output_dir "$OUT" \
-    --patch_size 16 --checkpoint_key teacher --vis_attention --threshold 0.6 "$@"
+    --patch_size 16 --checkpoint_key teacher --vis_attention --threshold 0.6

@@ -7,11 +7,9 @@
 # given at the end win over those here.
 USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
-needs "ARCH IMAGENET CHECKPOINT OUT" "$@"
-ARCH=$1 DATA=$2 CHECKPOINT=$3 OUT=$4
-shift 4
+take "$@"
 PER_GPU=${PER_GPU:-64} BATCH=${BATCH:-1024}
 count_gpus
 split_batch
-launch eval_finetune.py --arch "$ARCH" --data_path "$DATA" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
-    --batch_size_per_gpu "$PER_GPU" --accum_iter "$ACCUM" --epochs 100 --warmup_epochs 5 --lr 0.0005 --layer_decay 0.75 "$@"
+launch eval_finetune.py --arch "$ARCH" --data_path "$IMAGENET" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
+    --batch_size_per_gpu "$PER_GPU" --accum_iter "$ACCUM" --epochs 100 --warmup_epochs 5 --lr 0.0005 --layer_decay 0.75

@@ -7,9 +7,7 @@
 # batch changes the scores. OUT gets results.json. Flags given at the end win over those here.
 USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_knn.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
-needs "ARCH IMAGENET CHECKPOINT OUT" "$@"
-ARCH=$1 DATA=$2 CHECKPOINT=$3 OUT=$4
-shift 4
+take "$@"
 count_gpus
-launch eval_knn.py --arch "$ARCH" --data_path "$DATA" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
-    --checkpoint_key teacher --temperature 0.07 --batch_size_per_gpu 256 --nb_knn 10 20 100 200 "$@"
+launch eval_knn.py --arch "$ARCH" --data_path "$IMAGENET" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
+    --checkpoint_key teacher --temperature 0.07 --batch_size_per_gpu 256 --nb_knn 10 20 100 200

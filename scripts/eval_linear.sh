@@ -9,12 +9,10 @@
 # those here.
 USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_linear.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
-needs "ARCH IMAGENET CHECKPOINT OUT" "$@"
-ARCH=$1 DATA=$2 CHECKPOINT=$3 OUT=$4
-shift 4
+take "$@"
 BATCH=${BATCH:-1024}
 count_gpus
 numbers BATCH
 [ $((BATCH % GPUS)) -eq 0 ] || usage "BATCH=$BATCH is no multiple of GPUS=$GPUS; change one of them"
-launch eval_linear.py --arch "$ARCH" --data_path "$DATA" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
-    --checkpoint_key teacher --n_last_blocks 4 --epochs 100 --lr 0.001 --batch_size_per_gpu $((BATCH / GPUS)) "$@"
+launch eval_linear.py --arch "$ARCH" --data_path "$IMAGENET" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
+    --checkpoint_key teacher --n_last_blocks 4 --epochs 100 --lr 0.001 --batch_size_per_gpu $((BATCH / GPUS))

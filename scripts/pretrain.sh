@@ -9,13 +9,11 @@
 # its centre; BatchNorm, where a network has it, sees one micro-batch at a time. Flags given at the end win over those here.
 USAGE="ARCH IMAGENET OUT [flags of main_esvit.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
-needs "ARCH IMAGENET OUT" "$@"
-ARCH=$1 DATA=$2 OUT=$3
-shift 3
+take "$@"
 PER_GPU=${PER_GPU:-64} BATCH=${BATCH:-512}
 count_gpus
 split_batch
-launch main_esvit.py --arch "$ARCH" --data_path "$DATA" --output_dir "$OUT" \
+launch main_esvit.py --arch "$ARCH" --data_path "$IMAGENET" --output_dir "$OUT" \
     --use_dense_prediction True --batch_size_per_gpu "$PER_GPU" --accum_iter "$ACCUM" \
     --epochs 300 --warmup_epochs 10 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer False \
-    --local_crops_scale 0.05 0.4 "$@"
+    --local_crops_scale 0.05 0.4

@@ -12,17 +12,18 @@ usage() {
     exit 2
 }
 
-# needs "NAME NAME ..." "$@": an argument that is no flag for every name.
-needs() {
+# take "$@": the first arguments, none of them a flag, by their names in USAGE; `launch` adds the others.
+take() {
     local -a names
-    local given=0 word
-    read -ra names <<<"$1"
-    shift
-    for word in "$@"; do
-        [[ $word != -* ]] || break
+    local name given=0
+    read -ra names <<<"${USAGE%%[*}"
+    for name in "${names[@]}"; do
+        [ $# -gt 0 ] && [[ $1 != -* ]] || usage "${names[*]} are needed, $given were given"
+        printf -v "$name" %s "$1"
+        shift
         given=$((given + 1))
     done
-    [ "$given" -ge "${#names[@]}" ] || usage "${names[*]} are needed, $given were given"
+    FLAGS=("$@")
 }
 
 # numbers NAME ...: variables that hold whole numbers above 0.
@@ -47,10 +48,12 @@ split_batch() {
     ACCUM=$((BATCH / (GPUS * PER_GPU)))
 }
 
-# launch SCRIPT.py FLAG ...: one process without a launcher, so that mistakes end with one line and code 2.
+# launch SCRIPT.py FLAG ...: with the user's flags last, so that they win; one process goes without a launcher, so that mistakes end
+# with one line and code 2.
 launch() {
-    local script=$1
+    local script=$ROOT/$1
     shift
-    [ "$GPUS" -gt 1 ] || exec "$PYTHON" "$ROOT/$script" "$@"
-    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$ROOT/$script" "$@"
+    set -- "$script" "$@" ${FLAGS[@]+"${FLAGS[@]}"}
+    [ "$GPUS" -gt 1 ] || exec "$PYTHON" "$@"
+    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$@"
 }

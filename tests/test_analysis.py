@@ -23,7 +23,7 @@ from torchvision.transforms import functional as TF
 
 from analysis import attention, correspondence, draw, pictures, plots, stereo
 from analysis.correspondence import RegionFeatures
-from analysis.files import newest, read_json, save_image, save_json, unused
+from analysis.draw import save_image
 from analysis.images import (
     Scale,
     as_picture,
@@ -40,6 +40,7 @@ from analysis.images import (
 from config import load_config
 from data.augment import MultiCrop
 from models.base import BlockOutput
+from results import newest, read_json, save_json, unused
 from utils import UsageError
 
 # --------------------------------------------------------------------------- attention

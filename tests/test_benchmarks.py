@@ -6,11 +6,16 @@ import argparse
 from typing import Any
 
 import pytest
+import timm
 import torch
 from runs import TINY_SWIN
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks import memory, sides, step, syncs, throughput
+from benchmarks.rows import ROWS
 from engine import TrainStep
+from models.window_heads import routes
+from models.windows import Cut
 from progress import EpochMeter
 
 TINY = argparse.Namespace(batch=2, out_dim=32, local_crops=2)
@@ -102,7 +107,47 @@ def test_parsers_take_their_defaults() -> None:
 def test_throughput_compares_networks_that_compute_the_same() -> None:
     """The smallest row that timm has; its features must be ours."""
     args = argparse.Namespace(precision="fp32", repeats=1)
-    ours, theirs, difference = throughput.measure(throughput.ROWS["DeiT-S/16"], 1, args, torch.device("cpu"))
+    ours, theirs, difference = throughput.measure(ROWS["DeiT-S/16"], 1, args, torch.device("cpu"))
     assert ours > 0
     assert theirs is not None
     assert difference < 1e-4
+
+
+def test_nothing_of_a_simulation_is_kept() -> None:
+    """A mask or a route without values would be taken by the next network of its size."""
+    size = (9, 13), Cut(3, 1), 2, torch.device("cpu")
+    with memory.simulated():
+        assert isinstance(routes(*size).to_grid, FakeTensor)
+    kept = routes(*size).to_grid
+    assert not isinstance(kept, FakeTensor)
+    assert len(set(kept.tolist())) == 9 * 13 * 2
+
+
+def test_timm_makes_its_masks_once_for_each_size() -> None:
+    settings = {
+        "img_size": 32,
+        "patch_size": 4,
+        "window_size": 4,
+        "embed_dim": 12,
+        "depths": (2,),
+        "num_heads": (2,),
+        "num_classes": 0,
+    }
+    torch.manual_seed(0)
+    network = timm.models.SwinTransformer(**settings, strict_img_size=False).eval()
+    made = []
+    block = network.layers[0].blocks[1]
+    make = block.get_attn_mask
+
+    def counted(x: torch.Tensor) -> torch.Tensor | None:
+        made.append(x.shape)
+        return make(x)
+
+    block.get_attn_mask = counted
+    images = [torch.randn(1, 3, size, size) for size in (32, 48, 32, 48)]
+    expected = [network(image) for image in images]
+    assert len(made) == 4
+    sides.keep_masks(network)
+    for image, features in zip(images, expected):
+        torch.testing.assert_close(network(image), features, rtol=0, atol=0)
+    assert len(made) == 6

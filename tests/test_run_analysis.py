@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import run_script, write_images
+from runs import run_script, write_images, zip_folders
 from small_networks import ARCHITECTURES, SMALL, small_network
 
 import run_analysis
+from analysis import correspondence, stereo
+from analysis.correspondence import RegionFeatures
+from analysis.images import Scale
+from models import Backbone
 from utils import UsageError
 
 PICTURES = ("--vis_attention", "--vis_correspondence", "--vis_features")
@@ -249,3 +253,85 @@ def test_damaged_images(photo: str, folder: str, tmp_path: Path) -> None:
     (Path(folder) / "002.png").write_bytes(b"")
     with pytest.raises(UsageError, match=r"1 of 5 images cannot be read, more than 1 %"):
         run("swin", tmp_path / "out", "--measure_correspondence", "--data_path", folder)
+
+
+# --------------------------------------------------------------------------- stereo with a known answer
+
+
+def shifted_pair(size: tuple[int, int], disparity: float) -> stereo.StereoPair:
+    """A picture without repetition, and what it shows moved to the left by so many pixels, known everywhere."""
+    y, x = np.mgrid[: size[0], : size[1]].astype(float)
+
+    def picture(x: np.ndarray) -> Image.Image:
+        waves = [np.sin(x / 7 + x**2 / 4000 + y / 9), np.sin(x / 11 - y / 5), np.cos(x / 5 + x**2 / 3000)]
+        return Image.fromarray((128 + 100 * np.stack(waves, axis=2)).round().astype(np.uint8))
+
+    return stereo.StereoPair(picture(x), picture(x + disparity), torch.full(size, disparity))
+
+
+@pytest.mark.parametrize(
+    ("region", "size", "seen", "overrides"),
+    [
+        (8, (101, 157), (104, 160), ()),
+        (32, (85, 169), (96, 160), ("MODEL.SPEC.DEPTHS", "[1,1,1,1]", "MODEL.SPEC.NUM_HEADS", "[1,1,1,1]")),
+    ],
+)
+def test_stereo_pictures_are_resized_once(
+    region: int,
+    size: tuple[int, int],
+    seen: tuple[int, int],
+    overrides: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of sizes that a second time would give others; raw pixels find what has moved by exactly one region."""
+    scale = Scale(min(size), (region, region), (), ())
+    assert scale.size_for(*size) == seen
+    assert scale.size_for(*seen) != seen
+    pair = shifted_pair(size, region * size[1] / seen[1])
+    monkeypatch.setattr(stereo, "load_stereo", lambda: pair)
+    shapes = []
+
+    def region_features(network: Backbone, image_1CHW: torch.Tensor) -> RegionFeatures:
+        shapes.append(tuple(image_1CHW.shape[2:]))
+        return find_regions(network, image_1CHW)
+
+    find_regions = correspondence.region_features
+    monkeypatch.setattr(correspondence, "region_features", region_features)
+    run("swin", tmp_path, "--measure_stereo", extra=overrides)
+    assert shapes == [seen, seen]
+    scores = json.loads((tmp_path / "stereo.json").read_text())
+    rows, columns = seen[0] // region, seen[1] // region
+    assert {score["regions"] for score in scores.values()} == {rows * (columns - 1)}
+    assert scores["raw pixels"]["within_one"] == 100
+    assert scores["raw pixels"]["median_error"] < 1e-3
+    assert scores["chance"]["within_one"] < 100
+
+
+# --------------------------------------------------------------------------- images in other layouts, and two of them
+
+
+def test_a_folder_in_a_zip_is_measured_as_the_files(folder: str, tmp_path: Path) -> None:
+    classes = tmp_path / "classes"
+    (classes / "val").mkdir(parents=True)
+    Path(folder).rename(classes / "val" / "a")
+    zip_folders(classes, tmp_path / "zips")
+    for name, flags in (("files", []), ("zips", ["--zip_mode"])):
+        path = str(tmp_path / ("classes" if name == "files" else name))
+        run("swin", tmp_path / f"of {name}", "--measure_correspondence", "--data_path", path, *flags)
+    one, two = ((tmp_path / f"of {name}" / "correspondence.json").read_text() for name in ("files", "zips"))
+    assert one == two
+    assert json.loads(one)["images"] == 5
+
+
+def test_a_second_image_is_compared_with_one(photo: str, folder: str, tmp_path: Path) -> None:
+    run("swin", tmp_path / "out", "--vis_correspondence", "--image_path", photo, "--image_path2", photo)
+    record = json.loads((tmp_path / "out" / "swin_ssl_photo_photo_correspondence.json").read_text())
+    assert all(pair["first_xy"] == pair["second_xy"] for pair in record["pairs"])
+    for flags, words in (
+        (["--image_path", folder, "--image_path2", photo], "--image_path names 4 images"),
+        (["--image_path", photo, "--image_path2", folder], "--image_path2 names 4 images"),
+        (["--image_path", photo, "--image_path2", photo, "--use_saved_aug"], "leave one of them out"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            run("swin", tmp_path / "refused", "--vis_correspondence", *flags)

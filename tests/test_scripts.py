@@ -53,3 +53,10 @@ def test_mistakes_end_with_code_2(tmp_path: Path, args: list[str], env: dict[str
     done = pretrain(tmp_path, *args, **env)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["seeds"]])
+def test_compare_takes_one_of_two_words(words: list[str]) -> None:
+    done = subprocess.run(["bash", str(ROOT / "scripts/compare.sh"), *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"'{''.join(words)}' is not tasks or networks" in done.stderr
