@@ -1,7 +1,7 @@
 """The objective: teacher temperature, centre, the view loss and region matching.
 
     loss = criterion(student_output, teacher_output, epoch)   # pure: changes no state
-    criterion.accumulate_center(teacher_output)               # after each micro-batch
+    criterion.accumulate_center(teacher_output)               # of each micro-batch
     criterion.update_center()                                 # once a step, over all processes
 
 Logits come multiplied, or as `FactoredLogits`; then the same numbers are computed in chunks (chunked_loss.py).
@@ -14,7 +14,7 @@ Origin: DINO (Caron et al., ICCV 2021) section 3.1; EsViT (Li et al., ICLR 2022)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from chunked_loss import Targets, Temperatures, chunked_cross_entropy
 from outputs import FactoredLogits, MultiCropOutput
-from utils import UsageError, all_reduce_sum
+from utils import UsageError, start_all_reduce_sum
 
 TEACHER_VIEWS = 2
 Logits = Tensor | FactoredLogits
@@ -86,8 +86,9 @@ class DINOLoss(nn.Module):
         self.teacher_temp_schedule = teacher_temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
-        # Of this step, by name of a centre: the weighted sum of its logits and the sum of the weights.
-        self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}
+        # Of this step, by name of a centre: (1, K + 1) of each micro-batch, the weighted sum of its logits and the sum of the
+        # weights, on their way to the sum over all processes.
+        self._sums: dict[str, list[Callable[[], Tensor]]] = {}
         self._add_center("center", out_dim)
 
     # ----------------------------------------------------------------- centre
@@ -97,10 +98,14 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def _accumulate(self, name: str, logits: Logits, weights_N: Tensor | None = None) -> None:
-        """Add N rows to the next centre `name`, each with its weight, not negative, or 1."""
-        total, weight = self._sums.get(name, (torch.zeros_like(getattr(self, name)), 0))
-        added = _count(logits) if weights_N is None else weights_N.float().sum()
-        self._sums[name] = (total + _sum_of_rows(logits, weights_N), weight + added)
+        """Add N rows to the next centre `name`, each with its weight, not negative, or 1.
+
+        Their sum over all processes is begun here and not waited for: it goes on while the student computes.
+        """
+        total_1K = _sum_of_rows(logits, weights_N)
+        weight = total_1K.new_full((), _count(logits)) if weights_N is None else weights_N.float().sum()
+        sums = torch.cat([total_1K, weight.view(1, 1)], dim=1)
+        self._sums.setdefault(name, []).append(start_all_reduce_sum(sums))
 
     def accumulate_center(self, teacher_output: Logits) -> None:
         """Add a micro-batch of teacher logits (Q * B, K) to the next centre."""
@@ -112,9 +117,8 @@ class DINOLoss(nn.Module):
 
         `applied`, a boolean scalar on the device, is false for a step that is skipped: then no centre changes.
         """
-        for name, (total, weight) in self._sums.items():
-            of_this = weight.view(1, 1) if isinstance(weight, Tensor) else total.new_full((1, 1), weight)
-            sums = all_reduce_sum(torch.cat([total, of_this], dim=1))
+        for name, started in self._sums.items():
+            sums = torch.stack([wait() for wait in started]).sum(dim=0)
             center, moves = getattr(self, name), sums[:, -1:] > 0
             moved = center.lerp(sums[:, :-1] / sums[:, -1:], 1 - self.center_momentum)
             center.copy_(torch.where(moves if applied is None else moves & applied, moved, center))

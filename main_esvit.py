@@ -154,11 +154,11 @@ class EsViT(engine.Method):
         """The teacher sees the global views, the student all of them (mixed, if mixup is on)."""
         with torch.no_grad():
             teacher_output = self.teacher(views[:TEACHER_VIEWS])
+        self.criterion.accumulate_center(teacher_output)
         student_views, targets = (views, None) if self.mixup is None else self.mixup(views)
         mixed_from = None if self.mixup is None else self.mixup.mixed_from
         student_output = self.student(student_views)
         terms = self.criterion.terms(student_output, teacher_output, epoch, targets, mixed_from)
-        self.criterion.accumulate_center(teacher_output)
         return self.criterion.total(terms), terms if len(terms) > 1 else {}
 
     def finish_step(self, applied: Tensor) -> None:

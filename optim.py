@@ -134,5 +134,7 @@ def drop_last_layer_gradients(model: nn.Module) -> None:
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, applied: Tensor) -> None:
     """teacher <- momentum teacher + (1 - momentum) student where `applied`, for parameters, not for buffers."""
     teacher_params: list[Tensor] = list(teacher.parameters())
-    weight = applied.float() * (1 - momentum)
-    torch._foreach_lerp_(teacher_params, list(student.parameters()), [weight] * len(teacher_params))
+    # One factor for all, as a tensor: a list of factors would be a kernel for each parameter on CUDA.
+    moves = torch._foreach_sub(list(student.parameters()), teacher_params)
+    torch._foreach_mul_(moves, applied.float() * (1 - momentum))
+    torch._foreach_add_(teacher_params, moves)

@@ -334,6 +334,21 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to sum `tensor` over all processes, in place; returns what waits for the sum and gives it.
+
+    On CUDA it is the device that waits, not the host.
+    """
+    work = dist.all_reduce(tensor, async_op=True) if is_distributed() else None
+
+    def wait() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        return tensor
+
+    return wait
+
+
 def all_gather_objects(value: Any) -> list[Any]:
     """`value` of every process, in rank order, on every process."""
     if not is_distributed():

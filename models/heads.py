@@ -26,7 +26,9 @@ class WeightNormLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The prototypes (K, C)."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # one kernel; spelled out it writes (K, C) six times more
+        return torch._weight_norm(
+            self.weight_v, self.weight_g, 0
+        )  # one kernel; spelled out it writes (K, C) six times more
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., K)."""
