@@ -1,11 +1,11 @@
 """Is the run collapsing? Numbers about the outputs of a step, measured on the device, and warnings in words.
 
-A method shows a few rows of each level of its outputs (`Level`: views, regions, whatever it has) in the last step of a log interval;
+In the last step of a log interval a method shows a few rows of each level of its outputs (`Level`: views, regions, ...);
 `Monitor.measure` turns them into scalars that travel with the losses, and `Monitor.check` judges them once they have been read.
 Nothing here draws a random number, changes a tensor of the step or makes the host wait.
 
 Shapes: N rows, K prototypes, C channels.
-Origin: effective rank after Roy & Vetterli (EUSIPCO 2007); the deviation of normalised features after SimSiam (Chen & He, CVPR 2021);
+Origin: effective rank after Roy & Vetterli (EUSIPCO 2007); deviation of normalised features after SimSiam (Chen & He, CVPR 2021);
 the plateau of the loss at ln K and its cures as in DINO (Caron et al., ICCV 2021) section 5.3 and its README.
 """
 
@@ -173,7 +173,7 @@ class Monitor:
     @torch.no_grad()
     def measure(self, levels: Mapping[str, Level]) -> dict[str, Tensor]:
         """Scalars on the device, by `level/name`; see the function of this name."""
-        scalars = {}
+        scalars: dict[str, Tensor] = {}
         for name, level in levels.items():
             self.prototypes[name] = level.center.shape[-1]
             with torch.autocast(level.center.device.type, enabled=False):
