@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,12 +27,13 @@ from torch.utils.data import DataLoader
 import checkpoint
 import optim
 import utils
+from bad_steps import BadSteps
 from data.loader import Batch, FailureTally, set_epoch
+from health import Level, Monitor
 from models.base import Backbone
 from progress import EpochMeter, RunLog
 from utils import UsageError, logger
 
-MAX_BAD_STEPS = 20
 # What processes tell each other about files goes past the device, which would have to be waited for.
 HOST = torch.device("cpu")
 # What DistributedDataParallel calls the exchange of buffers before a forward; torch 2.14 renamed it.
@@ -54,11 +55,13 @@ class Method(ABC):
     Attributes:
         student, teacher: networks with the same parameters in the same order; either may be wrapped for several processes.
         criterion: the loss; its state dict is saved as `dino_loss`.
+        watch: set where outputs are to be watched for a collapse; then `compute_loss` calls it with its levels (health.py).
     """
 
     student: nn.Module
     teacher: nn.Module
     criterion: nn.Module
+    watch: Callable[[Mapping[str, Level]], None] | None = None
 
     @abstractmethod
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,6 +95,7 @@ class TrainStep:
         device, precision: where and in what the networks compute (`fp32`, `bf16` or `fp16`); losses are float32.
         clip_grad: largest norm of each parameter's gradient, 0 for none.
         freeze_last_layer: epochs during which the prototypes stay as they are.
+        bad_steps: counts those that are not finite.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class TrainStep:
         precision: str = "fp32",
         clip_grad: float = 0.0,
         freeze_last_layer: int = 0,
+        bad_steps: BadSteps | None = None,
     ) -> None:
         self.method = method
         self.optimizer = optimizer
@@ -113,9 +118,12 @@ class TrainStep:
         self.freeze_last_layer = freeze_last_layer
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.statistics = RunningStatistics([method.student, method.teacher])
-        self.bad_steps_in_a_row = 0
+        self.bad_steps = bad_steps or BadSteps()
+        self.monitor = Monitor()
 
-    def __call__(self, micro_batches: Sequence[MicroBatch], iteration: int, epoch: int) -> dict[str, Tensor]:
+    def __call__(
+        self, micro_batches: Sequence[MicroBatch], iteration: int, epoch: int, watch: bool = False
+    ) -> dict[str, Tensor]:
         """Update on micro-batches of views that count as one batch.
 
         What is a function gives its views when it is their turn, and they are forgotten after their backward.
@@ -123,16 +131,18 @@ class TrainStep:
         Returns:
             scalars on the device, to be read later: `loss` and the method's, means over micro-batches and processes, and
             `skipped`: 1.0 where a loss or gradient was not finite; then no process has changed a parameter, a moment, a step
-            counter, a running statistic or a centre.
+            counter, a running statistic or a centre. With `watch` also what `Monitor.measure` gives for the last micro-batch.
         """
         student, teacher = self.method.student, self.method.teacher
         self._set_schedules(iteration)
         self.statistics.keep()
-        scalars = self._accumulate_gradients(micro_batches, epoch)
+        scalars = self._accumulate_gradients(micro_batches, epoch, watch)
         self.scaler.unscale_(self.optimizer)
-        gradients_finite = optim.clip_each_gradient(student, self.clip_grad)
-        means = self._mean_over_processes(scalars, gradients_finite)
+        norms = optim.clip_each_gradient(student, self.clip_grad)
+        means = self._mean_over_processes(scalars, torch.isfinite(norms).all())
         applied = means.pop("finite") == 1
+        names = [name for name, parameter in student.named_parameters() if parameter.grad is not None]
+        self.bad_steps.remember(names, norms, applied)
         if epoch < self.freeze_last_layer:
             optim.drop_last_layer_gradients(student)
         optim.step_where(self.optimizer, applied)
@@ -143,14 +153,26 @@ class TrainStep:
         self.statistics.restore_unless(applied)
         return means | {"skipped": 1 - applied.float()}
 
-    def check(self, steps: Sequence[dict[str, float]], last_iteration: int) -> None:
-        """Tell of skipped steps among the last ones, whose scalars have been read, and end a run that only skips.
+    def check(
+        self, steps: Sequence[dict[str, float]], last_iteration: int, last_views: Callable[[], Views] | None = None
+    ) -> None:
+        """Tell of skipped steps and of a collapse in the last steps, whose scalars have been read; end a run that only skips.
+
+        `last_views` gives the views of the last micro-batch, for the diagnosis.
 
         Raises:
-            FloatingPointError: `MAX_BAD_STEPS` skipped steps in a row, on all processes at once.
+            FloatingPointError: too many skipped steps in a row, on all processes at once; see `BadSteps.end`.
         """
         for iteration, scalars in enumerate(steps, last_iteration + 1 - len(steps)):
-            self._count_bad_steps(not scalars["skipped"], scalars["loss"], iteration)
+            if self.bad_steps.count(scalars, iteration):
+                settings: dict[str, float | str] = {
+                    "iteration": iteration,
+                    "lr": float(self.schedules.lr[iteration]),
+                    "precision": self.precision,
+                }
+                self.bad_steps.end(settings, last_views)
+        if steps:
+            self.monitor.check(steps[-1], warmed_up=last_iteration > int(self.schedules.lr.argmax()))
 
     def _set_schedules(self, iteration: int) -> None:
         for i, group in enumerate(self.optimizer.param_groups):
@@ -158,14 +180,20 @@ class TrainStep:
             if i == 0:
                 group["weight_decay"] = float(self.schedules.weight_decay[iteration])
 
-    def _accumulate_gradients(self, micro_batches: Sequence[MicroBatch], epoch: int) -> dict[str, Tensor]:
+    def _accumulate_gradients(
+        self, micro_batches: Sequence[MicroBatch], epoch: int, watch: bool = False
+    ) -> dict[str, Tensor]:
         """Backward through every micro-batch; gradients are exchanged between processes after the last one only."""
         student = self.method.student
         scalars: dict[str, Tensor] = {}
+        watched: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):
             views = micro_batch() if callable(micro_batch) else micro_batch
             last = i == len(micro_batches) - 1
             wait = isinstance(student, DistributedDataParallel) and not last
+            self.method.watch = (
+                (lambda levels: watched.update(self.monitor.measure(levels))) if watch and last else None
+            )
             with student.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
                 with utils.autocast(self.device, self.precision):
                     loss, extra = self.method.compute_loss(views, epoch)
@@ -173,7 +201,8 @@ class TrainStep:
             del views  # the next ones are made now
             for name, value in {"loss": loss, **extra}.items():
                 scalars[name] = scalars.get(name, 0) + value.detach().float() / len(micro_batches)
-        return scalars
+        self.method.watch = None
+        return scalars | watched
 
     def _mean_over_processes(self, scalars: dict[str, Tensor], gradients_finite: Tensor) -> dict[str, Tensor]:
         """Means of the scalars, and `finite`: 1.0 where all losses and gradients of all processes are."""
@@ -181,17 +210,6 @@ class TrainStep:
         stacked = torch.stack([*scalars.values(), finite.float()])
         means = utils.all_reduce_sum(stacked) / utils.get_world_size()
         return dict(zip([*scalars, "finite"], means.unbind()))
-
-    def _count_bad_steps(self, applied: bool, loss: float, iteration: int) -> None:
-        self.bad_steps_in_a_row = 0 if applied else self.bad_steps_in_a_row + 1
-        if not applied:
-            logger.warning("step %d skipped: loss %s or a gradient is not finite", iteration, loss)
-        if self.bad_steps_in_a_row >= MAX_BAD_STEPS:
-            raise FloatingPointError(
-                f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite (loss {loss}, "
-                f"lr {float(self.schedules.lr[iteration]):.3g}, precision {self.precision}); resume with --precision fp32, "
-                "a lower --lr or a smaller --clip_grad"
-            )
 
 
 class RunningStatistics:
@@ -264,8 +282,9 @@ def train(
     accum_iter: int,
     log: RunLog,
     save: Callable[[int], None],
+    probe: Callable[[int], dict[str, float]] | None = None,
 ) -> None:
-    """Train through `epochs`, log each step and each epoch, and call `save(epoch)` after each.
+    """Train through `epochs`, log each step and each epoch with what `probe(epoch)` measures, and call `save(epoch)` after each.
 
     Raises:
         UsageError: more than 1 % of the images cannot be read.
@@ -283,13 +302,15 @@ def train(
                 tally.add(failures, HOST, incomplete=not all(batch.views for batch in micro_batches))
                 views = [partial(_finished_views, batch, step.device, log) for batch in micro_batches]
                 iteration = epoch * steps + i
-                meter.update(step(views, iteration, epoch))
+                meter.update(step(views, iteration, epoch, watch=log.due(meter, ahead=1)))
                 if log.due(meter):
-                    step.check(meter.read(), iteration)
+                    step.check(meter.read(), iteration, views[-1])
                 show(
                     iteration, lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration])
                 )
-        log.finish_epoch(meter, unreadable_images=len(tally.seen))
+        meter.stop()
+        probed = {} if probe is None else probe(epoch)
+        log.finish_epoch(meter, unreadable_images=len(tally.seen), **probed)
         save(epoch)
 
 

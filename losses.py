@@ -14,7 +14,7 @@ Origin: DINO (Caron et al., ICCV 2021) section 3.1; EsViT (Li et al., ICLR 2022)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import health
 from chunked_loss import Targets, Temperatures, chunked_cross_entropy
 from outputs import FactoredLogits, MultiCropOutput
 from utils import UsageError, start_all_reduce_sum
@@ -184,6 +185,36 @@ class DINOLoss(nn.Module):
         temperatures = Temperatures(self.student_temp, self.teacher_temp(epoch))
         return chunked_cross_entropy(student, teacher, targets, center, temperatures)
 
+    # ----------------------------------------------------------------- what is watched
+
+    def levels(
+        self, student_output: Any, teacher_output: Any, epoch: int, features: Mapping[str, Tensor]
+    ) -> dict[str, health.Level]:
+        """Some rows of the outputs for the collapse monitor, by level: pairs of the two global views.
+
+        `features`: of the teacher's backbone, by level. With mixup the student's images are the mixed ones.
+        """
+        return {"view": self._view_level(student_output, teacher_output, epoch, features["view"])}
+
+    def _view_level(self, student: Logits, teacher: Logits, epoch: int, features: Tensor) -> health.Level:
+        batch = _count(teacher) // TEACHER_VIEWS
+        images_N = health.spread(batch, health.ROWS // TEACHER_VIEWS, self.center.device)
+        student_N, teacher_N = torch.cat([batch + images_N, images_N]), torch.cat([images_N, batch + images_N])
+        return self._level(student, student_N, teacher, teacher_N, self.center, epoch, features)
+
+    def _level(
+        self,
+        student: Logits,
+        student_N: Tensor,
+        teacher: Logits,
+        teacher_N: Tensor,
+        center: Tensor,
+        epoch: int,
+        features: Tensor,
+    ) -> health.Level:
+        rows = health.take(student, student_N), health.take(teacher, teacher_N)
+        return health.Level(*rows, center, self.student_temp, self.teacher_temp(epoch), features)
+
     @property
     def _pairs(self) -> int:
         """How many pairs of a teacher's and another student's view there are."""
@@ -310,6 +341,28 @@ class RegionMatchingLoss(DINOLoss):
         student_logits = student.region_logits._replace(bottleneck=student_BSD)
         teacher_logits = teacher.region_logits._replace(bottleneck=teacher_BRD)
         return self._chunked(student_logits, teacher_logits, targets, self.center_grid, epoch) / (batch * self._pairs)
+
+    def levels(
+        self, student_output: Any, teacher_output: Any, epoch: int, features: Mapping[str, Tensor]
+    ) -> dict[str, health.Level]:
+        """As for views; also regions of the second view, with their matches in the first."""
+        student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
+        first, regions = student.regions_per_view[:TEACHER_VIEWS]
+        of_teacher = teacher.regions_per_view[0]
+        batch = _count(teacher.view_logits) // TEACHER_VIEWS
+        images_B1 = health.spread(batch, health.ROWS // 8, self.center.device)[:, None]
+        some_1T = health.spread(regions, health.ROWS // len(images_B1), self.center.device)[None]
+        student_BT = batch * first + images_B1 * regions + some_1T
+        all_1U = torch.arange(of_teacher, device=self.center.device)
+        matches_BT = match_regions(
+            student.region_features[student_BT], teacher.region_features[images_B1 * of_teacher + all_1U]
+        )
+        teacher_N = (images_B1 * of_teacher + matches_BT).flatten()
+        logits = student.region_logits, student_BT.flatten(), teacher.region_logits, teacher_N
+        return {
+            "view": self._view_level(student.view_logits, teacher.view_logits, epoch, features["view"]),
+            "region": self._level(*logits, self.center_grid, epoch, features["region"]),
+        }
 
     def _terms(
         self, student_output: Any, teacher_output: Any, epoch: int, sources: Sources | None

@@ -22,11 +22,14 @@ from yacs.config import CfgNode
 import checkpoint
 import data
 import engine
+import health
 import optim
 import utils
+from bad_steps import MAX_BAD_STEPS, BadSteps
 from data import augment
 from data.crops import split_views
 from data.mixup import ViewMixup
+from knn_probe import KnnProbe, labelled_images
 from losses import TEACHER_VIEWS
 from losses import DINOLoss as DINOLoss
 from losses import RegionMatchingLoss as RegionMatchingLoss
@@ -132,6 +135,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="where everything of the run goes")
     add("--saveckp_freq", type=int, default=5, help="keep checkpoint{epoch:04}.pth every so many epochs, 0 for none")
     add("--log_freq", type=int, default=10, help="steps between two log lines")
+    add("--max_bad_steps", type=int, default=MAX_BAD_STEPS, help="steps in a row, not finite, that end the run")
+    add("--knn_every", type=int, default=0, help="epochs between two k-NN scores, 0 for none")
+    add("--knn_data_path", default="", help="small labelled folder for them, with train/ and val/ or without a split")
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     utils.add_launch_flags(parser)
@@ -152,14 +158,22 @@ class EsViT(engine.Method):
 
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher sees the global views, the student all of them (mixed, if mixup is on)."""
-        with torch.no_grad():
+        with torch.no_grad(), health.inputs_of(self._heads() if self.watch else {}) as features:
             teacher_output = self.teacher(views[:TEACHER_VIEWS])
         self.criterion.accumulate_center(teacher_output)
         student_views, targets = (views, None) if self.mixup is None else self.mixup(views)
         mixed_from = None if self.mixup is None else self.mixup.mixed_from
         student_output = self.student(student_views)
         terms = self.criterion.terms(student_output, teacher_output, epoch, targets, mixed_from)
+        if self.watch is not None:
+            self.watch(self.criterion.levels(student_output, teacher_output, epoch, features))
         return self.criterion.total(terms), terms if len(terms) > 1 else {}
+
+    def _heads(self) -> dict[str, nn.Module]:
+        """The teacher's heads by level."""
+        backbone = checkpoint.unwrap(self.teacher)
+        heads = {"view": backbone.head, "region": getattr(backbone, "head_dense", None)}
+        return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
 
     def finish_step(self, applied: Tensor) -> None:
         """Move the centres by the step's teacher outputs."""
@@ -178,6 +192,7 @@ def main(args: argparse.Namespace) -> None:
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         args.aug_backend = augment.choose_backend(args.aug_backend, args.aug_opt, config.MODEL.SPEC.IN_CHANS)
         loader = build_loader(args, config, device)
+        knn_images = build_knn_images(args, config)
     utils.must_agree("numbers of images", len(loader.dataset))  # type: ignore[arg-type]
     utils.seed_everything(args.seed)
     method = build_method(args, config, device)
@@ -200,7 +215,8 @@ def main(args: argparse.Namespace) -> None:
 
     log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
     save = partial(engine.save_run, output_dir, step, args=args, config=config, keep_every=args.saveckp_freq)
-    engine.train(step, loader, range(first_epoch, args.epochs), args.accum_iter, log, save)
+    probe = build_probe(args, method, knn_images, device) if knn_images else None
+    engine.train(step, loader, range(first_epoch, args.epochs), args.accum_iter, log, save, probe)
     log.close()
 
 
@@ -216,12 +232,13 @@ def check_args(args: argparse.Namespace) -> None:
         "accum_iter",
         "epochs",
         "log_freq",
+        "max_bad_steps",
         "head_hidden_dim",
         "head_bottleneck_dim",
     )
     utils.check_at_least(args, 1, sizes)
     waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
-    utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad"))
+    utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad", "knn_every"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if not 0 <= args.momentum_teacher <= 1:
@@ -255,6 +272,13 @@ def build_loader(
     return data.build_train_loader(
         dataset, args.batch_size_per_gpu, args.num_workers, pin, finish=finish, sampler=args.sampler
     )
+
+
+def build_knn_images(args: argparse.Namespace, config: CfgNode) -> list[data.ImageDataset]:
+    """The labelled images of --knn_every; none where that is off."""
+    if not args.knn_every:
+        return []
+    return labelled_images(args.knn_data_path, get_crops(args, config).global_size, config, args.seed)
 
 
 def get_crops(args: argparse.Namespace, config: CfgNode) -> augment.Crops:
@@ -378,7 +402,19 @@ def build_step(
         momentum=optim.cosine_schedule(args.momentum_teacher, 1.0, args.epochs, steps),
     )
     optimizer = optim.build_optimizer(args.optimizer, optim.param_groups(method.student))
-    return engine.TrainStep(method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer)
+    bad_steps = BadSteps(args.max_bad_steps, Path(args.output_dir))
+    return engine.TrainStep(
+        method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer, bad_steps
+    )
+
+
+def build_probe(
+    args: argparse.Namespace, method: EsViT, images: list[data.ImageDataset], device: torch.device
+) -> KnnProbe:
+    """k-NN scores of both networks; the teacher's is the one without a suffix."""
+    networks = {"knn_top1": method.teacher, "knn_top1_student": method.student}
+    sizes = args.knn_every, args.batch_size_per_gpu, args.num_workers
+    return KnnProbe(networks, images, *sizes, device, args.precision)
 
 
 def start_from_weights(method: EsViT, path: str, allow_partial: bool) -> None:

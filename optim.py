@@ -114,13 +114,13 @@ def clip_each_gradient(model: nn.Module, max_norm: float) -> Tensor:
     """Scale each parameter's gradient down to its own norm `max_norm` (0: leave it).
 
     Returns:
-        a boolean scalar on the device: whether every gradient is finite.
+        the norm of each gradient before it was scaled, in the order of the parameters that have one, on the device.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp_(max=1.0).unbind())
-    return torch.isfinite(norms).all()
+    return norms
 
 
 def drop_last_layer_gradients(model: nn.Module) -> None:

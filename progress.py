@@ -161,9 +161,10 @@ class RunLog:
         if self.writer is not None:
             self.writer.close()
 
-    def due(self, meter: EpochMeter) -> bool:
-        """Whether the last step ends a log interval."""
-        return meter.done % self.log_freq == 0 or meter.done == meter.steps
+    def due(self, meter: EpochMeter, ahead: int = 0) -> bool:
+        """Whether the last step, or the one so many steps `ahead`, ends a log interval."""
+        done = meter.done + ahead
+        return done % self.log_freq == 0 or done == meter.steps
 
     @contextlib.contextmanager
     def epoch(self, meter: EpochMeter) -> Iterator[Callable[..., None]]:
@@ -193,7 +194,9 @@ class RunLog:
     def _describe(self, meter: EpochMeter, lr: float) -> str:
         steps_left = (self.epochs - meter.epoch) * meter.steps - meter.done
         left = tqdm.format_interval(steps_left * meter.seconds / meter.done)
-        losses = "  ".join(f"{name} {value:.4f}" for name, value in meter.latest.items() if name != "skipped")
+        losses = "  ".join(
+            f"{name} {value:.4f}" for name, value in meter.latest.items() if name != "skipped" and "/" not in name
+        )
         return (
             f"{losses}  lr {lr:.2e}  {meter.images_per_second:.1f} images/s  waiting {meter.waiting_share:.0%}  "
             f"memory {peak_memory_mb(self.device):.0f} MiB  left {left}"

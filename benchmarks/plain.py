@@ -92,14 +92,16 @@ class PlainStep(engine.TrainStep):
         super().__init__(step.method, optimizer, step.schedules, *settings)
         self.read = read
 
-    def __call__(self, micro_batches: Sequence[engine.MicroBatch], iteration: int, epoch: int) -> dict[str, Tensor]:
+    def __call__(
+        self, micro_batches: Sequence[engine.MicroBatch], iteration: int, epoch: int, watch: bool = False
+    ) -> dict[str, Tensor]:
         """One update.
 
         Raises:
             FloatingPointError: a loss that is not finite.
         """
         self._set_schedules(iteration)
-        scalars = self._accumulate_gradients(micro_batches, epoch)
+        scalars = self._accumulate_gradients(micro_batches, epoch, watch)
         if not math.isfinite(self.read(scalars["loss"])):
             raise FloatingPointError(f"the loss of step {iteration} is not finite")
         self._clip()
