@@ -188,7 +188,6 @@ def main(args: argparse.Namespace) -> None:
     args.precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
     with utils.failing_together():
         check_args(args)
-        output_dir = utils.make_output_dir(args.output_dir)
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         args.aug_backend = augment.choose_backend(args.aug_backend, args.aug_opt, config.MODEL.SPEC.IN_CHANS)
         loader = build_loader(args, config, device)
@@ -199,12 +198,14 @@ def main(args: argparse.Namespace) -> None:
     utils.seed_everything(args.seed + utils.get_rank())
     step = build_step(args, method, len(loader), device, args.precision)
 
+    output_dir = Path(args.output_dir)
     with utils.failing_together():
         first_epoch = engine.resume_run(output_dir, step, args)
         if args.pretrained_weights_ckpt and first_epoch == 0:
             start_from_weights(method, args.pretrained_weights_ckpt, args.allow_partial)
         elif args.pretrained_weights_ckpt:
             logger.warning("--pretrained_weights_ckpt is not used: %s holds a run, which goes on", output_dir)
+        utils.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
     utils.must_agree("checkpoints", first_epoch)
     if first_epoch >= args.epochs:
         logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)

@@ -222,7 +222,13 @@ class RunLog:
             if name != "epoch/epoch":
                 self.writer.add_scalar(name, value, meter.epoch)
         self.writer.flush()
-        logger.info("epoch %d/%d done: %s", meter.epoch + 1, self.epochs, json.dumps(record))
+        logger.info(
+            "epoch %d/%d done (epoch %d of log.txt, from 0): %s",
+            meter.epoch + 1,
+            self.epochs,
+            meter.epoch,
+            json.dumps(record),
+        )
 
     def crops_once(self, views: Sequence[Tensor]) -> None:
         """Once a run: a picture of some images (columns) in all their views (rows), to TensorBoard and `crops.png`."""

@@ -65,6 +65,7 @@ def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
     for run, processes in (("one", 0), ("two", 2)):
         result = run_script(
             "eval_knn.py",
+            "--random_weights",
             *flags,
             "--dump_features",
             str(tmp_path / run),
