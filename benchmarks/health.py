@@ -3,8 +3,8 @@
     python benchmarks/health.py                          # Swin-T, batch 4, K = 65536
     python benchmarks/health.py --batch 32
 
-Steps are watched, and the time inside the monitor is taken out of theirs: its median is paid once in --log_freq steps. Picking rows
-to look at counts as the step's. The target is 2 % of the interval.
+Steps are watched, and the time inside the monitor is taken out of theirs: its median is paid once in --log_freq steps. Picking the
+rows to look at counts as the step's. The target is 2 % of the interval.
 
 Origin: this project's own.
 """
