@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 RESIZE_RULES = ("size", "scale")
 SCALE_OFFSET = 0.1  # of a position, which keeps a rounded scale factor from losing one
 

@@ -1,6 +1,7 @@
 """The plain Vision Transformer (DeiT and DINO sizes): class tokens and patch tokens of one resolution.
 
-UDI has two class tokens (MODEL.SPEC.NUM_CLS_TOKENS); the first one is the view feature. State-dict keys are those of the released DINO backbones (golden file deit_small). Any patch size, any image size, square or not.
+UDI has two class tokens (MODEL.SPEC.NUM_CLS_TOKENS); the first one is the view feature. State-dict keys are those of the released
+DINO backbones (golden file deit_small). Any patch size, any image size, square or not.
 
 Shapes: B images, N tokens, C channels.
 Origin: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), position resizing of DINO (Caron et al., ICCV 2021),
