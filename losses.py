@@ -104,7 +104,7 @@ class DINOLoss(nn.Module):
         Their sum over all processes is begun here and not waited for: it goes on while the student computes.
         """
         total_1K = _sum_of_rows(logits, weights_N)
-        weight = total_1K.new_full((), _count(logits)) if weights_N is None else weights_N.float().sum()
+        weight = total_1K.new_full((), _count(logits)) if weights_N is None else at_least_float32(weights_N).sum().to(total_1K)
         sums = torch.cat([total_1K, weight.view(1, 1)], dim=1)
         self._sums.setdefault(name, []).append(start_all_reduce_sum(sums))
 
@@ -133,11 +133,11 @@ class DINOLoss(nn.Module):
 
     def teacher_probs(self, logits: Tensor, center: Tensor, epoch: int) -> Tensor:
         """Centred and sharpened probabilities, without gradient."""
-        return F.softmax((logits.detach().float() - center) / self.teacher_temp(epoch), dim=-1)
+        return F.softmax((at_least_float32(logits.detach()) - center) / self.teacher_temp(epoch), dim=-1)
 
     def student_log_probs(self, logits: Tensor) -> Tensor:
         """Log-probabilities at the student's temperature, in float32."""
-        return F.log_softmax(logits.float() / self.student_temp, dim=-1)
+        return F.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
 
     def view_loss(
         self, student_logits: Logits, teacher_logits: Logits, epoch: int, sources: Sources | None = None
@@ -452,11 +452,17 @@ def _sum_of_rows(logits: Logits, weights_N: Tensor | None) -> Tensor:
         return _weighted(logits, weights_N).sum(dim=0, keepdim=True)
     with torch.autocast(logits.prototypes.device.type, enabled=False):
         sum_1C = _weighted(logits.bottleneck, weights_N).sum(dim=0, keepdim=True)
-        return F.linear(sum_1C, logits.prototypes.float())
+        return F.linear(sum_1C, logits.prototypes.to(sum_1C.dtype))
 
 
 def _weighted(rows_NC: Tensor, weights_N: Tensor | None) -> Tensor:
-    return rows_NC.float() if weights_N is None else rows_NC.float() * weights_N.float()[:, None]
+    rows_NC = at_least_float32(rows_NC)
+    return rows_NC if weights_N is None else rows_NC * weights_N.to(rows_NC.dtype)[:, None]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if it has that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _check_views(logits: Logits, views: int, who: str) -> None:
