@@ -1,4 +1,4 @@
-"""The loop that every method shares: the step with accumulation, clipping and EMA, logging, saving and resuming.
+"""The loop that every method shares: the step with accumulation, clipping and EMA, and the loop around it.
 
 A method brings its networks and a function from a batch to a loss (`Method`); nothing here knows which method it is.
 `TrainStep` is one update; `train` is the loop over epochs around it. A step never makes the host wait for the device: whether it
@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +31,8 @@ from data.loader import Batch, FailureTally, set_epoch
 from health import Level, Monitor
 from models.base import Backbone
 from progress import EpochMeter, RunLog
-from utils import UsageError, logger
+from resume import Place, Saver
+from utils import UsageError
 
 # What processes tell each other about files goes past the device, which would have to be waited for.
 HOST = torch.device("cpu")
@@ -42,9 +42,6 @@ SYNC_BUFFERS = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
-LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq"}  # change no number of a run
-# What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
-BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
 Views = Sequence[Tensor]
 MicroBatch = Views | Callable[[], Views]
 
@@ -278,30 +275,44 @@ def steps_per_epoch(batches: int, accum_iter: int) -> int:
 def train(
     step: TrainStep,
     loader: DataLoader[Batch],
-    epochs: range,
+    epochs: int,
     accum_iter: int,
     log: RunLog,
-    save: Callable[[int], None],
+    saver: Saver,
+    start: Place,
     probe: Callable[[int], dict[str, float]] | None = None,
-) -> None:
-    """Train through `epochs`, log each step and each epoch with what `probe(epoch)` measures, and call `save(epoch)` after each.
+) -> bool:
+    """Train from `start` to the last of `epochs`, log each step and each epoch with what `probe(epoch)` measures, and save after
+    each epoch and where `saver` asks for it.
+
+    Returns:
+        whether the run is done; else a signal has stopped it, and what it did is saved.
 
     Raises:
         UsageError: more than 1 % of the images cannot be read.
         FloatingPointError: see `TrainStep.check`; raised when the log interval ends in which it happened.
     """
     steps = steps_per_epoch(len(loader), accum_iter)
-    tally = FailureTally(len(loader.dataset))  # type: ignore[arg-type]
-    for epoch in epochs:
-        set_epoch(loader, epoch)
-        step.method.start_epoch(epoch, epochs.stop)
+    tally = FailureTally(len(loader.dataset), start.unreadable)  # type: ignore[arg-type]
+    for epoch in range(start.epoch, epochs):
+        done = min(start.steps, steps) if epoch == start.epoch else 0
+        set_epoch(loader, epoch, skipped_batches=done * accum_iter)
+        step.method.start_epoch(epoch, epochs)
         meter = EpochMeter(epoch, steps, images_per_step=_global_batch(loader, accum_iter))
+        if done:
+            meter.go_on_from(start.meter, done)
         with log.epoch(meter) as show:
-            for i, micro_batches in enumerate(_in_groups(meter.timed(loader), accum_iter)):
+            for i, micro_batches in enumerate(_in_groups(meter.timed(loader), accum_iter), done):
                 failures = [failure for batch in micro_batches for failure in batch.failures]
-                tally.add(failures, HOST, incomplete=not all(batch.views for batch in micro_batches))
-                views = [partial(_finished_views, batch, step.device, log) for batch in micro_batches]
+                incomplete = not all(batch.views for batch in micro_batches)
+                wishes = tally.add(failures, HOST, incomplete, saver.wishes())
                 iteration = epoch * steps + i
+                if saver.due(i, i > done, wishes):
+                    step.check(meter.read(), iteration - 1)
+                    saver.save(Place(epoch, i, meter.state(), tally.seen), images=i * meter.images_per_step)
+                    if saver.stopping:
+                        return False
+                views = [partial(_finished_views, batch, step.device, log) for batch in micro_batches]
                 meter.update(step(views, iteration, epoch, watch=log.due(meter, ahead=1)))
                 if log.due(meter):
                     step.check(meter.read(), iteration, views[-1])
@@ -311,7 +322,8 @@ def train(
         meter.stop()
         probed = {} if probe is None else probe(epoch)
         log.finish_epoch(meter, unreadable_images=len(tally.seen), **probed)
-        save(epoch)
+        saver.save(Place(epoch + 1, unreadable=tally.seen))
+    return True
 
 
 def _finished_views(batch: Batch, device: torch.device, log: RunLog) -> Views:
@@ -329,87 +341,3 @@ def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
     """Consecutive groups of `size`; an incomplete last one is left out."""
     while len(group := list(islice(batches, size))) == size:
         yield group
-
-
-# --------------------------------------------------------------------------- saving and resuming
-
-
-def save_run(output_dir: Path, step: TrainStep, epoch: int, args: Any, config: Any, keep_every: int) -> None:
-    """Write `checkpoint.pth`, and `checkpoint{epoch:04}.pth` every `keep_every` epochs (0: never).
-
-    All processes call this; the main one writes.
-    """
-    rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
-    if not utils.is_main_process():
-        return
-    method = step.method
-    state = {
-        "student": checkpoint.prefixed(method.student.state_dict()),
-        "teacher": method.teacher.state_dict(),
-        "optimizer": step.optimizer.state_dict(),
-        "epoch": epoch + 1,
-        "args": args,
-        "dino_loss": method.criterion.state_dict(),
-        "fp16_scaler": step.scaler.state_dict() if step.scaler.is_enabled() else None,
-        "config": None if config is None else config.dump(),
-        "rng": rng_of_rank,
-        "world_size": utils.get_world_size(),
-    }
-    checkpoint.save_file(state, output_dir / "checkpoint.pth")
-    if keep_every and epoch % keep_every == 0:
-        checkpoint.save_file(state, output_dir / f"checkpoint{epoch:04}.pth")
-
-
-def resume_run(output_dir: Path, step: TrainStep, args: Any) -> int:
-    """Continue from `output_dir/checkpoint.pth` if it is there; returns the epoch to start with.
-
-    Raises:
-        UsageError: the file is damaged or of another network, optimiser or number of prototypes.
-    """
-    path = output_dir / "checkpoint.pth"
-    if not path.exists():
-        return 0
-    source = f"checkpoint '{path}'"
-    content = checkpoint.load_file(path)
-    absent = {"student", "teacher", "optimizer", "epoch", "dino_loss"} - content.keys()
-    if absent:
-        raise UsageError(
-            f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
-        )
-    for network, key in ((step.method.student, "student"), (step.method.teacher, "teacher")):
-        checkpoint.load_network(network, checkpoint.network_state(content, key, path), source)
-    centres = checkpoint.NetworkState(content["dino_loss"], "full checkpoint", "dino_loss")
-    checkpoint.load_network(step.method.criterion, centres, source)
-    saved_args = content.get("args") or args
-    if getattr(saved_args, "optimizer", args.optimizer) != args.optimizer:
-        raise UsageError(
-            f"{source} was made with --optimizer {saved_args.optimizer}, not {args.optimizer}; choose another --output_dir"
-        )
-    try:
-        optim.load_optimizer_state(step.optimizer, content["optimizer"])
-    except ValueError:
-        raise UsageError(f"{source} trained other parameters; was --norm_last_layer the same?") from None
-    if step.scaler.is_enabled() and content.get("fp16_scaler"):
-        step.scaler.load_state_dict(content["fp16_scaler"])
-    return continue_from(content, args, path)
-
-
-def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
-    """The end of every resume: report changed arguments, restore the random states, say and return the epoch to start with."""
-    _report_changes(vars(args), vars(content.get("args") or args))
-    rng_of_rank = content.get("rng") or []
-    if len(rng_of_rank) == utils.get_world_size():
-        utils.set_rng_state(rng_of_rank[utils.get_rank()])
-    else:
-        logger.info("the run was saved by %d processes: random numbers start afresh", len(rng_of_rank))
-    logger.info("resuming %s at epoch %d", path, content["epoch"])
-    return int(content["epoch"])
-
-
-def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Say which arguments differ from those of the run that is continued, or from what it did before they existed."""
-    before = BEFORE_THE_FLAG | before
-    names = sorted((now.keys() & before.keys()) - LAUNCH_FLAGS)
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if now[name] != before[name]]
-    if changed:
-        logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))

@@ -104,7 +104,11 @@ class DINOLoss(nn.Module):
         Their sum over all processes is begun here and not waited for: it goes on while the student computes.
         """
         total_1K = _sum_of_rows(logits, weights_N)
-        weight = total_1K.new_full((), _count(logits)) if weights_N is None else at_least_float32(weights_N).sum().to(total_1K)
+        weight = (
+            total_1K.new_full((), _count(logits))
+            if weights_N is None
+            else at_least_float32(weights_N).sum().to(total_1K)
+        )
         sums = torch.cat([total_1K, weight.view(1, 1)], dim=1)
         self._sums.setdefault(name, []).append(start_all_reduce_sum(sums))
 

@@ -24,6 +24,7 @@ import data
 import engine
 import health
 import optim
+import resume
 import utils
 from bad_steps import MAX_BAD_STEPS, BadSteps
 from data import augment
@@ -134,6 +135,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     utils.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
     add("--saveckp_freq", type=int, default=5, help="keep checkpoint{epoch:04}.pth every so many epochs, 0 for none")
+    add("--save_every_steps", type=int, default=0, help="write checkpoint.pth also within an epoch, 0 for no")
+    add("--save_every_minutes", type=float, default=0.0, help="the same by the clock")
+    add(
+        "--keep_last",
+        type=int,
+        default=1,
+        help="checkpoint_previous*.pth kept, to go on from if checkpoint.pth is damaged",
+    )
     add("--log_freq", type=int, default=10, help="steps between two log lines")
     add("--max_bad_steps", type=int, default=MAX_BAD_STEPS, help="steps in a row, not finite, that end the run")
     add("--knn_every", type=int, default=0, help="epochs between two k-NN scores, 0 for none")
@@ -200,24 +209,25 @@ def main(args: argparse.Namespace) -> None:
 
     output_dir = Path(args.output_dir)
     with utils.failing_together():
-        first_epoch = engine.resume_run(output_dir, step, args)
-        if args.pretrained_weights_ckpt and first_epoch == 0:
+        start = resume.resume_run(output_dir, step, args)
+        if args.pretrained_weights_ckpt and start.is_new:
             start_from_weights(method, args.pretrained_weights_ckpt, args.allow_partial)
         elif args.pretrained_weights_ckpt:
             logger.warning("--pretrained_weights_ckpt is not used: %s holds a run, which goes on", output_dir)
         utils.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
-    utils.must_agree("checkpoints", first_epoch)
-    if first_epoch >= args.epochs:
+    utils.must_agree("checkpoints", (start.epoch, start.steps))
+    if start.epoch >= args.epochs:
         logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
         return
     if utils.is_main_process():
+        resume.tidy(output_dir, start)
         utils.save_provenance(output_dir, args, config)
     describe_run(args, method, loader, device, args.precision)
 
     log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
-    save = partial(engine.save_run, output_dir, step, args=args, config=config, keep_every=args.saveckp_freq)
     probe = build_probe(args, method, knn_images, device) if knn_images else None
-    engine.train(step, loader, range(first_epoch, args.epochs), args.accum_iter, log, save, probe)
+    with resume.Saver(output_dir, step, args, config) as saver:
+        engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
     log.close()
 
 
@@ -240,6 +250,7 @@ def check_args(args: argparse.Namespace) -> None:
     utils.check_at_least(args, 1, sizes)
     waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
     utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad", "knn_every"))
+    utils.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if not 0 <= args.momentum_teacher <= 1:

@@ -49,6 +49,19 @@ class EpochMeter:
         self._started = time.perf_counter()
         self._stopped: float | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What has been measured, for an epoch that goes on in another process."""
+        self.read()
+        sums = {name: list(pair) for name, pair in self._sums.items()}
+        return {"sums": sums, "waited": self._waited, "seconds": self.seconds}
+
+    def go_on_from(self, state: Mapping[str, Any], done: int) -> None:
+        """Take over the `state` of an epoch of which `done` steps are done."""
+        self.done = done
+        self._sums = {name: (total, count) for name, (total, count) in state.get("sums", {}).items()}
+        self._waited = state.get("waited", 0.0)
+        self._started -= state.get("seconds", 0.0)
+
     def stop(self) -> None:
         """The steps are done: what follows in the epoch does not count as their time."""
         self._stopped = time.perf_counter()
@@ -171,7 +184,7 @@ class RunLog:
         """Give the function that shows a step: a progress bar on a terminal, a line every `log_freq` steps elsewhere."""
         terminal = is_main_process() and sys.stderr.isatty()
         label = f"epoch {meter.epoch + 1}/{self.epochs}"
-        with tqdm(total=meter.steps, desc=label, disable=not terminal, leave=False) as bar:
+        with tqdm(total=meter.steps, initial=meter.done, desc=label, disable=not terminal, leave=False) as bar:
 
             def show(iteration: int, lr: float, wd: float | None = None) -> None:
                 bar.update()

@@ -1,6 +1,6 @@
 """UDI's objective: self-distillation of the class token, of a second one towards a blended target, and of sampled patches.
 
-    terms = criterion.levels(student, teacher, epoch)     # pure; by name the means over global and over local views
+    terms = criterion.level_terms(student, teacher, epoch)     # pure; by name the means over global and over local views
     loss = criterion.total_of(terms)
     criterion.accumulate_centers(teacher)                 # after each micro-batch; then update_center once a step
 
@@ -79,7 +79,7 @@ class UDILoss(DINOLoss):
 
     # ----------------------------------------------------------------- levels
 
-    def levels(self, student: StudentLevels, teacher: TeacherLevels, epoch: int) -> dict[str, Tensor]:
+    def level_terms(self, student: StudentLevels, teacher: TeacherLevels, epoch: int) -> dict[str, Tensor]:
         """Means of the cross-entropies by the names of the log: g(lobal) or l(ocal), cl(s), mcl (the second token), pch."""
         with torch.autocast(self.center.device.type, enabled=False):
             cls_VBK = self.teacher_probs(teacher.cls_VBK, self.center, epoch)

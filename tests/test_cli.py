@@ -32,7 +32,9 @@ PUBLISHED = {
     "train_interpolation": "bicubic", "reprob": 0.25, "remode": "pixel", "recount": 1, "resplit": False, "use_mixup": False,
     "num_mixup_views": 10, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
     "mixup_mode": "batch", "smoothing": 0.0, "dataset": "imagenet1k", "zip_mode": False, "tsv_mode": False,
-    "sampler": "distributed", "pretrained_weights_ckpt": "", "output_dir": ".", "saveckp_freq": 5, "seed": 0,
+    "sampler": "distributed", "pretrained_weights_ckpt": "", "output_dir": ".", "saveckp_freq": 5, "save_every_steps": 0,
+    "save_every_minutes": 0.0,
+    "keep_last": 1, "seed": 0,
     "num_workers": 10, "dist_url": "env://", "local_rank": None,
 }  # fmt: skip
 ADDED = {

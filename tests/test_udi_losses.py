@@ -43,7 +43,7 @@ def criterion(mix: str = "logits", centers: bool = True) -> UDILoss:
 def test_the_worked_example() -> None:
     student, teacher = example()
     loss = criterion()
-    terms = loss.levels(student, teacher, 0)
+    terms = loss.level_terms(student, teacher, 0)
     expected = {"g_cl": 5.37648752, "g_mcl": 1.10017973, "g_pch": 7.31019318, "l_cl": 4.06592898, "l_mcl": 4.58145649}
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, abs=1e-7)
     assert float(loss.total_of(terms, L)) == pytest.approx(5.07800197, abs=1e-7)
@@ -58,7 +58,7 @@ def test_the_worked_example() -> None:
 
 
 def test_probabilities_are_blended_where_asked() -> None:
-    terms = criterion("probs").levels(*example(), 0)
+    terms = criterion("probs").level_terms(*example(), 0)
     assert float(terms["g_mcl"]) == pytest.approx(3.013256, abs=1e-6)
     assert float(terms["l_mcl"]) == pytest.approx(4.393817, abs=1e-6)
 
@@ -75,7 +75,7 @@ def test_averaging_before_the_last_layer_gives_the_same_numbers() -> None:
         local_patch_LVBSK=factored.local_patch_LVBSK.product(),  # type: ignore[union-attr]
     )
     losses = [criterion() for _ in range(2)]
-    values = [list(loss.levels(student, form, 0).values()) for loss, form in zip(losses, (factored, plain))]
+    values = [list(loss.level_terms(student, form, 0).values()) for loss, form in zip(losses, (factored, plain))]
     assert torch.allclose(torch.stack(values[0]), torch.stack(values[1]), atol=1e-10)
     for loss, form in zip(losses, (factored, plain)):
         loss.accumulate_centers(form)
@@ -90,7 +90,7 @@ def test_without_a_valid_patch_nothing_is_nan(mix: str) -> None:
     teacher = teacher._replace(valid_VBS=torch.zeros(2, B, M).bool(), local_valid_LVBS=torch.zeros(L, 2, B, m).bool())
     loss = criterion(mix)
     before = loss.center_patch.clone()
-    terms = loss.levels(student, teacher, 0)
+    terms = loss.level_terms(student, teacher, 0)
     assert terms["g_pch"] == 0
     assert bool(torch.isfinite(loss.total_of(terms, L)))
     loss.accumulate_centers(teacher)
@@ -102,7 +102,7 @@ def test_with_the_class_token_alone_it_is_dino() -> None:
     student, teacher = example()
     loss, dino = criterion(), DINOLoss(K, 2 + L, 0.04, 0.04, 0, 1).double()
     dino.center.copy_(loss.center)
-    terms = loss.levels(StudentLevels(student.cls_VBK, student.local_cls_LBK), TeacherLevels(teacher.cls_VBK), 0)
+    terms = loss.level_terms(StudentLevels(student.cls_VBK, student.local_cls_LBK), TeacherLevels(teacher.cls_VBK), 0)
     rows = torch.cat([student.cls_VBK, student.local_cls_LBK]).flatten(0, 1)
     assert float(loss.total_of(terms, L)) == pytest.approx(
         float(dino(rows, teacher.cls_VBK.flatten(0, 1), 0)), abs=1e-10
@@ -112,7 +112,7 @@ def test_with_the_class_token_alone_it_is_dino() -> None:
 def test_without_local_views_only_the_global_ones_count() -> None:
     student, teacher = example()
     student = student._replace(local_cls_LBK=student.local_cls_LBK[:0], local_plus_LBK=None)
-    terms = criterion().levels(student, teacher._replace(local_patch_LVBSK=None, local_valid_LVBS=None), 0)
+    terms = criterion().level_terms(student, teacher._replace(local_patch_LVBSK=None, local_valid_LVBS=None), 0)
     assert terms.keys() == {"g_cl", "g_mcl", "g_pch"}
     assert float(criterion().total_of(terms, 0)) == pytest.approx((5.37648752 + 1.10017973 + 7.31019318) / 3, abs=1e-7)
 
