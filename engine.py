@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import optim
+import sharding
 import utils
 from data.loader import Batch, FailureTally, set_epoch
 from models.base import Backbone
@@ -41,7 +42,7 @@ SYNC_BUFFERS = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
-LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq"}  # change no number of a run
+LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq", "fsdp"}  # change no number of a run
 # What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
 BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
 Views = Sequence[Tensor]
@@ -166,6 +167,7 @@ class TrainStep:
             views = micro_batch() if callable(micro_batch) else micro_batch
             last = i == len(micro_batches) - 1
             wait = isinstance(student, DistributedDataParallel) and not last
+            sharding.exchange_gradients(student, wanted=last)
             with student.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
                 with utils.autocast(self.device, self.precision):
                     loss, extra = self.method.compute_loss(views, epoch)
@@ -319,13 +321,14 @@ def save_run(output_dir: Path, step: TrainStep, epoch: int, args: Any, config: A
     All processes call this; the main one writes.
     """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
+    method = step.method
+    student, teacher, optimizer = map(sharding.whole_state, (method.student, method.teacher, step.optimizer))
     if not utils.is_main_process():
         return
-    method = step.method
     state = {
-        "student": checkpoint.prefixed(method.student.state_dict()),
-        "teacher": method.teacher.state_dict(),
-        "optimizer": step.optimizer.state_dict(),
+        "student": checkpoint.prefixed(student),
+        "teacher": teacher,
+        "optimizer": optimizer,
         "epoch": epoch + 1,
         "args": args,
         "dino_loss": method.criterion.state_dict(),

@@ -23,6 +23,7 @@ import checkpoint
 import data
 import engine
 import optim
+import sharding
 import utils
 from data import augment
 from data.crops import split_views
@@ -52,6 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--plain_loss", type=bool_flag, default=False, help="hold all logits at once: slower, for comparison")
     add("--drop_path", type=float, default=None, help="stochastic depth of the student; default: the yaml's")
     add("--grad_checkpointing", type=bool_flag, default=False, help="recompute blocks in the backward to save memory")
+    utils.add_switch(parser, "--fsdp", "spread both networks and the optimiser over the processes, to save memory")
     utils.add_switch(parser, "--compile", "torch.compile both backbones; the first steps take minutes")
 
     add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at the start")
@@ -224,6 +226,9 @@ def check_args(args: argparse.Namespace) -> None:
     utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
+    if args.fsdp and (args.compile or args.optimizer == "lars"):
+        which = "--compile" if args.compile else "--optimizer lars"
+        raise UsageError(f"--fsdp and {which} do not work together; leave one of them out")
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
     if args.smoothing and args.use_mixup and args.use_dense_prediction:
@@ -356,8 +361,12 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
             mode=args.mixup_mode,
             smoothing=args.smoothing,
         )
-    wrapped_student, wrapped_teacher = engine.wrap_networks(student.to(device), teacher.to(device))
-    return EsViT(wrapped_student, wrapped_teacher, criterion.to(device), mixup)
+    networks: tuple[nn.Module, nn.Module]
+    if args.fsdp:
+        networks = sharding.shard_networks(student, teacher, device)
+    else:
+        networks = engine.wrap_networks(student.to(device), teacher.to(device))
+    return EsViT(*networks, criterion.to(device), mixup)
 
 
 def compile_backbones(*networks: Backbone) -> None:
