@@ -322,7 +322,8 @@ def save_run(output_dir: Path, step: TrainStep, epoch: int, args: Any, config: A
     """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
     method = step.method
-    student, teacher, optimizer = map(sharding.whole_state, (method.student, method.teacher, step.optimizer))
+    owners = (method.student, method.teacher, step.optimizer)
+    student, teacher, optimizer = (sharding.whole_state(owner) for owner in owners)
     if not utils.is_main_process():
         return
     state = {

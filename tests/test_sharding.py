@@ -18,7 +18,8 @@ import sharding
 from models.heads import DINOHead
 from utils import UsageError
 
-FLAT = ["--min_lr", str(0.01 * 8 / 256), "--weight_decay_end", "0.04", "--momentum_teacher", "1"]
+# The schedules depend on --epochs: flat, a shorter first part is the same run.
+FLAT = ["--min_lr", str(0.01 * 4 / 256), "--weight_decay_end", "0.04", "--momentum_teacher", "1"]
 
 
 def train(out: Path, images: Path, *flags: str, processes: int = 2, batch: int = 2, epochs: int = 2) -> dict[str, Any]:
