@@ -44,12 +44,12 @@ def shard_networks(student: Backbone, teacher: Backbone, device: torch.device) -
         )
     mesh = init_device_mesh(device.type, (utils.get_world_size(),))
     for network in (student, teacher):
-        for unit in (*_units(network), network):
+        for unit in (*units(network), network):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     return student, teacher
 
 
-def _units(network: Backbone) -> Iterator[nn.Module]:
+def units(network: Backbone) -> Iterator[nn.Module]:
     """What is gathered together: every block, in parts where its parts are called by themselves, and every head."""
     for stage in range(len(network.stage_depths)):
         for block in network.stage_blocks(stage):

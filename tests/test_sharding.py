@@ -15,6 +15,7 @@ import checkpoint
 import main_esvit
 import optim
 import sharding
+from benchmarks.scaling import Sizes, memory_ddp, memory_fsdp, sent_ddp, sent_fsdp
 from models.heads import DINOHead
 from utils import UsageError
 
@@ -125,3 +126,15 @@ def test_whole_tensors_pass_as_they_are() -> None:
     assert sharding.placed_like(network.weight, state["weight"]) is state["weight"]
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     torch.testing.assert_close(sharding.norms(gradients), torch.stack([g.norm() for g in gradients]))
+
+
+def test_plan_by_hand() -> None:
+    """A network of 10 bytes in blocks, 6 in heads (1 of them frozen) and 2 elsewhere, centres of 3, on four processes."""
+    sizes = Sizes(parameters=18, trainable=17, blocks=10, heads=6, rest=2, largest_units=(6, 5), centres=3)
+    assert memory_ddp(sizes, 4) == 18 + 18 + 17 + 2 * 17 + 3
+    assert memory_fsdp(sizes, 4) == (18 + 18 + 17 + 2 * 17) / 4 + (2 + 6 + 5) + 6 + 3
+    assert memory_fsdp(sizes, 1) == memory_ddp(sizes, 1)
+    assert sent_ddp(sizes, 4, crop_sizes=2) == 2 * 3 / 4 * (17 + 3)
+    student, teacher, gradients = 2 * (2 * 10 + 6 + 2), 18, 2 * 10 + 5 + 2
+    assert sent_fsdp(sizes, 4, crop_sizes=2) == 3 / 4 * (student + teacher + gradients + 2 * 3)
+    assert sent_ddp(sizes, 1, 2) == sent_fsdp(sizes, 1, 2) == 0
