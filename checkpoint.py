@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+import sharding
 from models.base import Backbone
 from utils import UsageError, logger, whole_file
 
@@ -252,7 +253,7 @@ def load_network(
         UsageError: a number of prototypes or other shapes that differ, or names that are missing, with the first of them.
     """
     network = unwrap(network)
-    wanted = network.state_dict()
+    wanted = network.state_dict(keep_vars=True)
     offered = {name: t for name, t in state.tensors.items() if not name.endswith(DERIVED) and t.numel()}
     tensors = _in_our_names(network, offered)
     _fill_second_names(wanted, tensors, source)
@@ -285,7 +286,8 @@ def load_network(
             raise UsageError(
                 f"{source} has not one tensor of this network, not even with --allow_partial; check --arch or use another file"
             )
-    network.load_state_dict(taken, strict=False)
+    placed = {name: sharding.placed_like(wanted[name], tensor) for name, tensor in taken.items()}
+    network.load_state_dict(placed, strict=False)
     left_out = sum(name not in taken for name in tensors)
     return LoadReport(state.layout, state.key, len(taken), resized, left_out)
 
@@ -302,10 +304,9 @@ def _fill_second_names(wanted: Mapping[str, Tensor], tensors: dict[str, Tensor],
     Raises:
         UsageError: the file has different tensors for what is shared here.
     """
-    names_of: dict[tuple[int, torch.Size], list[str]] = {}
+    names_of: dict[int, list[str]] = {}
     for name, tensor in wanted.items():
-        if tensor.numel() and tensor.device.type != "meta":
-            names_of.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+        names_of.setdefault(id(tensor), []).append(name)
     for names in names_of.values():
         given = [name for name in names if name in tensors]
         if len(names) == 1 or not given:

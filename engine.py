@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import optim
+import sharding
 import utils
 from bad_steps import BadSteps
 from data.loader import Batch, FailureTally, set_epoch
@@ -191,6 +192,7 @@ class TrainStep:
             self.method.watch = (
                 (lambda levels: watched.update(self.monitor.measure(levels))) if watch and last else None
             )
+            sharding.exchange_gradients(student, wanted=last)
             with student.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
                 with utils.autocast(self.device, self.precision):
                     loss, extra = self.method.compute_loss(views, epoch)

@@ -25,6 +25,7 @@ import engine
 import health
 import optim
 import resume
+import sharding
 import utils
 from bad_steps import MAX_BAD_STEPS, BadSteps
 from data import augment
@@ -56,6 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--plain_loss", type=bool_flag, default=False, help="hold all logits at once: slower, for comparison")
     add("--drop_path", type=float, default=None, help="stochastic depth of the student; default: the yaml's")
     add("--grad_checkpointing", type=bool_flag, default=False, help="recompute blocks in the backward to save memory")
+    utils.add_switch(parser, "--fsdp", "spread both networks and the optimiser over the processes, to save memory")
     utils.add_switch(parser, "--compile", "torch.compile both backbones; the first steps take minutes")
 
     add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at the start")
@@ -253,6 +255,9 @@ def check_args(args: argparse.Namespace) -> None:
     utils.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
+    if args.fsdp and (args.compile or args.optimizer == "lars"):
+        which = "--compile" if args.compile else "--optimizer lars"
+        raise UsageError(f"--fsdp and {which} do not work together; leave one of them out")
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
     if args.smoothing and args.use_mixup and args.use_dense_prediction:
@@ -392,8 +397,12 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
             mode=args.mixup_mode,
             smoothing=args.smoothing,
         )
-    wrapped_student, wrapped_teacher = engine.wrap_networks(student.to(device), teacher.to(device))
-    return EsViT(wrapped_student, wrapped_teacher, criterion.to(device), mixup)
+    networks: tuple[nn.Module, nn.Module]
+    if args.fsdp:
+        networks = sharding.shard_networks(student, teacher, device)
+    else:
+        networks = engine.wrap_networks(student.to(device), teacher.to(device))
+    return EsViT(*networks, criterion.to(device), mixup)
 
 
 def compile_backbones(*networks: Backbone) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import checkpoint
 import optim
+import sharding
 import utils
 from utils import UsageError, logger
 
@@ -32,7 +33,7 @@ CHECKPOINT = "checkpoint.pth"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # Change no number of a run:
 LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last"}
-LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path"}
+LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path", "fsdp"}
 # What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
 BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
 
@@ -141,13 +142,15 @@ def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args:
         OSError, RuntimeError: on the main process, it cannot be written; the files are then what they were.
     """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
+    method = step.method
+    owners = (method.student, method.teacher, step.optimizer)
+    student, teacher, optimizer = (sharding.whole_state(owner) for owner in owners)
     if not utils.is_main_process():
         return
-    method = step.method
     state = {
-        "student": checkpoint.prefixed(method.student.state_dict()),
-        "teacher": method.teacher.state_dict(),
-        "optimizer": step.optimizer.state_dict(),
+        "student": checkpoint.prefixed(student),
+        "teacher": teacher,
+        "optimizer": optimizer,
         "epoch": place.epoch,
         "args": args,
         "dino_loss": method.criterion.state_dict(),
