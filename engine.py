@@ -41,7 +41,7 @@ SYNC_BUFFERS = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
-LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq"}  # change no number of a run
+LAUNCH_FLAGS = {"dist_url", "dist_timeout", "local_rank", "log_freq"}  # change no number of a run
 # What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
 BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
 Views = Sequence[Tensor]
