@@ -33,7 +33,7 @@ CHECKPOINT = "checkpoint.pth"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # Change no number of a run:
 LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last"}
-LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path", "fsdp"}
+LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path", "fsdp", "dist_timeout"}
 # What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
 BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
 

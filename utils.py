@@ -1,13 +1,14 @@
 """Processes and devices, precision, seeding, logging, provenance: nothing about models or images.
 
 Every helper for several processes falls through when there is only one, so callers never ask.
-Origin: the launch conventions are those of torchrun and SLURM; the division of labour follows DINO's utils.py.
+Origin: the launch conventions are those of torchrun, SLURM and MPI; the division of labour follows DINO's utils.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import difflib
 import importlib.metadata
 import json
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -203,6 +204,12 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu")
     parser.add_argument("--dist_url", default="env://", help="where the processes meet, as torch.distributed takes it")
     parser.add_argument(
+        "--dist_timeout",
+        type=float,
+        default=30.0,
+        help="minutes that a process waits for the others before it gives up",
+    )
+    parser.add_argument(
         "--local_rank",
         "--local-rank",
         type=int,
@@ -292,33 +299,70 @@ def peak_memory_mb(device: torch.device) -> float:
 # --------------------------------------------------------------------------- processes
 
 
-def init_processes(args: argparse.Namespace) -> torch.device:
-    """Join the process group that the launcher describes, if any, and return this process's device.
+class Place(NamedTuple):
+    """Which of how many processes this is, and which one on its machine."""
 
-    Understands torchrun and `torch.distributed.launch` (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID,
-    SLURM_STEP_NUM_TASKS, SLURM_LOCALID; MASTER_ADDR and MASTER_PORT must be set). Without them it stays one process; so it
-    does in a batch script that calls python without srun. The backend is nccl for tensors on CUDA and gloo for others.
+    rank: int
+    world: int
+    local_rank: int
+
+
+# What launchers call them, in the order they are looked for: mpirun may use srun to start itself, torchrun stands under both.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # and torch.distributed.launch
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+
+
+def place_of_process(local_rank: int | None = None) -> Place:
+    """What the launcher's environment says; one process without a launcher, and in a batch script that calls python itself.
+
+    Args:
+        local_rank: that of old launchers' command lines, which torchrun's LOCAL_RANK overrules.
 
     Raises:
-        UsageError: no such device, fewer GPUs than processes on this machine, or no meeting place.
+        UsageError: variables that hold no numbers, or a rank that the world has not.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, world, local_rank = (
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(env.get("LOCAL_RANK", args.local_rank or 0)),
+    for launcher, names in LAUNCHERS.items():
+        last = (
+            str(local_rank or 0) if launcher == "torchrun" else ""
+        )  # scripts that set RANK themselves forget LOCAL_RANK
+        texts = [env.get(names[0], ""), env.get(names[1], ""), env.get(names[2], last)]
+        if not all(texts):
+            continue
+        said = ", ".join(f"{name}={text}" for name, text in zip(names, texts))
+        if not all(text.isdecimal() for text in texts):
+            raise UsageError(f"{said} are not all whole numbers; set them as {launcher} does, or unset them")
+        place = Place(*map(int, texts))
+        if not max(place.rank, place.local_rank) < place.world:
+            raise UsageError(f"{said} do not fit: ranks count from 0 to {place.world - 1}")
+        if place.world > 1 or launcher == "torchrun":
+            return place
+    return Place(0, 1, local_rank or 0)
+
+
+def init_processes(args: argparse.Namespace) -> torch.device:
+    """Join the process group that the launcher describes (see `LAUNCHERS`), if any, and return this process's device.
+
+    Launchers other than torchrun do not say where the processes meet: MASTER_ADDR and MASTER_PORT must be set. The backend is
+    nccl for tensors on CUDA and gloo for others. When a process dies, gloo's others notice at once that its socket is closed;
+    nccl's are ended by the launcher, or without one after --dist_timeout by torch's watchdog.
+
+    Raises:
+        UsageError: no such device, fewer GPUs than processes on this machine, no meeting place, or processes that did not come.
+    """
+    rank, world, local_rank = place_of_process(args.local_rank)
+    if not 0 < args.dist_timeout < float("inf"):
+        raise UsageError(f"--dist_timeout {args.dist_timeout} must be minutes above 0")
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world > 1 and args.dist_url == "env://" and absent:
+        raise UsageError(
+            f"{world} processes need a place to meet: set MASTER_ADDR to the host of process 0 and MASTER_PORT to a free port "
+            f"there ({' and '.join(absent)} not set), or pass --dist_url"
         )
-    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        rank, world, local_rank = (
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
-            int(env.get("SLURM_LOCALID", "0")),
-        )
-        if args.dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-            raise UsageError("under srun with several tasks set MASTER_ADDR and MASTER_PORT, or pass --dist_url")
-    else:
-        rank, world, local_rank = 0, 1, args.local_rank or 0
     device = resolve_device(args.device, local_rank)
     if world > 1 and (device.type == "mps" or ":" in args.device):
         raise UsageError(
@@ -326,7 +370,16 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         )
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=args.dist_url, world_size=world, rank=rank)
+        timeout = datetime.timedelta(minutes=args.dist_timeout)
+        try:
+            dist.init_process_group(backend, init_method=args.dist_url, world_size=world, rank=rank, timeout=timeout)
+        except dist.DistError as error:
+            env = os.environ
+            where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if args.dist_url == "env://" else args.dist_url
+            raise UsageError(
+                f"process {rank} of {world} did not meet all others at {where} within {args.dist_timeout:g} minutes "
+                f"({str(error).splitlines()[0]}); start as many as were announced, where that host can be reached"
+            ) from error
     return device
 
 

@@ -64,13 +64,14 @@ class ChunkSampler(Sampler[int]):
 
 
 def processes_per_node() -> int:
-    """As the launcher says: torchrun's LOCAL_WORLD_SIZE, or SLURM_NTASKS_PER_NODE; else all processes are on one node.
+    """As torchrun, Open MPI, Intel MPI or SLURM says; else all processes are on one node.
 
     Raises:
         UsageError: the nodes have different numbers of processes.
     """
     world = get_world_size()
-    text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or str(world)
+    names = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
+    text = next((os.environ[name] for name in names if os.environ.get(name)), str(world))
     per_node = int(text) if text.isdecimal() else 0
     if not 0 < per_node <= world or world % per_node:
         raise UsageError(

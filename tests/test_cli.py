@@ -91,6 +91,7 @@ ADDED_ANALYSIS: dict[str, object] = {
     "measure_stereo": False, "vis_features": False, "report": False, "run_dir": None, "allow_partial": False, "query": None,
     "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [], "zip_mode": False, "tsv_mode": False,
 }  # fmt: skip
+LAUNCH: dict[str, object] = {"dist_timeout": 30.0}  # added to all of them
 
 
 def parse(*args: str) -> None:
@@ -98,11 +99,11 @@ def parse(*args: str) -> None:
 
 
 def test_names_and_defaults_are_frozen() -> None:
-    assert vars(main_esvit.get_args_parser().parse_args([])) == PUBLISHED | ADDED
-    assert vars(eval_knn.get_args_parser().parse_args([])) == PUBLISHED_KNN | ADDED_KNN
-    assert vars(eval_linear.get_args_parser().parse_args([])) == PUBLISHED_LINEAR | ADDED_LINEAR
-    assert vars(run_analysis.get_args_parser().parse_args([])) == PUBLISHED_ANALYSIS | ADDED_ANALYSIS
-    assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE
+    assert vars(main_esvit.get_args_parser().parse_args([])) == PUBLISHED | ADDED | LAUNCH
+    assert vars(eval_knn.get_args_parser().parse_args([])) == PUBLISHED_KNN | ADDED_KNN | LAUNCH
+    assert vars(eval_linear.get_args_parser().parse_args([])) == PUBLISHED_LINEAR | ADDED_LINEAR | LAUNCH
+    assert vars(run_analysis.get_args_parser().parse_args([])) == PUBLISHED_ANALYSIS | ADDED_ANALYSIS | LAUNCH
+    assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE | LAUNCH
 
 
 def test_published_spellings() -> None:

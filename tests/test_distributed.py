@@ -150,7 +150,7 @@ def test_rows_are_gathered_from_processes_without_any(tmp_path: Path) -> None:
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import utils\n"
         "def main():\n"
-        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None))\n"
+        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', dist_timeout=1, local_rank=None))\n"
         "    rows = torch.zeros(0) if utils.get_rank() else torch.tensor([[1, 2], [3, 4]])\n"
         "    assert torch.cat([part.view(-1, 2) for part in utils.all_gather_rows(rows)]).tolist() == [[1, 2], [3, 4]]\n"
         "    utils.must_agree('numbers', 3)\n"

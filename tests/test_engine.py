@@ -237,7 +237,7 @@ def test_two_processes_skip_together(tmp_path: Path) -> None:
         "import utils\n"
         "from test_engine import everything, random_views, spoiled, tiny\n"
         "def main():\n"
-        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None))\n"
+        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', dist_timeout=1, local_rank=None))\n"
         "    rank = utils.get_rank()\n"
         "    method, step = tiny()\n"
         "    assert step([random_views(4, rank)], 0, 1)['skipped'] == 0\n"

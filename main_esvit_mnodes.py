@@ -1,0 +1,117 @@
+"""Start main_esvit.py on several nodes: the same command on each of them, every flag of main_esvit.py and three more.
+
+    MASTER_ADDR=HOST MASTER_PORT=29500 python main_esvit_mnodes.py --num_nodes 4 --node_rank 0 --arch swin_tiny ...    # on HOST
+    mpirun -npernode 1 -x MASTER_ADDR -x MASTER_PORT python main_esvit_mnodes.py --num_nodes 4 --arch swin_tiny ...    # on all
+
+The arguments are checked, then torchrun takes over in this process and starts one process a GPU.
+
+Origin: names and meaning of the flags are those of microsoft/esvit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed import run as torchrun
+
+import main_esvit
+import utils
+from utils import UsageError
+
+SCRIPT = Path(__file__).with_name("main_esvit.py")
+
+
+def add_node_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that are not main_esvit.py's."""
+    parser.add_argument("--num_nodes", type=int, default=1, help="machines")
+    parser.add_argument("--num_gpus_per_node", type=int, default=8, help="processes on each, one a GPU")
+    parser.add_argument(
+        "--node_rank", type=int, default=None, help="of this machine, from 0; default: mpirun's OMPI_COMM_WORLD_RANK"
+    )
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The whole command line, as it is checked and explained."""
+    parser = main_esvit.get_args_parser()
+    parser.prog, parser.description = Path(__file__).name, "EsViT pre-training on several nodes"
+    add_node_flags(parser)
+    return parser
+
+
+def torchrun_arguments(argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
+    """What torchrun is to be called with on this node: where to meet, main_esvit.py, and its own part of `argv`, in its order.
+
+    Raises:
+        UsageError: numbers of nodes or GPUs that cannot be, no rank for this node, or no place to meet.
+    """
+    args = get_args_parser().parse_args(argv)
+    utils.check_at_least(args, 1, ("num_nodes", "num_gpus_per_node"))
+    if args.device in {"auto", "cuda"} and 0 < torch.cuda.device_count() < args.num_gpus_per_node:
+        raise UsageError(
+            f"--num_gpus_per_node {args.num_gpus_per_node}, but this machine has {torch.cuda.device_count()} GPUs; lower it"
+        )
+    where = ["--nnodes", str(args.num_nodes), "--nproc_per_node", str(args.num_gpus_per_node)]
+    if args.num_nodes == 1 and args.node_rank in {None, 0} and "MASTER_PORT" not in env:
+        where.append("--standalone")
+    else:
+        where += ["--node_rank", str(_node_rank(args, env)), *_meeting_place(args.num_nodes, env)]
+    return [*where, str(SCRIPT), *_without_node_flags(argv)]
+
+
+def _node_rank(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+    text = env.get("OMPI_COMM_WORLD_RANK")
+    if args.node_rank is None and args.num_nodes > 1:
+        if text is None:
+            raise UsageError(
+                f"--num_nodes {args.num_nodes} needs --node_rank (from 0) on each, or mpirun to set OMPI_COMM_WORLD_RANK"
+            )
+        size = env.get("OMPI_COMM_WORLD_SIZE", str(args.num_nodes))
+        if size != str(args.num_nodes):
+            raise UsageError(
+                f"mpirun started {size} processes for --num_nodes {args.num_nodes}; start one a node (mpirun -npernode 1)"
+            )
+        if not text.isdecimal():
+            raise UsageError(f"OMPI_COMM_WORLD_RANK={text} is not a number; pass --node_rank")
+        args.node_rank = int(text)
+    rank = args.node_rank or 0
+    if not 0 <= rank < args.num_nodes:
+        raise UsageError(f"--node_rank {rank} must lie in 0..{args.num_nodes - 1} with --num_nodes {args.num_nodes}")
+    return rank
+
+
+def _meeting_place(nodes: int, env: Mapping[str, str]) -> list[str]:
+    """torchrun's flags for the host and port of node 0."""
+    if nodes == 1:
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | dict(env)
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if absent:
+        raise UsageError(
+            f"{nodes} nodes need a place to meet: set MASTER_ADDR to the host of node 0 and MASTER_PORT to a free port there "
+            f"({' and '.join(absent)} not set)"
+        )
+    port = env["MASTER_PORT"]
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UsageError(f"MASTER_PORT={port} is not a port, 1..{2**16 - 1}")
+    return ["--master_addr", env["MASTER_ADDR"], "--master_port", port]
+
+
+def _without_node_flags(argv: Sequence[str]) -> list[str]:
+    """main_esvit.py's part of `argv`, word by word; after -- there are only KEY VALUE pairs."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_node_flags(parser)
+    return [*parser.parse_known_args(argv[:end])[1], *argv[end:]]
+
+
+def main(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> None:
+    """Hand over to torchrun."""
+    torchrun.main(torchrun_arguments(argv, env))
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Pre-train on SLURM, one task a GPU; a job that runs out of time saves, goes back to the queue and continues where it was.
+#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/pretrain_slurm.sh --arch swin_tiny --data_path IMAGES \
+#       --output_dir OUT [flags of main_esvit.py]
+# Submit it from the project's root, or name that with ESVIT_ROOT; PYTHON names another interpreter.
+# 120 seconds before the end of its time SLURM sends USR1 to this shell alone, which passes it on: every process finishes its step,
+# they save together and end with code 0. Then the job is put back, unless all epochs are done. A failed run is not started again.
+# Preemption and lost nodes are SLURM's own to requeue (--requeue). scancel ends the job for good.
+#SBATCH --job-name=esvit
+#SBATCH --time=24:00:00
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=10
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=esvit-%j.log
+set -euo pipefail
+
+fail() {
+    echo "pretrain_slurm.sh: error: $1" >&2
+    exit 2
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is no SLURM job; start it with sbatch, or use scripts/pretrain.sh"
+ROOT=${ESVIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}
+[ -f "$ROOT/main_esvit.py" ] || fail "$ROOT has no main_esvit.py; submit from the project's root or set ESVIT_ROOT"
+PYTHON=${PYTHON:-python}
+
+OUT=
+previous=
+for word in "$@"; do
+    [ "$previous" != --output_dir ] || OUT=$word
+    [[ $word != --output_dir=* ]] || OUT=${word#*=}
+    previous=$word
+done
+[ -n "$OUT" ] || fail "--output_dir OUT is needed, where the job finds itself again after a requeue"
+
+# done_all: whether log.txt has the last of the epochs that the newest run.json asks for.
+done_all() {
+    "$PYTHON" - "$OUT" <<'PYTHON'
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+try:
+    newest = max(folder.glob("run*.json"), key=lambda path: path.stat().st_mtime)
+    epochs = json.loads(newest.read_text())["args"]["epochs"]
+    last = json.loads((folder / "log.txt").read_text().splitlines()[-1])["epoch"]
+except (OSError, ValueError, KeyError, IndexError):
+    sys.exit(1)
+sys.exit(last + 1 < epochs)
+PYTHON
+}
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 50000))
+export MASTER_ADDR MASTER_PORT
+
+interrupted=
+srun --kill-on-bad-exit=1 "$PYTHON" "$ROOT/main_esvit.py" "$@" &
+run=$!
+trap 'interrupted=yes; echo "time is nearly up: asking the processes to save"; kill -USR1 "$run" 2>/dev/null || true' USR1
+trap : TERM # the steps get their own; wait until they have saved
+
+# A trapped signal ends `wait` early.
+status=0
+while kill -0 "$run" 2>/dev/null; do
+    wait "$run" || true
+done
+wait "$run" || status=$?
+
+if [ "$status" -ne 0 ]; then
+    echo "main_esvit.py ended with code $status; the job is not started again" >&2
+elif [ -n "$interrupted" ] && ! done_all; then
+    echo "requeueing job $SLURM_JOB_ID, start number $((${SLURM_RESTART_COUNT:-0} + 2)) continues $OUT"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,174 @@
+"""Where launchers put a process, and scripts/pretrain_slurm.sh with stand-ins for SLURM's commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from runs import free_port
+
+import utils
+from utils import Place, UsageError, place_of_process
+
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+PMI = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
+SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*(name for names in utils.LAUNCHERS.values() for name in names), "MASTER_ADDR", "MASTER_PORT"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({}, Place(0, 1, 0)),
+        (TORCHRUN, Place(3, 4, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 0)),
+        (OPEN_MPI, Place(5, 8, 1)),
+        (PMI, Place(2, 4, 0)),
+        (SLURM, Place(1, 2, 1)),
+        (OPEN_MPI | TORCHRUN, Place(3, 4, 2)),  # torchrun started by mpirun
+        (OPEN_MPI | SLURM, Place(5, 8, 1)),  # mpirun that starts itself through srun
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"} | SLURM, Place(1, 2, 1)),  # srun --mpi=pmi2
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Place(0, 1, 0)),  # a batch script
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, Place(0, 1, 0)),
+    ],
+)
+def test_place(env: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    assert place_of_process() == place
+
+
+def test_old_launchers_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place_of_process(3) == Place(0, 1, 3)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert place_of_process(1) == Place(1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (TORCHRUN | {"RANK": "x"}, "RANK=x, WORLD_SIZE=4, LOCAL_RANK=2 are not all whole numbers"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "8"}, "do not fit: ranks count from 0 to 7"),
+        (PMI | {"PMI_SIZE": "-4"}, "PMI_SIZE=-4"),
+    ],
+)
+def test_variables_that_cannot_be(env: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(UsageError, match=words):
+        place_of_process()
+
+
+@pytest.mark.parametrize("env", [OPEN_MPI, PMI, SLURM, TORCHRUN])
+def test_meeting_place_is_needed(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (env | {"MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, text)
+    args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=1.0, local_rank=None)
+    with pytest.raises(UsageError, match=r"processes need a place to meet: .*\(MASTER_PORT not set\)"):
+        utils.init_processes(args)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_come(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=0.02, local_rank=None)
+    with pytest.raises(
+        UsageError, match=rf"process {rank} of 2 did not meet all others at 127.0.0.1:\d+ within 0.02 min"
+    ):
+        utils.init_processes(args)
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
+def test_timeout_that_is_none(minutes: float) -> None:
+    with pytest.raises(UsageError, match="must be minutes above 0"):
+        utils.init_processes(argparse.Namespace(device="cpu", dist_timeout=minutes, dist_url="env://", local_rank=None))
+
+
+# --------------------------------------------------------------------------- SLURM
+
+# The run: waits for USR1, writes the log line of an epoch, ends as it is told to.
+SRUN = """#!/bin/bash
+echo "$@" >> "$CALLS"
+[ "$MASTER_ADDR" = node1 ] && [ "$MASTER_PORT" = 10042 ] || exit 9
+finish() { sleep 0.3; echo "{\\"epoch\\": $EPOCH}" >> out/log.txt; exit "$CODE"; }
+trap finish USR1
+echo '{"args": {"epochs": 3}}' > out/run.json
+touch started
+[ -z "$AT_ONCE" ] || finish
+for i in $(seq 200); do sleep 0.05; done
+exit 8
+"""
+SCONTROL = '#!/bin/bash\n[ "$1" = show ] && printf "node1\\nnode2\\n" || echo "scontrol $@" >> "$CALLS"\n'
+
+
+def submit(
+    tmp_path: Path, *flags: str, signalled: bool = True, epoch: int = 0, code: int = 0
+) -> tuple[int, str, list[str]]:
+    """Exit code, what was printed, and the calls of srun and of scontrol requeue."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    calls = tmp_path / "calls"
+    calls.write_text("")
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "EPOCH": str(epoch)}
+    env |= {"CODE": str(code), "AT_ONCE": "" if signalled else "1", "PYTHON": sys.executable, "ESVIT_ROOT": str(ROOT)}
+    env |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[1-2]"}
+    pipe = subprocess.PIPE
+    command = ["bash", str(ROOT / "scripts/pretrain_slurm.sh"), *flags]
+    job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 10
+    while signalled and not (tmp_path / "started").exists() and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if signalled and job.poll() is None:
+        job.send_signal(signal.SIGUSR1)
+    told = job.communicate(timeout=30)[0]
+    return job.returncode, told, calls.read_text().splitlines()
+
+
+RUN = ["--output_dir", "out", "--arch", "swin_tiny"]
+
+
+def test_job_out_of_time_goes_back_to_the_queue(tmp_path: Path) -> None:
+    code, told, calls = submit(tmp_path, *RUN)
+    assert code == 0, told
+    assert calls == [
+        f"--kill-on-bad-exit=1 {sys.executable} {ROOT}/main_esvit.py --output_dir out --arch swin_tiny",
+        "scontrol requeue 42",
+    ]
+    assert json.loads((tmp_path / "out/log.txt").read_text()) == {"epoch": 0}  # it had time to save
+
+
+@pytest.mark.parametrize(
+    ("signalled", "epoch", "code"),
+    [(True, 2, 0), (False, 2, 0), (False, 0, 0), (True, 0, 1), (False, 0, 1)],
+    ids=["last epoch done", "ended by itself", "ended early without a signal", "failed to save", "failed"],
+)
+def test_job_that_is_not_requeued(tmp_path: Path, signalled: bool, epoch: int, code: int) -> None:
+    exit_code, told, calls = submit(tmp_path, "--output_dir=out", signalled=signalled, epoch=epoch, code=code)
+    assert exit_code == code, told
+    assert len(calls) == 1
+    assert ("main_esvit.py ended with code 1" in told) == (code == 1)
+
+
+def test_job_without_a_folder(tmp_path: Path) -> None:
+    code, told, calls = submit(tmp_path, "--arch", "swin_tiny", signalled=False)
+    assert (code, calls) == (2, [])
+    assert "--output_dir OUT is needed" in told
