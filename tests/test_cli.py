@@ -40,7 +40,7 @@ PUBLISHED = {
 ADDED = {
     "shuffle_buffer": 256, "epoch_images": 0,
     "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "drop_path": None,
-    "grad_checkpointing": False, "compile": False,
+    "grad_checkpointing": False, "compile": False, "fsdp": False,
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False,
     "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "fsdp": False,
