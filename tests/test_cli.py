@@ -43,7 +43,7 @@ ADDED = {
     "grad_checkpointing": False, "compile": False, "fsdp": False,
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False,
-    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "fsdp": False,
+    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
 }  # fmt: skip
 PUBLISHED_KNN = {
     "cfg": None, "arch": "deit_small", "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
