@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -25,7 +26,6 @@ from utils import UsageError, all_gather_objects, all_reduce_sum, get_rank, get_
 
 MAX_FAILED_SHARE = 0.01
 LISTED_FAILURES = 10
-SECONDS_AFTER_SIGTERM = 20  # that a worker still serves the step which its run finishes
 
 
 Finish = Callable[[Sequence[Tensor], torch.device], list[Tensor]]
@@ -123,8 +123,19 @@ def build_train_loader(
 
 
 def _outlive_sigterm(_worker: int) -> None:
-    """A scheduler signals all processes of a run: its workers must not die before the run has saved what it did."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
+    """A scheduler signals all processes of a run: its workers must not die before the run has saved what it did.
+
+    A SIGTERM of the run itself, which comes at its end, still ends them at once. Without `sigwaitinfo` (macOS) any does.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_on_sigterm_of(run: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)
 
 
 class LaterPart(Sampler[int]):
