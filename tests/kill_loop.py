@@ -1,0 +1,119 @@
+"""Kill a run with SIGKILL at random moments, start it again each time, and compare its end with that of a run left alone.
+
+    python tests/kill_loop.py --kills 50
+
+The run saves after every step, so that many kills come while it saves; that is seen by the temporary file they leave. It prints
+how many these were, and ends with code 1 unless every start found a whole checkpoint no older than the last one seen, and the last
+one equals, to the bit, that of the run which nobody killed. Children are forked, so that nothing is imported again.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.chdir(ROOT)
+
+import torch  # noqa: E402
+from runs import TINY_RUN, TINY_SWIN, write_images  # noqa: E402
+
+import main_esvit  # noqa: E402
+import resume  # noqa: E402
+
+EPOCHS = 12
+
+
+def train(folder: Path, images: Path) -> None:
+    """The whole run, or what is left of it."""
+    flags = ["--epochs", str(EPOCHS), "--saveckp_freq", "0", "--save_every_steps", "1", "--keep_last", "2"]
+    line = [*TINY_RUN, *flags, "--data_path", str(images), "--output_dir", str(folder), "--", *TINY_SWIN]
+    main_esvit.main(main_esvit.get_args_parser().parse_args(line))
+
+
+def start(folder: Path, images: Path) -> int:
+    """The number of a process that trains."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            train(folder, images)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def place(folder: Path) -> tuple[int, int]:
+    """Epoch and step of the newest whole checkpoint; (0, 0) before the first."""
+    found = resume.newest_whole(folder / resume.CHECKPOINT)
+    if found is None:
+        return 0, 0
+    content = found[1]
+    return content["epoch"], content.get("in_epoch", {"steps": 0})["steps"]
+
+
+def same(one: object, two: object) -> bool:
+    """Equality of nested containers, tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(two, torch.Tensor) and torch.equal(one, two)
+    if isinstance(one, dict):
+        return isinstance(two, dict) and one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return isinstance(two, list | tuple) and len(one) == len(two) and all(map(same, one, two))
+    return bool(one == two)
+
+
+def main(kills: int, seed: int) -> None:
+    """Run, kill, compare."""
+    torch.set_num_threads(1)
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        images, alone, killed = (Path(name) / part for part in ("images", "alone", "killed"))
+        write_images(images, 12)
+        begun = time.monotonic()
+        assert os.waitpid(start(alone, images), 0)[1] == 0
+        whole_run = time.monotonic() - begun
+        done = while_saving = 0
+        reached = (0, 0)
+        while done < kills:
+            child = start(killed, images)
+            time.sleep(draw.uniform(0, 0.4 * whole_run))
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            while_saving += any(killed.glob(".*.tmp"))
+            now = place(killed)
+            assert now >= reached, f"the run fell back from {reached} to {now}"
+            reached = now
+            if os.WIFSIGNALED(status):
+                done += 1
+            else:  # all epochs were done before the kill: begin anew
+                assert os.WEXITSTATUS(status) == 0
+                killed, reached = killed.with_name(f"killed{done}"), (0, 0)
+        assert os.waitpid(start(killed, images), 0)[1] == 0
+        ends = [torch.load(run / resume.CHECKPOINT, weights_only=False) for run in (alone, killed)]
+        differing = [key for key in ends[0].keys() - {"args"} if not same(ends[0][key], ends[1][key])]
+        assert not differing, f"the killed run ends with another {', '.join(differing)}"
+        lines = [len((run / "log.txt").read_text().splitlines()) for run in (alone, killed)]
+        assert lines == [EPOCHS, EPOCHS], lines
+    print(f"{done} kills, {while_saving} of them while saving; nothing was lost, the end is that of a run left alone")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    main(arguments.kills, arguments.seed)
