@@ -167,12 +167,24 @@ class RunLog:
         self.device = device
         self._rates: dict[str, float] = {}
         self.writer = SummaryWriter(str(output_dir)) if is_main_process() else None
+        self._warned = False
         self._pictured = (output_dir / "crops.png").exists()
 
     def close(self) -> None:
         """Flush TensorBoard."""
         if self.writer is not None:
-            self.writer.close()
+            with self._failing_softly():
+                self.writer.close()
+
+    @contextlib.contextmanager
+    def _failing_softly(self) -> Iterator[None]:
+        """A full disk or a lost mount does not end a run because of what it tells: warned about once, then passed over."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning("cannot write to %s (%s): its logs will lack what follows", self.output_dir, error)
+            self._warned = True
 
     def due(self, meter: EpochMeter, ahead: int = 0) -> bool:
         """Whether the last step, or the one so many steps `ahead`, ends a log interval."""
@@ -195,11 +207,12 @@ class RunLog:
                 if not terminal:
                     logger.info("%s  step %d/%d  %s", label, meter.done, meter.steps, line)
                 rates = {"lr": lr} if wd is None else {"lr": lr, "wd": wd}
+                points = meter.latest | rates
+                points |= {"images_per_s": meter.images_per_second, "waiting_share": meter.waiting_share}
                 if self.writer is not None:
-                    for name, value in (meter.latest | rates).items():
-                        self.writer.add_scalar(f"step/{name}", value, iteration)
-                    self.writer.add_scalar("step/images_per_s", meter.images_per_second, iteration)
-                    self.writer.add_scalar("step/waiting_share", meter.waiting_share, iteration)
+                    with self._failing_softly():
+                        for name, value in points.items():
+                            self.writer.add_scalar(f"step/{name}", value, iteration)
                 self._rates = {f"train_{name}": value for name, value in rates.items()}
 
             yield show
@@ -229,12 +242,13 @@ class RunLog:
         }
         if self.writer is None:
             return
-        with (self.output_dir / "log.txt").open("a") as file:
+        with self._failing_softly(), (self.output_dir / "log.txt").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in _numbers(record, "epoch/"):
-            if name != "epoch/epoch":
-                self.writer.add_scalar(name, value, meter.epoch)
-        self.writer.flush()
+        with self._failing_softly():
+            for name, value in _numbers(record, "epoch/"):
+                if name != "epoch/epoch":
+                    self.writer.add_scalar(name, value, meter.epoch)
+            self.writer.flush()
         logger.info(
             "epoch %d/%d done (epoch %d of log.txt, from 0): %s",
             meter.epoch + 1,
@@ -252,8 +266,9 @@ class RunLog:
         images = min(CROP_GRID_IMAGES, len(views[0]))
         tiles = [self._tile(view[:images].detach().float().cpu(), side) for view in views]
         grid = make_grid(torch.cat(tiles), nrow=images)
-        self.writer.add_image("crops", grid, 0)
-        save_image(grid, self.output_dir / "crops.png")
+        with self._failing_softly():
+            self.writer.add_image("crops", grid, 0)
+            save_image(grid, self.output_dir / "crops.png")
 
     def _tile(self, view: Tensor, side: int) -> Tensor:
         """Undo the normalisation, show one or three channels, and centre small views on a canvas of `side` pixels."""
