@@ -224,7 +224,7 @@ def test_two_processes_end_together(tmp_path: Path) -> None:
         "from progress import EpochMeter\n"
         "from test_engine import random_views, spoiled, tiny\n"
         "def main():\n"
-        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None))\n"
+        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
         f"    method, step = tiny('--max_bad_steps', '2', '--output_dir', {str(tmp_path)!r})\n"
         "    meter = EpochMeter(0, 2, 4)\n"
         "    views = spoiled(random_views(4, 1)) if utils.get_rank() else random_views(4, 0)\n"
