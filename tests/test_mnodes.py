@@ -75,7 +75,7 @@ def test_what_torchrun_is_called_with(flags: list[str], env: dict[str, str], whe
 
 def test_torchrun_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
-    monkeypatch.setattr(main_esvit_mnodes.torchrun, "main", called.append)
+    monkeypatch.setattr("torch.distributed.run.main", called.append)
     main_esvit_mnodes.main(["--data_path", "a folder; rm -r x"], {})
     assert called[0][-2:] == ["--data_path", "a folder; rm -r x"]  # one word: no shell reads it
 

@@ -26,7 +26,7 @@ EXTRACTS = {"extractall", "extract", "unpack_archive"}  # of tar and zip files: 
 def dangers(source: str) -> Iterator[str]:
     """`LINE: CALL` of every call that could run what it reads."""
     tree = ast.parse(source)
-    names = {}  # what imports call things, in full
+    names: dict[str, str] = {}  # what imports call things, in full
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.asname: alias.name for alias in node.names if alias.asname}
