@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+import sharding
 from models.base import Backbone
 from utils import UsageError, logger, whole_file
 
@@ -52,6 +54,10 @@ def prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------- files
 
 
+class DamagedError(UsageError):
+    """A file that is no whole checkpoint."""
+
+
 def save_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
     """Write `state` to `path`, whole or not at all."""
     with whole_file(path) as temporary, temporary.open("wb") as file:
@@ -70,6 +76,25 @@ def load_file(path: str | Path) -> dict[str, Any]:
             f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of tensors; use another file"
         )
     return content
+
+
+def check_whole(path: Path) -> None:
+    """Compare every record of a file with its checksum (torch writes zip files, whose CRC-32 it does not read again).
+
+    Files that are no zip, as very old torch wrote them, are left to `load_file`.
+
+    Raises:
+        DamagedError: they differ, or the file cannot be read.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as records:
+            wrong = records.testzip()
+    except Exception as error:  # on damaged bytes zipfile raises whatever it stumbles over
+        raise DamagedError(f"checkpoint '{path}' is damaged ({error}); use another file") from None
+    if wrong is not None:
+        raise DamagedError(f"checkpoint '{path}' is damaged (checksum of {wrong}); use another file")
 
 
 def load_tensor(path: str | Path) -> Tensor:
@@ -105,10 +130,10 @@ def _load_safely(path: str | Path) -> Any:
                 f"checkpoint '{path}' holds more than tensors and plain values and is not read for safety; where you trust it, "
                 "convert it once: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW), KEY being 'teacher' or 'model'"
             ) from None
-        raise UsageError(f"'{path}' is not a torch checkpoint or is damaged; use another file") from None
+        raise DamagedError(f"'{path}' is not a torch checkpoint or is damaged; use another file") from None
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"checkpoint '{path}' is damaged or no torch file ({reason}); use another file") from None
+        raise DamagedError(f"checkpoint '{path}' is damaged or no torch file ({reason}); use another file") from None
     return content
 
 
@@ -228,7 +253,7 @@ def load_network(
         UsageError: a number of prototypes or other shapes that differ, or names that are missing, with the first of them.
     """
     network = unwrap(network)
-    wanted = network.state_dict()
+    wanted = network.state_dict(keep_vars=True)
     offered = {name: t for name, t in state.tensors.items() if not name.endswith(DERIVED) and t.numel()}
     tensors = _in_our_names(network, offered)
     _fill_second_names(wanted, tensors, source)
@@ -261,7 +286,8 @@ def load_network(
             raise UsageError(
                 f"{source} has not one tensor of this network, not even with --allow_partial; check --arch or use another file"
             )
-    network.load_state_dict(taken, strict=False)
+    placed = {name: sharding.placed_like(wanted[name], tensor) for name, tensor in taken.items()}
+    network.load_state_dict(placed, strict=False)
     left_out = sum(name not in taken for name in tensors)
     return LoadReport(state.layout, state.key, len(taken), resized, left_out)
 
@@ -278,10 +304,9 @@ def _fill_second_names(wanted: Mapping[str, Tensor], tensors: dict[str, Tensor],
     Raises:
         UsageError: the file has different tensors for what is shared here.
     """
-    names_of: dict[tuple[int, torch.Size], list[str]] = {}
+    names_of: dict[int, list[str]] = {}
     for name, tensor in wanted.items():
-        if tensor.numel() and tensor.device.type != "meta":
-            names_of.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+        names_of.setdefault(id(tensor), []).append(name)
     for names in names_of.values():
         given = [name for name in names if name in tensors]
         if len(names) == 1 or not given:

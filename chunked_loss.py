@@ -58,8 +58,8 @@ def chunked_cross_entropy(
     """sum over g, s, m of weights[g, s, m] * H(teacher probabilities of row rows[g, s, m], student probabilities of row s).
 
     Args:
-        student: bottleneck (G, S, C); it and the prototypes (K, C) get gradients.
-        teacher: bottleneck (G, R, C), without gradient, in the student's dtype.
+        student: bottleneck (G, S, C); it and the prototypes (K, C) get gradients, each in its own dtype.
+        teacher: bottleneck (G, R, C), without gradient, in the dtype of the student's.
         targets: whose row numbers must be in range.
         center: (1, K), subtracted from the teacher's logits.
         chunk_bytes: of the logits in float32 of a chunk's student and teacher rows together, by default `CHUNK_BYTES`; a chunk
@@ -99,7 +99,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         enabled: bool,  # gradients, where the function was called: in here they never are
     ) -> Tensor:
         wanted = (enabled and ctx.needs_input_grad[0], enabled and ctx.needs_input_grad[1])
-        student = FactoredLogits(bottleneck_GSC, prototypes_KC)
+        factors = bottleneck_GSC.dtype
+        student = FactoredLogits(bottleneck_GSC, prototypes_KC.to(factors))
+        teacher = FactoredLogits(teacher.bottleneck, teacher.prototypes.to(factors))
         with torch.autocast(bottleneck_GSC.device.type, enabled=False):
             walk = _Walk(student, teacher, targets, center, temperatures, chunk_bytes, wanted)
             loss = walk.run()
@@ -110,8 +112,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: autograd refuses a second backward through them, which would be scaled twice.
         grads = [
-            None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+            None if grad is None else grad.mul_(grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
         return (*grads, None, None, None, None, None, None)
 

@@ -48,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     switch = partial(utils.add_switch, parser)
     utils.add_network_flags(parser)
-    utils.add_weights_flags(parser)
+    utils.add_weights_flags(parser, random_on_request=True)
     add(
         "--drop_path", type=float, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
     )
@@ -176,7 +176,7 @@ def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size:
         report = load_backbone(network, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
         logger.info("%s: %s", args.pretrained_weights, report)
     else:
-        logger.warning("no --pretrained_weights: the network starts from random weights, this is supervised training")
+        logger.warning("--random_weights: the network starts from random weights, this is supervised training")
     network.head = nn.Linear(network.num_features, classes)
     nn.init.trunc_normal_(network.head.weight, std=0.02)
     nn.init.zeros_(network.head.bias)
@@ -272,12 +272,14 @@ def train(
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
             accuracies = tuner.validate(val_loader)
         progress = Progress(epoch + 1, better(progress.best, accuracies, epoch), accuracies or progress.last)
-        log.finish_epoch(
-            meter, unreadable_images=len(tally.seen), val={name: row._asdict() for name, row in accuracies.items()}
-        )
+        about_top5 = {"top5_is": ranked(tuner.classes).lower()} if tuner.classes < 5 else {}
+        val = {name: row._asdict() for name, row in accuracies.items()}
+        log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **about_top5)
         if accuracies and utils.is_main_process():
             for name, row in accuracies.items():
-                print(f"epoch {epoch} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}")
+                print(
+                    f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
+                )
             report(progress, val_loader.dataset, about, args)
         save_run(output_dir, tuner, progress, about, args, config)
     log.close()
@@ -290,6 +292,7 @@ def main(args: argparse.Namespace) -> None:
     precision = utils.resolve_precision(args.precision, device)
     with utils.failing_together():
         check_args(args)
+        utils.check_weights(args)
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         size = evaluation_size(args, config)
         loaders = build_loaders(args, config, device, size)

@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
     )
     add("--temperature", type=float, default=0.07, help="of the vote's weights")
-    utils.add_weights_flags(parser)
+    utils.add_weights_flags(parser, random_on_request=True)
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
     utils.add_switch(parser, "--half", "store and compare features in float16")
     add("--backend", default="torch", choices=BACKENDS, help="of the search; faiss has to be installed")
@@ -91,9 +91,7 @@ def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.d
     """What is scored, the network first."""
     functions: dict[str, FeatureFunction] = {"network": frozen_backbone(args, config, args.pretrained_weights, device)}
     if not args.pretrained_weights:
-        logger.warning(
-            "no --pretrained_weights: the network has random weights, the scores are those of an untrained one"
-        )
+        logger.warning("--random_weights: the network has random weights, the scores are those of an untrained one")
     if args.baselines:
         functions["raw pixels"] = pixel_features
         functions["mean and deviation of colour"] = colour_features
@@ -240,6 +238,8 @@ def check_args(args: argparse.Namespace) -> None:
         load_faiss()
     if args.backend == "faiss" and args.half:
         raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
+    if not args.load_features:
+        utils.check_weights(args)
     utils.check_at_least(args, 1, ["batch_size_per_gpu"])
     utils.check_at_least(args, 0, ["num_workers"])
     utils.check_centre_crop(args)

@@ -69,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     switch = partial(utils.add_switch, parser)
     utils.add_network_flags(parser)
-    utils.add_weights_flags(parser)
+    utils.add_weights_flags(parser, random_on_request=True)
     add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
     switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
     add("--epochs", type=int, default=100)
@@ -219,6 +219,8 @@ def train(
                 row |= {"test_loss": json_number(score.loss), "test_acc1": score.top1, "test_acc5": score.top5}
         every = {"classifiers": {s.name: row for s, row in zip(probe.settings, rows)}} if len(rows) > 1 else {}
         about = {"protocol": PROTOCOLS[args.cache_features]} if args.cache_features else {}
+        if args.num_labels < 5:
+            about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
         if utils.is_main_process():
             checkpoint.save_file(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
@@ -400,6 +402,7 @@ def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     with utils.failing_together():
         check_args(args)
+        utils.check_weights(args)
         precision = utils.resolve_precision(args.precision, device)
         folder = claim_folder(args)
         config = load_arch_config(args.arch, args.cfg, args.opts)
@@ -407,7 +410,7 @@ def main(args: argparse.Namespace) -> None:
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     if not args.pretrained_weights:
-        logger.warning("no --pretrained_weights: the scores are those of a network with random weights")
+        logger.warning("--random_weights: the scores are those of a network with random weights")
     probe = build_probe(args, backbone, len(datasets[0].classes), device)
     run = identity(args, config, backbone, datasets, precision)
     first_epoch = resume(probe, args, run)

@@ -31,9 +31,10 @@ from tqdm import tqdm
 import checkpoint
 import utils
 from data.loader import Batch, FailureTally, set_epoch
-from engine import SYNC_BUFFERS, continue_from
+from engine import SYNC_BUFFERS
 from models.base import Backbone
 from progress import EpochMeter, RunLog
+from resume import continue_from
 from utils import UsageError, logger
 
 CHECKPOINT = "checkpoint.pth"

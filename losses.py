@@ -1,7 +1,7 @@
 """The objective: teacher temperature, centre, the view loss and region matching.
 
     loss = criterion(student_output, teacher_output, epoch)   # pure: changes no state
-    criterion.accumulate_center(teacher_output)               # after each micro-batch
+    criterion.accumulate_center(teacher_output)               # of each micro-batch
     criterion.update_center()                                 # once a step, over all processes
 
 Logits come multiplied, or as `FactoredLogits`; then the same numbers are computed in chunks (chunked_loss.py).
@@ -14,7 +14,7 @@ Origin: DINO (Caron et al., ICCV 2021) section 3.1; EsViT (Li et al., ICLR 2022)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import health
 from chunked_loss import Targets, Temperatures, chunked_cross_entropy
 from outputs import FactoredLogits, MultiCropOutput
-from utils import UsageError, all_reduce_sum
+from utils import UsageError, start_all_reduce_sum
 
 TEACHER_VIEWS = 2
 Logits = Tensor | FactoredLogits
@@ -86,8 +87,9 @@ class DINOLoss(nn.Module):
         self.teacher_temp_schedule = teacher_temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
-        # Of this step, by name of a centre: the weighted sum of its logits and the sum of the weights.
-        self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}
+        # Of this step, by name of a centre: (1, K + 1) of each micro-batch, the weighted sum of its logits and the sum of the
+        # weights, on their way to the sum over all processes.
+        self._sums: dict[str, list[Callable[[], Tensor]]] = {}
         self._add_center("center", out_dim)
 
     # ----------------------------------------------------------------- centre
@@ -97,10 +99,18 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def _accumulate(self, name: str, logits: Logits, weights_N: Tensor | None = None) -> None:
-        """Add N rows to the next centre `name`, each with its weight, not negative, or 1."""
-        total, weight = self._sums.get(name, (torch.zeros_like(getattr(self, name)), 0))
-        added = _count(logits) if weights_N is None else weights_N.float().sum()
-        self._sums[name] = (total + _sum_of_rows(logits, weights_N), weight + added)
+        """Add N rows to the next centre `name`, each with its weight, not negative, or 1.
+
+        Their sum over all processes is begun here and not waited for: it goes on while the student computes.
+        """
+        total_1K = _sum_of_rows(logits, weights_N)
+        weight = (
+            total_1K.new_full((), _count(logits))
+            if weights_N is None
+            else at_least_float32(weights_N).sum().to(total_1K)
+        )
+        sums = torch.cat([total_1K, weight.view(1, 1)], dim=1)
+        self._sums.setdefault(name, []).append(start_all_reduce_sum(sums))
 
     def accumulate_center(self, teacher_output: Logits) -> None:
         """Add a micro-batch of teacher logits (Q * B, K) to the next centre."""
@@ -112,9 +122,8 @@ class DINOLoss(nn.Module):
 
         `applied`, a boolean scalar on the device, is false for a step that is skipped: then no centre changes.
         """
-        for name, (total, weight) in self._sums.items():
-            of_this = weight.view(1, 1) if isinstance(weight, Tensor) else total.new_full((1, 1), weight)
-            sums = all_reduce_sum(torch.cat([total, of_this], dim=1))
+        for name, started in self._sums.items():
+            sums = torch.stack([wait() for wait in started]).sum(dim=0)
             center, moves = getattr(self, name), sums[:, -1:] > 0
             moved = center.lerp(sums[:, :-1] / sums[:, -1:], 1 - self.center_momentum)
             center.copy_(torch.where(moves if applied is None else moves & applied, moved, center))
@@ -128,11 +137,11 @@ class DINOLoss(nn.Module):
 
     def teacher_probs(self, logits: Tensor, center: Tensor, epoch: int) -> Tensor:
         """Centred and sharpened probabilities, without gradient."""
-        return F.softmax((logits.detach().float() - center) / self.teacher_temp(epoch), dim=-1)
+        return F.softmax((at_least_float32(logits.detach()) - center) / self.teacher_temp(epoch), dim=-1)
 
     def student_log_probs(self, logits: Tensor) -> Tensor:
         """Log-probabilities at the student's temperature, in float32."""
-        return F.log_softmax(logits.float() / self.student_temp, dim=-1)
+        return F.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
 
     def view_loss(
         self, student_logits: Logits, teacher_logits: Logits, epoch: int, sources: Sources | None = None
@@ -179,6 +188,36 @@ class DINOLoss(nn.Module):
     ) -> Tensor:
         temperatures = Temperatures(self.student_temp, self.teacher_temp(epoch))
         return chunked_cross_entropy(student, teacher, targets, center, temperatures)
+
+    # ----------------------------------------------------------------- what is watched
+
+    def levels(
+        self, student_output: Any, teacher_output: Any, epoch: int, features: Mapping[str, Tensor]
+    ) -> dict[str, health.Level]:
+        """Some rows of the outputs for the collapse monitor, by level: pairs of the two global views.
+
+        `features`: of the teacher's backbone, by level. With mixup the student's images are the mixed ones.
+        """
+        return {"view": self._view_level(student_output, teacher_output, epoch, features["view"])}
+
+    def _view_level(self, student: Logits, teacher: Logits, epoch: int, features: Tensor) -> health.Level:
+        batch = _count(teacher) // TEACHER_VIEWS
+        images_N = health.spread(batch, health.ROWS // TEACHER_VIEWS, self.center.device)
+        student_N, teacher_N = torch.cat([batch + images_N, images_N]), torch.cat([images_N, batch + images_N])
+        return self._level(student, student_N, teacher, teacher_N, self.center, epoch, features)
+
+    def _level(
+        self,
+        student: Logits,
+        student_N: Tensor,
+        teacher: Logits,
+        teacher_N: Tensor,
+        center: Tensor,
+        epoch: int,
+        features: Tensor,
+    ) -> health.Level:
+        rows = health.take(student, student_N), health.take(teacher, teacher_N)
+        return health.Level(*rows, center, self.student_temp, self.teacher_temp(epoch), features)
 
     @property
     def _pairs(self) -> int:
@@ -307,6 +346,28 @@ class RegionMatchingLoss(DINOLoss):
         teacher_logits = teacher.region_logits._replace(bottleneck=teacher_BRD)
         return self._chunked(student_logits, teacher_logits, targets, self.center_grid, epoch) / (batch * self._pairs)
 
+    def levels(
+        self, student_output: Any, teacher_output: Any, epoch: int, features: Mapping[str, Tensor]
+    ) -> dict[str, health.Level]:
+        """As for views; also regions of the second view, with their matches in the first."""
+        student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
+        first, regions = student.regions_per_view[:TEACHER_VIEWS]
+        of_teacher = teacher.regions_per_view[0]
+        batch = _count(teacher.view_logits) // TEACHER_VIEWS
+        images_B1 = health.spread(batch, health.ROWS // 8, self.center.device)[:, None]
+        some_1T = health.spread(regions, health.ROWS // len(images_B1), self.center.device)[None]
+        student_BT = batch * first + images_B1 * regions + some_1T
+        all_1U = torch.arange(of_teacher, device=self.center.device)
+        matches_BT = match_regions(
+            student.region_features[student_BT], teacher.region_features[images_B1 * of_teacher + all_1U]
+        )
+        teacher_N = (images_B1 * of_teacher + matches_BT).flatten()
+        logits = student.region_logits, student_BT.flatten(), teacher.region_logits, teacher_N
+        return {
+            "view": self._view_level(student.view_logits, teacher.view_logits, epoch, features["view"]),
+            "region": self._level(*logits, self.center_grid, epoch, features["region"]),
+        }
+
     def _terms(
         self, student_output: Any, teacher_output: Any, epoch: int, sources: Sources | None
     ) -> dict[str, Tensor]:
@@ -395,11 +456,17 @@ def _sum_of_rows(logits: Logits, weights_N: Tensor | None) -> Tensor:
         return _weighted(logits, weights_N).sum(dim=0, keepdim=True)
     with torch.autocast(logits.prototypes.device.type, enabled=False):
         sum_1C = _weighted(logits.bottleneck, weights_N).sum(dim=0, keepdim=True)
-        return F.linear(sum_1C, logits.prototypes.float())
+        return F.linear(sum_1C, logits.prototypes.to(sum_1C.dtype))
 
 
 def _weighted(rows_NC: Tensor, weights_N: Tensor | None) -> Tensor:
-    return rows_NC.float() if weights_N is None else rows_NC.float() * weights_N.float()[:, None]
+    rows_NC = at_least_float32(rows_NC)
+    return rows_NC if weights_N is None else rows_NC * weights_N.to(rows_NC.dtype)[:, None]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if it has that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _check_views(logits: Logits, views: int, who: str) -> None:

@@ -22,11 +22,16 @@ from yacs.config import CfgNode
 import checkpoint
 import data
 import engine
+import health
 import optim
+import resume
+import sharding
 import utils
+from bad_steps import MAX_BAD_STEPS, BadSteps
 from data import augment
 from data.crops import split_views
 from data.mixup import ViewMixup
+from knn_probe import KnnProbe, labelled_images
 from losses import TEACHER_VIEWS
 from losses import DINOLoss as DINOLoss
 from losses import RegionMatchingLoss as RegionMatchingLoss
@@ -52,6 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--plain_loss", type=bool_flag, default=False, help="hold all logits at once: slower, for comparison")
     add("--drop_path", type=float, default=None, help="stochastic depth of the student; default: the yaml's")
     add("--grad_checkpointing", type=bool_flag, default=False, help="recompute blocks in the backward to save memory")
+    utils.add_switch(parser, "--fsdp", "spread both networks and the optimiser over the processes, to save memory")
     utils.add_switch(parser, "--compile", "torch.compile both backbones; the first steps take minutes")
 
     add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at the start")
@@ -131,7 +137,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     utils.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
     add("--saveckp_freq", type=int, default=5, help="keep checkpoint{epoch:04}.pth every so many epochs, 0 for none")
+    add("--save_every_steps", type=int, default=0, help="write checkpoint.pth also within an epoch, 0 for no")
+    add("--save_every_minutes", type=float, default=0.0, help="the same by the clock")
+    add(
+        "--keep_last",
+        type=int,
+        default=1,
+        help="checkpoint_previous*.pth kept, to go on from if checkpoint.pth is damaged",
+    )
     add("--log_freq", type=int, default=10, help="steps between two log lines")
+    add("--max_bad_steps", type=int, default=MAX_BAD_STEPS, help="steps in a row, not finite, that end the run")
+    add("--knn_every", type=int, default=0, help="epochs between two k-NN scores, 0 for none")
+    add("--knn_data_path", default="", help="small labelled folder for them, with train/ and val/ or without a split")
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     utils.add_launch_flags(parser)
@@ -152,14 +169,22 @@ class EsViT(engine.Method):
 
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher sees the global views, the student all of them (mixed, if mixup is on)."""
-        with torch.no_grad():
+        with torch.no_grad(), health.inputs_of(self._heads() if self.watch else {}) as features:
             teacher_output = self.teacher(views[:TEACHER_VIEWS])
+        self.criterion.accumulate_center(teacher_output)
         student_views, targets = (views, None) if self.mixup is None else self.mixup(views)
         mixed_from = None if self.mixup is None else self.mixup.mixed_from
         student_output = self.student(student_views)
         terms = self.criterion.terms(student_output, teacher_output, epoch, targets, mixed_from)
-        self.criterion.accumulate_center(teacher_output)
+        if self.watch is not None:
+            self.watch(self.criterion.levels(student_output, teacher_output, epoch, features))
         return self.criterion.total(terms), terms if len(terms) > 1 else {}
+
+    def _heads(self) -> dict[str, nn.Module]:
+        """The teacher's heads by level."""
+        backbone = checkpoint.unwrap(self.teacher)
+        heads = {"view": backbone.head, "region": getattr(backbone, "head_dense", None)}
+        return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
 
     def finish_step(self, applied: Tensor) -> None:
         """Move the centres by the step's teacher outputs."""
@@ -174,33 +199,37 @@ def main(args: argparse.Namespace) -> None:
     args.precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
     with utils.failing_together():
         check_args(args)
-        output_dir = utils.make_output_dir(args.output_dir)
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         args.aug_backend = augment.choose_backend(args.aug_backend, args.aug_opt, config.MODEL.SPEC.IN_CHANS)
         loader = build_loader(args, config, device)
+        knn_images = build_knn_images(args, config)
     utils.must_agree("numbers of images", len(loader.dataset))  # type: ignore[arg-type]
     utils.seed_everything(args.seed)
     method = build_method(args, config, device)
     utils.seed_everything(args.seed + utils.get_rank())
     step = build_step(args, method, len(loader), device, args.precision)
 
+    output_dir = Path(args.output_dir)
     with utils.failing_together():
-        first_epoch = engine.resume_run(output_dir, step, args)
-        if args.pretrained_weights_ckpt and first_epoch == 0:
+        start = resume.resume_run(output_dir, step, args)
+        if args.pretrained_weights_ckpt and start.is_new:
             start_from_weights(method, args.pretrained_weights_ckpt, args.allow_partial)
         elif args.pretrained_weights_ckpt:
             logger.warning("--pretrained_weights_ckpt is not used: %s holds a run, which goes on", output_dir)
-    utils.must_agree("checkpoints", first_epoch)
-    if first_epoch >= args.epochs:
+        utils.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
+    utils.must_agree("checkpoints", (start.epoch, start.steps))
+    if start.epoch >= args.epochs:
         logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
         return
     if utils.is_main_process():
+        resume.tidy(output_dir, start)
         utils.save_provenance(output_dir, args, config)
     describe_run(args, method, loader, device, args.precision)
 
     log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
-    save = partial(engine.save_run, output_dir, step, args=args, config=config, keep_every=args.saveckp_freq)
-    engine.train(step, loader, range(first_epoch, args.epochs), args.accum_iter, log, save)
+    probe = build_probe(args, method, knn_images, device) if knn_images else None
+    with resume.Saver(output_dir, step, args, config) as saver:
+        engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
     log.close()
 
 
@@ -216,14 +245,19 @@ def check_args(args: argparse.Namespace) -> None:
         "accum_iter",
         "epochs",
         "log_freq",
+        "max_bad_steps",
         "head_hidden_dim",
         "head_bottleneck_dim",
     )
     utils.check_at_least(args, 1, sizes)
     waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
-    utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad"))
+    utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad", "knn_every"))
+    utils.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
+    if args.fsdp and (args.compile or args.optimizer == "lars"):
+        which = "--compile" if args.compile else "--optimizer lars"
+        raise UsageError(f"--fsdp and {which} do not work together; leave one of them out")
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
     if args.smoothing and args.use_mixup and args.use_dense_prediction:
@@ -255,6 +289,13 @@ def build_loader(
     return data.build_train_loader(
         dataset, args.batch_size_per_gpu, args.num_workers, pin, finish=finish, sampler=args.sampler
     )
+
+
+def build_knn_images(args: argparse.Namespace, config: CfgNode) -> list[data.ImageDataset]:
+    """The labelled images of --knn_every; none where that is off."""
+    if not args.knn_every:
+        return []
+    return labelled_images(args.knn_data_path, get_crops(args, config).global_size, config, args.seed)
 
 
 def get_crops(args: argparse.Namespace, config: CfgNode) -> augment.Crops:
@@ -356,8 +397,12 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
             mode=args.mixup_mode,
             smoothing=args.smoothing,
         )
-    wrapped_student, wrapped_teacher = engine.wrap_networks(student.to(device), teacher.to(device))
-    return EsViT(wrapped_student, wrapped_teacher, criterion.to(device), mixup)
+    networks: tuple[nn.Module, nn.Module]
+    if args.fsdp:
+        networks = sharding.shard_networks(student, teacher, device)
+    else:
+        networks = engine.wrap_networks(student.to(device), teacher.to(device))
+    return EsViT(*networks, criterion.to(device), mixup)
 
 
 def compile_backbones(*networks: Backbone) -> None:
@@ -378,7 +423,19 @@ def build_step(
         momentum=optim.cosine_schedule(args.momentum_teacher, 1.0, args.epochs, steps),
     )
     optimizer = optim.build_optimizer(args.optimizer, optim.param_groups(method.student))
-    return engine.TrainStep(method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer)
+    bad_steps = BadSteps(args.max_bad_steps, Path(args.output_dir))
+    return engine.TrainStep(
+        method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer, bad_steps
+    )
+
+
+def build_probe(
+    args: argparse.Namespace, method: EsViT, images: list[data.ImageDataset], device: torch.device
+) -> KnnProbe:
+    """k-NN scores of both networks; the teacher's is the one without a suffix."""
+    networks = {"knn_top1": method.teacher, "knn_top1_student": method.student}
+    sizes = args.knn_every, args.batch_size_per_gpu, args.num_workers
+    return KnnProbe(networks, images, *sizes, device, args.precision)
 
 
 def start_from_weights(method: EsViT, path: str, allow_partial: bool) -> None:

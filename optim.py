@@ -15,6 +15,7 @@ import torch
 from timm.optim import Lars
 from torch import Tensor, nn
 
+import sharding
 from utils import UsageError
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -40,10 +41,12 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
     Raises:
         UsageError: an unknown name.
     """
-    fused = all(parameter.device.type in FUSED_DEVICES for group in groups for parameter in group["params"]) or None
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = all(parameter.device.type in FUSED_DEVICES for parameter in parameters) or None
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=fused)
     if name == "sgd":
+        fused = None if sharding.is_sharded(parameters) else fused  # torch has no such kernel for shards
         return _with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused))
     if name == "lars":
         return Lars(groups, lr=0.0, momentum=0.9)
@@ -89,7 +92,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     """
     kept = [{key: group[key] for key in HOW_IT_COMPUTES if key in group} for group in optimizer.param_groups]
     groups = [saved | own for saved, own in zip(state["param_groups"], kept, strict=True)]
-    optimizer.load_state_dict(state | {"param_groups": groups})
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    moments = {
+        number: {key: sharding.placed_like(parameters.get(number), value) for key, value in of_one.items()}
+        for number, of_one in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     _with_momentum(optimizer)
 
 
@@ -97,8 +105,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
     """The optimiser's step where `applied` is true; elsewhere no parameter, moment or step counter changes a bit.
 
-    A fused optimiser is told on the device. LARS, and AdamW and SGD outside `FUSED_DEVICES`, have no such way: the host reads
-    the flag, one wait a step.
+    A fused optimiser is told on the device. LARS, SGD on shards, and AdamW and SGD outside `FUSED_DEVICES`, have no such way: the
+    host reads the flag, one wait a step.
     """
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -114,13 +122,13 @@ def clip_each_gradient(model: nn.Module, max_norm: float) -> Tensor:
     """Scale each parameter's gradient down to its own norm `max_norm` (0: leave it).
 
     Returns:
-        a boolean scalar on the device: whether every gradient is finite.
+        the norm of each gradient before it was scaled, in the order of the parameters that have one, on the device.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
+    norms = sharding.norms(gradients)
     if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp_(max=1.0).unbind())
-    return torch.isfinite(norms).all()
+        torch._foreach_mul_(sharding.local(gradients), (max_norm / (norms + 1e-6)).clamp_(max=1.0).unbind())
+    return norms
 
 
 def drop_last_layer_gradients(model: nn.Module) -> None:
@@ -133,6 +141,8 @@ def drop_last_layer_gradients(model: nn.Module) -> None:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, applied: Tensor) -> None:
     """teacher <- momentum teacher + (1 - momentum) student where `applied`, for parameters, not for buffers."""
-    teacher_params: list[Tensor] = list(teacher.parameters())
-    weight = applied.float() * (1 - momentum)
-    torch._foreach_lerp_(teacher_params, list(student.parameters()), [weight] * len(teacher_params))
+    teacher_params = sharding.local(list(teacher.parameters()))
+    # One factor for all, as a tensor: a list of factors would be a kernel for each parameter on CUDA.
+    moves = torch._foreach_sub(sharding.local(list(student.parameters())), teacher_params)
+    torch._foreach_mul_(moves, applied.float() * (1 - momentum))
+    torch._foreach_add_(teacher_params, moves)

@@ -15,7 +15,7 @@ from torch import Tensor
 class FactoredLogits(NamedTuple):
     """Logits not multiplied yet, for losses that never need all of them at once.
 
-    Both factors have the dtype that their product is to be computed in.
+    The product is computed in the dtype of the bottleneck; prototypes may be wider, so that their gradient is.
     """
 
     bottleneck: Tensor  # (..., C), of any length; DINO's head gives it length 1
@@ -23,7 +23,7 @@ class FactoredLogits(NamedTuple):
 
     def product(self) -> Tensor:
         """The logits (..., K)."""
-        return F.linear(self.bottleneck, self.prototypes)
+        return F.linear(self.bottleneck, self.prototypes.to(self.bottleneck.dtype))
 
 
 class MultiCropOutput(NamedTuple):

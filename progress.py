@@ -49,6 +49,19 @@ class EpochMeter:
         self._started = time.perf_counter()
         self._stopped: float | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What has been measured, for an epoch that goes on in another process."""
+        self.read()
+        sums = {name: list(pair) for name, pair in self._sums.items()}
+        return {"sums": sums, "waited": self._waited, "seconds": self.seconds}
+
+    def go_on_from(self, state: Mapping[str, Any], done: int) -> None:
+        """Take over the `state` of an epoch of which `done` steps are done."""
+        self.done = done
+        self._sums = {name: (total, count) for name, (total, count) in state.get("sums", {}).items()}
+        self._waited = state.get("waited", 0.0)
+        self._started -= state.get("seconds", 0.0)
+
     def stop(self) -> None:
         """The steps are done: what follows in the epoch does not count as their time."""
         self._stopped = time.perf_counter()
@@ -161,16 +174,17 @@ class RunLog:
         if self.writer is not None:
             self.writer.close()
 
-    def due(self, meter: EpochMeter) -> bool:
-        """Whether the last step ends a log interval."""
-        return meter.done % self.log_freq == 0 or meter.done == meter.steps
+    def due(self, meter: EpochMeter, ahead: int = 0) -> bool:
+        """Whether the last step, or the one so many steps `ahead`, ends a log interval."""
+        done = meter.done + ahead
+        return done % self.log_freq == 0 or done == meter.steps
 
     @contextlib.contextmanager
     def epoch(self, meter: EpochMeter) -> Iterator[Callable[..., None]]:
         """Give the function that shows a step: a progress bar on a terminal, a line every `log_freq` steps elsewhere."""
         terminal = is_main_process() and sys.stderr.isatty()
         label = f"epoch {meter.epoch + 1}/{self.epochs}"
-        with tqdm(total=meter.steps, desc=label, disable=not terminal, leave=False) as bar:
+        with tqdm(total=meter.steps, initial=meter.done, desc=label, disable=not terminal, leave=False) as bar:
 
             def show(iteration: int, lr: float, wd: float | None = None) -> None:
                 bar.update()
@@ -193,7 +207,9 @@ class RunLog:
     def _describe(self, meter: EpochMeter, lr: float) -> str:
         steps_left = (self.epochs - meter.epoch) * meter.steps - meter.done
         left = tqdm.format_interval(steps_left * meter.seconds / meter.done)
-        losses = "  ".join(f"{name} {value:.4f}" for name, value in meter.latest.items() if name != "skipped")
+        losses = "  ".join(
+            f"{name} {value:.4f}" for name, value in meter.latest.items() if name != "skipped" and "/" not in name
+        )
         return (
             f"{losses}  lr {lr:.2e}  {meter.images_per_second:.1f} images/s  waiting {meter.waiting_share:.0%}  "
             f"memory {peak_memory_mb(self.device):.0f} MiB  left {left}"
@@ -219,7 +235,13 @@ class RunLog:
             if name != "epoch/epoch":
                 self.writer.add_scalar(name, value, meter.epoch)
         self.writer.flush()
-        logger.info("epoch %d/%d done: %s", meter.epoch + 1, self.epochs, json.dumps(record))
+        logger.info(
+            "epoch %d/%d done (epoch %d of log.txt, from 0): %s",
+            meter.epoch + 1,
+            self.epochs,
+            meter.epoch,
+            json.dumps(record),
+        )
 
     def crops_once(self, views: Sequence[Tensor]) -> None:
         """Once a run: a picture of some images (columns) in all their views (rows), to TensorBoard and `crops.png`."""

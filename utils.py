@@ -145,12 +145,35 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "--tsv_mode", "images in DIR/{train,val}.tsv, or a folder of tsv files (see data/tsv.py)")
 
 
-def add_weights_flags(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add the flags that name the weights of a frozen or starting network, the same in every script that takes them."""
-    explanation = "checkpoint of any known layout" + ("" if required else "; empty: random weights")
+def add_weights_flags(
+    parser: argparse.ArgumentParser, *, required: bool = False, random_on_request: bool = False
+) -> None:
+    """Add the flags that name the weights of a frozen or starting network, the same in every script that takes them.
+
+    With `random_on_request` an empty --pretrained_weights is a mistake (`check_weights`) unless --random_weights is given.
+    """
+    explanation = "checkpoint of any known layout" + (
+        "" if required or random_on_request else "; empty: random weights"
+    )
     parser.add_argument("--pretrained_weights", default="", required=required, help=explanation)
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
     add_switch(parser, "--allow_partial", "take what fits of the checkpoint")
+    if random_on_request:
+        add_switch(parser, "--random_weights", "score an untrained network on purpose, without --pretrained_weights")
+
+
+def check_weights(args: argparse.Namespace) -> None:
+    """Stop unless one of --pretrained_weights and --random_weights is given: scores of random weights look like any others.
+
+    Raises:
+        UsageError: neither, or both.
+    """
+    if bool(args.pretrained_weights) == args.random_weights:
+        given = "exclude each other" if args.random_weights else "are both missing"
+        raise UsageError(
+            f"--pretrained_weights and --random_weights {given}; pass --pretrained_weights FILE, "
+            "or --random_weights alone to score an untrained network"
+        )
 
 
 def check_at_least(args: argparse.Namespace, least: int, names: Iterable[str]) -> None:
@@ -349,7 +372,9 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=args.dist_timeout)
         try:
-            dist.init_process_group(backend, init_method=args.dist_url, world_size=world, rank=rank, timeout=timeout)
+            met = next(dist.rendezvous(args.dist_url, rank, world, timeout=timeout))  # type: ignore[attr-defined]
+            store = _unread_store(met[0])
+            dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout)
         except dist.DistError as error:
             env = os.environ
             where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if args.dist_url == "env://" else args.dist_url
@@ -358,6 +383,16 @@ def init_processes(args: argparse.Namespace) -> torch.device:
                 f"({str(error).splitlines()[0]}); start as many as were announced, where that host can be reached"
             ) from error
     return device
+
+
+def _unread_store(store: Any) -> Any:
+    """The part of `store` that is this start's own: torchrun's outlives workers, and restarted ones would call the dead.
+
+    Agents of several nodes count restarts differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a store for each.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
 
 
 def is_distributed() -> bool:
@@ -385,6 +420,21 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
+
+
+def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to sum `tensor` over all processes, in place; returns what waits for the sum and gives it.
+
+    On CUDA it is the device that waits, not the host.
+    """
+    work = dist.all_reduce(tensor, async_op=True) if is_distributed() else None
+
+    def wait() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        return tensor
+
+    return wait
 
 
 def all_gather_objects(value: Any) -> list[Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import engine
 import optim
 from models.attention import pairwise_bias
+from models.heads import WeightNormLinear
 from models.mlp import Mlp
 from models.swin import SwinBlock, WindowAttention
 from models.windows import Cut, cut_windows, join_windows, padded_grid, window_partition
@@ -47,6 +48,14 @@ class PlainSwinBlock(SwinBlock):
         return join_windows(attn.proj_drop(attn.proj(x)), cut, grid), maps if attention else None
 
 
+class PlainWeightNorm(WeightNormLinear):
+    """Prototypes whose norm is spelled out."""
+
+    def weight(self) -> Tensor:
+        """See `WeightNormLinear.weight`."""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+
+
 def plain_shift_mask(grid: tuple[int, int], cut: Cut) -> Tensor:
     """(windows, N, N): -100 between tokens that were not neighbours before the shift; made on the host."""
     bands = (slice(0, -cut.window), slice(-cut.window, -cut.shift), slice(-cut.shift, None))
@@ -58,8 +67,12 @@ def plain_shift_mask(grid: tuple[int, int], cut: Cut) -> Tensor:
 
 
 def make_plain(network: nn.Module) -> nn.Module:
-    """Turn the Swin blocks and MLPs of a network into plain ones, in place; parameters and their names stay."""
-    plain: dict[type[nn.Module], type[nn.Module]] = {SwinBlock: PlainSwinBlock, Mlp: timm.layers.Mlp}
+    """Turn the Swin blocks, MLPs and prototypes of a network into plain ones, in place; parameters and their names stay."""
+    plain: dict[type[nn.Module], type[nn.Module]] = {
+        SwinBlock: PlainSwinBlock,
+        Mlp: timm.layers.Mlp,
+        WeightNormLinear: PlainWeightNorm,
+    }
     for module in network.modules():
         module.__class__ = plain.get(type(module), type(module))
     return network
@@ -79,14 +92,16 @@ class PlainStep(engine.TrainStep):
         super().__init__(step.method, optimizer, step.schedules, *settings)
         self.read = read
 
-    def __call__(self, micro_batches: Sequence[engine.MicroBatch], iteration: int, epoch: int) -> dict[str, Tensor]:
+    def __call__(
+        self, micro_batches: Sequence[engine.MicroBatch], iteration: int, epoch: int, watch: bool = False
+    ) -> dict[str, Tensor]:
         """One update.
 
         Raises:
             FloatingPointError: a loss that is not finite.
         """
         self._set_schedules(iteration)
-        scalars = self._accumulate_gradients(micro_batches, epoch)
+        scalars = self._accumulate_gradients(micro_batches, epoch, watch)
         if not math.isfinite(self.read(scalars["loss"])):
             raise FloatingPointError(f"the loss of step {iteration} is not finite")
         self._clip()

@@ -6,8 +6,9 @@
 Counted on the CPU while one step runs. A wait is a number read by the host (`item`, `tolist`, a tensor used as a condition), a
 shape that depends on values (`nonzero`, boolean indices), or a copy to another device: on a GPU each of them stops the host until
 all work is done. An operation is what reaches a kernel or makes a view, forward and backward; only those that are no views are
-launched on a GPU; a foreach is one. The lean step's scalars are read once a log interval; that reading is counted apart. The plain
-side's counts do not depend on the sizes; the lean side's operations grow with the chunks of the loss, few at the default size.
+launched on a GPU; a foreach is one unless it has a factor for each tensor. The lean step's scalars are read once a log interval;
+that reading is counted apart. The plain side's counts do not depend on the sizes; the lean side's operations grow with the chunks
+of the loss, few at the default size.
 
 Origin: this project's own.
 """
@@ -89,7 +90,7 @@ class OperationCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
-        self.operations[name] += 1
+        self.operations[name] += _launches(name, args)
         if name in WAITING_OPS or _has_boolean_index(name, args):
             self.waits[name] += 1
         before = {value.device for value in args if isinstance(value, Tensor)}
@@ -97,6 +98,14 @@ class OperationCount(TorchDispatchMode):
         if name in {"_to_copy", "copy_"} and isinstance(result, Tensor) and before - {result.device}:
             self.waits["copy to another device"] += 1
         return result
+
+
+def _launches(name: str, args: Sequence[Any]) -> int:
+    """One; as many as there are tensors for a foreach with a number on the device for each, which CUDA does one by one."""
+    if not name.startswith("_foreach") or len(args) < 2 or not isinstance(args[1], list | tuple):
+        return 1
+    by_numbers = any(isinstance(f, Tensor) and f.shape != tensor.shape for tensor, f in zip(args[0], args[1]))
+    return len(args[0]) if by_numbers else 1
 
 
 def _has_boolean_index(name: str, args: Sequence[Any]) -> bool:

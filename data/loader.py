@@ -8,8 +8,11 @@ Origin: this project's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -109,15 +112,50 @@ def build_train_loader(
         "persistent_workers": workers > 0,
         # Its own: starting workers draws a number, and a resumed run starts them once more than one that went through.
         "generator": torch.Generator(),
+        "worker_init_fn": _outlive_sigterm if workers else None,
     }
     if isinstance(dataset, ShardStream):
         assert drop_last
         dataset.batch_size, dataset.rank, dataset.world = batch_size, get_rank(), world
         return ShardLoader(dataset, **options)
-    return DataLoader(dataset, sampler=_train_sampler(dataset, sampler, drop_last), **options)  # type: ignore[arg-type]
+    order = LaterPart(_train_sampler(dataset, sampler, drop_last))
+    return DataLoader(dataset, sampler=order, **options)  # type: ignore[arg-type]
 
 
-def _train_sampler(dataset: ImageDataset, name: str, drop_last: bool) -> Sampler[int]:
+def _outlive_sigterm(_worker: int) -> None:
+    """A scheduler signals all processes of a run: its workers must not die before the run has saved what it did.
+
+    A SIGTERM of the run itself, which comes at its end, still ends them at once. Without `sigwaitinfo` (macOS) any does.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_on_sigterm_of(run: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)
+
+
+class LaterPart(Sampler[int]):
+    """The order of a sampler without its first `skipped` indices, whose images are then neither read nor decoded.
+
+    Its length stays that of the whole epoch.
+    """
+
+    def __init__(self, whole: DistributedSampler[Any] | ChunkSampler) -> None:
+        self.whole = whole
+        self.skipped = 0
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(iter(self.whole), self.skipped, None)
+
+
+def _train_sampler(dataset: ImageDataset, name: str, drop_last: bool) -> DistributedSampler[Any] | ChunkSampler:
     rank, world = get_rank(), get_world_size()
     if name == "chunk":
         assert drop_last
@@ -127,13 +165,20 @@ def _train_sampler(dataset: ImageDataset, name: str, drop_last: bool) -> Sampler
     )
 
 
-def set_epoch(loader: DataLoader[Batch], epoch: int) -> None:
-    """Choose the order and the randomness of the next pass over a training loader, also in workers that run already."""
+def set_epoch(loader: DataLoader[Batch], epoch: int, skipped_batches: int = 0) -> None:
+    """Choose the order and the randomness of the next pass over a training loader, also in workers that run already.
+
+    The first `skipped_batches` of the pass are left out; all others are as they would be after them.
+    """
     assert isinstance(loader.dataset, ImageDataset | ShardStream)
     loader.dataset.epoch = epoch
-    if not isinstance(loader.dataset, ShardStream):
-        assert isinstance(loader.sampler, DistributedSampler | ChunkSampler)
-        loader.sampler.set_epoch(epoch)
+    if isinstance(loader.dataset, ShardStream):
+        loader.dataset.skipped_batches = skipped_batches
+    else:
+        assert isinstance(loader.sampler, LaterPart)
+        assert loader.batch_size is not None
+        loader.sampler.whole.set_epoch(epoch)
+        loader.sampler.skipped = skipped_batches * loader.batch_size
 
 
 class EveryNth(Sampler[int]):
@@ -166,24 +211,28 @@ class FailureTally:
 
     Args:
         images: number of images in the data set.
+        seen: path and reason of files that the run has met before.
     """
 
-    def __init__(self, images: int) -> None:
+    def __init__(self, images: int, seen: Mapping[str, str] | None = None) -> None:
         self.images = images
-        self.seen: dict[str, str] = {}  # path -> reason
+        self.seen = dict(seen or {})
 
-    def add(self, failures: list[str], device: torch.device, incomplete: bool = False) -> None:
+    def add(
+        self, failures: list[str], device: torch.device, incomplete: bool = False, wishes: Sequence[float] = ()
+    ) -> list[float]:
         """Take in the failures of some batches; every process must call this at the same places.
 
         `incomplete` says that one of the batches has no views: nothing readable could take a damaged file's place.
+        `wishes` travel with the numbers of failures; their sums over all processes are returned.
 
         Raises:
             UsageError: more than 1 % of the files failed or a batch is incomplete, on all processes at once, with the list.
         """
-        counts = all_reduce_sum(torch.tensor([float(len(failures)), float(incomplete)], device=device))
-        failed, incomplete_batches = counts.tolist()
+        counts = all_reduce_sum(torch.tensor([float(len(failures)), float(incomplete), *wishes], device=device))
+        failed, incomplete_batches, *granted = counts.tolist()
         if failed == 0:
-            return
+            return granted
         for failure in (failure for part in all_gather_objects(failures) for failure in part):
             path, _, reason = failure.rpartition(": ")
             if path not in self.seen:
@@ -197,3 +246,4 @@ class FailureTally:
                 f"{len(self.seen)} of {self.images} images cannot be read, {why}; remove or repair them: {listed}"
                 + (f"; and {more} more" if more > 0 else "")
             )
+        return granted

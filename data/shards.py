@@ -8,6 +8,9 @@ Each epoch lays the shards in a new order end to end and cuts them into one part
 workers, in whole batches: every image comes at most once, and all processes get as many batches. A worker mixes what it reads
 in a buffer. What comes when depends on (seed, epoch, processes, workers, batch size) alone.
 
+A pass that begins later in its epoch reads the stream from its beginning, for what the buffer would hold, and decodes none:
+it costs the reading of the images that are passed by, once. Another number of workers or processes reads in another order.
+
 An image that cannot be read is named, and another one of the buffer takes its place; so are images that a shard lacks.
 
 Origin: the method and the opening of URLs are WebDataset's (webdataset); the exact cut is this project's own.
@@ -21,6 +24,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.tariterators import tar_file_iterator
@@ -106,6 +110,16 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
         self.seed = seed
         self.buffer = buffer
         self.batch_size, self.rank, self.world = 1, 0, 1
+        self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()  # see SharedEpoch
+
+    @property
+    def skipped_batches(self) -> int:
+        """How many batches of the next pass, on each process, are left out."""
+        return int(self._skipped)
+
+    @skipped_batches.setter
+    def skipped_batches(self, batches: int) -> None:
+        self._skipped.fill_(batches)
 
     def __len__(self) -> int:
         """Images of an epoch, over all processes."""
@@ -119,6 +133,8 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        skipped = self.skipped_batches
+        worker = (worker + skipped) % workers  # batches come from the workers in turns: who would be next begins
         reader = self.rank * workers + worker
         each = [self.batches // workers + (i < self.batches % workers) for i in range(workers)]
         generator = np.random.default_rng([self.seed % 2**64, self.epoch])
@@ -126,16 +142,17 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
         spans = plan_spans(self.counts, self.batch_size, each * self.world, reader, order)
         generator = np.random.default_rng([self.seed % 2**64, self.epoch, reader])
         elsewhere = [Span(shard, 0, RECENT) for shard in order.tolist()]
-        yield from self._samples(self._read(spans), self._read(elsewhere), generator)
+        of_this_worker = -(-(skipped - worker) // workers) if skipped > worker else 0
+        yield from self._samples(self._read(spans), self._read(elsewhere), generator, of_this_worker * self.batch_size)
 
     def _read(self, spans: Sequence[Span]) -> Iterator[Encoded]:
         for span in spans:
             yield from read_span(self.shards[span.shard], span, int(self.starts[span.shard]))
 
     def _samples(
-        self, images: Iterator[Encoded], elsewhere: Iterator[Encoded], generator: np.random.Generator
+        self, images: Iterator[Encoded], elsewhere: Iterator[Encoded], generator: np.random.Generator, skipped: int
     ) -> Iterator[Sample]:
-        """Mix the images, decode them, and let others stand in for those that cannot be read."""
+        """Mix the images, decode them but for the first `skipped`, and let others stand in for those that cannot be read."""
         mixed: list[Encoded] = []  # images without content, which take no memory, come on top of the buffer's
         recent: deque[Encoded] = deque(maxlen=RECENT)
         readable = 0
@@ -149,6 +166,10 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
             mixed[place], mixed[-1] = mixed[-1], mixed[place]
             wanted = mixed.pop()
             readable -= not wanted.error
+            if skipped:
+                skipped -= 1
+                recent.extend([] if wanted.error else [wanted])
+                continue
             sample, used = self._view(wanted, stand_ins(mixed, recent, elsewhere))
             if used is not None:
                 recent.append(used)

@@ -11,13 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RESIZE_RULES = ("size", "scale")
+SCALE_OFFSET = 0.1  # of a position, which keeps a rounded scale factor from losing one
 
-def resize_grid(table_NC: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """A table (h * w, C) over a `grid` of h x w positions, made to cover the `wanted` grid; bicubic, in float32."""
+
+def resize_grid(table_NC: Tensor, grid: tuple[int, int], wanted: tuple[int, int], rule: str = "size") -> Tensor:
+    """A table (h * w, C) over a `grid` of h x w positions, made to cover the `wanted` grid; bicubic, in float32.
+
+    `rule`: `size` samples at the centres of the wanted grid; `scale` is DINO's and UDI's, which passes the scale factors
+    (wanted + 0.1) / grid and samples a little nearer to the first position (weights trained so want it so).
+    """
     if grid == wanted:
         return table_NC
     plane = table_NC.float().unflatten(0, grid).permute(2, 0, 1).unsqueeze(0)
-    resized = F.interpolate(plane, size=wanted, mode="bicubic", align_corners=False)
+    if rule == "scale":
+        factors = tuple((new + SCALE_OFFSET) / old for new, old in zip(wanted, grid))
+        resized = F.interpolate(plane, scale_factor=factors, mode="bicubic", align_corners=False)
+    else:
+        resized = F.interpolate(plane, size=wanted, mode="bicubic", align_corners=False)
     return resized.squeeze(0).flatten(1).T.to(table_NC.dtype)
 
 
@@ -29,7 +40,9 @@ def resize_square_table(table_NC: Tensor, wanted_rows: int) -> Tensor | None:
     return resize_grid(table_NC, (side, side), (wanted, wanted))
 
 
-def resize_pos_embed(pos_embed_1NC: Tensor, prefix: int, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+def resize_pos_embed(
+    pos_embed_1NC: Tensor, prefix: int, grid: tuple[int, int], wanted: tuple[int, int], rule: str = "size"
+) -> Tensor:
     """Position embeddings (1, prefix + h * w, C): prefix tokens keep theirs, the grid's are resized."""
-    resized = resize_grid(pos_embed_1NC[0, prefix:], grid, wanted)
+    resized = resize_grid(pos_embed_1NC[0, prefix:], grid, wanted, rule)
     return torch.cat([pos_embed_1NC[:, :prefix], resized.unsqueeze(0)], dim=1)

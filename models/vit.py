@@ -1,9 +1,11 @@
-"""The plain Vision Transformer (DeiT and DINO sizes): a class token and patch tokens of one resolution.
+"""The plain Vision Transformer (DeiT and DINO sizes): class tokens and patch tokens of one resolution.
 
-State-dict keys are those of the released DINO backbones (golden file deit_small). Any patch size, any image size, square or not.
+UDI has two class tokens (MODEL.SPEC.NUM_CLS_TOKENS); the first one is the view feature. State-dict keys are those of the released
+DINO backbones (golden file deit_small). Any patch size, any image size, square or not.
 
 Shapes: B images, N tokens, C channels.
-Origin: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), position resizing of DINO (Caron et al., ICCV 2021).
+Origin: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), position resizing of DINO (Caron et al., ICCV 2021),
+second class token of UDI (Su and Ji, ECCV 2024).
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_l
 from models.interop import Converter
 from models.mlp import Mlp
 from models.registry import register
-from models.resize import resize_pos_embed
+from models.resize import RESIZE_RULES, resize_pos_embed
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+CLASS_TOKENS = (1, 2)
 CONFIGS = "experiments/imagenet/vit/{}.yaml"
 
 
@@ -67,7 +70,7 @@ class VisionTransformer(Backbone):
         dense: as in `Backbone`.
 
     Raises:
-        UsageError: heads that do not divide the width, or an image smaller than a patch.
+        UsageError: heads that do not divide the width, an image smaller than a patch, or no or too many class tokens.
     """
 
     converters: ClassVar[Mapping[str, Converter]] = {"timm": dict, "detectron2": dict}  # the same names
@@ -81,6 +84,12 @@ class VisionTransformer(Backbone):
             raise UsageError(
                 f"--patch_size {patch_size} must lie in 1..{min(image_size)}, the side of MODEL.IMAGE_SIZE"
             )
+        if spec.NUM_CLS_TOKENS not in CLASS_TOKENS:
+            raise UsageError(f"MODEL.SPEC.NUM_CLS_TOKENS {spec.NUM_CLS_TOKENS} must be 1, or 2 as UDI has")
+        if spec.POS_RESIZE not in RESIZE_RULES:
+            raise UsageError(f"MODEL.SPEC.POS_RESIZE {spec.POS_RESIZE} must be one of {', '.join(RESIZE_RULES)}")
+        self.num_cls_tokens: int = spec.NUM_CLS_TOKENS
+        self.pos_resize: str = spec.POS_RESIZE
         self.patch_size = patch_size
         self.image_size = image_size
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
@@ -93,8 +102,8 @@ class VisionTransformer(Backbone):
             flatten=False,
             output_fmt="NHWC",
         )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, self.num_cls_tokens, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_cls_tokens + math.prod(self.grid), dim))
         self.pos_drop = nn.Dropout(spec.DROP_RATE)
         self.blocks = nn.ModuleList(
             ViTBlock(
@@ -112,36 +121,39 @@ class VisionTransformer(Backbone):
         self.apply(init_linear_weights)
 
     def enter_stage(self, stage: int, x_BCHW: Tensor) -> Tokens:
-        """Patches with the class token before them, and the position embedding resized to their grid."""
+        """Patches with the class tokens before them, and the position embedding resized to their grid."""
         patches_BHWC = self.patch_embed(x_BCHW)
         grid = (patches_BHWC.shape[1], patches_BHWC.shape[2])
-        class_token = self.cls_token.expand(patches_BHWC.shape[0], -1, -1)
-        tokens_BNC = torch.cat([class_token, patches_BHWC.flatten(1, 2)], dim=1)
-        return Tokens(self.pos_drop(tokens_BNC + resize_pos_embed(self.pos_embed, 1, self.grid, grid)), 1, grid)
+        class_tokens = self.cls_token.expand(patches_BHWC.shape[0], -1, -1)
+        tokens_BNC = torch.cat([class_tokens, patches_BHWC.flatten(1, 2)], dim=1)
+        prefix = self.num_cls_tokens
+        positions_1NC = resize_pos_embed(self.pos_embed, prefix, self.grid, grid, self.pos_resize)
+        return Tokens(self.pos_drop(tokens_BNC + positions_1NC), prefix, grid)
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
         """See `Backbone.stage_blocks`."""
         return self.blocks  # type: ignore[return-value]
 
     def tokens(self, x: Tokens) -> Tokens:
-        """See `Backbone.tokens`; the class token is the one prefix token."""
+        """See `Backbone.tokens`; the class tokens are the prefix tokens."""
         return x
 
     def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-        """The class token."""
+        """The first class token."""
         return tokens_BNC[:, 0]
 
     def fit_tensor(self, name: str, tensor: Tensor, image_size: tuple[int, int] | None = None) -> Tensor | None:
         """Position embeddings of another image size are resized; where that is unknown, the file's grid is taken to be square."""
         if name != "pos_embed" or tensor.ndim != 3 or tensor.shape[2] != self.num_features:
             return None
-        side = math.isqrt(tensor.shape[1] - 1)
+        prefix = self.num_cls_tokens
+        side = math.isqrt(max(tensor.shape[1] - prefix, 0))
         grid = (
             (side, side) if image_size is None else (image_size[0] // self.patch_size, image_size[1] // self.patch_size)
         )
-        if 1 + math.prod(grid) != tensor.shape[1]:
+        if prefix + math.prod(grid) != tensor.shape[1]:
             return None
-        return resize_pos_embed(tensor, 1, grid, self.grid)
+        return resize_pos_embed(tensor, prefix, grid, self.grid, self.pos_resize)
 
 
 @register(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -94,9 +95,10 @@ class _ToGrid(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BHWC: Tensor) -> tuple[Tensor, None, None]:
         depth = ctx.shape[-1]
-        fill = grad_BHWC.new_zeros(1, depth) if ctx.route.padding.numel() else None
         rows_BRD = grad_BHWC.reshape(grad_BHWC.shape[0], -1, depth)
-        return select_rows(rows_BRD, ctx.route.from_grid, fill).view(ctx.shape), None, None
+        if ctx.route.padding.numel():
+            rows_BRD = F.pad(rows_BRD, (0, 0, 0, 1))  # the padding's gradient is zero
+        return rows_BRD.index_select(1, ctx.route.from_grid).view(ctx.shape), None, None
 
 
 def to_windows(

@@ -12,8 +12,8 @@ from PIL import Image
 from runs import TINY_RUN, TINY_SWIN, write_images
 from torch import Tensor
 
-import engine
 import main_esvit
+import resume
 from checkpoint import load_file
 from utils import UsageError
 
@@ -59,13 +59,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     """Bit for bit, with a worker that stays over the epochs of the whole run and is started anew in the other."""
     flags = ("--aug_backend", "split", "--num_workers", "1")
     whole = train(folder, tmp_path / "whole", *flags)
-    save = engine.save_run
+    save = resume.save_run
 
     def save_and_stop(*args: Any, **settings: Any) -> None:
         save(*args, **settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "save_run", save_and_stop)
+    monkeypatch.setattr(resume, "save_run", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "halves", *flags)
     monkeypatch.undo()

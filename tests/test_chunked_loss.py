@@ -199,7 +199,7 @@ def test_autocast_is_as_close_to_float32_as_the_plain_form(dtype: torch.dtype, m
     with torch.autocast("cpu", dtype):
         plain_terms, plain = value_and_gradients(networks, loss, False, weights, scale)
         terms, gradients = value_and_gradients(networks, loss, True, weights, scale)
-        assert networks.outputs(True)[0].view_logits.prototypes.dtype == dtype
+        assert networks.outputs(True)[0].view_logits.bottleneck.dtype == dtype
     for name, value in exact_terms.items():
         for expected_value in (value, plain_terms[name]):
             torch.testing.assert_close(terms[name], expected_value, rtol=4 * torch.finfo(dtype).eps, atol=0)

@@ -32,16 +32,18 @@ PUBLISHED = {
     "train_interpolation": "bicubic", "reprob": 0.25, "remode": "pixel", "recount": 1, "resplit": False, "use_mixup": False,
     "num_mixup_views": 10, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
     "mixup_mode": "batch", "smoothing": 0.0, "dataset": "imagenet1k", "zip_mode": False, "tsv_mode": False,
-    "sampler": "distributed", "pretrained_weights_ckpt": "", "output_dir": ".", "saveckp_freq": 5, "seed": 0,
+    "sampler": "distributed", "pretrained_weights_ckpt": "", "output_dir": ".", "saveckp_freq": 5, "save_every_steps": 0,
+    "save_every_minutes": 0.0,
+    "keep_last": 1, "seed": 0,
     "num_workers": 10, "dist_url": "env://", "local_rank": None,
 }  # fmt: skip
 ADDED = {
     "shuffle_buffer": 256, "epoch_images": 0,
     "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "drop_path": None,
-    "grad_checkpointing": False, "compile": False,
+    "grad_checkpointing": False, "compile": False, "fsdp": False,
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False,
-    "allow_partial": False,
+    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
 }  # fmt: skip
 PUBLISHED_KNN = {
     "cfg": None, "arch": "deit_small", "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
@@ -51,7 +53,8 @@ PUBLISHED_KNN = {
 ADDED_KNN: dict[str, object] = {
     "tsv_mode": False,
     "data_path": "", "image_size": None, "crop_ratio": 0.875, "baselines": False, "output_dir": None, "seed": 0,
-    "device": "auto", "opts": [], "allow_partial": False, "half": False, "backend": "torch", "leave_one_out": False,
+    "device": "auto", "opts": [], "random_weights": False,
+    "allow_partial": False, "half": False, "backend": "torch", "leave_one_out": False,
 }  # fmt: skip
 PUBLISHED_LINEAR = {
     "cfg": None, "arch": "deit_small", "n_last_blocks": [4], "avgpool_patchtokens": False, "patch_size": 16,
@@ -61,6 +64,7 @@ PUBLISHED_LINEAR = {
 }  # fmt: skip
 ADDED_LINEAR: dict[str, object] = {
     "tsv_mode": False,
+    "random_weights": False,
     "allow_partial": False, "cache_features": False, "precision": "fp32", "image_size": None, "crop_ratio": 0.875, "seed": 0,
     "log_freq": 20, "device": "auto", "opts": [],
 }  # fmt: skip
@@ -68,6 +72,7 @@ ADDED_LINEAR: dict[str, object] = {
 FINETUNE: dict[str, object] = {
     "tsv_mode": False,
     "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "random_weights": False,
     "allow_partial": False, "drop_path": None, "grad_checkpointing": False, "epochs": 100, "warmup_epochs": 5,
     "batch_size_per_gpu": 64, "accum_iter": 1, "lr": 5e-4, "min_lr": 1e-6, "layer_decay": 0.75, "weight_decay": 0.05,
     "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4,
@@ -229,6 +234,17 @@ def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str)
     with pytest.raises(UsageError, match=words) as caught:
         parse("--data_path", images, "--output_dir", str(tmp_path / "out"), *flags)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", [eval_knn, eval_linear, eval_finetune], ids=lambda script: script.__name__)
+def test_random_weights_are_scored_on_request_only(script: Any, images: str, tmp_path: Path) -> None:
+    """Before anything is read or written."""
+    command = ["--device", "cpu", "--data_path", images, "--output_dir", str(tmp_path / "out")]
+    for flags in ([], ["--pretrained_weights", "a.pth", "--random_weights"]):
+        with pytest.raises(UsageError, match=r"pass --pretrained_weights FILE, or --random_weights alone"):
+            script.main(script.get_args_parser().parse_args([*command, *flags]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_yaml_of_another_architecture(images: str, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
     for run, processes in (("one", 0), ("two", 2)):
         result = run_script(
             "eval_knn.py",
+            "--random_weights",
             *flags,
             "--dump_features",
             str(tmp_path / run),
@@ -255,13 +256,13 @@ sys.path.insert(0, ROOT)
 import engine, main_esvit, utils
 step, marker = engine.TrainStep.__call__, pathlib.Path(os.environ["MARKER"])
 
-def dying(self, views, iteration, epoch):
+def dying(self, views, iteration, epoch, **more):
     if epoch == 1 and utils.get_rank() == 1 and not marker.exists():
         marker.touch()
         if os.environ["HOW"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this process dies")
-    return step(self, views, iteration, epoch)
+    return step(self, views, iteration, epoch, **more)
 engine.TrainStep.__call__ = dying
 utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
 """

@@ -270,12 +270,11 @@ def test_step_is_skipped_when_another_process_is_not_finite(monkeypatch: pytest.
     assert step([random_views(4, 0)], 0, 1)["skipped"] == 0.0
 
 
-def test_many_bad_steps_end_the_run_with_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_BAD_STEPS", 2)
-    _, step = tiny()
+def test_many_bad_steps_end_the_run_with_a_diagnosis(tmp_path: Path) -> None:
+    _, step = tiny("--max_bad_steps", "2", "--output_dir", str(tmp_path))
     good, bad = {"loss": 1.0, "skipped": 0.0}, {"loss": math.nan, "skipped": 1.0}
     step.check([bad, good, bad], last_iteration=2)
-    assert step.bad_steps_in_a_row == 1
+    assert step.bad_steps.in_a_row == 1
     step.check([good, bad], last_iteration=4)
     with pytest.raises(FloatingPointError, match=r"2 steps in a row .*--precision fp32"):
         step.check([bad], last_iteration=3)  # they may lie on both sides of a reading
@@ -283,7 +282,6 @@ def test_many_bad_steps_end_the_run_with_a_diagnosis(monkeypatch: pytest.MonkeyP
 
 def test_run_of_bad_steps_ends_with_its_log_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps an epoch and a reading every two: the third bad step in a row is found after the fourth."""
-    monkeypatch.setattr(engine, "MAX_BAD_STEPS", 3)
     compute, calls = main_esvit.EsViT.compute_loss, []
 
     def spoil(self: main_esvit.EsViT, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -293,7 +291,7 @@ def test_run_of_bad_steps_ends_with_its_log_interval(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(main_esvit.EsViT, "compute_loss", spoil)
     flags = ["--data_path", str(write_images(tmp_path / "images", 16)), "--output_dir", str(tmp_path / "out")]
-    command_line = [*TINY_RUN, *flags, "--epochs", "1", "--log_freq", "2", *TINY_SWIN]
+    command_line = [*TINY_RUN, *flags, "--epochs", "1", "--log_freq", "2", "--max_bad_steps", "3", *TINY_SWIN]
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         main_esvit.main(main_esvit.get_args_parser().parse_args(command_line))
     assert len(calls) == 4

@@ -35,7 +35,9 @@ SMALL_RUN = [*NETWORK, "--device", "cpu", "--precision", "fp32", "--num_workers"
 
 
 def command(images: Path, output_dir: Path, *extra: str) -> list[str]:
-    return [*SMALL_RUN, "--data_path", str(images), "--output_dir", str(output_dir), *extra, "--seed", "0", *TINY_SWIN]
+    weights = [] if "--pretrained_weights" in extra else ["--random_weights"]
+    paths = ["--data_path", str(images), "--output_dir", str(output_dir)]
+    return [*SMALL_RUN, *paths, *weights, *extra, "--seed", "0", *TINY_SWIN]
 
 
 def run(images: Path, output_dir: Path, *extra: str) -> None:
@@ -131,6 +133,7 @@ def test_learns_and_leaves_everything_behind(images: Path, tmp_path: Path, capsy
     assert found["top1"] >= 88  # chance: 33
     assert (found["classes"], found["val_images"], found["epochs"]) == (CLASSES, 9, 12)
     assert found["top5"] == 100.0  # of three classes
+    assert all(json.loads(line)["top5_is"] == "top3" for line in (tmp_path / "log.txt").open())
     assert set(found["last"]) == {"model", "ema"}
     assert "Top3: 100.00" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "log.txt").open()]
@@ -155,7 +158,17 @@ def small_run(name: str, images: Path, output_dir: Path, *flags: str) -> None:
     arch, overrides, patch_size = SMALL[name]
     output_dir.mkdir()
     (output_dir / "small.yaml").write_text(load_config(None, overrides).dump())
-    command = ["--data_path", str(images), "--output_dir", str(output_dir), *SMALL_RUN, "--arch", arch]
+    weights = [] if "--pretrained_weights" in flags else ["--random_weights"]
+    command = [
+        *weights,
+        "--data_path",
+        str(images),
+        "--output_dir",
+        str(output_dir),
+        *SMALL_RUN,
+        "--arch",
+        arch,
+    ]
     command += ["--cfg", str(output_dir / "small.yaml"), "--patch_size", str(patch_size), "--image_size", "32", *flags]
     eval_finetune.main(eval_finetune.get_args_parser().parse_args(command))
 

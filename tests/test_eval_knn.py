@@ -240,7 +240,8 @@ def test_impossible_votes() -> None:
 
 def run(images: Path, *flags: str) -> None:
     command = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
-    command += ["--data_path", str(images), "--nb_knn", "1", "2", *flags, "--seed", "0", *TINY_SWIN]
+    weights = [] if {"--pretrained_weights", "--load_features"} & set(flags) else ["--random_weights"]
+    command += ["--data_path", str(images), "--nb_knn", "1", "2", *weights, *flags, "--seed", "0", *TINY_SWIN]
     eval_knn.main(eval_knn.get_args_parser().parse_args(command))
 
 
@@ -371,7 +372,7 @@ def test_record_says_what_was_scored(images: Path, tmp_path: Path, capsys: pytes
 def test_networks_that_are_not_square_need_a_size(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = ["--seed", "0", *TINY_SWIN, "MODEL.IMAGE_SIZE", "[32, 48]"]
     flags = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
-    flags += ["--data_path", str(images), "--nb_knn", "1"]
+    flags += ["--data_path", str(images), "--nb_knn", "1", "--random_weights"]
     with pytest.raises(UsageError, match=r"MODEL.IMAGE_SIZE \[32, 48\] is not square.*pass --image_size"):
         eval_knn.main(eval_knn.get_args_parser().parse_args([*flags, *wide]))
     eval_knn.main(eval_knn.get_args_parser().parse_args([*flags, "--image_size", "40", *wide]))

@@ -378,3 +378,8 @@ def test_hub_loads_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(second(images), first(images))
     with pytest.raises(UsageError, match="does not exist"):
         torch.hub.load(str(ROOT), "esvit_deit_small", source="local", weights="nowhere.pth")
+    other = save({"elsewhere": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(
+        UsageError, match=r"^checkpoint '.*other\.pth' is of another network: [^\n]*allow_partial[^\n]*$"
+    ):
+        torch.hub.load(str(ROOT), "esvit_deit_small", source="local", weights=other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed.run
 
 import main_esvit_mnodes
 from main_esvit_mnodes import SCRIPT, torchrun_arguments
@@ -75,7 +76,7 @@ def test_what_torchrun_is_called_with(flags: list[str], env: dict[str, str], whe
 
 def test_torchrun_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
-    monkeypatch.setattr("torch.distributed.run.main", called.append)
+    monkeypatch.setattr(torch.distributed.run, "main", called.append)
     main_esvit_mnodes.main(["--data_path", "a folder; rm -r x"], {})
     assert called[0][-2:] == ["--data_path", "a folder; rm -r x"]  # one word: no shell reads it
 

@@ -114,7 +114,7 @@ def test_epoch_line_and_step_lines(
     assert [line for line in caplog.messages if line.startswith("epoch 2/2  step")] == [
         line for line in caplog.messages if "  step 2/3  loss 1.0000" in line or "  step 3/3  loss 2.0000" in line
     ]
-    assert caplog.messages[-1].startswith("epoch 2/2 done: ")
+    assert caplog.messages[-1].startswith("epoch 2/2 done (epoch 1 of log.txt, from 0): {")
     record = json.loads((tmp_path / "log.txt").read_text())
     assert (record["train_loss"], record["train_lr"], record["train_wd"], record["epoch"]) == (1.0, 0.2, 0.5, 1)
     assert record["unreadable_images"] == 7

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor
 import checkpoint
 import engine
 import main_esvit
+import resume
 from models import Backbone
 from utils import UsageError, logger, resolve_precision
 
@@ -34,15 +38,15 @@ class Killed(Exception):
 
 def train_until(epochs: int, monkeypatch: pytest.MonkeyPatch, output_dir: Path, images: Path, *extra: str) -> None:
     """Train, and die right after the checkpoint of epoch `epochs` was written."""
-    save = engine.save_run
+    save = resume.save_run
 
-    def save_and_die(output_dir: Path, step: engine.TrainStep, epoch: int, **kwargs: Any) -> None:
-        save(output_dir, step, epoch, **kwargs)
-        if epoch + 1 == epochs:
+    def save_and_die(output_dir: Path, step: engine.TrainStep, place: resume.Place, *rest: Any) -> None:
+        save(output_dir, step, place, *rest)
+        if place.epoch == epochs:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "save_run", save_and_die)
+        patch.setattr(resume, "save_run", save_and_die)
         with pytest.raises(Killed):
             train(output_dir, images, *extra)
 
@@ -65,6 +69,83 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"), 9)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("layout", ["files", "shards"])
+def test_stopping_within_an_epoch_changes_nothing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, workers: str
+) -> None:
+    """A signal after the first of two steps: weights, optimiser, centres, random states and `log.txt` are those of one run."""
+    data = images
+    if layout == "shards":
+        data = tmp_path / "shards"
+        data.mkdir()
+        with tarfile.open(data / "train-000000.tar", "w") as tar:
+            for path in sorted(images.iterdir()):
+                tar.add(path, path.name)
+    flags = ["--use_mixup", "on", "--num_workers", workers, "--batch_size_per_gpu", "2"]
+    train(tmp_path / "whole", data, *flags)
+    due = resume.Saver.due
+
+    def signalled(self: resume.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+        if steps == 1 and moved:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wishes = [self.wishes()[0], 0.0]
+        return due(self, steps, moved, wishes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Saver, "due", signalled)
+        train(tmp_path / "parts", data, *flags)
+    stopped = checkpoint.load_file(tmp_path / "parts" / "checkpoint.pth")
+    assert (stopped["epoch"], stopped["in_epoch"]["steps"], stopped["in_epoch"]["images"]) == (0, 1, 2)
+    train(tmp_path / "parts", data, *flags)
+    whole, parts = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], parts[key], key)
+    logs = [
+        [
+            {key: value for key, value in json.loads(line).items() if key.startswith("train_") or key == "epoch"}
+            for line in (tmp_path / run / "log.txt").open()
+        ]
+        for run in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: Path, damage: str) -> None:
+    train(tmp_path, images)
+    whole = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    content = bytearray((tmp_path / "checkpoint.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    broken: bytes = {"truncated": bytes(content[: len(content) // 2]), "flipped": bytes(content), "empty": b""}[damage]
+    (tmp_path / "checkpoint.pth").write_bytes(broken)
+    train(tmp_path, images)
+    again = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], again[key], key)
+    assert (tmp_path / "checkpoint.pth.damaged").read_bytes() == broken
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()] == [0, 1]
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log_repeated.txt").open()] == [1]
+
+
+def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on; only an end that is not saved is an error."""
+    train(tmp_path, images, "--epochs", "1")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(UsageError, match=r"end of the run is not saved .*No space left"):
+            train(tmp_path, images)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    train(tmp_path, images)
+    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_mixup", "on", "--accum_iter", "2"], ["--optimizer", "lars"]], ids=str)
@@ -133,8 +214,8 @@ def test_changed_arguments_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         "lr": 0.1,
     }
     saved = {"num_workers": 10, "device": "cuda", "log_freq": 10, "lr": 0.1}
-    engine._report_changes(now, saved)
-    engine._report_changes(now, now | {"log_freq": 1})
+    resume._report_changes(now, saved)
+    resume._report_changes(now, now | {"log_freq": 1})
     assert caplog.messages == [
         "arguments differ from those of the resumed run: "
         "aug_backend pil -> split; device cuda -> cpu; num_workers 10 -> 2"
@@ -240,14 +321,14 @@ def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch:
         main_esvit.main(main_esvit.get_args_parser().parse_args(args))
 
     run("whole")
-    save = engine.save_run
+    save = resume.save_run
 
-    def save_and_die(output_dir: Path, step: engine.TrainStep, epoch: int, **kwargs: Any) -> None:
-        save(output_dir, step, epoch, **kwargs)
+    def save_and_die(*args: Any) -> None:
+        save(*args)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "save_run", save_and_die)
+        patch.setattr(resume, "save_run", save_and_die)
         with pytest.raises(Killed):
             run("halves")
     run("halves")

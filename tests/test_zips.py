@@ -322,7 +322,17 @@ def both(folders: Path, zipped: Path) -> dict[str, list[str]]:
     return {"folders": ["--data_path", str(folders)], "zipped": ["--data_path", str(zipped), "--zip_mode"]}
 
 
-EVALUATION = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
+EVALUATION = [
+    "--random_weights",
+    "--arch",
+    "swin",
+    "--cfg",
+    "experiments/demo/swin_micro.yaml",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+]
 SCRIPTS = {
     eval_knn: ["--nb_knn", "1", "3"],
     eval_linear: ["--epochs", "2", "--n_last_blocks", "2", "--lr", "10"],

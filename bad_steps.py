@@ -1,0 +1,127 @@
+"""Steps whose loss or gradients are not finite: counted, and after too many in a row told apart and kept for a look.
+
+What a diagnosis needs stays on the device (`BadSteps.remember`) until a run ends with one.
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import utils
+from utils import logger
+
+LISTED_TENSORS = 5
+MAX_BAD_STEPS = 20
+
+
+class BadSteps:
+    """Counts skipped steps and ends a run that only skips.
+
+    Args:
+        most: skipped steps in a row that end the run.
+        folder: where `bad_step.pth` goes then; None for nowhere.
+    """
+
+    def __init__(self, most: int = MAX_BAD_STEPS, folder: Path | None = None) -> None:
+        self.most = most
+        self.folder = folder
+        self.in_a_row = 0
+        self._names: Sequence[str] = ()
+        self._norms: Tensor | None = None
+        self._recent: list[dict[str, float]] = []
+
+    def remember(self, names: Sequence[str], norms: Tensor, applied: Tensor) -> None:
+        """Keep the norms of the gradients of the last step that was not `applied`; the host does not wait."""
+        kept = norms if self._norms is None or len(self._norms) != len(norms) else self._norms
+        self._names, self._norms = names, torch.where(applied, kept, norms)
+
+    def count(self, scalars: dict[str, float], iteration: int) -> bool:
+        """Count a step whose scalars have been read; whether the run should end."""
+        if not scalars["skipped"]:
+            self.in_a_row, self._recent = 0, []
+            return False
+        self.in_a_row += 1
+        self._recent.append({"iteration": float(iteration), **scalars})
+        logger.warning("step %d skipped: loss %s or a gradient is not finite", iteration, scalars["loss"])
+        return self.in_a_row >= self.most
+
+    def end(self, settings: Mapping[str, float | str], views: Callable[[], Sequence[Tensor]] | None) -> None:
+        """End the run on all processes, which all call this.
+
+        Args:
+            settings: of the last step, such as its learning rate and precision.
+            views: gives the views of this process's last micro-batch.
+
+        Raises:
+            FloatingPointError: always, with the diagnosis.
+        """
+        made = [view.detach().cpu() for view in views()] if views is not None else []
+        statistics = utils.all_gather_objects([_statistics(view) for view in made])
+        norms = {} if self._norms is None else dict(zip(self._names, self._norms.tolist()))
+        tensors = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        told = ("skipped", "iteration")
+        terms = [name for name, value in self._recent[-1].items() if name not in told and not math.isfinite(value)]
+        bad_ranks = [rank for rank, parts in enumerate(statistics) if any(part["not_finite"] for part in parts)]
+        content = {
+            "steps": self._recent,
+            "gradient_norms": norms,
+            "settings": dict(settings),
+            "view_statistics": statistics,
+            "views": made,
+        }
+        where = self._write(content) if utils.is_main_process() else ""
+        given = ", ".join(f"{name} {value}" for name, value in settings.items())
+        listed = ", ".join(tensors[:LISTED_TENSORS]) + (
+            f" and {len(tensors) - LISTED_TENSORS} more" if tensors[5:] else ""
+        )
+        raise FloatingPointError(
+            f"{self.most} steps in a row had a loss or gradient that is not finite; not finite were "
+            f"{', '.join(terms) if terms else 'no loss'} (loss {self._recent[-1]['loss']}) and the gradients of "
+            f"{listed or 'no parameter'} ({len(tensors)} of {len(norms)}); {given}; {_remedy(terms, bad_ranks)}{where}"
+        )
+
+    def _write(self, content: dict[str, Any]) -> str:
+        """Save under a name that is free, and say where; a disk that refuses must not hide the diagnosis."""
+        if self.folder is None:
+            return ""
+        path, number = self.folder / "bad_step.pth", 1
+        while path.exists():
+            number += 1
+            path = self.folder / f"bad_step_{number}.pth"
+        try:
+            checkpoint.save_file(content, path)
+        except (OSError, RuntimeError) as error:
+            return f"; {path} could not be written ({error})"
+        return f"; the last batch, its statistics and the norms of all gradients are in {path}"
+
+
+def _statistics(view: Tensor) -> dict[str, float]:
+    """Of the pixels of a view, over all its images."""
+    pixels, finite = view.float(), torch.isfinite(view)
+    clean = torch.where(finite, pixels, torch.zeros(()))
+    return {
+        "mean": clean.mean().item(),
+        "std": clean.std().item(),
+        "least": clean.min().item(),
+        "most": clean.max().item(),
+        "not_finite": float((~finite).sum().item()),
+    }
+
+
+def _remedy(terms: Sequence[str], bad_ranks: Sequence[int]) -> str:
+    """What to try first, by where the first wrong numbers are."""
+    if bad_ranks:
+        return (
+            f"images of process {bad_ranks[0]} hold such numbers themselves: check the files, INPUT.MEAN and INPUT.STD"
+        )
+    if terms:
+        return "resume with --precision fp32, a lower --lr or a smaller --clip_grad"
+    return "the losses are finite, so the backward overflows: resume with --precision fp32 or bf16, or a lower --lr"

@@ -1,0 +1,150 @@
+"""Memory of a GPU and what it sends in a step, against the number of GPUs, for whole networks (DDP) and spread ones (--fsdp).
+
+    python benchmarks/scaling.py                                        # Swin-L, K = 65536, views and regions, batch 32
+    python benchmarks/scaling.py --arch swin_tiny --out_dim 4096 --batch 4 --worlds 1 2
+
+A plan, not a measurement: no GPU takes part. Parameters, gradients, AdamW's moments and the teacher are counted from the networks;
+activations are what benchmarks/memory.py's simulated step needs at its peak beyond these, of one process and so of each.
+
+With --fsdp each process holds its share, and for the moment what is gathered: the rest of the network that is no block or head, the
+two largest units (one computes while the next arrives), and the gradient of the largest. Sent by a process in a ring of N: DDP
+2 (N - 1) / N of the gradients; FSDP (N - 1) / N of every gathering of parameters and every averaging of gradients. A block of the
+student works once for each size of crops, in the forward and in the backward, and its gradient is averaged as often; the teacher
+sees the global crops only. Under autocast the gradients of a block's matrices come once, not for each size: then it is less.
+One micro-batch a step; with --accum_iter the gatherings are repeated for each, and whole gradients are kept between them.
+
+Origin: this project's own; rings as in Rajbhandari et al., SC 2020, section 7.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch import Tensor, nn
+
+import sharding
+import utils
+from benchmarks.memory import GB, peak_bytes
+from benchmarks.sides import add_sizes, build_step
+from models import Backbone
+
+WHAT = ("networks and optimiser", "with activations", "with checkpointed ones", "sent")
+
+
+class Sizes(NamedTuple):
+    """Bytes of one whole network and of the run around it."""
+
+    parameters: int
+    trainable: int
+    blocks: int  # of the parameters: in blocks, in heads, and elsewhere
+    heads: int
+    rest: int
+    largest_units: tuple[int, int]
+    centres: int
+
+    @property
+    def state(self) -> int:
+        """Student, teacher, gradients and two moments."""
+        return 2 * self.parameters + 3 * self.trainable
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of tensors that share nothing."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def measure(student: Backbone, criterion: nn.Module) -> Sizes:
+    """Count a network in the units in which it would be gathered."""
+    heads = [head for head in (student.head, student.head_dense) if head is not None]
+    units = sorted(bytes_of(unit.parameters()) for unit in sharding.units(student))
+    parameters, in_heads = bytes_of(student.parameters()), sum(bytes_of(head.parameters()) for head in heads)
+    return Sizes(
+        parameters=parameters,
+        trainable=bytes_of(parameter for parameter in student.parameters() if parameter.requires_grad),
+        blocks=sum(units) - in_heads,
+        heads=in_heads,
+        rest=parameters - sum(units),
+        largest_units=(units[-1], units[-2]),
+        centres=bytes_of(criterion.buffers()),
+    )
+
+
+def memory_ddp(sizes: Sizes, world: int) -> float:
+    """Bytes of a process without activations; gradients lie in the buckets of their exchange."""
+    return sizes.state + sizes.centres
+
+
+def memory_fsdp(sizes: Sizes, world: int) -> float:
+    """Bytes of a process without activations: its share, and what is gathered."""
+    if world == 1:
+        return memory_ddp(sizes, world)
+    gathered = sizes.rest + sum(sizes.largest_units) + sizes.largest_units[0]
+    return sizes.state / world + gathered + sizes.centres
+
+
+def sent_ddp(sizes: Sizes, world: int, crop_sizes: int) -> float:
+    """Bytes that a process sends in a step: gradients and centres, all-reduced."""
+    return 2 * (world - 1) / world * (sizes.trainable + sizes.centres)
+
+
+def sent_fsdp(sizes: Sizes, world: int, crop_sizes: int) -> float:
+    """Bytes that a process sends in a step: gathered parameters of student and teacher, scattered gradients, centres."""
+    student = 2 * (crop_sizes * sizes.blocks + sizes.heads + sizes.rest)
+    frozen = sizes.parameters - sizes.trainable  # gains of the prototypes
+    gradients = crop_sizes * sizes.blocks + sizes.heads + sizes.rest - frozen
+    return (world - 1) / world * (student + sizes.parameters + gradients + 2 * sizes.centres)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The network, its sizes and the numbers of GPUs."""
+    parser = argparse.ArgumentParser(
+        "benchmarks/scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_sizes(parser, batch=32)
+    parser.add_argument("--arch", default="swin_large")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="numbers of GPUs")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the sizes and the table."""
+    method = build_step("lean", args, arch=args.arch, precision=args.precision).method
+    student = method.student
+    assert isinstance(student, Backbone)
+    sizes = measure(student, method.criterion)
+    crop_sizes = 2 if args.local_crops else 1
+    del method, student
+    print(
+        f"{args.arch}, views and regions, K {args.out_dim}, batch {args.batch} a GPU, 2 + {args.local_crops} crops, AdamW"
+    )
+    print(
+        f"student {sizes.parameters / GB:.2f} GB (blocks {sizes.blocks / GB:.2f}, heads {sizes.heads / GB:.2f}, "
+        f"rest {sizes.rest / GB:.2f}), teacher the same; gradients {sizes.trainable / GB:.2f} GB, moments "
+        f"{2 * sizes.trainable / GB:.2f} GB, centres {sizes.centres / 1e6:.2f} MB"
+    )
+    extra = {
+        side: peak_bytes(side, args, args.batch, arch=args.arch) - sizes.state - sizes.centres
+        for side in ("lean", "checkpointed")
+    }
+    print(
+        f"activations, {args.precision}: {extra['lean'] / GB:.2f} GB, "
+        f"with --grad_checkpointing True {extra['checkpointed'] / GB:.2f} GB"
+    )
+    columns = ["GPUs", *(f"{name}, {what}" for what in WHAT for name in ("DDP", "FSDP"))]
+    print(f"\nGB of a GPU; sent in a step\n\n| {' | '.join(columns)} |\n|{' ---: |' * len(columns)}")
+    for world in args.worlds:
+        states = (memory_ddp(sizes, world), memory_fsdp(sizes, world))
+        held = [state + more for more in (0, extra["lean"], extra["checkpointed"]) for state in states]
+        sent = [send(sizes, world, crop_sizes) for send in (sent_ddp, sent_fsdp)]
+        print(f"| {world} | {' | '.join(f'{figure / GB:.2f}' for figure in (*held, *sent))} |")
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))

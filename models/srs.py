@@ -1,0 +1,91 @@
+"""Stratified random sampling (SRS): attention pooling of patch tokens at given places of their grid.
+
+One layer of self-attention whose queries are taken at the samples, between tokens where these lie between them, and whose residual
+is taken there too. A query does not see the others, so samples of several crops go through together, stacked along S.
+
+The patch level works with every backbone that gives regions; with hierarchical ones it is an extension, not UDI's own.
+
+Shapes: B images, N = H' W' tokens, S samples, C channels.
+Origin: UDI (Su and Ji, ECCV 2024); `from_published` reads the names of its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import attend, join_heads, split_heads
+from models.base import init_linear_weights
+from utils import UsageError
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+PUBLISHED = {"backbone.norm1.": "norm.", "backbone.attn.norm.": "out_norm.", "backbone.attn.": ""}
+
+
+def bilinear_weights(target_BS2: Tensor, grid: tuple[int, int], valid_BS: Tensor | None = None) -> Tensor:
+    """(B, S, N) weights of the four tokens around each place (row, column in tokens); rows that are not valid are zero.
+
+    The four are built on the device of `target_BS2`, from its coordinates alone; a place on the last row or column has its weight.
+    """
+    sides = torch.tensor(grid, device=target_BS2.device)
+    place = target_BS2.float().clamp(min=0).minimum((sides - 1).float())
+    low = place.floor().long().minimum((sides - 2).clamp(min=0))
+    high = (low + 1).minimum(sides - 1)
+    upper = place - low
+    weights_BSN = place.new_zeros(*place.shape[:-1], grid[0] * grid[1])
+    for rows, row_weights in ((low[..., 0], 1 - upper[..., 0]), (high[..., 0], upper[..., 0])):
+        for columns, column_weights in ((low[..., 1], 1 - upper[..., 1]), (high[..., 1], upper[..., 1])):
+            token = (rows * grid[1] + columns)[..., None]
+            weights_BSN.scatter_add_(-1, token, (row_weights * column_weights)[..., None])
+    return weights_BSN if valid_BS is None else weights_BSN * valid_BS[..., None]
+
+
+def one_hot_weights(tokens_BS: Tensor, tokens: int, valid_BS: Tensor | None = None) -> Tensor:
+    """(B, S, N) weights of single tokens; rows that are not valid are zero."""
+    weights_BSN = torch.zeros(*tokens_BS.shape, tokens, device=tokens_BS.device)
+    weights_BSN.scatter_(-1, tokens_BS.long()[..., None], 1.0)
+    return weights_BSN if valid_BS is None else weights_BSN * valid_BS[..., None]
+
+
+class SRS(nn.Module):
+    """Patch tokens before the backbone's last norm to representations of samples.
+
+    Args:
+        dim: channels of the tokens.
+        num_heads: of the attention; UDI's ViT-S has 6.
+
+    Raises:
+        UsageError: heads that do not divide the channels.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise UsageError(f"--srs_heads {num_heads} must divide the {dim} channels of the backbone")
+        self.num_heads = num_heads
+        self.norm = LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.out_norm = LayerNorm(dim)
+        self.apply(init_linear_weights)
+
+    def forward(self, tokens_BNC: Tensor, weights_BSN: Tensor) -> Tensor:
+        """(B, N, C) patch tokens, pooled by the weights of `bilinear_weights` or `one_hot_weights`, to (B, S, C)."""
+        normed_BNC = self.norm(tokens_BNC)
+        q, k, v = split_heads(self.qkv(normed_BNC), 3, self.num_heads)
+        weights_BSN = weights_BSN.to(q.dtype)
+        pooled, _ = attend(weights_BSN[:, None] @ q, k, v)
+        return self.out_norm(self.proj(join_heads(pooled)) + weights_BSN @ normed_BNC)
+
+
+def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The SRS tensors of a published UDI network, without `module.`, under this module's names."""
+    found = {}
+    for name, tensor in state.items():
+        prefix = next((prefix for prefix in PUBLISHED if name.startswith(prefix)), None)
+        if prefix is not None:
+            found[PUBLISHED[prefix] + name.removeprefix(prefix)] = tensor
+    return found

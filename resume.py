@@ -1,0 +1,327 @@
+"""A run survives: what is saved of it and when, and how it goes on, to the bit as if it had never stopped.
+
+    with Saver(output_dir, step, args, config) as saver:          # SIGTERM and SIGUSR1 now ask for an end
+        engine.train(step, loader, epochs, accum_iter, log, saver, resume_run(output_dir, step, args))
+
+`checkpoint.pth` appears whole or not at all; the file before it becomes `checkpoint_previous1.pth`, and so on. At every moment at
+least one of them is whole. Within an epoch `epoch` is the one that goes on, and `in_epoch` says how far it is.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import checkpoint
+import optim
+import sharding
+import utils
+from utils import UsageError, logger
+
+if TYPE_CHECKING:
+    from engine import TrainStep
+
+CHECKPOINT = "checkpoint.pth"
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# Change no number of a run:
+LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last"}
+LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path", "fsdp", "dist_timeout"}
+# What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
+BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
+
+
+class Place(NamedTuple):
+    """How far a run is."""
+
+    epoch: int = 0  # the one to go on with
+    steps: int = 0  # of it that are done
+    meter: Mapping[str, Any] = {}  # what its `EpochMeter` has measured
+    unreadable: Mapping[str, str] = {}  # files met so far, and why
+    is_new: bool = False
+    damaged: tuple[Path, ...] = ()  # files that were passed by to get here
+
+
+# --------------------------------------------------------------------------- saving
+
+
+class Saver:
+    """Decides when a run is saved, on all processes alike, and saves it.
+
+    As a context it takes SIGTERM and SIGUSR1, which ask for an end, and on leaving without an error says whether the last state of
+    the run is on the disk.
+
+    Args:
+        args: `save_every_steps`, `save_every_minutes`, `saveckp_freq` and `keep_last` say how often and how many.
+        config: of the network, to be kept with it.
+
+    Attributes:
+        stopping: all processes know that the run is to end.
+    """
+
+    def __init__(self, output_dir: Path, step: TrainStep, args: Any, config: Any) -> None:
+        self.output_dir = output_dir
+        self.step = step
+        self.args, self.config = args, config
+        self.stopping = False
+        self._signal: int | None = None
+        self._saved_at = time.monotonic()
+        self._failure = ""  # why the last saving did not work
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Saver:
+        self._handlers = {number: signal.signal(number, self._ask_for_end) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            with utils.failing_together():
+                if self._failure:
+                    raise UsageError(
+                        f"the end of the run is not saved ({self._failure}); make room in {self.output_dir} and start it again, "
+                        f"it goes on from its last whole checkpoint"
+                    )
+
+    def _ask_for_end(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number
+
+    def wishes(self) -> list[float]:
+        """This process's: to end the run, and to save it by the clock, which the main process reads."""
+        minutes = self.args.save_every_minutes
+        late = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
+        return [float(self._signal is not None), float(late and utils.is_main_process())]
+
+    def due(self, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+        """Whether to save now, `steps` steps into the epoch, as the sums of all processes' `wishes` say.
+
+        `moved`: at least one of the steps was made here.
+        """
+        end, late = wishes
+        self.stopping = end > 0
+        every = self.args.save_every_steps
+        return self.stopping or (moved and (late > 0 or bool(every and steps % every == 0)))
+
+    def save(self, place: Place, images: int = 0) -> None:
+        """Save the run, on all processes at once; where that is not possible say so and let the run go on.
+
+        `images`: of the epoch that all processes have seen.
+        """
+        try:
+            save_run(self.output_dir, self.step, place, images, self.args, self.config)
+            self._failure = ""
+        except (OSError, RuntimeError) as error:
+            self._failure = " ".join(str(error).split())
+            logger.warning(
+                "cannot save the run (%s); its last whole checkpoint stays, and the next saving is tried", self._failure
+            )
+        self._saved_at = time.monotonic()
+        if self.stopping and not self._failure:
+            logger.warning(
+                "stopped %d steps into epoch %d and saved in %s; the same command continues the run",
+                place.steps,
+                place.epoch + 1,
+                self.output_dir,
+            )
+
+
+def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args: Any, config: Any) -> None:
+    """Write `checkpoint.pth`, and after every `args.saveckp_freq`th epoch (0: none) `checkpoint{epoch:04}.pth`.
+
+    All processes call this; the main one writes.
+
+    Raises:
+        OSError, RuntimeError: on the main process, it cannot be written; the files are then what they were.
+    """
+    rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
+    method = step.method
+    owners = (method.student, method.teacher, step.optimizer)
+    student, teacher, optimizer = (sharding.whole_state(owner) for owner in owners)
+    if not utils.is_main_process():
+        return
+    state = {
+        "student": checkpoint.prefixed(student),
+        "teacher": teacher,
+        "optimizer": optimizer,
+        "epoch": place.epoch,
+        "args": args,
+        "dino_loss": method.criterion.state_dict(),
+        "fp16_scaler": step.scaler.state_dict() if step.scaler.is_enabled() else None,
+        "config": None if config is None else config.dump(),
+        "rng": rng_of_rank,
+        "world_size": utils.get_world_size(),
+        "bad_steps_in_a_row": step.bad_steps.in_a_row,
+        "unreadable": dict(place.unreadable),
+    }
+    if place.steps:
+        state["in_epoch"] = {"steps": place.steps, "images": images, "meter": dict(place.meter)}
+    path = output_dir / CHECKPOINT
+    with utils.whole_file(path) as temporary:
+        checkpoint.save_file(state, temporary)
+        _step_back(path, args.keep_last)
+    finished = place.epoch - 1
+    if args.saveckp_freq and not place.steps and finished % args.saveckp_freq == 0:
+        checkpoint.save_file(state, output_dir / f"checkpoint{finished:04}.pth")
+
+
+def previous(path: Path, number: int) -> Path:
+    """The checkpoint `number` savings before the one at `path`; 0 is that itself."""
+    return path.with_name(f"{path.stem}_previous{number}{path.suffix}") if number else path
+
+
+def _step_back(path: Path, keep: int) -> None:
+    """Make room for a new file at `path`: each becomes the one before, the last is gone. All that are there stay whole."""
+    for number in range(keep, 0, -1):
+        newer, older = previous(path, number - 1), previous(path, number)
+        if newer.exists():
+            os.replace(newer, older)
+
+
+# --------------------------------------------------------------------------- going on
+
+
+def resume_run(output_dir: Path, step: TrainStep, args: Any) -> Place:
+    """Continue from the newest whole checkpoint of `output_dir`, if there is any.
+
+    Raises:
+        UsageError: all files are damaged, or of another network, optimiser or number of prototypes.
+    """
+    found = newest_whole(output_dir / CHECKPOINT)
+    if found is None:
+        return Place(is_new=True)
+    path, content, damaged = found
+    source = f"checkpoint '{path}'"
+    absent = {"student", "teacher", "optimizer", "epoch", "dino_loss"} - content.keys()
+    if absent:
+        raise UsageError(
+            f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
+        )
+    for network, key in ((step.method.student, "student"), (step.method.teacher, "teacher")):
+        checkpoint.load_network(network, checkpoint.network_state(content, key, path), source)
+    centres = checkpoint.NetworkState(content["dino_loss"], "full checkpoint", "dino_loss")
+    checkpoint.load_network(step.method.criterion, centres, source)
+    saved_args = content.get("args") or args
+    if getattr(saved_args, "optimizer", args.optimizer) != args.optimizer:
+        raise UsageError(
+            f"{source} was made with --optimizer {saved_args.optimizer}, not {args.optimizer}; choose another --output_dir"
+        )
+    try:
+        optim.load_optimizer_state(step.optimizer, content["optimizer"])
+    except ValueError:
+        raise UsageError(f"{source} trained other parameters; was --norm_last_layer the same?") from None
+    if step.scaler.is_enabled() and content.get("fp16_scaler"):
+        step.scaler.load_state_dict(content["fp16_scaler"])
+    step.bad_steps.in_a_row = content.get("bad_steps_in_a_row", 0)
+    epoch = continue_from(content, args, path)
+    in_epoch = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
+    steps = _steps_of(in_epoch, args)
+    return Place(epoch, steps, in_epoch["meter"], content.get("unreadable", {}), damaged=damaged)
+
+
+def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | None:
+    """The newest whole one of the checkpoint at `path` and those before it, with its content and the damaged ones passed by.
+
+    Raises:
+        DamagedError: there are files, and none of them is whole.
+    """
+    numbers = [int(n) for file in path.parent.glob(f"{path.stem}_previous*{path.suffix}")
+               if (n := file.stem.removeprefix(f"{path.stem}_previous")).isdecimal()]  # fmt: skip
+    damaged: list[Path] = []
+    for candidate in [path, *(previous(path, number) for number in sorted(numbers))]:
+        if not candidate.exists():
+            continue
+        try:
+            checkpoint.check_whole(candidate)
+            content = checkpoint.load_file(candidate)
+        except checkpoint.DamagedError as error:
+            logger.warning("%s", error)
+            damaged.append(candidate)
+            continue
+        if candidate != path:
+            logger.warning("going on from the checkpoint before, %s", candidate)
+        return candidate, content, tuple(damaged)
+    if damaged:
+        raise checkpoint.DamagedError(
+            f"no checkpoint in {path.parent} is whole ({', '.join(file.name for file in damaged)}); "
+            "put a copy there, or choose another --output_dir"
+        )
+    return None
+
+
+def _steps_of(in_epoch: Mapping[str, Any], args: Any) -> int:
+    """How many steps of this run have seen the images that the saved one has, rounded down."""
+    batch = args.batch_size_per_gpu * args.accum_iter * utils.get_world_size()
+    steps, left = divmod(in_epoch["images"], batch)
+    if steps != in_epoch["steps"]:
+        logger.warning(
+            "%d images of the epoch are seen, which are %d steps of %d images now, not %d; %d come again, and what follows is not "
+            "to the bit what the saved run would have done",
+            *(in_epoch["images"], steps, batch, in_epoch["steps"], left),
+        )
+    elif steps:
+        logger.info("%d steps of the epoch are done", steps)
+    return steps
+
+
+def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
+    """The end of every resume: report changed arguments, restore the random states, say and return the epoch to start with."""
+    _report_changes(vars(args), vars(content.get("args") or args))
+    rng_of_rank = content.get("rng") or []
+    if len(rng_of_rank) == utils.get_world_size():
+        utils.set_rng_state(rng_of_rank[utils.get_rank()])
+    else:
+        logger.warning(
+            "the run was saved by %d processes, now there are %d: random numbers start afresh",
+            len(rng_of_rank),
+            utils.get_world_size(),
+        )
+    logger.info("resuming %s at epoch %d", path, content["epoch"])
+    return int(content["epoch"])
+
+
+def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Say which arguments differ from those of the run that is continued, or from what it did before they existed."""
+    before = BEFORE_THE_FLAG | before
+    names = sorted((now.keys() & before.keys()) - LAUNCH_FLAGS)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if now[name] != before[name]]
+    if changed:
+        logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))
+
+
+def tidy(output_dir: Path, place: Place) -> None:
+    """Before a run goes on: what a killed one left half done is taken out of the way. The main process calls this.
+
+    Temporary files are removed, damaged checkpoints get the suffix `.damaged` (so that no whole one gives way to them), and lines
+    of `log.txt` about epochs that are trained again go to `log_repeated.txt`.
+    """
+    for file in output_dir.glob(".*.tmp"):
+        logger.warning("removing %s, which a saving left that did not end", file)
+        file.unlink(missing_ok=True)
+    for file in place.damaged:
+        os.replace(file, file.with_name(file.name + ".damaged"))
+    log = output_dir / "log.txt"
+    if not log.exists():
+        return
+    lines = log.read_text().splitlines(keepends=True)
+    again = [line for line in lines if _is_repeated(line, place.epoch)]
+    if again:
+        with (output_dir / "log_repeated.txt").open("a") as repeated:
+            repeated.writelines(line.rstrip("\n") + "\n" for line in again)
+        with utils.whole_file(log) as temporary:
+            temporary.write_text("".join(line for line in lines if not _is_repeated(line, place.epoch)))
+
+
+def _is_repeated(line: str, epoch: int) -> bool:
+    """Whether a line is about `epoch` or a later one, or was never written to its end."""
+    try:
+        return bool(json.loads(line)["epoch"] >= epoch)
+    except (ValueError, LookupError, TypeError):
+        return not line.endswith("\n")

@@ -1,0 +1,290 @@
+"""The collapse monitor against slow numpy, its warnings on constructed collapses, diagnoses of bad steps, k-NN during training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from runs import TINY_RUN, TINY_SWIN, run_script, write_images
+from test_engine import everything, random_views, spoiled, tiny
+from torch import Tensor
+
+import health
+import main_esvit
+from benchmarks import syncs
+from health import Level, Monitor
+from outputs import FactoredLogits
+from progress import EpochMeter
+
+
+def random_level(rows: int = 70, prototypes: int = 40, factored: bool = False) -> Level:
+    factors = [FactoredLogits(torch.randn(rows, 6), torch.randn(prototypes, 6)) for _ in range(2)]
+    logits = factors if factored else [each.product() for each in factors]
+    return Level(
+        logits[0], logits[1], torch.randn(1, prototypes), 0.1, 0.5, torch.randn(90, 12) * torch.arange(1.0, 13.0)
+    )
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_measures_equal_slow_ones(factored: bool) -> None:
+    level = random_level(factored=factored)
+    found = {name: value.item() for name, value in health.measure(level).items()}
+    student, teacher = (
+        np.asarray(each.product() if isinstance(each, FactoredLogits) else each, dtype=np.float64) for each in level[:2]
+    )
+    entropies, divergences, best = [], [], set()
+    for s, t in zip(student, teacher):
+        p = np.exp((t - level.center[0].double().numpy()) / 0.5)
+        q = np.exp(s / 0.1 - (s / 0.1).max())
+        p, q = p / p.sum(), q / q.sum()
+        entropies.append(-sum(x * math.log(x) for x in p))
+        divergences.append(sum(x * math.log(x / y) for x, y in zip(p, q)))
+        best.add(int(p.argmax()))
+    features = level.features.double().numpy()
+    lengths = features / np.linalg.norm(features, axis=1, keepdims=True)
+    assert found["teacher_entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
+    assert found["kl"] == pytest.approx(np.mean(divergences), rel=1e-4)
+    assert found["prototypes_used"] == pytest.approx(len(best) / 40)
+    assert found["feature_std"] == pytest.approx(lengths.std(axis=0).mean() * math.sqrt(12), rel=1e-5)
+    assert found["feature_rank"] == pytest.approx(slow_rank(features), rel=1e-3)
+
+
+def slow_rank(features: np.ndarray) -> float:
+    values = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
+    shares = values[values > 1e-12] / values.sum()
+    return math.exp(-sum(x * math.log(x) for x in shares))
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "rank"), [(60, 20, 20), (20, 60, 20), (60, 40, 1), (60, 40, 3), (8, 96, 8)]
+)
+def test_effective_rank_equals_that_of_singular_values(rows: int, channels: int, rank: int) -> None:
+    spectrum = torch.logspace(0, -3, rank)
+    features = torch.randn(rows, rank) * spectrum @ torch.randn(rank, channels) + 5
+    assert health.effective_rank(features).item() == pytest.approx(slow_rank(features.double().numpy()), rel=3e-3)
+
+
+def test_effective_rank_without_any_spread_is_one_and_unknown_of_nan() -> None:
+    assert health.effective_rank(torch.ones(5, 7)) == 1
+    assert torch.isnan(health.effective_rank(torch.full((5, 7), math.nan)))
+
+
+def test_spread_covers_evenly_without_doubles() -> None:
+    assert health.spread(10, 5, torch.device("cpu")).tolist() == [0, 2, 4, 6, 8]
+    assert health.spread(3, 5, torch.device("cpu")).tolist() == [0, 1, 2]
+
+
+# --------------------------------------------------------------------------- warnings
+
+
+def collapsed(cause: str, rows: int = 64, prototypes: int = 32) -> Level:
+    teacher, features = torch.randn(rows, prototypes), torch.randn(rows, 12)
+    if cause == "entropy":
+        teacher = 50 * torch.eye(prototypes)[:1].expand(rows, -1)
+    if cause == "std":
+        features = torch.randn(1, 12) + 1e-4 * torch.randn(rows, 12)
+    if cause == "rank":
+        features = torch.randn(rows, 1) @ torch.randn(1, 12)
+    return Level(torch.randn(rows, prototypes), teacher, torch.zeros(1, prototypes), 1.0, 1.0, features)
+
+
+def warnings_of(
+    cause: str, readings: int, caplog: pytest.LogCaptureFixture, warmed_up: bool = True
+) -> tuple[list[str], Monitor]:
+    monitor = Monitor()
+    scalars = {name: value.item() for name, value in monitor.measure({"view": collapsed(cause)}).items()}
+    scalars |= {"loss": math.log(32) if cause == "plateau" else 2.0, "skipped": 0.0}
+    with caplog.at_level(logging.WARNING, "esvit"):
+        for _ in range(readings):
+            monitor.check(scalars, warmed_up)
+    return [record.getMessage() for record in caplog.records], monitor
+
+
+@pytest.fixture(autouse=True)
+def _propagated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("esvit"), "propagate", True)
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        ("plateau", "loss 3.466 stays at ln K = 3.466"),
+        ("entropy", "entropy of the teacher's view outputs is 0.000"),
+        ("std", "view features hardly differ"),
+        ("rank", "view features have lost rank"),
+    ],
+)
+def test_each_collapse_is_told_alone_with_its_cures(cause: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    """After five readings, and again when it has lasted 10 and 20."""
+    told, _ = warnings_of(cause, 4, caplog)
+    assert not told
+    told, _ = warnings_of(cause, 39, caplog)
+    assert len(told) == 3
+    assert all(words in sentence and health.CURES[cause] in sentence for sentence in told)
+
+
+def test_nothing_is_told_of_healthy_outputs_nor_of_the_warm_up(caplog: pytest.LogCaptureFixture) -> None:
+    assert not warnings_of("nothing", 50, caplog)[0]
+    assert not warnings_of("plateau", 50, caplog, warmed_up=False)[0]
+
+
+# --------------------------------------------------------------------------- in a step
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--use_dense_prediction", "off"), ("--use_mixup", "on"), ("--plain_loss", "on")]
+)
+def test_watching_changes_no_bit(flags: tuple[str, ...]) -> None:
+    (method, step), (watched_method, watched) = tiny(*flags), tiny(*flags)
+    for one, watch in ((step, False), (watched, True)):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        losses = [one([random_views(4, i), random_views(4, 9 + i)], i, 1, watch=watch) for i in range(2)]
+        levels = {name.split("/")[0] for name in losses[-1] if "/" in name}
+        assert levels == (({"view"} if "off" in flags else {"view", "region"}) if watch else set())
+        if watch:
+            assert all(math.isfinite(value) for value in losses[-1].values())
+    expected, found = everything(method, step), everything(watched_method, watched)
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
+def test_a_watched_step_never_waits() -> None:
+    _, step = tiny()
+    meter = EpochMeter(0, 2, 4)
+    meter.update(step([random_views(4, 0)], 0, 1, watch=True))
+    views = random_views(4, 1)
+    assert not syncs.count(lambda: meter.update(step([views], 1, 1, watch=True))).waits
+    assert sum(syncs.count(lambda: step.check(meter.read(), 1)).waits.values()) == 1
+
+
+def test_watched_rows_are_pairs_of_the_loss() -> None:
+    """Each watched student region is of the second view, its teacher region the most similar one of the same image's first."""
+    method, _ = tiny("--plain_loss", "on")
+    views = random_views(4, 0)
+    student, teacher = method.student(views), method.teacher(views[:2])
+    features: dict[str, Tensor] = {"view": torch.zeros(8, 3), "region": torch.zeros(8, 3)}
+    level = method.criterion.levels(student, teacher, 0, features)["region"]
+    first, second = student.regions_per_view[:2]
+    rows = [4 * first + i for i in range(4 * second)]
+    matches = []
+    for row in range(4 * second):
+        image = row // second
+        candidates = teacher.region_features[image * first : (image + 1) * first]
+        cosines = torch.cosine_similarity(student.region_features[rows[row]][None], candidates)
+        matches.append(image * first + int(cosines.argmax()))
+    assert isinstance(level.student_logits, Tensor)
+    assert isinstance(level.teacher_logits, Tensor)
+    assert torch.equal(level.student_logits, student.region_logits.detach()[rows])
+    assert torch.equal(level.teacher_logits, teacher.region_logits[matches])
+
+
+# --------------------------------------------------------------------------- bad steps
+
+
+def test_diagnosis_names_terms_tensors_and_images_and_keeps_them(tmp_path: Path) -> None:
+    _, step = tiny("--max_bad_steps", "2", "--output_dir", str(tmp_path))
+    for number in ("", "_2"):
+        meter = EpochMeter(0, 2, 4)
+        views = spoiled(random_views(4, 0))
+        for i in range(2):
+            meter.update(step([views], i, 1))
+        with pytest.raises(FloatingPointError) as caught:
+            step.check(meter.read(), 1, partial(list, views))
+        words = str(caught.value)
+        assert "2 steps in a row" in words
+        assert "view_loss" in words
+        assert "lr " in words
+        assert "images of process 0 hold such numbers" in words
+        kept = torch.load(tmp_path / f"bad_step{number}.pth", weights_only=True)
+        bad = [name for name, norm in kept["gradient_norms"].items() if not math.isfinite(norm)]
+        assert bad
+        assert f"({len(bad)} of {len(kept['gradient_norms'])})" in words
+        assert bad[0] in words
+        assert [view["not_finite"] for view in kept["view_statistics"][0]] == [0, 0, 1, 0]
+        assert torch.equal(kept["views"][0], views[0])
+        assert [one["iteration"] for one in kept["steps"]] == [0, 1]
+        step.bad_steps.in_a_row, step.bad_steps._recent = 0, []
+
+
+@pytest.mark.slow
+def test_two_processes_end_together(tmp_path: Path) -> None:
+    """Only the second process meets bad images; both end with the diagnosis, one file is written."""
+    script = tmp_path / "end.py"
+    script.write_text(
+        "import argparse, sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import utils\n"
+        "from progress import EpochMeter\n"
+        "from test_engine import random_views, spoiled, tiny\n"
+        "def main():\n"
+        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None))\n"
+        f"    method, step = tiny('--max_bad_steps', '2', '--output_dir', {str(tmp_path)!r})\n"
+        "    meter = EpochMeter(0, 2, 4)\n"
+        "    views = spoiled(random_views(4, 1)) if utils.get_rank() else random_views(4, 0)\n"
+        "    for i in range(2):\n"
+        "        meter.update(step([views], i, 1, watch=i == 1))\n"
+        "    step.check(meter.read(), 1, lambda: views)\n"
+        "utils.run_script(main)\n"
+    )
+    result = run_script(str(script), processes=2, timeout=60)
+    assert result.returncode != 0
+    for rank in ("error: 2 steps", "error (process 1): 2 steps"):
+        assert rank in result.stderr
+    assert "images of process 1 hold such numbers" in result.stderr
+    assert torch.load(tmp_path / "bad_step.pth", weights_only=True)["view_statistics"][1][2]["not_finite"] == 1
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+def run(tmp_path: Path, name: str, *flags: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """The log without times, and the weights."""
+    out = tmp_path / name
+    images = tmp_path / "images"
+    if not images.exists():
+        write_images(images, 8, classes=2)
+    command = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(out), *flags, *TINY_SWIN]
+    main_esvit.main(main_esvit.get_args_parser().parse_args(command))
+    timed = {"seconds", "images_per_s", "waiting_share", "peak_memory_mb"}
+    lines = [json.loads(line) for line in (out / "log.txt").open()]
+    state = torch.load(out / "checkpoint.pth", weights_only=False)
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines], state["student"] | state["teacher"]
+
+
+def test_same_seed_gives_the_same_log_and_a_score_changes_nothing(tmp_path: Path) -> None:
+    """A folder without a split is scored by leaving one out; its colours tell the two classes apart."""
+    (first, weights), (second, _) = run(tmp_path, "a"), run(tmp_path, "b")
+    assert first == second
+    assert first != run(tmp_path, "c", "--seed", "1")[0]
+    scored, scored_weights = run(tmp_path, "d", "--knn_every", "2", "--knn_data_path", str(tmp_path / "images"))
+    assert not [name for name in weights if not torch.equal(weights[name], scored_weights[name])]
+    assert "knn_top1" not in scored[0]
+    scores = [scored[1].pop(name) for name in ("knn_top1", "knn_top1_student")]
+    assert scored == first
+    assert all(50 <= score <= 100 for score in scores)
+    assert first[0]["train_region/feature_rank"] >= 1
+
+
+@pytest.mark.slow
+def test_two_processes_score_and_draw_different_crops(tmp_path: Path) -> None:
+    for part, seed in (("train", 0), ("val", 1)):
+        write_images(tmp_path / "images" / part, 6, classes=2, seed=seed)
+    flags = ["--data_path", str(tmp_path / "images"), "--knn_every", "1", "--knn_data_path", str(tmp_path / "images")]
+    logs = {}
+    for name, knn in (("with", flags), ("without", flags[:2])):
+        result = run_script(
+            "main_esvit.py", *TINY_RUN, *knn, "--output_dir", str(tmp_path / name), *TINY_SWIN, processes=2
+        )
+        assert result.returncode == 0, result.stderr
+        logs[name] = [json.loads(line) for line in (tmp_path / name / "log.txt").open()]
+    assert all(line["knn_top1"] >= 50 for line in logs["with"])
+    assert [line["train_loss"] for line in logs["with"]] == [line["train_loss"] for line in logs["without"]]
+    state = torch.load(tmp_path / "with" / "checkpoint.pth", weights_only=False)
+    assert not torch.equal(*(rng["torch"] for rng in state["rng"]))
