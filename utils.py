@@ -372,7 +372,9 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=args.dist_timeout)
         try:
-            dist.init_process_group(backend, init_method=args.dist_url, world_size=world, rank=rank, timeout=timeout)
+            met = next(dist.rendezvous(args.dist_url, rank, world, timeout=timeout))  # type: ignore[attr-defined]
+            store = _unread_store(met[0])
+            dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout)
         except dist.DistError as error:
             env = os.environ
             where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if args.dist_url == "env://" else args.dist_url
@@ -381,6 +383,16 @@ def init_processes(args: argparse.Namespace) -> torch.device:
                 f"({str(error).splitlines()[0]}); start as many as were announced, where that host can be reached"
             ) from error
     return device
+
+
+def _unread_store(store: Any) -> Any:
+    """The part of `store` that is this start's own: torchrun's outlives workers, and restarted ones would call the dead.
+
+    Agents of several nodes count restarts differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a store for each.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
 
 
 def is_distributed() -> bool:

@@ -1,14 +1,17 @@
-"""Two processes with half the batch each give what one process gives with the whole batch."""
+"""Several processes give what one gives with the whole batch, and what a death of one does to the others."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from runs import TINY_RUN, TINY_SWIN, free_port, run_script, start_script, write_images
+from runs import TINY_RUN, TINY_SWIN, clean_environment, free_port, run_script, start_script, write_images
 
 import checkpoint
 
@@ -28,31 +31,38 @@ SAME_RUN = [
 ]
 
 
+def run_module(module: str, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *args]
+    return subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=240)
+
+
 def losses_of(run: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in (run / "log.txt").open()]
 
 
 @pytest.mark.parametrize("dense", ["on", "off"])
-def test_two_processes_equal_one(tmp_path: Path, dense: str) -> None:
+def test_several_processes_equal_one(tmp_path: Path, dense: str) -> None:
     """Losses, centres and weights; the images are read from disk by the real loader, 17 of them so that one is left over.
 
     SGD, because Adam divides rounding errors of tiny gradients by their own size.
     """
     images = write_images(tmp_path / "images", 17)
     no_drop_path = [*TINY_SWIN[:-1], "0.0"]
-    for run, processes, batch in (("one", 0, 8), ("two", 2, 4)):
+    runs = {"one": (0, 8), "two": (2, 4)} | ({"four": (4, 2)} if dense == "on" else {})
+    for run, (processes, batch) in runs.items():
         flags = ["--use_dense_prediction", dense, "--batch_size_per_gpu", str(batch), "--data_path", str(images)]
         flags += ["--output_dir", str(tmp_path / run)]
         result = run_script("main_esvit.py", *SAME_RUN, *flags, *no_drop_path, processes=processes)
         assert result.returncode == 0, result.stderr
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
-    one, two = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("one", "two"))
-    for part in ("dino_loss", "student", "teacher"):
-        assert one[part].keys() == two[part].keys()
-        for name, value in one[part].items():
-            torch.testing.assert_close(two[part][name], value, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
-    assert len(two["rng"]) == 2
-    assert not torch.equal(two["rng"][0]["torch"], two["rng"][1]["torch"])  # each rank draws its own numbers
+    one, *others = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in runs)
+    for run, many in zip(list(runs)[1:], others):
+        assert losses_of(tmp_path / run) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+        for part in ("dino_loss", "student", "teacher"):
+            assert one[part].keys() == many[part].keys()
+            for name, value in one[part].items():
+                torch.testing.assert_close(many[part][name], value, rtol=1e-4, atol=1e-5, msg=f"{run} {part} {name}")
+        assert len(many["rng"]) == runs[run][0]
+        assert not torch.equal(many["rng"][0]["torch"], many["rng"][1]["torch"])  # each rank draws its own numbers
 
 
 def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
@@ -162,3 +172,196 @@ def test_rows_are_gathered_from_processes_without_any(tmp_path: Path) -> None:
     assert "gather.py: error (process 1): the processes see different ranks ([0, 1])" in result.stderr
     assert result.returncode == 1  # torchrun's own
     assert "exitcode  : 2" in result.stderr
+
+
+def test_linear_probe_of_several_processes_equals_one(tmp_path: Path) -> None:
+    """Losses and scores; 9 validation images do not divide by the processes. Those of training do: else some come twice."""
+    for split, count in (("train", 4), ("val", 3)):
+        write_images(tmp_path / "images" / split, count, classes=3, seed=len(split))
+    flags = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
+    flags += ["--data_path", str(tmp_path / "images"), "--epochs", "2", "--lr", "0.1", "--n_last_blocks", "2"]
+    logs = []
+    for processes, batch in ((0, 4), (2, 2), (4, 1)):
+        run = tmp_path / str(processes)
+        own = ["--batch_size_per_gpu", str(batch), "--output_dir", str(run)]
+        result = run_script("eval_linear.py", *flags, *own, *TINY_SWIN, processes=processes)
+        assert result.returncode == 0, result.stderr
+        logs.append([json.loads(line) for line in (run / "log.txt").open()])
+    for log in logs:
+        assert len(log) == 2
+        for name in ("train_loss", "test_loss", "test_acc1", "test_acc5"):
+            assert [line[name] for line in log] == pytest.approx([line[name] for line in logs[0]], rel=1e-4), name
+
+
+# Gradients of processes against those of one that does their parts one after the other, on the same random numbers.
+PARTS = """
+import sys, torch
+sys.path.insert(0, ROOT)
+import main_esvit, utils
+from models import load_arch_config
+args = main_esvit.get_args_parser().parse_args(sys.argv[1:])
+
+def build():
+    utils.seed_everything(0)
+    return main_esvit.build_method(args, load_arch_config(args.arch, args.cfg, args.opts, 0.0), torch.device("cpu"))
+
+def backward(method, rank):
+    utils.seed_everything(100 + rank)
+    views = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16)]
+    loss = method.compute_loss(views, 0)[0]
+    loss.backward()
+    method.finish_step(torch.tensor(True))
+    return loss.item()
+
+def main():
+    utils.init_processes(args)
+    world, rank = utils.get_world_size(), utils.get_rank()
+    method = build()
+    loss = backward(method, rank)
+    losses = utils.all_gather_objects(loss)
+    theirs = {name.removeprefix("module."): p.grad for name, p in method.student.named_parameters()}
+    torch.distributed.destroy_process_group()
+    sums, alone = {}, []
+    for part in range(world):
+        one = build()
+        alone.append(backward(one, part))
+        for name, p in one.student.named_parameters():
+            if p.grad is not None:
+                sums[name] = sums.get(name, 0) + p.grad / world
+    assert losses == alone and len(set(losses)) == world, (losses, alone)
+    assert sums.keys() == {name for name, grad in theirs.items() if grad is not None}
+    for name, grad in sums.items():
+        torch.testing.assert_close(theirs[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    print("equal", len(sums))
+utils.run_script(main)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("what", ["mixup", "batch_norm"])
+def test_gradients_are_means_over_processes(tmp_path: Path, what: str, processes: int) -> None:
+    """Mixup mixes images of one process; on the CPU BatchNorm sees those of one process (on CUDA those of all)."""
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS.replace("ROOT", repr(str(ROOT))))
+    own = {"mixup": ["--use_mixup", "on", "--num_mixup_views", "4"], "batch_norm": ["--use_bn_in_head", "on"]}[what]
+    result = run_script(str(script), *TINY_RUN, *own, *TINY_SWIN, processes=processes)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("equal") == processes
+
+
+# main_esvit.py in which process 1 dies in epoch 1, the first time.
+DYING = """
+import os, pathlib, signal, sys
+sys.path.insert(0, ROOT)
+import engine, main_esvit, utils
+step, marker = engine.TrainStep.__call__, pathlib.Path(os.environ["MARKER"])
+
+def dying(self, views, iteration, epoch, **more):
+    if epoch == 1 and utils.get_rank() == 1 and not marker.exists():
+        marker.touch()
+        if os.environ["HOW"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("this process dies")
+    return step(self, views, iteration, epoch, **more)
+engine.TrainStep.__call__ = dying
+utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
+"""
+
+
+@pytest.fixture
+def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.replace("ROOT", repr(str(ROOT))))
+    monkeypatch.setenv("MARKER", str(tmp_path / "died"))
+    return str(script)
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize("launcher", ["torchrun", "none"])
+def test_death_of_one_ends_the_others(
+    tmp_path: Path, dying: str, how: str, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a minute of it, and saying why."""
+    monkeypatch.setenv("HOW", how)
+    images = write_images(tmp_path / "images", 8)
+    flags = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(tmp_path / "out"), *TINY_SWIN]
+    if launcher == "torchrun":
+        result = run_script(dying, *flags, processes=2)
+        codes, told = [result.returncode], result.stderr
+    else:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        processes = [start_script(dying, *flags, env=shared | {"RANK": str(rank)}) for rank in (0, 1)]
+        told = "".join(process.communicate(timeout=120)[1] for process in processes)
+        codes = [process.returncode for process in processes]
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert 0 not in codes
+    if how == "raise":
+        assert "RuntimeError: this process dies" in told
+        assert "Traceback" in told
+    elif launcher == "torchrun":
+        assert "Signal 9 (SIGKILL) received" in told
+    else:
+        assert codes[1] == -9
+        assert "Traceback" in told  # of process 0, whose peer is gone
+
+
+def test_killed_worker_is_restarted_from_its_checkpoint(
+    tmp_path: Path, dying: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun --max-restarts; the run ends as one that nothing happened to."""
+    monkeypatch.setenv("HOW", "kill")
+    images = write_images(tmp_path / "images", 8)
+    for run in ("killed", "whole"):  # the second finds the marker of the first
+        flags = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(tmp_path / run), *TINY_SWIN]
+        command = ["--nproc_per_node=2", f"--master_port={free_port()}", "--max-restarts=1", dying, *flags]
+        result = run_module("torch.distributed.run", *command)
+        assert result.returncode == 0, result.stderr
+        assert ("at epoch 1" in result.stderr) == (run == "killed")
+    equal_checkpoints(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_two_nodes_equal_two_processes(tmp_path: Path) -> None:
+    """main_esvit_mnodes.py as two nodes of one process each, as one node of two, and plain torchrun."""
+    images = write_images(tmp_path / "images", 8)
+
+    def flags(run: str) -> list[str]:
+        own = ["--data_path", str(images), "--output_dir", str(tmp_path / run)]
+        return [*TINY_RUN, "--epochs", "1", *own, *TINY_SWIN]
+
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    nodes = ["--num_nodes", "2", "--num_gpus_per_node", "1"]
+    first = start_script("main_esvit_mnodes.py", *nodes, "--node_rank", "0", *flags("nodes"), env=meet)
+    second = start_script("main_esvit_mnodes.py", *nodes, *flags("nodes"), env=meet | {"OMPI_COMM_WORLD_RANK": "1"})
+    errors = [node.communicate(timeout=120)[1] for node in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], errors
+    one_node = run_script("main_esvit_mnodes.py", "--num_gpus_per_node", "2", *flags("node"))
+    assert one_node.returncode == 0, one_node.stderr
+    plain = run_script("main_esvit.py", *flags("plain"), processes=2)
+    assert plain.returncode == 0, plain.stderr
+    for run in ("nodes", "node"):
+        equal_checkpoints(tmp_path / run, tmp_path / "plain")
+
+
+def equal_checkpoints(one: Path, other: Path) -> None:
+    """The same weights and centres of two processes, bit for bit."""
+    ours, theirs = (checkpoint.load_file(folder / "checkpoint.pth") for folder in (one, other))
+    assert (ours["world_size"], ours["epoch"]) == (theirs["world_size"], theirs["epoch"])
+    assert ours["world_size"] == 2
+    for part in ("student", "teacher", "dino_loss"):
+        for name, value in theirs[part].items():
+            assert torch.equal(ours[part][name], value), f"{part} {name}"
+
+
+def test_mpi_variables_make_a_group(tmp_path: Path) -> None:
+    """Two plain processes, one of them described as Open MPI does it, the other as Intel MPI."""
+    images = write_images(tmp_path / "images", 8)
+    flags = [*TINY_RUN, "--epochs", "1", "--data_path", str(images), "--output_dir", str(tmp_path / "out"), *TINY_SWIN]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    places = [
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+        {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"},
+    ]
+    processes = [start_script("main_esvit.py", *flags, env=shared | place) for place in places]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from runs import free_port
 
@@ -99,6 +100,19 @@ def test_processes_that_do_not_come(rank: int, monkeypatch: pytest.MonkeyPatch) 
 def test_timeout_that_is_none(minutes: float) -> None:
     with pytest.raises(UsageError, match="must be minutes above 0"):
         utils.init_processes(argparse.Namespace(device="cpu", dist_timeout=minutes, dist_url="env://", local_rank=None))
+
+
+def test_restarted_workers_do_not_read_what_the_dead_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps one store; the addresses in it are those of processes that are gone."""
+    agent = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    utils._unread_store(agent).set("address of 0", "here")
+    assert utils._unread_store(agent).check(["address of 0"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not utils._unread_store(agent).check(["address of 0"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # whose agents count differently
+    assert utils._unread_store(agent) is agent
 
 
 # --------------------------------------------------------------------------- SLURM
