@@ -178,11 +178,17 @@ def previous(path: Path, number: int) -> Path:
 
 
 def _step_back(path: Path, keep: int) -> None:
-    """Make room for a new file at `path`: each becomes the one before, the last is gone. All that are there stay whole."""
-    for number in range(keep, 0, -1):
-        newer, older = previous(path, number - 1), previous(path, number)
-        if newer.exists():
-            os.replace(newer, older)
+    """Each file becomes the one before and the last is gone; the newest keeps its own name too, until the next one takes it."""
+    if not keep or not path.exists():
+        return
+    for number in range(keep - 1, 0, -1):
+        if previous(path, number).exists():
+            os.replace(previous(path, number), previous(path, number + 1))
+    previous(path, 1).unlink(missing_ok=True)
+    try:
+        os.link(path, previous(path, 1))
+    except OSError:  # a disk without links: for a moment there is no newest one
+        os.replace(path, previous(path, 1))
 
 
 # --------------------------------------------------------------------------- going on
