@@ -179,7 +179,17 @@ def test_linear_probe_of_several_processes_equals_one(tmp_path: Path) -> None:
     for split, count in (("train", 4), ("val", 3)):
         write_images(tmp_path / "images" / split, count, classes=3, seed=len(split))
     flags = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
-    flags += ["--data_path", str(tmp_path / "images"), "--epochs", "2", "--lr", "0.1", "--n_last_blocks", "2"]
+    flags += [
+        "--random_weights",
+        "--data_path",
+        str(tmp_path / "images"),
+        "--epochs",
+        "2",
+        "--lr",
+        "0.1",
+        "--n_last_blocks",
+        "2",
+    ]
     logs = []
     for processes, batch in ((0, 4), (2, 2), (4, 1)):
         run = tmp_path / str(processes)
