@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 import data
+import flags
 import utils
 from checkpoint import load_backbone
 from data import augment
@@ -44,11 +45,11 @@ EVALUATION = "fine-tuning"  # how results.json tells whose it is
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = utils.Parser("eval_finetune.py", description="supervised fine-tuning of a backbone")
+    parser = flags.Parser("eval_finetune.py", description="supervised fine-tuning of a backbone")
     add = parser.add_argument
-    switch = partial(utils.add_switch, parser)
-    utils.add_network_flags(parser)
-    utils.add_weights_flags(parser, random_on_request=True)
+    switch = partial(flags.add_switch, parser)
+    flags.add_network_flags(parser)
+    flags.add_weights_flags(parser, random_on_request=True)
     add(
         "--drop_path", type=float, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
     )
@@ -78,9 +79,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    utils.add_layout_flags(parser)
+    flags.add_layout_flags(parser)
     add("--output_dir", default=".", help="folder for checkpoint.pth, best.pth, log.txt and results.json")
-    utils.add_launch_flags(parser)
+    flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -91,9 +92,9 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    utils.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "accum_iter", "val_freq", "log_freq"))
+    flags.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "accum_iter", "val_freq", "log_freq"))
     rates = ("lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "color_jitter")
-    utils.check_at_least(args, 0, ("warmup_epochs", *rates, "num_workers"))
+    flags.check_at_least(args, 0, ("warmup_epochs", *rates, "num_workers"))
     if args.warmup_epochs > args.epochs:
         raise UsageError(
             f"{args.warmup_epochs} warm-up epochs do not fit in {args.epochs} epochs; lower --warmup_epochs"
@@ -111,7 +112,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(
             f"mixup pairs images, --batch_size_per_gpu {args.batch_size_per_gpu} must be even, or --mixup and --cutmix 0"
         )
-    utils.check_centre_crop(args)
+    flags.check_centre_crop(args)
 
 
 # --------------------------------------------------------------------------- images
@@ -292,7 +293,7 @@ def main(args: argparse.Namespace) -> None:
     precision = utils.resolve_precision(args.precision, device)
     with utils.failing_together():
         check_args(args)
-        utils.check_weights(args)
+        flags.check_weights(args)
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         size = evaluation_size(args, config)
         loaders = build_loaders(args, config, device, size)

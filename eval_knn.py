@@ -24,6 +24,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 import data
+import flags
 import utils
 from checkpoint import load_tensor, save_file
 from data import augment
@@ -35,10 +36,11 @@ from features import (
     frozen_backbone,
     labelled_datasets,
 )
+from flags import bool_flag
 from models import load_arch_config
 from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
 from results import add_results, refuse_other_results
-from utils import UsageError, bool_flag, logger
+from utils import UsageError, logger
 
 EVALUATION = "k-NN"  # how results.json tells whose it is
 DUMPED = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # with train or test before it, as published
@@ -46,30 +48,30 @@ DUMPED = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # with train or t
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = utils.Parser("eval_knn.py", description="k-NN on frozen features")
+    parser = flags.Parser("eval_knn.py", description="k-NN on frozen features")
     add = parser.add_argument
-    utils.add_network_flags(parser)
+    flags.add_network_flags(parser)
     add("--batch_size_per_gpu", type=int, default=128)
     add(
         "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
     )
     add("--temperature", type=float, default=0.07, help="of the vote's weights")
-    utils.add_weights_flags(parser, random_on_request=True)
+    flags.add_weights_flags(parser, random_on_request=True)
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
-    utils.add_switch(parser, "--half", "store and compare features in float16")
+    flags.add_switch(parser, "--half", "store and compare features in float16")
     add("--backend", default="torch", choices=BACKENDS, help="of the search; faiss has to be installed")
-    utils.add_switch(parser, "--leave_one_out", "one labelled set: each image is judged by all others")
+    flags.add_switch(parser, "--leave_one_out", "one labelled set: each image is judged by all others")
     add("--dump_features", default=None, help="folder without such files, to save features and labels to")
     add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
     add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
-    utils.add_switch(parser, "--baselines", "score simple features too")
+    flags.add_switch(parser, "--baselines", "score simple features too")
     add("--output_dir", default=None, help="folder for results.json")
     add("--seed", type=int, default=0, help="of random weights")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/, or see --leave_one_out")
-    utils.add_layout_flags(parser)
-    utils.add_launch_flags(parser)
+    flags.add_layout_flags(parser)
+    flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -239,10 +241,10 @@ def check_args(args: argparse.Namespace) -> None:
     if args.backend == "faiss" and args.half:
         raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
     if not args.load_features:
-        utils.check_weights(args)
-    utils.check_at_least(args, 1, ["batch_size_per_gpu"])
-    utils.check_at_least(args, 0, ["num_workers"])
-    utils.check_centre_crop(args)
+        flags.check_weights(args)
+    flags.check_at_least(args, 1, ["batch_size_per_gpu"])
+    flags.check_at_least(args, 0, ["num_workers"])
+    flags.check_centre_crop(args)
 
 
 def main(args: argparse.Namespace) -> None:

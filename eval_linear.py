@@ -30,6 +30,7 @@ from yacs.config import CfgNode
 
 import checkpoint
 import data
+import flags
 import utils
 from data import augment
 from features import (
@@ -65,11 +66,11 @@ PROTOCOLS = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = utils.Parser("eval_linear.py", description="linear classifiers on frozen features")
+    parser = flags.Parser("eval_linear.py", description="linear classifiers on frozen features")
     add = parser.add_argument
-    switch = partial(utils.add_switch, parser)
-    utils.add_network_flags(parser)
-    utils.add_weights_flags(parser, random_on_request=True)
+    switch = partial(flags.add_switch, parser)
+    flags.add_network_flags(parser)
+    flags.add_weights_flags(parser, random_on_request=True)
     add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
     switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
     add("--epochs", type=int, default=100)
@@ -86,8 +87,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="folder for checkpoint.pth.tar, log.txt and results.json")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    utils.add_layout_flags(parser)
-    utils.add_launch_flags(parser)
+    flags.add_layout_flags(parser)
+    flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -328,9 +329,9 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    utils.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "val_freq", "log_freq", "num_labels"))
-    utils.check_at_least(args, 0, ["num_workers"])
-    utils.check_centre_crop(args)
+    flags.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "val_freq", "log_freq", "num_labels"))
+    flags.check_at_least(args, 0, ["num_workers"])
+    flags.check_centre_crop(args)
     if not all(0 < lr < math.inf for lr in args.lr):
         raise UsageError(f"--lr {args.lr} must be positive numbers")
     for name in ("lr", "n_last_blocks"):
@@ -402,7 +403,7 @@ def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     with utils.failing_together():
         check_args(args)
-        utils.check_weights(args)
+        flags.check_weights(args)
         precision = utils.resolve_precision(args.precision, device)
         folder = claim_folder(args)
         config = load_arch_config(args.arch, args.cfg, args.opts)

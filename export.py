@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+import flags
 import utils
 from checkpoint import HEADS, load_backbone, save_file
 from models import Backbone, build_model, load_arch_config
@@ -37,10 +38,10 @@ FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = utils.Parser("export.py", description="Export a backbone")
+    parser = flags.Parser("export.py", description="Export a backbone")
     add = parser.add_argument
-    utils.add_network_flags(parser)
-    utils.add_weights_flags(parser, required=True)
+    flags.add_network_flags(parser)
+    flags.add_weights_flags(parser, required=True)
     add("--format", required=True, choices=FORMATS, help="what to write")
     add("--output", type=Path, required=True, help="file to write; it must not exist yet")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")

@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 import checkpoint
 import data
 import engine
+import flags
 import health
 import optim
 import resume
@@ -31,6 +32,7 @@ from bad_steps import MAX_BAD_STEPS, BadSteps
 from data import augment
 from data.crops import split_views
 from data.mixup import ViewMixup
+from flags import bool_flag
 from knn_probe import KnnProbe, labelled_images
 from losses import TEACHER_VIEWS
 from losses import DINOLoss as DINOLoss
@@ -38,15 +40,15 @@ from losses import RegionMatchingLoss as RegionMatchingLoss
 from models import Backbone, build_model, load_arch_config
 from models.heads import DINOHead
 from progress import RunLog
-from utils import UsageError, bool_flag, logger
+from utils import UsageError, logger
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = utils.Parser("main_esvit.py", description="EsViT pre-training")
+    parser = flags.Parser("main_esvit.py", description="EsViT pre-training")
     add = parser.add_argument
 
-    utils.add_network_flags(parser)
+    flags.add_network_flags(parser)
     add("--out_dim", type=int, default=65536, help="number of prototypes K")
     add("--norm_last_layer", type=bool_flag, default=True, help="freeze the gain of the prototypes at 1")
     add("--momentum_teacher", type=float, default=0.996, help="EMA momentum of the teacher at the start; 1 at the end")
@@ -57,8 +59,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--plain_loss", type=bool_flag, default=False, help="hold all logits at once: slower, for comparison")
     add("--drop_path", type=float, default=None, help="stochastic depth of the student; default: the yaml's")
     add("--grad_checkpointing", type=bool_flag, default=False, help="recompute blocks in the backward to save memory")
-    utils.add_switch(parser, "--fsdp", "spread both networks and the optimiser over the processes, to save memory")
-    utils.add_switch(parser, "--compile", "torch.compile both backbones; the first steps take minutes")
+    flags.add_switch(parser, "--fsdp", "spread both networks and the optimiser over the processes, to save memory")
+    flags.add_switch(parser, "--compile", "torch.compile both backbones; the first steps take minutes")
 
     add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at the start")
     add("--teacher_temp", type=float, default=0.04, help="teacher temperature after its warm-up")
@@ -124,7 +126,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="imagenet1k (any data), imagenet22k, webvision1, openimages_v4, or a folder under --data_path",
     )
     add("--data_path", default="", help="folder of images, with or without classes or train/, or a text file of paths")
-    utils.add_layout_flags(parser)
+    flags.add_layout_flags(parser)
     add(
         "--sampler",
         default="distributed",
@@ -134,7 +136,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--shuffle_buffer", type=int, default=256, help="images that each worker mixes, of tar shards")
     add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, which local ones tell")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
-    utils.add_switch(parser, "--allow_partial", "take what fits of those weights")
+    flags.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
     add("--saveckp_freq", type=int, default=5, help="keep checkpoint{epoch:04}.pth every so many epochs, 0 for none")
     add("--save_every_steps", type=int, default=0, help="write checkpoint.pth also within an epoch, 0 for no")
@@ -151,7 +153,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--knn_data_path", default="", help="small labelled folder for them, with train/ and val/ or without a split")
     add("--seed", type=int, default=0)
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
-    utils.add_launch_flags(parser)
+    flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. MODEL.SPEC.WINDOW_SIZE 14")
     return parser
 
@@ -249,10 +251,10 @@ def check_args(args: argparse.Namespace) -> None:
         "head_hidden_dim",
         "head_bottleneck_dim",
     )
-    utils.check_at_least(args, 1, sizes)
+    flags.check_at_least(args, 1, sizes)
     waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
-    utils.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad", "knn_every"))
-    utils.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last"))
+    flags.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad", "knn_every"))
+    flags.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if args.fsdp and (args.compile or args.optimizer == "lars"):
@@ -264,8 +266,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(
             "--smoothing mixes every image with every other, too much for regions; set it to 0 or turn regions off"
         )
-    utils.check_at_least(args, 1, ("shuffle_buffer",))
-    utils.check_at_least(args, 0, ("epoch_images",))
+    flags.check_at_least(args, 1, ("shuffle_buffer",))
+    flags.check_at_least(args, 0, ("epoch_images",))
 
 
 # --------------------------------------------------------------------------- data

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch.distributed import run as torchrun
 
+import flags
 import main_esvit
 import utils
 from utils import UsageError
@@ -50,7 +51,7 @@ def torchrun_arguments(argv: Sequence[str], env: Mapping[str, str]) -> list[str]
         UsageError: numbers of nodes or GPUs that cannot be, no rank for this node, or no place to meet.
     """
     args = get_args_parser().parse_args(argv)
-    utils.check_at_least(args, 1, ("num_nodes", "num_gpus_per_node"))
+    flags.check_at_least(args, 1, ("num_nodes", "num_gpus_per_node"))
     if args.device in {"auto", "cuda"} and 0 < torch.cuda.device_count() < args.num_gpus_per_node:
         raise UsageError(
             f"--num_gpus_per_node {args.num_gpus_per_node}, but this machine has {torch.cuda.device_count()} GPUs; lower it"

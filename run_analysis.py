@@ -26,6 +26,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 import data
+import flags
 import utils
 from analysis import attention, correspondence, pictures, plots, stereo
 from analysis import report as pages
@@ -53,9 +54,9 @@ LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = utils.Parser("run_analysis.py", description="attention, correspondences and features of a frozen network")
+    parser = flags.Parser("run_analysis.py", description="attention, correspondences and features of a frozen network")
     add = parser.add_argument
-    utils.add_network_flags(parser)
+    flags.add_network_flags(parser)
     parser.set_defaults(patch_size=8)
     tasks = parser.add_argument_group("what to do, at least one of")
     for flag, words in {
@@ -67,8 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "vis_features": "principal components of the region features as colours",
         "report": "one HTML page with the run's curves, scores and pictures",
     }.items():
-        utils.add_switch(tasks, f"--{flag}", words)
-    utils.add_weights_flags(parser)
+        flags.add_switch(tasks, f"--{flag}", words)
+    flags.add_weights_flags(parser)
     add("--learning", default="ssl", choices=list(LEARNING), help="how the network was trained, as file names tell it")
     add("--image_path", default=None, help="image, or folder of images of which some are taken; default: --data_path")
     add("--image_path2", default=None, help="second image for --vis_correspondence; default: two views of the first")
@@ -78,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="pixel of the image whose region looks; default: the class token where there is one, else the centre")  # fmt: skip
     add("--block", type=int, default=-1, help="block to look at, counted from the first (0) or from the last (-1)")
     add("--threshold", type=float, default=0.6, help="share of the attention that masks keep")
-    utils.add_switch(
+    flags.add_switch(
         parser, "--use_saved_aug", "take the views that an earlier --vis_correspondence saved in --output_dir"
     )
     add("--output_dir", default=".", help="folder for pictures and figures")
@@ -87,8 +88,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size_per_gpu", type=int, default=32)
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder of images for what is measured over many")
-    utils.add_layout_flags(parser)
-    utils.add_launch_flags(parser)
+    flags.add_layout_flags(parser)
+    flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -433,8 +434,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"--threshold {args.threshold} is a share of the attention and must lie in 0..1, above 0")
     if args.use_saved_aug and args.image_path2:
         raise UsageError("--use_saved_aug takes views of one image, --image_path2 a second one; leave one of them out")
-    utils.check_at_least(args, 1, ["batch_size_per_gpu", "num_images"])
-    utils.check_at_least(args, 0, ["num_workers"])
+    flags.check_at_least(args, 1, ["batch_size_per_gpu", "num_images"])
+    flags.check_at_least(args, 0, ["num_workers"])
     if args.run_dir and not Path(args.run_dir).is_dir():
         raise UsageError(f"--run_dir {args.run_dir} is no folder; name the folder of a training run")
 

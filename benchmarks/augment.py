@@ -29,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import flags
 import utils
 from data.augment import dino_views
 from data.crops import split_views
@@ -98,7 +99,7 @@ def measure(jpegs: list[bytes], rounds: int) -> dict[str, list[Seconds]]:
 
 def main(args: argparse.Namespace) -> None:
     """Measure and print milliseconds an image and ratios."""
-    utils.check_at_least(args, 1, ("rounds", "quality"))
+    flags.check_at_least(args, 1, ("rounds", "quality"))
     torch.set_num_threads(1)
     utils.seed_everything(0)
     jpegs = make_jpegs(args.quality, args.images)

@@ -36,6 +36,7 @@ import tarfile
 import torch
 from PIL import Image
 
+import flags
 import utils
 from data.datasets import build_dataset
 from data.decode import ImageLike
@@ -185,7 +186,7 @@ def report(name: str, make: Callable[[], Any], indexed: bool = True) -> tuple[fl
 
 def main(args: argparse.Namespace) -> None:
     """Write each layout, index it twice (the second time from what the first kept), and print what it costs."""
-    utils.check_at_least(args, 1, ("entries",))
+    flags.check_at_least(args, 1, ("entries",))
     image, worst, rows = tiny_image(), 0.0, {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         os.environ[CACHE_VARIABLE] = f"{folder}/cache"

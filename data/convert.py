@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+import flags
 import utils
 from data.datasets import LAYOUTS, layout_of
 from data.sources import UNLABELLED, Files, Listing, Source, check_inside
@@ -176,19 +177,19 @@ class ShardsWriter(Writer):
 
 def get_args_parser() -> argparse.ArgumentParser:
     """From where to where."""
-    parser = utils.Parser("python -m data.convert", description="images into zip, tsv or shards")
+    parser = flags.Parser("python -m data.convert", description="images into zip, tsv or shards")
     parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
     parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
     parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards"))
     parser.add_argument("--shard_images", type=int, default=5000, help="images of a shard")
-    utils.add_layout_flags(parser)
+    flags.add_layout_flags(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Convert all splits of the source."""
     utils.setup_logging()
-    utils.check_at_least(args, 1, ("shard_images",))
+    flags.check_at_least(args, 1, ("shard_images",))
     layout = layout_of(args)
     listings = {split: list_split(args.data_path, layout, split) for split in find_splits(args.data_path, layout)}
     numbers, names = number_classes(list(listings.values()))

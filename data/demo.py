@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import Parser, UsageError, run_script
+from flags import Parser
+from utils import UsageError, run_script
 
 # name of the class -> file inside the package
 SKIMAGE = {
