@@ -279,9 +279,16 @@ def head_builder(args: argparse.Namespace, network: Backbone) -> Callable[[], DI
 
 
 def pair_networks(
-    args: argparse.Namespace, student: Backbone, teacher: Backbone, crops: augment.Crops, device: torch.device
+    args: argparse.Namespace,
+    student: Backbone,
+    teacher: Backbone,
+    crops: augment.Crops,
+    device: torch.device,
+    compiled: str = "forward_features",
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The teacher becomes the student's copy; both come back on the device, wrapped for several processes.
+
+    `compiled` is the method of a backbone that --compile compiles.
 
     Raises:
         UsageError: crops smaller than a patch.
@@ -293,16 +300,16 @@ def pair_networks(
     teacher.requires_grad_(False)
     student.grad_checkpointing = args.grad_checkpointing
     if args.compile:
-        compile_backbones(student, teacher)
+        compile_backbones(compiled, student, teacher)
     if args.fsdp:
         return sharding.shard_networks(student, teacher, device)
     return engine.wrap_networks(student.to(device), teacher.to(device))
 
 
-def compile_backbones(*networks: Backbone) -> None:
+def compile_backbones(method: str, *networks: Backbone) -> None:
     """Compile the stages of networks, one graph for each size of crops; modules, names of parameters and checkpoints stay."""
     for network in networks:
-        network.forward_features = torch.compile(network.forward_features, dynamic=False)  # type: ignore[method-assign]
+        setattr(network, method, torch.compile(getattr(network, method), dynamic=False))
 
 
 def build_step(
@@ -356,7 +363,9 @@ def describe_run(
 ) -> None:
     """Say once what is trained on what."""
     network = checkpoint.unwrap(method.student)
-    in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(checkpoint.HEADS))
+    in_backbone = sum(
+        p.numel() for name, p in network.named_parameters() if not name.startswith((*checkpoint.HEADS, "srs."))
+    )
     logger.info(
         "%s, %.1fM parameters (with heads %.1fM), %s; %d images, %d batches of %d on each of %d processes; %s, %s",
         args.arch,
