@@ -52,18 +52,26 @@ class Method(ABC):
 
     Attributes:
         student, teacher: networks with the same parameters in the same order; either may be wrapped for several processes.
-        criterion: the loss; its state dict is saved as `dino_loss`.
+        criterion: the loss.
+        criterion_key: what checkpoints call its state dict.
+        tasks: what is learned, in the words of the log.
         watch: set where outputs are to be watched for a collapse; then `compute_loss` calls it with its levels (health.py).
     """
 
     student: nn.Module
     teacher: nn.Module
     criterion: nn.Module
+    criterion_key: str = "dino_loss"
+    tasks: str
     watch: Callable[[Mapping[str, Level]], None] | None = None
 
     @abstractmethod
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch of views, and further scalars to log."""
+
+    def images(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The images among what `compute_loss` takes: all of it, unless a method's views come with more."""
+        return views
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Before each epoch, for networks whose attention depends on the progress of training."""
@@ -168,7 +176,7 @@ class TrainStep:
                     "lr": float(self.schedules.lr[iteration]),
                     "precision": self.precision,
                 }
-                self.bad_steps.end(settings, last_views)
+                self.bad_steps.end(settings, last_views and (lambda: self.method.images(last_views())))
         if steps:
             self.monitor.check(steps[-1], warmed_up=last_iteration > int(self.schedules.lr.argmax()))
 
@@ -314,7 +322,7 @@ def train(
                     saver.save(Place(epoch, i, meter.state(), tally.seen), images=i * meter.images_per_step)
                     if saver.stopping:
                         return False
-                views = [partial(_finished_views, batch, step.device, log) for batch in micro_batches]
+                views = [partial(_finished_views, batch, step, log) for batch in micro_batches]
                 meter.update(step(views, iteration, epoch, watch=log.due(meter, ahead=1)))
                 if log.due(meter):
                     step.check(meter.read(), iteration, views[-1])
@@ -328,9 +336,9 @@ def train(
     return True
 
 
-def _finished_views(batch: Batch, device: torch.device, log: RunLog) -> Views:
-    views = batch.views_on(device)
-    log.crops_once(views)
+def _finished_views(batch: Batch, step: TrainStep, log: RunLog) -> Views:
+    views = batch.views_on(step.device)
+    log.crops_once(step.method.images(views))
     return views
 
 

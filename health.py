@@ -51,6 +51,9 @@ class Level(NamedTuple):
     student_temp: float
     teacher_temp: float
     features: Tensor  # (any number, C), of the teacher's backbone
+    term: str = (
+        ""  # of the loss that compares these rows; by default `NAME_loss`, and the whole loss where that is not logged
+    )
 
 
 # --------------------------------------------------------------------------- rows to look at
@@ -168,6 +171,7 @@ class Monitor:
 
     def __init__(self) -> None:
         self.prototypes: dict[str, int] = {}  # K of each level that was measured
+        self.terms: dict[str, str] = {}  # of the loss, by level
         self._streaks: dict[tuple[str, str], int] = {}
 
     @torch.no_grad()
@@ -176,6 +180,7 @@ class Monitor:
         scalars: dict[str, Tensor] = {}
         for name, level in levels.items():
             self.prototypes[name] = level.center.shape[-1]
+            self.terms[name] = level.term or f"{name}_loss"
             with torch.autocast(level.center.device.type, enabled=False):
                 scalars |= {f"{name}/{key}": value for key, value in measure(level).items()}
         return scalars
@@ -184,7 +189,8 @@ class Monitor:
         """Judge the numbers of a step that have been read; `warmed_up`: the learning rate has seen its highest value."""
         for name, prototypes in self.prototypes.items():
             if f"{name}/kl" in scalars and not scalars.get("skipped"):
-                for cause, sentence in _symptoms(name, scalars, math.log(prototypes), warmed_up).items():
+                term = self.terms[name]
+                for cause, sentence in _symptoms(name, term, scalars, math.log(prototypes), warmed_up).items():
                     self._count((name, cause), sentence)
 
     def _count(self, cause: tuple[str, str], sentence: str | None) -> None:
@@ -194,9 +200,11 @@ class Monitor:
             logger.warning("%s for %d readings in a row; %s", sentence, streak, CURES[cause[1]])
 
 
-def _symptoms(name: str, scalars: Mapping[str, float], ln_k: float, warmed_up: bool) -> dict[str, str | None]:
+def _symptoms(
+    name: str, term: str, scalars: Mapping[str, float], ln_k: float, warmed_up: bool
+) -> dict[str, str | None]:
     """What is wrong with a level, by cause; None where nothing is."""
-    term = f"{name}_loss" if f"{name}_loss" in scalars else "loss"
+    term = term if term in scalars else "loss"
     loss = scalars[term]
     entropy, std, rank = (scalars[f"{name}/{key}"] for key in ("teacher_entropy", "feature_std", "feature_rank"))
     used = scalars[f"{name}/prototypes_used"]

@@ -51,8 +51,8 @@ def teacher_temperature_schedule(
     return np.concatenate([warmup, np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)])
 
 
-class DINOLoss(nn.Module):
-    """Cross-entropy between the teacher's centred, sharpened views and all other views of the student.
+class SelfDistillation(nn.Module):
+    """What objectives of self-distillation share: temperatures, centres over all processes, and probabilities.
 
     Args:
         out_dim: number of prototypes K.
@@ -65,7 +65,6 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor
-    weights: ClassVar[dict[str, float]] = {"view_loss": 1.0}
 
     def __init__(
         self,
@@ -112,10 +111,6 @@ class DINOLoss(nn.Module):
         sums = torch.cat([total_1K, weight.view(1, 1)], dim=1)
         self._sums.setdefault(name, []).append(start_all_reduce_sum(sums))
 
-    def accumulate_center(self, teacher_output: Logits) -> None:
-        """Add a micro-batch of teacher logits (Q * B, K) to the next centre."""
-        self._accumulate("center", teacher_output)
-
     @torch.no_grad()
     def update_center(self, applied: Tensor | None = None) -> None:
         """Move each centre towards the weighted mean of what was accumulated, over all processes; one without weight stays.
@@ -129,7 +124,7 @@ class DINOLoss(nn.Module):
             center.copy_(torch.where(moves if applied is None else moves & applied, moved, center))
         self._sums.clear()
 
-    # ----------------------------------------------------------------- loss
+    # ----------------------------------------------------------------- probabilities
 
     def teacher_temp(self, epoch: int) -> float:
         """The teacher's temperature in `epoch`."""
@@ -142,6 +137,42 @@ class DINOLoss(nn.Module):
     def student_log_probs(self, logits: Tensor) -> Tensor:
         """Log-probabilities at the student's temperature, in float32."""
         return F.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
+
+    def _chunked(
+        self, student: FactoredLogits, teacher: FactoredLogits, targets: Targets, center: Tensor, epoch: int
+    ) -> Tensor:
+        temperatures = Temperatures(self.student_temp, self.teacher_temp(epoch))
+        return chunked_cross_entropy(student, teacher, targets, center, temperatures)
+
+    def _level(
+        self,
+        student: Logits,
+        student_N: Tensor,
+        teacher: Logits,
+        teacher_N: Tensor,
+        center: Tensor,
+        epoch: int,
+        features: Tensor,
+        term: str = "",
+    ) -> health.Level:
+        """Those rows for the collapse monitor."""
+        rows = health.take(student, student_N), health.take(teacher, teacher_N)
+        return health.Level(*rows, center, self.student_temp, self.teacher_temp(epoch), features, term)
+
+
+class DINOLoss(SelfDistillation):
+    """Cross-entropy between the teacher's centred, sharpened views and all other views of the student.
+
+    Arguments and state as for `SelfDistillation`.
+    """
+
+    weights: ClassVar[dict[str, float]] = {"view_loss": 1.0}
+
+    def accumulate_center(self, teacher_output: Logits) -> None:
+        """Add a micro-batch of teacher logits (Q * B, K) to the next centre."""
+        self._accumulate("center", teacher_output)
+
+    # ----------------------------------------------------------------- loss
 
     def view_loss(
         self, student_logits: Logits, teacher_logits: Logits, epoch: int, sources: Sources | None = None
@@ -183,12 +214,6 @@ class DINOLoss(nn.Module):
         student, teacher = (factors._replace(bottleneck=factors.bottleneck[None]) for factors in (student, teacher))
         return self._chunked(student, teacher, targets, self.center, epoch) / (batch * self._pairs)
 
-    def _chunked(
-        self, student: FactoredLogits, teacher: FactoredLogits, targets: Targets, center: Tensor, epoch: int
-    ) -> Tensor:
-        temperatures = Temperatures(self.student_temp, self.teacher_temp(epoch))
-        return chunked_cross_entropy(student, teacher, targets, center, temperatures)
-
     # ----------------------------------------------------------------- what is watched
 
     def levels(
@@ -205,19 +230,6 @@ class DINOLoss(nn.Module):
         images_N = health.spread(batch, health.ROWS // TEACHER_VIEWS, self.center.device)
         student_N, teacher_N = torch.cat([batch + images_N, images_N]), torch.cat([images_N, batch + images_N])
         return self._level(student, student_N, teacher, teacher_N, self.center, epoch, features)
-
-    def _level(
-        self,
-        student: Logits,
-        student_N: Tensor,
-        teacher: Logits,
-        teacher_N: Tensor,
-        center: Tensor,
-        epoch: int,
-        features: Tensor,
-    ) -> health.Level:
-        rows = health.take(student, student_N), health.take(teacher, teacher_N)
-        return health.Level(*rows, center, self.student_temp, self.teacher_temp(epoch), features)
 
     @property
     def _pairs(self) -> int:

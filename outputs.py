@@ -6,6 +6,7 @@ Origin: this project's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -36,3 +37,26 @@ class MultiCropOutput(NamedTuple):
     region_logits: Any  # (sum over views of B * T, K)
     region_features: Tensor  # (sum over views of B * T, C), of the backbone
     regions_per_view: tuple[int, ...]  # T of each of the V views
+
+
+class LevelOutput(NamedTuple):
+    """Class tokens and samples of a list of crops; rows in the order view, image (, sample)."""
+
+    token_logits: tuple[Any, ...]  # of each class token that goes through the head (V * B, K)
+    sample_logits: Any | None  # (sum over sampled views of B * S, K)
+    token_features: Tensor  # (V * B, class tokens, C), of the backbone
+    sample_features: Tensor | None  # (as many rows, C)
+
+
+def split_rows(logits: Any, rows: Sequence[int]) -> list[Any]:
+    """Logits (N, K), multiplied or not, cut into consecutive parts of so many rows."""
+    if isinstance(logits, FactoredLogits):
+        return [logits._replace(bottleneck=part) for part in logits.bottleneck.split(list(rows))]
+    return list(logits.split(list(rows)))
+
+
+def changed(logits: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Logits, multiplied or not, with the same change of their leading axes."""
+    if isinstance(logits, FactoredLogits):
+        return logits._replace(bottleneck=change(logits.bottleneck))
+    return change(logits)

@@ -153,7 +153,7 @@ def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args:
         "optimizer": optimizer,
         "epoch": place.epoch,
         "args": args,
-        "dino_loss": method.criterion.state_dict(),
+        method.criterion_key: method.criterion.state_dict(),
         "fp16_scaler": step.scaler.state_dict() if step.scaler.is_enabled() else None,
         "config": None if config is None else config.dump(),
         "rng": rng_of_rank,
@@ -205,14 +205,15 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> Place:
         return Place(is_new=True)
     path, content, damaged = found
     source = f"checkpoint '{path}'"
-    absent = {"student", "teacher", "optimizer", "epoch", "dino_loss"} - content.keys()
+    key_of_loss = step.method.criterion_key
+    absent = {"student", "teacher", "optimizer", "epoch", key_of_loss} - content.keys()
     if absent:
         raise UsageError(
             f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
         )
     for network, key in ((step.method.student, "student"), (step.method.teacher, "teacher")):
         checkpoint.load_network(network, checkpoint.network_state(content, key, path), source)
-    centres = checkpoint.NetworkState(content["dino_loss"], "full checkpoint", "dino_loss")
+    centres = checkpoint.NetworkState(content[key_of_loss], "full checkpoint", key_of_loss)
     checkpoint.load_network(step.method.criterion, centres, source)
     saved_args = content.get("args") or args
     if getattr(saved_args, "optimizer", args.optimizer) != args.optimizer:

@@ -50,13 +50,12 @@ def shard_networks(student: Backbone, teacher: Backbone, device: torch.device) -
 
 
 def units(network: Backbone) -> Iterator[nn.Module]:
-    """What is gathered together: every block, in parts where its parts are called by themselves, and every head."""
+    """What is gathered together: every block (in parts, where these are called by themselves), every head, what pools samples."""
     for stage in range(len(network.stage_depths)):
         for block in network.stage_blocks(stage):
             yield from block if isinstance(block, tuple) else (block,)
-    yield network.head
-    if network.head_dense is not None:
-        yield network.head_dense
+    yield from network.head if isinstance(network.head, nn.ModuleList) else [network.head]
+    yield from (part for part in (network.head_dense, network.srs) if part is not None)
 
 
 def exchange_gradients(network: nn.Module, wanted: bool) -> None:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine
 import main_esvit
+import pretrain
 import utils
 from benchmarks.plain import PlainStep, make_plain
 from models import load_arch_config
@@ -61,7 +62,7 @@ def build_step(
     config = load_arch_config(options.arch, options.cfg, options.opts)
     torch.manual_seed(0)
     method = main_esvit.build_method(options, config, CPU)
-    step = main_esvit.build_step(options, method, 100, CPU, precision)
+    step = pretrain.build_step(options, method, 100, CPU, precision)
     if side == "plain":
         make_plain(method.student)
         make_plain(method.teacher)

@@ -4,13 +4,13 @@
 
 What leaves a worker beside the crops is a few indices and coordinates, not maps over tokens.
 
-Shapes: M samples of a global view, m of a local view, L local views.
+Shapes: M samples of a global view, m of a local view (the most that any of them has), L local views.
 Origin: UDI (Su and Ji, ECCV 2024); colours as in data/photometric.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,92 +22,136 @@ from torchvision.transforms import functional as TF
 
 from data import geometry
 from data.decode import ImageLike
-from data.geometry import Rect
+from data.geometry import Projection, Rect
 from data.photometric import DRAWS, Photometric
 from data.recipe import ASPECT, FLIP, Crops, View, dino_recipe
 from utils import UsageError
 
+GLOBALS = 2
 PAIR_MODES = ("overlap", "nested")
+REFERENCES = ("intersection", "union")  # of the global views: what local ones overlap
+DRAWINGS = ("image", "view", "fixed")
 BLUR_AND_SOLARIZE = ((0.5, 0.0), (1.0, 0.0), (0.1, 0.2), (0.1, 0.2))  # probabilities, one pair drawn for each crop
 BLUR_DRAW, SOLARIZE_DRAW = DRAWS - 3, DRAWS - 1
 
 
 class Sampling(NamedTuple):
-    """How samples are drawn and projected."""
+    """How views are placed, and samples drawn and projected."""
 
-    patch_size: int
+    grid_of: Mapping[int, int]  # tokens on a side of a view, by its side in pixels
     global_window: int = 3
     local_window: int = 2
     pair_mode: str = "overlap"
     align: str = "corners"
+    reference: str = "intersection"
+    drawing: str = (
+        "image"  # samples: once for all views of a size (published), for each view, or the first cell of each window
+    )
 
 
 class Correspondence(NamedTuple):
-    """Of one image, or of a batch with an axis B before all others; views of a pair as in `udi_losses.TeacherLevels`."""
+    """Of one image, or of a batch with an axis B before all others; views of a pair as in `udi_losses.TeacherLevels`.
 
-    tokens_M: Tensor  # sampled tokens of both global views, int16
+    Local views of different sizes have different numbers of samples: the last ones of those that have fewer are not valid.
+    """
+
+    tokens_2M: Tensor  # sampled tokens of the global views
     valid_2M: Tensor
     target_2M2: Tensor  # [v]: samples of view v in view 1 - v
+    local_tokens_Lm: Tensor
     local_valid_L2m: Tensor
     local_target_L2m2: Tensor  # [l, v]: samples of local view l in view v
 
 
 class UDICrops:
-    """Image to its crops (3, size, size), uint8, the draws of their colours, and the fields of `Correspondence`."""
+    """Image to its crops (3, size, size), uint8, the draws of their colours, and the fields of `Correspondence`.
 
-    def __init__(self, views: Sequence[View], sampling: Sampling) -> None:
-        if sampling.pair_mode not in PAIR_MODES or sampling.align not in geometry.ALIGNMENTS:
-            raise UsageError(
-                f"--global_pair_mode {sampling.pair_mode} must be one of {', '.join(PAIR_MODES)}, "
-                f"--srs_align {sampling.align} one of {', '.join(geometry.ALIGNMENTS)}"
-            )
+    Everything is drawn from torch's generator, which the data set has seeded for this image.
+
+    Raises:
+        UsageError: an unknown choice, or a window larger than the grid of a view.
+    """
+
+    def __init__(self, views: Sequence[View], sampling: Sampling, flip: float = FLIP) -> None:
+        for flag, value, known in (
+            ("global_pair_mode", sampling.pair_mode, PAIR_MODES),
+            ("srs_align", sampling.align, geometry.ALIGNMENTS),
+            ("local_reference", sampling.reference, REFERENCES),
+            ("srs_drawing", sampling.drawing, DRAWINGS),
+        ):
+            if value not in known:
+                raise UsageError(f"--{flag} {value} must be one of {', '.join(known)}")
+        if not 0 <= flip <= 1:
+            raise UsageError(f"--flip_prob {flip} must lie in 0..1")
         self.views = tuple(views)
         self.sampling = sampling
+        self.flip = flip
+        kinds = [("global", sampling.global_window)] * GLOBALS + [("local", sampling.local_window)] * len(views)
+        self.windows = [window for _, window in kinds][: len(views)]
+        self.grids = [sampling.grid_of[view.size] for view in views]
+        for (kind, window), view, grid in zip(kinds, views, self.grids):
+            if not 1 <= window <= grid:
+                raise UsageError(
+                    f"--{kind}_sampling_window_size {window} must lie in 1..{grid}: "
+                    f"{kind} views of {view.size} pixels have {grid} x {grid} tokens"
+                )
 
     def __call__(self, image: ImageLike) -> list[Tensor]:
         assert isinstance(image, Image.Image), "the split pipeline is for colour images"
         pixels_CHW = TF.pil_to_tensor(image)
         rects = self._rectangles(pixels_CHW)
-        flips = (torch.rand(len(self.views)) < FLIP).tolist()
+        flips = (torch.rand(len(self.views)) < self.flip).tolist()
         crops = [_cut(pixels_CHW, rect, view.size, flip) for rect, view, flip in zip(rects, self.views, flips)]
         size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
         places = [geometry.coordinates(rect, size, flip) for rect, flip in zip(rects, flips)]
         return [*crops, _colour_draws(len(self.views)), *self._correspondence(places)]
 
     def _rectangles(self, pixels_CHW: Tensor) -> list[Rect]:
-        """The second global view overlaps the first or lies in it; local views overlap what both share."""
+        """The second global view overlaps the first or lies in it; local views overlap what both share, or cover."""
         size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
         first = _drawn(pixels_CHW, self.views[0])
         if self.sampling.pair_mode == "nested":
             second = geometry.inside(_drawn(pixels_CHW[:, : first.height, : first.width], self.views[1]), first)
         else:
             second = geometry.shift_to_overlap(_drawn(pixels_CHW, self.views[1]), first, size)
-        shared = geometry.intersection(first, second) or first
-        local = [geometry.shift_to_overlap(_drawn(pixels_CHW, view), shared, size) for view in self.views[2:]]
+        if self.sampling.reference == "union":
+            reference = geometry.union(first, second)
+        else:
+            reference = geometry.intersection(first, second) or first
+        local = [geometry.shift_to_overlap(_drawn(pixels_CHW, view), reference, size) for view in self.views[GLOBALS:]]
         return [first, second, *local]
 
     def _correspondence(self, places: Sequence[Tensor]) -> Correspondence:
-        patch, align = self.sampling.patch_size, self.sampling.align
-        grid = self.views[0].size // patch
-        tokens_M = geometry.stratified_samples(grid, self.sampling.global_window)
-        pair = geometry.stack_projections(
-            [geometry.project(tokens_M, places[v], places[1 - v], grid, grid, align) for v in (0, 1)]
+        tokens = self._draw_tokens()
+        pair = geometry.stack_projections([self._project(tokens, places, v, 1 - v) for v in (0, 1)])
+        most = max((len(tokens_m) for tokens_m in tokens[GLOBALS:]), default=0)
+        local_tokens = torch.zeros(len(places) - GLOBALS, most, dtype=torch.long)
+        valid = torch.zeros(len(places) - GLOBALS, GLOBALS, most, dtype=torch.bool)
+        target = torch.zeros(*valid.shape, 2)
+        for row, tokens_m in enumerate(tokens[GLOBALS:]):
+            count = len(tokens_m)
+            local_tokens[row, :count] = tokens_m
+            for v in range(GLOBALS):
+                valid[row, v, :count], target[row, v, :count] = self._project(tokens, places, GLOBALS + row, v)
+        return Correspondence(
+            torch.stack(tokens[:GLOBALS]).int(), pair.valid_S, pair.target_S2, local_tokens.int(), valid, target
         )
-        local_grid = self.views[-1].size // patch
-        tokens_m = geometry.stratified_samples(local_grid, self.sampling.local_window)  # shared by all local views
-        valid, target = (
-            torch.zeros(0, 2, len(tokens_m), dtype=torch.bool),
-            torch.zeros(0, 2, len(tokens_m), 2),
-        )
-        if len(places) > 2:
-            local = [
-                geometry.stack_projections(
-                    [geometry.project(tokens_m, place, places[v], local_grid, grid, align) for v in (0, 1)]
-                )
-                for place in places[2:]
-            ]
-            valid, target = geometry.stack_projections(local)
-        return Correspondence(tokens_M.short(), pair.valid_S, pair.target_S2, valid, target)
+
+    def _draw_tokens(self) -> list[Tensor]:
+        """The sampled tokens of each view."""
+        redraw = self.sampling.drawing != "fixed"
+        drawn: dict[tuple[int, ...], Tensor] = {}
+        tokens = []
+        for number, (grid, window) in enumerate(zip(self.grids, self.windows)):
+            shared_by = (number,) if self.sampling.drawing == "view" else (grid, number < GLOBALS)
+            if shared_by not in drawn:
+                drawn[shared_by] = geometry.stratified_samples(grid, window, redraw)
+            tokens.append(drawn[shared_by])
+        return tokens
+
+    def _project(self, tokens: Sequence[Tensor], places: Sequence[Tensor], source: int, target: int) -> Projection:
+        grids = self.grids[source], self.grids[target]
+        return geometry.project(tokens[source], places[source], places[target], *grids, self.sampling.align)
 
 
 class UDIFinish:
@@ -122,13 +166,24 @@ class UDIFinish:
         return [*views, *(field.to(device, non_blocking=True) for field in stacked[-fields:])]
 
 
+def split_finished(batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Correspondence]:
+    """What `UDIFinish` gives, apart: the views, and where samples correspond."""
+    fields = len(Correspondence._fields)
+    return batch[:-fields], Correspondence(*batch[-fields:])
+
+
 def udi_views(
-    crops: Crops, mean: Sequence[float], std: Sequence[float], strength: float, sampling: Sampling
+    crops: Crops,
+    mean: Sequence[float],
+    std: Sequence[float],
+    strength: float,
+    sampling: Sampling,
+    flip: float = FLIP,
 ) -> tuple[UDICrops, UDIFinish]:
     """Both halves; brightness and contrast vary by `strength` as in DINO's views."""
     recipe = dino_recipe(crops, strength)
     even = tuple(view._replace(blur=0.5, solarize=0.5) for view in recipe.views)  # decided by `_colour_draws`
-    return UDICrops(even, sampling), UDIFinish(Photometric(recipe._replace(views=even), tuple(mean), tuple(std)))
+    return UDICrops(even, sampling, flip), UDIFinish(Photometric(recipe._replace(views=even), tuple(mean), tuple(std)))
 
 
 def _colour_draws(views: int) -> Tensor:

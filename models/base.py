@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from models.interop import Converter
 from models.resize import resize_square_table
 from models.windows import Cut, real_tokens, window_plane
-from outputs import MultiCropOutput
+from outputs import LevelOutput, MultiCropOutput, split_rows
 from utils import UsageError
 
 
@@ -82,6 +82,7 @@ class Backbone(nn.Module, ABC):
     Attributes:
         dense: whether region outputs are wanted, with `head_dense` beside `head`.
         head, head_dense: empty (`nn.Identity`) until a method sets them; `head_dense` is None unless dense.
+        srs: pools patch tokens at samples (models/srs.py); None until a method sets it.
         stage_dims, stage_depths: channels and number of blocks of each stage.
         patch_size: pixels of a side that one token of the first stage covers; no image may be smaller.
         image_size: (height, width) of MODEL.IMAGE_SIZE, where learned tables depend on it; else None.
@@ -104,6 +105,7 @@ class Backbone(nn.Module, ABC):
         self.dense = dense
         self.head: nn.Module = nn.Identity()
         self.head_dense: nn.Module | None = nn.Identity() if dense else None
+        self.srs: nn.Module | None = None
         self.grad_checkpointing = False
 
     # ----------------------------------------------------------------- what an architecture supplies
@@ -127,6 +129,10 @@ class Backbone(nn.Module, ABC):
     def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
         """The view feature (B, C) of a block's tokens: their mean, unless an architecture says otherwise."""
         return tokens_BNC.mean(dim=1)
+
+    def summary_tokens(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
+        """The normalised tokens (B, 1, C) that stand for the view, of the last block's: the view feature, unless there are more."""
+        return self.pool(self.norm(tokens_BNC), num_prefix_tokens)[:, None]
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch of training, for architectures whose attention depends on the progress."""
@@ -192,6 +198,16 @@ class Backbone(nn.Module, ABC):
                 self.call_block, block, x, attention, use_reentrant=False, context_fn=lambda: (nullcontext(), again)
             )
         return self.call_block(block, x, attention)
+
+    def region_grid(self, x_BCHW: Tensor) -> tuple[int, int]:
+        """Height and width of the grid that the regions of such images fill; one network, one size, one answer."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()  # neither statistics nor random numbers are touched
+        with torch.no_grad():
+            grid = self.forward_blocks(x_BCHW)[-1].grid
+        for module, mode in modes:
+            module.training = mode
+        return grid
 
     def forward_features(self, x_BCHW: Tensor) -> Features:
         """View feature and region features of one batch of equally sized images."""
@@ -284,13 +300,18 @@ class Backbone(nn.Module, ABC):
     # ----------------------------------------------------------------- multi-crop
 
     @_say_what_batch_norm_lacks
-    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor | MultiCropOutput:
+    def forward(
+        self, crops: Tensor | Sequence[Tensor], weights: Sequence[Tensor | None] | None = None, class_tokens: int = 1
+    ) -> Tensor | MultiCropOutput | LevelOutput:
         """View output of one batch, or of a list of crops in its order.
 
         Args:
             crops: (B, C, H, W), or a list of such tensors; neighbours of one size go through the stages together.
+            weights: of each crop of a list, those of its samples over its patches (B, S, N), or None for none: asks for levels.
+            class_tokens: how many of them go through the head then.
 
         Returns:
+            `LevelOutput` where `weights` are given; else
             for a tensor, or a network that is not dense: `head(view features)`, (V * B, K), or (V * B, C) while the head is
             empty; for a list and a dense network: `MultiCropOutput`.
 
@@ -299,6 +320,8 @@ class Backbone(nn.Module, ABC):
         """
         if isinstance(crops, Tensor):
             return self.head(self.forward_features(crops).view_BC)
+        if weights is not None:
+            return self._forward_levels(crops, weights, class_tokens)
         groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
         features = [self.forward_features(torch.cat(group)) for group in groups]
         view_logits = self.head(torch.cat([f.view_BC for f in features]))
@@ -307,6 +330,36 @@ class Backbone(nn.Module, ABC):
         region_features = torch.cat([f.regions_BTC.flatten(0, 1) for f in features])
         regions_per_view = tuple(f.regions_BTC.shape[1] for f, group in zip(features, groups) for _ in group)
         return MultiCropOutput(view_logits, self.head_dense(region_features), region_features, regions_per_view)
+
+    def _forward_levels(
+        self, crops: Sequence[Tensor], weights: Sequence[Tensor | None], class_tokens: int
+    ) -> LevelOutput:
+        tokens, samples, weights_of = [], [], iter(weights)
+        for _, group in groupby(crops, key=lambda crop: crop.shape[-2:]):
+            images = list(group)
+            last = self.forward_blocks(torch.cat(images))[-1]
+            tokens.append(self.summary_tokens(last.tokens_BNC, last.num_prefix_tokens))
+            patches = last.tokens_BNC[:, last.num_prefix_tokens :].split([len(crop) for crop in images])
+            wanted = [(crop_BNC, w_BSN) for crop_BNC in patches if (w_BSN := next(weights_of)) is not None]
+            for _, alike in groupby(wanted, key=lambda pair: pair[1].shape[1]):
+                assert self.srs is not None
+                samples.append(self.srs(*map(torch.cat, zip(*alike))).flatten(0, 1))
+        token_features = torch.cat(tokens)
+        rows = [*token_features[:, :class_tokens].unbind(1), *([torch.cat(samples)] if samples else [])]
+        logits = self._logits_of_levels(rows, class_tokens)
+        return LevelOutput(
+            tuple(logits[:class_tokens]),
+            logits[-1] if samples else None,
+            token_features.detach(),
+            rows[-1].detach() if samples else None,
+        )
+
+    def _logits_of_levels(self, rows: Sequence[Tensor], class_tokens: int) -> list[Any]:
+        """All levels through one head, or each through its own of a list: the class tokens' in order, last the samples'."""
+        if isinstance(self.head, nn.ModuleList):
+            own = [*range(class_tokens), -1]
+            return [self.head[number](level) for number, level in zip(own, rows)]
+        return split_rows(self.head(torch.cat(list(rows))), [len(level) for level in rows])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import attend, join_heads, split_heads
-from models.base import init_linear_weights
+from models.base import Backbone, init_linear_weights
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -55,7 +55,7 @@ class SRS(nn.Module):
 
     Args:
         dim: channels of the tokens.
-        num_heads: of the attention; UDI's ViT-S has 6.
+        num_heads: of the attention, see `default_heads`.
 
     Raises:
         UsageError: heads that do not divide the channels.
@@ -79,6 +79,13 @@ class SRS(nn.Module):
         weights_BSN = weights_BSN.to(q.dtype)
         pooled, _ = attend(weights_BSN[:, None] @ q, k, v)
         return self.out_norm(self.proj(join_heads(pooled)) + weights_BSN @ normed_BNC)
+
+
+def default_heads(backbone: Backbone) -> int:
+    """Heads of the backbone's last attention, as UDI has it; one for 64 channels where it has none."""
+    found = [getattr(module, "num_heads", None) for module in backbone.modules()]
+    counts = [heads for heads in found if isinstance(heads, int)]
+    return counts[-1] if counts else max(backbone.num_features // 64, 1)
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

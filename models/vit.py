@@ -142,6 +142,10 @@ class VisionTransformer(Backbone):
         """The first class token."""
         return tokens_BNC[:, 0]
 
+    def summary_tokens(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
+        """All class tokens."""
+        return self.norm(tokens_BNC[:, :num_prefix_tokens])
+
     def fit_tensor(self, name: str, tensor: Tensor, image_size: tuple[int, int] | None = None) -> Tensor | None:
         """Position embeddings of another image size are resized; where that is unknown, the file's grid is taken to be square."""
         if name != "pos_embed" or tensor.ndim != 3 or tensor.shape[2] != self.num_features:
@@ -160,6 +164,8 @@ class VisionTransformer(Backbone):
     {
         "deit_tiny": CONFIGS.format("deit_tiny"),
         "deit_small": CONFIGS.format("deit_small"),
+        "vit_tiny": CONFIGS.format("deit_tiny"),
+        "vit_small": CONFIGS.format("deit_small"),
         "vit_base": CONFIGS.format("vit_base"),
         "vit": None,
     },

@@ -18,6 +18,7 @@ from torch import Tensor
 import engine
 import main_esvit
 import optim
+import pretrain
 from data.loader import Batch
 from models import load_arch_config
 from progress import RunLog
@@ -81,7 +82,7 @@ def build(command_line: Sequence[str], steps: int) -> tuple[main_esvit.EsViT, en
     config = load_arch_config(args.arch, args.cfg, args.opts)
     torch.manual_seed(0)
     method = main_esvit.build_method(args, config, CPU)
-    return method, main_esvit.build_step(args, method, steps * args.accum_iter, CPU, "fp32")
+    return method, pretrain.build_step(args, method, steps * args.accum_iter, CPU, "fp32")
 
 
 def tiny(*extra: str, steps: int = 4) -> tuple[main_esvit.EsViT, engine.TrainStep]:

@@ -19,6 +19,7 @@ import checkpoint
 import eval_knn
 import export
 import main_esvit
+import pretrain
 import utils
 from data import demo
 from models import build_model, load_arch_config
@@ -133,7 +134,7 @@ def test_fitting_one_batch_lowers_the_loss(architecture: str, regions: str) -> N
     config = load_arch_config(args.arch, args.cfg)
     method = main_esvit.build_method(args, config, torch.device("cpu"))
     method.criterion.center_momentum = 1.0  # the targets stay as they are
-    step = main_esvit.build_step(args, method, 10, torch.device("cpu"), "fp32")
+    step = pretrain.build_step(args, method, 10, torch.device("cpu"), "fp32")
     views: list[Tensor] = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16)]
     losses = [step([views], i, 0)["loss"] for i in range(16)]
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])

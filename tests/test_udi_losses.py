@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import health
 from losses import DINOLoss
 from outputs import FactoredLogits
 from udi_losses import StudentLevels, TeacherLevels, UDILoss
@@ -43,11 +46,11 @@ def criterion(mix: str = "logits", centers: bool = True) -> UDILoss:
 def test_the_worked_example() -> None:
     student, teacher = example()
     loss = criterion()
-    terms = loss.level_terms(student, teacher, 0)
+    terms = loss.terms(student, teacher, 0)
     expected = {"g_cl": 5.37648752, "g_mcl": 1.10017973, "g_pch": 7.31019318, "l_cl": 4.06592898, "l_mcl": 4.58145649}
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, abs=1e-7)
-    assert float(loss.total_of(terms, L)) == pytest.approx(5.07800197, abs=1e-7)
-    loss.accumulate_centers(teacher)
+    assert float(loss.total(terms)) == pytest.approx(5.07800197, abs=1e-7)
+    loss.accumulate_center(teacher)
     loss.update_center()
     for name, values in (
         ("center", [0.02705599, 0.00034746, -0.02640809, -0.04958943, -0.06605908]),
@@ -58,30 +61,110 @@ def test_the_worked_example() -> None:
 
 
 def test_probabilities_are_blended_where_asked() -> None:
-    terms = criterion("probs").level_terms(*example(), 0)
+    terms = criterion("probs").terms(*example(), 0)
     assert float(terms["g_mcl"]) == pytest.approx(3.013256, abs=1e-6)
     assert float(terms["l_mcl"]) == pytest.approx(4.393817, abs=1e-6)
 
 
-def test_averaging_before_the_last_layer_gives_the_same_numbers() -> None:
-    student, teacher = example()
-    prototypes = torch.randn(K, 3, dtype=torch.float64)
-    factored = teacher._replace(
-        patch_VBSK=FactoredLogits(torch.randn(2, B, M, 3, dtype=torch.float64), prototypes),
-        local_patch_LVBSK=FactoredLogits(torch.randn(L, 2, B, m, 3, dtype=torch.float64), prototypes),
-    )
-    plain = factored._replace(
-        patch_VBSK=factored.patch_VBSK.product(),  # type: ignore[union-attr]
-        local_patch_LVBSK=factored.local_patch_LVBSK.product(),  # type: ignore[union-attr]
-    )
-    losses = [criterion() for _ in range(2)]
-    values = [list(loss.level_terms(student, form, 0).values()) for loss, form in zip(losses, (factored, plain))]
-    assert torch.allclose(torch.stack(values[0]), torch.stack(values[1]), atol=1e-10)
-    for loss, form in zip(losses, (factored, plain)):
-        loss.accumulate_centers(form)
+def factored_example(shared: bool = True) -> tuple[StudentLevels, TeacherLevels]:
+    """The worked example's sizes with a bottleneck of 3 channels; all in float64, the student's with gradients."""
+
+    def rows(prototypes: Tensor, *shape: int) -> FactoredLogits:
+        return FactoredLogits(torch.randn(*shape, 3, dtype=torch.float64).requires_grad_(), prototypes)
+
+    student, *others = (torch.randn(K, 3, dtype=torch.float64).requires_grad_() for _ in range(4))
+    of_cls, of_patches = (others[0], others[0]) if shared else others[:2]
+    _, teacher = example()
+    return StudentLevels(
+        rows(student, 2, B), rows(student, L, B), rows(student, 2, B), rows(student, L, B), rows(student, 2, B, M),
+        rows(student, L, B, m),
+    ), teacher._replace(
+        cls_VBK=rows(of_cls, 2, B), patch_VBSK=rows(of_patches, 2, B, M), local_patch_LVBSK=rows(of_patches, L, 2, B, m),
+    )  # fmt: skip
+
+
+def multiplied(levels: Any) -> Any:
+    return type(levels)(*(x.product() if isinstance(x, FactoredLogits) else x for x in levels))
+
+
+@pytest.mark.parametrize("fall_back", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["three heads", "one head"])
+@pytest.mark.parametrize("mix", ["logits", "probs"])
+def test_factored_logits_give_the_numbers_of_whole_ones(mix: str, shared: bool, fall_back: bool) -> None:
+    """Terms, gradients and centres: patches are averaged before the last layer, and chunks never hold all logits."""
+    student, teacher = factored_example(shared)
+    leaves = [t for x in student if isinstance(x, FactoredLogits) for t in x]
+    outcomes = []
+    for change in (lambda x: x, multiplied):
+        loss = criterion(mix)
+        loss.fall_back = fall_back
+        terms = loss.terms(change(student), change(teacher), 0)
+        assert terms.keys() == {"g_cl", "l_cl", "g_mcl", "l_mcl", "g_pch", "l_pch"}
+        gradients = torch.autograd.grad(loss.total(terms), leaves)
+        loss.accumulate_center(change(teacher))
         loss.update_center()
-    for name in ("center", "center_plus", "center_patch"):
-        assert torch.allclose(getattr(losses[0], name), getattr(losses[1], name), atol=1e-6), name
+        outcomes.append([torch.stack(list(terms.values())), *gradients, *loss.state_dict().values()])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("mix", ["logits", "probs"])
+def test_a_pair_without_a_valid_sample_falls_back_to_the_class_token(mix: str) -> None:
+    """Equation by equation: with no valid sample at all, the second token learns what the class token does."""
+    student, teacher = example()
+    teacher = teacher._replace(valid_VBS=torch.zeros(2, B, M), local_valid_LVBS=torch.zeros(L, 2, B, m))
+    loss = criterion(mix)
+    loss.fall_back = True
+    loss.center_plus.copy_(loss.center)
+    terms = loss.terms(student._replace(plus_VBK=student.cls_VBK, local_plus_LBK=student.local_cls_LBK), teacher, 0)
+    assert float(terms["g_mcl"]) == pytest.approx(float(terms["g_cl"]), abs=1e-10)
+    assert float(terms["l_mcl"]) == pytest.approx(float(terms["l_cl"]), abs=1e-10)
+
+
+def test_patches_of_local_views_learn_from_both_teacher_views() -> None:
+    """Against the equation, written as loops."""
+    student, teacher = example()
+    own = sines(12, L, B, m, K)
+    loss = criterion()
+    term = loss.terms(student._replace(local_patch_LBSK=own), teacher, 0)["l_pch"]
+    assert isinstance(teacher.local_patch_LVBSK, Tensor)
+    assert teacher.local_valid_LVBS is not None
+    total, count = 0.0, 0.0
+    for at in itertools.product(range(L), range(2), range(B), range(m)):
+        p = torch.softmax((teacher.local_patch_LVBSK[at] - loss.center_patch[0]) / 0.04, dim=-1)
+        weight = float(teacher.local_valid_LVBS[at])
+        total -= weight * float((p * torch.log_softmax(own[at[0], at[2], at[3]] / 0.1, dim=-1)).sum())
+        count += weight
+    assert float(term) == pytest.approx(total / count, abs=1e-10)
+
+
+def test_levels_weigh_as_asked() -> None:
+    student, teacher = example()
+    terms = criterion().terms(student, teacher, 0)
+    loss = UDILoss(K, 2 + L, 0.04, 0.04, 0, 1, level_weights=(2, 0, 1)).double()
+    expected = (2 * (terms["g_cl"] + L * terms["l_cl"]) / (1 + L) + terms["g_pch"]) / 3
+    assert float(loss.total(terms)) == pytest.approx(float(expected), abs=1e-10)
+    with pytest.raises(UsageError, match=r"--level_weights 0 1 1 must be three numbers"):
+        UDILoss(K, 2, 0.04, 0.04, 0, 1, level_weights=(0, 1, 1))
+
+
+def test_the_monitor_sees_what_the_terms_compare() -> None:
+    """All rows of the global views fit in, so the student's divergence and the teacher's entropy add up to each term."""
+    student, teacher = example()
+    loss = criterion()
+    terms = loss.terms(student, teacher, 0)
+    features = {name: torch.randn(4, 3) for name in ("cls", "cls+", "patch")}
+    levels = loss.levels(student, teacher, 0, features)
+    for name, term in (("cls", "g_cl"), ("cls+", "g_mcl")):
+        measured = health.measure(levels[name])
+        found = float(measured["kl"] + measured["teacher_entropy"])
+        assert found == pytest.approx(float(terms[term]), abs=1e-6)
+        assert levels[name].term == term
+    valid = int(teacher.valid_VBS.sum())  # type: ignore[union-attr]
+    patch = levels["patch"]
+    patch = patch._replace(student_logits=patch.student_logits[:valid], teacher_logits=patch.teacher_logits[:valid])  # type: ignore[arg-type]
+    measured = health.measure(patch)
+    assert float(measured["kl"] + measured["teacher_entropy"]) == pytest.approx(float(terms["g_pch"]), abs=1e-6)
 
 
 @pytest.mark.parametrize("mix", ["logits", "probs"])
@@ -90,10 +173,10 @@ def test_without_a_valid_patch_nothing_is_nan(mix: str) -> None:
     teacher = teacher._replace(valid_VBS=torch.zeros(2, B, M).bool(), local_valid_LVBS=torch.zeros(L, 2, B, m).bool())
     loss = criterion(mix)
     before = loss.center_patch.clone()
-    terms = loss.level_terms(student, teacher, 0)
+    terms = loss.terms(student, teacher, 0)
     assert terms["g_pch"] == 0
-    assert bool(torch.isfinite(loss.total_of(terms, L)))
-    loss.accumulate_centers(teacher)
+    assert bool(torch.isfinite(loss.total(terms)))
+    loss.accumulate_center(teacher)
     loss.update_center()
     assert torch.equal(loss.center_patch, before)
 
@@ -102,19 +185,20 @@ def test_with_the_class_token_alone_it_is_dino() -> None:
     student, teacher = example()
     loss, dino = criterion(), DINOLoss(K, 2 + L, 0.04, 0.04, 0, 1).double()
     dino.center.copy_(loss.center)
-    terms = loss.level_terms(StudentLevels(student.cls_VBK, student.local_cls_LBK), TeacherLevels(teacher.cls_VBK), 0)
-    rows = torch.cat([student.cls_VBK, student.local_cls_LBK]).flatten(0, 1)
-    assert float(loss.total_of(terms, L)) == pytest.approx(
-        float(dino(rows, teacher.cls_VBK.flatten(0, 1), 0)), abs=1e-10
-    )
+    terms = loss.terms(StudentLevels(student.cls_VBK, student.local_cls_LBK), TeacherLevels(teacher.cls_VBK), 0)
+    rows, teacher_rows = sines(1, 2, B, K), sines(6, 2, B, K).flatten(0, 1)
+    rows = torch.cat([rows, sines(4, L, B, K)]).flatten(0, 1)
+    assert float(loss.total(terms)) == pytest.approx(float(dino(rows, teacher_rows, 0)), abs=1e-10)
 
 
 def test_without_local_views_only_the_global_ones_count() -> None:
     student, teacher = example()
-    student = student._replace(local_cls_LBK=student.local_cls_LBK[:0], local_plus_LBK=None)
-    terms = criterion().level_terms(student, teacher._replace(local_patch_LVBSK=None, local_valid_LVBS=None), 0)
+    student = student._replace(local_cls_LBK=torch.zeros(0, B, K), local_plus_LBK=None)
+    terms = criterion().terms(student, teacher._replace(local_patch_LVBSK=None, local_valid_LVBS=None), 0)
     assert terms.keys() == {"g_cl", "g_mcl", "g_pch"}
-    assert float(criterion().total_of(terms, 0)) == pytest.approx((5.37648752 + 1.10017973 + 7.31019318) / 3, abs=1e-7)
+    assert float(UDILoss(K, 2, 0.04, 0.04, 0, 1).double().total(terms)) == pytest.approx(
+        (5.37648752 + 1.10017973 + 7.31019318) / 3, abs=1e-7
+    )
 
 
 @pytest.mark.parametrize(("name", "value"), [("alpha", 1.5), ("target_mix", "both")])

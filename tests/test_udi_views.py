@@ -12,6 +12,7 @@ from data.udi_views import BLUR_DRAW, SOLARIZE_DRAW, Correspondence, Sampling, _
 from utils import UsageError
 
 CROPS = Crops(112, (0.25, 1.0), (3,), (48,), (0.05, 0.25))
+GRIDS = {112: 14, 48: 6, 32: 4}
 
 
 def ramp() -> Image.Image:
@@ -19,15 +20,16 @@ def ramp() -> Image.Image:
     return Image.fromarray(np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8))
 
 
+@pytest.mark.parametrize("drawing", ["image", "view"])
 @pytest.mark.parametrize("mode", ["overlap", "nested"])
-def test_samples_and_their_targets_show_the_same_pixels(mode: str) -> None:
-    crops, finish = udi_views(CROPS, (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(8, pair_mode=mode))
+def test_samples_and_their_targets_show_the_same_pixels(mode: str, drawing: str) -> None:
+    crops, finish = udi_views(CROPS, (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(GRIDS, pair_mode=mode, drawing=drawing))
     checked = 0
     for _ in range(30):
         out = crops(ramp())
-        views, found = out[:2], Correspondence(*out[-5:])
+        views, found = out[:2], Correspondence(*out[-6:])
         for v in (0, 1):
-            tokens = found.tokens_M.long()
+            tokens = found.tokens_2M[v].long()
             source = torch.stack([tokens // 14, tokens % 14], dim=1)
             for place, target in zip(source[found.valid_2M[v]], found.target_2M2[v][found.valid_2M[v]]):
                 a, b = (torch.round(at / 13 * 111).long() for at in (place, target))
@@ -38,7 +40,8 @@ def test_samples_and_their_targets_show_the_same_pixels(mode: str) -> None:
     stacked = [torch.stack([a, b]) for a, b in zip(crops(ramp()), crops(ramp()))]
     finished = finish(stacked, torch.device("cpu"))
     assert [tuple(t.shape) for t in finished] == [
-        *[(2, 3, 112, 112)] * 2, *[(2, 3, 48, 48)] * 3, (2, 16), (2, 2, 16), (2, 2, 16, 2), (2, 3, 2, 9), (2, 3, 2, 9, 2),
+        *[(2, 3, 112, 112)] * 2, *[(2, 3, 48, 48)] * 3, (2, 2, 16), (2, 2, 16), (2, 2, 16, 2), (2, 3, 9),
+        (2, 3, 2, 9), (2, 3, 2, 9, 2),
     ]  # fmt: skip
 
 
@@ -49,10 +52,10 @@ def test_blur_and_solarisation_come_as_often_as_published() -> None:
 
 
 def test_without_local_views() -> None:
-    crops, _ = udi_views(CROPS._replace(local_numbers=(0,)), (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(8))
-    assert Correspondence(*crops(ramp())[-5:]).local_valid_L2m.shape[:2] == (0, 2)
+    crops, _ = udi_views(CROPS._replace(local_numbers=(0,)), (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(GRIDS))
+    assert Correspondence(*crops(ramp())[-6:]).local_valid_L2m.shape[:2] == (0, 2)
 
 
 def test_other_modes_are_refused() -> None:
     with pytest.raises(UsageError, match="--global_pair_mode apart must be one of overlap, nested"):
-        udi_views(CROPS, (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(8, pair_mode="apart"))
+        udi_views(CROPS, (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(GRIDS, pair_mode="apart"))

@@ -1,0 +1,245 @@
+"""Pre-train a vision transformer with UDI: two class tokens and sampled patches, distilled between views whose geometry is known.
+
+    python main_udi.py --arch vit_small --data_path IMAGES --output_dir OUT      # one process
+    torchrun --nproc_per_node=8 main_udi.py ...                                  # many
+
+The second class token learns from a blend of the teacher's patches, at the places that its own view shows, and its class token.
+Networks without class tokens (Swin, CvT, ViL, ResNet) learn views and patches with --number_cls_token 1: an extension, not UDI's
+own. A started run in --output_dir is continued. What every method shares is in pretrain.py.
+
+Origin: UDI (Su and Ji, ECCV 2024); flags and defaults are those of ISL-CV/udi, which the help marks where they are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import data
+import engine
+import flags
+import pretrain
+import utils
+from data import geometry
+from data.recipe import FLIP, Crops
+from data.udi_views import DRAWINGS, PAIR_MODES, REFERENCES, Sampling, split_finished, udi_views
+from flags import bool_flag
+from losses import TEACHER_VIEWS
+from models import Backbone, build_model, load_arch_config
+from models.srs import SRS, default_heads
+from udi_levels import student_levels, student_weights, teacher_levels, teacher_weights
+from udi_losses import LEVELS, TARGET_MIXES, UDILoss
+from utils import UsageError
+
+# What the published script does by itself where others do something else.
+PUBLISHED = {
+    "arch": "vit_small", "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30,
+    "weight_decay_end": 0.1, "batch_size_per_gpu": 128, "epochs": 300, "min_lr": 1e-5, "saveckp_freq": 20,
+    "global_crops_scale": (0.25, 1.0), "local_crops_number": (6,), "local_crops_scale": (0.05, 0.25),
+}  # fmt: skip
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line: names and defaults of the published script, and this project's additions."""
+    parser = flags.Parser("main_udi.py", description="UDI pre-training")
+    add = parser.add_argument
+    pretrain.add_network_flags(parser)
+    add("--number_cls_token", type=int, default=2, choices=(1, 2), help="2: UDI's, of ViT; 1: no second token to learn")
+    add("--include_patch", type=bool_flag, default=True, help="learn sampled patches; off needs --number_cls_token 1")
+    add("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the student")
+    add("--srs_heads", type=int, default=0, help="heads of the pooling at samples; 0: as the backbone's (added)")
+    add("--shared_head", type=bool_flag, default=True, help="one head for all levels; off: one each (added)")
+
+    add("--alpha", type=float, default=0.5, help="weight of patches in the second token's target; raise if unstable")
+    add(
+        "--target_mix", default="logits", choices=TARGET_MIXES, help="what of them is blended; probs: the paper (added)"
+    )
+    add("--local_patch", type=bool_flag, default=False, help="learn patches of local views too (added)")
+    add("--level_weights", type=float, nargs=3, default=(1.0, 1.0, 1.0), help=f"of {', '.join(LEVELS)} (added)")
+    add("--student_temp", type=float, default=0.1, help="temperature of the student (added)")
+    add("--center_momentum", type=float, default=0.9, help="EMA momentum of the centres (added)")
+    pretrain.add_optimisation_flags(parser)
+
+    pretrain.add_view_flags(parser)
+    add("--flip_prob", type=float, default=FLIP, help="probability of the horizontal flip of a view (added)")
+    add("--global_pair_mode", default="overlap", choices=PAIR_MODES, help="second global view; nested: paper (added)")
+    add("--local_reference", default="intersection", choices=REFERENCES, help="what local views overlap (added)")
+    add("--global_sampling_window_size", type=int, default=3, help="tokens on a side, one of which is sampled")
+    add("--local_sampling_window_size", type=int, default=2, help="the same in local views")
+    add("--srs_align", default="corners", choices=geometry.ALIGNMENTS, help="where in its cell a token stands (added)")
+    add("--srs_drawing", default="image", choices=DRAWINGS, help="once for views of a size, for each, or never (added)")
+    pretrain.add_run_flags(parser)
+    parser.set_defaults(**PUBLISHED)
+    return parser
+
+
+class UDI(engine.Method):
+    """Student, teacher and loss of UDI, for the engine.
+
+    Args:
+        class_tokens: of the student that learn.
+        grid_of: tokens on a side of a view, by its side in pixels.
+        patches, local_patches: whether samples of the global views learn, and of the local ones.
+    """
+
+    criterion_key = "udi_loss"
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: UDILoss,
+        class_tokens: int,
+        grid_of: dict[int, int],
+        patches: bool,
+        local_patches: bool,
+    ) -> None:
+        self.student, self.teacher = student, teacher
+        self.criterion: UDILoss = criterion
+        self.class_tokens, self.grid_of = class_tokens, grid_of
+        self.patches, self.local_patches = patches, local_patches
+        levels = ["class token"] + ["second class token"] * (class_tokens - 1) + ["patches"] * patches
+        self.tasks = " and ".join(levels)
+
+    def images(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Views without their correspondences."""
+        return split_finished(views)[0]
+
+    def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher sees the global views, and is sampled where the student's samples lie in them."""
+        crops, found = split_finished(views)
+        sides = [crop.shape[-1] for crop in crops]
+        of_teacher: list[Tensor | None] = [None] * TEACHER_VIEWS
+        of_student: list[Tensor | None] = [None] * len(crops)
+        if self.patches:
+            of_teacher[:] = teacher_weights(found, self.grid_of[sides[0]])
+            of_student = student_weights(found, sides, self.grid_of, self.local_patches)
+        with torch.no_grad():
+            teacher_output = self.teacher(crops[:TEACHER_VIEWS], of_teacher)
+        teacher = teacher_levels(teacher_output, found)
+        self.criterion.accumulate_center(teacher)
+        student = student_levels(self.student(crops, of_student, self.class_tokens), found)
+        terms = self.criterion.terms(student, teacher, epoch)
+        if self.watch is not None:
+            tokens, patches = teacher_output.token_features, teacher_output.sample_features
+            features = {"cls": tokens[:, 0], "cls+": tokens[:, -1], "patch": patches}
+            self.watch(self.criterion.levels(student, teacher, epoch, features))
+        return self.criterion.total(terms), terms
+
+    def finish_step(self, applied: Tensor) -> None:
+        """Move the centres by the step's teacher outputs."""
+        self.criterion.update_center(applied)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Pre-train as the arguments say."""
+    pretrain.run(args, pretrain.Script(check_args, load_config, build_views, build_method))
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Stop on values that no part of the program would refuse by itself.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    pretrain.check_args(args)
+    flags.check_at_least(args, 0, ("srs_heads", "center_momentum"))
+    if not args.student_temp > 0:
+        raise UsageError(f"--student_temp {args.student_temp} must be above 0")
+    if not args.center_momentum <= 1:
+        raise UsageError(f"--center_momentum {args.center_momentum} must lie in 0..1")
+    if not args.include_patch and args.number_cls_token > 1:
+        raise UsageError(
+            "--include_patch off leaves the second class token nothing to learn from; pass --number_cls_token 1 too"
+        )
+    if not args.include_patch and args.local_patch:
+        raise UsageError("--local_patch learns patches, which --include_patch off leaves out; turn one of them around")
+    if args.aug_backend == "pil":
+        raise UsageError("--aug_backend pil does not tell where its crops lie, which UDI needs; leave it at auto")
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """The network's config with the class tokens of --number_cls_token, and positions resized as in the published networks."""
+    config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path_rate)
+    has_tokens = "NUM_CLS_TOKENS" in config.MODEL.SPEC
+    if args.number_cls_token > 1 and not has_tokens:
+        raise UsageError(
+            f"--number_cls_token {args.number_cls_token}: {args.arch} has no class tokens; pass --number_cls_token 1, which "
+            "learns its views and patches (an extension of UDI)"
+        )
+    if has_tokens:
+        tokens = ["MODEL.SPEC.NUM_CLS_TOKENS", str(args.number_cls_token)]
+        overrides = ["MODEL.SPEC.POS_RESIZE", "scale", *args.opts, *tokens]
+        config = load_arch_config(args.arch, args.cfg, overrides, args.drop_path_rate)
+    if config.MODEL.SPEC.IN_CHANS != 3:
+        raise UsageError(f"UDI's views are of colour images, MODEL.SPEC.IN_CHANS {config.MODEL.SPEC.IN_CHANS} is not 3")
+    args.aug_backend = "split"
+    return config
+
+
+def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.Finish]:
+    """Crops of which workers also tell where they lie, and their colours."""
+    crops = pretrain.get_crops(args, config)
+    network = build_model(args.arch, config, patch_size=args.patch_size)
+    grid_of = token_grids(network, crops)
+    smallest = min(grid_of.values())
+    sampling = Sampling(
+        grid_of,
+        args.global_sampling_window_size if args.include_patch else smallest,  # else they are not looked at
+        args.local_sampling_window_size if args.include_patch else smallest,
+        args.global_pair_mode,
+        args.srs_align,
+        args.local_reference,
+        args.srs_drawing,
+    )
+    return udi_views(crops, config.INPUT.MEAN, config.INPUT.STD, args.color_jitter, sampling, args.flip_prob)
+
+
+def token_grids(network: Backbone, crops: Crops) -> dict[int, int]:
+    """Tokens on a side of a view, by its side in pixels; the network is asked, because strides are its own affair."""
+    sizes = {crops.global_size, *(size for number, size in zip(crops.local_numbers, crops.local_sizes) if number)}
+    return {size: network.region_grid(torch.zeros(1, 3, size, size))[0] for size in sizes}
+
+
+def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool) -> Backbone:
+    """A backbone with its head, or one a level, and what pools its patches at samples."""
+    network = build_model(args.arch, config, is_teacher=is_teacher, patch_size=args.patch_size)
+    head = pretrain.head_builder(args, network)
+    levels = args.number_cls_token + args.include_patch
+    network.head = head() if args.shared_head else nn.ModuleList(head() for _ in range(levels))
+    if args.include_patch:
+        network.srs = SRS(network.num_features, args.srs_heads or default_heads(network))
+    return network
+
+
+def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device) -> UDI:
+    """Student, teacher as its copy, and the loss, on the device and wrapped for several processes."""
+    crops = pretrain.get_crops(args, config)
+    student = build_network(args, config, is_teacher=False)
+    teacher = build_network(args, config, is_teacher=True)
+    grid_of = token_grids(student, crops)
+    networks = pretrain.pair_networks(args, student, teacher, crops, device, compiled="forward_blocks")
+    criterion = UDILoss(
+        args.out_dim,
+        crops.total,
+        args.warmup_teacher_temp,
+        args.teacher_temp,
+        args.warmup_teacher_temp_epochs,
+        args.epochs,
+        args.student_temp,
+        args.center_momentum,
+        alpha=args.alpha,
+        target_mix=args.target_mix,
+        fall_back=True,
+        level_weights=args.level_weights,
+    )
+    criterion.to(device)
+    return UDI(*networks, criterion, args.number_cls_token, grid_of, args.include_patch, args.local_patch)
+
+
+if __name__ == "__main__":
+    utils.run_script(lambda: main(get_args_parser().parse_args()))
