@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -230,9 +231,8 @@ def main(args: argparse.Namespace) -> None:
 
     log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
     probe = build_probe(args, method, knn_images, device) if knn_images else None
-    with resume.Saver(output_dir, step, args, config) as saver:
+    with closing(log), resume.Saver(output_dir, step, args, config) as saver:
         engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
-    log.close()
 
 
 def check_args(args: argparse.Namespace) -> None:
