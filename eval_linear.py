@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -420,8 +421,8 @@ def main(args: argparse.Namespace) -> None:
             utils.save_provenance(folder, args, config)
         log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
         source = feature_source(args, backbone, datasets, device, precision, run)
-        train(probe, source, range(first_epoch, args.epochs), args, log, run)
-        log.close()
+        with closing(log):
+            train(probe, source, range(first_epoch, args.epochs), args, log, run)
     if utils.is_main_process():
         report(probe, args, run)
         (folder / FEATURES).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -81,9 +82,8 @@ def run(args: argparse.Namespace, script: Script) -> None:
 
     log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
     probe = build_probe(args, method, knn_images, device) if knn_images else None
-    with resume.Saver(output_dir, step, args, config) as saver:
+    with closing(log), resume.Saver(output_dir, step, args, config) as saver:
         engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
-    log.close()
 
 
 # --------------------------------------------------------------------------- flags

@@ -7,6 +7,7 @@ Origin: the launch conventions are those of torchrun, SLURM and MPI; the divisio
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import datetime
 import importlib.metadata
@@ -17,9 +18,10 @@ import random
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -37,17 +39,44 @@ class UsageError(ValueError):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that was foreseen becomes one line on stderr.
 
-    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`).
+    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error.
     """
+    code = 0
     try:
         main()
     except (UsageError, FloatingPointError) as error:
         rank = f" (process {get_rank()})" if get_rank() else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    finally:
-        if is_distributed():
-            dist.destroy_process_group()
+        code = 2 if isinstance(error, UsageError) else 1
+    except Exception:
+        if not is_distributed():
+            raise
+        traceback.print_exc()
+        code = 1
+    if is_distributed():
+        _leave_group(code)
+    if code:
+        sys.exit(code)
+
+
+def _leave_group(code: int) -> NoReturn:
+    """End a process of a group with this exit code, by way of its atexit handlers but without Python's finalisation.
+
+    A thread of gloo gives up the tensors of an exchange shortly after the main thread has got them, and needs the interpreter's
+    lock for that. One that waits for it when the interpreter finalises is ended by Python (before 3.14) inside a destructor, which
+    aborts a process that was done: "terminate called without an active exception". `destroy_process_group` waits for these threads
+    only if nothing else holds the group; meshes of FSDP do.
+
+    After an error the group is not destroyed: others may not come to an exchange that is under way, and see at once that this
+    process is gone.
+    """
+    if code == 0:
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()  # of loader workers, temporary folders, logging
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -375,3 +375,49 @@ def test_mpi_variables_make_a_group(tmp_path: Path) -> None:
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
+
+
+# Process 1 is done while an exchange goes on that it does not wait for; its end holds the interpreter's lock until that is over.
+LATE = """
+import argparse, atexit, os, pathlib, sys, time
+ending = pathlib.Path(os.environ["MARKER"])
+if os.environ["RANK"] == "1":  # what is registered first is called last
+    atexit.register(sum, range(6 * 10**7))
+    atexit.register(ending.touch)
+sys.path.insert(0, ROOT)
+import torch, torch.distributed as dist
+import utils
+args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=1, local_rank=None)
+kept = []
+
+def main():
+    utils.init_processes(args)
+    kept.append(dist.group.WORLD)  # as the meshes of sharded networks do
+    while utils.get_rank() == 0 and not ending.exists():
+        time.sleep(0.01)
+    work = dist.all_reduce(torch.ones(1), async_op=True)
+    if utils.get_rank() == 0:
+        work.wait()
+        return
+    print("not flushed", end="")
+    if HOW == "mistake":
+        raise utils.UsageError("told")
+    if HOW == "error":
+        raise RuntimeError("shown")
+utils.run_script(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("done", 0), ("mistake", 2), ("error", 1)])
+def test_process_ends_while_a_thread_needs_the_interpreter(tmp_path: Path, how: str, code: int) -> None:
+    """With its own exit code and all that it said, although torch keeps the threads of a group that something holds."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE.replace("ROOT", repr(str(ROOT))).replace("HOW", repr(how)))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"MARKER": str(tmp_path / "ending")}
+    processes = [start_script(str(script), env=shared | {"RANK": str(rank)}) for rank in (0, 1)]
+    (_, _), (out, told) = (process.communicate(timeout=60) for process in processes)
+    assert [process.returncode for process in processes] == [0, code], told
+    assert out == "not flushed"
+    assert {"done": "", "mistake": "error (process 1): told", "error": "RuntimeError: shown"}[how] in told
+    assert bool(told) == (how != "done")
