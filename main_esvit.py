@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
     probe = build_probe(args, method, knn_images, device) if knn_images else None
     with resume.Saver(output_dir, step, args, config) as saver:
         engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
-    log.close()
+        log.close()
 
 
 def check_args(args: argparse.Namespace) -> None:
