@@ -28,6 +28,7 @@ from yacs.config import CfgNode
 
 import data
 import flags
+import resume
 import utils
 from checkpoint import load_backbone
 from data import augment
@@ -264,7 +265,11 @@ def train(
     assert isinstance(train_loader.dataset, data.ImageDataset)
     assert isinstance(val_loader.dataset, data.ImageDataset)
     batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
-    log = RunLog(output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device)
+    first_step, failure = progress.epochs * recipe.steps, ""
+    with utils.failing_together(), utils.usable(output_dir):
+        log = RunLog(
+            output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device, first_step
+        )
     tally = data.FailureTally(len(train_loader.dataset))
     for epoch in range(progress.epochs, recipe.epochs):
         meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
@@ -281,9 +286,11 @@ def train(
                 print(
                     f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
                 )
-            report(progress, val_loader.dataset, about, args)
-        save_run(output_dir, tuner, progress, about, args, config)
+            with log.failing_softly():
+                report(progress, val_loader.dataset, about, args)
+        failure = save_run(output_dir, tuner, progress, about, args, config)
     log.close()
+    resume.end_saved(failure, output_dir)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -312,7 +319,7 @@ def main(args: argparse.Namespace) -> None:
         network = build_network(args, config, classes, size)
     utils.seed_everything(args.seed + utils.get_rank())
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
-    with utils.failing_together():
+    with utils.failing_together(), utils.usable(output_dir):
         progress = resume_run(output_dir, tuner, about, args)
     utils.must_agree("checkpoints", progress.epochs)
     if progress.epochs >= args.epochs:
@@ -320,8 +327,10 @@ def main(args: argparse.Namespace) -> None:
         if utils.is_main_process():
             report(progress, val_set, about, args)
         return
-    if utils.is_main_process():
-        utils.save_provenance(output_dir, args, config)
+    with utils.failing_together(), utils.usable(output_dir):
+        if utils.is_main_process():
+            resume.tidy(output_dir, progress.place)
+            utils.save_provenance(output_dir, args, config)
     train(tuner, loaders, progress, about, args, config)
 
 

@@ -9,7 +9,8 @@ in one pass over the same features. One value each is the published protocol: th
 random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to 0 in steps of an epoch
 (epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is another
 protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on from
-`checkpoint.pth.tar` when its command is repeated. Epochs count from 0, in files and in what is printed.
+`checkpoint.pth.tar` when its command is repeated. Epochs count from 0 in files and in the printed table, from 1 in lines about
+progress.
 
 Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 2021); flags and file names follow microsoft/esvit.
 """
@@ -32,6 +33,7 @@ from yacs.config import CfgNode
 import checkpoint
 import data
 import flags
+import resume
 import utils
 from data import augment
 from features import (
@@ -129,7 +131,10 @@ def feature_source(
             found = extract_features(loader, {"network": function}, device, torch.device("cpu"), label, normalise=False)
             cached.append(found["network"])
         if utils.is_main_process():
-            checkpoint.save_file({"run": run, "features": [list(part) for part in cached]}, path)
+            try:
+                checkpoint.save_file({"run": run, "features": [list(part) for part in cached]}, path)
+            except (OSError, RuntimeError) as error:
+                logger.warning("cannot keep the features in %s (%s): they are computed again at a resume", path, error)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
     logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS[True])
     return CachedFeatures(cached[0], cached[1], args.batch_size_per_gpu, device, args.seed)
@@ -207,7 +212,7 @@ def train(
 
     `run` is what makes a run the same, saved beside the classifiers.
     """
-    batch = args.batch_size_per_gpu * utils.get_world_size()
+    batch, failure = args.batch_size_per_gpu * utils.get_world_size(), ""
     for epoch in epochs:
         meter = EpochMeter(epoch, source.steps, images_per_step=batch)
         lrs = probe.lrs
@@ -225,7 +230,8 @@ def train(
             about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
         if utils.is_main_process():
-            checkpoint.save_file(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
+            failure = resume.write(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
+    resume.end_saved(failure, Path(args.output_dir))
 
 
 # --------------------------------------------------------------------------- one run, one folder
@@ -259,16 +265,17 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / "checkpoint.pth.tar"
 
 
-def resume(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> int:
-    """Continue from `checkpoint.pth.tar` if it is there; returns the epoch to start with.
+def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> resume.Place:
+    """Continue from the newest whole `checkpoint.pth.tar` if there is any; returns where.
 
     Raises:
-        UsageError: the file is damaged or of another run, on all processes at once.
+        UsageError: all files are damaged or of another run, on all processes at once.
     """
-    path, first = checkpoint_path(args), 0
-    with utils.failing_together():
-        if path.exists():
-            content = checkpoint.load_file(path)
+    place = resume.Place()
+    with utils.failing_together(), utils.usable(args.output_dir):
+        found = resume.newest_whole(checkpoint_path(args))
+        if found is not None:
+            path, content, damaged = found
             saved = content.get("run")
             if saved is None:
                 logger.warning("%s does not say what it was made with; it is taken for a part of this run", path)
@@ -278,10 +285,11 @@ def resume(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> int:
                     f"{path} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
                 )
             probe.load_state(content, f"checkpoint '{path}'")
-            first = int(content["epoch"])
-            logger.info("resuming %s at epoch %d of %d", path, first, args.epochs)
-    utils.must_agree("epochs to resume at", first)
-    return first
+            place = resume.Place(int(content["epoch"]), damaged=damaged)
+            if place.epoch < args.epochs:
+                logger.info("resuming %s at epoch %d of %d", path, place.epoch + 1, args.epochs)
+    utils.must_agree("epochs to resume at", place.epoch)
+    return place
 
 
 def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
@@ -347,7 +355,8 @@ def claim_folder(args: argparse.Namespace) -> Path:
         UsageError: it cannot be created, or holds what this run would overwrite or mix with its own.
     """
     folder = utils.make_output_dir(args.output_dir)
-    begun = checkpoint_path(args).exists()
+    with utils.usable(folder):
+        begun = bool(resume.saved(checkpoint_path(args)))
     strangers = {
         "a pre-training run (checkpoint.pth)": (folder / "checkpoint.pth").exists() and not begun,
         "other results (results.json)": (folder / "results.json").exists()
@@ -415,17 +424,21 @@ def main(args: argparse.Namespace) -> None:
         logger.warning("--random_weights: the scores are those of a network with random weights")
     probe = build_probe(args, backbone, len(datasets[0].classes), device)
     run = identity(args, config, backbone, datasets, precision)
-    first_epoch = resume(probe, args, run)
-    if first_epoch < args.epochs:
-        if utils.is_main_process():
-            utils.save_provenance(folder, args, config)
-        log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
+    start = resume_run(probe, args, run)
+    if start.epoch < args.epochs:
+        with utils.failing_together(), utils.usable(folder):
+            if utils.is_main_process():
+                resume.tidy(folder, start)
+                utils.save_provenance(folder, args, config)
         source = feature_source(args, backbone, datasets, device, precision, run)
+        first_step = start.epoch * source.steps
+        log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
         with closing(log):
-            train(probe, source, range(first_epoch, args.epochs), args, log, run)
+            train(probe, source, range(start.epoch, args.epochs), args, log, run)
     if utils.is_main_process():
-        report(probe, args, run)
-        (folder / FEATURES).unlink(missing_ok=True)
+        with utils.usable(folder):
+            report(probe, args, run)
+            (folder / FEATURES).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from data.loader import Batch, FailureTally, set_epoch
 from engine import SYNC_BUFFERS
 from models.base import Backbone
 from progress import EpochMeter, RunLog
-from resume import continue_from
+from resume import Place, continue_from, newest_whole, write
 from utils import UsageError, logger
 
 CHECKPOINT = "checkpoint.pth"
@@ -292,23 +292,33 @@ class Progress(NamedTuple):
     epochs: int = 0  # that are done
     best: Best = Best()
     last: Mapping[str, Accuracy] = {}  # of the last validation, by network
+    damaged: tuple[Path, ...] = ()  # files that were passed by to get here
+
+    @property
+    def place(self) -> Place:
+        """The same in the words of resume.py."""
+        return Place(self.epochs, damaged=self.damaged)
 
 
 def save_run(
     output_dir: Path, tuner: FineTuner, progress: Progress, identity: Mapping[str, Any], args: Any, config: Any
-) -> None:
-    """Write `checkpoint.pth` after an epoch, and `best.pth` if it was the best one. All processes call this.
+) -> str:
+    """Write `best.pth` after an epoch if it was the best one, and `checkpoint.pth`. All processes call this.
 
     Args:
         identity: what must be the same for the run to go on, by the name of the flag.
+
+    Returns:
+        why one of them could not be written, see `resume.write`; `checkpoint.pth` waits for `best.pth`.
     """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
     if not utils.is_main_process():
-        return
+        return ""
     best = progress.best
     if best.epoch == progress.epochs - 1:
         weights = tuner.networks()[best.network].state_dict()
-        checkpoint.save_file({"model": weights, "finetuning": best._asdict()}, output_dir / BEST)
+        if failure := write({"model": weights, "finetuning": best._asdict()}, output_dir / BEST, keep=0):
+            return failure
     state = {
         "model": tuner.network.state_dict(),
         "ema": None if tuner.ema is None else tuner.ema.module.state_dict(),
@@ -324,20 +334,20 @@ def save_run(
         "rng": rng_of_rank,
         "world_size": utils.get_world_size(),
     }
-    checkpoint.save_file(state, output_dir / CHECKPOINT)
+    return write(state, output_dir / CHECKPOINT)
 
 
 def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], args: Any) -> Progress:
-    """Continue from `output_dir/checkpoint.pth` if it is there; returns how far it is.
+    """Continue from the newest whole `checkpoint.pth` of `output_dir` if there is any; returns how far it is.
 
     Raises:
-        UsageError: the file is damaged, of another kind of run, of other data or of another network.
+        UsageError: all files are damaged, or of another kind of run, of other data or of another network.
     """
-    path = output_dir / CHECKPOINT
-    if not path.exists():
+    found = newest_whole(output_dir / CHECKPOINT)
+    if found is None:
         return Progress()
+    path, content, damaged = found
     source = f"checkpoint '{path}'"
-    content = checkpoint.load_file(path)
     absent = [key for key in STATE if key not in content]
     if absent:
         raise UsageError(
@@ -370,4 +380,4 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
     if tuner.scaler.is_enabled() and content.get("fp16_scaler"):
         tuner.scaler.load_state_dict(content["fp16_scaler"])
     last = {name: Accuracy(**row) for name, row in content.get("last", {}).items()}
-    return Progress(continue_from(content, args, path), Best(**content["best"]), last)
+    return Progress(continue_from(content, args, path), Best(**content["best"]), last, damaged)

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, script: Script) -> None:
     step = build_step(args, method, len(loader), device, args.precision)
 
     output_dir = Path(args.output_dir)
-    with utils.failing_together():
+    with utils.failing_together(), utils.usable(output_dir):
         start = resume.resume_run(output_dir, step, args)
         if args.pretrained_weights_ckpt and start.is_new:
             start_from_weights(method, args.pretrained_weights_ckpt, args.allow_partial)
@@ -75,14 +75,16 @@ def run(args: argparse.Namespace, script: Script) -> None:
     if start.epoch >= args.epochs:
         logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
         return
-    if utils.is_main_process():
-        resume.tidy(output_dir, start)
-        utils.save_provenance(output_dir, args, config)
+    first_step = start.epoch * engine.steps_per_epoch(len(loader), args.accum_iter) + start.steps
+    with utils.failing_together(), utils.usable(output_dir):
+        if utils.is_main_process():
+            resume.tidy(output_dir, start)
+            utils.save_provenance(output_dir, args, config)
+        log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
     describe_run(args, method, loader, device, args.precision)
 
-    log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
     probe = build_probe(args, method, knn_images, device) if knn_images else None
-    with closing(log), resume.Saver(output_dir, step, args, config) as saver:
+    with resume.Saver(output_dir, step, args, config) as saver, closing(log):
         engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
 
 

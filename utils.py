@@ -17,6 +17,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -430,7 +431,8 @@ def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> 
         number += 1
         suffix = f"_{number}"
     if config is not None:
-        (output_dir / f"config{suffix}.yaml").write_text(config.dump())
+        with whole_file(output_dir / f"config{suffix}.yaml") as temporary:
+            temporary.write_text(config.dump())
     record = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
@@ -441,7 +443,8 @@ def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> 
         "python": sys.version.split()[0],
         "packages": package_versions(),
     }
-    (output_dir / f"run{suffix}.json").write_text(json.dumps(record, indent=2) + "\n")
+    with whole_file(output_dir / f"run{suffix}.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def git_revision() -> str:
@@ -476,14 +479,33 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
-    """Create the folder of a run, or another one that `flag` names.
+@contextlib.contextmanager
+def usable(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
+    """A block that reads and writes files of a folder, which `flag` names.
 
     Raises:
-        UsageError: it cannot be created.
+        UsageError: the disk refuses: it is full, read-only, damaged or no longer mounted, or there is no permission.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {folder} cannot be used ({error.strerror or error}); see that its disk is there, writable and not full, "
+            "or choose another"
+        ) from error
+
+
+def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
+    """Create the folder of a run, or another one that `flag` names, and see that the main process can write there.
+
+    Raises:
+        UsageError: it cannot be created or written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{flag} {folder} cannot be created ({error.strerror}); choose another") from None
+    if is_main_process():
+        with usable(folder, flag), tempfile.TemporaryFile(dir=folder):
+            pass
     return Path(folder)

@@ -35,7 +35,7 @@ from data.sources import UNLABELLED, parse_label
 from data.tars import count_images, find_shards, is_remote, samples_of
 from utils import UsageError, isolated_rng
 
-RECENT = 16  # readable images that are kept to stand in for others
+RECENT = 16  # images that are kept to stand in for others
 
 
 class Span(NamedTuple):
@@ -143,16 +143,19 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
         generator = np.random.default_rng([self.seed % 2**64, self.epoch, reader])
         elsewhere = [Span(shard, 0, RECENT) for shard in order.tolist()]
         of_this_worker = -(-(skipped - worker) // workers) if skipped > worker else 0
-        yield from self._samples(self._read(spans), self._read(elsewhere), generator, of_this_worker * self.batch_size)
+        yield from self._samples(self._read(spans), elsewhere, generator, of_this_worker * self.batch_size)
 
     def _read(self, spans: Sequence[Span]) -> Iterator[Encoded]:
         for span in spans:
             yield from read_span(self.shards[span.shard], span, int(self.starts[span.shard]))
 
     def _samples(
-        self, images: Iterator[Encoded], elsewhere: Iterator[Encoded], generator: np.random.Generator, skipped: int
+        self, images: Iterator[Encoded], elsewhere: Sequence[Span], generator: np.random.Generator, skipped: int
     ) -> Iterator[Sample]:
-        """Mix the images, decode them but for the first `skipped`, and let others stand in for those that cannot be read."""
+        """Mix the images, decode them but for the first `skipped`, and let others stand in for those that cannot be read.
+
+        Which others are at hand follows from what was read alone, never from what could be decoded: it is the same after a skip.
+        """
         mixed: list[Encoded] = []  # images without content, which take no memory, come on top of the buffer's
         recent: deque[Encoded] = deque(maxlen=RECENT)
         readable = 0
@@ -168,15 +171,12 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
             readable -= not wanted.error
             if skipped:
                 skipped -= 1
-                recent.extend([] if wanted.error else [wanted])
-                continue
-            sample, used = self._view(wanted, stand_ins(mixed, recent, elsewhere))
-            if used is not None:
-                recent.append(used)
-            yield sample
+            else:
+                yield self._view(wanted, stand_ins(mixed, recent, self._read(elsewhere)))
+            recent.extend([] if wanted.error else [wanted])
 
-    def _view(self, wanted: Encoded, others: Iterator[Encoded]) -> tuple[Sample, Encoded | None]:
-        """The views of the wanted image or of one of the others, and which it was."""
+    def _view(self, wanted: Encoded, others: Iterator[Encoded]) -> Sample:
+        """The views of the wanted image, or of one of the others."""
         failures: list[str] = []
         with isolated_rng(self.seed, self.epoch, wanted.number):
             for chosen in islice(chain([wanted], others), REPLACEMENT_TRIES):
@@ -187,8 +187,8 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
                 except Exception as error:  # see ImageDataset
                     failures.append(f"{chosen.name}: {reason_of(error)}")
                     continue
-                return Sample(self.transform(image), chosen.label, wanted.number, tuple(failures)), chosen
-        return Sample([], UNLABELLED, wanted.number, tuple(failures)), None
+                return Sample(self.transform(image), chosen.label, wanted.number, tuple(failures))
+        return Sample([], UNLABELLED, wanted.number, tuple(failures))
 
 
 def stand_ins(mixed: Sequence[Encoded], recent: Sequence[Encoded], elsewhere: Iterator[Encoded]) -> Iterator[Encoded]:

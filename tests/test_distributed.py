@@ -326,7 +326,7 @@ def test_killed_worker_is_restarted_from_its_checkpoint(
         command = ["--nproc_per_node=2", f"--master_port={free_port()}", "--max-restarts=1", dying, *flags]
         result = run_module("torch.distributed.run", *command)
         assert result.returncode == 0, result.stderr
-        assert ("at epoch 1" in result.stderr) == (run == "killed")
+        assert ("at epoch 2" in result.stderr) == (run == "killed")
     equal_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
 

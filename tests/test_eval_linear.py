@@ -286,6 +286,27 @@ def test_resumed_equals_uninterrupted(
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
+def test_damaged_checkpoint_gives_way_to_the_one_before(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last epoch is trained again to the same bits; the damaged file and the line of that epoch are kept aside."""
+    out = tmp_path / "out"
+    run(images, out, "--lr", "1", "20")
+    whole, scores = saved(out), results(out)
+    content = bytearray((out / "checkpoint.pth.tar").read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / "checkpoint.pth.tar").write_bytes(content)
+    capsys.readouterr()
+    run(images, out, "--lr", "1", "20")
+    assert f"resuming {out}/checkpoint.pth_previous1.tar at epoch 3 of 3" in capsys.readouterr().err
+    again = saved(out)
+    torch.testing.assert_close(again["classifiers"], whole["classifiers"], rtol=0, atol=0)
+    assert (again["epoch"], again["table"], results(out)) == (3, whole["table"], scores)
+    assert (out / "checkpoint.pth.tar.damaged").read_bytes() == content
+    assert [line["epoch"] for line in log_lines(out)] == [0, 1, 2]
+    assert len((out / "log_repeated.txt").read_text().splitlines()) == 1
+
+
 def test_finished_run_prints_again_and_ends(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

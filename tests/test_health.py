@@ -241,6 +241,40 @@ def test_two_processes_end_together(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "bad_step.pth", weights_only=True)["view_statistics"][1][2]["not_finite"] == 1
 
 
+@pytest.mark.slow
+def test_monitor_of_two_processes(tmp_path: Path) -> None:
+    """Means over rows are those of one process that sees both batches; what is no such mean is the mean of the processes'."""
+    script = tmp_path / "watch.py"
+    script.write_text(
+        "import argparse, json, pathlib, sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import utils\n"
+        "from test_engine import random_views, tiny\n"
+        "def main():\n"
+        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
+        "    _, step = tiny()\n"
+        "    scalars = step([random_views(4, utils.get_rank())], 0, 1, watch=True)\n"
+        f"    path = pathlib.Path({str(tmp_path)!r}) / f'{{utils.get_rank()}}.json'\n"
+        "    path.write_text(json.dumps({name: value.item() for name, value in scalars.items()}))\n"
+        "utils.run_script(main)\n"
+    )
+    result = run_script(str(script), processes=2)
+    assert result.returncode == 0, result.stderr
+    found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert found == other
+
+    def alone(views: list[Tensor]) -> dict[str, float]:
+        return {name: value.item() for name, value in tiny()[1]([views], 0, 1, watch=True).items()}
+
+    halves = [random_views(4, rank) for rank in (0, 1)]
+    union, each = alone([torch.cat(pair) for pair in zip(*halves)]), [alone(half) for half in halves]
+    assert {name.split("/")[0] for name in found if "/" in name} == {"view", "region"}
+    for name, value in found.items():
+        assert value == pytest.approx(sum(half[name] for half in each) / 2, rel=1e-4, abs=1e-6), name
+        if name.endswith(("loss", "teacher_entropy", "kl")):
+            assert value == pytest.approx(union[name], rel=1e-4), name
+
+
 # --------------------------------------------------------------------------- whole runs
 
 

@@ -269,6 +269,34 @@ def test_shard_that_is_not_whole(shards: Path, damage: str) -> None:
     assert all(failure.split(": ", 1)[1].strip() for failure in failures)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["images", "shards"])
+def test_a_later_begin_gets_the_same_stand_ins(shards: Path, damage: str, workers: int) -> None:
+    """Wherever the pass begins: views, labels and names of what is left, though many images cannot be read."""
+    sizes = json.dumps({f"train-{i:03}.tar": n for i, n in enumerate(COUNTS)})
+    for path in sorted(shards.iterdir()):
+        number = int(path.stem[-3:])
+        if damage == "shards" and number in {2, 3}:
+            path.write_bytes(b"x" * 3000)
+        elif damage == "images":
+            first = sum(COUNTS[:number])
+            damaged = {first + i: grey(first + i, 32)[: 20 if (first + i) % 3 else None] for i in range(COUNTS[number])}
+            write_tar(path, [(f"k{i:03}.png", content) for i, content in damaged.items()])
+    (shards / "sizes.json").write_text(sizes)
+    stream = build_stream(str(shards), whole, buffer=3)
+    loader = loader_of(stream, 1, workers)
+    passed = one_epoch(loader, 5)
+    assert any(batch.failures for batch in passed)
+    assert all(batch.views for batch in passed)
+    for begin in (1, 4, 11, IMAGES - 1):
+        set_epoch(loader, 5, skipped_batches=begin)
+        left = list(loader)
+        assert len(left) == IMAGES - begin
+        for ours, theirs in zip(left, passed[begin:]):
+            assert torch.equal(ours.views[0], theirs.views[0])
+            assert (ours.failures, indices([ours])) == (theirs.failures, indices([theirs]))
+
+
 def test_wrong_label_is_named(shards: Path) -> None:
     write_tar(shards / "train-001.tar", [("k005.png", grey(5, 32)), ("k005.cls", b"-7")])
     failures, _ = failures_of(shards)
