@@ -18,11 +18,13 @@ from runs import TINY_RUN, TINY_SWIN
 from torch.utils.data import DataLoader
 
 import checkpoint
+import data.tars
 import main_esvit
 from data.datasets import build_dataset
 from data.loader import Batch, build_train_loader, set_epoch
+from data.remote import is_remote
 from data.shards import ShardStream, build_stream, plan_spans
-from data.tars import count_images, find_shards, holds_shards, is_image, is_remote, split_name
+from data.tars import count_images, find_shards, holds_shards, is_image, split_name
 from utils import UsageError
 
 COUNTS = (5, 1, 7, 4, 6)  # images of the shards
@@ -161,7 +163,7 @@ def test_pipes(shards: Path) -> None:
     """From elsewhere nobody can count: each shard gives its share of --epoch_images, and what it lacks is named."""
     pattern = f"pipe:cat {shards}/train-00{{0..4}}.tar"
     with pytest.raises(
-        UsageError, match="--epoch_images 0 is needed for shards from elsewhere: how many images the 5 hold"
+        UsageError, match=r"--epoch_images 0 must say how many images the 5 shards hold: .* no sizes\.json"
     ):
         build_stream(pattern, whole)
     stream = build_stream(pattern, whole, epoch_images=12)
@@ -345,6 +347,53 @@ def test_tars_at_any_place(shards: Path) -> None:
     (shards / "train-001.tar").write_bytes((shards / "train-000.tar").read_bytes()[:700])
     with pytest.raises(UsageError, match=r"train-001\.tar is no whole tar file"):
         build_dataset(shards, "train", whole, layout="shards")
+
+
+def test_large_shards_are_looked_through_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until one of them changes; what is wrong in one is told each time."""
+    monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
+    listed = build_dataset(shards, "train", whole, need_labels=True, layout="shards")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(data.tars, "KEPT_FROM", 1)
+    names = find_shards(str(shards), "train")
+    with pytest.MonkeyPatch.context() as forbid:
+        for _ in range(2):
+            assert count_images(names) == list(COUNTS)
+            again = build_dataset(shards, "train", whole, need_labels=True, layout="shards")
+            assert again.labels.tolist() == listed.labels.tolist()
+            assert [again.source.name(i) for i in range(IMAGES)] == [listed.source.name(i) for i in range(IMAGES)]
+            assert [again.source.read(i) for i in range(IMAGES)] == [listed.source.read(i) for i in range(IMAGES)]
+            forbid.setattr(data.tars, "tar_members", lambda path: pytest.fail("looked through again"))
+    write_tar(
+        Path(names[1]), [("k005.png", grey(5, 32)), ("k005.cls", b"0"), ("more.png", grey(5)), ("more.cls", b"x")]
+    )
+    assert count_images(names) == [COUNTS[0], 2, *COUNTS[2:]]
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"train-001\.tar@/more\.png: the label 'x' is not a whole number"):
+            build_dataset(shards, "train", whole, layout="shards")
+    assert not [path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".npz")]
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
+def test_links_are_named_and_hidden_files_are_not_images(tmp_path: Path, kind: bytes) -> None:
+    """Counted, streamed and looked up alike."""
+    write_tar(tmp_path / "train-0.tar", [("._a.png", b"of macOS"), ("a.png", grey(3)), ("a.cls", b"1")])
+    with tarfile.open(tmp_path / "train-0.tar", "a") as tar:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = kind, "a.png"
+        tar.addfile(link)
+        folder = tarfile.TarInfo("folder.png")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    assert count_images([str(tmp_path / "train-0.tar")]) == [2]
+    dataset = build_dataset(tmp_path, "train", whole, layout="shards")
+    batches = one_epoch(loader_of(build_stream(str(tmp_path), whole), 1), 0)
+    told = {failure for batch in batches for failure in batch.failures}
+    told_elsewhere = {failure for i in range(2) for failure in dataset[i].failures}
+    (failure,) = told
+    assert failure.startswith(f"{tmp_path}/train-0.tar@/b.png: it is a link, and a shard must hold each image itself")
+    assert told_elsewhere == told
+    assert len(dataset) == 2
 
 
 # --------------------------------------------------------------------------- the script
