@@ -144,7 +144,7 @@ def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Tra
         raise UsageError(
             f"timm does not take --aa {args.aa} ({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1, or none"
         ) from None
-    return augment.MultiCrop([view])
+    return augment.MultiCrop([augment.posterised_to_a_bit(view)])
 
 
 def build_loaders(

@@ -30,6 +30,7 @@ from data import augment
 from data.datasets import Transform
 from data.loader import set_epoch
 from models import Backbone, build_model
+from models.base import TOKENS
 from progress import EpochMeter
 from utils import UsageError, logger
 
@@ -49,17 +50,24 @@ class LabelledFeatures(NamedTuple):
 def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Path, device: torch.device) -> Backbone:
     """The backbone of `--arch` in evaluation mode, with the weights of a file, or with random ones (of `--seed`) if it is empty.
 
-    Reads `arch`, `patch_size`, `seed`, `checkpoint_key` and `allow_partial` of the arguments.
+    Reads `arch`, `patch_size`, `seed`, `checkpoint_key`, `allow_partial` and `token` of the arguments.
 
     Raises:
-        UsageError: see `checkpoint.load_backbone`.
+        UsageError: see `checkpoint.load_backbone` and `Backbone.choose_token`.
     """
     torch.manual_seed(args.seed)
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size)
+    backbone.choose_token(args.token)
     if weights:
         report = load_backbone(backbone, weights, args.checkpoint_key, allow_partial=args.allow_partial)
         logger.info("%s: %s", weights, report)
     return backbone.to(device).eval().requires_grad_(False)
+
+
+def add_token_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that chooses among the class tokens of a network that has two."""
+    words = "class token that stands for an image, for networks with two (UDI): the first, the second, or one after the other"
+    parser.add_argument("--token", choices=list(TOKENS), default="cls", help=words)
 
 
 def evaluation_size(args: argparse.Namespace, config: CfgNode) -> int:

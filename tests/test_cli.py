@@ -54,7 +54,7 @@ ADDED_KNN: dict[str, object] = {
     "tsv_mode": False,
     "data_path": "", "image_size": None, "crop_ratio": 0.875, "baselines": False, "output_dir": None, "seed": 0,
     "device": "auto", "opts": [], "random_weights": False,
-    "allow_partial": False, "half": False, "backend": "torch", "leave_one_out": False,
+    "token": "cls", "allow_partial": False, "half": False, "backend": "torch", "leave_one_out": False,
 }  # fmt: skip
 PUBLISHED_LINEAR = {
     "cfg": None, "arch": "deit_small", "n_last_blocks": [4], "avgpool_patchtokens": False, "patch_size": 16,
@@ -65,6 +65,7 @@ PUBLISHED_LINEAR = {
 ADDED_LINEAR: dict[str, object] = {
     "tsv_mode": False,
     "random_weights": False,
+    "token": "cls", "train_aug": "standard",
     "allow_partial": False, "cache_features": False, "precision": "fp32", "image_size": None, "crop_ratio": 0.875, "seed": 0,
     "log_freq": 20, "device": "auto", "opts": [],
 }  # fmt: skip

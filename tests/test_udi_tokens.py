@@ -1,0 +1,121 @@
+"""Evaluation of networks with two class tokens: `--token` by value through the scripts, and its refusal for all others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fill import fill_
+from PIL import Image
+from runs import write_images
+from small_networks import SMALL, small_network
+from torch import Tensor
+
+import data
+import eval_knn
+import eval_linear
+from data import augment
+from models import Backbone
+from utils import UsageError
+
+TWO = ("MODEL.SPEC.NUM_CLS_TOKENS", "2", "MODEL.SPEC.POS_RESIZE", "scale")
+NETWORK = ["--arch", "vit", "--patch_size", "8", "--cfg", "experiments/demo/vit_micro.yaml"]
+QUICK = ["--device", "cpu", "--num_workers", "0", "--batch_size_per_gpu", "5"]
+PLACES = {"cls": [0], "cls+": [1], "both": [0, 1]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`images` with 12 and 6 images of three classes, and a `checkpoint.pth` of a ViT with two class tokens."""
+    root = tmp_path_factory.mktemp("tokens")
+    for seed, (split, count) in enumerate((("train", 4), ("val", 2))):
+        write_images(root / "images" / split, count, classes=3, seed=seed)
+    torch.save({"teacher": network().state_dict(), "student": {}}, root / "checkpoint.pth")
+    return root
+
+
+def network() -> Backbone:
+    made = small_network("vit", *TWO, is_teacher=True).eval()
+    fill_(made.state_dict())
+    return made
+
+
+def run(script: Any, folder: Path, out: Path, *flags: str, tokens: tuple[str, ...] = TWO) -> dict[str, Any]:
+    """The results of a script on the small network of `folder`."""
+    paths = ["--data_path", str(folder / "images"), "--pretrained_weights", str(folder / "checkpoint.pth")]
+    command = [
+        *NETWORK,
+        *QUICK,
+        *paths,
+        "--output_dir",
+        str(out),
+        *flags,
+        "--seed",
+        "0",
+        *SMALL["vit"].overrides,
+        *tokens,
+    ]
+    script.main(script.get_args_parser().parse_args(command))
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return found
+
+
+@torch.no_grad()
+def features(folder: Path, split: str, of: Callable[[Backbone, Tensor], Tensor]) -> Tensor:
+    """What a function makes of all images of a part, in their order."""
+    view = augment.eval_view(64, 0.875, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    dataset = data.build_dataset(folder / "images", split, view, need_labels=True)
+    return of(network(), torch.stack([dataset[i].views[0] for i in range(len(dataset))]))
+
+
+def last_tokens(backbone: Backbone, images: Tensor) -> Tensor:
+    return backbone.norm(backbone.forward_blocks(images)[-1].tokens_BNC)
+
+
+@pytest.mark.parametrize("token", PLACES)
+def test_knn_compares_the_chosen_tokens(token: str, folder: Path, tmp_path: Path) -> None:
+    """Feature files hold the normed tokens, scaled to length 1 together; the results tell the token."""
+    dump = ["--nb_knn", "1", "--dump_features", str(tmp_path / "features")]
+    results = run(eval_knn, folder, tmp_path / "out", *dump, "--token", token)
+    assert results["token"] == token
+    expected = F.normalize(features(folder, "train", last_tokens)[:, PLACES[token]].flatten(1), dim=-1)
+    torch.testing.assert_close(torch.load(tmp_path / "features/trainfeat.pth"), expected)
+
+
+def test_the_linear_probe_sees_the_chosen_tokens_and_tells_its_augmentation(folder: Path, tmp_path: Path) -> None:
+    """Of two blocks with both tokens: as many weights as that; another token is another run."""
+    probe = ["--epochs", "1", "--n_last_blocks", "2", "--token", "both", "--train_aug", "strong"]
+    results = run(eval_linear, folder, tmp_path / "out", *probe)
+    weights = torch.load(tmp_path / "out/checkpoint.pth.tar", weights_only=False)["state_dict"]
+    assert weights["module.linear.weight"].shape == (3, 2 * 2 * 24)
+    assert (results["token"], results["train_aug"]) == ("both", "strong")
+    assert results["protocol"].startswith("strong augmentation (RandAugment and erasing")
+    assert json.loads((tmp_path / "out/log.txt").read_text())["protocol"] == results["protocol"]
+    with pytest.raises(UsageError, match=re.escape("--token both -> cls; --train_aug strong -> standard")):
+        run(eval_linear, folder, tmp_path / "out", *probe[:4])
+    with pytest.raises(UsageError, match="--cache_features has no augmentation, --train_aug strong has"):
+        run(eval_linear, folder, tmp_path / "other", *probe, "--cache_features")
+
+
+@pytest.mark.parametrize("script", [eval_knn, eval_linear], ids=lambda script: script.__name__)
+def test_one_class_token_leaves_nothing_to_choose(script: Any, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"^--token cls\+ needs a network with two class tokens, VisionTransformer has 1 "
+    ):
+        run(script, folder, tmp_path, "--token", "cls+", tokens=())
+
+
+def test_the_strong_view_is_random_normalised_and_erased() -> None:
+    """A quarter of the views has an erased rectangle, whose noise leaves the range of normalised pixels."""
+    view = augment.strong_view(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    views = torch.stack([view(Image.new("RGB", (50, 40), (128, 128, 128)))[0] for _ in range(400)])
+    assert views.shape == (400, 3, 32, 32)
+    erased = views.flatten(1).abs().amax(dim=1) > 1
+    assert 0.15 < erased.float().mean() < 0.35
+    assert len({image.sum().item() for image in views}) > 100
