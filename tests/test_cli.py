@@ -90,6 +90,7 @@ PUBLISHED_ANALYSIS = {
 }  # fmt: skip
 ADDED_ANALYSIS: dict[str, object] = {
     "measure_stereo": False, "vis_features": False, "report": False, "run_dir": None, "allow_partial": False, "query": None,
+    "token": "cls",
     "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [], "zip_mode": False, "tsv_mode": False,
 }  # fmt: skip
 LAUNCH: dict[str, object] = {"dist_timeout": 30.0}  # added to all of them

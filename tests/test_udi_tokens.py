@@ -16,10 +16,13 @@ from PIL import Image
 from runs import write_images
 from small_networks import SMALL, small_network
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
 import data
 import eval_knn
 import eval_linear
+import run_analysis
 from data import augment
 from models import Backbone
 from utils import UsageError
@@ -27,6 +30,7 @@ from utils import UsageError
 TWO = ("MODEL.SPEC.NUM_CLS_TOKENS", "2", "MODEL.SPEC.POS_RESIZE", "scale")
 NETWORK = ["--arch", "vit", "--patch_size", "8", "--cfg", "experiments/demo/vit_micro.yaml"]
 QUICK = ["--device", "cpu", "--num_workers", "0", "--batch_size_per_gpu", "5"]
+BICUBIC = InterpolationMode.BICUBIC
 PLACES = {"cls": [0], "cls+": [1], "both": [0, 1]}
 
 
@@ -101,6 +105,50 @@ def test_the_linear_probe_sees_the_chosen_tokens_and_tells_its_augmentation(fold
         run(eval_linear, folder, tmp_path / "out", *probe[:4])
     with pytest.raises(UsageError, match="--cache_features has no augmentation, --train_aug strong has"):
         run(eval_linear, folder, tmp_path / "other", *probe, "--cache_features")
+
+
+def analyse(folder: Path, out: Path, *flags: str, tokens: tuple[str, ...] = TWO) -> None:
+    paths = [
+        "--pretrained_weights",
+        str(folder / "checkpoint.pth"),
+        "--image_path",
+        str(folder / "images/val/class1/000.png"),
+    ]
+    command = [
+        *NETWORK,
+        *QUICK,
+        *paths,
+        "--output_dir",
+        str(out),
+        *flags,
+        "--seed",
+        "0",
+        *SMALL["vit"].overrides,
+        *tokens,
+    ]
+    run_analysis.main(run_analysis.get_args_parser().parse_args(command))
+
+
+@torch.no_grad()
+def test_attention_is_drawn_from_either_token(folder: Path, tmp_path: Path) -> None:
+    """`both` leaves two drawings whose entropies are those of rows 0 and 1 of the last block's maps, over the patches alone."""
+    analyse(folder, tmp_path, "--vis_attention", "--vis_correspondence", "--token", "both")
+    pixels = TF.to_tensor(TF.resize(Image.open(folder / "images/val/class1/000.png"), [64, 64], BICUBIC)).clamp(0, 1)
+    images = TF.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+    maps = network().forward_selfattention(images)
+    assert isinstance(maps, Tensor)
+    for row, name in enumerate(("attention", "attention_cls+")):
+        record = json.loads((tmp_path / f"vit_ssl_000_{name}.json").read_text())
+        assert record["class_token"] == row
+        to_patches = maps[0, :, row, 2:] / maps[0, :, row, 2:].sum(dim=1, keepdim=True)
+        bits = -(to_patches * to_patches.log2()).sum(dim=1)
+        assert [head["bits"] for head in record["heads"]] == pytest.approx(bits.sort().values.tolist(), rel=1e-3)
+        assert (tmp_path / f"vit_ssl_000_{name}.png").exists()
+    assert (tmp_path / "vit_ssl_000_correspondence.png").exists()
+    with pytest.raises(UsageError, match=r"--query looks from a region, --token both from a class token"):
+        analyse(folder, tmp_path, "--vis_attention", "--token", "both", "--query", "3", "3")
+    with pytest.raises(UsageError, match="--token both needs a network with two class tokens"):
+        analyse(folder, tmp_path, "--vis_attention", "--token", "both", tokens=())
 
 
 @pytest.mark.parametrize("script", [eval_knn, eval_linear], ids=lambda script: script.__name__)
