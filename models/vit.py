@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, join_heads, split_heads
 from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_linear_weights
-from models.interop import Converter
+from models.interop import Converter, vit_to_detectron2, vit_to_timm
 from models.mlp import Mlp
 from models.registry import register
 from models.resize import RESIZE_RULES, resize_pos_embed
@@ -73,7 +73,7 @@ class VisionTransformer(Backbone):
         UsageError: heads that do not divide the width, an image smaller than a patch, or no or too many class tokens.
     """
 
-    converters: ClassVar[Mapping[str, Converter]] = {"timm": dict, "detectron2": dict}  # the same names
+    converters: ClassVar[Mapping[str, Converter]] = {"timm": vit_to_timm, "detectron2": vit_to_detectron2}
 
     def __init__(self, image_size: tuple[int, int], patch_size: int, spec: CfgNode, dense: bool = False) -> None:
         super().__init__(dense)

@@ -1,17 +1,25 @@
-"""UDI's published files load into backbone, SRS and head; what does not match is refused in words."""
+"""UDI's published files load into backbone, SRS and head, what does not match is refused in words; exports of two class tokens."""
 
 from __future__ import annotations
 
 import argparse
+import pickle
 from pathlib import Path
 
+import onnxruntime
 import pytest
+import timm
 import torch
+from conftest import ROOT
 from fill import fill_
+from runs import run_script
 from small_networks import small_network
 from torch import Tensor, nn
 
 import checkpoint
+import export
+import hubconf
+from config import load_config
 from models import Backbone
 from models.heads import DINOHead
 from models.srs import SRS
@@ -137,3 +145,97 @@ def test_heads_of_their_own_for_each_level_are_refused(tmp_path: Path) -> None:
     state = published(two_tokens(beside=True))
     state["head.2.mlp.0.bias"] = state["head.2.mlp.0.bias"] + 1
     assert "a head of its own for each level (head.mlp.0.bias differs)" in refusal(two_tokens(), state, tmp_path)
+
+
+# --------------------------------------------------------------------------- export
+
+
+def exported(network: Backbone, target: str, path: Path, kept: int | None = None) -> Path:
+    export.drop_class_tokens(network, kept)
+    export.write(network, target, path, load_config(None, ["MODEL.IMAGE_SIZE", "64"]))
+    return path
+
+
+def timms(**settings: int | bool | str) -> nn.Module:
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=0, **settings
+    ).eval()
+
+
+@torch.no_grad()
+def test_timm_computes_the_same_with_both_tokens(tmp_path: Path) -> None:
+    """The second class token is a register token there."""
+    ours, theirs = two_tokens(), timms(reg_tokens=1, no_embed_class=False)
+    state = torch.load(exported(ours, "timm", tmp_path / "timm.pth"), weights_only=True)
+    theirs.load_state_dict(state, strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    tokens = ours.norm(ours.forward_blocks(images)[-1].tokens_BNC)
+    torch.testing.assert_close(theirs.forward_features(images), tokens, rtol=1e-4, atol=1e-4)  # type: ignore[operator]
+    torch.testing.assert_close(theirs(images), ours(images), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [1, 0])
+def test_fewer_tokens_are_exported_with_their_positions_and_the_change_is_told(
+    kept: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, ours = two_tokens(), two_tokens()
+    with caplog.at_level("WARNING"):
+        state = torch.load(exported(ours, "backbone", tmp_path / "net.pth", kept), weights_only=True)
+    assert f"class tokens kept: {kept} of 2. The export is not function-preserving" in caplog.text
+    assert state["pos_embed"].shape == (1, kept + 64, 24)
+    assert torch.equal(state["pos_embed"][:, kept:], whole.state_dict()["pos_embed"][:, 2:])
+    assert torch.equal(state["pos_embed"][:, :kept], whole.state_dict()["pos_embed"][:, :kept])
+    assert ("cls_token" in state) == bool(kept)
+    others = state.keys() - {"pos_embed", "cls_token"}
+    assert all(torch.equal(state[name], whole.state_dict()[name]) for name in others)
+    if kept:
+        single: nn.Module = small_network("vit").eval()
+        checkpoint.load_backbone(single, tmp_path / "net.pth")
+    else:
+        single = timms(class_token=False, global_pool="avg", fc_norm=False)
+        single.load_state_dict(state, strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(single(images), ours(images), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(single(images), whole(images), atol=1e-2)
+
+
+def test_detectron2_takes_one_class_token_or_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one class token or none; pass --class_tokens first or none"):
+        exported(two_tokens(), "detectron2", tmp_path / "net.pkl")
+    assert not list(tmp_path.iterdir())
+    content = pickle.loads(exported(two_tokens(), "detectron2", tmp_path / "net.pkl", 0).read_bytes())
+    assert content["model"]["pos_embed"].shape == (1, 64, 24)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [None, 1, 0])
+def test_onnxruntime_computes_the_same(kept: int | None, tmp_path: Path) -> None:
+    network = two_tokens()
+    session = onnxruntime.InferenceSession(exported(network, "onnx", tmp_path / "net.onnx", kept))
+    images = torch.randn(3, 3, 64, 64)
+    view, regions = session.run(["view_features", "region_features"], {"images": images.numpy()})
+    expected = network.forward_features(images)
+    torch.testing.assert_close(torch.from_numpy(view), expected.view_BC, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(regions), expected.regions_BTC, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_hub_and_script_read_a_published_file_of_full_size(tmp_path: Path) -> None:
+    network = hubconf.udi_vit_small()
+    assert sum(p.numel() for p in network.parameters()) == 21_666_432
+    path = tmp_path / "udi.pth"
+    torch.save({"student": {}, "teacher": {f"backbone.backbone.{n}": t for n, t in network.state_dict().items()}}, path)
+    again = torch.hub.load(str(ROOT), "udi_vit_small", source="local", weights=path)
+    images = torch.randn(1, 3, 96, 96)
+    assert torch.equal(again(images), network(images))
+    again.choose_token("both")
+    assert again(images).shape == (1, 768)
+    command = ["--arch", "deit_small", "--pretrained_weights", str(path), "--format", "backbone"]
+    command += ["--class_tokens", "none", "--output", str(tmp_path / "grid.pth"), "--", *TWO]
+    done = run_script("export.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert "not function-preserving" in done.stderr
+    assert torch.load(tmp_path / "grid.pth")["pos_embed"].shape == (1, 196, 384)
