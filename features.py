@@ -28,6 +28,7 @@ import utils
 from checkpoint import load_backbone
 from data import augment
 from data.datasets import Transform
+from data.lists import keep_listed
 from data.loader import set_epoch
 from models import Backbone, build_model
 from models.base import TOKENS
@@ -64,6 +65,12 @@ def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Pa
     return backbone.to(device).eval().requires_grad_(False)
 
 
+def add_list_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that trains on a part of the training images."""
+    words = "text file that names the training images to use, one a line (lists of SimCLRv2); default: all"
+    parser.add_argument("--target_list_path", default=None, help=words)
+
+
 def add_token_flag(parser: argparse.ArgumentParser) -> None:
     """Add the flag that chooses among the class tokens of a network that has two."""
     words = "class token that stands for an image, for networks with two (UDI): the first, the second, or one after the other"
@@ -85,14 +92,19 @@ def evaluation_size(args: argparse.Namespace, config: CfgNode) -> int:
 
 
 def labelled_datasets(
-    args: argparse.Namespace, config: CfgNode, train_transform: Transform, val_transform: Transform
+    args: argparse.Namespace,
+    config: CfgNode,
+    train_transform: Transform,
+    val_transform: Transform,
+    train_list: str | None = None,
 ) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Training and validation images with labels, which both count in the training set's classes.
 
-    Reads `data_path`, `seed` and the layout of the arguments.
+    Reads `data_path`, `seed` and the layout of the arguments. Of the training images those of the text file `train_list` count,
+    if it is given.
 
     Raises:
-        UsageError: no such images, the same ones for both, or classes in val that train has not.
+        UsageError: no such images, the same ones for both, classes in val that train has not, or a list that does not fit.
     """
     in_chans = config.MODEL.SPEC.IN_CHANS
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
@@ -115,6 +127,8 @@ def labelled_datasets(
             f"{val.source.name(first)} is of class {unknown[0]}"
         )
     val.use_classes(train.classes)
+    if train_list:
+        keep_listed(train, train_list)
     return train, val
 
 

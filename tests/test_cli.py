@@ -12,6 +12,7 @@ from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 import eval_finetune
 import eval_knn
 import eval_linear
+import eval_logistic
 import export
 import main_esvit
 import run_analysis
@@ -82,6 +83,15 @@ FINETUNE: dict[str, object] = {
     "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [], "zip_mode": False,
 }  # fmt: skip
 
+LOGISTIC: dict[str, object] = {
+    "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "random_weights": False, "allow_partial": False, "token": "cls", "n_last_blocks": 1, "avgpool_patchtokens": 0,
+    "lr_lambd": [0.01, 0.1, 1.0], "adjust_lambd": True, "epochs": 1000, "target_list_path": None,
+    "batch_size_per_gpu": 128, "image_size": None, "crop_ratio": 0.875, "output_dir": None, "seed": 0, "num_workers": 10,
+    "data_path": "", "zip_mode": False, "tsv_mode": False, "device": "auto", "dist_url": "env://", "local_rank": None,
+    "opts": [],
+}  # fmt: skip
+
 PUBLISHED_ANALYSIS = {
     "cfg": None, "arch": "deit_small", "use_saved_aug": False, "vis_correspondence": False, "measure_correspondence": False,
     "vis_attention": False, "vis_entropy": False, "seed": 8, "patch_size": 8, "pretrained_weights": "",
@@ -106,6 +116,7 @@ def test_names_and_defaults_are_frozen() -> None:
     assert vars(eval_linear.get_args_parser().parse_args([])) == PUBLISHED_LINEAR | ADDED_LINEAR | LAUNCH
     assert vars(run_analysis.get_args_parser().parse_args([])) == PUBLISHED_ANALYSIS | ADDED_ANALYSIS | LAUNCH
     assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE | LAUNCH
+    assert vars(eval_logistic.get_args_parser().parse_args([])) == LOGISTIC | LAUNCH
 
 
 def test_published_spellings() -> None:
@@ -127,7 +138,7 @@ def test_published_spellings() -> None:
     )
 
 
-SCRIPTS = (main_esvit, eval_knn, eval_linear, eval_finetune, run_analysis, export)
+SCRIPTS = (main_esvit, eval_knn, eval_linear, eval_logistic, eval_finetune, run_analysis, export)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

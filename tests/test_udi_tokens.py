@@ -22,6 +22,7 @@ from torchvision.transforms import functional as TF
 import data
 import eval_knn
 import eval_linear
+import eval_logistic
 import run_analysis
 from data import augment
 from models import Backbone
@@ -151,7 +152,7 @@ def test_attention_is_drawn_from_either_token(folder: Path, tmp_path: Path) -> N
         analyse(folder, tmp_path, "--vis_attention", "--token", "both", tokens=())
 
 
-@pytest.mark.parametrize("script", [eval_knn, eval_linear], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [eval_knn, eval_linear, eval_logistic], ids=lambda script: script.__name__)
 def test_one_class_token_leaves_nothing_to_choose(script: Any, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"^--token cls\+ needs a network with two class tokens, VisionTransformer has 1 "
