@@ -75,6 +75,7 @@ FINETUNE: dict[str, object] = {
     "tsv_mode": False,
     "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
     "random_weights": False,
+    "token": "cls", "finetune_head_layer": 0, "init_scale": 1.0, "target_list_path": None,
     "allow_partial": False, "drop_path": None, "grad_checkpointing": False, "epochs": 100, "warmup_epochs": 5,
     "batch_size_per_gpu": 64, "accum_iter": 1, "lr": 5e-4, "min_lr": 1e-6, "layer_decay": 0.75, "weight_decay": 0.05,
     "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4,
