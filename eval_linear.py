@@ -12,6 +12,8 @@ protocol: features of centre crops, computed once and kept in --output_dir until
 `checkpoint.pth.tar` when its command is repeated. Epochs count from 0 in files and in the printed table, from 1 in lines about
 progress.
 
+--train_aug strong is the augmentation with which UDI's networks were scored; `results.json` tells which one was used.
+
 Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 2021); flags and file names follow microsoft/esvit.
 """
 
@@ -41,6 +43,7 @@ from features import (
     FeatureSource,
     ImageFeatures,
     LabelledFeatures,
+    add_token_flag,
     data_identity,
     evaluation_size,
     extract_features,
@@ -61,9 +64,11 @@ class Inferred(int):
 DEFAULT_LABELS = Inferred(1000)
 FEATURES = "cached_features.pth"  # of --cache_features, until the run is finished
 EVALUATION = "linear probe"  # how results.json tells whose it is
+TRAIN_VIEWS = {"standard": augment.train_view, "strong": augment.strong_view}
 PROTOCOLS = {
-    False: "published protocol (random resized crops)",
-    True: "cached features of un-augmented images (NOT the published protocol)",
+    "standard": "published protocol (random resized crops)",
+    "strong": "strong augmentation (RandAugment and erasing, as UDI was scored; NOT comparable with random resized crops alone)",
+    "cached": "cached features of un-augmented images (NOT the published protocol)",
 }
 
 
@@ -74,8 +79,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     switch = partial(flags.add_switch, parser)
     flags.add_network_flags(parser)
     flags.add_weights_flags(parser, random_on_request=True)
+    add_token_flag(parser)
     add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
     switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
+    add("--train_aug", choices=list(TRAIN_VIEWS), default="standard", help="strong: RandAugment and erasing, too")
     add("--epochs", type=int, default=100)
     add("--lr", type=float, nargs="+", default=[0.001], help="for 256 images a step, scaled with them; one or more")
     add("--batch_size_per_gpu", type=int, default=128)
@@ -94,6 +101,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
+
+
+def protocol_of(args: argparse.Namespace) -> str:
+    """What is trained on, in words for results."""
+    return PROTOCOLS["cached" if args.cache_features else args.train_aug]
 
 
 # --------------------------------------------------------------------------- features
@@ -136,7 +148,7 @@ def feature_source(
             except (OSError, RuntimeError) as error:
                 logger.warning("cannot keep the features in %s (%s): they are computed again at a resume", path, error)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
-    logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS[True])
+    logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS["cached"])
     return CachedFeatures(cached[0], cached[1], args.batch_size_per_gpu, device, args.seed)
 
 
@@ -225,7 +237,7 @@ def train(
             for row, score in zip(rows, scores):
                 row |= {"test_loss": json_number(score.loss), "test_acc1": score.top1, "test_acc5": score.top5}
         every = {"classifiers": {s.name: row for s, row in zip(probe.settings, rows)}} if len(rows) > 1 else {}
-        about = {"protocol": PROTOCOLS[args.cache_features]} if args.cache_features else {}
+        about = {} if protocol_of(args) == PROTOCOLS["standard"] else {"protocol": protocol_of(args)}
         if args.num_labels < 5:
             about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
@@ -250,7 +262,7 @@ def identity(
     for name, tensor in weights.items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    flags = ["arch", "lr", "n_last_blocks", "avgpool_patchtokens", "epochs", "cache_features"]
+    flags = ["arch", "token", "train_aug", "lr", "n_last_blocks", "avgpool_patchtokens", "epochs", "cache_features"]
     flags += ["image_size", "crop_ratio", "seed"]
     return {f"--{name}": getattr(args, name) for name in flags} | {
         "--batch_size_per_gpu times processes": args.batch_size_per_gpu * utils.get_world_size(),
@@ -297,14 +309,16 @@ def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
     train_images, val_images, classes = run["numbers of images and classes"]
     best, ranked = probe.table[probe.best], f"Top{min(5, classes)}"
     print(
-        f"linear probe, {PROTOCOLS[args.cache_features]}: {val_images} validation and {train_images} training images, "
+        f"linear probe, {protocol_of(args)}: {val_images} validation and {train_images} training images, "
         f"{classes} classes, {args.epochs} epochs"
     )
     for row in probe.table:
         print(f"lr {row['lr']}, last {row['n_last_blocks']} blocks: {_describe(row, ranked)}")
     print(f"Top-1 test accuracy: {best['best_acc1']:.2f}")
     record = {
-        "protocol": PROTOCOLS[args.cache_features],
+        "protocol": protocol_of(args),
+        "train_aug": None if args.cache_features else args.train_aug,
+        "token": args.token,
         "pretrained_weights": args.pretrained_weights,
         "best": best,
         "table": probe.table,
@@ -343,6 +357,10 @@ def check_args(args: argparse.Namespace) -> None:
     flags.check_centre_crop(args)
     if not all(0 < lr < math.inf for lr in args.lr):
         raise UsageError(f"--lr {args.lr} must be positive numbers")
+    if args.cache_features and args.train_aug != "standard":
+        raise UsageError(
+            f"--cache_features has no augmentation, --train_aug {args.train_aug} has; leave one of them out"
+        )
     for name in ("lr", "n_last_blocks"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise UsageError(f"--{name} {getattr(args, name)} names a value twice; give each once")
@@ -374,11 +392,15 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.Imag
     Sets `num_labels` of the arguments to the number of classes.
 
     Raises:
-        UsageError: no such data, or another number of classes than --num_labels.
+        UsageError: no such data, another number of classes than --num_labels, or --train_aug strong for what is no colour image.
     """
+    if args.train_aug == "strong" and config.MODEL.SPEC.IN_CHANS != 3:
+        raise UsageError(
+            f"--train_aug strong is for colour images, not for {config.MODEL.SPEC.IN_CHANS} channels; use --train_aug standard"
+        )
     size, mean, std = evaluation_size(args, config), config.INPUT.MEAN, config.INPUT.STD
     val_transform = augment.eval_view(size, args.crop_ratio, mean, std)
-    train_transform = val_transform if args.cache_features else augment.train_view(size, mean, std)
+    train_transform = val_transform if args.cache_features else TRAIN_VIEWS[args.train_aug](size, mean, std)
     datasets = labelled_datasets(args, config, train_transform, val_transform)
     classes = len(datasets[0].classes)
     if args.num_labels != classes and not isinstance(args.num_labels, Inferred):

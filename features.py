@@ -28,8 +28,10 @@ import utils
 from checkpoint import load_backbone
 from data import augment
 from data.datasets import Transform
+from data.lists import keep_listed
 from data.loader import set_epoch
 from models import Backbone, build_model
+from models.base import TOKENS
 from progress import EpochMeter
 from utils import UsageError, logger
 
@@ -49,17 +51,30 @@ class LabelledFeatures(NamedTuple):
 def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Path, device: torch.device) -> Backbone:
     """The backbone of `--arch` in evaluation mode, with the weights of a file, or with random ones (of `--seed`) if it is empty.
 
-    Reads `arch`, `patch_size`, `seed`, `checkpoint_key` and `allow_partial` of the arguments.
+    Reads `arch`, `patch_size`, `seed`, `checkpoint_key`, `allow_partial` and `token` of the arguments.
 
     Raises:
-        UsageError: see `checkpoint.load_backbone`.
+        UsageError: see `checkpoint.load_backbone` and `Backbone.choose_token`.
     """
     torch.manual_seed(args.seed)
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size)
+    backbone.choose_token(args.token)
     if weights:
         report = load_backbone(backbone, weights, args.checkpoint_key, allow_partial=args.allow_partial)
         logger.info("%s: %s", weights, report)
     return backbone.to(device).eval().requires_grad_(False)
+
+
+def add_list_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that trains on a part of the training images."""
+    words = "text file that names the training images to use, one a line (lists of SimCLRv2); default: all"
+    parser.add_argument("--target_list_path", default=None, help=words)
+
+
+def add_token_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that chooses among the class tokens of a network that has two."""
+    words = "class token that stands for an image, for networks with two (UDI): the first, the second, or one after the other"
+    parser.add_argument("--token", choices=list(TOKENS), default="cls", help=words)
 
 
 def evaluation_size(args: argparse.Namespace, config: CfgNode) -> int:
@@ -77,14 +92,19 @@ def evaluation_size(args: argparse.Namespace, config: CfgNode) -> int:
 
 
 def labelled_datasets(
-    args: argparse.Namespace, config: CfgNode, train_transform: Transform, val_transform: Transform
+    args: argparse.Namespace,
+    config: CfgNode,
+    train_transform: Transform,
+    val_transform: Transform,
+    train_list: str | None = None,
 ) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Training and validation images with labels, which both count in the training set's classes.
 
-    Reads `data_path`, `seed` and the layout of the arguments.
+    Reads `data_path`, `seed` and the layout of the arguments. Of the training images those of the text file `train_list` count,
+    if it is given.
 
     Raises:
-        UsageError: no such images, the same ones for both, or classes in val that train has not.
+        UsageError: no such images, the same ones for both, classes in val that train has not, or a list that does not fit.
     """
     in_chans = config.MODEL.SPEC.IN_CHANS
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
@@ -107,6 +127,8 @@ def labelled_datasets(
             f"{val.source.name(first)} is of class {unknown[0]}"
         )
     val.use_classes(train.classes)
+    if train_list:
+        keep_listed(train, train_list)
     return train, val
 
 

@@ -85,6 +85,54 @@ def param_groups(network: Backbone, weight_decay: float, layer_decay: float) -> 
     return param_groups_layer_decay(_ByDepth(network), weight_decay, plain, layer_decay=layer_decay)
 
 
+# --------------------------------------------------------------------------- the head
+
+
+def projection_layers(path: str, key: str, count: int, width: int) -> list[nn.Module]:
+    """The first `count` hidden layers of a checkpoint's projection head, each a linear layer and its GELU.
+
+    Args:
+        path, key: see `checkpoint.network_state`.
+        width: channels of the features that go in.
+
+    Raises:
+        UsageError: no such head in the file, fewer hidden layers, layers with BatchNorm, or of another width.
+    """
+    tensors = checkpoint.network_state(checkpoint.load_file(path), key, path).tensors
+    source = f"checkpoint '{path}'"
+    if "head.mlp.1.weight" in tensors:
+        raise UsageError(
+            f"{source} has BatchNorm in its projection head, which is not kept; set --finetune_head_layer 0"
+        )
+    linear = sum(f"head.mlp.{2 * layer}.weight" in tensors for layer in range(len(tensors)))
+    if count >= linear:
+        has = f"{linear - 1} hidden layers" if linear else "none"
+        raise UsageError(
+            f"--finetune_head_layer {count} takes hidden layers of a projection head, {source} has {has}; lower it, or name a "
+            "checkpoint of the pre-training"
+        )
+    layers: list[nn.Module] = []
+    for layer in range(count):
+        weight, bias = (tensors[f"head.mlp.{2 * layer}.{kind}"] for kind in ("weight", "bias"))
+        if weight.shape[1] != width:
+            raise UsageError(f"{source} has a projection head of width {weight.shape[1]}, not {width}; check --arch")
+        layers += [nn.Linear(width, len(weight)), nn.GELU()]
+        layers[-2].load_state_dict({"weight": weight, "bias": bias})
+        width = len(weight)
+    return layers
+
+
+def linear_head(kept: list[nn.Module], width: int, classes: int, scale: float) -> nn.Module:
+    """A new linear layer, behind those that are kept; its first weights are scaled, as BEiT does."""
+    widths = [layer.out_features for layer in kept if isinstance(layer, nn.Linear)]
+    linear = nn.Linear((widths or [width])[-1], classes)
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    with torch.no_grad():
+        linear.weight *= scale
+    return nn.Sequential(*kept, linear) if kept else linear
+
+
 # --------------------------------------------------------------------------- the average of the weights
 
 
@@ -353,7 +401,8 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
         raise UsageError(
             f"{source} is not of a fine-tuning, it has no {', '.join(absent)}; choose another --output_dir"
         )
-    if len(content["model"].get("head.bias", ())) != tuner.classes:
+    biases = [t for name, t in content["model"].items() if name.startswith("head.") and name.endswith("bias")]
+    if not biases or len(biases[-1]) != tuner.classes:
         raise UsageError(
             f"{source} has another number of classes than the data's {tuner.classes}; choose another --output_dir"
         )

@@ -1,8 +1,9 @@
-"""Backbones for `torch.hub.load`, one entry for each published network.
+"""Backbones for `torch.hub.load`, one entry for each published network of EsViT, and UDI's.
 
     backbone = torch.hub.load("PATH/TO/THIS/CHECKOUT", "esvit_swin_tiny", source="local", weights="checkpoint.pth")
     view_BC = backbone(images_BCHW)
     view_BC, regions_BTC = backbone.forward_features(images_BCHW)
+    backbone.choose_token("both")                   # udi_vit_small: view features of both class tokens, (B, 2 C) from here on
 
 Every entry takes
     weights: checkpoint file of any known layout; None: random weights.
@@ -11,7 +12,7 @@ Every entry takes
 and returns a `models.Backbone` in evaluation mode without heads. `utils.UsageError` tells what is wrong with a file. The modules
 of this checkout are imported as `models`, `config`, `utils`, ...; a program with modules of these names takes `export.py` instead.
 
-Origin: this project's own; networks of EsViT (Li et al., ICLR 2022).
+Origin: this project's own; networks of EsViT (Li et al., ICLR 2022) and UDI (Su and Ji, ECCV 2024).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def _backbone(
     return backbone.eval()
 
 
+_TWO_TOKENS = ("MODEL.SPEC.NUM_CLS_TOKENS", "2", "MODEL.SPEC.POS_RESIZE", "scale")
 _WINDOW_14 = ("MODEL.SPEC.WINDOW_SIZE", "14")
 
 
@@ -86,6 +88,11 @@ def esvit_cvt_tiny(**kwargs: Any) -> Backbone:
 def esvit_deit_small(**kwargs: Any) -> Backbone:
     """DeiT-S, patches of 16 pixels."""
     return _backbone("deit_small", **kwargs)
+
+
+def udi_vit_small(**kwargs: Any) -> Backbone:
+    """UDI's ViT-S, patches of 16 pixels; its view feature is that of the first class token, see `Backbone.choose_token`."""
+    return _backbone("deit_small", _TWO_TOKENS, **kwargs)
 
 
 def esvit_resnet50(**kwargs: Any) -> Backbone:

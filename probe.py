@@ -46,7 +46,7 @@ class Score(NamedTuple):
 def probe_width(backbone: Backbone, n: int, avgpool: bool) -> int:
     """Length of `forward_return_n_last_blocks(images, n, avgpool)`; these are the last entries of what a larger n gives."""
     widths = [width for width, depth in zip(backbone.stage_dims, backbone.stage_depths) for _ in range(depth)]
-    return sum(widths[-n:]) + (backbone.num_features if avgpool else 0)
+    return sum(widths[-n:]) * len(backbone.view_tokens) + (backbone.num_features if avgpool else 0)
 
 
 class Classifier(nn.Module):
