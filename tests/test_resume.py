@@ -240,7 +240,19 @@ def test_checkpoint_that_is_gone_is_told_and_written_again(
     assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_mixup", "on", "--accum_iter", "2"], ["--optimizer", "lars"]], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--use_mixup", "on", "--accum_iter", "2"],
+        ["--optimizer", "lars"],
+        ["--precision", "bf16"],
+        ["--aug-opt", "deit_aug", "--grad_checkpointing", "on"],
+        ["--aug_backend", "pil"],
+        pytest.param(["--compile"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_two_steps_resume_two_steps_is_four_steps(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
