@@ -396,7 +396,10 @@ def test_resuming_another_run_is_refused(images: Path, tmp_path: Path, flags: li
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
-def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("often", [[], ["--save_every_steps", "1"]], ids=["after an epoch", "within one"])
+def test_drawn_neighbours_of_vil_resume_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: list[str]
+) -> None:
     """Which chunk a call of ViL draws, and when it stops drawing, is as if the run had never ended."""
     images = write_images(tmp_path / "images", 8)
     overrides = [
@@ -420,6 +423,7 @@ def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch:
             "3",
             "--data_path",
             str(images),
+            *often,
         ]
         args += ["--output_dir", str(tmp_path / folder), "--device", "cpu", *overrides]
         main_esvit.main(main_esvit.get_args_parser().parse_args(args))
