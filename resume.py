@@ -345,7 +345,7 @@ def tidy(output_dir: Path, place: Place) -> None:
     Temporary files are removed, damaged checkpoints get the suffix `.damaged` (so that no whole one gives way to them), and lines
     of `log.txt` about epochs that are trained again go to `log_repeated.txt`.
     """
-    for file in output_dir.glob(".*.tmp"):
+    for file in output_dir.glob(f".*{utils.TEMPORARY}"):
         logger.warning("removing %s, which a saving left that did not end", file)
         file.unlink(missing_ok=True)
     for file in place.damaged:

@@ -25,7 +25,7 @@ import main_esvit
 import resume
 from data import convert
 from models import Backbone
-from utils import UsageError, logger, resolve_precision
+from utils import TEMPORARY, UsageError, logger, resolve_precision
 
 
 def train(output_dir: Path, images: Path, *extra: str, overrides: Sequence[str] = ()) -> None:
@@ -185,7 +185,11 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: 
     content[len(content) // 2] ^= 1
     broken: bytes = {"truncated": bytes(content[: len(content) // 2]), "flipped": bytes(content), "empty": b""}[damage]
     (tmp_path / "checkpoint.pth").write_bytes(broken)
+    left, foreign = tmp_path / f".checkpoint.pth{TEMPORARY}", tmp_path / ".notes.tmp"
+    for file in (left, foreign):
+        file.write_text("of a saving that did not end; of somebody else")
     train(tmp_path, images)
+    assert (left.exists(), foreign.exists()) == (False, True)
     again = checkpoint.load_file(tmp_path / "checkpoint.pth")
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
