@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import checkpoint
 import optim
+import results
 import sharding
 import utils
 from utils import UsageError, logger
@@ -349,7 +350,7 @@ def tidy(output_dir: Path, place: Place) -> None:
         logger.warning("removing %s, which a saving left that did not end", file)
         file.unlink(missing_ok=True)
     for file in place.damaged:
-        os.replace(file, file.with_name(file.name + ".damaged"))
+        os.replace(file, results.unused(file.with_name(file.name + ".damaged")))
     log = output_dir / "log.txt"
     if not log.exists():
         return
