@@ -181,9 +181,8 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
             _step_back(path, keep)
     except (OSError, RuntimeError) as error:  # torch's writer makes either of what the disk says
         failure = _in_one_line(error)
-        logger.warning(
-            "cannot save the run (%s); its last whole checkpoint stays, and the next saving is tried", failure
-        )
+        stays = "its last whole checkpoint stays" if os.path.exists(path) else "there is no whole checkpoint yet"
+        logger.warning("cannot save the run (%s); %s, and the next saving is tried", failure, stays)
         return failure
     return ""
 
