@@ -454,7 +454,8 @@ def main(args: argparse.Namespace) -> None:
                 utils.save_provenance(folder, args, config)
         source = feature_source(args, backbone, datasets, device, precision, run)
         first_step = start.epoch * source.steps
-        log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
+        with utils.failing_together(), utils.usable(folder):
+            log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
         with closing(log):
             train(probe, source, range(start.epoch, args.epochs), args, log, run)
     if utils.is_main_process():

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import checkpoint
 import optim
+import results
 import sharding
 import utils
 from utils import UsageError, logger
@@ -180,9 +181,8 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
             _step_back(path, keep)
     except (OSError, RuntimeError) as error:  # torch's writer makes either of what the disk says
         failure = _in_one_line(error)
-        logger.warning(
-            "cannot save the run (%s); its last whole checkpoint stays, and the next saving is tried", failure
-        )
+        stays = "its last whole checkpoint stays" if os.path.exists(path) else "there is no whole checkpoint yet"
+        logger.warning("cannot save the run (%s); %s, and the next saving is tried", failure, stays)
         return failure
     return ""
 
@@ -346,11 +346,11 @@ def tidy(output_dir: Path, place: Place) -> None:
     Temporary files are removed, damaged checkpoints get the suffix `.damaged` (so that no whole one gives way to them), and lines
     of `log.txt` about epochs that are trained again go to `log_repeated.txt`.
     """
-    for file in output_dir.glob(".*.tmp"):
+    for file in output_dir.glob(f".*{utils.TEMPORARY}"):
         logger.warning("removing %s, which a saving left that did not end", file)
         file.unlink(missing_ok=True)
     for file in place.damaged:
-        os.replace(file, file.with_name(file.name + ".damaged"))
+        os.replace(file, results.unused(file.with_name(file.name + ".damaged")))
     log = output_dir / "log.txt"
     if not log.exists():
         return

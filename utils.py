@@ -31,6 +31,7 @@ import torch.distributed as dist
 logger = logging.getLogger("esvit")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TEMPORARY = ".esvit.tmp"  # how names end of files that are not whole yet
 
 
 class UsageError(ValueError):
@@ -469,7 +470,7 @@ def package_versions() -> dict[str, str]:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; after the block it is on the disk and moved to `path`, or removed if that failed."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
         yield temporary
         with temporary.open("rb") as file:

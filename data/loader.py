@@ -112,7 +112,7 @@ def build_train_loader(
         "persistent_workers": workers > 0,
         # Its own: starting workers draws a number, and a resumed run starts them once more than one that went through.
         "generator": torch.Generator(),
-        "worker_init_fn": _outlive_sigterm if workers else None,
+        "worker_init_fn": _outlive_signals if workers else None,
     }
     if isinstance(dataset, ShardStream):
         assert drop_last
@@ -122,11 +122,13 @@ def build_train_loader(
     return DataLoader(dataset, sampler=order, **options)  # type: ignore[arg-type]
 
 
-def _outlive_sigterm(_worker: int) -> None:
+def _outlive_signals(_worker: int) -> None:
     """A scheduler signals all processes of a run: its workers must not die before the run has saved what it did.
 
     A SIGTERM of the run itself, which comes at its end, still ends them at once. Without `sigwaitinfo` (macOS) any does.
     """
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_on_sigterm_of, args=(os.getppid(),), daemon=True).start()

@@ -269,7 +269,7 @@ def test_picture_of_crops_is_whole_or_absent(tmp_path: Path, capsys: pytest.Capt
     views = [torch.zeros(2, 3, 64, 64)]
     for refused in (True, False):  # a temporary file on a full device, then a run that goes on
         if refused:
-            (tmp_path / ".crops.png.tmp").symlink_to("/dev/full")
+            (tmp_path / f".crops.png{utils.TEMPORARY}").symlink_to("/dev/full")
         log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5] * 3, std=[0.5] * 3, device=CPU)
         log.crops_once(views)
         log.close()

@@ -25,7 +25,7 @@ import main_esvit
 import resume
 from data import convert
 from models import Backbone
-from utils import UsageError, logger, resolve_precision
+from utils import TEMPORARY, UsageError, logger, resolve_precision
 
 
 def train(output_dir: Path, images: Path, *extra: str, overrides: Sequence[str] = ()) -> None:
@@ -185,7 +185,11 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: 
     content[len(content) // 2] ^= 1
     broken: bytes = {"truncated": bytes(content[: len(content) // 2]), "flipped": bytes(content), "empty": b""}[damage]
     (tmp_path / "checkpoint.pth").write_bytes(broken)
+    left, foreign = tmp_path / f".checkpoint.pth{TEMPORARY}", tmp_path / ".notes.tmp"
+    for file in (left, foreign):
+        file.write_text("of a saving that did not end; of somebody else")
     train(tmp_path, images)
+    assert (left.exists(), foreign.exists()) == (False, True)
     again = checkpoint.load_file(tmp_path / "checkpoint.pth")
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
@@ -240,7 +244,19 @@ def test_checkpoint_that_is_gone_is_told_and_written_again(
     assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_mixup", "on", "--accum_iter", "2"], ["--optimizer", "lars"]], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--use_mixup", "on", "--accum_iter", "2"],
+        ["--optimizer", "lars"],
+        ["--precision", "bf16"],
+        ["--aug-opt", "deit_aug", "--grad_checkpointing", "on"],
+        ["--aug_backend", "pil"],
+        pytest.param(["--compile"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_two_steps_resume_two_steps_is_four_steps(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
@@ -384,7 +400,10 @@ def test_resuming_another_run_is_refused(images: Path, tmp_path: Path, flags: li
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
-def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("often", [[], ["--save_every_steps", "1"]], ids=["after an epoch", "within one"])
+def test_drawn_neighbours_of_vil_resume_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: list[str]
+) -> None:
     """Which chunk a call of ViL draws, and when it stops drawing, is as if the run had never ended."""
     images = write_images(tmp_path / "images", 8)
     overrides = [
@@ -408,6 +427,7 @@ def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch:
             "3",
             "--data_path",
             str(images),
+            *often,
         ]
         args += ["--output_dir", str(tmp_path / folder), "--device", "cpu", *overrides]
         main_esvit.main(main_esvit.get_args_parser().parse_args(args))
