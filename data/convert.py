@@ -33,6 +33,7 @@ from webdataset import TarWriter
 import flags
 import utils
 from data.datasets import LAYOUTS, layout_of
+from data.remote import check_here
 from data.sources import UNLABELLED, Files, Listing, Source, check_inside
 from data.tars import SIZES
 from data.tree import EXTENSIONS
@@ -212,6 +213,7 @@ def main(args: argparse.Namespace) -> None:
             writer.discard()
     for split, listing in listings.items():
         logger.info("%s: %d images, %d classes", split, len(listing.source), len(listing.classes))
+    logger.info("use them with --data_path %s%s", folder, {"zip": " --zip_mode", "tsv": " --tsv_mode"}.get(args.to, ""))
 
 
 def make_writer(args: argparse.Namespace, folder: Path, split: str) -> Writer:
@@ -242,6 +244,7 @@ def list_split(data_path: str, layout: str, split: str) -> Listing:
     Raises:
         UsageError: see the layouts.
     """
+    check_here(data_path)
     if layout != "shards" and not Path(data_path).exists():
         raise UsageError(f"'{data_path}' does not exist; SOURCE is a folder or file of images")
     listing = LAYOUTS[layout](Path(data_path), split, False)
