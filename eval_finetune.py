@@ -63,7 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     switch = partial(flags.add_switch, parser)
     flags.add_network_flags(parser)
-    flags.add_weights_flags(parser, random_on_request=True)
+    flags.add_weights_flags(parser)
     add(
         "--drop_path", type=float, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
     )

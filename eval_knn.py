@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
     )
     add("--temperature", type=float, default=0.07, help="of the vote's weights")
-    flags.add_weights_flags(parser, random_on_request=True)
+    flags.add_weights_flags(parser)
     add_token_flag(parser)
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
     flags.add_switch(parser, "--half", "store and compare features in float16")

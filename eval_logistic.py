@@ -68,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("eval_logistic.py", description="logistic regression on frozen features")
     add = parser.add_argument
     flags.add_network_flags(parser)
-    flags.add_weights_flags(parser, random_on_request=True)
+    flags.add_weights_flags(parser)
     add_token_flag(parser)
     add("--n_last_blocks", type=int, default=1, help="blocks whose tokens are the features")
     add(

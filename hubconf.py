@@ -23,6 +23,7 @@ from typing import Any
 
 from checkpoint import load_backbone
 from models import Backbone, build_model, load_arch_config
+from utils import UsageError
 
 dependencies = ["torch", "torchvision", "timm", "yacs", "yaml", "safetensors", "numpy"]
 
@@ -36,9 +37,21 @@ def _backbone(
 ) -> Backbone:
     backbone = build_model(arch, load_arch_config(arch, None, overrides), is_teacher=True)
     if weights is not None:
-        report = load_backbone(backbone, weights, checkpoint_key, allow_partial=allow_partial)
+        try:
+            report = load_backbone(backbone, weights, checkpoint_key, allow_partial=allow_partial)
+        except UsageError as error:
+            raise UsageError(_without_flags(str(error), allow_partial)) from None
         print(f"{weights}: {report}", file=sys.stderr)
     return backbone.eval()
+
+
+def _without_flags(message: str, allow_partial: bool) -> str:
+    """With what helps here, where the remedy is a flag or key of the scripts."""
+    problem, _, remedy = message.replace("even with --allow_partial", "even partially").rpartition("; ")
+    if "--" in remedy or "MODEL." in remedy:
+        remedy = "call the entry of the network that the file was made with"
+        remedy += "" if allow_partial else ", or pass allow_partial=True to take what fits"
+    return f"{problem}; {remedy}"
 
 
 _TWO_TOKENS = ("MODEL.SPEC.NUM_CLS_TOKENS", "2", "MODEL.SPEC.POS_RESIZE", "scale")

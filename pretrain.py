@@ -155,7 +155,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default="imagenet1k",
         help="imagenet1k (any data), imagenet22k, webvision1, openimages_v4, or a folder under --data_path",
     )
-    add("--data_path", default="", help="folder of images, with or without classes or train/, or a text file of paths")
+    add(
+        "--data_path",
+        default="",
+        help="folder of images, with or without classes or train/, text file of paths, or tar shards (see docs/data.md)",
+    )
     flags.add_layout_flags(parser)
     add(
         "--sampler",
@@ -231,10 +235,12 @@ def build_loader(
     """The training images as batches of the views that `transform` and `finish` make."""
     in_chans = config.MODEL.SPEC.IN_CHANS
     path = args.data_path if args.dataset in data.COLLECTIONS else Path(args.data_path) / args.dataset
-    layout = data.layout_of(args)
+    layout = data.layout_of(args, str(path))
     dataset: data.ImageDataset | data.ShardStream
     if layout == "shards":
         dataset = data.build_stream(str(path), transform, in_chans, args.seed, args.shuffle_buffer, args.epoch_images)
+    elif args.epoch_images:
+        raise UsageError(f"--epoch_images {args.epoch_images} is for tar shards, {path} holds none; leave it out")
     else:
         dataset = data.build_dataset(path, "train", transform, in_chans, args.seed, layout=layout)
     pin = device.type == "cuda"

@@ -126,7 +126,7 @@ class Lab(NamedTuple):
 
     def layout(self, path: str) -> str:
         """How a folder of images holds them, as the flags say."""
-        return data.layout_of(argparse.Namespace(**vars(self.args) | {"data_path": path}))
+        return data.layout_of(self.args, path)
 
     def pictures(self) -> list[Picture]:
         """The images to look at.
@@ -442,6 +442,7 @@ def check_args(args: argparse.Namespace) -> None:
     tasks = SHARED | ALONE
     if not any(getattr(args, task) for task in tasks):
         raise UsageError(f"nothing to do; pass at least one of {' '.join('--' + task for task in tasks)}")
+    flags.check_weights(args)
     if not 0 < args.threshold <= 1:
         raise UsageError(f"--threshold {args.threshold} is a share of the attention and must lie in 0..1, above 0")
     if args.use_saved_aug and args.image_path2:
@@ -461,8 +462,6 @@ def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
     backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     if args.token == "both":
         backbone.choose_token("cls")  # and the other in its turn, see `Lab.tokens`
-    if not args.pretrained_weights:
-        logger.warning("no --pretrained_weights: the network has random weights, this is what an untrained one sees")
     scale = scale_of(backbone, config, args.image_size, device)
     return Lab(backbone, config, scale, device, utils.make_output_dir(args.output_dir), args)
 

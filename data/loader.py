@@ -89,13 +89,13 @@ def build_train_loader(
     """Shuffled batches; the last incomplete one of an epoch is left out.
 
     `sampler`: `distributed` mixes all images, `chunk` those that lie beside each other (data/chunks.py). A stream of shards
-    brings its own order.
+    brings its own order, and takes no `chunk`.
 
     Without `drop_last` every image comes in every epoch; first ones come again where the processes' shares would differ.
     Batches are pinned for a CUDA device, on which they are then finished (`Batch.views_on`); elsewhere the workers do it.
 
     Raises:
-        UsageError: less data than one batch on every process, with `drop_last`.
+        UsageError: less data than one batch on every process, with `drop_last`; or chunks of a stream.
     """
     world = get_world_size()
     if drop_last and len(dataset) < batch_size * world:
@@ -116,6 +116,8 @@ def build_train_loader(
     }
     if isinstance(dataset, ShardStream):
         assert drop_last
+        if sampler == "chunk":
+            raise UsageError("--sampler chunk is for images at any place; shards are read in their order, leave it out")
         dataset.batch_size, dataset.rank, dataset.world = batch_size, get_rank(), world
         return ShardLoader(dataset, **options)
     order = LaterPart(_train_sampler(dataset, sampler, drop_last))

@@ -21,6 +21,8 @@ from typing import IO
 
 import fsspec
 
+from utils import UsageError
+
 PIPE = "pipe:"
 CURL = [
     "curl",
@@ -39,6 +41,16 @@ LAST_WORDS = 300  # characters
 def is_remote(path: str) -> bool:
     """Whether it is no path of a file. Pipes are run by a shell: only ever what the user typed."""
     return path.startswith(PIPE) or "://" in path
+
+
+def check_here(path: str) -> None:
+    """Stop on an address where files are looked into at any place.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if is_remote(path):
+        raise UsageError(f"{path} is not on this disk; only pre-training reads shards from elsewhere, copy them here")
 
 
 @contextlib.contextmanager

@@ -282,15 +282,16 @@ def build_stream(
     remote = any(is_remote(shard) for shard in shards)
     if remote:
         check_reachable(shards)
-    counts = _told_counts(shards) if remote else count_images(shards)
-    if not counts:
+    told = _told_counts(shards) if remote else list(zip(shards, count_images(shards)))
+    counts = [count for _, count in told if count is not None]
+    if len(counts) < len(shards):
+        unknown = next(shard for shard, count in told if count is None)
         if epoch_images < len(shards):
             raise UsageError(
                 f"--epoch_images {epoch_images} must say how many images the {len(shards)} shards hold: "
-                f"they lie elsewhere, and no {SIZES} beside them tells it"
+                f"they lie elsewhere, and no {SIZES} beside them tells it of {unknown}"
             )
-        counts = [epoch_images // len(shards)] * len(shards)
-        epoch_images = 0
+        counts, epoch_images = [epoch_images // len(shards)] * len(shards), 0
     if epoch_images > sum(counts) or not sum(counts):
         raise UsageError(
             f"{data_path} holds {sum(counts)} images in {len(shards)} shards, --epoch_images is {epoch_images}"
@@ -298,17 +299,16 @@ def build_stream(
     return ShardStream(shards, counts, transform, in_chans, seed, buffer, epoch_images or None)
 
 
-def _told_counts(shards: Sequence[str]) -> list[int]:
-    """Images of each shard as `sizes.json` beside it says; none where one is not told."""
-    counts = []
+def _told_counts(shards: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Each shard with the number of its images, where `sizes.json` beside it says one."""
     sizes: dict[str, dict[str, int]] = {}
-    for folder, _, name in (shard.rpartition("/") for shard in shards):
+    told = []
+    for shard in shards:
+        folder, _, name = shard.rpartition("/")
         if folder not in sizes:
             sizes[folder] = {} if folder.startswith(PIPE) else _fetch_sizes(f"{folder}/{SIZES}")
-        if name not in sizes[folder]:
-            return []
-        counts.append(sizes[folder][name])
-    return counts
+        told.append((shard, sizes[folder].get(name)))
+    return told
 
 
 def _fetch_sizes(address: str) -> dict[str, int]:

@@ -87,10 +87,7 @@ def list_tars(root: Path, split: str, need_labels: bool) -> Listing:
     Raises:
         UsageError: no such shards, a damaged one, or no labels where they are needed.
     """
-    shards = find_shards(str(root), split, need_labels)
-    if any(is_remote(shard) for shard in shards):
-        raise UsageError(f"{root} is not on this disk; only pre-training reads shards from elsewhere, copy them here")
-    paths = [Path(shard) for shard in shards]
+    paths = [Path(shard) for shard in find_shards(str(root), split, need_labels)]
     kept = _kept(root, paths, ".members.npz", partial(_list_members, paths))
     source = TarMembers(paths, kept["members"], Names.of(kept["text"], kept["ends"]))
     if not len(source):

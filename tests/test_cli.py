@@ -103,6 +103,7 @@ ADDED_ANALYSIS: dict[str, object] = {
     "measure_stereo": False, "vis_features": False, "report": False, "run_dir": None, "allow_partial": False, "query": None,
     "token": "cls",
     "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [], "zip_mode": False, "tsv_mode": False,
+    "random_weights": False,
 }  # fmt: skip
 LAUNCH: dict[str, object] = {"dist_timeout": 30.0}  # added to all of them
 
@@ -251,10 +252,13 @@ def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", [eval_knn, eval_linear, eval_finetune], ids=lambda script: script.__name__)
-def test_random_weights_are_scored_on_request_only(script: Any, images: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script", [eval_knn, eval_linear, eval_finetune, run_analysis], ids=lambda script: script.__name__
+)
+def test_random_weights_are_taken_on_request_only(script: Any, images: str, tmp_path: Path) -> None:
     """Before anything is read or written."""
     command = ["--device", "cpu", "--data_path", images, "--output_dir", str(tmp_path / "out")]
+    command += ["--vis_entropy"] if script is run_analysis else []
     for flags in ([], ["--pretrained_weights", "a.pth", "--random_weights"]):
         with pytest.raises(UsageError, match=r"pass --pretrained_weights FILE, or --random_weights alone"):
             script.main(script.get_args_parser().parse_args([*command, *flags]))

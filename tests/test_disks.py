@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import linear_runs
 import pytest
 import test_eval_finetune
-import test_eval_linear
 import torch
 from PIL import Image
 from runs import TINY_RUN, run_script, write_images
@@ -56,7 +56,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 RUNS: dict[str, Callable[[Path, Path], None]] = {
     "main_esvit": lambda images, out: train(out, images),
     "eval_finetune": lambda images, out: test_eval_finetune.run(images, out, *test_eval_finetune.PLAIN),
-    "eval_linear": lambda images, out: test_eval_linear.run(images, out),
+    "eval_linear": lambda images, out: linear_runs.run(images, out),
 }
 
 

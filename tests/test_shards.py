@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 import checkpoint
 import data.tars
 import main_esvit
+from data import convert
 from data.datasets import build_dataset
 from data.loader import Batch, build_train_loader, set_epoch
 from data.remote import is_remote
@@ -329,6 +330,28 @@ def test_nothing_readable_gives_no_view(tmp_path: Path) -> None:
     batches = one_epoch(loader_of(build_stream(str(tmp_path), whole), 2), 0)
     assert batches[0].views == []
     assert len(set(batches[0].failures)) == 2
+
+
+def test_flags_that_do_not_go_together(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--sampler chunk is for images at any place"):
+        build_train_loader(build_stream(str(shards), whole), 2, 0, pin_memory=False, sampler="chunk")
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    command = [*TINY_RUN, "--data_path", str(tmp_path), "--epoch_images", "5", "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "shards").rename(tmp_path / "set")
+    with pytest.raises(UsageError, match=f"--epoch_images 5 is for tar shards, {tmp_path} holds none"):
+        main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
+    command += ["--dataset", "set", "--batch_size_per_gpu", "24"]  # the folder below decides what it holds
+    with pytest.raises(UsageError, match="5 images do not fill one batch of 24"):
+        main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
+
+
+@pytest.mark.parametrize("address", ["https://host/train-{0..3}.tar", "pipe:cat a.tar"])
+def test_only_training_reads_from_elsewhere(address: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not on this disk; only pre-training reads shards from elsewhere"):
+        build_dataset(address, "val", whole, layout="shards")
+    with pytest.raises(UsageError, match="is not on this disk"):
+        convert.main(convert.get_args_parser().parse_args([address, str(tmp_path / "out"), "--to", "zip"]))
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------- at any place
