@@ -210,9 +210,8 @@ def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size:
         logger.warning("--random_weights: the network starts from random weights, this is supervised training")
     kept: list[nn.Module] = []
     if args.finetune_head_layer:
-        kept = projection_layers(
-            args.pretrained_weights, args.checkpoint_key, args.finetune_head_layer, network.num_features
-        )
+        found = args.pretrained_weights, args.checkpoint_key, network.view_tokens[0]
+        kept = projection_layers(*found, args.finetune_head_layer, network.num_features)
     network.head = linear_head(kept, network.view_width, classes, args.init_scale)
     network.grad_checkpointing = args.grad_checkpointing
     return network
