@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import sharding
 from models import srs
 from models.base import Backbone
+from models.interop import vit_from_timm
 from utils import UsageError, logger, whole_file
 
 PREFIX = "module."
@@ -187,7 +188,7 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
         )
     if f"{UDI_BACKBONE}cls_token" in tensors:
         layout, tensors = f"{layout} of UDI", _from_udi(tensors)
-    return NetworkState(tensors, layout, found_under, _image_size(whole))
+    return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
 
 
 def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:

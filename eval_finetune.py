@@ -36,7 +36,7 @@ from data import augment
 from data.datasets import Transform
 from data.lists import digest_of
 from engine import steps_per_epoch
-from features import add_list_flag, add_token_flag, data_identity, evaluation_size, labelled_datasets
+from features import add_token_flag, data_identity, evaluation_size, labelled_datasets
 from finetune import (
     Accuracy,
     Best,
@@ -74,7 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="hidden layers of the checkpoint's projection head that are kept",
     )
     add("--init_scale", type=float, default=1.0, help="factor on the first weights of the linear layer")
-    add_list_flag(parser)
+    flags.add_list_flag(parser)
     switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
     add("--epochs", type=int, default=100)
     add("--warmup_epochs", type=int, default=5)

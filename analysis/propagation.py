@@ -38,10 +38,9 @@ class Labelled(NamedTuple):
 
 def near(grid: Grid, radius: int) -> Tensor:
     """(N, N) whether two places of the grid are at most `radius` rows and columns apart."""
-    places_N2 = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, 2)
-    if not radius:
-        return torch.ones(len(places_N2), len(places_N2), dtype=torch.bool)
-    return ((places_N2[:, None] - places_N2).abs() <= radius).all(dim=-1)
+    sides = [torch.arange(side) for side in grid]
+    rows, columns = ((side[:, None] - side).abs() <= (radius or len(side)) for side in sides)
+    return (rows[:, None, :, None] & columns[:, None, :]).flatten(0, 1).flatten(1)
 
 
 def propagated(features_NC: Tensor, context: Iterable[Labelled], near_NN: Tensor, rule: Rule) -> Tensor:

@@ -171,7 +171,7 @@ def timms(**settings: int | bool | str) -> nn.Module:
 
 @torch.no_grad()
 def test_timm_computes_the_same_with_both_tokens(tmp_path: Path) -> None:
-    """The second class token is a register token there."""
+    """The second class token is a register token there, and comes back as what it was."""
     ours, theirs = two_tokens(), timms(reg_tokens=1, no_embed_class=False)
     state = torch.load(exported(ours, "timm", tmp_path / "timm.pth"), weights_only=True)
     theirs.load_state_dict(state, strict=True)
@@ -179,6 +179,9 @@ def test_timm_computes_the_same_with_both_tokens(tmp_path: Path) -> None:
     tokens = ours.norm(ours.forward_blocks(images)[-1].tokens_BNC)
     torch.testing.assert_close(theirs.forward_features(images), tokens, rtol=1e-4, atol=1e-4)  # type: ignore[operator]
     torch.testing.assert_close(theirs(images), ours(images), rtol=1e-4, atol=1e-4)
+    again = two_tokens(filled=False)
+    checkpoint.load_backbone(again, tmp_path / "timm.pth")
+    assert torch.equal(again(images), ours(images))
 
 
 @torch.no_grad()
