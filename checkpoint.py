@@ -261,8 +261,8 @@ def load_network(
 ) -> LoadReport:
     """Load a state dict into a network, wrapped or not; every tensor of the network must be there in its shape.
 
-    A network without heads (or `BESIDE`) leaves those of the file out; a file without heads (or with a classifier's linear one)
-    leaves those of the network as they are. Buffers that follow from the architecture are neither asked for nor taken.
+    A network without what may lie `BESIDE` a backbone leaves that of the file out; a file without heads (or with a classifier's
+    linear one) leaves those of the network as they are. Buffers that follow from the architecture are neither asked for nor taken.
 
     Args:
         network: left as it is where an error is raised.

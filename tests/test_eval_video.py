@@ -214,7 +214,7 @@ def test_sizes_are_dinos(size: tuple[int, int], shorter: int, region: int, expec
         ("size", r"is of 20 x 14 pixels, 8.png of 160 x 112; take the mask of the first frame"),
         ("empty", "has one value everywhere"),
         ("damaged", r"cannot read the frame .*9.png .*; repair or remove it"),
-        ("other size", "9.png is of another size than the frames before it"),
+        ("other size", "9.png is of another size than the first frame"),
         ("region", "--image_size 100 is no multiple of this network's regions"),
     ],
 )
