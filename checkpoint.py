@@ -31,12 +31,14 @@ from torch import Tensor, nn
 import sharding
 from models import srs
 from models.base import Backbone
+from models.interop import vit_from_timm
 from utils import UsageError, logger, whole_file
 
 PREFIX = "module."
 HEADS = ("head.", "head_dense.")
 BESIDE = (*HEADS, "srs.")  # modules of a method, which no backbone needs
-UDI_BACKBONE = "backbone.backbone."  # around a backbone in UDI's files, which keep their one head once a level: head.0, head.1, ...
+UDI_BACKBONE = "backbone.backbone."  # around a backbone in UDI's files
+UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
 CLASSIFIERS = ("fc.", "head_dist.")  # linear heads of other projects, beside `head.`
 WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others keep a network
 DERIVED = ("relative_position_index", "attn_mask")  # buffers that the architecture computes itself
@@ -162,7 +164,7 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
     Weight norm in torch's parametrised spelling gets the published names, a network of UDI's own files this project's.
 
     Raises:
-        UsageError: a full checkpoint without `key`, content that is no state dict, or a UDI network with different heads.
+        UsageError: a full checkpoint without `key`, or content that is no state dict.
     """
     layout, found_under, whole = "bare state dict", None, content
     if "student" in content or "teacher" in content:
@@ -185,8 +187,8 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
             f"checkpoint '{path}' holds no tensors of a network{where}, but {found or 'nothing'}; use another file"
         )
     if f"{UDI_BACKBONE}cls_token" in tensors:
-        layout, tensors = f"{layout} of UDI", _from_udi(tensors, path)
-    return NetworkState(tensors, layout, found_under, _image_size(whole))
+        layout, tensors = f"{layout} of UDI", _from_udi(tensors)
+    return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
 
 
 def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -208,23 +210,15 @@ def _published_weight_norm(name: str) -> str:
     )
 
 
-def _from_udi(published: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """A network of a published UDI file: the backbone's names without `UDI_BACKBONE`, `srs.` and one `head.`.
-
-    Raises:
-        UsageError: heads of the levels that differ, of which a network here has one.
-    """
+def _from_udi(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network of a published UDI file under this project's names; with one head where those of all levels are equal."""
     ours = {f"srs.{name}": tensor for name, tensor in srs.from_published(published).items()}
-    for name, tensor in published.items():
-        if name.startswith(tuple(srs.PUBLISHED)):
-            continue
-        name = re.sub(r"^head\.\d+\.", "head.", name.removeprefix(UDI_BACKBONE))
-        if not torch.equal(ours.setdefault(name, tensor), tensor):
-            raise UsageError(
-                f"checkpoint '{path}' has a head of its own for each level ({name} differs), where networks here share one; "
-                "use another file"
-            )
-    return ours
+    others = {n.removeprefix(UDI_BACKBONE): t for n, t in published.items() if not n.startswith(tuple(srs.PUBLISHED))}
+    shared: dict[str, Tensor] = {}
+    for name in filter(UDI_HEAD.match, others):
+        if not torch.equal(shared.setdefault(UDI_HEAD.sub("head.", name), others[name]), others[name]):
+            return ours | others  # a head of its own for each level
+    return ours | {name: tensor for name, tensor in others.items() if not UDI_HEAD.match(name)} | shared
 
 
 def _in_our_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,8 +261,8 @@ def load_network(
 ) -> LoadReport:
     """Load a state dict into a network, wrapped or not; every tensor of the network must be there in its shape.
 
-    A network without heads (or `BESIDE`) leaves those of the file out; a file without heads (or with a classifier's linear one)
-    leaves those of the network as they are. Buffers that follow from the architecture are neither asked for nor taken.
+    A network without what may lie `BESIDE` a backbone leaves that of the file out; a file without heads (or with a classifier's
+    linear one) leaves those of the network as they are. Buffers that follow from the architecture are neither asked for nor taken.
 
     Args:
         network: left as it is where an error is raised.

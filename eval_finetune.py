@@ -37,7 +37,7 @@ from data import augment
 from data.datasets import Transform
 from data.lists import digest_of
 from engine import steps_per_epoch
-from features import add_list_flag, add_token_flag, data_identity, evaluation_size, labelled_datasets
+from features import add_token_flag, data_identity, evaluation_size, labelled_datasets
 from finetune import (
     Accuracy,
     Best,
@@ -75,7 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="hidden layers of the checkpoint's projection head that are kept",
     )
     add("--init_scale", type=float, default=1.0, help="factor on the first weights of the linear layer")
-    add_list_flag(parser)
+    flags.add_list_flag(parser)
     switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
     add("--epochs", type=int, default=100)
     add("--warmup_epochs", type=int, default=5)
@@ -211,9 +211,8 @@ def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size:
         logger.warning("--random_weights: the network starts from random weights, this is supervised training")
     kept: list[nn.Module] = []
     if args.finetune_head_layer:
-        kept = projection_layers(
-            args.pretrained_weights, args.checkpoint_key, args.finetune_head_layer, network.num_features
-        )
+        found = args.pretrained_weights, args.checkpoint_key, network.view_tokens[0]
+        kept = projection_layers(*found, args.finetune_head_layer, network.num_features)
     network.head = linear_head(kept, network.view_width, classes, args.init_scale)
     network.grad_checkpointing = args.grad_checkpointing
     return network

@@ -36,7 +36,6 @@ from data.lists import digest_of
 from features import (
     FeatureFunction,
     LabelledFeatures,
-    add_list_flag,
     add_token_flag,
     evaluation_size,
     extract_features,
@@ -81,7 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr_lambd", type=float, nargs="+", default=[0.01, 0.1, 1.0], help="weights of the penalty, one or more")
     add("--adjust_lambd", type=bool_flag, default=True, help="divide them by the number of training images")
     add("--epochs", type=int, default=1000, help="most iterations of the solver")
-    add_list_flag(parser)
+    flags.add_list_flag(parser)
     add("--batch_size_per_gpu", type=int, default=128)
     add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")

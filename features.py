@@ -65,12 +65,6 @@ def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Pa
     return backbone.to(device).eval().requires_grad_(False)
 
 
-def add_list_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that trains on a part of the training images."""
-    words = "text file that names the training images to use, one a line (lists of SimCLRv2); default: all"
-    parser.add_argument("--target_list_path", default=None, help=words)
-
-
 def add_token_flag(parser: argparse.ArgumentParser) -> None:
     """Add the flag that chooses among the class tokens of a network that has two."""
     words = "class token that stands for an image, for networks with two (UDI): the first, the second, or one after the other"

@@ -88,11 +88,12 @@ def param_groups(network: Backbone, weight_decay: float, layer_decay: float) -> 
 # --------------------------------------------------------------------------- the head
 
 
-def projection_layers(path: str, key: str, count: int, width: int) -> list[nn.Module]:
+def projection_layers(path: str, key: str, token: int, count: int, width: int) -> list[nn.Module]:
     """The first `count` hidden layers of a checkpoint's projection head, each a linear layer and its GELU.
 
     Args:
         path, key: see `checkpoint.network_state`.
+        token: place of the class token whose head is taken, where each has its own.
         width: channels of the features that go in.
 
     Raises:
@@ -100,11 +101,12 @@ def projection_layers(path: str, key: str, count: int, width: int) -> list[nn.Mo
     """
     tensors = checkpoint.network_state(checkpoint.load_file(path), key, path).tensors
     source = f"checkpoint '{path}'"
-    if "head.mlp.1.weight" in tensors:
+    mlp = f"head.{token}.mlp" if any(name.startswith(f"head.{token}.") for name in tensors) else "head.mlp"
+    if f"{mlp}.1.weight" in tensors:
         raise UsageError(
             f"{source} has BatchNorm in its projection head, which is not kept; set --finetune_head_layer 0"
         )
-    linear = sum(f"head.mlp.{2 * layer}.weight" in tensors for layer in range(len(tensors)))
+    linear = sum(f"{mlp}.{2 * layer}.weight" in tensors for layer in range(len(tensors)))
     if count >= linear:
         has = f"{linear - 1} hidden layers" if linear else "none"
         raise UsageError(
@@ -113,7 +115,7 @@ def projection_layers(path: str, key: str, count: int, width: int) -> list[nn.Mo
         )
     layers: list[nn.Module] = []
     for layer in range(count):
-        weight, bias = (tensors[f"head.mlp.{2 * layer}.{kind}"] for kind in ("weight", "bias"))
+        weight, bias = (tensors[f"{mlp}.{2 * layer}.{kind}"] for kind in ("weight", "bias"))
         if weight.shape[1] != width:
             raise UsageError(f"{source} has a projection head of width {weight.shape[1]}, not {width}; check --arch")
         layers += [nn.Linear(width, len(weight)), nn.GELU()]

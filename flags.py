@@ -75,6 +75,12 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "--tsv_mode", "images in DIR/{train,val}.tsv, or a folder of tsv files (see data/tsv.py)")
 
 
+def add_list_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that trains on a part of the training images, see data/lists.py."""
+    words = "text file that names the training images to use, one a line (lists of SimCLRv2); default: all"
+    parser.add_argument("--target_list_path", default=None, help=words)
+
+
 def add_weights_flags(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add the flags that name the weights of a frozen or starting network, the same in every script that takes them.
 

@@ -28,11 +28,8 @@ from models.windows import Cut, real_tokens, window_plane
 from outputs import LevelOutput, MultiCropOutput, split_rows
 from utils import UsageError
 
-TOKENS = {
-    "cls": (0,),
-    "cls+": (1,),
-    "both": (0, 1),
-}  # which class tokens a view feature is made of, by the values of --token
+# Which class tokens a view feature is made of, by the values of --token.
+TOKENS = {"cls": (0,), "cls+": (1,), "both": (0, 1)}
 
 
 class Tokens(NamedTuple):

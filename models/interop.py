@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from utils import UsageError
@@ -85,6 +86,14 @@ def vit_to_timm(state: State) -> dict[str, Tensor]:
     if "cls_token" in kept and kept["cls_token"].shape[1] == 2:
         kept["cls_token"], kept["reg_token"] = (token.contiguous() for token in kept["cls_token"].split(1, dim=1))
     return kept
+
+
+def vit_from_timm(state: State) -> dict[str, Tensor]:
+    """Register tokens beside a class token are further class tokens here; other files stay as they are."""
+    joined = dict(state)
+    if {"cls_token", "reg_token"} <= joined.keys():
+        joined["cls_token"] = torch.cat([joined["cls_token"], joined.pop("reg_token")], dim=1)
+    return joined
 
 
 def vit_to_detectron2(state: State) -> dict[str, Tensor]:

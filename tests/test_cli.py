@@ -13,6 +13,7 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import eval_logistic
+import eval_video
 import export
 import main_esvit
 import run_analysis
@@ -93,6 +94,15 @@ LOGISTIC: dict[str, object] = {
     "opts": [],
 }  # fmt: skip
 
+PUBLISHED_VIDEO = {
+    "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher", "n_last_frames": 7,
+    "size_mask_neighborhood": 12, "topk": 5,
+}  # fmt: skip
+ADDED_VIDEO: dict[str, object] = {
+    "cfg": None, "allow_partial": False, "random_weights": False, "frames": "f", "first_mask": "m", "output_dir": "o",
+    "image_size": 480, "temperature": 0.1, "seed": 0, "device": "auto", "opts": [], "token": "cls",
+}  # fmt: skip
+
 PUBLISHED_ANALYSIS = {
     "cfg": None, "arch": "deit_small", "use_saved_aug": False, "vis_correspondence": False, "measure_correspondence": False,
     "vis_attention": False, "vis_entropy": False, "seed": 8, "patch_size": 8, "pretrained_weights": "",
@@ -107,6 +117,11 @@ ADDED_ANALYSIS: dict[str, object] = {
 }  # fmt: skip
 LAUNCH: dict[str, object] = {"dist_timeout": 30.0}  # added to all of them
 
+NEEDED: dict[Any, list[str]] = {
+    export: ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"],
+    eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"],
+}
+
 
 def parse(*args: str) -> None:
     main_esvit.main(main_esvit.get_args_parser().parse_args([*TINY_RUN, *args, "--device", "cpu", *TINY_SWIN]))
@@ -118,6 +133,7 @@ def test_names_and_defaults_are_frozen() -> None:
     assert vars(eval_linear.get_args_parser().parse_args([])) == PUBLISHED_LINEAR | ADDED_LINEAR | LAUNCH
     assert vars(run_analysis.get_args_parser().parse_args([])) == PUBLISHED_ANALYSIS | ADDED_ANALYSIS | LAUNCH
     assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE | LAUNCH
+    assert vars(eval_video.get_args_parser().parse_args(NEEDED[eval_video])) == PUBLISHED_VIDEO | ADDED_VIDEO
     assert vars(eval_logistic.get_args_parser().parse_args([])) == LOGISTIC | LAUNCH
 
 
@@ -140,7 +156,7 @@ def test_published_spellings() -> None:
     )
 
 
-SCRIPTS = (main_esvit, eval_knn, eval_linear, eval_logistic, eval_finetune, run_analysis, export)
+SCRIPTS = (main_esvit, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_video, run_analysis, export)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -187,7 +203,7 @@ def test_mistakes_of_spelling_name_what_was_meant(
     script: Any, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Abbreviations are refused too: a flag of tomorrow could make them mean another."""
-    needed = ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"] if script is export else []
+    needed = NEEDED.get(script, [])
     with pytest.raises(SystemExit) as caught:
         script.get_args_parser().parse_args([*needed, *flags])
     assert caught.value.code == 2

@@ -202,6 +202,16 @@ def test_fine_tuning_stands_on_layers_of_the_projection_head(folder: Path, tmp_p
         run(eval_finetune, folder, tmp_path / "out", *flags, "--finetune_head_layer", "1")
 
 
+def test_each_token_stands_on_its_own_head_where_it_has_one(folder: Path, tmp_path: Path) -> None:
+    heads = [DINOHead(24, 16, hidden_dim=12, bottleneck_dim=8) for _ in range(3)]
+    state = network().state_dict() | {f"head.{n}": t for n, t in torch.nn.ModuleList(heads).state_dict().items()}
+    torch.save({"teacher": state, "student": {}}, tmp_path / "net.pth")
+    for level, token in enumerate(("cls", "cls+")):
+        flags = ["--pretrained_weights", str(tmp_path / "net.pth"), "--finetune_head_layer", "1", "--token", token]
+        run(eval_finetune, folder, tmp_path / token, *STILL, *flags)
+        assert torch.equal(tuned(tmp_path / token)["head.0.weight"], state[f"head.{level}.mlp.0.weight"])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
