@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     pretrain.add_network_flags(parser)
     add("--number_cls_token", type=int, default=2, choices=(1, 2), help="2: UDI's, of ViT; 1: no second token to learn")
     add("--include_patch", type=bool_flag, default=True, help="learn sampled patches; off needs --number_cls_token 1")
-    add("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the student")
+    add("--drop_path_rate", "--drop_path", type=float, default=0.1, help="stochastic depth of the student")
     add("--srs_heads", type=int, default=0, help="heads of the pooling at samples; 0: as the backbone's (added)")
     add("--shared_head", type=bool_flag, default=True, help="one head for all levels; off: one each (added)")
 

@@ -27,7 +27,7 @@ from losses import TEACHER_VIEWS, Logits, SelfDistillation, at_least_float32
 from outputs import FactoredLogits, changed
 from udi_levels import StudentLevels as StudentLevels
 from udi_levels import TeacherLevels as TeacherLevels
-from utils import UsageError
+from utils import UsageError, all_reduce_sum, get_world_size
 
 TARGET_MIXES = ("logits", "probs")
 EPSILON = 1e-5  # in the mean over samples, as published: one without samples is 0
@@ -138,13 +138,13 @@ class UDILoss(SelfDistillation):
         return terms
 
     def _patch_level(self, student: StudentLevels, teacher: TeacherLevels, epoch: int) -> dict[str, Tensor]:
-        """Means over the valid samples of this batch; 0 if there are none. Groups are images of a view."""
+        """Means over the valid samples; 0 if there are none. Groups are images of a view."""
         assert student.patch_VBSK is not None
         assert teacher.patch_VBSK is not None
         assert teacher.valid_VBS is not None
         valid_GS = teacher.valid_VBS.flatten(0, 1).to(self.center.dtype)
         rows_GS1 = self._numbers(valid_GS.shape[1]).expand_as(valid_GS)[..., None]
-        targets = Targets(rows_GS1, (valid_GS / valid_GS.sum().clamp(min=1))[..., None])
+        targets = Targets(rows_GS1, _shares(valid_GS)[..., None])
         compared = _flat(student.patch_VBSK, 2), _flat(teacher.patch_VBSK, 2)
         terms = {"g_pch": self._cross_entropy(*compared, targets, self.center_patch, epoch)}
         if student.local_patch_LBSK is not None and _shape(student.local_patch_LBSK)[0]:
@@ -153,7 +153,7 @@ class UDILoss(SelfDistillation):
             valid_GSV = teacher.local_valid_LVBS.movedim(1, -1).flatten(0, 1).to(self.center.dtype)
             samples = valid_GSV.shape[1]
             columns_SV = self._numbers(samples)[:, None] + samples * self._numbers(TEACHER_VIEWS)
-            targets = Targets(columns_SV.expand_as(valid_GSV), valid_GSV / valid_GSV.sum().clamp(min=1))
+            targets = Targets(columns_SV.expand_as(valid_GSV), _shares(valid_GSV))
             patches = changed(teacher.local_patch_LVBSK, lambda x: x.movedim(1, 2).flatten(2, 3).flatten(0, 1))
             compared = _flat(student.local_patch_LBSK, 2), patches
             terms["l_pch"] = self._cross_entropy(*compared, targets, self.center_patch, epoch)
@@ -286,6 +286,12 @@ def masked_mean(logits: Logits, valid: Tensor) -> Logits:
     weights = valid.to(rows.dtype)
     mean = (weights[..., None] * rows).sum(dim=-2) / (weights.sum(dim=-1, keepdim=True) + EPSILON)
     return logits._replace(bottleneck=mean) if isinstance(logits, FactoredLogits) else mean
+
+
+def _shares(valid: Tensor) -> Tensor:
+    """What each valid sample counts of a mean over those of all processes, whose losses are averaged; the release: of its own."""
+    processes = get_world_size()
+    return valid * processes / all_reduce_sum(valid.sum()).clamp(min=1)
 
 
 def _per_image(logits_XBK: Logits) -> Logits:

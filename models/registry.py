@@ -99,7 +99,7 @@ def load_arch_config(
     entry, given = _lookup(arch), path
     has_drop_path = "DROP_PATH_RATE" in SPECS.get(entry.config_name, {})
     if drop_path and not has_drop_path:
-        raise UsageError(f"--drop_path {drop_path}: {arch} has no stochastic depth; leave the flag out")
+        raise UsageError(f"--drop_path {drop_path}: {arch} has no stochastic depth; set it to 0")
     if drop_path is not None and has_drop_path:
         overrides = [*overrides, "MODEL.SPEC.DROP_PATH_RATE", str(drop_path)]
     if path is None:

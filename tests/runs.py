@@ -62,6 +62,17 @@ TINY_RUN = [
     "--log_freq",
     "1",
 ]
+TINY_VIT = [
+    *("MODEL.IMAGE_SIZE", "32", "MODEL.SPEC.DIM_EMBED", "16", "MODEL.SPEC.DEPTH", "2", "MODEL.SPEC.NUM_HEADS", "2"),
+    *("MODEL.SPEC.MLP_RATIO", "2.0"),
+]
+TINY_UDI = [
+    *("--cfg", "experiments/demo/vit_micro.yaml", "--arch", "vit", "--patch_size", "4", "--device", "cpu"),
+    *("--precision", "fp32", "--num_workers", "0", "--out_dim", "32", "--head_hidden_dim", "16"),
+    *("--head_bottleneck_dim", "8", "--local_crops_number", "2", "--local_crops_size", "16"),
+    *("--batch_size_per_gpu", "4", "--epochs", "2", "--warmup_epochs", "0", "--warmup_teacher_temp_epochs", "1"),
+    *("--lr", "0.01", "--log_freq", "1"),
+]
 
 
 def write_images(root: Path, count: int, size: int = 40, classes: int = 0, seed: int = 0) -> Path:

@@ -16,6 +16,7 @@ import eval_logistic
 import eval_video
 import export
 import main_esvit
+import main_udi
 import run_analysis
 import utils
 from models.registry import register
@@ -46,6 +47,26 @@ ADDED = {
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False,
     "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
+}  # fmt: skip
+PUBLISHED_UDI = {
+    "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "include_patch": True, "number_cls_token": 2, "norm_last_layer": True,
+    "use_bn_in_head": False, "momentum_teacher": 0.996, "alpha": 0.5, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07,
+    "warmup_teacher_temp_epochs": 30, "use_fp16": True, "weight_decay": 0.04, "weight_decay_end": 0.1, "clip_grad": 3.0,
+    "batch_size_per_gpu": 128, "epochs": 300, "freeze_last_layer": 1, "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-5,
+    "optimizer": "adamw", "drop_path_rate": 0.1, "global_crops_scale": (0.25, 1.0), "local_crops_number": (6,),
+    "local_crops_scale": (0.05, 0.25), "global_sampling_window_size": 3, "local_sampling_window_size": 2, "output_dir": ".",
+    "saveckp_freq": 20, "seed": 0, "num_workers": 10, "dist_url": "env://", "local_rank": None,
+}  # fmt: skip
+ADDED_UDI: dict[str, object] = {
+    "target_mix": "logits", "global_pair_mode": "overlap", "srs_align": "corners", "local_reference": "intersection",
+    "srs_drawing": "image", "srs_heads": 0, "shared_head": True, "local_patch": False, "level_weights": (1.0, 1.0, 1.0),
+    "student_temp": 0.1, "center_momentum": 0.9, "flip_prob": 0.5, "global_crops_size": None, "local_crops_size": (96,),
+    "color_jitter": 0.4,
+    "cfg": None, "dataset": "imagenet1k", "zip_mode": False, "tsv_mode": False, "sampler": "distributed", "shuffle_buffer": 256,
+    "epoch_images": 0, "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "grad_checkpointing": False,
+    "compile": False, "fsdp": False, "precision": "auto", "accum_iter": 1, "log_freq": 10, "device": "auto", "opts": [],
+    "aug_backend": "auto", "plain_loss": False, "pretrained_weights_ckpt": "", "allow_partial": False, "max_bad_steps": 20,
+    "knn_every": 0, "knn_data_path": "", "save_every_steps": 0, "save_every_minutes": 0.0, "keep_last": 1,
 }  # fmt: skip
 PUBLISHED_KNN = {
     "cfg": None, "arch": "deit_small", "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
@@ -129,6 +150,7 @@ def parse(*args: str) -> None:
 
 def test_names_and_defaults_are_frozen() -> None:
     assert vars(main_esvit.get_args_parser().parse_args([])) == PUBLISHED | ADDED | LAUNCH
+    assert vars(main_udi.get_args_parser().parse_args([])) == PUBLISHED_UDI | ADDED_UDI | LAUNCH
     assert vars(eval_knn.get_args_parser().parse_args([])) == PUBLISHED_KNN | ADDED_KNN | LAUNCH
     assert vars(eval_linear.get_args_parser().parse_args([])) == PUBLISHED_LINEAR | ADDED_LINEAR | LAUNCH
     assert vars(run_analysis.get_args_parser().parse_args([])) == PUBLISHED_ANALYSIS | ADDED_ANALYSIS | LAUNCH
@@ -156,7 +178,17 @@ def test_published_spellings() -> None:
     )
 
 
-SCRIPTS = (main_esvit, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_video, run_analysis, export)
+SCRIPTS = (
+    main_esvit,
+    main_udi,
+    eval_knn,
+    eval_linear,
+    eval_logistic,
+    eval_finetune,
+    eval_video,
+    run_analysis,
+    export,
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

@@ -1,0 +1,495 @@
+"""main_udi.py: one step against the equations, every combination of levels, what a run saves and how it goes on, and mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from runs import TINY_RUN, TINY_SWIN, TINY_UDI, TINY_VIT, run_script, start_script, write_images
+from test_resume import assert_identical
+from torch import Tensor, nn
+
+import checkpoint
+import main_esvit
+import main_udi
+import pretrain
+import resume
+from data.udi_views import Correspondence, split_finished
+from losses import DINOLoss
+from models import build_model, load_arch_config
+from models.srs import SRS, bilinear_weights, default_heads, one_hot_weights
+from models.vit import VisionTransformer
+from utils import UsageError
+
+CPU = torch.device("cpu")
+TINY_NETWORKS = {
+    "swin": ["--cfg", "experiments/demo/swin_micro.yaml", "--arch", "swin", "--local_sampling_window_size", "1"],
+    "cvt": ["--cfg", "experiments/demo/cvt_micro.yaml", "--arch", "cvt", "--local_sampling_window_size", "1"],
+    "vil": ["--cfg", "experiments/demo/vil_micro.yaml", "--arch", "vil", "--local_sampling_window_size", "1"],
+    "resnet18": [
+        "--cfg",
+        "experiments/demo/resnet_micro.yaml",
+        "--arch",
+        "resnet18",
+        "--drop_path_rate",
+        "0",
+        "--global_sampling_window_size",
+        "1",
+        "--local_sampling_window_size",
+        "1",
+    ],
+}
+
+
+def parsed(*flags: str, network: Sequence[str] = TINY_VIT) -> argparse.Namespace:
+    return main_udi.get_args_parser().parse_args([*TINY_UDI, *flags, "--device", "cpu", *network])
+
+
+class Made:
+    """What a run is made of, without its loop."""
+
+    def __init__(self, *flags: str, network: Sequence[str] = TINY_VIT) -> None:
+        self.args = parsed(*flags, network=network)
+        main_udi.check_args(self.args)
+        self.config = main_udi.load_config(self.args)
+        self.transform, self.finish = main_udi.build_views(self.args, self.config)
+        torch.manual_seed(0)
+        self.method = main_udi.build_method(self.args, self.config, CPU)
+        self.step = pretrain.build_step(self.args, self.method, 10, CPU, "fp32")
+
+    def batch(self, images: int = 4, seed: int = 0) -> list[Tensor]:
+        """Finished views of photographs that are noise, and their correspondences."""
+        rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        pictures = [Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)) for _ in range(images)]
+        assert self.finish is not None
+        samples = zip(*(self.transform(picture) for picture in pictures))
+        return list(self.finish([torch.stack(parts) for parts in samples], CPU))
+
+
+def run(output_dir: Path, images: Path, *flags: str, network: Sequence[str] = TINY_VIT) -> None:
+    folders = ["--data_path", str(images), "--output_dir", str(output_dir)]
+    main_udi.main(parsed(*folders, *flags, network=network))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 9)
+
+
+# --------------------------------------------------------------------------- a step against the equations
+
+
+def encoded(network: Any, crop: Tensor) -> tuple[Tensor, Tensor]:
+    """Both class tokens, normalised, and the patches before the last norm, by the blocks alone."""
+    x = network.enter_stage(0, crop)
+    for block in network.blocks:
+        x, _ = block(x)
+    return network.norm(x.tokens_BNC)[:, :2], x.tokens_BNC[:, 2:]
+
+
+def expected_loss(method: main_udi.UDI, batch: Sequence[Tensor], alpha: float) -> dict[str, float]:
+    """Every pair of a view's samples and another view by itself, images one by one; centres are zero."""
+    crops, found = split_finished(batch)
+    student, teacher = checkpoint.unwrap(method.student), checkpoint.unwrap(method.teacher)
+    assert isinstance(student, VisionTransformer)
+    assert isinstance(teacher, VisionTransformer)
+    teacher_temp = method.criterion.teacher_temp(1)
+
+    def entropy(target: Tensor, logits: Tensor) -> float:
+        return -float((torch.softmax(target / teacher_temp, -1) * torch.log_softmax(logits / 0.1, -1)).sum())
+
+    def sampled(network: Any, patches: Tensor, weights: Tensor) -> Tensor:
+        return network.head(network.srs(patches, weights))[0]
+
+    sums: dict[str, list[float]] = {name: [] for name in ("g_cl", "l_cl", "g_mcl", "l_mcl", "g_pch")}
+    for b in range(len(crops[0])):
+        of = Correspondence(*(field[b : b + 1] for field in found))
+        own = [encoded(student, crop[b : b + 1]) for crop in crops]
+        their = [encoded(teacher, crop[b : b + 1]) for crop in crops[:2]]
+        cls = [teacher.head(both[:, 0])[0] for both, _ in their]
+        tokens = [student.head(both)[0] for both, _ in own]
+        grid = (8, 8)
+        for v in (0, 1):
+            targets = sampled(teacher, their[1 - v][1], bilinear_weights(of.target_2M2[:, v], grid))
+            valid = of.valid_2M[0, v]
+            mean = targets[valid].sum(0) / (valid.sum() + 1e-5)
+            share = alpha if valid.any() else 0.0
+            sums["g_cl"].append(entropy(cls[1 - v], tokens[v][0]))
+            sums["g_mcl"].append(entropy(share * mean + (1 - share) * cls[1 - v], tokens[v][1]))
+            patches = sampled(student, own[v][1], one_hot_weights(of.tokens_2M[:, v], 64))
+            sums["g_pch"] += [entropy(t, s) for t, s, good in zip(targets, patches, valid) if good]
+            for number, local in enumerate(tokens[2:]):
+                places = of.local_target_L2m2[:, number, v]
+                targets = sampled(teacher, their[v][1], bilinear_weights(places, grid))
+                valid_m = of.local_valid_L2m[0, number, v]
+                mean = targets[valid_m].sum(0) / (valid_m.sum() + 1e-5)
+                share = alpha if valid_m.any() else 0.0
+                sums["l_cl"].append(entropy(cls[v], local[0]))
+                sums["l_mcl"].append(entropy(share * mean + (1 - share) * cls[v], local[1]))
+    return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def moved(network: nn.Module) -> None:
+    """Make another network of a copy."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("flags", [["--plain_loss", "on"], ["--plain_loss", "on", "--srs_drawing", "view"]], ids=str)
+def test_a_loss_is_that_of_the_equations(flags: list[str]) -> None:
+    """Which sample of which view meets which token of which view, through both networks."""
+    made = Made("--drop_path_rate", "0", "--alpha", "0.3", *flags)
+    moved(made.method.teacher)
+    batch = made.batch()
+    loss, terms = made.method.compute_loss(batch, epoch=1)
+    with torch.no_grad():
+        expected = expected_loss(made.method, batch, alpha=0.3)
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, rel=1e-4)
+    levels = [(expected["g_cl"] + 2 * expected["l_cl"]) / 3, (expected["g_mcl"] + 2 * expected["l_mcl"]) / 3]
+    assert loss.item() == pytest.approx((sum(levels) + expected["g_pch"]) / 3, rel=1e-4)
+
+
+def test_factored_logits_train_as_whole_ones_do() -> None:
+    outcomes = []
+    for plain in ("off", "on"):
+        made = Made("--plain_loss", plain, "--local_patch", "on", "--drop_path_rate", "0", "--clip_grad", "0.3")
+        for i in range(3):
+            assert made.step([made.batch(seed=i)], i, 1)["skipped"] == 0
+        outcomes.append([*made.method.student.parameters(), *made.method.criterion.buffers()])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_with_the_class_token_alone_a_step_is_dinos() -> None:
+    """The same network, views and loss as main_esvit.py's without regions."""
+    made = Made("--include_patch", "off", "--number_cls_token", "1", "--drop_path_rate", "0")
+    batch = made.batch()
+    loss, terms = made.method.compute_loss(batch, epoch=1)
+    dino = DINOLoss(32, 4, 0.04, 0.07, 1, 2)
+    views = split_finished(batch)[0]
+    expected = dino(made.method.student(views), made.method.teacher(views[:2]), 1)
+    assert terms.keys() == {"g_cl", "l_cl"}
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------- combinations
+
+COMBINATIONS = {
+    "UDI": [],
+    "patches off, one token": ["--include_patch", "off", "--number_cls_token", "1"],
+    "one token": ["--number_cls_token", "1"],
+    "no local views": ["--local_crops_number", "0"],
+    "local sizes": ["--local_crops_number", "2", "1", "--local_crops_size", "16", "12", "--local_patch", "on"],
+    "local views as large": ["--local_crops_size", "32", "--local_patch", "on"],
+    "BatchNorm in heads": ["--use_bn_in_head", "on"],
+    "a head each": ["--shared_head", "off"],
+    "probabilities": ["--target_mix", "probs", "--global_pair_mode", "nested", "--srs_align", "centers"],
+    "one image": ["--batch_size_per_gpu", "1"],
+    "recomputed": ["--grad_checkpointing", "on"],
+}
+
+
+@pytest.mark.parametrize("plain", ["off", "on"])
+@pytest.mark.parametrize("flags", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_every_combination_learns(flags: list[str], plain: str) -> None:
+    """With a fixed teacher and batch the student fits its targets, and each of its parameters is trained."""
+    made = Made("--momentum_teacher", "1", "--lr", "0.1", "--plain_loss", plain, "--drop_path_rate", "0", *flags)
+    made.method.criterion.center_momentum = 1.0
+    moved(made.method.teacher)
+    before = [parameter.detach().clone() for parameter in made.method.student.parameters()]
+    batch = made.batch(made.args.batch_size_per_gpu)
+    scalars = [made.step([batch], i, 1, watch=True) for i in range(8)]
+    losses = [float(s["loss"]) for s in scalars]
+    assert losses[-1] < 0.95 * losses[0]
+    after = dict(made.method.student.named_parameters())
+    assert not [n for (n, p), old in zip(after.items(), before) if p.requires_grad and torch.equal(p, old)]
+    levels = {name.partition("/")[0] for name in scalars[0] if "/" in name}
+    asked = {"cls": True, "cls+": made.args.number_cls_token == 2, "patch": made.args.include_patch}
+    assert levels == {name for name, wanted in asked.items() if wanted}
+
+
+@pytest.mark.parametrize("network", TINY_NETWORKS)
+def test_other_backbones_learn_views_and_patches(network: str) -> None:
+    made = Made(
+        "--number_cls_token", "1", "--momentum_teacher", "1", "--lr", "0.1", *TINY_NETWORKS[network], network=[]
+    )
+    made.method.criterion.center_momentum = 1.0
+    batch = made.batch()
+    scalars = [made.step([batch], i, 1) for i in range(8)]
+    assert {"g_cl", "l_cl", "g_pch"} <= scalars[0].keys()
+    assert float(scalars[-1]["loss"]) < 0.95 * float(scalars[0]["loss"])
+
+
+def test_without_a_valid_patch_a_step_is_applied() -> None:
+    """The patches' level is 0, the second token learns the class token's targets, and the centre of patches stays."""
+    made = Made("--local_patch", "on")
+    batch = made.batch()
+    crops, found = split_finished(batch)
+    nowhere = found._replace(valid_2M=found.valid_2M & False, local_valid_L2m=found.local_valid_L2m & False)
+    scalars = made.step([[*crops, *nowhere]], 0, 1)
+    assert scalars["skipped"] == 0
+    assert scalars["g_pch"] == scalars["l_pch"] == 0
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in made.method.student.parameters())
+    assert not made.method.criterion.center_patch.any()
+    assert made.method.criterion.center_plus.any()
+
+
+@pytest.mark.parametrize(("arch", "heads"), [("vit_tiny", 3), ("vit_small", 6), ("vit_base", 12)])
+def test_sampling_has_the_width_and_heads_of_the_backbone(arch: str, heads: int) -> None:
+    flags = ["--out_dim", "8", "--head_hidden_dim", "8", "--head_bottleneck_dim", "4"]
+    args = main_udi.get_args_parser().parse_args(["--arch", arch, *flags])
+    with torch.device("meta"):
+        network = main_udi.build_network(args, main_udi.load_config(args), is_teacher=False)
+    assert isinstance(network.srs, SRS)
+    assert network.srs.num_heads == heads == default_heads(network)
+    assert network.srs.qkv.weight.shape == (3 * network.num_features, network.num_features)
+    tokens = [network.get_parameter(name).shape[1] for name in ("cls_token", "pos_embed")]
+    assert tokens == [2, 2 + 14**2]
+    if arch == "vit_small":
+        sizes = [p.numel() for name, p in network.named_parameters() if not name.startswith(("head.", "srs."))]
+        assert sum(sizes) == 21_666_432
+        assert sum(p.numel() for p in network.srs.parameters()) == 592_896
+
+
+# --------------------------------------------------------------------------- runs
+
+
+def test_run_folder(images: Path, tmp_path: Path) -> None:
+    """What is saved, with one head; it is a backbone to everything that reads checkpoints."""
+    run(tmp_path, images, "--saveckp_freq", "1")
+    content = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    assert {"student", "teacher", "optimizer", "epoch", "args", "udi_loss"} <= content.keys()
+    assert "dino_loss" not in content
+    assert content["udi_loss"].keys() == {"center", "center_plus", "center_patch"}
+    head = {f"head.{name}" for name in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias", "mlp.4.weight",
+                                        "mlp.4.bias", "last_layer.weight_g", "last_layer.weight_v")}  # fmt: skip
+    srs = {f"srs.{name}.{kind}" for name in ("norm", "qkv", "proj", "out_norm") for kind in ("weight", "bias")}
+    config = load_arch_config("vit", str(tmp_path / "config.yaml"))
+    backbone = build_model("vit", config, patch_size=4)
+    assert content["teacher"].keys() == set(backbone.state_dict()) | head | srs
+    assert content["student"].keys() == {f"module.{name}" for name in content["teacher"]}
+    assert (config.MODEL.SPEC.NUM_CLS_TOKENS, config.MODEL.SPEC.POS_RESIZE) == (2, "scale")
+    of_backbone = {name: content["teacher"][name] for name in backbone.state_dict()}
+    assert checkpoint.load_network(backbone, checkpoint.network_state(of_backbone, "", ""), "").matched == len(
+        of_backbone
+    )
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").open()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    terms = {
+        "train_loss",
+        "train_g_cl",
+        "train_g_mcl",
+        "train_g_pch",
+        "train_l_cl",
+        "train_l_mcl",
+        "train_lr",
+        "train_wd",
+    }
+    assert terms <= lines[0].keys()
+    assert {f"train_{level}/kl" for level in ("cls", "cls+", "patch")} <= lines[0].keys()
+    with Image.open(tmp_path / "crops.png") as picture:
+        assert picture.height == 4 * (32 + 2) + 2  # four views and nothing of their correspondences
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    run(tmp_path, images, "--saveckp_freq", "1")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("where", ["within an epoch", "between epochs"])
+def test_going_on_is_as_if_never_stopped(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Two steps an epoch, a SIGTERM in the first or after it: everything that is saved ends bit for bit the same."""
+    run(tmp_path / "whole", images)
+    due = resume.Saver.due
+
+    def signalled(self: resume.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+        saved = (tmp_path / "parts" / "checkpoint.pth").exists()
+        if (steps == 1 and moved) if where == "within an epoch" else (steps == 0 and saved):
+            os.kill(os.getpid(), signal.SIGTERM)
+            wishes = [self.wishes()[0], 0.0]
+        return due(self, steps, moved, wishes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Saver, "due", signalled)
+        run(tmp_path / "parts", images)
+    stopped = checkpoint.load_file(tmp_path / "parts" / "checkpoint.pth")
+    assert (stopped["epoch"], stopped.get("in_epoch", {}).get("steps")) == ((0, 1) if where[0] == "w" else (1, None))
+    run(tmp_path / "parts", images)
+    whole, parts = (checkpoint.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    assert whole["epoch"] == 2
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], parts[key], key)
+
+
+def test_a_run_of_another_method_is_not_gone_on_with(images: Path, tmp_path: Path) -> None:
+    run(tmp_path, images, "--epochs", "1", "--warmup_teacher_temp_epochs", "0")
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path), *TINY_SWIN]
+    with pytest.raises(UsageError, match=r"cannot be resumed, it has no dino_loss; choose another --output_dir"):
+        main_esvit.main(main_esvit.get_args_parser().parse_args([*TINY_RUN, *flags]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--target_mix", "probs", "--local_patch", "on"]], ids=["UDI", "probs"])
+def test_two_processes_equal_one(tmp_path: Path, flags: list[str]) -> None:
+    """Losses, centres and both networks; each process draws random numbers of its own. SGD: see test_distributed.py."""
+    images = write_images(tmp_path / "images", 17)
+    common = [*TINY_UDI, "--optimizer", "sgd", "--lr", "1.0", "--clip_grad", "0.3", "--momentum_teacher", "0.9"]
+    common += ["--drop_path_rate", "0", "--data_path", str(images), *flags]
+    for name, processes, batch in (("one", 0, "8"), ("two", 2, "4")):
+        own = ["--batch_size_per_gpu", batch, "--output_dir", str(tmp_path / name)]
+        result = run_script("main_udi.py", *common, *own, *TINY_VIT, processes=processes)
+        assert result.returncode == 0, result.stderr
+    one, two = (checkpoint.load_file(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.txt").open()] for name in ("one", "two")]
+    for name in ("train_loss", "train_g_pch", "train_l_mcl"):
+        assert [line[name] for line in logs[0]] == pytest.approx([line[name] for line in logs[1]], rel=1e-5)
+    for part in ("udi_loss", "student", "teacher"):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            torch.testing.assert_close(two[part][name], value, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
+    assert not torch.equal(two["rng"][0]["torch"], two["rng"][1]["torch"])
+
+
+@pytest.mark.slow
+def test_shards_equal_whole_networks(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 17)
+    common = [*TINY_UDI, "--drop_path_rate", "0", "--optimizer", "sgd", "--lr", "1.0", "--data_path", str(images)]
+    runs = []
+    for name, flags in (("whole", []), ("shards", ["--fsdp"])):
+        result = run_script(
+            "main_udi.py", *common, *flags, "--output_dir", str(tmp_path / name), *TINY_VIT, processes=2
+        )
+        assert result.returncode == 0, result.stderr
+        runs.append(checkpoint.load_file(tmp_path / name / "checkpoint.pth"))
+    for part in ("udi_loss", "student", "teacher"):
+        assert runs[0][part].keys() == runs[1][part].keys()
+        for name, value in runs[0][part].items():
+            torch.testing.assert_close(runs[1][part][name], value, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
+
+
+@pytest.mark.slow
+def test_signal_ends_a_run_with_code_0(tmp_path: Path, images: Path) -> None:
+    flags = [*TINY_UDI, "--epochs", "500", "--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    process = start_script("main_udi.py", *flags, *TINY_VIT, env={})
+    while not (tmp_path / "out" / "checkpoint.pth").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert errors.count("the same command continues the run") == 1
+
+
+@pytest.mark.slow
+def test_a_run_can_be_compiled(tmp_path: Path, images: Path) -> None:
+    run(tmp_path / "plain", images, "--drop_path_rate", "0")
+    run(tmp_path / "compiled", images, "--drop_path_rate", "0", "--compile")
+    losses = [
+        [json.loads(line)["train_loss"] for line in (tmp_path / name / "log.txt").open()]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--include_patch", "off"], "leaves the second class token nothing to learn from; pass --number_cls_token 1"),
+        (["--include_patch", "off", "--number_cls_token", "1", "--local_patch", "on"], "--local_patch learns patches"),
+        (TINY_NETWORKS["swin"], "--number_cls_token 2: swin has no class tokens; pass --number_cls_token 1"),
+        (["--arch", "vit_large"], "unknown arch 'vit_large'"),
+        (["--epochs", "2", "--warmup_epochs", "3"], "3 warm-up epochs do not fit in 2"),
+        (["--warmup_teacher_temp_epochs", "30"], "warms up for 30 epochs, the run has 2; lower --warmup_teacher_temp_epochs"),
+        (["--aug_backend", "pil"], "--aug_backend pil does not tell where its crops lie"),
+        (["--global_sampling_window_size", "9"], r"--global_sampling_window_size 9 must lie in 1\.\.8: global views of 32 pixels"),
+        (["--local_sampling_window_size", "0"], r"--local_sampling_window_size 0 must lie in 1\.\.4"),
+        (["--srs_heads", "3"], "--srs_heads 3 must divide the 16 channels"),
+        (["--srs_heads", "-1"], "--srs_heads -1 must be 0 or more"),
+        (["--alpha", "1.5"], r"--alpha 1\.5 must lie in 0\.\.1"),
+        (["--student_temp", "0"], r"--student_temp 0\.0 must be above 0"),
+        (["--center_momentum", "2"], r"--center_momentum 2\.0 must lie in 0\.\.1"),
+        (["--level_weights", "0", "1", "1"], "--level_weights 0.0 1.0 1.0 must be three numbers"),
+        (["--flip_prob", "2"], r"--flip_prob 2\.0 must lie in 0\.\.1"),
+        (["--local_crops_size", "3"], "images of 3 x 3 pixels are smaller than a patch of 4"),
+        (["--batch_size_per_gpu", "10"], "9 images do not fill one batch of 10 x 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_usage_errors(images: Path, tmp_path: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        run(tmp_path / "out", images, *flags, network=[] if "--arch" in flags else TINY_VIT)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_other_channels_are_refused(images: Path, tmp_path: Path) -> None:
+    five = ["MODEL.SPEC.IN_CHANS", "5", "INPUT.MEAN", "[0,0,0,0,0]", "INPUT.STD", "[1,1,1,1,1]"]
+    with pytest.raises(UsageError, match=r"of colour images, MODEL\.SPEC\.IN_CHANS 5 is not 3"):
+        run(tmp_path, images, network=[*TINY_VIT, *five])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--number_cls_token", "3"], "invalid choice: 3"), (["--include_patch", "off"], "pass --number_cls_token 1 too")],
+    ids=["choice", "combination"],
+)
+def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str, images: Path) -> None:
+    result = run_script("main_udi.py", *TINY_UDI, "--data_path", str(images), *flags, "--seed", "1", *TINY_VIT)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("main_udi.py: error: ")
+    assert words in last
+    assert "Traceback" not in result.stderr
+
+
+# --------------------------------------------------------------------------- flags
+
+
+class Watched(argparse.Namespace):
+    """Remembers which of its arguments were asked for."""
+
+    read: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        Watched.read.add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("script", [main_udi, main_esvit], ids=lambda script: script.__name__)
+def test_every_flag_is_read(script: Any, images: Path, tmp_path: Path) -> None:
+    folders = ["--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    runs = [[*TINY_UDI, *folders, "--", *TINY_VIT]]
+    if script is main_esvit:
+        runs = [[*TINY_RUN, *folders, "--epochs", "1", *flags, "--seed", "0", *TINY_SWIN]
+                for flags in (["--use_mixup", "on"], ["--aug-opt", "deit_aug", "--batch_size_per_gpu", "8", "--output_dir",
+                                                      str(tmp_path / "deit")])]  # fmt: skip
+    read: set[str] = set()
+    for line in runs:
+        args = script.get_args_parser().parse_args(line, namespace=Watched())
+        Watched.read.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", lambda state, path: path.write_bytes(b""))
+            script.main(args)
+        read |= Watched.read
+    # Read where there are several processes, shards or a folder for k-NN; or, of the loader, under another name.
+    elsewhere = {"dist_url", "shuffle_buffer", "epoch_images", "knn_data_path", "allow_partial"}
+    assert vars(args).keys() - read - elsewhere == set()
+    sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    assert all(f"args.{name}" in sources for name in elsewhere)
