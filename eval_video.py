@@ -53,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("eval_video.py", description="follow the objects of a video's first frame")
     add = parser.add_argument
     flags.add_network_flags(parser)
-    flags.add_weights_flags(parser, random_on_request=True)
+    flags.add_weights_flags(parser)
     add("--frames", required=True, help="folder with the images of one video")
     add("--first_mask", required=True, help="indexed PNG with the objects of the first image")
     add("--output_dir", required=True, help="folder for an indexed PNG of each image; none of them may be there yet")
