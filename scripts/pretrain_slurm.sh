@@ -2,6 +2,7 @@
 # Pre-train on SLURM, one task a GPU; a job that runs out of time saves, goes back to the queue and continues where it was.
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/pretrain_slurm.sh --arch swin_tiny --data_path IMAGES \
 #       --output_dir OUT [flags of main_esvit.py]
+#   SCRIPT=main_udi.py sbatch ... scripts/pretrain_slurm.sh [flags of main_udi.py]      another script
 # Submit it from the project's root, or name that with ESVIT_ROOT; PYTHON names another interpreter.
 # 120 seconds before the end of its time SLURM sends USR1 to this shell alone, which passes it on: every process finishes its step,
 # they save together and end with code 0. Then the job is put back, unless all epochs are done. A failed run is not started again.
@@ -25,7 +26,8 @@ fail() {
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is no SLURM job; start it with sbatch, or use scripts/pretrain.sh"
 ROOT=${ESVIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}
-[ -f "$ROOT/main_esvit.py" ] || fail "$ROOT has no main_esvit.py; submit from the project's root or set ESVIT_ROOT"
+SCRIPT=${SCRIPT:-main_esvit.py}
+[ -f "$ROOT/$SCRIPT" ] || fail "$ROOT has no $SCRIPT; submit from the project's root or set ESVIT_ROOT"
 PYTHON=${PYTHON:-python}
 
 OUT=
@@ -58,7 +60,7 @@ MASTER_PORT=$((10000 + SLURM_JOB_ID % 50000))
 export MASTER_ADDR MASTER_PORT
 
 interrupted=
-srun --kill-on-bad-exit=1 "$PYTHON" "$ROOT/main_esvit.py" "$@" &
+srun --kill-on-bad-exit=1 "$PYTHON" "$ROOT/$SCRIPT" "$@" &
 run=$!
 trap 'interrupted=yes; echo "time is nearly up: asking the processes to save"; kill -USR1 "$run" 2>/dev/null || true' USR1
 trap : TERM # the steps get their own; wait until they have saved
@@ -71,7 +73,7 @@ done
 wait "$run" || status=$?
 
 if [ "$status" -ne 0 ]; then
-    echo "main_esvit.py ended with code $status; the job is not started again" >&2
+    echo "$SCRIPT ended with code $status; the job is not started again" >&2
 elif [ -n "$interrupted" ] && ! done_all; then
     echo "requeueing job $SLURM_JOB_ID, start number $((${SLURM_RESTART_COUNT:-0} + 2)) continues $OUT"
     scontrol requeue "$SLURM_JOB_ID"

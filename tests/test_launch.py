@@ -170,6 +170,17 @@ def test_job_out_of_time_goes_back_to_the_queue(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/log.txt").read_text()) == {"epoch": 0}  # it had time to save
 
 
+def test_job_of_another_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRIPT", "main_udi.py")
+    code, told, calls = submit(tmp_path, *RUN, signalled=False)
+    assert code == 0, told
+    assert calls == [f"--kill-on-bad-exit=1 {sys.executable} {ROOT}/main_udi.py --output_dir out --arch swin_tiny"]
+    monkeypatch.setenv("SCRIPT", "main_of_tomorrow.py")
+    code, told, calls = submit(tmp_path, *RUN, signalled=False)
+    assert (code, calls) == (2, [])
+    assert f"{ROOT} has no main_of_tomorrow.py" in told
+
+
 @pytest.mark.parametrize(
     ("signalled", "epoch", "code"),
     [(True, 2, 0), (False, 2, 0), (False, 0, 0), (True, 0, 1), (False, 0, 1)],

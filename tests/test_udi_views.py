@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data import geometry
 from data.recipe import Crops
-from data.udi_views import BLUR_DRAW, SOLARIZE_DRAW, Correspondence, Sampling, _colour_draws, udi_views
+from data.udi_views import BLUR_DRAW, REFERENCES, SOLARIZE_DRAW, Correspondence, Sampling, _colour_draws, udi_views
 from utils import UsageError
 
 CROPS = Crops(112, (0.25, 1.0), (3,), (48,), (0.05, 0.25))
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
 GRIDS = {112: 14, 48: 6, 32: 4}
 
 
@@ -23,7 +25,7 @@ def ramp() -> Image.Image:
 @pytest.mark.parametrize("drawing", ["image", "view"])
 @pytest.mark.parametrize("mode", ["overlap", "nested"])
 def test_samples_and_their_targets_show_the_same_pixels(mode: str, drawing: str) -> None:
-    crops, finish = udi_views(CROPS, (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(GRIDS, pair_mode=mode, drawing=drawing))
+    crops, finish = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode, drawing=drawing))
     checked = 0
     for _ in range(30):
         out = crops(ramp())
@@ -52,10 +54,63 @@ def test_blur_and_solarisation_come_as_often_as_published() -> None:
 
 
 def test_without_local_views() -> None:
-    crops, _ = udi_views(CROPS._replace(local_numbers=(0,)), (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(GRIDS))
+    crops, _ = udi_views(CROPS._replace(local_numbers=(0,)), MEAN, STD, 0.4, Sampling(GRIDS))
     assert Correspondence(*crops(ramp())[-6:]).local_valid_L2m.shape[:2] == (0, 2)
 
 
 def test_other_modes_are_refused() -> None:
     with pytest.raises(UsageError, match="--global_pair_mode apart must be one of overlap, nested"):
-        udi_views(CROPS, (0.5,) * 3, (0.25,) * 3, 0.4, Sampling(GRIDS, pair_mode="apart"))
+        udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, pair_mode="apart"))
+
+
+def test_local_views_of_several_sizes_have_samples_of_their_own() -> None:
+    """Those that have fewer are filled up with samples that are not valid; the others' places are right."""
+    crops = CROPS._replace(local_numbers=(2, 1), local_sizes=(48, 32))
+    found = Correspondence(*udi_views(crops, MEAN, STD, 0.4, Sampling(GRIDS))[0](ramp())[-6:])
+    assert found.local_tokens_Lm.shape == (3, 9)
+    assert torch.equal(found.local_tokens_Lm[0], found.local_tokens_Lm[1])
+    assert len(set(found.local_tokens_Lm[2, :4].tolist())) == 4
+    assert int(found.local_tokens_Lm[2].max()) < 16
+    assert not found.local_valid_L2m[2, :, 4:].any()
+
+
+@pytest.mark.parametrize(("drawing", "alike"), [("image", True), ("view", False), ("fixed", True)])
+def test_samples_are_drawn_as_asked(drawing: str, alike: bool) -> None:
+    crops = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, drawing=drawing))[0]
+    first, second = (Correspondence(*crops(ramp())[-6:]) for _ in range(2))
+    assert torch.equal(first.tokens_2M[0], first.tokens_2M[1]) == alike
+    assert torch.equal(first.local_tokens_Lm[0], first.local_tokens_Lm[1]) == alike
+    assert torch.equal(first.tokens_2M, second.tokens_2M) == (drawing == "fixed")
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_local_views_overlap_the_reference(reference: str) -> None:
+    """By half of the shorter side on each axis, less what rounding takes."""
+    crops = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, reference=reference))[0]
+    combine = {"union": geometry.union, "intersection": geometry.intersection}[reference]
+    for _ in range(200):
+        first, second, *local = crops._rectangles(torch.zeros(3, 150, 200))
+        box = combine(first, second)
+        assert box is not None
+        for rect in local:
+            shared = geometry.intersection(rect, box)
+            assert shared is not None
+            assert shared.height >= 0.5 * min(rect.height, box.height) - 2
+            assert shared.width >= 0.5 * min(rect.width, box.width) - 2
+
+
+@pytest.mark.parametrize(("flip", "ascending"), [(0.0, True), (1.0, False)])
+def test_flips_come_as_often_as_asked(flip: float, ascending: bool) -> None:
+    """The ramp's columns count upwards unless a view is flipped."""
+    for view in udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS), flip)[0](ramp())[:5]:
+        row = view[1, view.shape[1] // 2].int()
+        assert bool(row[-1] > row[0]) == ascending
+
+
+def test_what_cannot_be_sampled_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"--local_sampling_window_size 7 must lie in 1\.\.6: local views of 48 pixels"
+    ):
+        udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, local_window=7))
+    with pytest.raises(UsageError, match=r"--flip_prob 1\.5 must lie in 0\.\.1"):
+        udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS), 1.5)

@@ -6,6 +6,7 @@ import argparse
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ import torch.distributed.run
 from conftest import ROOT
 
 import main_esvit
+import main_udi
 from config import load_config
 from models import build_model, load_arch_config
 
 YAMLS = sorted((ROOT / "experiments").rglob("*.yaml"))
+SCRIPTS: dict[str, Any] = {"main_esvit.py": main_esvit, "main_udi.py": main_udi}
 TINY = ROOT / "experiments/imagenet/swin/swin_tiny_patch4_window7_224.yaml"
 
 
@@ -52,14 +55,14 @@ def command_of(file: Path) -> tuple[argparse.Namespace, argparse.Namespace]:
     words = shlex.split("\n".join(lines).replace("\\\n", " "))
     assert words[0] == "torchrun"
     launcher = torch.distributed.run.get_args_parser().parse_args(words[1:])
-    assert launcher.training_script == "main_esvit.py"
-    return launcher, main_esvit.get_args_parser().parse_args(launcher.training_script_args)
+    script = SCRIPTS[launcher.training_script]
+    return launcher, script.get_args_parser().parse_args(launcher.training_script_args)
 
 
 @IMAGENET_YAMLS
 def test_yaml_command_is_one_that_the_scripts_take(file: Path) -> None:
-    _, args = command_of(file)
-    main_esvit.check_args(args)
+    launcher, args = command_of(file)
+    SCRIPTS[launcher.training_script].check_args(args)
     assert ROOT / args.cfg == file
     assert load_arch_config(args.arch, args.cfg, args.opts) == load_config(file, args.opts)
     assert args.warmup_epochs < args.epochs
@@ -88,7 +91,7 @@ def test_yaml_header_tells_batch_and_learning_rate_of_its_command(file: Path) ->
 @IMAGENET_YAMLS
 def test_files_that_a_yaml_header_names_exist(file: Path) -> None:
     named = re.findall(r"[\w./-]+\.(?:sh|py|yaml)\b", "\n".join(header_of(file)))
-    assert "main_esvit.py" in named
+    assert SCRIPTS.keys() & set(named)
     assert all((ROOT / name).is_file() or (file.parent / name).is_file() for name in named), named
 
 
