@@ -145,6 +145,7 @@ class TrainStep:
             optim.drop_last_layer_gradients(student)
         optim.step_where(self.optimizer, applied)
         optim.update_teacher(teacher, student, float(self.schedules.momentum[iteration]), applied)
+        sharding.forget_forwards(teacher)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.finish_step(applied)
