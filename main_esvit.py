@@ -231,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
 
     log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
     probe = build_probe(args, method, knn_images, device) if knn_images else None
-    with closing(log), resume.Saver(output_dir, step, args, config) as saver:
+    with resume.Saver(output_dir, step, args, config) as saver, closing(log):
         engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
 
 
