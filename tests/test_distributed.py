@@ -259,21 +259,32 @@ def test_gradients_are_means_over_processes(tmp_path: Path, what: str, processes
     assert result.stdout.count("equal") == processes
 
 
-# main_esvit.py in which process 1 dies in epoch 1, the first time.
+# main_esvit.py in which process 1, or a worker of its loader, dies in epoch 1, the first time.
 DYING = """
 import os, pathlib, signal, sys
 sys.path.insert(0, ROOT)
-import engine, main_esvit, utils
-step, marker = engine.TrainStep.__call__, pathlib.Path(os.environ["MARKER"])
+import data.datasets, engine, main_esvit, utils
+marker, how = pathlib.Path(os.environ["MARKER"]), os.environ["HOW"]
+step, sample = engine.TrainStep.__call__, data.datasets.ImageDataset.__getitem__
 
-def dying(self, views, iteration, epoch, **more):
-    if epoch == 1 and utils.get_rank() == 1 and not marker.exists():
+def die(epoch):
+    if epoch == 1 and os.environ["RANK"] == "1" and not marker.exists():
         marker.touch()
-        if os.environ["HOW"] == "kill":
+        if "kill" in how:
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this process dies")
+
+def dying_step(self, views, iteration, epoch, **more):
+    die(epoch)
     return step(self, views, iteration, epoch, **more)
-engine.TrainStep.__call__ = dying
+
+def dying_sample(self, index):
+    die(self.epoch)
+    return sample(self, index)
+if "worker" in how:
+    data.datasets.ImageDataset.__getitem__ = dying_sample
+else:
+    engine.TrainStep.__call__ = dying_step
 utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
 """
 
@@ -313,6 +324,24 @@ def test_death_of_one_ends_the_others(
     else:
         assert codes[1] == -9
         assert "Traceback" in told  # of process 0, whose peer is gone
+
+
+@pytest.mark.parametrize("how", ["worker raises", "worker is killed"])
+def test_death_of_a_loader_worker_ends_all(
+    tmp_path: Path, dying: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error is no image that cannot be read; the traceback tells where it was, or which signal."""
+    monkeypatch.setenv("HOW", how)
+    images = write_images(tmp_path / "images", 8)
+    flags = [*TINY_RUN, "--num_workers", "1", "--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    result = run_script(dying, *flags, *TINY_SWIN, processes=2)
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert result.returncode != 0
+    words = (
+        "RuntimeError: Caught RuntimeError in DataLoader worker process 0" if "raises" in how else "killed by signal"
+    )
+    assert words in result.stderr
+    assert ("RuntimeError: this process dies" in result.stderr) == ("raises" in how)
 
 
 def test_killed_worker_is_restarted_from_its_checkpoint(

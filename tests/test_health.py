@@ -214,8 +214,9 @@ def test_diagnosis_names_terms_tensors_and_images_and_keeps_them(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_two_processes_end_together(tmp_path: Path) -> None:
-    """Only the second process meets bad images; both end with the diagnosis, one file is written."""
+@pytest.mark.parametrize("what", ["images", "a term"])
+def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
+    """Only the second process meets bad images, or a term that overflows; both end with the diagnosis, and it writes its batch."""
     script = tmp_path / "end.py"
     script.write_text(
         "import argparse, sys\n"
@@ -227,18 +228,32 @@ def test_two_processes_end_together(tmp_path: Path) -> None:
         "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
         f"    method, step = tiny('--max_bad_steps', '2', '--output_dir', {str(tmp_path)!r})\n"
         "    meter = EpochMeter(0, 2, 4)\n"
-        "    views = spoiled(random_views(4, 1)) if utils.get_rank() else random_views(4, 0)\n"
+        "    views = random_views(4, utils.get_rank())\n"
+        "    if utils.get_rank() and sys.argv[1] == 'images':\n"
+        "        views = spoiled(views)\n"
+        "    elif utils.get_rank():\n"
+        "        terms = method.criterion.terms\n"
+        "        method.criterion.terms = lambda *a: terms(*a) | {'region_loss': terms(*a)['region_loss'] * float('inf')}\n"
         "    for i in range(2):\n"
         "        meter.update(step([views], i, 1, watch=i == 1))\n"
         "    step.check(meter.read(), 1, lambda: views)\n"
         "utils.run_script(main)\n"
     )
-    result = run_script(str(script), processes=2, timeout=60)
+    result = run_script(str(script), what, processes=2, timeout=60)
     assert result.returncode != 0
     for rank in ("error: 2 steps", "error (process 1): 2 steps"):
         assert rank in result.stderr
-    assert "images of process 1 hold such numbers" in result.stderr
-    assert torch.load(tmp_path / "bad_step.pth", weights_only=True)["view_statistics"][1][2]["not_finite"] == 1
+    kept = torch.load(tmp_path / "bad_step.pth", weights_only=True)
+    assert kept["process"] == 1
+    assert torch.equal(kept["views"][0], random_views(4, 1)[0])
+    finite = [all(math.isfinite(value) for value in scalars.values()) for scalars in kept["scalars"]]
+    assert finite == [True, False]
+    if what == "images":
+        assert "images of process 1 hold such numbers" in result.stderr
+        assert kept["view_statistics"][1][2]["not_finite"] == 1
+    else:
+        assert "not finite were loss, region_loss of process 1 (loss inf)" in result.stderr
+        assert "resume with --precision fp32, a lower --lr" in result.stderr
 
 
 @pytest.mark.slow
