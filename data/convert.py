@@ -301,7 +301,7 @@ def list_split(data_path: str, layout: str, split: str) -> Listing:
 def number_classes(listings: Sequence[Listing]) -> tuple[list[np.ndarray], list[str]]:
     """The labels of each listing, numbered alike, and the names of the classes where they were no numbers before."""
     names = sorted({name for listing in listings for name in listing.classes})
-    as_numbers = all(name.isdecimal() for name in names)
+    as_numbers = all(name.isdecimal() and name == str(int(name)) for name in names)  # 01 is a name: it might meet a 1
     number_of = {name: int(name) if as_numbers else number for number, name in enumerate(names)}
     numbers = []
     for listing in listings:

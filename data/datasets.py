@@ -187,7 +187,7 @@ def build_dataset(
     check_here(str(data_path))
     if layout != "shards" and not root.exists():
         raise UsageError(
-            f"data path '{data_path}' does not exist; --data_path takes a folder of images or a text file of paths"
+            f"data path '{data_path}' does not exist; --data_path takes a folder of images, a text file of paths or tar shards"
         )
     listing = LAYOUTS[layout](root, split, need_labels)
     return ImageDataset(*listing, transform, in_chans, seed)

@@ -24,17 +24,9 @@ import fsspec
 from utils import UsageError
 
 PIPE = "pipe:"
-CURL = [
-    "curl",
-    "-fsSL",
-    "--connect-timeout",
-    "20",
-    "--speed-limit",
-    "1",
-    "--speed-time",
-    "60",
-]  # seconds; a byte a second is alive
-COMMANDS = {**dict.fromkeys(("http", "https", "ftps", "sftp", "scp"), CURL), "gs": ["gsutil", "cat"]}
+# In seconds; a server that sends a byte a second is alive.
+CURL = ("curl", "-fsSL", "--connect-timeout", "20", "--speed-limit", "1", "--speed-time", "60")
+COMMANDS = {**dict.fromkeys(("http", "https", "ftps", "sftp", "scp"), CURL), "gs": ("gsutil", "cat")}
 LAST_WORDS = 300  # characters
 
 

@@ -34,6 +34,7 @@ from utils import UsageError, is_main_process
 
 SUFFIXES = tuple(name.lstrip(".") for name in EXTENSIONS)
 LABEL_SUFFIX = "cls"
+LARGEST = 2**32 - 1  # bytes of an image, as `MEMBER` holds it
 LABEL_BYTES = 64  # of a label's member, at most
 SIZES = "sizes.json"  # beside shards: the number of images in each, by its name
 MEMBER = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
@@ -140,11 +141,17 @@ def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
         UsageError: none, or one that is missing.
     """
     if is_remote(path) or "{" in path:
-        shards = list(braceexpand.braceexpand(path))
+        try:
+            shards = list(braceexpand.braceexpand(path))
+        except ValueError as error:
+            raise UsageError(
+                f"--data_path {path} is no pattern of shards ({error}); write DIR/train-{{000..146}}.tar"
+            ) from None
         missing = [shard for shard in shards if not is_remote(shard) and not Path(shard).is_file()]
         if missing:
             raise UsageError(
-                f"--data_path names {len(shards)} shards of which {len(missing)} are missing, first {missing[0]}"
+                f"--data_path names {len(shards)} shards of which {len(missing)} are missing, first {missing[0]}; "
+                "correct the pattern"
             )
         return shards
     root = Path(path)
@@ -209,6 +216,8 @@ def tar_members(path: Path) -> Iterator[Member]:
             for name, image, label in samples_of(parts_of(tar)):
                 content = tar.extractfile(label) if label and is_file(label) else None
                 text = content.read(LABEL_BYTES).decode("ascii", "replace") if content else None
+                if image.size > LARGEST:
+                    raise UsageError(f"{path}@/{name} has {image.size} bytes, too many for an image; remove it")
                 yield Member(name, image.offset_data if is_file(image) else 0, image.size, text)
     except (tarfile.TarError, OSError) as error:
         raise UsageError(f"{path} is no whole tar file without compression ({error}); copy or make it again") from None

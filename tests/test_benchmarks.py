@@ -1,8 +1,10 @@
-"""The benchmarks of a step: both sides compute the same, and what they count is what happens."""
+"""The benchmarks: both sides compute the same, and what they count is what happens."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from runs import TINY_SWIN
 from torch._subclasses.fake_tensor import FakeTensor
 
-from benchmarks import memory, sides, step, syncs, throughput
+from benchmarks import dataset, memory, sides, step, syncs, throughput
 from benchmarks.rows import ROWS
+from data.once import CACHE_VARIABLE
 from engine import TrainStep
 from models.window_heads import routes
 from models.windows import Cut
@@ -151,3 +154,21 @@ def test_timm_makes_its_masks_once_for_each_size() -> None:
     for image, features in zip(images, expected):
         torch.testing.assert_close(network(image), features, rtol=0, atol=0)
     assert len(made) == 6
+
+
+@pytest.mark.slow
+def test_index_of_each_layout_is_timed_and_weighed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice each, beside the plain list; workers add less than the target."""
+    monkeypatch.setenv(CACHE_VARIABLE, "")  # which the program sets
+    dataset.main(dataset.get_args_parser().parse_args(["--entries", "5000", "--folder", str(tmp_path)]))
+    rows = re.findall(
+        r"^(\w+), (.*?) +[\d.]+ s of the CPU .* ([\d.]+) MB each further worker$", capsys.readouterr().out, re.M
+    )
+    starts = [
+        (layout, start) for layout in ("files", "zip", "tsv", "shards") for start in ("first start", "second start")
+    ]
+    assert [row[:2] for row in rows] == [("files", "list of tuples"), *starts]
+    assert all(float(megabytes) < dataset.TARGET for *_, megabytes in rows)
+    assert not list(tmp_path.iterdir())

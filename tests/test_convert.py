@@ -149,6 +149,14 @@ def test_numbers_stay_numbers(tmp_path: Path) -> None:
         assert not (tmp_path / layout / "classes.txt").exists()
 
 
+def test_names_that_only_look_like_numbers_stay_apart(tmp_path: Path) -> None:
+    for name in ("1", "01", "10"):
+        write_grey(tmp_path / "folders" / "train" / name / "a.png", int(name) * 20)
+    there = run(tmp_path / "folders", tmp_path / "there", "tsv")
+    assert (there / "classes.txt").read_text() == "01\n1\n10\n"
+    assert tree_of(run(there, tmp_path / "back", "files", "tsv")) == tree_of(tmp_path / "folders")
+
+
 @pytest.mark.parametrize(("to", "name"), [("zip", "train_map.txt"), ("tsv", "val.lineidx"), ("shards", "sizes.json")])
 def test_nothing_is_overwritten(folders: Path, tmp_path: Path, to: str, name: str) -> None:
     dest = tmp_path / "dest"

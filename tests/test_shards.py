@@ -186,6 +186,8 @@ def test_patterns_and_folders(shards: Path, tmp_path: Path) -> None:
     assert find_shards(names[2], "train") == [names[2]]
     with pytest.raises(UsageError, match=r"names 6 shards of which 1 are missing, first .*train-005\.tar"):
         find_shards(f"{shards}/train-{{000..005}}.tar", "train")
+    with pytest.raises(UsageError, match=r"train-\{0\.\.4\.tar is no pattern of shards \(Unbalanced braces"):
+        find_shards(f"{shards}/train-{{0..4.tar", "train")
     with pytest.raises(UsageError, match=r"holds no tar files of 'val'; name them val-000000\.tar"):
         find_shards(str(shards), "val")
     shutil.copy(names[0], shards / "val-000.tar")
@@ -323,6 +325,17 @@ def test_labels_are_optional_and_other_members_are_passed_over(tmp_path: Path) -
     assert all(b.labels_B.item() == -1 for b in batches)
     assert not (tmp_path.parent / "e.png").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train-0.tar"]
+
+
+def test_image_that_is_too_large(tmp_path: Path) -> None:
+    """A header that says so is enough; the tar need not be as long."""
+    info = tarfile.TarInfo("a.png")
+    info.size = 2**32
+    with (tmp_path / "train-0.tar").open("wb") as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(512 + 2**32 + 1024)  # sparse
+    with pytest.raises(UsageError, match=r"a\.png has 4294967296 bytes, too many for an image"):
+        build_dataset(tmp_path, "train", whole, layout="shards")
 
 
 def test_nothing_readable_gives_no_view(tmp_path: Path) -> None:
