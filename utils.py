@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -32,6 +33,7 @@ logger = logging.getLogger("esvit")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TEMPORARY = ".esvit.tmp"  # how names end of files that are not whole yet
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
 
 class UsageError(ValueError):
@@ -163,6 +165,19 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
+def keep_freed_memory() -> None:
+    """Let memory that tensors on a CPU leave be used by the next ones, where the C library is glibc.
+
+    By default it gives large blocks back at once and takes new ones for the next tensor, whose every page the system then clears.
+    In a step, where tensors of many megabytes live for a moment, that takes longer than what is computed on them. What the process
+    holds stays what it held at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _cpu_multiplies_bf16() -> bool:
     """Whether the processor has matrix instructions for bf16 (AMX); emulation would be slower than fp32."""
     try:
@@ -256,6 +271,8 @@ def init_processes(args: argparse.Namespace) -> torch.device:
             f"there ({' and '.join(absent)} not set), or pass --dist_url"
         )
     device = resolve_device(args.device, local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     if world > 1 and (device.type == "mps" or ":" in args.device):
         raise UsageError(
             f"--device {args.device} is one device, {world} processes need one each; use --device auto, cuda or cpu"

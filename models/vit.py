@@ -26,6 +26,7 @@ from models.interop import Converter, vit_to_detectron2, vit_to_timm
 from models.mlp import Mlp
 from models.registry import register
 from models.resize import RESIZE_RULES, resize_pos_embed
+from products import Linear
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -39,9 +40,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x_BNC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
