@@ -27,6 +27,7 @@ from torch import Tensor  # noqa: E402
 import checkpoint  # noqa: E402
 import engine  # noqa: E402
 import main_esvit  # noqa: E402
+import pretrain  # noqa: E402
 import sharding  # noqa: E402
 import utils  # noqa: E402
 from config import load_config  # noqa: E402
@@ -59,7 +60,7 @@ def train(arch: str, precision: str, *flags: str) -> tuple[list[dict[str, float]
     args = main_esvit.get_args_parser().parse_args([*line, *small.overrides, *OVERRIDES[arch]])
     utils.seed_everything(0)
     method = main_esvit.build_method(args, load_config(None, args.opts), CPU)
-    step = main_esvit.build_step(args, method, 6, CPU, precision)
+    step = pretrain.build_step(args, method, 6, CPU, precision)
     step.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=step.scaler.is_enabled())
     method.start_epoch(0, 1)
     scalars, features = [], []
