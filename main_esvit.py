@@ -138,7 +138,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="chunk: neighbours are read by one node at about the same time (see data/chunks.py)",
     )
     add("--shuffle_buffer", type=int, default=256, help="images that each worker mixes, of tar shards")
-    add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, which local ones tell")
+    add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, as counted or told")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
     flags.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
