@@ -168,7 +168,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="chunk: neighbours are read by one node at about the same time (see data/chunks.py)",
     )
     add("--shuffle_buffer", type=int, default=256, help="images that each worker mixes, of tar shards")
-    add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, which local ones tell")
+    add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, as counted or told")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
     flags.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")

@@ -338,4 +338,5 @@ def check_reachable(shards: Sequence[str]) -> None:
         if not image.error:
             return
         reasons.append(f"{shard} ({image.error})")
-    raise UsageError(f"no image can be read from {reasons[0]}, nor from {count - 1} other shards; check --data_path")
+    others = f", nor from {count - 1} other shards" if count > 1 else ""
+    raise UsageError(f"no image can be read from {reasons[0]}{others}; check --data_path")

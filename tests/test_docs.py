@@ -12,6 +12,7 @@ from image_files import whole
 from runs import write_images
 
 import main_esvit
+from benchmarks import dataset
 from data import convert
 from data.datasets import build_dataset, layout_of
 from data.shards import PAUSES
@@ -29,7 +30,7 @@ def commands(script: str) -> list[list[str]]:
 def test_every_flag_and_every_ending_is_there() -> None:
     known = {
         flag
-        for parser in (main_esvit.get_args_parser(), convert.get_args_parser())
+        for parser in (main_esvit.get_args_parser(), convert.get_args_parser(), dataset.get_args_parser())
         for flag in parser._option_string_actions
     }
     assert set(re.findall(r"--\w+", GUIDE)) <= known

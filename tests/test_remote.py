@@ -173,6 +173,8 @@ def test_nothing_is_reachable(server: Server) -> None:
         build_stream(server.pattern, whole)
     assert "\n" not in str(e.value)
     assert max(server.requests.values()) == 1
+    with pytest.raises(UsageError, match=r"train-002\.tar \(curl .* error 404\); check --data_path$"):
+        build_stream(f"{server.url}/{NAMES[2]}", whole)
 
 
 def test_one_that_is_reachable_is_enough(server: Server) -> None:
