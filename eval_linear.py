@@ -203,7 +203,7 @@ def train_epoch(probe: Probe, source: FeatureSource, epoch: int, meter: EpochMet
     losses_S: Any = 0.0
     with log.epoch(meter) as show:
         for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter)):
-            losses = probe.step(features_BC, labels_B)
+            losses = probe.step(features_BC, labels_B, source.images_of(step))
             losses_S = losses_S + losses
             meter.update({"loss": losses[probe.best]})
             show(epoch * source.steps + step, lr=probe.lrs[probe.best])

@@ -224,16 +224,32 @@ class FeatureSource(ABC):
     """Where batches of features come from.
 
     Attributes:
-        steps: batches of an epoch on each process; their sizes are the same on all.
-        validation_images: over all processes.
+        steps: batches of an epoch, on each process alike.
+        batch_size: of a process; those of the last step share what is left, and may get none of it.
+        training_images, validation_images: over all processes.
     """
 
     steps: int
+    batch_size: int
+    training_images: int
     validation_images: int
+
+    def images_of(self, step: int) -> int:
+        """How many training images all processes see in a step of an epoch."""
+        batch = self.batch_size * utils.get_world_size()
+        return min(batch, self.training_images - step * batch)
+
+    def once(self, step: int, batch: LabelledFeatures) -> LabelledFeatures:
+        """This process's batch without what a sampler repeats at the end of an epoch to give all processes equally many."""
+        own = len(range(utils.get_rank(), self.images_of(step), utils.get_world_size()))
+        return LabelledFeatures(*(part[:own] for part in batch))
 
     @abstractmethod
     def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
-        """This process's share of a shuffled epoch; `meter` counts the time spent waiting for it."""
+        """This process's share of a shuffled epoch, in which over all processes each image comes exactly once.
+
+        `meter` counts the time spent waiting for it.
+        """
 
     @abstractmethod
     def validation(self) -> Iterator[LabelledFeatures]:
@@ -263,7 +279,8 @@ class ImageFeatures(FeatureSource):
         self.function, self.device = function, device
         self.train_loader = data.build_train_loader(train_set, *sizes, drop_last=False)
         self.val_loader = data.build_eval_loader(val_set, *sizes)
-        self.steps, self.validation_images = len(self.train_loader), len(val_set)
+        self.steps, self.batch_size = len(self.train_loader), batch_size
+        self.training_images, self.validation_images = len(train_set), len(val_set)
         self.train_tally, self.val_tally = data.FailureTally(len(train_set)), data.FailureTally(len(val_set))
 
     def _features(self, batch: data.Batch) -> LabelledFeatures:
@@ -273,9 +290,9 @@ class ImageFeatures(FeatureSource):
     def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.training`."""
         set_epoch(self.train_loader, epoch)
-        for batch in meter.timed(self.train_loader):
+        for step, batch in enumerate(meter.timed(self.train_loader)):
             self.train_tally.add(batch.failures, self.device, incomplete=not batch.views)
-            yield self._features(batch)
+            yield self.once(step, self._features(batch))
 
     def validation(self) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.validation`."""
@@ -311,13 +328,14 @@ class CachedFeatures(FeatureSource):
             dataset, sampler=BatchSampler(self.order, batch_size, drop_last=False), batch_size=None
         )
         self.val_set, self.batch_size, self.device = val_set, batch_size, device
-        self.steps, self.validation_images = len(self.loader), len(val_set.labels_N)
+        self.steps = len(self.loader)
+        self.training_images, self.validation_images = len(train_set.labels_N), len(val_set.labels_N)
 
     def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.training`."""
         self.order.set_epoch(epoch)
-        for features, labels in meter.timed(self.loader):
-            yield LabelledFeatures(features.to(self.device), labels.to(self.device))
+        for step, (features, labels) in enumerate(meter.timed(self.loader)):
+            yield self.once(step, LabelledFeatures(features.to(self.device), labels.to(self.device)))
 
     def validation(self) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.validation`."""

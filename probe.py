@@ -127,9 +127,15 @@ class Probe:
         accuracies = [-1.0 if row["best_acc1"] is None else row["best_acc1"] for row in self.table]
         return accuracies.index(max(accuracies))
 
-    def step(self, features_BC: Tensor, labels_B: Tensor) -> Tensor:
-        """Update every classifier; returns the loss of each on this process."""
-        losses_S = torch.stack([F.cross_entropy(logits, labels_B) for logits in self.wrapped(features_BC)])
+    def step(self, features_BC: Tensor, labels_B: Tensor, images: int) -> Tensor:
+        """Update every classifier by the mean over the `images` of all processes, of which this one has B, perhaps none.
+
+        Returns:
+            a loss of each classifier, whose mean over processes is that over images.
+        """
+        share = images / utils.get_world_size()
+        logits_SBK = self.wrapped(features_BC)
+        losses_S = torch.stack([F.cross_entropy(logits, labels_B, reduction="sum") / share for logits in logits_SBK])
         self.optimizer.zero_grad()
         losses_S.sum().backward()
         self.optimizer.step()

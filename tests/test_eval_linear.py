@@ -224,6 +224,27 @@ def test_cached_shares_cover_the_validation_set_once(images: int, world: int, mo
     assert sorted(seen) == list(range(images))
 
 
+@pytest.mark.parametrize(
+    ("images", "batch", "world"), [(7, 2, 2), (9, 1, 4), (1, 2, 2), (3, 2, 4), (8, 2, 2), (8, 3, 1)]
+)
+def test_shares_of_an_epoch_hold_every_image_once(
+    images: int, batch: int, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps of `batch` times `world` images, as one process with that batch sees them."""
+    monkeypatch.setattr("utils.get_world_size", lambda: world)
+    some = LabelledFeatures(torch.randn(images, 2), torch.arange(images))
+    steps: dict[int, list[int]] = {}
+    for rank in range(world):
+        monkeypatch.setattr("utils.get_rank", lambda rank=rank: rank)
+        source = CachedFeatures(some, some, batch, CPU, seed=0)
+        for step, part in enumerate(source.training(3, EpochMeter(3, source.steps, batch * world))):
+            steps.setdefault(step, []).extend(part.labels_N.tolist())
+    assert sorted(label for step in steps.values() for label in step) == list(range(images))
+    assert [len(step) for step in steps.values()] == [source.images_of(step) for step in steps]
+    whole = order_of(3, images).split(batch * world)
+    assert [sorted(step) for step in steps.values()] == [sorted(part.tolist()) for part in whole]
+
+
 # --------------------------------------------------------------------------- the script
 
 
@@ -324,8 +345,8 @@ def test_unreadable_images_end_the_run(images: Path, tmp_path: Path, part: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True], ids=["published", "cached"])
 def test_two_processes_equal_one(tmp_path: Path, cached: bool) -> None:
-    """Weights, losses and accuracies; an odd number of validation images, of which a process has one more (or all)."""
-    write_images(tmp_path / "images" / "train", 4, classes=3, seed=0)
+    """Weights, losses and accuracies; odd numbers of images, of which a process has one more (or all)."""
+    write_images(tmp_path / "images" / "train", 3, classes=3, seed=0)
     write_images(tmp_path / "images" / "val", 1 if cached else 3, classes=1 if cached else 3, seed=1)
     outputs = []
     for name, processes, batch in (("one", 0, 4), ("two", 2, 2)):
