@@ -48,7 +48,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("main_udi.py", description="UDI pre-training")
     add = parser.add_argument
     pretrain.add_network_flags(parser)
-    add("--number_cls_token", type=int, default=2, choices=(1, 2), help="2: UDI's, of ViT; 1: no second token to learn")
+    add(
+        "--number_cls_token",
+        type=int,
+        default=2,
+        choices=(1, 2),
+        help="1: no second one; the rule for networks without any",
+    )
     add("--include_patch", type=bool_flag, default=True, help="learn sampled patches; off needs --number_cls_token 1")
     add("--drop_path_rate", "--drop_path", type=float, default=0.1, help="stochastic depth of the student")
     add("--srs_heads", type=int, default=0, help="heads of the pooling at samples; 0: as the backbone's (added)")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,16 @@ def bilinear_weights(target_BS2: Tensor, grid: tuple[int, int], valid_BS: Tensor
 
     The four are built on the device of `target_BS2`, from its coordinates alone; a place on the last row or column has its weight.
     """
-    sides = torch.tensor(grid, device=target_BS2.device)
-    place = target_BS2.float().clamp(min=0).minimum((sides - 1).float())
-    low = place.floor().long().minimum((sides - 2).clamp(min=0))
-    high = (low + 1).minimum(sides - 1)
-    upper = place - low
-    weights_BSN = place.new_zeros(*place.shape[:-1], grid[0] * grid[1])
-    for rows, row_weights in ((low[..., 0], 1 - upper[..., 0]), (high[..., 0], upper[..., 0])):
-        for columns, column_weights in ((low[..., 1], 1 - upper[..., 1]), (high[..., 1], upper[..., 1])):
-            token = (rows * grid[1] + columns)[..., None]
-            weights_BSN.scatter_add_(-1, token, (row_weights * column_weights)[..., None])
+    around = []
+    for place_BS, side in zip(target_BS2.float().unbind(-1), grid):
+        place_BS = place_BS.clamp(0, side - 1)
+        low_BS = place_BS.long().clamp(max=max(side - 2, 0))
+        upper_BS = place_BS - low_BS
+        around.append(((low_BS, 1 - upper_BS), ((low_BS + 1).clamp(max=side - 1), upper_BS)))
+    weights_BSN = torch.zeros(*target_BS2.shape[:-1], grid[0] * grid[1], device=target_BS2.device)
+    for (rows, row_weights), (columns, column_weights) in product(*around):
+        token = (rows * grid[1] + columns)[..., None]
+        weights_BSN.scatter_add_(-1, token, (row_weights * column_weights)[..., None])
     return weights_BSN if valid_BS is None else weights_BSN * valid_BS[..., None]
 
 

@@ -112,6 +112,20 @@ def _propagated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("esvit"), "propagate", True)
 
 
+def test_a_level_is_judged_by_the_term_that_it_names(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = Monitor()
+    measured = monitor.measure({"cls+": collapsed("plateau")._replace(term="g_mcl")})
+    scalars = {name: value.item() for name, value in measured.items()} | {
+        "loss": 2.0,
+        "g_mcl": math.log(32),
+        "skipped": 0.0,
+    }
+    with caplog.at_level(logging.WARNING, "esvit"):
+        for _ in range(5):
+            monitor.check(scalars, warmed_up=True)
+    assert [record.getMessage().partition(" stays")[0] for record in caplog.records] == ["g_mcl 3.466"]
+
+
 @pytest.mark.parametrize(
     ("cause", "words"),
     [
