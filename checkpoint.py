@@ -29,10 +29,11 @@ import yaml
 from torch import Tensor, nn
 
 import sharding
+from files import whole_file
 from models import srs
 from models.base import Backbone
 from models.interop import vit_from_timm
-from utils import UsageError, logger, whole_file
+from utils import UsageError, logger
 
 PREFIX = "module."
 HEADS = ("head.", "head_dense.")

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+import files
 import flags
 import utils
 from checkpoint import HEADS, load_backbone, save_file
@@ -133,7 +134,7 @@ def _detectron2_pickle(state: dict[str, Tensor]) -> bytes:
 
 
 def _write_whole(output: Path, writer: Callable[[Path], object]) -> None:
-    with utils.whole_file(output) as temporary:
+    with files.whole_file(output) as temporary:
         writer(temporary)
 
 
