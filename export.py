@@ -35,8 +35,9 @@ from yacs.config import CfgNode
 import files
 import flags
 import utils
-from checkpoint import HEADS, load_backbone, save_file
+from checkpoint import load_backbone, save_file
 from models import Backbone, build_model, load_arch_config
+from models.base import HEADS
 from utils import UsageError, logger
 
 CLASS_TOKENS = {"all": None, "first": 1, "none": 0}

@@ -32,6 +32,7 @@ from data import augment
 from flags import bool_flag
 from knn_probe import KnnProbe, labelled_images
 from models import Backbone
+from models.base import BESIDE
 from models.heads import DINOHead
 from progress import RunLog
 from utils import UsageError, logger
@@ -372,9 +373,7 @@ def describe_run(
 ) -> None:
     """Say once what is trained on what."""
     network = checkpoint.unwrap(method.student)
-    in_backbone = sum(
-        p.numel() for name, p in network.named_parameters() if not name.startswith((*checkpoint.HEADS, "srs."))
-    )
+    in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(BESIDE))
     logger.info(
         "%s, %.1fM parameters (with heads %.1fM), %s; %d images, %d batches of %d on each of %d processes; %s, %s",
         args.arch,
