@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import utils
-from data.loader import Batch, FailureTally, set_epoch
+from data.loader import Batch, FailureTally, in_groups, set_epoch
 from engine import SYNC_BUFFERS
 from models.base import HEADS, Backbone, batch_norms
 from progress import EpochMeter, RunLog
@@ -275,7 +274,7 @@ class FineTuner:
             network.start_epoch(epoch, self.recipe.epochs)
         self.network.train()
         with log.epoch(meter) as show:
-            for i, batches in enumerate(_in_groups(meter.timed(loader), self.recipe.accum_iter)):
+            for i, batches in enumerate(in_groups(meter.timed(loader), self.recipe.accum_iter)):
                 failures = [failure for batch in batches for failure in batch.failures]
                 tally.add(failures, self.device, incomplete=not all(batch.views for batch in batches))
                 iteration = epoch * self.recipe.steps + i
@@ -315,12 +314,6 @@ class FineTuner:
             top1, top5 = (100 * torch.stack(utils.all_gather_objects(own)).sum(dim=0) / images_of_all).tolist()
             accuracies[name] = Accuracy(top1, top5)
         return accuracies
-
-
-def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive groups of `size`; an incomplete last one is left out."""
-    while len(group := list(islice(batches, size))) == size:
-        yield group
 
 
 # --------------------------------------------------------------------------- saving and resuming

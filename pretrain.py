@@ -208,11 +208,12 @@ def check_args(args: argparse.Namespace) -> None:
         "max_bad_steps",
         "head_hidden_dim",
         "head_bottleneck_dim",
+        "shuffle_buffer",
     )
     flags.check_at_least(args, 1, sizes)
     waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
     flags.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad", "knn_every"))
-    flags.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last"))
+    flags.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last", "epoch_images"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if args.fsdp and (args.compile or args.optimizer == "lars"):
@@ -220,8 +221,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"--fsdp and {which} do not work together; leave one of them out")
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
-    flags.check_at_least(args, 1, ("shuffle_buffer",))
-    flags.check_at_least(args, 0, ("epoch_images",))
 
 
 # --------------------------------------------------------------------------- data
