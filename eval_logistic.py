@@ -82,7 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--adjust_lambd", type=bool_flag, default=True, help="divide them by the number of training images")
     add("--epochs", type=int, default=1000, help="most iterations of the solver")
     flags.add_list_flag(parser)
-    add("--batch_size_per_gpu", type=int, default=128)
+    add("--batch_size_per_gpu", type=int, default=128, help="images per process")
     add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
     add("--output_dir", default=None, help="folder for results.json")

@@ -124,12 +124,12 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     add("--clip_grad", type=float, default=3.0, help="largest norm of each parameter's gradient, 0 for none")
     add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
     add("--accum_iter", type=int, default=1, help="micro-batches per optimiser step")
-    add("--epochs", type=int, default=100)
+    add("--epochs", type=int, default=100, help="passes over the images; schedules end with the last")
     add("--freeze_last_layer", type=int, default=1, help="epochs during which the prototypes stay as they are")
     add("--lr", type=float, default=0.0005, help="for 256 images; scaled by batch x processes x accumulation / 256")
     add("--warmup_epochs", type=int, default=10, help="epochs of the learning rate's warm-up")
     add("--min_lr", type=float, default=1e-6, help="at the end of its cosine")
-    add("--optimizer", default="adamw", choices=optim.OPTIMIZERS)
+    add("--optimizer", default="adamw", choices=optim.OPTIMIZERS, help="what moves the student")
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +187,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_bad_steps", type=int, default=MAX_BAD_STEPS, help="steps in a row, not finite, that end the run")
     add("--knn_every", type=int, default=0, help="epochs between two k-NN scores, 0 for none")
     add("--knn_data_path", default="", help="small labelled folder for them, with train/ and val/ or without a split")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order and views")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. MODEL.SPEC.WINDOW_SIZE 14")

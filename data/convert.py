@@ -222,7 +222,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("python -m data.convert", description="images into zip, tsv or shards, and back")
     parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
     parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
-    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"))
+    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"), help="layout of DEST")
     parser.add_argument("--shard_images", type=int, default=5000, help="images of a shard")
     flags.add_layout_flags(parser)
     return parser
