@@ -289,14 +289,7 @@ def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> r
         found = resume.newest_whole(checkpoint_path(args))
         if found is not None:
             path, content, damaged = found
-            saved = content.get("run")
-            if saved is None:
-                logger.warning("%s does not say what it was made with; it is taken for a part of this run", path)
-            changed = [f"{key} {old} -> {run.get(key)}" for key, old in (saved or {}).items() if old != run.get(key)]
-            if changed:
-                raise UsageError(
-                    f"{path} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
-                )
+            resume.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
             probe.load_state(content, f"checkpoint '{path}'")
             place = resume.Place(int(content["epoch"]), damaged=damaged)
             if place.epoch < args.epochs:

@@ -33,8 +33,8 @@ from data.loader import Batch, FailureTally, in_groups, set_epoch
 from engine import SYNC_BUFFERS
 from models.base import HEADS, Backbone, batch_norms
 from progress import EpochMeter, RunLog
-from resume import Place, continue_from, newest_whole, write
-from utils import UsageError, logger
+from resume import Place, check_same_run, continue_from, newest_whole, write
+from utils import UsageError
 
 CHECKPOINT = "checkpoint.pth"
 BEST = "best.pth"
@@ -400,14 +400,7 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
         raise UsageError(
             f"{source} has another number of classes than the data's {tuner.classes}; choose another --output_dir"
         )
-    if "identity" not in content:
-        logger.warning("%s does not say what data it was made with; it is taken for a part of this run", path)
-    saved = content.get("identity", {})
-    changed = [f"{key} {old} -> {identity.get(key)}" for key, old in saved.items() if old != identity.get(key)]
-    if changed:
-        raise UsageError(
-            f"{source} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
-        )
+    check_same_run(content.get("identity"), identity, source)
     if (content.get("ema") is None) != (tuner.ema is None):
         flag = "off" if tuner.ema else "on"
         raise UsageError(f"{source} was made with --model_ema {flag}; pass that, or choose another --output_dir")
