@@ -36,12 +36,18 @@ class BadSteps:
         self.in_a_row = 0
         self._names: Sequence[str] = ()
         self._norms: Tensor | None = None
+        self._scalar_names: Sequence[str] = ()
+        self._scalars: Tensor | None = None  # of this process alone
         self._recent: list[dict[str, float]] = []
 
-    def remember(self, names: Sequence[str], norms: Tensor, applied: Tensor) -> None:
-        """Keep the norms of the gradients of the last step that was not `applied`; the host does not wait."""
-        kept = norms if self._norms is None or len(self._norms) != len(norms) else self._norms
-        self._names, self._norms = names, torch.where(applied, kept, norms)
+    def remember(self, names: Sequence[str], norms: Tensor, scalars: Mapping[str, Tensor], applied: Tensor) -> None:
+        """Keep the norms of the gradients and this process's scalars of the last step that was not `applied`.
+
+        The host does not wait.
+        """
+        self._names, self._norms = names, _newest_bad(self._norms, norms, applied)
+        own = torch.stack([*scalars.values()])
+        self._scalar_names, self._scalars = [*scalars], _newest_bad(self._scalars, own, applied)
 
     def count(self, scalars: dict[str, float], iteration: int) -> bool:
         """Count a step whose scalars have been read; whether the run should end."""
@@ -64,28 +70,34 @@ class BadSteps:
             FloatingPointError: always, with the diagnosis.
         """
         made = [view.detach().cpu() for view in views()] if views is not None else []
-        statistics = utils.all_gather_objects([_statistics(view) for view in made])
         norms = {} if self._norms is None else dict(zip(self._names, self._norms.tolist()))
         tensors = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        own = {} if self._scalars is None else dict(zip(self._scalar_names, self._scalars.tolist()))
+        statistics, scalars = zip(*utils.all_gather_objects(([_statistics(view) for view in made], own)))
         told = ("skipped", "iteration")
         terms = [name for name, value in self._recent[-1].items() if name not in told and not math.isfinite(value)]
-        bad_ranks = [rank for rank, parts in enumerate(statistics) if any(part["not_finite"] for part in parts)]
+        with_images = [rank for rank, parts in enumerate(statistics) if any(part["not_finite"] for part in parts)]
+        with_terms = [rank for rank, of_one in enumerate(scalars) if not all(map(math.isfinite, of_one.values()))]
         content = {
             "steps": self._recent,
             "gradient_norms": norms,
+            "scalars": list(scalars),
             "settings": dict(settings),
-            "view_statistics": statistics,
+            "view_statistics": list(statistics),
             "views": made,
+            "process": utils.get_rank(),
         }
-        where = self._write(content) if utils.is_main_process() else ""
+        writer = [*with_images, *with_terms, 0][0]
+        where = utils.all_gather_objects(self._write(content) if utils.get_rank() == writer else "")[writer]
         given = ", ".join(f"{name} {value}" for name, value in settings.items())
         listed = ", ".join(tensors[:LISTED_TENSORS]) + (
             f" and {len(tensors) - LISTED_TENSORS} more" if tensors[5:] else ""
         )
+        whose = f" of process {', '.join(map(str, with_terms))}" if 0 < len(with_terms) < len(scalars) else ""
         raise FloatingPointError(
             f"{self.most} steps in a row had a loss or gradient that is not finite; not finite were "
-            f"{', '.join(terms) if terms else 'no loss'} (loss {self._recent[-1]['loss']}) and the gradients of "
-            f"{listed or 'no parameter'} ({len(tensors)} of {len(norms)}); {given}; {_remedy(terms, bad_ranks)}{where}"
+            f"{', '.join(terms) if terms else 'no loss'}{whose} (loss {self._recent[-1]['loss']}) and the gradients of "
+            f"{listed or 'no parameter'} ({len(tensors)} of {len(norms)}); {given}; {_remedy(terms, with_images)}{where}"
         )
 
     def _write(self, content: dict[str, Any]) -> str:
@@ -101,6 +113,11 @@ class BadSteps:
         except (OSError, RuntimeError) as error:
             return f"; {path} could not be written ({error})"
         return f"; the last batch, its statistics and the norms of all gradients are in {path}"
+
+
+def _newest_bad(kept: Tensor | None, new: Tensor, applied: Tensor) -> Tensor:
+    """What a step left: `new` where it was not applied, else what is `kept`, if that has the same length."""
+    return torch.where(applied, new if kept is None or len(kept) != len(new) else kept, new)
 
 
 def _statistics(view: Tensor) -> dict[str, float]:

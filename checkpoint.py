@@ -2,7 +2,10 @@
 
 `checkpoint.pth` holds student (keys prefixed `module.`), teacher, optimizer, epoch (the next one), args, dino_loss and
 fp16_scaler as the published files do; this project adds config, rng (one entry a process) and world_size. Networks are also read
-from bare state dicts, from files of timm, torchvision, Swin and DINO, and from safetensors.
+from bare state dicts, from files of timm, torchvision, Swin, DINO and UDI, and from safetensors.
+
+What a method trains beside a backbone lies beside its keys: `head.`, EsViT's `head_dense.`, UDI's `srs.`; a bare backbone leaves
+it out.
 
 Origin: file names and keys follow DINO and microsoft/esvit.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -25,11 +29,16 @@ import yaml
 from torch import Tensor, nn
 
 import sharding
+from models import srs
 from models.base import Backbone
+from models.interop import vit_from_timm
 from utils import UsageError, logger, whole_file
 
 PREFIX = "module."
 HEADS = ("head.", "head_dense.")
+BESIDE = (*HEADS, "srs.")  # modules of a method, which no backbone needs
+UDI_BACKBONE = "backbone.backbone."  # around a backbone in UDI's files
+UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
 CLASSIFIERS = ("fc.", "head_dist.")  # linear heads of other projects, beside `head.`
 WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others keep a network
 DERIVED = ("relative_position_index", "attn_mask")  # buffers that the architecture computes itself
@@ -152,7 +161,7 @@ class NetworkState(NamedTuple):
 def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> NetworkState:
     """The network of a file, without `module.`: `key` of a full checkpoint, what lies under `model`, or the whole of a bare one.
 
-    Weight norm in torch's parametrised spelling gets the published names.
+    Weight norm in torch's parametrised spelling gets the published names, a network of UDI's own files this project's.
 
     Raises:
         UsageError: a full checkpoint without `key`, or content that is no state dict.
@@ -177,7 +186,9 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
         raise UsageError(
             f"checkpoint '{path}' holds no tensors of a network{where}, but {found or 'nothing'}; use another file"
         )
-    return NetworkState(tensors, layout, found_under, _image_size(whole))
+    if f"{UDI_BACKBONE}cls_token" in tensors:
+        layout, tensors = f"{layout} of UDI", _from_udi(tensors)
+    return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
 
 
 def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -199,6 +210,17 @@ def _published_weight_norm(name: str) -> str:
     )
 
 
+def _from_udi(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network of a published UDI file under this project's names; with one head where those of all levels are equal."""
+    ours = {f"srs.{name}": tensor for name, tensor in srs.from_published(published).items()}
+    others = {n.removeprefix(UDI_BACKBONE): t for n, t in published.items() if not n.startswith(tuple(srs.PUBLISHED))}
+    shared: dict[str, Tensor] = {}
+    for name in filter(UDI_HEAD.match, others):
+        if not torch.equal(shared.setdefault(UDI_HEAD.sub("head.", name), others[name]), others[name]):
+            return ours | others  # a head of its own for each level
+    return ours | {name: tensor for name, tensor in others.items() if not UDI_HEAD.match(name)} | shared
+
+
 def _in_our_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under this project's names: whichever of the known namings fits most of the network's tensors.
 
@@ -209,8 +231,8 @@ def _in_our_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
     namings: list[Callable[[str], str]] = [
         str,
         timm_name,
-        lambda name: name if name.startswith(HEADS) else f"backbone.{name}",
-        lambda name: name if name.startswith(HEADS) else f"backbone.{timm_name(name)}",
+        lambda name: name if name.startswith(BESIDE) else f"backbone.{name}",
+        lambda name: name if name.startswith(BESIDE) else f"backbone.{timm_name(name)}",
     ]
     best = max(namings, key=lambda naming: sum(naming(name) in tensors for name in wanted))
     ours = {best(name): name for name in wanted}
@@ -239,8 +261,8 @@ def load_network(
 ) -> LoadReport:
     """Load a state dict into a network, wrapped or not; every tensor of the network must be there in its shape.
 
-    A network without heads leaves those of the file out; a file without heads (or with a classifier's linear one) leaves
-    those of the network as they are. Buffers that follow from the architecture are neither asked for nor taken.
+    A network without what may lie `BESIDE` a backbone leaves that of the file out; a file without heads (or with a classifier's
+    linear one) leaves those of the network as they are. Buffers that follow from the architecture are neither asked for nor taken.
 
     Args:
         network: left as it is where an error is raised.
@@ -274,9 +296,9 @@ def load_network(
         for name in wanted
         if name not in tensors
         and not name.endswith((*DERIVED, *OPTIONAL))
-        and (file_has_heads or not name.startswith(HEADS))
+        and (file_has_heads or not name.startswith(BESIDE))
     ]
-    unexpected = [name for name in tensors if name not in wanted and not name.startswith((*HEADS, *CLASSIFIERS))]
+    unexpected = [name for name in tensors if name not in wanted and not name.startswith((*BESIDE, *CLASSIFIERS))]
     if missing or unexpected or misfits:
         problem = _problem(source, missing, unexpected, misfits, tensors, wanted)
         if not allow_partial:
@@ -331,7 +353,7 @@ def _problem(
     parts = []
     remedy = "check --arch, --cfg and --use_dense_prediction, or pass --allow_partial True"
     if misfits:
-        of_backbone = [name for name in misfits if not name.startswith(HEADS)]
+        of_backbone = [name for name in misfits if not name.startswith(BESIDE)]
         prototypes = [name for name in misfits if "last_layer.weight" in name]
         name = (of_backbone or prototypes or misfits)[0]
         ours, theirs = tuple(wanted[name].shape), tuple(tensors[name].shape)
@@ -354,6 +376,8 @@ def _remedy(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str | 
         return f"set MODEL.SPEC.IN_CHANS {theirs[1]}"
     if "patch_embed" in name and len(theirs) == len(ours) == 4 and theirs[2:] != ours[2:]:
         return f"set --patch_size {theirs[2]} (or MODEL.SPEC.PATCH_SIZE)"
+    if name == "cls_token" and theirs[1] != ours[1]:
+        return f"set MODEL.SPEC.NUM_CLS_TOKENS {theirs[1]}" + (" MODEL.SPEC.POS_RESIZE scale" if theirs[1] == 2 else "")
     if "pos_embed" in name:
         return "check --patch_size and MODEL.IMAGE_SIZE"
     return None

@@ -26,11 +26,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from outputs import FactoredLogits
+from products import product
 
 # Of logits in float32: the rows that are multiplied together.
 CHUNK_BYTES = 128 * 2**20
 # Of logits in float32, on a CPU: the rows of a chunk whose probabilities are computed together, so that they stay in its cache.
 BLOCK_BYTES = 8 * 2**20
+# Of prototypes in float32, on a CPU: those whose gradients are computed and added together, for the same reason.
+PROTOTYPE_BLOCK_BYTES = 2 * 2**20
 
 
 class Targets(NamedTuple):
@@ -106,6 +109,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             walk = _Walk(student, teacher, targets, center, temperatures, chunk_bytes, wanted)
             loss = walk.run()
         ctx.save_for_backward(walk.grad_bottleneck_GSC, walk.grad_prototypes_KC)
+        ctx.factors = 1.0, walk.prototypes_factor
         ctx.dtypes = bottleneck_GSC.dtype, prototypes_KC.dtype
         return loss
 
@@ -114,8 +118,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # In place: autograd refuses a second backward through them, which would be scaled twice.
         grads = [
-            None if grad is None else grad.mul_(grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+            None if grad is None else grad.mul_(grad_loss * factor).to(dtype)
+            for grad, factor, dtype in zip(ctx.saved_tensors, ctx.factors, ctx.dtypes)
         ]
         return (*grads, None, None, None, None, None, None)
 
@@ -123,7 +127,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class _Walk:
     """One pass over all groups, with buffers that the chunks share.
 
-    After `run`, `grad_bottleneck_GSC` and `grad_prototypes_KC` are the gradients of the loss, None where not wanted.
+    After `run`, `grad_bottleneck_GSC` is the gradient of the loss, `grad_prototypes_KC` times `prototypes_factor` the other one;
+    they are None where not wanted.
     """
 
     def __init__(
@@ -156,12 +161,14 @@ class _Walk:
         most_N = max(student_N, teacher_N)
         on_cpu = student.bottleneck.device.type == "cpu"
         self.rows_per_block = min(max(BLOCK_BYTES // row_bytes, 1), most_N) if on_cpu else most_N
+        prototype_bytes = student.prototypes.shape[1] * dtype.itemsize
+        self.prototypes_per_block = max(PROTOTYPE_BLOCK_BYTES // prototype_bytes, 1) if on_cpu else prototypes
         new = student.bottleneck.new_empty
-        self.logits_NK = new(most_N, prototypes)
         self.teacher_probs_NK = new(teacher_N, prototypes, dtype=dtype)
         self.probs_nK = new(self.rows_per_block, prototypes, dtype=dtype)
         self.widened_nK = None if factors == dtype else torch.empty_like(self.probs_nK)
         self.scale = _safe_scale(factors, student_N)
+        self.prototypes_factor = self.largest_weight / (temperatures.student * self.scale)
 
         zeros = torch.zeros_like
         self.grad_bottleneck_GSC = zeros(student.bottleneck, dtype=dtype) if wanted[0] else None
@@ -174,12 +181,10 @@ class _Walk:
             self._compute_teacher_probs(groups)
             for rows in _slices(self.rows_per_group, self.rows_per_chunk):
                 loss += self._walk_chunk((groups, rows))
-        if self.grad_prototypes_KC is not None:
-            self.grad_prototypes_KC *= self.largest_weight / (self.temperatures.student * self.scale)
         return loss
 
     def _compute_teacher_probs(self, groups: slice) -> None:
-        logits_NK = self._multiply(self.teacher.bottleneck[groups].flatten(0, 1), self.teacher.prototypes)
+        logits_NK = product(self.teacher.bottleneck[groups].flatten(0, 1), self.teacher.prototypes.T)
         for block in _slices(len(logits_NK), self.rows_per_block):
             scaled_nK = self._widened(logits_NK[block]).sub_(self.center).mul_(1 / self.temperatures.teacher)
             torch.softmax(scaled_nK, dim=-1, out=self.teacher_probs_NK[block])
@@ -191,7 +196,7 @@ class _Walk:
         first_row_g = torch.arange(len(rows_gsM), device=rows_gsM.device) * self.teacher.bottleneck.shape[1]
         rows_NM = (rows_gsM + first_row_g[:, None, None]).flatten(0, 1)
 
-        logits_NK = self._multiply(bottleneck_NC, self.student.prototypes)
+        logits_NK = product(bottleneck_NC, self.student.prototypes.T)
         cross_entropies = []
         for block in _slices(len(logits_NK), self.rows_per_block):
             scaled_nK = self._widened(logits_NK[block]).mul_(1 / self.temperatures.student)
@@ -213,18 +218,15 @@ class _Walk:
         """Multiply gradients of logits, for rows of weight 1 and times `scale`, back to both factors."""
         bottleneck_gsC, weights_gs = self.student.bottleneck[chunk], self.weights_GS[chunk][..., None]
         if self.grad_bottleneck_GSC is not None:
-            grad_gsC = (grad_logits_NK @ self.student.prototypes).view_as(bottleneck_gsC)
+            grad_gsC = product(grad_logits_NK, self.student.prototypes).view_as(bottleneck_gsC)
             self.grad_bottleneck_GSC[chunk] = grad_gsC * (weights_gs / (self.temperatures.student * self.scale))
         if self.grad_prototypes_KC is not None:
             weighted_NC = (bottleneck_gsC * (weights_gs / self.largest_weight)).to(bottleneck_gsC.dtype).flatten(0, 1)
             if weighted_NC.dtype == self.grad_prototypes_KC.dtype:
                 self.grad_prototypes_KC.addmm_(grad_logits_NK.T, weighted_NC)
             else:
-                self.grad_prototypes_KC += grad_logits_NK.T @ weighted_NC
-
-    def _multiply(self, rows_NC: Tensor, prototypes_KC: Tensor) -> Tensor:
-        """Logits in the dtype of the factors, in the first N rows of the buffer."""
-        return torch.mm(rows_NC, prototypes_KC.T, out=self.logits_NK[: len(rows_NC)])
+                for block in _slices(len(self.grad_prototypes_KC), self.prototypes_per_block):
+                    self.grad_prototypes_KC[block] += grad_logits_NK[:, block].T @ weighted_NC
 
     def _widened(self, logits_nK: Tensor) -> Tensor:
         """The same logits in float32 or wider, to be overwritten."""

@@ -148,11 +148,12 @@ class TrainStep:
         means = self._mean_over_processes(scalars, torch.isfinite(norms).all())
         applied = means.pop("finite") == 1
         names = [name for name, parameter in student.named_parameters() if parameter.grad is not None]
-        self.bad_steps.remember(names, norms, applied)
+        self.bad_steps.remember(names, norms, scalars, applied)
         if epoch < self.freeze_last_layer:
             optim.drop_last_layer_gradients(student)
         optim.step_where(self.optimizer, applied)
         optim.update_teacher(teacher, student, float(self.schedules.momentum[iteration]), applied)
+        sharding.forget_forwards(teacher)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.finish_step(applied)

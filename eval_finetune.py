@@ -3,10 +3,12 @@
     python eval_finetune.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/finetune
     torchrun --nproc_per_node=8 eval_finetune.py ...                             # 64 images on each process
     python eval_finetune.py ... --mixup 0 --cutmix 0 --aa "" --reprob 0          # few images: less augmentation
+    python eval_finetune.py ... --target_list_path 1percent.txt --finetune_head_layer 1     # few labels
 
 --data_path holds train/<class>/ and val/<class>/; the head is a linear layer with an output for each class of train. The recipe:
 AdamW, a rate that falls by --layer_decay from block to block towards the input, linear warm-up and half a cosine, mixup and
 cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated.
+With --finetune_head_layer the linear layer stands on the first hidden layers of the projection head that pre-training left.
 `results.json` in --output_dir has the best accuracy, `best.pth` the weights that reached it (key `model`); epochs
 count from 0.
 
@@ -28,13 +30,25 @@ from yacs.config import CfgNode
 
 import data
 import flags
+import resume
 import utils
 from checkpoint import load_backbone
 from data import augment
 from data.datasets import Transform
+from data.lists import digest_of
 from engine import steps_per_epoch
-from features import data_identity, evaluation_size, labelled_datasets
-from finetune import Accuracy, Best, FineTuner, Progress, Recipe, resume_run, save_run
+from features import add_token_flag, data_identity, evaluation_size, labelled_datasets
+from finetune import (
+    Accuracy,
+    Best,
+    FineTuner,
+    Progress,
+    Recipe,
+    linear_head,
+    projection_layers,
+    resume_run,
+    save_run,
+)
 from models import Backbone, build_model, load_arch_config
 from progress import EpochMeter, RunLog
 from results import refuse_other_results, write_results
@@ -49,10 +63,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     switch = partial(flags.add_switch, parser)
     flags.add_network_flags(parser)
-    flags.add_weights_flags(parser, random_on_request=True)
+    flags.add_weights_flags(parser)
     add(
         "--drop_path", type=float, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
     )
+    add_token_flag(parser)
+    add(
+        "--finetune_head_layer",
+        type=int,
+        default=0,
+        help="hidden layers of the checkpoint's projection head that are kept",
+    )
+    add("--init_scale", type=float, default=1.0, help="factor on the first weights of the linear layer")
+    flags.add_list_flag(parser)
     switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
     add("--epochs", type=int, default=100)
     add("--warmup_epochs", type=int, default=5)
@@ -94,7 +117,13 @@ def check_args(args: argparse.Namespace) -> None:
     """
     flags.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "accum_iter", "val_freq", "log_freq"))
     rates = ("lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "color_jitter")
-    flags.check_at_least(args, 0, ("warmup_epochs", *rates, "num_workers"))
+    flags.check_at_least(args, 0, ("warmup_epochs", *rates, "init_scale", "finetune_head_layer", "num_workers"))
+    if args.finetune_head_layer and (args.token == "both" or not args.pretrained_weights):
+        given = "--token both" if args.token == "both" else "--random_weights"
+        raise UsageError(
+            f"--finetune_head_layer {args.finetune_head_layer} keeps layers that a checkpoint has, of one token, which {given} has "
+            "not; leave one of them out"
+        )
     if args.warmup_epochs > args.epochs:
         raise UsageError(
             f"{args.warmup_epochs} warm-up epochs do not fit in {args.epochs} epochs; lower --warmup_epochs"
@@ -144,7 +173,7 @@ def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Tra
         raise UsageError(
             f"timm does not take --aa {args.aa} ({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1, or none"
         ) from None
-    return augment.MultiCrop([view])
+    return augment.MultiCrop([augment.posterised_to_a_bit(view)])
 
 
 def build_loaders(
@@ -153,7 +182,8 @@ def build_loaders(
     """Shuffled and augmented training images, and validation images of which each process has its share; `size` pixels a side."""
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     val_transform = augment.eval_view(size, args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
-    train, val = labelled_datasets(args, config, train_transform(args, config, size), val_transform)
+    transform = train_transform(args, config, size)
+    train, val = labelled_datasets(args, config, transform, val_transform, args.target_list_path)
     pin = device.type == "cuda"
     return (
         data.build_train_loader(train, args.batch_size_per_gpu, args.num_workers, pin),
@@ -168,9 +198,10 @@ def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size:
     """The pre-trained backbone with a new linear head, for images of `size` pixels a side.
 
     Raises:
-        UsageError: see `checkpoint.load_backbone`.
+        UsageError: see `checkpoint.load_backbone`, `Backbone.choose_token` and `finetune.projection_layers`.
     """
     network = build_model(args.arch, config, patch_size=args.patch_size)
+    network.choose_token(args.token)
     if size < network.patch_size:
         raise UsageError(f"images of {size} pixels are smaller than a patch of {network.patch_size}; enlarge them")
     if args.pretrained_weights:
@@ -178,9 +209,11 @@ def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size:
         logger.info("%s: %s", args.pretrained_weights, report)
     else:
         logger.warning("--random_weights: the network starts from random weights, this is supervised training")
-    network.head = nn.Linear(network.num_features, classes)
-    nn.init.trunc_normal_(network.head.weight, std=0.02)
-    nn.init.zeros_(network.head.bias)
+    kept: list[nn.Module] = []
+    if args.finetune_head_layer:
+        found = args.pretrained_weights, args.checkpoint_key, network.view_tokens[0]
+        kept = projection_layers(*found, args.finetune_head_layer, network.num_features)
+    network.head = linear_head(kept, network.view_width, classes, args.init_scale)
     network.grad_checkpointing = args.grad_checkpointing
     return network
 
@@ -237,6 +270,10 @@ def report(progress: Progress, val: data.ImageDataset, about: dict[str, Any], ar
         "arch": args.arch,
         "pretrained_weights": args.pretrained_weights,
         "checkpoint_key": args.checkpoint_key,
+        "token": args.token,
+        "finetune_head_layer": args.finetune_head_layer,
+        "target_list_path": args.target_list_path,
+        "train_images": about["numbers of images and classes"][0],
         "data_path": args.data_path,
         "image_size": about["--image_size"],
         "crop_ratio": args.crop_ratio,
@@ -264,7 +301,11 @@ def train(
     assert isinstance(train_loader.dataset, data.ImageDataset)
     assert isinstance(val_loader.dataset, data.ImageDataset)
     batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
-    log = RunLog(output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device)
+    first_step, failure = progress.epochs * recipe.steps, ""
+    with utils.failing_together(), utils.usable(output_dir):
+        log = RunLog(
+            output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device, first_step
+        )
     tally = data.FailureTally(len(train_loader.dataset))
     for epoch in range(progress.epochs, recipe.epochs):
         meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
@@ -281,9 +322,11 @@ def train(
                 print(
                     f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
                 )
-            report(progress, val_loader.dataset, about, args)
-        save_run(output_dir, tuner, progress, about, args, config)
+            with log.failing_softly():
+                report(progress, val_loader.dataset, about, args)
+        failure = save_run(output_dir, tuner, progress, about, args, config)
     log.close()
+    resume.end_saved(failure, output_dir)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -305,14 +348,16 @@ def main(args: argparse.Namespace) -> None:
     assert isinstance(val_set, data.ImageDataset)
     utils.must_agree("numbers of images", [len(loader.dataset) for loader in loaders])
     classes = len(train_set.classes)
-    about = {"--arch": args.arch, "--image_size": size, "--crop_ratio": args.crop_ratio}
-    about |= data_identity(train_set, val_set)
+    about = {"--arch": args.arch, "--image_size": size, "--crop_ratio": args.crop_ratio, "--token": args.token}
+    about |= {"--finetune_head_layer": args.finetune_head_layer, **data_identity(train_set, val_set)}
+    if args.target_list_path:
+        about["digest of --target_list_path"] = digest_of(args.target_list_path)
     utils.seed_everything(args.seed)
     with utils.failing_together():
         network = build_network(args, config, classes, size)
     utils.seed_everything(args.seed + utils.get_rank())
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
-    with utils.failing_together():
+    with utils.failing_together(), utils.usable(output_dir):
         progress = resume_run(output_dir, tuner, about, args)
     utils.must_agree("checkpoints", progress.epochs)
     if progress.epochs >= args.epochs:
@@ -320,8 +365,10 @@ def main(args: argparse.Namespace) -> None:
         if utils.is_main_process():
             report(progress, val_set, about, args)
         return
-    if utils.is_main_process():
-        utils.save_provenance(output_dir, args, config)
+    with utils.failing_together(), utils.usable(output_dir):
+        if utils.is_main_process():
+            resume.tidy(output_dir, progress.place)
+            utils.save_provenance(output_dir, args, config)
     train(tuner, loaders, progress, about, args, config)
 
 

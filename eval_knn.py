@@ -31,6 +31,7 @@ from data import augment
 from features import (
     FeatureFunction,
     LabelledFeatures,
+    add_token_flag,
     evaluation_size,
     extract_features,
     frozen_backbone,
@@ -56,7 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
     )
     add("--temperature", type=float, default=0.07, help="of the vote's weights")
-    flags.add_weights_flags(parser, random_on_request=True)
+    flags.add_weights_flags(parser)
+    add_token_flag(parser)
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
     flags.add_switch(parser, "--half", "store and compare features in float16")
     add("--backend", default="torch", choices=BACKENDS, help="of the search; faiss has to be installed")
@@ -181,6 +183,7 @@ def extract_splits(
     about: dict[str, object] = {
         "arch": args.arch,
         "checkpoint_key": args.checkpoint_key,
+        "token": args.token,
         "data_path": args.data_path,
         "image_size": evaluation_size(args, config),
         "crop_ratio": args.crop_ratio,

@@ -9,7 +9,10 @@ in one pass over the same features. One value each is the published protocol: th
 random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to 0 in steps of an epoch
 (epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is another
 protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on from
-`checkpoint.pth.tar` when its command is repeated. Epochs count from 0, in files and in what is printed.
+`checkpoint.pth.tar` when its command is repeated. Epochs count from 0 in files and in the printed table, from 1 in lines about
+progress.
+
+--train_aug strong is the augmentation with which UDI's networks were scored; `results.json` tells which one was used.
 
 Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 2021); flags and file names follow microsoft/esvit.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from yacs.config import CfgNode
 import checkpoint
 import data
 import flags
+import resume
 import utils
 from data import augment
 from features import (
@@ -38,6 +43,7 @@ from features import (
     FeatureSource,
     ImageFeatures,
     LabelledFeatures,
+    add_token_flag,
     data_identity,
     evaluation_size,
     extract_features,
@@ -58,9 +64,11 @@ class Inferred(int):
 DEFAULT_LABELS = Inferred(1000)
 FEATURES = "cached_features.pth"  # of --cache_features, until the run is finished
 EVALUATION = "linear probe"  # how results.json tells whose it is
+TRAIN_VIEWS = {"standard": augment.train_view, "strong": augment.strong_view}
 PROTOCOLS = {
-    False: "published protocol (random resized crops)",
-    True: "cached features of un-augmented images (NOT the published protocol)",
+    "standard": "published protocol (random resized crops)",
+    "strong": "strong augmentation (RandAugment and erasing, as UDI was scored; NOT comparable with random resized crops alone)",
+    "cached": "cached features of un-augmented images (NOT the published protocol)",
 }
 
 
@@ -70,9 +78,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     switch = partial(flags.add_switch, parser)
     flags.add_network_flags(parser)
-    flags.add_weights_flags(parser, random_on_request=True)
+    flags.add_weights_flags(parser)
+    add_token_flag(parser)
     add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
     switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
+    add("--train_aug", choices=list(TRAIN_VIEWS), default="standard", help="strong: RandAugment and erasing, too")
     add("--epochs", type=int, default=100)
     add("--lr", type=float, nargs="+", default=[0.001], help="for 256 images a step, scaled with them; one or more")
     add("--batch_size_per_gpu", type=int, default=128)
@@ -91,6 +101,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
+
+
+def protocol_of(args: argparse.Namespace) -> str:
+    """What is trained on, in words for results."""
+    return PROTOCOLS["cached" if args.cache_features else args.train_aug]
 
 
 # --------------------------------------------------------------------------- features
@@ -128,9 +143,12 @@ def feature_source(
             found = extract_features(loader, {"network": function}, device, torch.device("cpu"), label, normalise=False)
             cached.append(found["network"])
         if utils.is_main_process():
-            checkpoint.save_file({"run": run, "features": [list(part) for part in cached]}, path)
+            try:
+                checkpoint.save_file({"run": run, "features": [list(part) for part in cached]}, path)
+            except (OSError, RuntimeError) as error:
+                logger.warning("cannot keep the features in %s (%s): they are computed again at a resume", path, error)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
-    logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS[True])
+    logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS["cached"])
     return CachedFeatures(cached[0], cached[1], args.batch_size_per_gpu, device, args.seed)
 
 
@@ -185,7 +203,7 @@ def train_epoch(probe: Probe, source: FeatureSource, epoch: int, meter: EpochMet
     losses_S: Any = 0.0
     with log.epoch(meter) as show:
         for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter)):
-            losses = probe.step(features_BC, labels_B)
+            losses = probe.step(features_BC, labels_B, source.images_of(step))
             losses_S = losses_S + losses
             meter.update({"loss": losses[probe.best]})
             show(epoch * source.steps + step, lr=probe.lrs[probe.best])
@@ -206,7 +224,7 @@ def train(
 
     `run` is what makes a run the same, saved beside the classifiers.
     """
-    batch = args.batch_size_per_gpu * utils.get_world_size()
+    batch, failure = args.batch_size_per_gpu * utils.get_world_size(), ""
     for epoch in epochs:
         meter = EpochMeter(epoch, source.steps, images_per_step=batch)
         lrs = probe.lrs
@@ -219,12 +237,13 @@ def train(
             for row, score in zip(rows, scores):
                 row |= {"test_loss": json_number(score.loss), "test_acc1": score.top1, "test_acc5": score.top5}
         every = {"classifiers": {s.name: row for s, row in zip(probe.settings, rows)}} if len(rows) > 1 else {}
-        about = {"protocol": PROTOCOLS[args.cache_features]} if args.cache_features else {}
+        about = {} if protocol_of(args) == PROTOCOLS["standard"] else {"protocol": protocol_of(args)}
         if args.num_labels < 5:
             about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
         if utils.is_main_process():
-            checkpoint.save_file(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
+            failure = resume.write(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
+    resume.end_saved(failure, Path(args.output_dir))
 
 
 # --------------------------------------------------------------------------- one run, one folder
@@ -243,7 +262,7 @@ def identity(
     for name, tensor in weights.items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    flags = ["arch", "lr", "n_last_blocks", "avgpool_patchtokens", "epochs", "cache_features"]
+    flags = ["arch", "token", "train_aug", "lr", "n_last_blocks", "avgpool_patchtokens", "epochs", "cache_features"]
     flags += ["image_size", "crop_ratio", "seed"]
     return {f"--{name}": getattr(args, name) for name in flags} | {
         "--batch_size_per_gpu times processes": args.batch_size_per_gpu * utils.get_world_size(),
@@ -258,16 +277,17 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / "checkpoint.pth.tar"
 
 
-def resume(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> int:
-    """Continue from `checkpoint.pth.tar` if it is there; returns the epoch to start with.
+def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> resume.Place:
+    """Continue from the newest whole `checkpoint.pth.tar` if there is any; returns where.
 
     Raises:
-        UsageError: the file is damaged or of another run, on all processes at once.
+        UsageError: all files are damaged or of another run, on all processes at once.
     """
-    path, first = checkpoint_path(args), 0
-    with utils.failing_together():
-        if path.exists():
-            content = checkpoint.load_file(path)
+    place = resume.Place()
+    with utils.failing_together(), utils.usable(args.output_dir):
+        found = resume.newest_whole(checkpoint_path(args))
+        if found is not None:
+            path, content, damaged = found
             saved = content.get("run")
             if saved is None:
                 logger.warning("%s does not say what it was made with; it is taken for a part of this run", path)
@@ -277,10 +297,11 @@ def resume(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> int:
                     f"{path} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
                 )
             probe.load_state(content, f"checkpoint '{path}'")
-            first = int(content["epoch"])
-            logger.info("resuming %s at epoch %d of %d", path, first, args.epochs)
-    utils.must_agree("epochs to resume at", first)
-    return first
+            place = resume.Place(int(content["epoch"]), damaged=damaged)
+            if place.epoch < args.epochs:
+                logger.info("resuming %s at epoch %d of %d", path, place.epoch + 1, args.epochs)
+    utils.must_agree("epochs to resume at", place.epoch)
+    return place
 
 
 def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
@@ -288,14 +309,16 @@ def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
     train_images, val_images, classes = run["numbers of images and classes"]
     best, ranked = probe.table[probe.best], f"Top{min(5, classes)}"
     print(
-        f"linear probe, {PROTOCOLS[args.cache_features]}: {val_images} validation and {train_images} training images, "
+        f"linear probe, {protocol_of(args)}: {val_images} validation and {train_images} training images, "
         f"{classes} classes, {args.epochs} epochs"
     )
     for row in probe.table:
         print(f"lr {row['lr']}, last {row['n_last_blocks']} blocks: {_describe(row, ranked)}")
     print(f"Top-1 test accuracy: {best['best_acc1']:.2f}")
     record = {
-        "protocol": PROTOCOLS[args.cache_features],
+        "protocol": protocol_of(args),
+        "train_aug": None if args.cache_features else args.train_aug,
+        "token": args.token,
         "pretrained_weights": args.pretrained_weights,
         "best": best,
         "table": probe.table,
@@ -334,6 +357,10 @@ def check_args(args: argparse.Namespace) -> None:
     flags.check_centre_crop(args)
     if not all(0 < lr < math.inf for lr in args.lr):
         raise UsageError(f"--lr {args.lr} must be positive numbers")
+    if args.cache_features and args.train_aug != "standard":
+        raise UsageError(
+            f"--cache_features has no augmentation, --train_aug {args.train_aug} has; leave one of them out"
+        )
     for name in ("lr", "n_last_blocks"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise UsageError(f"--{name} {getattr(args, name)} names a value twice; give each once")
@@ -346,7 +373,8 @@ def claim_folder(args: argparse.Namespace) -> Path:
         UsageError: it cannot be created, or holds what this run would overwrite or mix with its own.
     """
     folder = utils.make_output_dir(args.output_dir)
-    begun = checkpoint_path(args).exists()
+    with utils.usable(folder):
+        begun = bool(resume.saved(checkpoint_path(args)))
     strangers = {
         "a pre-training run (checkpoint.pth)": (folder / "checkpoint.pth").exists() and not begun,
         "other results (results.json)": (folder / "results.json").exists()
@@ -364,11 +392,15 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.Imag
     Sets `num_labels` of the arguments to the number of classes.
 
     Raises:
-        UsageError: no such data, or another number of classes than --num_labels.
+        UsageError: no such data, another number of classes than --num_labels, or --train_aug strong for what is no colour image.
     """
+    if args.train_aug == "strong" and config.MODEL.SPEC.IN_CHANS != 3:
+        raise UsageError(
+            f"--train_aug strong is for colour images, not for {config.MODEL.SPEC.IN_CHANS} channels; use --train_aug standard"
+        )
     size, mean, std = evaluation_size(args, config), config.INPUT.MEAN, config.INPUT.STD
     val_transform = augment.eval_view(size, args.crop_ratio, mean, std)
-    train_transform = val_transform if args.cache_features else augment.train_view(size, mean, std)
+    train_transform = val_transform if args.cache_features else TRAIN_VIEWS[args.train_aug](size, mean, std)
     datasets = labelled_datasets(args, config, train_transform, val_transform)
     classes = len(datasets[0].classes)
     if args.num_labels != classes and not isinstance(args.num_labels, Inferred):
@@ -414,17 +446,22 @@ def main(args: argparse.Namespace) -> None:
         logger.warning("--random_weights: the scores are those of a network with random weights")
     probe = build_probe(args, backbone, len(datasets[0].classes), device)
     run = identity(args, config, backbone, datasets, precision)
-    first_epoch = resume(probe, args, run)
-    if first_epoch < args.epochs:
-        if utils.is_main_process():
-            utils.save_provenance(folder, args, config)
-        log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
+    start = resume_run(probe, args, run)
+    if start.epoch < args.epochs:
+        with utils.failing_together(), utils.usable(folder):
+            if utils.is_main_process():
+                resume.tidy(folder, start)
+                utils.save_provenance(folder, args, config)
         source = feature_source(args, backbone, datasets, device, precision, run)
-        train(probe, source, range(first_epoch, args.epochs), args, log, run)
-        log.close()
+        first_step = start.epoch * source.steps
+        with utils.failing_together(), utils.usable(folder):
+            log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
+        with closing(log):
+            train(probe, source, range(start.epoch, args.epochs), args, log, run)
     if utils.is_main_process():
-        report(probe, args, run)
-        (folder / FEATURES).unlink(missing_ok=True)
+        with utils.usable(folder):
+            report(probe, args, run)
+            (folder / FEATURES).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

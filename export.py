@@ -8,6 +8,11 @@ detectron2 (.pkl)       `cfg.MODEL.WEIGHTS` or `train.init_checkpoint`; its matc
 mmdet                   `init_cfg=dict(type="Pretrained", checkpoint=FILE)` of the backbone
 onnx                    a graph from images of MODEL.IMAGE_SIZE, any number, to `view_features` and `region_features`
 
+Networks with two class tokens (UDI) keep both. To timm that is a class and a register token: `timm.create_model(NAME, reg_tokens=1,
+no_embed_class=False, num_classes=0)`. For programs that know one, or none as detectors do, `--class_tokens first` and `none` drop
+the others with their positions, (1, 1 + N, C) or (1, N, C) for a grid of N patches; this is not function-preserving, for patches
+attended to all class tokens in training.
+
 All of them want images in RGB order, normalised as INPUT.MEAN and INPUT.STD say. timm's Swin has a LayerNorm eps of 1e-5, these
 networks 1e-6; for equal features to the last digit pass `norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)` to `create_model`.
 
@@ -33,6 +38,7 @@ from checkpoint import HEADS, load_backbone, save_file
 from models import Backbone, build_model, load_arch_config
 from utils import UsageError, logger
 
+CLASS_TOKENS = {"all": None, "first": 1, "none": 0}
 FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
 
 
@@ -43,6 +49,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_network_flags(parser)
     flags.add_weights_flags(parser, required=True)
     add("--format", required=True, choices=FORMATS, help="what to write")
+    add(
+        "--class_tokens",
+        choices=list(CLASS_TOKENS),
+        default="all",
+        help="which of them to keep; see the top of export.py",
+    )
     add("--output", type=Path, required=True, help="file to write; it must not exist yet")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
@@ -63,8 +75,28 @@ def main(args: argparse.Namespace) -> None:
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size).eval()
     report = load_backbone(backbone, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
     logger.info("%s: %s", args.pretrained_weights, report)
+    drop_class_tokens(backbone, CLASS_TOKENS[args.class_tokens])
     write(backbone, args.format, args.output, config)
     logger.info("wrote %s (%s, %.1f MB)", args.output, args.format, args.output.stat().st_size / 1e6)
+
+
+def drop_class_tokens(backbone: Backbone, kept: int | None) -> None:
+    """Drop all class tokens but the first `kept`, where that is not None; tell what that does to the features.
+
+    Raises:
+        UsageError: see `Backbone.keep_class_tokens`.
+    """
+    if kept is None:
+        return
+    before = backbone.num_cls_tokens
+    backbone.keep_class_tokens(kept)
+    if kept < before:
+        logger.warning(
+            "class tokens kept: %d of %d. The export is not function-preserving: in training the patches attended to every class "
+            "token in every block, so all features change; keep all where the program that reads the file can",
+            kept,
+            before,
+        )
 
 
 def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> None:
@@ -79,7 +111,7 @@ def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> Non
     state = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in backbone.state_dict().items()
-        if not name.startswith(HEADS)
+        if not name.startswith(HEADS) and tensor.numel()  # empty: class tokens of which none was kept
     }
     if target in {"timm", "detectron2", "mmdet"}:
         if target not in backbone.converters:

@@ -28,8 +28,10 @@ import utils
 from checkpoint import load_backbone
 from data import augment
 from data.datasets import Transform
+from data.lists import keep_listed
 from data.loader import set_epoch
 from models import Backbone, build_model
+from models.base import TOKENS
 from progress import EpochMeter
 from utils import UsageError, logger
 
@@ -49,17 +51,24 @@ class LabelledFeatures(NamedTuple):
 def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Path, device: torch.device) -> Backbone:
     """The backbone of `--arch` in evaluation mode, with the weights of a file, or with random ones (of `--seed`) if it is empty.
 
-    Reads `arch`, `patch_size`, `seed`, `checkpoint_key` and `allow_partial` of the arguments.
+    Reads `arch`, `patch_size`, `seed`, `checkpoint_key`, `allow_partial` and `token` of the arguments.
 
     Raises:
-        UsageError: see `checkpoint.load_backbone`.
+        UsageError: see `checkpoint.load_backbone` and `Backbone.choose_token`.
     """
     torch.manual_seed(args.seed)
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size)
+    backbone.choose_token(args.token)
     if weights:
         report = load_backbone(backbone, weights, args.checkpoint_key, allow_partial=args.allow_partial)
         logger.info("%s: %s", weights, report)
     return backbone.to(device).eval().requires_grad_(False)
+
+
+def add_token_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that chooses among the class tokens of a network that has two."""
+    words = "class token that stands for an image, for networks with two (UDI): the first, the second, or one after the other"
+    parser.add_argument("--token", choices=list(TOKENS), default="cls", help=words)
 
 
 def evaluation_size(args: argparse.Namespace, config: CfgNode) -> int:
@@ -77,14 +86,19 @@ def evaluation_size(args: argparse.Namespace, config: CfgNode) -> int:
 
 
 def labelled_datasets(
-    args: argparse.Namespace, config: CfgNode, train_transform: Transform, val_transform: Transform
+    args: argparse.Namespace,
+    config: CfgNode,
+    train_transform: Transform,
+    val_transform: Transform,
+    train_list: str | None = None,
 ) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Training and validation images with labels, which both count in the training set's classes.
 
-    Reads `data_path`, `seed` and the layout of the arguments.
+    Reads `data_path`, `seed` and the layout of the arguments. Of the training images those of the text file `train_list` count,
+    if it is given.
 
     Raises:
-        UsageError: no such images, the same ones for both, or classes in val that train has not.
+        UsageError: no such images, the same ones for both, classes in val that train has not, or a list that does not fit.
     """
     in_chans = config.MODEL.SPEC.IN_CHANS
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
@@ -107,6 +121,8 @@ def labelled_datasets(
             f"{val.source.name(first)} is of class {unknown[0]}"
         )
     val.use_classes(train.classes)
+    if train_list:
+        keep_listed(train, train_list)
     return train, val
 
 
@@ -208,16 +224,32 @@ class FeatureSource(ABC):
     """Where batches of features come from.
 
     Attributes:
-        steps: batches of an epoch on each process; their sizes are the same on all.
-        validation_images: over all processes.
+        steps: batches of an epoch, on each process alike.
+        batch_size: of a process; those of the last step share what is left, and may get none of it.
+        training_images, validation_images: over all processes.
     """
 
     steps: int
+    batch_size: int
+    training_images: int
     validation_images: int
+
+    def images_of(self, step: int) -> int:
+        """How many training images all processes see in a step of an epoch."""
+        batch = self.batch_size * utils.get_world_size()
+        return min(batch, self.training_images - step * batch)
+
+    def once(self, step: int, batch: LabelledFeatures) -> LabelledFeatures:
+        """This process's batch without what a sampler repeats at the end of an epoch to give all processes equally many."""
+        own = len(range(utils.get_rank(), self.images_of(step), utils.get_world_size()))
+        return LabelledFeatures(*(part[:own] for part in batch))
 
     @abstractmethod
     def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
-        """This process's share of a shuffled epoch; `meter` counts the time spent waiting for it."""
+        """This process's share of a shuffled epoch, in which over all processes each image comes exactly once.
+
+        `meter` counts the time spent waiting for it.
+        """
 
     @abstractmethod
     def validation(self) -> Iterator[LabelledFeatures]:
@@ -247,7 +279,8 @@ class ImageFeatures(FeatureSource):
         self.function, self.device = function, device
         self.train_loader = data.build_train_loader(train_set, *sizes, drop_last=False)
         self.val_loader = data.build_eval_loader(val_set, *sizes)
-        self.steps, self.validation_images = len(self.train_loader), len(val_set)
+        self.steps, self.batch_size = len(self.train_loader), batch_size
+        self.training_images, self.validation_images = len(train_set), len(val_set)
         self.train_tally, self.val_tally = data.FailureTally(len(train_set)), data.FailureTally(len(val_set))
 
     def _features(self, batch: data.Batch) -> LabelledFeatures:
@@ -257,9 +290,9 @@ class ImageFeatures(FeatureSource):
     def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.training`."""
         set_epoch(self.train_loader, epoch)
-        for batch in meter.timed(self.train_loader):
+        for step, batch in enumerate(meter.timed(self.train_loader)):
             self.train_tally.add(batch.failures, self.device, incomplete=not batch.views)
-            yield self._features(batch)
+            yield self.once(step, self._features(batch))
 
     def validation(self) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.validation`."""
@@ -295,13 +328,14 @@ class CachedFeatures(FeatureSource):
             dataset, sampler=BatchSampler(self.order, batch_size, drop_last=False), batch_size=None
         )
         self.val_set, self.batch_size, self.device = val_set, batch_size, device
-        self.steps, self.validation_images = len(self.loader), len(val_set.labels_N)
+        self.steps = len(self.loader)
+        self.training_images, self.validation_images = len(train_set.labels_N), len(val_set.labels_N)
 
     def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.training`."""
         self.order.set_epoch(epoch)
-        for features, labels in meter.timed(self.loader):
-            yield LabelledFeatures(features.to(self.device), labels.to(self.device))
+        for step, (features, labels) in enumerate(meter.timed(self.loader)):
+            yield self.once(step, LabelledFeatures(features.to(self.device), labels.to(self.device)))
 
     def validation(self) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.validation`."""

@@ -34,7 +34,7 @@ from data.loader import Batch, FailureTally, set_epoch
 from engine import SYNC_BUFFERS
 from models.base import Backbone
 from progress import EpochMeter, RunLog
-from resume import continue_from
+from resume import Place, continue_from, newest_whole, write
 from utils import UsageError, logger
 
 CHECKPOINT = "checkpoint.pth"
@@ -83,6 +83,56 @@ def param_groups(network: Backbone, weight_decay: float, layer_decay: float) -> 
     """Groups whose `lr_scale` is layer_decay ** (deepest - depth); biases, norms and positions are without weight decay."""
     plain = [f"network.{name}" for name in network.no_weight_decay()]
     return param_groups_layer_decay(_ByDepth(network), weight_decay, plain, layer_decay=layer_decay)
+
+
+# --------------------------------------------------------------------------- the head
+
+
+def projection_layers(path: str, key: str, token: int, count: int, width: int) -> list[nn.Module]:
+    """The first `count` hidden layers of a checkpoint's projection head, each a linear layer and its GELU.
+
+    Args:
+        path, key: see `checkpoint.network_state`.
+        token: place of the class token whose head is taken, where each has its own.
+        width: channels of the features that go in.
+
+    Raises:
+        UsageError: no such head in the file, fewer hidden layers, layers with BatchNorm, or of another width.
+    """
+    tensors = checkpoint.network_state(checkpoint.load_file(path), key, path).tensors
+    source = f"checkpoint '{path}'"
+    mlp = f"head.{token}.mlp" if any(name.startswith(f"head.{token}.") for name in tensors) else "head.mlp"
+    if f"{mlp}.1.weight" in tensors:
+        raise UsageError(
+            f"{source} has BatchNorm in its projection head, which is not kept; set --finetune_head_layer 0"
+        )
+    linear = sum(f"{mlp}.{2 * layer}.weight" in tensors for layer in range(len(tensors)))
+    if count >= linear:
+        has = f"{linear - 1} hidden layers" if linear else "none"
+        raise UsageError(
+            f"--finetune_head_layer {count} takes hidden layers of a projection head, {source} has {has}; lower it, or name a "
+            "checkpoint of the pre-training"
+        )
+    layers: list[nn.Module] = []
+    for layer in range(count):
+        weight, bias = (tensors[f"{mlp}.{2 * layer}.{kind}"] for kind in ("weight", "bias"))
+        if weight.shape[1] != width:
+            raise UsageError(f"{source} has a projection head of width {weight.shape[1]}, not {width}; check --arch")
+        layers += [nn.Linear(width, len(weight)), nn.GELU()]
+        layers[-2].load_state_dict({"weight": weight, "bias": bias})
+        width = len(weight)
+    return layers
+
+
+def linear_head(kept: list[nn.Module], width: int, classes: int, scale: float) -> nn.Module:
+    """A new linear layer, behind those that are kept; its first weights are scaled, as BEiT does."""
+    widths = [layer.out_features for layer in kept if isinstance(layer, nn.Linear)]
+    linear = nn.Linear((widths or [width])[-1], classes)
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    with torch.no_grad():
+        linear.weight *= scale
+    return nn.Sequential(*kept, linear) if kept else linear
 
 
 # --------------------------------------------------------------------------- the average of the weights
@@ -292,23 +342,33 @@ class Progress(NamedTuple):
     epochs: int = 0  # that are done
     best: Best = Best()
     last: Mapping[str, Accuracy] = {}  # of the last validation, by network
+    damaged: tuple[Path, ...] = ()  # files that were passed by to get here
+
+    @property
+    def place(self) -> Place:
+        """The same in the words of resume.py."""
+        return Place(self.epochs, damaged=self.damaged)
 
 
 def save_run(
     output_dir: Path, tuner: FineTuner, progress: Progress, identity: Mapping[str, Any], args: Any, config: Any
-) -> None:
-    """Write `checkpoint.pth` after an epoch, and `best.pth` if it was the best one. All processes call this.
+) -> str:
+    """Write `best.pth` after an epoch if it was the best one, and `checkpoint.pth`. All processes call this.
 
     Args:
         identity: what must be the same for the run to go on, by the name of the flag.
+
+    Returns:
+        why one of them could not be written, see `resume.write`; `checkpoint.pth` waits for `best.pth`.
     """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
     if not utils.is_main_process():
-        return
+        return ""
     best = progress.best
     if best.epoch == progress.epochs - 1:
         weights = tuner.networks()[best.network].state_dict()
-        checkpoint.save_file({"model": weights, "finetuning": best._asdict()}, output_dir / BEST)
+        if failure := write({"model": weights, "finetuning": best._asdict()}, output_dir / BEST, keep=0):
+            return failure
     state = {
         "model": tuner.network.state_dict(),
         "ema": None if tuner.ema is None else tuner.ema.module.state_dict(),
@@ -324,26 +384,27 @@ def save_run(
         "rng": rng_of_rank,
         "world_size": utils.get_world_size(),
     }
-    checkpoint.save_file(state, output_dir / CHECKPOINT)
+    return write(state, output_dir / CHECKPOINT)
 
 
 def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], args: Any) -> Progress:
-    """Continue from `output_dir/checkpoint.pth` if it is there; returns how far it is.
+    """Continue from the newest whole `checkpoint.pth` of `output_dir` if there is any; returns how far it is.
 
     Raises:
-        UsageError: the file is damaged, of another kind of run, of other data or of another network.
+        UsageError: all files are damaged, or of another kind of run, of other data or of another network.
     """
-    path = output_dir / CHECKPOINT
-    if not path.exists():
+    found = newest_whole(output_dir / CHECKPOINT)
+    if found is None:
         return Progress()
+    path, content, damaged = found
     source = f"checkpoint '{path}'"
-    content = checkpoint.load_file(path)
     absent = [key for key in STATE if key not in content]
     if absent:
         raise UsageError(
             f"{source} is not of a fine-tuning, it has no {', '.join(absent)}; choose another --output_dir"
         )
-    if len(content["model"].get("head.bias", ())) != tuner.classes:
+    biases = [t for name, t in content["model"].items() if name.startswith("head.") and name.endswith("bias")]
+    if not biases or len(biases[-1]) != tuner.classes:
         raise UsageError(
             f"{source} has another number of classes than the data's {tuner.classes}; choose another --output_dir"
         )
@@ -370,4 +431,4 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
     if tuner.scaler.is_enabled() and content.get("fp16_scaler"):
         tuner.scaler.load_state_dict(content["fp16_scaler"])
     last = {name: Accuracy(**row) for name, row in content.get("last", {}).items()}
-    return Progress(continue_from(content, args, path), Best(**content["best"]), last)
+    return Progress(continue_from(content, args, path), Best(**content["best"]), last, damaged)

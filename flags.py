@@ -75,21 +75,22 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "--tsv_mode", "images in DIR/{train,val}.tsv, or a folder of tsv files (see data/tsv.py)")
 
 
-def add_weights_flags(
-    parser: argparse.ArgumentParser, *, required: bool = False, random_on_request: bool = False
-) -> None:
+def add_list_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that trains on a part of the training images, see data/lists.py."""
+    words = "text file that names the training images to use, one a line (lists of SimCLRv2); default: all"
+    parser.add_argument("--target_list_path", default=None, help=words)
+
+
+def add_weights_flags(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add the flags that name the weights of a frozen or starting network, the same in every script that takes them.
 
-    With `random_on_request` an empty --pretrained_weights is a mistake (`check_weights`) unless --random_weights is given.
+    Unless they are `required` --random_weights may stand instead of --pretrained_weights; `check_weights` sees that one is given.
     """
-    explanation = "checkpoint of any known layout" + (
-        "" if required or random_on_request else "; empty: random weights"
-    )
-    parser.add_argument("--pretrained_weights", default="", required=required, help=explanation)
+    parser.add_argument("--pretrained_weights", default="", required=required, help="checkpoint of any known layout")
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
     add_switch(parser, "--allow_partial", "take what fits of the checkpoint")
-    if random_on_request:
-        add_switch(parser, "--random_weights", "score an untrained network on purpose, without --pretrained_weights")
+    if not required:
+        add_switch(parser, "--random_weights", "take an untrained network on purpose, without --pretrained_weights")
 
 
 def check_weights(args: argparse.Namespace) -> None:
@@ -102,7 +103,7 @@ def check_weights(args: argparse.Namespace) -> None:
         given = "exclude each other" if args.random_weights else "are both missing"
         raise UsageError(
             f"--pretrained_weights and --random_weights {given}; pass --pretrained_weights FILE, "
-            "or --random_weights alone to score an untrained network"
+            "or --random_weights alone for an untrained network"
         )
 
 

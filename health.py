@@ -193,6 +193,14 @@ class Monitor:
                 for cause, sentence in _symptoms(name, term, scalars, math.log(prototypes), warmed_up).items():
                     self._count((name, cause), sentence)
 
+    def state(self) -> dict[str, int]:
+        """How many readings in a row had each cause, by `level/cause`: for a run that goes on in another process."""
+        return {"/".join(cause): streak for cause, streak in self._streaks.items()}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Take over what `state` gave."""
+        self._streaks = {(level, cause): n for name, n in state.items() for level, _, cause in [name.rpartition("/")]}
+
     def _count(self, cause: tuple[str, str], sentence: str | None) -> None:
         streak = self._streaks[cause] = self._streaks.get(cause, 0) + 1 if sentence else 0
         times = streak // PATIENCE

@@ -1,8 +1,9 @@
-"""Backbones for `torch.hub.load`, one entry for each published network.
+"""Backbones for `torch.hub.load`, one entry for each published network of EsViT, and UDI's.
 
     backbone = torch.hub.load("PATH/TO/THIS/CHECKOUT", "esvit_swin_tiny", source="local", weights="checkpoint.pth")
     view_BC = backbone(images_BCHW)
     view_BC, regions_BTC = backbone.forward_features(images_BCHW)
+    backbone.choose_token("both")                   # udi_vit_small: view features of both class tokens, (B, 2 C) from here on
 
 Every entry takes
     weights: checkpoint file of any known layout; None: random weights.
@@ -11,7 +12,7 @@ Every entry takes
 and returns a `models.Backbone` in evaluation mode without heads. `utils.UsageError` tells what is wrong with a file. The modules
 of this checkout are imported as `models`, `config`, `utils`, ...; a program with modules of these names takes `export.py` instead.
 
-Origin: this project's own; networks of EsViT (Li et al., ICLR 2022).
+Origin: this project's own; networks of EsViT (Li et al., ICLR 2022) and UDI (Su and Ji, ECCV 2024).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from checkpoint import load_backbone
 from models import Backbone, build_model, load_arch_config
+from utils import UsageError
 
 dependencies = ["torch", "torchvision", "timm", "yacs", "yaml", "safetensors", "numpy"]
 
@@ -35,11 +37,24 @@ def _backbone(
 ) -> Backbone:
     backbone = build_model(arch, load_arch_config(arch, None, overrides), is_teacher=True)
     if weights is not None:
-        report = load_backbone(backbone, weights, checkpoint_key, allow_partial=allow_partial)
+        try:
+            report = load_backbone(backbone, weights, checkpoint_key, allow_partial=allow_partial)
+        except UsageError as error:
+            raise UsageError(_without_flags(str(error), allow_partial)) from None
         print(f"{weights}: {report}", file=sys.stderr)
     return backbone.eval()
 
 
+def _without_flags(message: str, allow_partial: bool) -> str:
+    """With what helps here, where the remedy is a flag or key of the scripts."""
+    problem, _, remedy = message.replace("even with --allow_partial", "even partially").rpartition("; ")
+    if "--" in remedy or "MODEL." in remedy:
+        remedy = "call the entry of the network that the file was made with"
+        remedy += "" if allow_partial else ", or pass allow_partial=True to take what fits"
+    return f"{problem}; {remedy}"
+
+
+_TWO_TOKENS = ("MODEL.SPEC.NUM_CLS_TOKENS", "2", "MODEL.SPEC.POS_RESIZE", "scale")
 _WINDOW_14 = ("MODEL.SPEC.WINDOW_SIZE", "14")
 
 
@@ -86,6 +101,11 @@ def esvit_cvt_tiny(**kwargs: Any) -> Backbone:
 def esvit_deit_small(**kwargs: Any) -> Backbone:
     """DeiT-S, patches of 16 pixels."""
     return _backbone("deit_small", **kwargs)
+
+
+def udi_vit_small(**kwargs: Any) -> Backbone:
+    """UDI's ViT-S, patches of 16 pixels; its view feature is that of the first class token, see `Backbone.choose_token`."""
+    return _backbone("deit_small", _TWO_TOKENS, **kwargs)
 
 
 def esvit_resnet50(**kwargs: Any) -> Backbone:

@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 
 import checkpoint
 import data
+import sharding
 import utils
 from data import augment
 from features import FeatureFunction, extract_features, labelled_datasets
@@ -62,7 +63,7 @@ class KnnProbe:
         if (epoch + 1) % self.every:
             return {}
         functions = {name: self._features_of(network) for name, network in self.networks.items()}
-        with _untouched(*self.networks.values()):
+        with _untouched(*self.networks.values()), sharding.gathered(*self.networks.values()):
             parts = [
                 extract_features(loader, functions, self.device, torch.device("cpu"), "k-NN") for loader in self.loaders
             ]

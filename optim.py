@@ -141,8 +141,12 @@ def drop_last_layer_gradients(model: nn.Module) -> None:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, applied: Tensor) -> None:
     """teacher <- momentum teacher + (1 - momentum) student where `applied`, for parameters, not for buffers."""
-    teacher_params = sharding.local(list(teacher.parameters()))
+    teacher_params, student_params = (sharding.local(list(net.parameters())) for net in (teacher, student))
+    share = applied.float() * (1 - momentum)
+    if share.device.type == "cpu":
+        torch._foreach_lerp_(teacher_params, student_params, [share] * len(teacher_params))
+        return
     # One factor for all, as a tensor: a list of factors would be a kernel for each parameter on CUDA.
-    moves = torch._foreach_sub(sharding.local(list(student.parameters())), teacher_params)
-    torch._foreach_mul_(moves, applied.float() * (1 - momentum))
+    moves = torch._foreach_sub(student_params, teacher_params)
+    torch._foreach_mul_(moves, share)
     torch._foreach_add_(teacher_params, moves)

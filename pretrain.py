@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace, script: Script) -> None:
     step = build_step(args, method, len(loader), device, args.precision)
 
     output_dir = Path(args.output_dir)
-    with utils.failing_together():
+    with utils.failing_together(), utils.usable(output_dir):
         start = resume.resume_run(output_dir, step, args)
         if args.pretrained_weights_ckpt and start.is_new:
             start_from_weights(method, args.pretrained_weights_ckpt, args.allow_partial)
@@ -74,16 +75,17 @@ def run(args: argparse.Namespace, script: Script) -> None:
     if start.epoch >= args.epochs:
         logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
         return
-    if utils.is_main_process():
-        resume.tidy(output_dir, start)
-        utils.save_provenance(output_dir, args, config)
+    first_step = start.epoch * engine.steps_per_epoch(len(loader), args.accum_iter) + start.steps
+    with utils.failing_together(), utils.usable(output_dir):
+        if utils.is_main_process():
+            resume.tidy(output_dir, start)
+            utils.save_provenance(output_dir, args, config)
+        log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
     describe_run(args, method, loader, device, args.precision)
 
-    log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device)
     probe = build_probe(args, method, knn_images, device) if knn_images else None
-    with resume.Saver(output_dir, step, args, config) as saver:
+    with resume.Saver(output_dir, step, args, config) as saver, closing(log):
         engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
-    log.close()
 
 
 # --------------------------------------------------------------------------- flags
@@ -153,7 +155,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default="imagenet1k",
         help="imagenet1k (any data), imagenet22k, webvision1, openimages_v4, or a folder under --data_path",
     )
-    add("--data_path", default="", help="folder of images, with or without classes or train/, or a text file of paths")
+    add(
+        "--data_path",
+        default="",
+        help="folder of images, with or without classes or train/, text file of paths, or tar shards (see docs/data.md)",
+    )
     flags.add_layout_flags(parser)
     add(
         "--sampler",
@@ -162,7 +168,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="chunk: neighbours are read by one node at about the same time (see data/chunks.py)",
     )
     add("--shuffle_buffer", type=int, default=256, help="images that each worker mixes, of tar shards")
-    add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, which local ones tell")
+    add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, as counted or told")
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
     flags.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
@@ -229,10 +235,12 @@ def build_loader(
     """The training images as batches of the views that `transform` and `finish` make."""
     in_chans = config.MODEL.SPEC.IN_CHANS
     path = args.data_path if args.dataset in data.COLLECTIONS else Path(args.data_path) / args.dataset
-    layout = data.layout_of(args)
+    layout = data.layout_of(args, str(path))
     dataset: data.ImageDataset | data.ShardStream
     if layout == "shards":
         dataset = data.build_stream(str(path), transform, in_chans, args.seed, args.shuffle_buffer, args.epoch_images)
+    elif args.epoch_images:
+        raise UsageError(f"--epoch_images {args.epoch_images} is for tar shards, {path} holds none; leave it out")
     else:
         dataset = data.build_dataset(path, "train", transform, in_chans, args.seed, layout=layout)
     pin = device.type == "cuda"

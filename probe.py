@@ -46,7 +46,7 @@ class Score(NamedTuple):
 def probe_width(backbone: Backbone, n: int, avgpool: bool) -> int:
     """Length of `forward_return_n_last_blocks(images, n, avgpool)`; these are the last entries of what a larger n gives."""
     widths = [width for width, depth in zip(backbone.stage_dims, backbone.stage_depths) for _ in range(depth)]
-    return sum(widths[-n:]) + (backbone.num_features if avgpool else 0)
+    return sum(widths[-n:]) * len(backbone.view_tokens) + (backbone.num_features if avgpool else 0)
 
 
 class Classifier(nn.Module):
@@ -127,9 +127,15 @@ class Probe:
         accuracies = [-1.0 if row["best_acc1"] is None else row["best_acc1"] for row in self.table]
         return accuracies.index(max(accuracies))
 
-    def step(self, features_BC: Tensor, labels_B: Tensor) -> Tensor:
-        """Update every classifier; returns the loss of each on this process."""
-        losses_S = torch.stack([F.cross_entropy(logits, labels_B) for logits in self.wrapped(features_BC)])
+    def step(self, features_BC: Tensor, labels_B: Tensor, images: int) -> Tensor:
+        """Update every classifier by the mean over the `images` of all processes, of which this one has B, perhaps none.
+
+        Returns:
+            a loss of each classifier, whose mean over processes is that over images.
+        """
+        share = images / utils.get_world_size()
+        logits_SBK = self.wrapped(features_BC)
+        losses_S = torch.stack([F.cross_entropy(logits, labels_B, reduction="sum") / share for logits in logits_SBK])
         self.optimizer.zero_grad()
         losses_S.sum().backward()
         self.optimizer.step()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from utils import is_main_process, logger, peak_memory_mb
+from utils import is_main_process, logger, peak_memory_mb, whole_file
 
 CROP_GRID_IMAGES = 8
 
@@ -149,6 +151,7 @@ class RunLog:
         log_freq: steps between two lines (or TensorBoard points).
         mean, std: the images' normalisation, undone in the picture of the crops.
         device: whose memory is reported.
+        first_step: the one that the run begins or goes on with; TensorBoard hides what the folder holds of it and later ones.
     """
 
     def __init__(
@@ -159,6 +162,7 @@ class RunLog:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        first_step: int = 0,
     ) -> None:
         self.output_dir = output_dir
         self.epochs = epochs
@@ -166,25 +170,63 @@ class RunLog:
         self.mean, self.std = mean, std
         self.device = device
         self._rates: dict[str, float] = {}
-        self.writer = SummaryWriter(str(output_dir)) if is_main_process() else None
-        self._warned = False
+        self.writer: SummaryWriter | None = None
+        if is_main_process():
+            threading.excepthook = _pass_over_disks
+            self.writer = SummaryWriter(str(output_dir), purge_step=first_step)
+        self._failed = False  # some time; then it has been told
+        self._writer_failed = False  # since the last epoch; then it is of no more use
+        self._unwritten: list[str] = []  # lines of log.txt
         self._pictured = (output_dir / "crops.png").exists()
 
     def close(self) -> None:
-        """Flush TensorBoard."""
-        if self.writer is not None:
-            with self._failing_softly():
-                self.writer.close()
+        """Write what is not written yet, and flush TensorBoard."""
+        if self.writer is None:
+            return
+        if self._unwritten:
+            with self.failing_softly():
+                self._write_lines()
+        if self._unwritten:
+            logger.warning("log.txt lacks the last %d epochs; their lines stand above", len(self._unwritten))
+        with self._drawing() as writer:
+            writer.close()
 
     @contextlib.contextmanager
-    def _failing_softly(self) -> Iterator[None]:
+    def failing_softly(self) -> Iterator[None]:
         """A full disk or a lost mount does not end a run because of what it tells: warned about once, then passed over."""
         try:
             yield
         except OSError as error:
-            if not self._warned:
-                logger.warning("cannot write to %s (%s): its logs will lack what follows", self.output_dir, error)
-            self._warned = True
+            if not self._failed:
+                logger.warning(
+                    "cannot write to %s (%s): the run goes on; log.txt gets its lines when that works again, TensorBoard not",
+                    *(self.output_dir, error),
+                )
+            self._failed = True
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[SummaryWriter]:
+        """The TensorBoard writer, in the main process; it cannot be used again after an error."""
+        assert self.writer is not None
+        with self.failing_softly():
+            try:
+                yield self.writer
+            except OSError:
+                self._writer_failed = True
+                raise
+
+    def _write_lines(self) -> None:
+        """Append what is not written yet to `log.txt`, whole or not at all."""
+        path = self.output_dir / "log.txt"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
+                file.writelines(self._unwritten)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
+        self._unwritten.clear()
 
     def due(self, meter: EpochMeter, ahead: int = 0) -> bool:
         """Whether the last step, or the one so many steps `ahead`, ends a log interval."""
@@ -210,9 +252,9 @@ class RunLog:
                 points = meter.latest | rates
                 points |= {"images_per_s": meter.images_per_second, "waiting_share": meter.waiting_share}
                 if self.writer is not None:
-                    with self._failing_softly():
+                    with self._drawing() as writer:
                         for name, value in points.items():
-                            self.writer.add_scalar(f"step/{name}", value, iteration)
+                            writer.add_scalar(f"step/{name}", value, iteration)
                 self._rates = {f"train_{name}": value for name, value in rates.items()}
 
             yield show
@@ -242,13 +284,17 @@ class RunLog:
         }
         if self.writer is None:
             return
-        with self._failing_softly(), (self.output_dir / "log.txt").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        with self._failing_softly():
+        self._unwritten.append(json.dumps(record) + "\n")
+        with self.failing_softly():
+            self._write_lines()
+        if self._writer_failed:
+            with self.failing_softly():
+                self.writer, self._writer_failed = SummaryWriter(str(self.output_dir)), False
+        with self._drawing() as writer:
             for name, value in _numbers(record, "epoch/"):
                 if name != "epoch/epoch":
-                    self.writer.add_scalar(name, value, meter.epoch)
-            self.writer.flush()
+                    writer.add_scalar(name, value, meter.epoch)
+            writer.flush()
         logger.info(
             "epoch %d/%d done (epoch %d of log.txt, from 0): %s",
             meter.epoch + 1,
@@ -266,9 +312,10 @@ class RunLog:
         images = min(CROP_GRID_IMAGES, len(views[0]))
         tiles = [self._tile(view[:images].detach().float().cpu(), side) for view in views]
         grid = make_grid(torch.cat(tiles), nrow=images)
-        with self._failing_softly():
-            self.writer.add_image("crops", grid, 0)
-            save_image(grid, self.output_dir / "crops.png")
+        with self._drawing() as writer:
+            writer.add_image("crops", grid, 0)
+        with self.failing_softly(), whole_file(self.output_dir / "crops.png") as temporary:
+            save_image(grid, temporary, format="png")
 
     def _tile(self, view: Tensor, side: int) -> Tensor:
         """Undo the normalisation, show one or three channels, and centre small views on a canvas of `side` pixels."""
@@ -279,6 +326,12 @@ class RunLog:
         return torch.nn.functional.pad(
             pixels, (margin // 2, margin - margin // 2, margin // 2, margin - margin // 2), value=1.0
         )
+
+
+def _pass_over_disks(failed: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's own thread, whose error `RunLog` meets too and tells in words."""
+    if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(failed)
 
 
 def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import checkpoint
 import optim
+import results
 import sharding
 import utils
 from utils import UsageError, logger
@@ -73,7 +74,7 @@ class Saver:
         self.stopping = False
         self._signal: int | None = None
         self._saved_at = time.monotonic()
-        self._failure = ""  # why the last saving did not work
+        self._failure: str | None = None  # why the last saving did not work; None before the first
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Saver:
@@ -84,12 +85,7 @@ class Saver:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if kind is None:
-            with utils.failing_together():
-                if self._failure:
-                    raise UsageError(
-                        f"the end of the run is not saved ({self._failure}); make room in {self.output_dir} and start it again, "
-                        f"it goes on from its last whole checkpoint"
-                    )
+            end_saved(self._failure, self.output_dir)
 
     def _ask_for_end(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
@@ -115,14 +111,12 @@ class Saver:
 
         `images`: of the epoch that all processes have seen.
         """
-        try:
-            save_run(self.output_dir, self.step, place, images, self.args, self.config)
-            self._failure = ""
-        except (OSError, RuntimeError) as error:
-            self._failure = " ".join(str(error).split())
+        if self._failure == "" and utils.is_main_process() and not os.path.exists(self.output_dir / CHECKPOINT):
             logger.warning(
-                "cannot save the run (%s); its last whole checkpoint stays, and the next saving is tried", self._failure
+                "%s has no %s any more, which this run had saved: was it moved, or is its disk no longer mounted?",
+                *(self.output_dir, CHECKPOINT),
             )
+        self._failure = save_run(self.output_dir, self.step, place, images, self.args, self.config)
         self._saved_at = time.monotonic()
         if self.stopping and not self._failure:
             logger.warning(
@@ -133,20 +127,20 @@ class Saver:
             )
 
 
-def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args: Any, config: Any) -> None:
+def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args: Any, config: Any) -> str:
     """Write `checkpoint.pth`, and after every `args.saveckp_freq`th epoch (0: none) `checkpoint{epoch:04}.pth`.
 
     All processes call this; the main one writes.
 
-    Raises:
-        OSError, RuntimeError: on the main process, it cannot be written; the files are then what they were.
+    Returns:
+        why `checkpoint.pth` could not be written, see `write`.
     """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
     method = step.method
     owners = (method.student, method.teacher, step.optimizer)
     student, teacher, optimizer = (sharding.whole_state(owner) for owner in owners)
     if not utils.is_main_process():
-        return
+        return ""
     state = {
         "student": checkpoint.prefixed(student),
         "teacher": teacher,
@@ -159,17 +153,56 @@ def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args:
         "rng": rng_of_rank,
         "world_size": utils.get_world_size(),
         "bad_steps_in_a_row": step.bad_steps.in_a_row,
+        "monitor": step.monitor.state(),
         "unreadable": dict(place.unreadable),
     }
     if place.steps:
         state["in_epoch"] = {"steps": place.steps, "images": images, "meter": dict(place.meter)}
-    path = output_dir / CHECKPOINT
-    with utils.whole_file(path) as temporary:
-        checkpoint.save_file(state, temporary)
-        _step_back(path, args.keep_last)
+    failure = write(state, output_dir / CHECKPOINT, args.keep_last)
     finished = place.epoch - 1
     if args.saveckp_freq and not place.steps and finished % args.saveckp_freq == 0:
-        checkpoint.save_file(state, output_dir / f"checkpoint{finished:04}.pth")
+        kept = output_dir / f"checkpoint{finished:04}.pth"
+        try:
+            checkpoint.save_file(state, kept)
+        except (OSError, RuntimeError) as error:
+            logger.warning("cannot keep %s (%s); the run goes on without it", kept.name, _in_one_line(error))
+    return failure
+
+
+def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
+    """Write the checkpoint at `path`, whole, and keep `keep` of those before it; where that fails say so, and let the run go on.
+
+    Returns:
+        why it could not be written, and the files are what they were; empty where it was.
+    """
+    try:
+        with utils.whole_file(path) as temporary:
+            checkpoint.save_file(state, temporary)
+            _step_back(path, keep)
+    except (OSError, RuntimeError) as error:  # torch's writer makes either of what the disk says
+        failure = _in_one_line(error)
+        stays = "its last whole checkpoint stays" if os.path.exists(path) else "there is no whole checkpoint yet"
+        logger.warning("cannot save the run (%s); %s, and the next saving is tried", failure, stays)
+        return failure
+    return ""
+
+
+def end_saved(failure: str | None, output_dir: Path) -> None:
+    """At the end of a run: stop on all processes if the main one's last `write` failed.
+
+    Raises:
+        UsageError: it did.
+    """
+    with utils.failing_together():
+        if failure:
+            raise UsageError(
+                f"the end of the run is not saved ({failure}); make room in {output_dir} and start it again, "
+                f"it goes on from its last whole checkpoint"
+            )
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def previous(path: Path, number: int) -> Path:
@@ -227,6 +260,7 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> Place:
     if step.scaler.is_enabled() and content.get("fp16_scaler"):
         step.scaler.load_state_dict(content["fp16_scaler"])
     step.bad_steps.in_a_row = content.get("bad_steps_in_a_row", 0)
+    step.monitor.load_state(content.get("monitor", {}))
     epoch = continue_from(content, args, path)
     in_epoch = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
     steps = _steps_of(in_epoch, args)
@@ -239,12 +273,8 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
     Raises:
         DamagedError: there are files, and none of them is whole.
     """
-    numbers = [int(n) for file in path.parent.glob(f"{path.stem}_previous*{path.suffix}")
-               if (n := file.stem.removeprefix(f"{path.stem}_previous")).isdecimal()]  # fmt: skip
     damaged: list[Path] = []
-    for candidate in [path, *(previous(path, number) for number in sorted(numbers))]:
-        if not candidate.exists():
-            continue
+    for candidate in saved(path):
         try:
             checkpoint.check_whole(candidate)
             content = checkpoint.load_file(candidate)
@@ -257,10 +287,17 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
         return candidate, content, tuple(damaged)
     if damaged:
         raise checkpoint.DamagedError(
-            f"no checkpoint in {path.parent} is whole ({', '.join(file.name for file in damaged)}); "
+            f"every checkpoint in {path.parent} is damaged ({', '.join(file.name for file in damaged)}); "
             "put a copy there, or choose another --output_dir"
         )
     return None
+
+
+def saved(path: Path) -> list[Path]:
+    """The checkpoint at `path` and those before it, the newest first, as far as there are any."""
+    numbers = [int(n) for file in path.parent.glob(f"{path.stem}_previous*{path.suffix}")
+               if (n := file.stem.removeprefix(f"{path.stem}_previous")).isdecimal()]  # fmt: skip
+    return [file for file in (previous(path, number) for number in [0, *sorted(numbers)]) if file.exists()]
 
 
 def _steps_of(in_epoch: Mapping[str, Any], args: Any) -> int:
@@ -290,7 +327,7 @@ def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
             len(rng_of_rank),
             utils.get_world_size(),
         )
-    logger.info("resuming %s at epoch %d", path, content["epoch"])
+    logger.info("resuming %s at epoch %d", path, content["epoch"] + 1)
     return int(content["epoch"])
 
 
@@ -309,11 +346,11 @@ def tidy(output_dir: Path, place: Place) -> None:
     Temporary files are removed, damaged checkpoints get the suffix `.damaged` (so that no whole one gives way to them), and lines
     of `log.txt` about epochs that are trained again go to `log_repeated.txt`.
     """
-    for file in output_dir.glob(".*.tmp"):
+    for file in output_dir.glob(f".*{utils.TEMPORARY}"):
         logger.warning("removing %s, which a saving left that did not end", file)
         file.unlink(missing_ok=True)
     for file in place.damaged:
-        os.replace(file, file.with_name(file.name + ".damaged"))
+        os.replace(file, results.unused(file.with_name(file.name + ".damaged")))
     log = output_dir / "log.txt"
     if not log.exists():
         return

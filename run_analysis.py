@@ -44,7 +44,7 @@ from analysis.images import (
     scale_of,
 )
 from data.augment import MultiCrop
-from features import frozen_backbone
+from features import add_token_flag, frozen_backbone
 from models import Backbone, load_arch_config
 from results import save_json, unused
 from utils import UsageError, logger
@@ -70,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     }.items():
         flags.add_switch(tasks, f"--{flag}", words)
     flags.add_weights_flags(parser)
+    add_token_flag(parser)
     add("--learning", default="ssl", choices=list(LEARNING), help="how the network was trained, as file names tell it")
     add("--image_path", default=None, help="image, or folder of images of which some are taken; default: --data_path")
     add("--image_path2", default=None, help="second image for --vis_correspondence; default: two views of the first")
@@ -110,6 +111,11 @@ class Lab(NamedTuple):
         return int(self.config.MODEL.SPEC.IN_CHANS)
 
     @property
+    def tokens(self) -> list[str]:
+        """The class tokens that attention is seen from, one after the other."""
+        return ["cls", "cls+"] if self.args.token == "both" else [self.args.token]
+
+    @property
     def block(self) -> int:
         """The block that --block means, counted from the first."""
         return attention.find_block(self.backbone, self.args.block)
@@ -120,7 +126,7 @@ class Lab(NamedTuple):
 
     def layout(self, path: str) -> str:
         """How a folder of images holds them, as the flags say."""
-        return data.layout_of(argparse.Namespace(**vars(self.args) | {"data_path": path}))
+        return data.layout_of(self.args, path)
 
     def pictures(self) -> list[Picture]:
         """The images to look at.
@@ -141,12 +147,14 @@ def vis_attention(lab: Lab) -> None:
     """An overview, its figures and the single pictures of every image."""
     block = lab.block
     for picture in lab.pictures():
-        drawing, single = attention_of(lab, picture, block)
-        save_drawing(lab, drawing, f"{picture.name}_attention")
-        folder = unused(lab.output(f"{picture.name}_attention_heads"))
-        folder.mkdir()
-        for name, image in single.items():
-            image.save(folder / name)
+        for token in lab.tokens:
+            drawing, single = attention_of(lab, picture, block, token)
+            what = "attention" if token == "cls" else f"attention_{token}"
+            save_drawing(lab, drawing, f"{picture.name}_{what}")
+            folder = unused(lab.output(f"{picture.name}_{what}_heads"))
+            folder.mkdir()
+            for name, image in single.items():
+                image.save(folder / name)
 
 
 def save_drawing(lab: Lab, drawing: pictures.Drawing, name: str) -> None:
@@ -156,10 +164,13 @@ def save_drawing(lab: Lab, drawing: pictures.Drawing, name: str) -> None:
         _say(save_json(drawing.record, lab.output(f"{name}.json")))
 
 
-def attention_of(lab: Lab, picture: Picture, block: int) -> tuple[pictures.Drawing, dict[str, Image.Image]]:
-    """Attention of one block on one image, as the flags ask for it."""
+def attention_of(lab: Lab, picture: Picture, block: int, token: str) -> tuple[pictures.Drawing, dict[str, Image.Image]]:
+    """Attention of one block on one image, as the flags ask for it, seen from a class token where there is no --query."""
+    lab.backbone.choose_token(token)
     query = tuple(lab.args.query) if lab.args.query else None
-    return pictures.attention_drawing(lab.backbone, picture, lab.scale, block, lab.args.threshold, query, lab.device)
+    found = pictures.attention_drawing(lab.backbone, picture, lab.scale, block, lab.args.threshold, query, lab.device)
+    lab.backbone.choose_token(lab.tokens[0])  # which other drawings go by
+    return found
 
 
 def vis_correspondence(lab: Lab) -> None:
@@ -371,8 +382,9 @@ def report(lab: Lab) -> None:
 def picture_sections(lab: Lab, picture: Picture) -> Iterator[pages.Section]:
     """What the report shows of one image."""
     drawings = {}
-    if lab.backbone.has_attention:
-        drawings["Attention"], _ = attention_of(lab, picture, lab.block)
+    for token in lab.tokens if lab.backbone.has_attention else ():
+        heading = "Attention" if token == "cls" else f"Attention of {token}"
+        drawings[heading], _ = attention_of(lab, picture, lab.block, token)
     views = random_views(picture, lab.args.seed)
     drawings["Correspondence of two views"] = pictures.correspondence_drawing(
         lab.backbone, views, lab.scale, lab.device
@@ -430,10 +442,13 @@ def check_args(args: argparse.Namespace) -> None:
     tasks = SHARED | ALONE
     if not any(getattr(args, task) for task in tasks):
         raise UsageError(f"nothing to do; pass at least one of {' '.join('--' + task for task in tasks)}")
+    flags.check_weights(args)
     if not 0 < args.threshold <= 1:
         raise UsageError(f"--threshold {args.threshold} is a share of the attention and must lie in 0..1, above 0")
     if args.use_saved_aug and args.image_path2:
         raise UsageError("--use_saved_aug takes views of one image, --image_path2 a second one; leave one of them out")
+    if args.query and args.token != "cls":
+        raise UsageError(f"--query looks from a region, --token {args.token} from a class token; leave one of them out")
     flags.check_at_least(args, 1, ["batch_size_per_gpu", "num_images"])
     flags.check_at_least(args, 0, ["num_workers"])
     if args.run_dir and not Path(args.run_dir).is_dir():
@@ -445,8 +460,8 @@ def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
     config = load_arch_config(args.arch, args.cfg, args.opts)
     data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     backbone = frozen_backbone(args, config, args.pretrained_weights, device)
-    if not args.pretrained_weights:
-        logger.warning("no --pretrained_weights: the network has random weights, this is what an untrained one sees")
+    if args.token == "both":
+        backbone.choose_token("cls")  # and the other in its turn, see `Lab.tokens`
     scale = scale_of(backbone, config, args.image_size, device)
     return Lab(backbone, config, scale, device, utils.make_output_dir(args.output_dir), args)
 

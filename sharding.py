@@ -10,6 +10,7 @@ Origin: PyTorch's `fully_shard` (FSDP2); the idea is ZeRO stage 3 (Rajbhandari e
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,6 +63,30 @@ def exchange_gradients(network: nn.Module, wanted: bool) -> None:
     """Whether the next backward of a sharded network averages gradients over processes; others are left as they are."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(wanted)
+
+
+@contextlib.contextmanager
+def gathered(*networks: nn.Module) -> Iterator[None]:
+    """In the block sharded networks are whole in every process, which calls them (or their parts) as often as it likes.
+
+    Outside it calls are exchanges that all processes make equally often, through the network's `forward`. No gradients inside.
+    """
+    parts = [module for network in networks for module in network.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
+
+
+def forget_forwards(network: nn.Module) -> None:
+    """Drop what torch notes of each forward for a backward, which a teacher never has: it would grow with every step."""
+    if isinstance(network, FSDPModule) and hasattr(network, "reset_iter_state"):  # not in older releases of torch
+        network.reset_iter_state()
 
 
 # --------------------------------------------------------------------------- tensors

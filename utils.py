@@ -7,7 +7,9 @@ Origin: the launch conventions are those of torchrun, SLURM and MPI; the divisio
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -16,10 +18,12 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +32,8 @@ import torch.distributed as dist
 logger = logging.getLogger("esvit")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TEMPORARY = ".esvit.tmp"  # how names end of files that are not whole yet
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
 
 class UsageError(ValueError):
@@ -37,17 +43,44 @@ class UsageError(ValueError):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that was foreseen becomes one line on stderr.
 
-    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`).
+    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error.
     """
+    code = 0
     try:
         main()
     except (UsageError, FloatingPointError) as error:
         rank = f" (process {get_rank()})" if get_rank() else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    finally:
-        if is_distributed():
-            dist.destroy_process_group()
+        code = 2 if isinstance(error, UsageError) else 1
+    except Exception:
+        if not is_distributed():
+            raise
+        traceback.print_exc()
+        code = 1
+    if is_distributed():
+        _leave_group(code)
+    if code:
+        sys.exit(code)
+
+
+def _leave_group(code: int) -> NoReturn:
+    """End a process of a group with this exit code, by way of its atexit handlers but without Python's finalisation.
+
+    A thread of gloo gives up the tensors of an exchange shortly after the main thread has got them, and needs the interpreter's
+    lock for that. One that waits for it when the interpreter finalises is ended by Python (before 3.14) inside a destructor, which
+    aborts a process that was done: "terminate called without an active exception". `destroy_process_group` waits for these threads
+    only if nothing else holds the group; meshes of FSDP do.
+
+    After an error the group is not destroyed: others may not come to an exchange that is under way, and see at once that this
+    process is gone.
+    """
+    if code == 0:
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()  # of loader workers, temporary folders, logging
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -130,6 +163,19 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if device.type == "cpu" and _cpu_multiplies_bf16():
         return "bf16"
     return "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Let memory that tensors on a CPU leave be used by the next ones, where the C library is glibc.
+
+    By default it gives large blocks back at once and takes new ones for the next tensor, whose every page the system then clears.
+    In a step, where tensors of many megabytes live for a moment, that takes longer than what is computed on them. What the process
+    holds stays what it held at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _cpu_multiplies_bf16() -> bool:
@@ -225,6 +271,8 @@ def init_processes(args: argparse.Namespace) -> torch.device:
             f"there ({' and '.join(absent)} not set), or pass --dist_url"
         )
     device = resolve_device(args.device, local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     if world > 1 and (device.type == "mps" or ":" in args.device):
         raise UsageError(
             f"--device {args.device} is one device, {world} processes need one each; use --device auto, cuda or cpu"
@@ -401,7 +449,8 @@ def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> 
         number += 1
         suffix = f"_{number}"
     if config is not None:
-        (output_dir / f"config{suffix}.yaml").write_text(config.dump())
+        with whole_file(output_dir / f"config{suffix}.yaml") as temporary:
+            temporary.write_text(config.dump())
     record = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
@@ -412,7 +461,8 @@ def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> 
         "python": sys.version.split()[0],
         "packages": package_versions(),
     }
-    (output_dir / f"run{suffix}.json").write_text(json.dumps(record, indent=2) + "\n")
+    with whole_file(output_dir / f"run{suffix}.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def git_revision() -> str:
@@ -437,7 +487,7 @@ def package_versions() -> dict[str, str]:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; after the block it is on the disk and moved to `path`, or removed if that failed."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -447,14 +497,33 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
-    """Create the folder of a run, or another one that `flag` names.
+@contextlib.contextmanager
+def usable(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
+    """A block that reads and writes files of a folder, which `flag` names.
 
     Raises:
-        UsageError: it cannot be created.
+        UsageError: the disk refuses: it is full, read-only, damaged or no longer mounted, or there is no permission.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {folder} cannot be used ({error.strerror or error}); see that its disk is there, writable and not full, "
+            "or choose another"
+        ) from error
+
+
+def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
+    """Create the folder of a run, or another one that `flag` names, and see that the main process can write there.
+
+    Raises:
+        UsageError: it cannot be created or written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{flag} {folder} cannot be created ({error.strerror}); choose another") from None
+    if is_main_process():
+        with usable(folder, flag), tempfile.TemporaryFile(dir=folder):
+            pass
     return Path(folder)

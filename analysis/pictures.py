@@ -22,6 +22,7 @@ from models import Backbone
 TILE = 224  # shorter side, in pixels, of what is drawn on
 PAGE = 1250  # width, in pixels, that the panels of a page fill
 PAIRS = 10
+CLASS_TOKENS = ("the class token", "the second class token (cls+)")
 ZOOM_BELOW = 0.4  # share of the image: where less is to be seen, panels are zoomed
 
 
@@ -84,12 +85,14 @@ def attention_drawing(
         single[f"rank{rank:02}_head{head}_mask.png"] = whole.masked(mask)
         panels.append(Panel(draw.stacked(zoomed.heat(plane), zoomed.masked(mask)), f"head {head}: {bits:.2f} bits"))
         heads.append({"rank": rank, "head": head, "bits": bits, "regions_kept": int(mask.sum())})
-    origin = "the class token" if maps.query_yx is None else "the red box"
+    class_token = backbone.view_tokens[0] if maps.query_yx is None else None
+    origin = "the red box" if class_token is None else CLASS_TOKENS[class_token]
     frame = "; zoomed to the yellow frame" if zoomed is not whole else ""
     about = f"block {block}, seen from {origin}; heads by entropy, below them {share:.0%} of their attention{frame}"
     record = {
         "block": block,
         "query_row_and_column": maps.query_yx,
+        "class_token": class_token,
         "grid": maps.grid,
         "threshold": share,
         "heads": heads,

@@ -13,7 +13,7 @@ Each side runs in a process of its own. Its peak memory is `ru_maxrss` at the en
 inputs were there and everything warmed up. For the growth with K the weights themselves are taken off: for each of the two heads
 the prototypes of student and teacher and a gradient.
 
-Origin: this project's own; the plain side is `--plain_loss` of main_esvit.py.
+Origin: this project's own; the plain side is that of benchmarks/plain.py.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from benchmarks.plain import make_plain_loss
 from losses import RegionMatchingLoss
 from models.heads import WeightNormLinear
 from outputs import MultiCropOutput
@@ -92,7 +93,8 @@ class Problem:
         for layer in self.teacher:
             layer.requires_grad_(False)
         self.inputs = make_inputs(batch, REGIONS, student=True), make_inputs(batch, REGIONS[:2], student=False)
-        self.loss = RegionMatchingLoss(out_dim, len(REGIONS), 0.04, 0.04, 0, 1)
+        loss = RegionMatchingLoss(out_dim, len(REGIONS), 0.04, 0.04, 0, 1)
+        self.loss = loss if self.factored else make_plain_loss(loss)
 
     def _output(self, layers: list[WeightNormLinear], inputs: Inputs) -> MultiCropOutput:
         of_views, of_regions = (layer.factors if self.factored else layer for layer in layers)

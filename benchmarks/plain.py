@@ -1,8 +1,9 @@
 """The straightforward step that the benchmarks compare with: the same numbers, nothing done to save time or memory.
 
-Attention is spelled out on windows that are padded, rolled and copied, with shift masks built anew in every forward; losses hold
-all logits (`--plain_loss`); gradients are clipped with one reading a parameter; the optimiser goes from tensor to tensor, the
-teacher from parameter to parameter; the host reads every loss.
+It goes about a step as the published implementation does. Attention is spelled out on windows that are padded, rolled and copied,
+with shift masks built anew in every forward; layers are torch's own; losses hold all logits and go from pair of views to pair of
+views; old gradients are dropped when the new ones come; gradients are clipped with one reading a parameter; the optimiser goes
+from tensor to tensor, the teacher from parameter to parameter; the host reads every loss.
 
 Origin: this project's own; it restates the update of DINO (Caron et al., ICCV 2021) and the windows of Swin Transformer (Liu et
 al., ICCV 2021) in their plainest form.
@@ -12,18 +13,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import timm.layers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine
 import optim
+import utils
+from losses import TEACHER_VIEWS, DINOLoss, RegionMatchingLoss, at_least_float32
 from models.attention import pairwise_bias
-from models.heads import WeightNormLinear
 from models.mlp import Mlp
 from models.swin import SwinBlock, WindowAttention
 from models.windows import Cut, cut_windows, join_windows, padded_grid, window_partition
+from outputs import MultiCropOutput
+from products import Linear
+
+Loss = TypeVar("Loss", bound=DINOLoss)
 
 
 class PlainSwinBlock(SwinBlock):
@@ -48,14 +56,6 @@ class PlainSwinBlock(SwinBlock):
         return join_windows(attn.proj_drop(attn.proj(x)), cut, grid), maps if attention else None
 
 
-class PlainWeightNorm(WeightNormLinear):
-    """Prototypes whose norm is spelled out."""
-
-    def weight(self) -> Tensor:
-        """See `WeightNormLinear.weight`."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
-
-
 def plain_shift_mask(grid: tuple[int, int], cut: Cut) -> Tensor:
     """(windows, N, N): -100 between tokens that were not neighbours before the shift; made on the host."""
     bands = (slice(0, -cut.window), slice(-cut.window, -cut.shift), slice(-cut.shift, None))
@@ -67,15 +67,74 @@ def plain_shift_mask(grid: tuple[int, int], cut: Cut) -> Tensor:
 
 
 def make_plain(network: nn.Module) -> nn.Module:
-    """Turn the Swin blocks, MLPs and prototypes of a network into plain ones, in place; parameters and their names stay."""
+    """Turn the Swin blocks, MLPs and linear layers of a network into plain ones, in place; parameters and their names stay."""
     plain: dict[type[nn.Module], type[nn.Module]] = {
         SwinBlock: PlainSwinBlock,
         Mlp: timm.layers.Mlp,
-        WeightNormLinear: PlainWeightNorm,
+        Linear: nn.Linear,
     }
     for module in network.modules():
         module.__class__ = plain.get(type(module), type(module))
     return network
+
+
+class PlainViewLoss(DINOLoss):
+    """The view loss on all logits, pair of views by pair of views; takes the place of another by `make_plain_loss`."""
+
+    def _cross_entropy(self, targets: Tensor, student_logits: Tensor) -> Tensor:
+        return -(targets * F.log_softmax(student_logits, dim=-1)).sum(dim=-1)
+
+    def _sharpened(self, student: Tensor, teacher: Tensor, center: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        return at_least_float32(student) / self.student_temp, self.teacher_probs(teacher, center, epoch)
+
+    def view_loss(self, student_logits: Any, teacher_logits: Any, epoch: int, sources: Any = None) -> Tensor:
+        """See `DINOLoss.view_loss`; images are not mixed."""
+        student, teacher = self._sharpened(student_logits, teacher_logits, self.center, epoch)
+        loss = self.center.new_zeros(())
+        for q, targets in enumerate(teacher.chunk(TEACHER_VIEWS)):
+            for v, logits in enumerate(student.chunk(self.ncrops)):
+                if v != q:
+                    loss = loss + self._cross_entropy(targets, logits).mean()
+        return loss / self._pairs
+
+
+class PlainRegionLoss(PlainViewLoss, RegionMatchingLoss):
+    """The same with regions, whose targets are gathered for each pair of views."""
+
+    def region_loss(
+        self, student: MultiCropOutput, teacher: MultiCropOutput, epoch: int, sources: Any = None
+    ) -> Tensor:
+        """See `RegionMatchingLoss.region_loss`; images are not mixed."""
+        logits = self._sharpened(student.region_logits, teacher.region_logits, self.center_grid, epoch)
+        (student_views, teacher_views), (student_features, teacher_features) = (
+            [_by_view(rows, output) for rows, output in zip(of_both, (student, teacher))]
+            for of_both in (logits, (student.region_features, teacher.region_features))
+        )
+        loss = self.center_grid.new_zeros(())
+        for q, targets_BUK in enumerate(teacher_views):
+            for v, logits_BTK in enumerate(student_views):
+                if v == q:
+                    continue
+                features = student_features[v].detach().float(), teacher_features[q].float()
+                directions_BTC, directions_BUC = (F.normalize(rows, dim=-1) for rows in features)
+                match_BT = (directions_BTC @ directions_BUC.transpose(1, 2)).argmax(dim=2)
+                matched_BTK = targets_BUK.gather(1, match_BT[..., None].expand(-1, -1, targets_BUK.shape[2]))
+                loss = loss + self._cross_entropy(matched_BTK, logits_BTK).mean()
+        return loss / self._pairs
+
+
+def _by_view(rows: Tensor, output: MultiCropOutput) -> list[Tensor]:
+    """(B, T, ...) of each view."""
+    batch = len(rows) // sum(output.regions_per_view)
+    views = rows.split([batch * regions for regions in output.regions_per_view])
+    return [view.unflatten(0, (batch, -1)) for view in views]
+
+
+def make_plain_loss(loss: Loss) -> Loss:
+    """Turn a loss into a plain one, in place."""
+    plain: dict[type[DINOLoss], type[DINOLoss]] = {DINOLoss: PlainViewLoss, RegionMatchingLoss: PlainRegionLoss}
+    loss.__class__ = plain[type(loss)]  # type: ignore[assignment]
+    return loss
 
 
 class PlainStep(engine.TrainStep):
@@ -109,9 +168,19 @@ class PlainStep(engine.TrainStep):
             optim.drop_last_layer_gradients(self.method.student)
         self.optimizer.step()
         self._move_teacher(float(self.schedules.momentum[iteration]))
-        self.optimizer.zero_grad(set_to_none=True)
         self.method.finish_step(torch.ones((), dtype=torch.bool, device=self.device))
         return scalars | {"skipped": torch.zeros(())}
+
+    def _accumulate_gradients(
+        self, micro_batches: Sequence[engine.MicroBatch], epoch: int, watch: bool = False
+    ) -> dict[str, Tensor]:
+        (views,) = micro_batches
+        assert not callable(views)
+        with utils.autocast(self.device, self.precision):
+            loss, extra = self.method.compute_loss(views, epoch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        return {name: value.detach() for name, value in {"loss": loss, **extra}.items()}
 
     @torch.no_grad()
     def _clip(self) -> None:

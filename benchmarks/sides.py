@@ -21,7 +21,7 @@ import engine
 import main_esvit
 import pretrain
 import utils
-from benchmarks.plain import PlainStep, make_plain
+from benchmarks.plain import PlainStep, make_plain, make_plain_loss
 from models import load_arch_config
 
 SIDES = ("timm", "plain", "lean")
@@ -66,6 +66,7 @@ def build_step(
     if side == "plain":
         make_plain(method.student)
         make_plain(method.teacher)
+        make_plain_loss(method.criterion)
         return PlainStep(step)
     return step
 

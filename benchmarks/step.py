@@ -64,6 +64,8 @@ def build_side(args: argparse.Namespace, precision: str) -> Callable[[], object]
     if args.side == "timm":
         run = build_timm(precision, DROP_PATH)
         return lambda: run(crops)
+    if args.side != "plain":
+        utils.keep_freed_memory()  # as main_esvit.py does on a CPU
     flags = ("--compile", "on") if args.side == COMPILED else ()
     step = build_step("plain" if args.side == "plain" else "lean", args, precision=precision, flags=flags)
     return lambda: step([crops], 0, 0)["loss"].item()

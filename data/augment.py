@@ -4,7 +4,8 @@ Two policies: `dino_aug`, the photometric recipe of DINO, and `deit_aug`, RandAu
 Images are PIL (1 or 3 channels) or float tensors (C, H, W) for any other number of channels. This is the `pil` backend, each
 image for itself in a loader worker; `split` does `dino_aug` of colour images faster (data/crops.py, data/photometric.py).
 
-Origin: DINO (Caron et al., ICCV 2021), see data/recipe.py; DeiT (Touvron et al., ICML 2021) through timm.
+Origin: DINO (Caron et al., ICCV 2021), see data/recipe.py; DeiT (Touvron et al., ICML 2021) through timm; the strong view of a
+linear probe is that of UDI (Su and Ji, ECCV 2024) after Mugs (Zhou et al., 2022).
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from PIL import ImageFilter, ImageOps
 from timm.data import create_transform
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
@@ -118,6 +123,20 @@ def as_tensor(image: ImageLike) -> Tensor:
 # --------------------------------------------------------------------------- deit_aug
 
 
+def posterised_to_a_bit(view: transforms.Compose) -> transforms.Compose:
+    """timm's view, whose strongest posterising keeps one bit of a colour instead of none, which newer Pillows refuse."""
+    for step in view.transforms:
+        policies = getattr(step, "policy", None) or [getattr(step, "ops", ())]
+        for operation in (operation for policy in policies for operation in policy):
+            if getattr(operation, "name", "").startswith("Posterize"):
+                operation.level_fn = partial(_at_least_a_bit, operation.level_fn)
+    return view
+
+
+def _at_least_a_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    return (max(1, *level_fn(level, hparams)),)
+
+
 def deit_views(
     crops: Crops,
     mean: Sequence[float],
@@ -140,7 +159,7 @@ def deit_views(
 
     def view(size: int, scale: tuple[float, float], erase: float) -> ViewTransform:
         try:
-            return create_transform(
+            made = create_transform(
                 size,
                 is_training=True,
                 scale=scale,
@@ -153,6 +172,7 @@ def deit_views(
                 re_mode=erase_mode,
                 re_count=erase_count,
             )
+            return posterised_to_a_bit(made)
         except (KeyError, AssertionError, ValueError) as error:
             raise UsageError(
                 f"timm does not take --aa {auto_augment} --train-interpolation {interpolation} --remode {erase_mode} "
@@ -183,6 +203,21 @@ def train_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiC
             )
         ]
     )
+
+
+def strong_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
+    """What UDI's linear classifier trains on, Mugs' augmentation: flip, RandAugment on the whole image, random crop, erasing."""
+    rand_augment = {"translate_const": int(0.45 * size), "img_mean": tuple(round(255 * value) for value in mean)}
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps: list[Callable] = [
+        transforms.RandomHorizontalFlip(),
+        rand_augment_transform("rand-m9-mstd0.5-inc1", rand_augment),
+        transforms.RandomResizedCrop(size, interpolation=bicubic, antialias=True),
+        as_tensor,
+        transforms.Normalize(mean, std),
+        RandomErasing(0.25, mode="pixel", device="cpu"),
+    ]
+    return MultiCrop([posterised_to_a_bit(transforms.Compose(steps))])
 
 
 def eval_view(size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:

@@ -1,13 +1,14 @@
-"""Turn images into one of the layouts of few large files: zip, tsv or shards. Images stay byte for byte what they are.
+"""Turn images into one of the layouts of few large files, zip, tsv or shards, and back. Images stay byte for byte what they are.
 
     python -m data.convert IMAGENET OUT --to shards         # OUT/train-000000.tar ..., OUT/val-000000.tar ..., OUT/sizes.json
     python -m data.convert IMAGENET OUT --to zip            # OUT/train.zip, OUT/train_map.txt, the same of val
     python -m data.convert OUT TSV --to tsv --zip_mode      # from zip files; --tsv_mode: from tsv files; tars are seen
+    python -m data.convert OUT IMAGENET2 --to files         # back: IMAGENET2/train/CLASS/..., IMAGENET2/val/CLASS/...
     python main_esvit.py --data_path OUT ...                # --zip_mode and --tsv_mode as the layout needs
 
 SOURCE is whatever the scripts take: with training and validation images both are converted, else all counts as training.
-Classes are numbered in their order over both, and classes.txt says how; those that are numbers already keep them. Labels are
-written where every image has one. Nothing is overwritten, and files get their names when they are whole.
+Classes are numbered in their order over both, and classes.txt says how, which the way back looks up; those that are numbers already
+keep them. Labels are written where every image has one. Nothing is overwritten, and files get their names when they are whole.
 
 Origin: this project's own; shards are written by webdataset.
 """
@@ -19,6 +20,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ from webdataset import TarWriter
 import flags
 import utils
 from data.datasets import LAYOUTS, layout_of
+from data.remote import check_here
 from data.sources import UNLABELLED, Files, Listing, Source, check_inside
 from data.tars import SIZES
 from data.tree import EXTENSIONS
@@ -175,12 +178,50 @@ class ShardsWriter(Writer):
         return {name: min(self.images, self.count - i * self.images) for i, name in enumerate(self.parts)}
 
 
+class FolderWriter(Writer):
+    """`SPLIT/CLASS/NAME`.
+
+    Args:
+        classes: their names; one that has none goes by its number.
+    """
+
+    def __init__(self, folder: Path, split: str, classes: Sequence[str]) -> None:
+        super().__init__(folder, split)
+        self.root = self.part(split)
+        self.classes = classes
+        shutil.rmtree(self.root, ignore_errors=True)  # of a conversion that was killed
+        self.root.mkdir()
+
+    def write(self, item: Item) -> None:
+        """See `Writer.write`."""
+        path = item.name
+        if item.label is not None:
+            folder = self.classes[item.label] if item.label < len(self.classes) else str(item.label)
+            if "/" in folder or folder in ("", ".", ".."):
+                raise UsageError(f"the class '{folder}' cannot name a folder; convert to zip, tsv or shards")
+            path = path if path.startswith(f"{folder}/") else f"{folder}/{path}"
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        with (self.root / path).open("xb") as file:
+            file.write(item.content)
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+
+    def finish(self) -> None:
+        """See `Writer.finish`."""
+        self.root.rename(self.folder / self.split)  # which fails where a folder that holds anything came meanwhile
+
+    def discard(self) -> None:
+        """See `Writer.discard`."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """From where to where."""
-    parser = flags.Parser("python -m data.convert", description="images into zip, tsv or shards")
+    parser = flags.Parser("python -m data.convert", description="images into zip, tsv or shards, and back")
     parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
     parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
-    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards"))
+    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"))
     parser.add_argument("--shard_images", type=int, default=5000, help="images of a shard")
     flags.add_layout_flags(parser)
     return parser
@@ -193,17 +234,20 @@ def main(args: argparse.Namespace) -> None:
     layout = layout_of(args)
     listings = {split: list_split(args.data_path, layout, split) for split in find_splits(args.data_path, layout)}
     numbers, names = number_classes(list(listings.values()))
+    if args.to == "files" and not names:
+        names = read_classes(Path(args.data_path))
     folder = utils.make_output_dir(args.dest)
     writers: list[Writer] = []
     try:
         for (split, listing), label_N in zip(listings.items(), numbers):
-            writers.append(make_writer(args, folder, split))
+            writers.append(make_writer(args, folder, split, names))
             for item in tqdm(
                 items_of(listing.source, label_N, Path(args.data_path), split), desc=split, total=len(listing.source)
             ):
                 writers[-1].write(item)
             writers[-1].close()
-        write_small_files(folder, writers, names)
+        if args.to != "files":
+            write_small_files(writers, names)
         for writer in writers:
             writer.finish()
     finally:
@@ -212,12 +256,15 @@ def main(args: argparse.Namespace) -> None:
             writer.discard()
     for split, listing in listings.items():
         logger.info("%s: %d images, %d classes", split, len(listing.source), len(listing.classes))
+    logger.info("use them with --data_path %s%s", folder, {"zip": " --zip_mode", "tsv": " --tsv_mode"}.get(args.to, ""))
 
 
-def make_writer(args: argparse.Namespace, folder: Path, split: str) -> Writer:
+def make_writer(args: argparse.Namespace, folder: Path, split: str, classes: Sequence[str]) -> Writer:
     """The writer that --to names."""
     if args.to == "shards":
         return ShardsWriter(folder, split, args.shard_images)
+    if args.to == "files":
+        return FolderWriter(folder, split, classes)
     makers: dict[str, Callable[[Path, str], Writer]] = {"zip": ZipWriter, "tsv": TsvWriter}
     return makers[args.to](folder, split)
 
@@ -242,6 +289,7 @@ def list_split(data_path: str, layout: str, split: str) -> Listing:
     Raises:
         UsageError: see the layouts.
     """
+    check_here(data_path)
     if layout != "shards" and not Path(data_path).exists():
         raise UsageError(f"'{data_path}' does not exist; SOURCE is a folder or file of images")
     listing = LAYOUTS[layout](Path(data_path), split, False)
@@ -253,7 +301,7 @@ def list_split(data_path: str, layout: str, split: str) -> Listing:
 def number_classes(listings: Sequence[Listing]) -> tuple[list[np.ndarray], list[str]]:
     """The labels of each listing, numbered alike, and the names of the classes where they were no numbers before."""
     names = sorted({name for listing in listings for name in listing.classes})
-    as_numbers = all(name.isdecimal() for name in names)
+    as_numbers = all(name.isdecimal() and name == str(int(name)) for name in names)  # 01 is a name: it might meet a 1
     number_of = {name: int(name) if as_numbers else number for number, name in enumerate(names)}
     numbers = []
     for listing in listings:
@@ -312,7 +360,18 @@ def kind_of(content: bytes, name: str) -> str:
         return "npy" if content.startswith(b"\x93NUMPY") else "jpg"
 
 
-def write_small_files(folder: Path, writers: Sequence[Writer], names: Sequence[str]) -> None:
+def read_classes(source: Path) -> list[str]:
+    """The names of classes in classes.txt of a folder, or beside a file or pattern; none without it."""
+    path = (source if source.is_dir() else source.parent) / CLASSES
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); repair it or move it away") from None
+
+
+def write_small_files(writers: Sequence[Writer], names: Sequence[str]) -> None:
     """classes.txt, where classes have names, and sizes.json of shards; they become files of the last writer."""
     sizes = {name: n for writer in writers if isinstance(writer, ShardsWriter) for name, n in writer.sizes().items()}
     if names:

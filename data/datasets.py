@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from data.decode import ImageLike, decode_image
 from data.folders import list_files
 from data.published import list_openimages, list_webvision
+from data.remote import check_here
 from data.sources import UNLABELLED, Listing, MultiLabels, Source
 from data.tars import holds_shards, list_tars
 from data.tsv import list_tsv
@@ -138,8 +139,8 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).replace(": ", " ").split()) or type(error).__name__
 
 
-def layout_of(args: argparse.Namespace) -> str:
-    """The layout that a script's flags name: a key of `LAYOUTS`.
+def layout_of(args: argparse.Namespace, data_path: str | None = None) -> str:
+    """The layout of --data_path, or of another path, as a script's flags name it: a key of `LAYOUTS`.
 
     Raises:
         UsageError: flags that exclude each other.
@@ -153,7 +154,7 @@ def layout_of(args: argparse.Namespace) -> str:
         return dataset
     if args.zip_mode or args.tsv_mode:
         return "zip" if args.zip_mode else "tsv"
-    return "shards" if holds_shards(args.data_path) else "files"
+    return "shards" if holds_shards(args.data_path if data_path is None else data_path) else "files"
 
 
 def build_dataset(
@@ -183,9 +184,10 @@ def build_dataset(
     root = Path(data_path)
     if not str(data_path):
         raise UsageError("--data_path is needed; it takes a folder of images or a text file of paths")
+    check_here(str(data_path))
     if layout != "shards" and not root.exists():
         raise UsageError(
-            f"data path '{data_path}' does not exist; --data_path takes a folder of images or a text file of paths"
+            f"data path '{data_path}' does not exist; --data_path takes a folder of images, a text file of paths or tar shards"
         )
     listing = LAYOUTS[layout](root, split, need_labels)
     return ImageDataset(*listing, transform, in_chans, seed)

@@ -89,13 +89,13 @@ def build_train_loader(
     """Shuffled batches; the last incomplete one of an epoch is left out.
 
     `sampler`: `distributed` mixes all images, `chunk` those that lie beside each other (data/chunks.py). A stream of shards
-    brings its own order.
+    brings its own order, and takes no `chunk`.
 
     Without `drop_last` every image comes in every epoch; first ones come again where the processes' shares would differ.
     Batches are pinned for a CUDA device, on which they are then finished (`Batch.views_on`); elsewhere the workers do it.
 
     Raises:
-        UsageError: less data than one batch on every process, with `drop_last`.
+        UsageError: less data than one batch on every process, with `drop_last`; or chunks of a stream.
     """
     world = get_world_size()
     if drop_last and len(dataset) < batch_size * world:
@@ -112,21 +112,25 @@ def build_train_loader(
         "persistent_workers": workers > 0,
         # Its own: starting workers draws a number, and a resumed run starts them once more than one that went through.
         "generator": torch.Generator(),
-        "worker_init_fn": _outlive_sigterm if workers else None,
+        "worker_init_fn": _outlive_signals if workers else None,
     }
     if isinstance(dataset, ShardStream):
         assert drop_last
+        if sampler == "chunk":
+            raise UsageError("--sampler chunk is for images at any place; shards are read in their order, leave it out")
         dataset.batch_size, dataset.rank, dataset.world = batch_size, get_rank(), world
         return ShardLoader(dataset, **options)
     order = LaterPart(_train_sampler(dataset, sampler, drop_last))
     return DataLoader(dataset, sampler=order, **options)  # type: ignore[arg-type]
 
 
-def _outlive_sigterm(_worker: int) -> None:
+def _outlive_signals(_worker: int) -> None:
     """A scheduler signals all processes of a run: its workers must not die before the run has saved what it did.
 
     A SIGTERM of the run itself, which comes at its end, still ends them at once. Without `sigwaitinfo` (macOS) any does.
     """
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_on_sigterm_of, args=(os.getppid(),), daemon=True).start()

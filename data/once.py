@@ -3,6 +3,8 @@
 Processes need not know of each other, nor run on one machine: a lock file beside the wanted one tells them apart, and a lock
 whose owner died is taken over. Where nothing can be written, callers keep what they made in memory.
 
+The cache folder may be emptied at any time: what it held is made anew.
+
 Origin: this project's own.
 """
 
@@ -14,9 +16,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 HEARTBEAT = 5.0  # seconds
 ABANDONED_AFTER = 60.0  # seconds without a heartbeat
@@ -44,6 +49,30 @@ def make_once(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     except OSError:
         return path.exists()
     return True
+
+
+def arrays_once(place: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that the file `place` keeps, made and kept by one of all processes where it is not there or damaged."""
+    made: list[dict[str, np.ndarray]] = []
+
+    def write(file: BinaryIO) -> None:
+        made.append(make())
+        np.savez(file, **made[0])  # type: ignore[arg-type]
+
+    if make_once(place, write) and not made:
+        try:
+            with np.load(place, allow_pickle=False) as kept:
+                return dict(kept)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            with contextlib.suppress(OSError):
+                place.unlink()
+    return made[0] if made else make()
+
+
+def state_of(files: Sequence[Path]) -> str:
+    """What tells whether any of these files was changed: a digest of their places, sizes and times."""
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(states).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
 def _take(lock: Path) -> bool:

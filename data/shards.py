@@ -1,8 +1,11 @@
 """Pre-training on WebDataset shards, read from their beginning to their end: from slow disks, or from elsewhere.
 
     --data_path 'shards/train-{000000..000146}.tar'      or a folder of tars
-    --data_path 'https://HOST/train-{000000..000146}.tar' --epoch_images 1281167
+    --data_path 'https://HOST/train-{000000..000146}.tar'
     --data_path 'pipe:aws s3 cp s3://BUCKET/train-{000000..000146}.tar -' --epoch_images 1281167
+
+How many images there are is counted on this disk, and told elsewhere: by `sizes.json` beside the shards, which data/convert.py
+writes, or by --epoch_images, of which each shard then gives its equal share.
 
 Each epoch lays the shards in a new order end to end and cuts them into one part for each process, and that into one for each of its
 workers, in whole batches: every image comes at most once, and all processes get as many batches. A worker mixes what it reads
@@ -11,31 +14,35 @@ in a buffer. What comes when depends on (seed, epoch, processes, workers, batch 
 A pass that begins later in its epoch reads the stream from its beginning, for what the buffer would hold, and decodes none:
 it costs the reading of the images that are passed by, once. Another number of workers or processes reads in another order.
 
-An image that cannot be read is named, and another one of the buffer takes its place; so are images that a shard lacks.
+An image that cannot be read is named, and another one of the buffer takes its place; so are images that a shard lacks. A connection
+that is lost is tried again (`PAUSES`), from the beginning of the shard.
 
-Origin: the method and the opening of URLs are WebDataset's (webdataset); the exact cut is this project's own.
+Origin: the method is WebDataset's; the exact cut is this project's own.
 """
 
 from __future__ import annotations
 
+import tarfile
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.gopen import gopen
-from webdataset.tariterators import tar_file_iterator
 
 from data.datasets import REPLACEMENT_TRIES, Sample, SharedEpoch, Transform, reason_of
 from data.decode import decode_image
+from data.remote import PIPE, is_remote, open_stream
 from data.sources import UNLABELLED, parse_label
-from data.tars import count_images, find_shards, is_remote, samples_of
-from utils import UsageError, isolated_rng
+from data.tars import LINK, SIZES, count_images, find_shards, is_file, parse_sizes, parts_of, samples_of
+from utils import UsageError, isolated_rng, logger
 
-RECENT = 16  # readable images that are kept to stand in for others
+RECENT = 16  # images that are kept to stand in for others
+PAUSES = (1.0, 10.0)  # seconds before each further try of a shard that lies elsewhere
+TRIED_SHARDS = 8  # in search of a first image that can be read
 
 
 class Span(NamedTuple):
@@ -141,23 +148,27 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
         order = generator.permutation(len(self.shards))
         spans = plan_spans(self.counts, self.batch_size, each * self.world, reader, order)
         generator = np.random.default_rng([self.seed % 2**64, self.epoch, reader])
-        elsewhere = [Span(shard, 0, RECENT) for shard in order.tolist()]
+        elsewhere = [Span(shard, 0, RECENT) for shard in order[:TRIED_SHARDS].tolist()]
         of_this_worker = -(-(skipped - worker) // workers) if skipped > worker else 0
-        yield from self._samples(self._read(spans), self._read(elsewhere), generator, of_this_worker * self.batch_size)
+        yield from self._samples(self._read(spans), elsewhere, generator, of_this_worker * self.batch_size)
 
     def _read(self, spans: Sequence[Span]) -> Iterator[Encoded]:
         for span in spans:
-            yield from read_span(self.shards[span.shard], span, int(self.starts[span.shard]))
+            shard = self.shards[span.shard]
+            yield from read_span(shard, span, int(self.starts[span.shard]), PAUSES if is_remote(shard) else ())
 
     def _samples(
-        self, images: Iterator[Encoded], elsewhere: Iterator[Encoded], generator: np.random.Generator, skipped: int
+        self, images: Iterator[Encoded], elsewhere: Sequence[Span], generator: np.random.Generator, skipped: int
     ) -> Iterator[Sample]:
-        """Mix the images, decode them but for the first `skipped`, and let others stand in for those that cannot be read."""
-        mixed: list[Encoded] = []  # images without content, which take no memory, come on top of the buffer's
+        """Mix the images, decode them but for the first `skipped`, and let others stand in for those that cannot be read.
+
+        Which others are at hand follows from what was read alone, never from what could be decoded: it is the same after a skip.
+        """
+        mixed: list[Encoded] = []  # as many without content, which take no memory, come on top of the buffer's
         recent: deque[Encoded] = deque(maxlen=RECENT)
         readable = 0
         while True:
-            while readable < self.buffer and (image := next(images, None)) is not None:
+            while readable < self.buffer and len(mixed) < 2 * self.buffer and (image := next(images, None)) is not None:
                 mixed.append(image)
                 readable += not image.error
             if not mixed:
@@ -168,15 +179,12 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
             readable -= not wanted.error
             if skipped:
                 skipped -= 1
-                recent.extend([] if wanted.error else [wanted])
-                continue
-            sample, used = self._view(wanted, stand_ins(mixed, recent, elsewhere))
-            if used is not None:
-                recent.append(used)
-            yield sample
+            else:
+                yield self._view(wanted, stand_ins(mixed, recent, self._read(elsewhere)))
+            recent.extend([] if wanted.error else [wanted])
 
-    def _view(self, wanted: Encoded, others: Iterator[Encoded]) -> tuple[Sample, Encoded | None]:
-        """The views of the wanted image or of one of the others, and which it was."""
+    def _view(self, wanted: Encoded, others: Iterator[Encoded]) -> Sample:
+        """The views of the wanted image, or of one of the others."""
         failures: list[str] = []
         with isolated_rng(self.seed, self.epoch, wanted.number):
             for chosen in islice(chain([wanted], others), REPLACEMENT_TRIES):
@@ -187,8 +195,8 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
                 except Exception as error:  # see ImageDataset
                     failures.append(f"{chosen.name}: {reason_of(error)}")
                     continue
-                return Sample(self.transform(image), chosen.label, wanted.number, tuple(failures)), chosen
-        return Sample([], UNLABELLED, wanted.number, tuple(failures)), None
+                return Sample(self.transform(image), chosen.label, wanted.number, tuple(failures))
+        return Sample([], UNLABELLED, wanted.number, tuple(failures))
 
 
 def stand_ins(mixed: Sequence[Encoded], recent: Sequence[Encoded], elsewhere: Iterator[Encoded]) -> Iterator[Encoded]:
@@ -199,21 +207,41 @@ def stand_ins(mixed: Sequence[Encoded], recent: Sequence[Encoded], elsewhere: It
     yield from (image for image in elsewhere if not image.error)
 
 
-def read_span(shard: str, span: Span, first_index: int) -> Iterator[Encoded]:
-    """As many images as the span says; those that the shard does not give carry an error."""
-    place = span.start
-    reason = f"the shard has fewer than {span.start + span.images} images"
-    try:
-        stream = gopen(shard) if is_remote(shard) else open(shard, "rb")  # noqa: SIM115
-        with stream:
-            files = ((file["fname"], file["data"]) for file in tar_file_iterator(stream))
-            for name, content, label in islice(samples_of(files), span.start, span.start + span.images):
-                yield _labelled(Encoded(f"{shard}@/{name}", first_index + place, content, UNLABELLED), label)
-                place += 1
-    except Exception as error:  # whatever a damaged tar or a lost connection makes the libraries raise
-        reason = reason_of(error)
-    for missing in range(place, span.start + span.images):
+def read_span(shard: str, span: Span, first_index: int, pauses: Sequence[float] = ()) -> Iterator[Encoded]:
+    """As many images as the span says; those that the shard does not give, not even after the pauses, carry an error."""
+    place, end = span.start, span.start + span.images
+    reason = ""
+    for pause in (0.0, *pauses):
+        time.sleep(pause)
+        try:
+            with open_stream(shard) as stream:
+                for name, content, label in islice(samples_of(_contents(stream)), place, end):
+                    error = LINK if content is None else ""
+                    image = Encoded(f"{shard}@/{name}", first_index + place, content or b"", UNLABELLED, error)
+                    yield _labelled(image, label)
+                    place += 1
+            reason = f"the shard has fewer than {end} images"
+            break
+        except Exception as error:  # whatever a damaged tar or a lost connection makes the libraries raise
+            reason = _why(error)
+        if place == end:
+            return
+    for missing in range(place, end):
         yield Encoded(f"{shard} image {missing + 1}", first_index + missing, b"", UNLABELLED, reason)
+
+
+def _contents(stream: IO[bytes]) -> Iterator[tuple[str, bytes | None]]:
+    """Name and content of the images and labels of a tar; no content of links."""
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for name, info in parts_of(tar):
+            file = tar.extractfile(info) if is_file(info) else None
+            yield name, file.read() if file else None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, tarfile.TarError):
+        return f"it is no whole tar file ({str(error).splitlines()[0].rstrip(':')})"
+    return reason_of(error)
 
 
 def _labelled(image: Encoded, label: bytes | None) -> Encoded:
@@ -244,23 +272,71 @@ def build_stream(
     """The training images of shards.
 
     Args:
-        data_path: a folder of tars, a tar, or a pattern of them; what is not on this disk needs `epoch_images`.
+        data_path: a folder of tars, a tar, or a pattern of them; here or elsewhere.
         epoch_images: images of an epoch; 0: all.
 
     Raises:
-        UsageError: no shards, a damaged one, or a number of images that they do not hold.
+        UsageError: no shards, damaged or unreachable ones, or a number of images that they do not hold.
     """
     shards = find_shards(data_path, "train")
-    if any(is_remote(shard) for shard in shards):
+    remote = any(is_remote(shard) for shard in shards)
+    if remote:
+        check_reachable(shards)
+    told = _told_counts(shards) if remote else list(zip(shards, count_images(shards)))
+    counts = [count for _, count in told if count is not None]
+    if len(counts) < len(shards):
+        unknown = next(shard for shard, count in told if count is None)
         if epoch_images < len(shards):
             raise UsageError(
-                f"--epoch_images {epoch_images} is needed for shards from elsewhere: how many images the {len(shards)} hold"
+                f"--epoch_images {epoch_images} must say how many images the {len(shards)} shards hold: "
+                f"they lie elsewhere, and no {SIZES} beside them tells it of {unknown}"
             )
-        counts = [epoch_images // len(shards)] * len(shards)
-        return ShardStream(shards, counts, transform, in_chans, seed, buffer)
-    counts = count_images(shards)
+        counts, epoch_images = [epoch_images // len(shards)] * len(shards), 0
     if epoch_images > sum(counts) or not sum(counts):
         raise UsageError(
             f"{data_path} holds {sum(counts)} images in {len(shards)} shards, --epoch_images is {epoch_images}"
         )
     return ShardStream(shards, counts, transform, in_chans, seed, buffer, epoch_images or None)
+
+
+def _told_counts(shards: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Each shard with the number of its images, where `sizes.json` beside it says one."""
+    sizes: dict[str, dict[str, int]] = {}
+    told = []
+    for shard in shards:
+        folder, _, name = shard.rpartition("/")
+        if folder not in sizes:
+            sizes[folder] = {} if folder.startswith(PIPE) else _fetch_sizes(f"{folder}/{SIZES}")
+        told.append((shard, sizes[folder].get(name)))
+    return told
+
+
+def _fetch_sizes(address: str) -> dict[str, int]:
+    try:
+        with open_stream(address) as stream:
+            content = stream.read()
+    except Exception:  # of any kind: it need not be there
+        return {}
+    try:
+        return parse_sizes(content)
+    except ValueError as error:
+        logger.warning("%s is not used: %s", address, error)
+        return {}
+
+
+def check_reachable(shards: Sequence[str]) -> None:
+    """Stop before a run in which nothing can be read; some shards, spread over all, are tried until one can.
+
+    Raises:
+        UsageError: none can.
+    """
+    count = min(TRIED_SHARDS, len(shards))
+    reasons = []
+    for i in range(count):
+        shard = shards[i * len(shards) // count]
+        image = next(read_span(shard, Span(0, 0, 1), 0))
+        if not image.error:
+            return
+        reasons.append(f"{shard} ({image.error})")
+    others = f", nor from {count - 1} other shards" if count > 1 else ""
+    raise UsageError(f"no image can be read from {reasons[0]}{others}; check --data_path")

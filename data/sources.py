@@ -185,6 +185,30 @@ class Files(Source):
         return Path(self.name(index)).read_bytes()
 
 
+class Chosen(Source):
+    """Some images of another source.
+
+    Args:
+        source: all images.
+        indices: those that are chosen, in their order.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """See `Source.name`."""
+        return self.source.name(int(self.indices[index]))
+
+    def read(self, index: int) -> bytes:
+        """See `Source.read`."""
+        return self.source.read(int(self.indices[index]))
+
+
 def parse_label(text: str, where: str) -> int:
     """A class that a text file gives as a number.
 

@@ -3,7 +3,11 @@
     DIR/train-000000.tar ...       or a pattern 'DIR/train-{000000..000146}.tar', or a folder train/ of tars
 
 Members of one name before the first dot are one sample: an image, and where labels are known `NAME.cls` with a number. Nothing is
-ever unpacked to the disk. Training reads the same files from their beginning to their end: data/shards.py.
+ever unpacked to the disk. A link is no image: what it leads to need not be there, so it is reported as one that cannot be read.
+Training reads the same files from their beginning to their end: data/shards.py.
+
+Looking through a million headers takes a while: what was found in large shards is kept in the cache folder (data/once.py) until
+one of them changes.
 
 Origin: the conventions of WebDataset; the index is this project's own, on Python's tarfile.
 """
@@ -13,25 +17,29 @@ from __future__ import annotations
 import json
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import braceexpand
 import numpy as np
 from tqdm import tqdm
 
+from data.once import arrays_once, cache_file, state_of
+from data.remote import is_remote
 from data.sources import UNLABELLED, Listing, Names, OwnFile, Source, parse_label
 from data.tree import EXTENSIONS
 from utils import UsageError, is_main_process
 
 SUFFIXES = tuple(name.lstrip(".") for name in EXTENSIONS)
 LABEL_SUFFIX = "cls"
+LARGEST = 2**32 - 1  # bytes of an image, as `MEMBER` holds it
 LABEL_BYTES = 64  # of a label's member, at most
 SIZES = "sizes.json"  # beside shards: the number of images in each, by its name
 MEMBER = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
-REMOTE = ("pipe:", "://")  # opened by the webdataset library, pipes by a shell: only ever what the user typed
-
+KEPT_FROM = 2**28  # bytes of all shards; smaller ones are looked through each time
+LINK = "it is a link, and a shard must hold each image itself; make it with tar --dereference --hard-dereference"
 
 T = TypeVar("T")
 
@@ -40,7 +48,7 @@ class Member(NamedTuple):
     """An image in a tar file."""
 
     name: str
-    offset: int  # of its bytes
+    offset: int  # of its bytes; 0 of a link
     size: int
     label: str | None
 
@@ -69,6 +77,8 @@ class TarMembers(Source):
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
         member = self.members[index]
+        if not member["offset"]:
+            raise ValueError(LINK)
         return self.shards[member["shard"]].read(int(member["offset"]), int(member["size"]))
 
 
@@ -78,29 +88,47 @@ def list_tars(root: Path, split: str, need_labels: bool) -> Listing:
     Raises:
         UsageError: no such shards, a damaged one, or no labels where they are needed.
     """
-    shards = find_shards(str(root), split, need_labels)
-    if any(is_remote(shard) for shard in shards):
-        raise UsageError(f"{root} is not on this disk; only pre-training reads shards from elsewhere, copy them here")
-    paths = [Path(shard) for shard in shards]
+    paths = [Path(shard) for shard in find_shards(str(root), split, need_labels)]
+    kept = _kept(root, paths, ".members.npz", partial(_list_members, paths))
+    source = TarMembers(paths, kept["members"], Names.of(kept["text"], kept["ends"]))
+    if not len(source):
+        raise UsageError(
+            f"{root} holds no image; looked in {len(paths)} tar files for names ending in {' '.join(SUFFIXES)}"
+        )
+    labels = kept["labels"]
+    if UNLABELLED in labels:
+        if need_labels:
+            without = source.name(int((labels == UNLABELLED).argmax()))
+            raise UsageError(f"{without} has no label; evaluation needs a member NAME.{LABEL_SUFFIX} for each image")
+        return Listing(source, np.full(len(labels), UNLABELLED), ())
+    found, label_N = np.unique(labels, return_inverse=True)
+    return Listing(source, label_N, [str(label) for label in found])
+
+
+def _list_members(shards: Sequence[Path]) -> dict[str, np.ndarray]:
+    """A `MEMBER` and a label for each image, and the names as the arrays of `Names`."""
     rows, names, labels = [], [], []
-    for number, path in enumerate(tqdm(paths, desc="shards", disable=_quiet(), leave=False)):
+    for number, path in enumerate(tqdm(shards, desc="shards", disable=_quiet(), leave=False)):
         for member in tar_members(path):
             rows.append((number, member.offset, member.size))
             names.append(member.name)
             where = f"{path}@/{member.name}"
             labels.append(UNLABELLED if member.label is None else parse_label(member.label, where))
-    if not rows:
-        raise UsageError(
-            f"{root} holds no image; looked in {len(paths)} tar files for names ending in {' '.join(SUFFIXES)}"
-        )
-    source = TarMembers(paths, np.array(rows, dtype=MEMBER), Names(names))
-    if UNLABELLED in labels:
-        if need_labels:
-            without = source.name(labels.index(UNLABELLED))
-            raise UsageError(f"{without} has no label; evaluation needs a member NAME.{LABEL_SUFFIX} for each image")
-        return Listing(source, np.full(len(labels), UNLABELLED), ())
-    found, label_N = np.unique(np.array(labels), return_inverse=True)
-    return Listing(source, label_N, [str(label) for label in found])
+    in_arrays = Names(names)
+    members, label_N = np.array(rows, dtype=MEMBER), np.array(labels, dtype=np.int64)
+    return {"members": members, "labels": label_N, "text": in_arrays.text, "ends": in_arrays.ends}
+
+
+def _kept(
+    about: Path, shards: Sequence[Path], suffix: str, make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """What `make` finds out about shards, from the cache where they are large."""
+    try:
+        large = sum(shard.stat().st_size for shard in shards) >= KEPT_FROM
+        place = cache_file(about, f".{state_of(shards)}{suffix}")
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read ({error.strerror}); copy or make it again") from None
+    return arrays_once(place, make) if large else make()
 
 
 def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
@@ -113,11 +141,17 @@ def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
         UsageError: none, or one that is missing.
     """
     if is_remote(path) or "{" in path:
-        shards = list(braceexpand.braceexpand(path))
+        try:
+            shards = list(braceexpand.braceexpand(path))
+        except ValueError as error:
+            raise UsageError(
+                f"--data_path {path} is no pattern of shards ({error}); write DIR/train-{{000..146}}.tar"
+            ) from None
         missing = [shard for shard in shards if not is_remote(shard) and not Path(shard).is_file()]
         if missing:
             raise UsageError(
-                f"--data_path names {len(shards)} shards of which {len(missing)} are missing, first {missing[0]}"
+                f"--data_path names {len(shards)} shards of which {len(missing)} are missing, first {missing[0]}; "
+                "correct the pattern"
             )
         return shards
     root = Path(path)
@@ -142,16 +176,11 @@ def holds_shards(path: str) -> bool:
     return any(next(folder.glob("*.tar"), None) is not None for folder in folders)
 
 
-def is_remote(shard: str) -> bool:
-    """Whether it takes the webdataset library to open it."""
-    return shard.startswith(REMOTE[0]) or REMOTE[1] in shard
-
-
 def split_name(member: str) -> tuple[str, str]:
     """The sample that a member belongs to, and what it is of it: `a/b.c.JPG` is the `c.jpg` of `a/b`."""
-    path = PurePosixPath(member)
-    stem, _, suffix = path.name.partition(".")
-    return str(path.parent / stem), suffix.lower()
+    folder, slash, name = member.rpartition("/")
+    stem, _, suffix = name.partition(".")
+    return folder + slash + stem, suffix.lower()
 
 
 def is_image(suffix: str) -> bool:
@@ -161,19 +190,19 @@ def is_image(suffix: str) -> bool:
 
 def samples_of(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T, T | None]]:
     """Name and content of the image, and content of the label, of each sample that has an image; of several the first."""
-    key, name, image, label = "", "", None, None
+    key, image, label = "", None, None
     for member, content in members:
         sample, suffix = split_name(member)
         if sample != key:
             if image is not None:
-                yield name, image, label
+                yield *image, label
             key, image, label = sample, None, None
         if image is None and is_image(suffix):
-            name, image = member, content
+            image = member, content
         elif suffix == LABEL_SUFFIX:
             label = content
     if image is not None:
-        yield name, image, label
+        yield *image, label
 
 
 def tar_members(path: Path) -> Iterator[Member]:
@@ -184,19 +213,29 @@ def tar_members(path: Path) -> Iterator[Member]:
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            for name, image, label in samples_of(_regular_files(tar)):
-                content = tar.extractfile(label) if label else None
+            for name, image, label in samples_of(parts_of(tar)):
+                content = tar.extractfile(label) if label and is_file(label) else None
                 text = content.read(LABEL_BYTES).decode("ascii", "replace") if content else None
-                yield Member(name, image.offset_data, image.size, text)
+                if image.size > LARGEST:
+                    raise UsageError(f"{path}@/{name} has {image.size} bytes, too many for an image; remove it")
+                yield Member(name, image.offset_data if is_file(image) else 0, image.size, text)
     except (tarfile.TarError, OSError) as error:
         raise UsageError(f"{path} is no whole tar file without compression ({error}); copy or make it again") from None
 
 
-def _regular_files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+def parts_of(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Name and header of the images and labels of a tar, hidden files apart; links are among them (see `is_file`)."""
     for info in tar:
         tar.members = []  # type: ignore[attr-defined]  # which would hold every header
-        if info.isreg() and not info.issparse():
+        _, suffix = split_name(info.name)
+        hidden = info.name.rpartition("/")[2].startswith(".")
+        if (is_image(suffix) or suffix == LABEL_SUFFIX) and not hidden and not info.isdir():
             yield info.name, info
+
+
+def is_file(info: tarfile.TarInfo) -> bool:
+    """Whether the tar holds its content; not of links."""
+    return info.isreg() and not info.issparse()
 
 
 def count_images(shards: Sequence[str]) -> list[int]:
@@ -205,26 +244,39 @@ def count_images(shards: Sequence[str]) -> list[int]:
     Raises:
         UsageError: a damaged shard or list.
     """
-    known: dict[Path, dict[str, int]] = {}
-    counts = []
-    for shard in tqdm(shards, desc="counting images of shards", disable=_quiet(), leave=False):
-        folder = Path(shard).parent
-        if folder not in known:
-            known[folder] = _read_sizes(folder / SIZES)
-        count = known[folder].get(Path(shard).name)
-        counts.append(sum(1 for _ in tar_members(Path(shard))) if count is None else count)
-    return counts
+    paths = [Path(shard) for shard in shards]
+    sizes = {folder: _read_sizes(folder / SIZES) for folder in {path.parent for path in paths}}
+    told = [sizes[path.parent].get(path.name) for path in paths]
+    unknown = [path for path, count in zip(paths, told) if count is None]
+    if not unknown:
+        return [count for count in told if count is not None]
+    counted = iter(_kept(unknown[0], unknown, ".counts.npz", partial(_count_members, unknown))["counts"].tolist())
+    return [next(counted) if count is None else count for count in told]
+
+
+def _count_members(shards: Sequence[Path]) -> dict[str, np.ndarray]:
+    bar = tqdm(shards, desc="counting images of shards", disable=_quiet(), leave=False)
+    return {"counts": np.array([sum(1 for _ in tar_members(path)) for path in bar])}
 
 
 def _read_sizes(path: Path) -> dict[str, int]:
     try:
-        sizes = json.loads(path.read_text())
+        return parse_sizes(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not readable as JSON ({error}); move it away, images are counted then") from None
+        raise UsageError(f"{path} cannot be used ({error}); move it away, images are counted then") from None
+
+
+def parse_sizes(content: bytes) -> dict[str, int]:
+    """`sizes.json`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    sizes = json.loads(content)
     if not isinstance(sizes, dict) or not all(type(count) is int and count >= 0 for count in sizes.values()):
-        raise UsageError(f"{path} does not give a number of images for each tar; move it away, images are counted then")
+        raise ValueError("it does not give a number of images for each tar")
     return sizes
 
 

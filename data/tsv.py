@@ -6,7 +6,8 @@
 
 A line is `key<TAB>label<TAB>image in base64`. The label is a number, a name, empty, or JSON that holds one:
 `[{"class": "n01440764"}]`, `["n01440764"]`. A labelmap, one name a line, numbers the names; without it they are numbered in their
-order. Labels are read only where they are needed, since that takes a look at every line. The index is 14 bytes an image.
+order. Labels are read only where they are needed, since that takes a look at every line; those of large files are kept in the cache
+folder (data/once.py) until a file changes. The index is 14 bytes an image.
 
 Origin: the layout of microsoft/esvit (and of Microsoft's scene graph benchmark); reading is this project's own.
 """
@@ -23,8 +24,8 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from data.once import cache_file, make_once
-from data.sources import UNLABELLED, Listing, OwnFile, Source
+from data.once import arrays_once, cache_file, make_once, state_of
+from data.sources import UNLABELLED, Listing, Names, OwnFile, Source
 from utils import UsageError, is_main_process, logger
 
 LABELMAP = "labelmap_22k_reorder.txt"
@@ -33,6 +34,7 @@ COLUMNS = 3  # key, label, image
 BLOCK = 2**24  # bytes read at once while an index is made
 HEAD = 2**10  # bytes read at once for a label
 CHECKED_LINES = 100
+KEPT_FROM = 50_000  # lines; the labels of fewer are read each time
 
 
 class TsvLines(Source):
@@ -97,13 +99,30 @@ def list_tsv(root: Path, split: str, need_labels: bool) -> Listing:
         raise UsageError(f"{root} holds no line; a line is key<TAB>label<TAB>base64")
     if not need_labels:
         return Listing(source, np.full(len(source), UNLABELLED), ())
-    found = [_one_label(source, i) for i in progress(range(len(source)), "labels")]
+    found = _read_labels(source, files)
     names = (
         read_labelmap(files[0].parent / LABELMAP) if (files[0].parent / LABELMAP).is_file() else _sorted_names(found)
     )
     number_of = {name: number for number, name in enumerate(names)}
     labels = [label_number(name, number_of, source.name(i)) for i, name in enumerate(found)]
     return Listing(source, np.array(labels), names)
+
+
+def _read_labels(source: TsvLines, files: Sequence[Path]) -> Names:
+    """The label of each line.
+
+    Raises:
+        UsageError: a line has none, or several.
+    """
+
+    def read() -> dict[str, np.ndarray]:
+        names = Names([_one_label(source, i) for i in progress(range(len(source)), "labels")])
+        return {"text": names.text, "ends": names.ends}
+
+    if len(source) < KEPT_FROM:
+        return Names.of(**read())
+    linelists = [path for file in files if (path := file.with_suffix(".linelist")).is_file()]
+    return Names.of(**arrays_once(cache_file(files[0], f".{state_of([*files, *linelists])}.labels.npz"), read))
 
 
 def find_tsv(root: Path, split: str) -> list[Path]:
@@ -284,7 +303,7 @@ def _one_label(source: TsvLines, index: int) -> str:
     return names[0]
 
 
-def _sorted_names(found: Sequence[str]) -> list[str]:
+def _sorted_names(found: Iterable[str]) -> list[str]:
     """Numbers in their order, names in theirs."""
     names = set(found)
     if all(name.isdecimal() for name in names):

@@ -3,8 +3,9 @@
     DIR/train.zip  DIR/train_map.txt  DIR/val.zip  DIR/val_map.txt
 
 A line of a map is `NAME.zip@/path/in/zip<TAB>label`, or `path/in/zip<TAB>label` for an image in the zip of the split. Labels are
-numbers; those that occur are the classes, in their order. The directory of a zip is read once, by the process that starts the
-loader workers, and kept as an array of 27 bytes an image; workers read the members at the offsets it says.
+numbers; those that occur are the classes, in their order. The directory of a zip is read by the process that starts the loader
+workers and becomes an array of 27 bytes an image; workers read the members at the offsets it says. What was read of large zips is
+kept in the cache folder (data/once.py) until a file changes.
 
 Origin: the layout of microsoft/esvit and microsoft/Swin-Transformer; reading is this project's own, on Python's zipfile.
 """
@@ -15,11 +16,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.once import arrays_once, cache_file, state_of
 from data.sources import Listing, Names, OwnFile, Source, check_inside, parse_label
 from utils import UsageError
 
@@ -35,6 +38,7 @@ PACKED = struct.Struct("<" + "".join(FIELDS.values()))
 MEMBER = np.dtype([(name, f"<{kind}") for name, kind in FIELDS.items()])
 SIGNATURE = b"PK\x03\x04"  # what a member begins with
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field that follow
+KEPT_FROM = 2**20  # bytes of a map; the directories that smaller ones name are read each time
 ENCRYPTED = 1  # bit of a member's flags
 
 
@@ -97,10 +101,24 @@ def list_zip(root: Path, split: str, need_labels: bool) -> Listing:
     for path in (root / f"{split}.zip", map_file):
         if not path.is_file():
             raise UsageError(f"--zip_mode needs {split}.zip and {map_file.name} in --data_path; {path} is missing")
+    make = partial(_read_directories, root, map_file, f"{split}.zip")
+    if map_file.stat().st_size < KEPT_FROM:
+        kept = make()
+    else:
+        state = state_of([map_file, *sorted(root.glob("*.zip"))])
+        kept = arrays_once(cache_file(map_file, f".{state}.zip.npz"), make)
+    archives = [root / name for name in kept["archives"].tolist()]
+    source = ZipMembers(archives, kept["members"], Names.of(kept["text"], kept["ends"]), root)
+    found, label_N = np.unique(kept["labels"], return_inverse=True)
+    return Listing(source, label_N, [str(label) for label in found])
+
+
+def _read_directories(root: Path, map_file: Path, default_archive: str) -> dict[str, np.ndarray]:
+    """The names of the archives; a `MEMBER` and a label for each image, and the names as the arrays of `Names`."""
     archives: dict[str, zipfile.ZipFile] = {}
     rows, names, labels, missing = bytearray(), [], [], []
     try:
-        for line in read_map(map_file, f"{split}.zip"):
+        for line in read_map(map_file, default_archive):
             if line.archive not in archives:
                 archives[line.archive] = open_zip(root / line.archive, f"{map_file} line {line.number}")
             try:
@@ -125,9 +143,14 @@ def list_zip(root: Path, split: str, need_labels: bool) -> Listing:
         )
     if not rows:
         raise UsageError(f"{map_file} names no image; a line is NAME.zip@/path/in/zip<TAB>label")
-    source = ZipMembers([root / name for name in archives], np.frombuffer(rows, dtype=MEMBER), Names(names), root)
-    found, label_N = np.unique(np.array(labels), return_inverse=True)
-    return Listing(source, label_N, [str(label) for label in found])
+    in_arrays = Names(names)
+    return {
+        "archives": np.array(list(archives)),
+        "members": np.frombuffer(rows, dtype=MEMBER),
+        "labels": np.array(labels, dtype=np.int64),
+        "text": in_arrays.text,
+        "ends": in_arrays.ends,
+    }
 
 
 def read_map(map_file: Path, default_archive: str) -> Iterator[MapLine]:

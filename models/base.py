@@ -28,6 +28,9 @@ from models.windows import Cut, real_tokens, window_plane
 from outputs import LevelOutput, MultiCropOutput, split_rows
 from utils import UsageError
 
+# Which class tokens a view feature is made of, by the values of --token.
+TOKENS = {"cls": (0,), "cls+": (1,), "both": (0, 1)}
+
 
 class Tokens(NamedTuple):
     """Tokens of one batch between two blocks."""
@@ -87,6 +90,8 @@ class Backbone(nn.Module, ABC):
         patch_size: pixels of a side that one token of the first stage covers; no image may be smaller.
         image_size: (height, width) of MODEL.IMAGE_SIZE, where learned tables depend on it; else None.
         norm: the norm of the last stage's tokens.
+        num_cls_tokens: class tokens that can be told apart; fewer than two leave nothing to choose.
+        view_tokens: which of them make the view feature, see `choose_token`.
         has_attention: whether blocks can give attention maps.
         converters: for each library that has this architecture, what makes its state dict of this one's.
         grad_checkpointing: recompute blocks in the backward instead of keeping their activations.
@@ -97,6 +102,8 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     image_size: tuple[int, int] | None = None
     norm: nn.Module
+    num_cls_tokens: int = 0
+    view_tokens: tuple[int, ...] = TOKENS["cls"]
     has_attention: bool = True
     converters: ClassVar[Mapping[str, Converter]] = {}
 
@@ -156,12 +163,42 @@ class Backbone(nn.Module, ABC):
         names = {name for name, _ in self.named_parameters() if not name.startswith(("head.", "head_dense."))}
         return {name for name in names if any(part in name for part in ("relative_position", "pos_embed", "cls_token"))}
 
+    # ----------------------------------------------------------------- class tokens
+
+    def choose_token(self, token: str) -> None:
+        """Make the view feature of one or more class tokens, a key of `TOKENS`; attention maps are seen from the first of them.
+
+        Raises:
+            UsageError: another class token than the first, of a network that has no second one.
+        """
+        if token != "cls" and self.num_cls_tokens < 2:
+            raise UsageError(
+                f"--token {token} needs a network with two class tokens, {type(self).__name__} has {self.num_cls_tokens or 'none'} "
+                "to choose from; leave --token out"
+            )
+        self.view_tokens = TOKENS[token]
+
+    def keep_class_tokens(self, kept: int) -> None:
+        """Drop all class tokens but the first `kept`, with their positions, for programs that know fewer.
+
+        What is left is another function: in every block the other tokens attended to those that are dropped.
+
+        Raises:
+            UsageError: a network without class tokens to drop.
+        """
+        raise UsageError(f"{type(self).__name__} has no class tokens that could be dropped; keep all tokens")
+
     # ----------------------------------------------------------------- features
 
     @property
     def num_features(self) -> int:
-        """Channels of the view and region features."""
+        """Channels of the region features, and of the view feature of one token."""
         return self.stage_dims[-1]
+
+    @property
+    def view_width(self) -> int:
+        """Channels of the view feature."""
+        return self.num_features * max(len(self.view_tokens), 1)
 
     def forward_blocks(self, x_BCHW: Tensor, n: int = 1, attention: bool = False) -> list[BlockOutput]:
         """Outputs of the last `n` blocks in order, before the final norm, with attention maps if asked for.
@@ -275,7 +312,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             output: of `forward_blocks` with `attention`, in evaluation mode.
-            query_yx: row and column of the region that looks; None for the first prefix token.
+            query_yx: row and column of the region that looks; None for the (first) class token of `view_tokens`.
 
         Raises:
             ValueError: no maps, a query outside the grid, or none where `has_summary_query` is false.
@@ -294,7 +331,7 @@ class Backbone(nn.Module, ABC):
         if cut is not None and query_yx is not None:
             return window_plane(maps, cut, output.grid, query_yx)
         prefix = output.num_prefix_tokens
-        row = 0 if query_yx is None else prefix + query_yx[0] * output.grid[1] + query_yx[1]
+        row = self.view_tokens[0] if query_yx is None else prefix + query_yx[0] * output.grid[1] + query_yx[1]
         return maps[:, :, row, prefix:].unflatten(-1, output.grid)
 
     # ----------------------------------------------------------------- multi-crop

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNormFp32, QuickGELU
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -26,6 +25,7 @@ from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, grid_tok
 from models.mlp import activated_linear
 from models.registry import register
 from models.windows import Cut, cut_windows, join_windows, pad_to_windows, relative_position_index, shift_mask
+from products import linear
 from utils import UsageError
 
 LayerNorm = partial(LayerNormFp32, eps=1e-5)
@@ -41,7 +41,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C')."""
-        return F.linear(x_BHWC, self.weight.flatten(1), self.bias)
+        return linear(x_BHWC, self.weight.flatten(1), self.bias)
 
 
 class QKVProjection(nn.Module):

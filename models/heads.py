@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.base import init_linear_weights
 from outputs import FactoredLogits
+from products import Linear
 
 
 class WeightNormLinear(nn.Module):
@@ -73,7 +74,7 @@ class DINOHead(nn.Module):
         widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
         for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-            layers.append(nn.Linear(width_in, width_out))
+            layers.append(Linear(width_in, width_out))
             if i < len(widths) - 2:
                 layers += [nn.BatchNorm1d(width_out), nn.GELU()] if use_bn else [nn.GELU()]
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]

@@ -12,7 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
+
+from utils import UsageError
 
 State = Mapping[str, Tensor]
 Converter = Callable[[State], dict[str, Tensor]]
@@ -72,6 +75,36 @@ def swin_to_mmdet(state: State) -> dict[str, Tensor]:
 def _in_unfold_order(weight: Tensor) -> Tensor:
     """Merged channels (..., 4 C) of patch merging: from (column, row, C) to the (C, row, column) of `nn.Unfold`."""
     return weight.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3)
+
+
+# --------------------------------------------------------------------------- ViT
+
+
+def vit_to_timm(state: State) -> dict[str, Tensor]:
+    """timm's names; a second class token is what timm calls a register token."""
+    kept = dict(state)
+    if "cls_token" in kept and kept["cls_token"].shape[1] == 2:
+        kept["cls_token"], kept["reg_token"] = (token.contiguous() for token in kept["cls_token"].split(1, dim=1))
+    return kept
+
+
+def vit_from_timm(state: State) -> dict[str, Tensor]:
+    """Register tokens beside a class token are further class tokens here; other files stay as they are."""
+    joined = dict(state)
+    if {"cls_token", "reg_token"} <= joined.keys():
+        joined["cls_token"] = torch.cat([joined["cls_token"], joined.pop("reg_token")], dim=1)
+    return joined
+
+
+def vit_to_detectron2(state: State) -> dict[str, Tensor]:
+    """detectron2's names, which are the published ones; it takes one class token or none.
+
+    Raises:
+        UsageError: two class tokens.
+    """
+    if "cls_token" in state and state["cls_token"].shape[1] > 1:
+        raise UsageError("detectron2's ViT takes one class token or none; pass --class_tokens first or none")
+    return dict(state)
 
 
 # --------------------------------------------------------------------------- ResNet

@@ -14,9 +14,10 @@ from typing import Any
 
 import timm.layers
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from products import linear, product, weight_gradient
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -28,7 +29,9 @@ class Mlp(timm.layers.Mlp):
         """(..., channels) to the same shape."""
         if self.training and self.drop1.p > 0:  # dropout keeps the activation's output in any case
             return super().forward(x)
-        return self.drop2(activated_linear(self.fc1(x), self.act, self.fc2.weight, self.fc2.bias))
+        return self.drop2(
+            activated_linear(linear(x, self.fc1.weight, self.fc1.bias), self.act, self.fc2.weight, self.fc2.bias)
+        )
 
 
 def activated_linear(x: Tensor, activation: Activation, weight_DC: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -40,14 +43,14 @@ def activated_linear(x: Tensor, activation: Activation, weight_DC: Tensor, bias_
     While a graph is traced (torch.compile, torch.export) the two are left apart: a compiler decides itself what it keeps.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return F.linear(activation(x), weight_DC, bias_D)
+        return linear(activation(x), weight_DC, bias_D)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return _ActivatedLinear.apply(x, weight_DC, bias_D, activation, dtype)
 
 
 class _ActivatedLinear(torch.autograd.Function):
-    """Products are computed in `dtype`; they are those of `F.linear` and its backward, in the same order."""
+    """Products are computed in `dtype`; they are those of `linear` and its backward, in the same order."""
 
     @staticmethod
     def forward(
@@ -57,7 +60,7 @@ class _ActivatedLinear(torch.autograd.Function):
         ctx.activation, ctx.dtype, ctx.bias_dtype = activation, dtype, None if bias_D is None else bias_D.dtype
         with torch.autocast(x.device.type, enabled=False):
             bias_D = None if bias_D is None else bias_D.to(dtype)
-            return F.linear(activation(x).to(dtype), weight_DC.to(dtype), bias_D)
+            return linear(activation(x).to(dtype), weight_DC.to(dtype), bias_D)
 
     @staticmethod
     @once_differentiable
@@ -72,10 +75,10 @@ class _ActivatedLinear(torch.autograd.Function):
             grad_ND = grad.reshape(-1, grad.shape[-1])
             if of_weight:
                 hidden_NC = hidden.detach().reshape(-1, hidden.shape[-1])
-                grad_weight_DC = (grad_ND.t() @ hidden_NC).to(weight_DC.dtype)
+                grad_weight_DC = weight_gradient(grad_ND, hidden_NC).to(weight_DC.dtype)
             if of_bias:
                 grad_bias_D = grad_ND.sum(dim=0).to(ctx.bias_dtype)
             if of_x:
-                grad_hidden = (grad_ND @ weight_DC.to(ctx.dtype)).view_as(hidden)
+                grad_hidden = product(grad_ND, weight_DC.to(ctx.dtype)).view_as(hidden)
                 (grad_x,) = torch.autograd.grad(hidden, x, grad_hidden)
         return grad_x, grad_weight_DC, grad_bias_D, None, None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.attention import attend, join_heads, split_heads
 from models.base import Backbone, init_linear_weights
+from products import Linear
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -68,8 +69,8 @@ class SRS(nn.Module):
             raise UsageError(f"--srs_heads {num_heads} must divide the {dim} channels of the backbone")
         self.num_heads = num_heads
         self.norm = LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.out_norm = LayerNorm(dim)
         self.apply(init_linear_weights)
 

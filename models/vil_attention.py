@@ -27,6 +27,7 @@ from models.windows import (
     window_partition,
     window_reverse,
 )
+from products import Linear
 
 # A chunk and its eight neighbours, row by row: how many chunks down and to the right each of them lies.
 OFFSETS = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
@@ -160,12 +161,12 @@ class ChunkAttention(BiasedAttention):
         self.window = stage.window
         self.exact = msvit.SW_EXACT
         self.mode = msvit.MODE
-        self.query, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.query, self.kv, self.proj = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
         if stage.num_global and msvit.SHARE_W:
             self.query_global, self.kv_global, self.proj_global = self.query, self.kv, self.proj
         elif stage.num_global:
-            self.query_global, self.kv_global = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
-            self.proj_global = nn.Linear(dim, dim)
+            self.query_global, self.kv_global = Linear(dim, dim), Linear(dim, 2 * dim)
+            self.proj_global = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x_BNC: Tensor, grid: tuple[int, int], attention: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -252,8 +253,8 @@ class FullAttention(BiasedAttention):
     def __init__(self, stage: StageSpec, grid: tuple[int, int], proj_drop: float) -> None:
         super().__init__(stage, relative_position_index(grid), (2 * grid[0] - 1) * (2 * grid[1] - 1))
         self.grid = grid
-        self.qkv = nn.Linear(stage.dim, 3 * stage.dim)
-        self.proj = nn.Linear(stage.dim, stage.dim)
+        self.qkv = Linear(stage.dim, 3 * stage.dim)
+        self.proj = Linear(stage.dim, stage.dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x_BNC: Tensor, grid: tuple[int, int], attention: bool = False) -> tuple[Tensor, Tensor | None]:

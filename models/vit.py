@@ -1,7 +1,7 @@
 """The plain Vision Transformer (DeiT and DINO sizes): class tokens and patch tokens of one resolution.
 
-UDI has two class tokens (MODEL.SPEC.NUM_CLS_TOKENS); the first one is the view feature. State-dict keys are those of the released
-DINO backbones (golden file deit_small). Any patch size, any image size, square or not.
+UDI has two class tokens (MODEL.SPEC.NUM_CLS_TOKENS); the first one is the view feature unless `choose_token` says otherwise.
+State-dict keys are those of the released DINO backbones (golden file deit_small). Any patch size, any image size, square or not.
 
 Shapes: B images, N tokens, C channels.
 Origin: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), position resizing of DINO (Caron et al., ICCV 2021),
@@ -22,10 +22,11 @@ from yacs.config import CfgNode
 
 from models.attention import attend, drop_rate, join_heads, split_heads
 from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_linear_weights
-from models.interop import Converter
+from models.interop import Converter, vit_to_detectron2, vit_to_timm
 from models.mlp import Mlp
 from models.registry import register
 from models.resize import RESIZE_RULES, resize_pos_embed
+from products import Linear
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -39,9 +40,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x_BNC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -73,7 +74,7 @@ class VisionTransformer(Backbone):
         UsageError: heads that do not divide the width, an image smaller than a patch, or no or too many class tokens.
     """
 
-    converters: ClassVar[Mapping[str, Converter]] = {"timm": dict, "detectron2": dict}  # the same names
+    converters: ClassVar[Mapping[str, Converter]] = {"timm": vit_to_timm, "detectron2": vit_to_detectron2}
 
     def __init__(self, image_size: tuple[int, int], patch_size: int, spec: CfgNode, dense: bool = False) -> None:
         super().__init__(dense)
@@ -139,8 +140,19 @@ class VisionTransformer(Backbone):
         return x
 
     def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-        """The first class token."""
-        return tokens_BNC[:, 0]
+        """The class tokens of `view_tokens`, one after the other; the mean of the patches where all were dropped."""
+        if not self.view_tokens:
+            return tokens_BNC[:, num_prefix_tokens:].mean(dim=1)
+        return torch.cat([tokens_BNC[:, token] for token in self.view_tokens], dim=-1)
+
+    def keep_class_tokens(self, kept: int) -> None:
+        """See `Backbone.keep_class_tokens`."""
+        if kept > self.num_cls_tokens:
+            raise UsageError(f"{kept} class tokens cannot be kept of {self.num_cls_tokens}; keep fewer")
+        positions = self.pos_embed.detach()
+        self.pos_embed = nn.Parameter(torch.cat([positions[:, :kept], positions[:, self.num_cls_tokens :]], dim=1))
+        self.cls_token = nn.Parameter(self.cls_token.detach()[:, :kept].clone())
+        self.num_cls_tokens, self.view_tokens = kept, tuple(range(min(kept, 1)))
 
     def summary_tokens(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
         """All class tokens."""

@@ -1,6 +1,7 @@
 """Kill a run with SIGKILL at random moments, start it again each time, and compare its end with that of a run left alone.
 
     python tests/kill_loop.py --kills 50
+    python tests/kill_loop.py --kills 50 --processes 2       # of which one is killed; the other gets SIGTERM, as from torchrun
 
 The run saves after every step, so that many kills come while it saves; that is seen by the temporary file they leave. It prints
 how many these were, and ends with code 1 unless every start found a whole checkpoint no older than the last one seen, and the last
@@ -25,10 +26,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.chdir(ROOT)
 
 import torch  # noqa: E402
-from runs import TINY_RUN, TINY_SWIN, write_images  # noqa: E402
+from runs import TINY_RUN, TINY_SWIN, free_port, write_images  # noqa: E402
 
 import main_esvit  # noqa: E402
 import resume  # noqa: E402
+import utils  # noqa: E402
 
 EPOCHS = 12
 
@@ -40,20 +42,31 @@ def train(folder: Path, images: Path) -> None:
     main_esvit.main(main_esvit.get_args_parser().parse_args(line))
 
 
-def start(folder: Path, images: Path) -> int:
-    """The number of a process that trains."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            train(folder, images)
-            code = 0
-        finally:
-            os._exit(code)
-    return child
+def start(folder: Path, images: Path, processes: int) -> list[int]:
+    """The numbers of processes that train together."""
+    children, port = [], free_port()
+    for rank in range(processes):
+        child = os.fork()
+        children.append(child)
+        if child == 0:
+            code = 1
+            try:
+                silence = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(silence, 1)
+                os.dup2(silence, 2)
+                if processes > 1:
+                    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                train(folder, images)
+                code = 0
+            finally:
+                os._exit(code)
+    return children
+
+
+def wait(children: list[int]) -> list[int]:
+    """Their statuses."""
+    return [os.waitpid(child, 0)[1] for child in children]
 
 
 def place(folder: Path) -> tuple[int, int]:
@@ -76,24 +89,27 @@ def same(one: object, two: object) -> bool:
     return bool(one == two)
 
 
-def main(kills: int, seed: int) -> None:
+def main(kills: int, seed: int, processes: int) -> None:
     """Run, kill, compare."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         images, alone, killed = (Path(name) / part for part in ("images", "alone", "killed"))
-        write_images(images, 12)
+        write_images(images, 12 * processes)
         begun = time.monotonic()
-        assert os.waitpid(start(alone, images), 0)[1] == 0
+        assert not any(wait(start(alone, images, processes)))
         whole_run = time.monotonic() - begun
         done = while_saving = 0
         reached = (0, 0)
         while done < kills:
-            child = start(killed, images)
+            children = start(killed, images, processes)
             time.sleep(draw.uniform(0, 0.4 * whole_run))
-            os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            while_saving += any(killed.glob(".*.tmp"))
+            victim = draw.randrange(processes)
+            os.kill(children[victim], signal.SIGKILL)
+            for other in children[:victim] + children[victim + 1 :]:
+                os.kill(other, signal.SIGTERM)
+            status = wait(children)[victim]
+            while_saving += any(killed.glob(f".*{utils.TEMPORARY}"))
             now = place(killed)
             assert now >= reached, f"the run fell back from {reached} to {now}"
             reached = now
@@ -102,7 +118,7 @@ def main(kills: int, seed: int) -> None:
             else:  # all epochs were done before the kill: begin anew
                 assert os.WEXITSTATUS(status) == 0
                 killed, reached = killed.with_name(f"killed{done}"), (0, 0)
-        assert os.waitpid(start(killed, images), 0)[1] == 0
+        assert not any(wait(start(killed, images, processes)))
         ends = [torch.load(run / resume.CHECKPOINT, weights_only=False) for run in (alone, killed)]
         differing = [key for key in ends[0].keys() - {"args"} if not same(ends[0][key], ends[1][key])]
         assert not differing, f"the killed run ends with another {', '.join(differing)}"
@@ -115,5 +131,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
-    main(arguments.kills, arguments.seed)
+    main(arguments.kills, arguments.seed, arguments.processes)

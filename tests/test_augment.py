@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms
 
@@ -26,6 +27,7 @@ from data.augment import (
     deit_views,
     dino_views,
     eval_view,
+    posterised_to_a_bit,
     train_view,
 )
 from data.decode import ImageLike
@@ -456,3 +458,19 @@ def test_normalisation_that_fits() -> None:
     check_normalisation(MEAN, STD, 3)
     check_normalisation([0.5], [1e-3], 1)
     check_normalisation([0.0] * 5, [1.0] * 5, 5)
+
+
+def test_the_strongest_posterising_keeps_a_bit() -> None:
+    """timm asks for none at magnitude 10, which some draws around 9 reach and Pillow refuses; other levels stay timm's."""
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    for policy in ("rand-m10-inc1", "rand-m0", "v0"):
+        view = posterised_to_a_bit(create_transform(16, is_training=True, auto_augment=policy))
+        step = next(step for step in view.transforms if hasattr(step, "ops") or hasattr(step, "policy"))
+        policies = getattr(step, "policy", None) or [step.ops]
+        posterising = [op for some in policies for op in some if op.name.startswith("Posterize")]
+        assert posterising
+        for operation in posterising:
+            operation.prob, operation.magnitude_std = 1.0, 0.0
+            kept = len(np.unique(np.asarray(operation(image))))
+            plain = operation.level_fn.args[0](operation.magnitude, {})[0]
+            assert kept == 2 ** max(1, plain)

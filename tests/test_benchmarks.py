@@ -1,8 +1,10 @@
-"""The benchmarks of a step: both sides compute the same, and what they count is what happens."""
+"""The benchmarks: both sides compute the same, and what they count is what happens."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,16 @@ import torch
 from runs import TINY_SWIN
 from torch._subclasses.fake_tensor import FakeTensor
 
-from benchmarks import memory, sides, step, syncs, throughput
+from benchmarks import dataset, memory, sides, step, syncs, throughput
+from benchmarks.plain import PlainRegionLoss, PlainSwinBlock
 from benchmarks.rows import ROWS
+from data.once import CACHE_VARIABLE
 from engine import TrainStep
+from models.mlp import Mlp
+from models.swin import SwinBlock
 from models.window_heads import routes
 from models.windows import Cut
+from products import Linear
 from progress import EpochMeter
 
 TINY = argparse.Namespace(batch=2, out_dim=32, local_crops=2)
@@ -23,13 +30,14 @@ FLAGS = ("--cfg", "experiments/demo/swin_micro.yaml", "--head_hidden_dim", "16",
 NO_DROP_PATH = (*TINY_SWIN[:-1], "0.0")
 
 
-def tiny_step(side: str, *flags: str) -> TrainStep:
-    return sides.build_step(side, TINY, arch="swin", flags=(*FLAGS, *flags), overrides=NO_DROP_PATH)
+def tiny_step(side: str, *flags: str, dense: bool = True) -> TrainStep:
+    return sides.build_step(side, TINY, arch="swin", dense=dense, flags=(*FLAGS, *flags), overrides=NO_DROP_PATH)
 
 
-def test_plain_and_lean_steps_compute_the_same() -> None:
+@pytest.mark.parametrize("dense", [True, False], ids=["regions", "views"])
+def test_plain_and_lean_steps_compute_the_same(dense: bool) -> None:
     """SGD would show it too, but the plain side has AdamW: two steps keep its division by tiny gradients small."""
-    plain, lean = tiny_step("plain"), tiny_step("lean")
+    plain, lean = (tiny_step(side, dense=dense) for side in ("plain", "lean"))
     for i in range(2):
         torch.manual_seed(i)
         crops = sides.make_crops(2, 2)
@@ -151,3 +159,29 @@ def test_timm_makes_its_masks_once_for_each_size() -> None:
     for image, features in zip(images, expected):
         torch.testing.assert_close(network(image), features, rtol=0, atol=0)
     assert len(made) == 6
+
+
+@pytest.mark.slow
+def test_index_of_each_layout_is_timed_and_weighed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice each, beside the plain list; workers add less than the target."""
+    monkeypatch.setenv(CACHE_VARIABLE, "")  # which the program sets
+    dataset.main(dataset.get_args_parser().parse_args(["--entries", "5000", "--folder", str(tmp_path)]))
+    rows = re.findall(
+        r"^(\w+), (.*?) +[\d.]+ s of the CPU .* ([\d.]+) MB each further worker$", capsys.readouterr().out, re.M
+    )
+    starts = [
+        (layout, start) for layout in ("files", "zip", "tsv", "shards") for start in ("first start", "second start")
+    ]
+    assert [row[:2] for row in rows] == [("files", "list of tuples"), *starts]
+    assert all(float(megabytes) < dataset.TARGET for *_, megabytes in rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plain_step_has_nothing_of_the_lean_one() -> None:
+    plain = tiny_step("plain")
+    modules = [module for name in ("student", "teacher") for module in getattr(plain.method, name).modules()]
+    assert not [module for module in modules if isinstance(module, Linear) or type(module) in {Mlp, SwinBlock}]
+    assert any(isinstance(module, PlainSwinBlock) for module in modules)
+    assert type(plain.method.criterion) is PlainRegionLoss

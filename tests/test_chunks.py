@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,13 +102,13 @@ def test_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loader_with_chunks(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(11):
         write_grey(tmp_path / f"{i:02}.png", i)
-    monkeypatch.setattr("data.chunks.CHUNK", 4)
+    monkeypatch.setattr("data.loader.ChunkSampler", partial(ChunkSampler, chunk=4))
     loader: DataLoader[Batch] = build_train_loader(
         build_dataset(tmp_path, "train", whole), 3, workers, pin_memory=False, sampler="chunk"
     )
     for epoch in (0, 1):
         set_epoch(loader, epoch)
         seen = [index for batch in loader for index in batch.indices_B.tolist()]
-        sampler = ChunkSampler(11, 0, 1, 1)
+        sampler = ChunkSampler(11, 0, 1, 1, chunk=4)
         sampler.set_epoch(epoch)
         assert seen == list(sampler)[:9]

@@ -12,6 +12,8 @@ from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 import eval_finetune
 import eval_knn
 import eval_linear
+import eval_logistic
+import eval_video
 import export
 import main_esvit
 import main_udi
@@ -75,7 +77,7 @@ ADDED_KNN: dict[str, object] = {
     "tsv_mode": False,
     "data_path": "", "image_size": None, "crop_ratio": 0.875, "baselines": False, "output_dir": None, "seed": 0,
     "device": "auto", "opts": [], "random_weights": False,
-    "allow_partial": False, "half": False, "backend": "torch", "leave_one_out": False,
+    "token": "cls", "allow_partial": False, "half": False, "backend": "torch", "leave_one_out": False,
 }  # fmt: skip
 PUBLISHED_LINEAR = {
     "cfg": None, "arch": "deit_small", "n_last_blocks": [4], "avgpool_patchtokens": False, "patch_size": 16,
@@ -86,6 +88,7 @@ PUBLISHED_LINEAR = {
 ADDED_LINEAR: dict[str, object] = {
     "tsv_mode": False,
     "random_weights": False,
+    "token": "cls", "train_aug": "standard",
     "allow_partial": False, "cache_features": False, "precision": "fp32", "image_size": None, "crop_ratio": 0.875, "seed": 0,
     "log_freq": 20, "device": "auto", "opts": [],
 }  # fmt: skip
@@ -94,12 +97,31 @@ FINETUNE: dict[str, object] = {
     "tsv_mode": False,
     "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
     "random_weights": False,
+    "token": "cls", "finetune_head_layer": 0, "init_scale": 1.0, "target_list_path": None,
     "allow_partial": False, "drop_path": None, "grad_checkpointing": False, "epochs": 100, "warmup_epochs": 5,
     "batch_size_per_gpu": 64, "accum_iter": 1, "lr": 5e-4, "min_lr": 1e-6, "layer_decay": 0.75, "weight_decay": 0.05,
     "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4,
     "reprob": 0.25, "model_ema": False, "model_ema_decay": 0.9999, "image_size": None, "crop_ratio": 0.875,
     "precision": "auto", "val_freq": 1, "log_freq": 10, "seed": 0, "num_workers": 10, "data_path": "", "output_dir": ".",
     "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [], "zip_mode": False,
+}  # fmt: skip
+
+LOGISTIC: dict[str, object] = {
+    "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "random_weights": False, "allow_partial": False, "token": "cls", "n_last_blocks": 1, "avgpool_patchtokens": 0,
+    "lr_lambd": [0.01, 0.1, 1.0], "adjust_lambd": True, "epochs": 1000, "target_list_path": None,
+    "batch_size_per_gpu": 128, "image_size": None, "crop_ratio": 0.875, "output_dir": None, "seed": 0, "num_workers": 10,
+    "data_path": "", "zip_mode": False, "tsv_mode": False, "device": "auto", "dist_url": "env://", "local_rank": None,
+    "opts": [],
+}  # fmt: skip
+
+PUBLISHED_VIDEO = {
+    "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher", "n_last_frames": 7,
+    "size_mask_neighborhood": 12, "topk": 5,
+}  # fmt: skip
+ADDED_VIDEO: dict[str, object] = {
+    "cfg": None, "allow_partial": False, "random_weights": False, "frames": "f", "first_mask": "m", "output_dir": "o",
+    "image_size": 480, "temperature": 0.1, "seed": 0, "device": "auto", "opts": [], "token": "cls",
 }  # fmt: skip
 
 PUBLISHED_ANALYSIS = {
@@ -110,9 +132,16 @@ PUBLISHED_ANALYSIS = {
 }  # fmt: skip
 ADDED_ANALYSIS: dict[str, object] = {
     "measure_stereo": False, "vis_features": False, "report": False, "run_dir": None, "allow_partial": False, "query": None,
+    "token": "cls",
     "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [], "zip_mode": False, "tsv_mode": False,
+    "random_weights": False,
 }  # fmt: skip
 LAUNCH: dict[str, object] = {"dist_timeout": 30.0}  # added to all of them
+
+NEEDED: dict[Any, list[str]] = {
+    export: ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"],
+    eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"],
+}
 
 
 def parse(*args: str) -> None:
@@ -126,6 +155,8 @@ def test_names_and_defaults_are_frozen() -> None:
     assert vars(eval_linear.get_args_parser().parse_args([])) == PUBLISHED_LINEAR | ADDED_LINEAR | LAUNCH
     assert vars(run_analysis.get_args_parser().parse_args([])) == PUBLISHED_ANALYSIS | ADDED_ANALYSIS | LAUNCH
     assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE | LAUNCH
+    assert vars(eval_video.get_args_parser().parse_args(NEEDED[eval_video])) == PUBLISHED_VIDEO | ADDED_VIDEO
+    assert vars(eval_logistic.get_args_parser().parse_args([])) == LOGISTIC | LAUNCH
 
 
 def test_published_spellings() -> None:
@@ -147,7 +178,17 @@ def test_published_spellings() -> None:
     )
 
 
-SCRIPTS = (main_esvit, main_udi, eval_knn, eval_linear, eval_finetune, run_analysis, export)
+SCRIPTS = (
+    main_esvit,
+    main_udi,
+    eval_knn,
+    eval_linear,
+    eval_logistic,
+    eval_finetune,
+    eval_video,
+    run_analysis,
+    export,
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -194,7 +235,7 @@ def test_mistakes_of_spelling_name_what_was_meant(
     script: Any, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Abbreviations are refused too: a flag of tomorrow could make them mean another."""
-    needed = ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"] if script is export else []
+    needed = NEEDED.get(script, [])
     with pytest.raises(SystemExit) as caught:
         script.get_args_parser().parse_args([*needed, *flags])
     assert caught.value.code == 2
@@ -259,10 +300,13 @@ def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", [eval_knn, eval_linear, eval_finetune], ids=lambda script: script.__name__)
-def test_random_weights_are_scored_on_request_only(script: Any, images: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script", [eval_knn, eval_linear, eval_finetune, run_analysis], ids=lambda script: script.__name__
+)
+def test_random_weights_are_taken_on_request_only(script: Any, images: str, tmp_path: Path) -> None:
     """Before anything is read or written."""
     command = ["--device", "cpu", "--data_path", images, "--output_dir", str(tmp_path / "out")]
+    command += ["--vis_entropy"] if script is run_analysis else []
     for flags in ([], ["--pretrained_weights", "a.pth", "--random_weights"]):
         with pytest.raises(UsageError, match=r"pass --pretrained_weights FILE, or --random_weights alone"):
             script.main(script.get_args_parser().parse_args([*command, *flags]))

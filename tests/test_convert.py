@@ -54,6 +54,48 @@ def test_folder_to_one_layout_to_another(folders: Path, tmp_path: Path, first: s
     assert not [name for root in (one, two) for name in os.listdir(root) if name.endswith(".part")]
 
 
+def tree_of(root: Path) -> dict[str, list[bytes]]:
+    """The contents in each folder."""
+    found: dict[str, list[bytes]] = {}
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        found.setdefault(str(path.parent.relative_to(root)), []).append(path.read_bytes())
+    return {name: sorted(contents) for name, contents in found.items()}
+
+
+@pytest.mark.parametrize("layout", ["zip", "tsv", "shards"])
+def test_there_and_back(folders: Path, tmp_path: Path, layout: str) -> None:
+    """The same bytes in the same class folders; a zip keeps their names too."""
+    there = run(folders, tmp_path / "there", layout, "files", "--shard_images", "5")
+    back = run(there, tmp_path / "back", "files", layout)
+    assert tree_of(back) == tree_of(folders)
+    assert sorted(tree_of(back)) == [
+        f"{split}/class{i}" for split, first in (("train", 0), ("val", 1)) for i in range(first, 3)
+    ]
+    if layout == "zip":
+        assert {path.relative_to(back) for path in back.rglob("*.*")} == {
+            path.relative_to(folders) for path in folders.rglob("*.*")
+        }
+    (there / "classes.txt").unlink()
+    numbered = run(there, tmp_path / "numbered", "files", layout)
+    assert sorted(path.name for path in (numbered / "train").iterdir()) == ["0", "1", "2"]
+    assert sorted(content(numbered, "files", "train")) == sorted(content(folders, "files", "train"))
+
+
+def test_back_without_labels_and_with_a_name_that_is_no_folder(tmp_path: Path) -> None:
+    png = write_grey(tmp_path / "a.png", 1).read_bytes()
+    plain = run(write_tsv(tmp_path / "plain.tsv", [("a", "", png)]), tmp_path / "plain", "files", "tsv")
+    assert [str(path.relative_to(plain)) for path in plain.rglob("*.*")] == ["train/000000000.png"]
+    named = write_tsv(tmp_path / "named.tsv", [("a", "either/or", png), ("b", "cat", png)])
+    with pytest.raises(UsageError, match="the class 'either/or' cannot name a folder"):
+        run(named, tmp_path / "named", "files", "tsv")
+    assert os.listdir(tmp_path / "named") == []
+    (tmp_path / "named" / ".train.part").mkdir()
+    (tmp_path / "named" / ".train.part" / "left.png").touch()  # by a conversion that was killed
+    assert len(list(run(tmp_path / "plain.tsv", tmp_path / "named", "files", "tsv").rglob("*.png"))) == 1
+    with pytest.raises(UsageError, match="train is there already; nothing is overwritten"):
+        run(tmp_path / "plain.tsv", tmp_path / "named", "files", "tsv")
+
+
 def test_order_and_names(folders: Path, tmp_path: Path) -> None:
     source = build_dataset(folders, "train", whole).source
     for layout in ("zip", "tsv", "shards"):
@@ -105,6 +147,14 @@ def test_numbers_stay_numbers(tmp_path: Path) -> None:
     for layout in ("zip", "shards"):
         assert content(run(tsv, tmp_path / layout, layout, "tsv"), layout, "train") == [(png, 7), (png, 900)]
         assert not (tmp_path / layout / "classes.txt").exists()
+
+
+def test_names_that_only_look_like_numbers_stay_apart(tmp_path: Path) -> None:
+    for name in ("1", "01", "10"):
+        write_grey(tmp_path / "folders" / "train" / name / "a.png", int(name) * 20)
+    there = run(tmp_path / "folders", tmp_path / "there", "tsv")
+    assert (there / "classes.txt").read_text() == "01\n1\n10\n"
+    assert tree_of(run(there, tmp_path / "back", "files", "tsv")) == tree_of(tmp_path / "folders")
 
 
 @pytest.mark.parametrize(("to", "name"), [("zip", "train_map.txt"), ("tsv", "val.lineidx"), ("shards", "sizes.json")])

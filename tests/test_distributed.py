@@ -175,8 +175,8 @@ def test_rows_are_gathered_from_processes_without_any(tmp_path: Path) -> None:
 
 
 def test_linear_probe_of_several_processes_equals_one(tmp_path: Path) -> None:
-    """Losses and scores; 9 validation images do not divide by the processes. Those of training do: else some come twice."""
-    for split, count in (("train", 4), ("val", 3)):
+    """Losses and scores; nine images of each part do not divide by the processes, some of which have none in the last step."""
+    for split, count in (("train", 3), ("val", 3)):
         write_images(tmp_path / "images" / split, count, classes=3, seed=len(split))
     flags = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
     flags += [
@@ -259,21 +259,32 @@ def test_gradients_are_means_over_processes(tmp_path: Path, what: str, processes
     assert result.stdout.count("equal") == processes
 
 
-# main_esvit.py in which process 1 dies in epoch 1, the first time.
+# main_esvit.py in which process 1, or a worker of its loader, dies in epoch 1, the first time.
 DYING = """
 import os, pathlib, signal, sys
 sys.path.insert(0, ROOT)
-import engine, main_esvit, utils
-step, marker = engine.TrainStep.__call__, pathlib.Path(os.environ["MARKER"])
+import data.datasets, engine, main_esvit, utils
+marker, how = pathlib.Path(os.environ["MARKER"]), os.environ["HOW"]
+step, sample = engine.TrainStep.__call__, data.datasets.ImageDataset.__getitem__
 
-def dying(self, views, iteration, epoch, **more):
-    if epoch == 1 and utils.get_rank() == 1 and not marker.exists():
+def die(epoch):
+    if epoch == 1 and os.environ["RANK"] == "1" and not marker.exists():
         marker.touch()
-        if os.environ["HOW"] == "kill":
+        if "kill" in how:
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this process dies")
+
+def dying_step(self, views, iteration, epoch, **more):
+    die(epoch)
     return step(self, views, iteration, epoch, **more)
-engine.TrainStep.__call__ = dying
+
+def dying_sample(self, index):
+    die(self.epoch)
+    return sample(self, index)
+if "worker" in how:
+    data.datasets.ImageDataset.__getitem__ = dying_sample
+else:
+    engine.TrainStep.__call__ = dying_step
 utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
 """
 
@@ -315,6 +326,24 @@ def test_death_of_one_ends_the_others(
         assert "Traceback" in told  # of process 0, whose peer is gone
 
 
+@pytest.mark.parametrize("how", ["worker raises", "worker is killed"])
+def test_death_of_a_loader_worker_ends_all(
+    tmp_path: Path, dying: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error is no image that cannot be read; the traceback tells where it was, or which signal."""
+    monkeypatch.setenv("HOW", how)
+    images = write_images(tmp_path / "images", 8)
+    flags = [*TINY_RUN, "--num_workers", "1", "--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    result = run_script(dying, *flags, *TINY_SWIN, processes=2)
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert result.returncode != 0
+    words = (
+        "RuntimeError: Caught RuntimeError in DataLoader worker process 0" if "raises" in how else "killed by signal"
+    )
+    assert words in result.stderr
+    assert ("RuntimeError: this process dies" in result.stderr) == ("raises" in how)
+
+
 def test_killed_worker_is_restarted_from_its_checkpoint(
     tmp_path: Path, dying: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +355,7 @@ def test_killed_worker_is_restarted_from_its_checkpoint(
         command = ["--nproc_per_node=2", f"--master_port={free_port()}", "--max-restarts=1", dying, *flags]
         result = run_module("torch.distributed.run", *command)
         assert result.returncode == 0, result.stderr
-        assert ("at epoch 1" in result.stderr) == (run == "killed")
+        assert ("at epoch 2" in result.stderr) == (run == "killed")
     equal_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -375,3 +404,49 @@ def test_mpi_variables_make_a_group(tmp_path: Path) -> None:
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
+
+
+# Process 1 is done while an exchange goes on that it does not wait for; its end holds the interpreter's lock until that is over.
+LATE = """
+import argparse, atexit, os, pathlib, sys, time
+ending = pathlib.Path(os.environ["MARKER"])
+if os.environ["RANK"] == "1":  # what is registered first is called last
+    atexit.register(sum, range(6 * 10**7))
+    atexit.register(ending.touch)
+sys.path.insert(0, ROOT)
+import torch, torch.distributed as dist
+import utils
+args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=1, local_rank=None)
+kept = []
+
+def main():
+    utils.init_processes(args)
+    kept.append(dist.group.WORLD)  # as the meshes of sharded networks do
+    while utils.get_rank() == 0 and not ending.exists():
+        time.sleep(0.01)
+    work = dist.all_reduce(torch.ones(1), async_op=True)
+    if utils.get_rank() == 0:
+        work.wait()
+        return
+    print("not flushed", end="")
+    if HOW == "mistake":
+        raise utils.UsageError("told")
+    if HOW == "error":
+        raise RuntimeError("shown")
+utils.run_script(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("done", 0), ("mistake", 2), ("error", 1)])
+def test_process_ends_while_a_thread_needs_the_interpreter(tmp_path: Path, how: str, code: int) -> None:
+    """With its own exit code and all that it said, although torch keeps the threads of a group that something holds."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE.replace("ROOT", repr(str(ROOT))).replace("HOW", repr(how)))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"MARKER": str(tmp_path / "ending")}
+    processes = [start_script(str(script), env=shared | {"RANK": str(rank)}) for rank in (0, 1)]
+    (_, _), (out, told) = (process.communicate(timeout=60) for process in processes)
+    assert [process.returncode for process in processes] == [0, code], told
+    assert out == "not flushed"
+    assert {"done": "", "mistake": "error (process 1): told", "error": "RuntimeError: shown"}[how] in told
+    assert bool(told) == (how != "done")

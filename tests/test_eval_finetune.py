@@ -249,6 +249,22 @@ def test_resuming_equals_never_having_stopped(
     assert len((tmp_path / "parts" / "log.txt").read_text().splitlines()) == 2
 
 
+def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: Path) -> None:
+    """The last epoch is trained again to the same bits; the damaged file and the line of that epoch are kept aside."""
+    out = tmp_path / "run"
+    run(images, out, *PLAIN)
+    whole, scores = checkpoint.load_file(out / "checkpoint.pth"), results(out)
+    (out / "checkpoint.pth").write_bytes(b"damaged")
+    run(images, out, *PLAIN)
+    again = checkpoint.load_file(out / "checkpoint.pth")
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], again[key], key)
+    assert results(out) == scores
+    assert (out / "checkpoint.pth.damaged").read_bytes() == b"damaged"
+    for name, epochs in (("log.txt", [0, 1]), ("log_repeated.txt", [1])):
+        assert [json.loads(line)["epoch"] for line in (out / name).open()] == epochs
+
+
 def test_average_moves_shared_weights_once_a_step() -> None:
     """ViL's global projections are its local ones; against lerp in double precision, with timm's decay by the step."""
     network = with_head("vil")

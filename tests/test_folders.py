@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from image_files import whole, write_grey
 
+import data.folders
 from data.datasets import ImageDataset, build_dataset
 from data.sources import UNLABELLED
 from utils import UsageError
@@ -136,6 +137,20 @@ def test_list_that_names_missing_files(tmp_path: Path) -> None:
     (tmp_path / "images.txt").write_text("1.png\n2.png\n3.png\n")
     with pytest.raises(UsageError, match=r"names 2 files that do not exist, the first is .*2\.png; paths are relative"):
         build_dataset(tmp_path / "images.txt", "train", whole)
+
+
+def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing between them is named when it is read."""
+    monkeypatch.setattr(data.folders, "CHECKED_PATHS", 3)
+    for i in (0, 1, 2, 3, 4, 6, 7):
+        write_grey(tmp_path / f"{i}.png", i)
+    listing = tmp_path / "images.txt"
+    listing.write_text("".join(f"{i}.png\n" for i in range(8)))
+    dataset = build_dataset(listing, "train", whole)
+    assert dataset[5].failures[0].startswith(f"{tmp_path}/5.png: ")
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(UsageError, match=r"names 1 files .* \(3 of 8 were looked for\), the first is .*/3\.png"):
+        build_dataset(listing, "train", whole)
 
 
 def test_image_as_data_path(tmp_path: Path) -> None:

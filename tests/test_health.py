@@ -228,8 +228,9 @@ def test_diagnosis_names_terms_tensors_and_images_and_keeps_them(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_two_processes_end_together(tmp_path: Path) -> None:
-    """Only the second process meets bad images; both end with the diagnosis, one file is written."""
+@pytest.mark.parametrize("what", ["images", "a term"])
+def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
+    """Only the second process meets bad images, or a term that overflows; both end with the diagnosis, and it writes its batch."""
     script = tmp_path / "end.py"
     script.write_text(
         "import argparse, sys\n"
@@ -241,18 +242,66 @@ def test_two_processes_end_together(tmp_path: Path) -> None:
         "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
         f"    method, step = tiny('--max_bad_steps', '2', '--output_dir', {str(tmp_path)!r})\n"
         "    meter = EpochMeter(0, 2, 4)\n"
-        "    views = spoiled(random_views(4, 1)) if utils.get_rank() else random_views(4, 0)\n"
+        "    views = random_views(4, utils.get_rank())\n"
+        "    if utils.get_rank() and sys.argv[1] == 'images':\n"
+        "        views = spoiled(views)\n"
+        "    elif utils.get_rank():\n"
+        "        terms = method.criterion.terms\n"
+        "        method.criterion.terms = lambda *a: terms(*a) | {'region_loss': terms(*a)['region_loss'] * float('inf')}\n"
         "    for i in range(2):\n"
         "        meter.update(step([views], i, 1, watch=i == 1))\n"
         "    step.check(meter.read(), 1, lambda: views)\n"
         "utils.run_script(main)\n"
     )
-    result = run_script(str(script), processes=2, timeout=60)
+    result = run_script(str(script), what, processes=2, timeout=60)
     assert result.returncode != 0
     for rank in ("error: 2 steps", "error (process 1): 2 steps"):
         assert rank in result.stderr
-    assert "images of process 1 hold such numbers" in result.stderr
-    assert torch.load(tmp_path / "bad_step.pth", weights_only=True)["view_statistics"][1][2]["not_finite"] == 1
+    kept = torch.load(tmp_path / "bad_step.pth", weights_only=True)
+    assert kept["process"] == 1
+    assert torch.equal(kept["views"][0], random_views(4, 1)[0])
+    finite = [all(math.isfinite(value) for value in scalars.values()) for scalars in kept["scalars"]]
+    assert finite == [True, False]
+    if what == "images":
+        assert "images of process 1 hold such numbers" in result.stderr
+        assert kept["view_statistics"][1][2]["not_finite"] == 1
+    else:
+        assert "not finite were loss, region_loss of process 1 (loss inf)" in result.stderr
+        assert "resume with --precision fp32, a lower --lr" in result.stderr
+
+
+@pytest.mark.slow
+def test_monitor_of_two_processes(tmp_path: Path) -> None:
+    """Means over rows are those of one process that sees both batches; what is no such mean is the mean of the processes'."""
+    script = tmp_path / "watch.py"
+    script.write_text(
+        "import argparse, json, pathlib, sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import utils\n"
+        "from test_engine import random_views, tiny\n"
+        "def main():\n"
+        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
+        "    _, step = tiny()\n"
+        "    scalars = step([random_views(4, utils.get_rank())], 0, 1, watch=True)\n"
+        f"    path = pathlib.Path({str(tmp_path)!r}) / f'{{utils.get_rank()}}.json'\n"
+        "    path.write_text(json.dumps({name: value.item() for name, value in scalars.items()}))\n"
+        "utils.run_script(main)\n"
+    )
+    result = run_script(str(script), processes=2)
+    assert result.returncode == 0, result.stderr
+    found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert found == other
+
+    def alone(views: list[Tensor]) -> dict[str, float]:
+        return {name: value.item() for name, value in tiny()[1]([views], 0, 1, watch=True).items()}
+
+    halves = [random_views(4, rank) for rank in (0, 1)]
+    union, each = alone([torch.cat(pair) for pair in zip(*halves)]), [alone(half) for half in halves]
+    assert {name.split("/")[0] for name in found if "/" in name} == {"view", "region"}
+    for name, value in found.items():
+        assert value == pytest.approx(sum(half[name] for half in each) / 2, rel=1e-4, abs=1e-6), name
+        if name.endswith(("loss", "teacher_entropy", "kl")):
+            assert value == pytest.approx(union[name], rel=1e-4), name
 
 
 # --------------------------------------------------------------------------- whole runs

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
+import time
 from functools import partial
 from pathlib import Path
 
@@ -394,3 +397,23 @@ def test_tally_knows_files_apart_whose_folder_has_a_colon(tmp_path: Path) -> Non
     unreadable = build_dataset(tmp_path, "train", value_and_noise)
     with pytest.raises(UsageError, match=r"2 of 150 images.*1\.png.*2\.png"):
         FailureTally(images=150).add(collate([unreadable[0], unreadable[1]]).failures, CPU)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_workers_outlive_what_a_scheduler_sends_to_everybody(dataset: ImageDataset, number: signal.Signals) -> None:
+    """All batches come though each worker got the signal; a SIGTERM of the run itself ends them."""
+    loader = build_train_loader(dataset, 1, 2, pin_memory=False)
+    set_epoch(loader, 0)
+    batches = iter(loader)
+    workers = batches._workers  # type: ignore[attr-defined]
+    indices = [int(next(batches).indices_B)]
+    for worker in workers:
+        subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
+    time.sleep(0.2)
+    indices += [int(batch.indices_B) for batch in batches]
+    assert sorted(indices) == list(range(IMAGES))
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(timeout=10)
+    assert not any(worker.is_alive() for worker in workers)

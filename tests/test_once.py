@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pytest
 
 import data.once
-from data.once import cache_file, make_once
+from data.once import arrays_once, cache_file, make_once, state_of
+from utils import UsageError
 
 
 def write_whole(file: BinaryIO) -> None:
@@ -69,6 +71,49 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "index.lock").touch()
     assert make_once(tmp_path / "index", write_whole)
     assert os.listdir(tmp_path) == ["index"]
+
+
+def numbers() -> dict[str, np.ndarray]:
+    return {"numbers": np.arange(5)}
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "empty", "noise"])
+def test_kept_arrays_are_read_again_unless_damaged(tmp_path: Path, damage: str) -> None:
+    place = tmp_path / "cache" / "arrays.npz"
+    assert arrays_once(place, numbers)["numbers"].tolist() == [0, 1, 2, 3, 4]
+    content = place.read_bytes()
+    place.write_bytes({"none": content, "cut": content[:50], "empty": b"", "noise": b"PK\x03\x04" * 9}[damage])
+    other = {"numbers": np.arange(3)}
+    assert len(arrays_once(place, lambda: other)["numbers"]) == (5 if damage == "none" else 3)
+    assert len(arrays_once(place, numbers)["numbers"]) == 5  # one that was damaged is made anew
+    assert len(arrays_once(place, lambda: other)["numbers"]) == 5
+
+
+def test_arrays_of_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert len(arrays_once(tmp_path / "file" / "arrays.npz", numbers)["numbers"]) == 5
+
+
+def test_mistake_while_arrays_are_made_is_told(tmp_path: Path) -> None:
+    def fail() -> dict[str, np.ndarray]:
+        raise UsageError("line 3 is wrong")
+
+    with pytest.raises(UsageError, match="line 3 is wrong"):
+        arrays_once(tmp_path / "arrays.npz", fail)
+    assert os.listdir(tmp_path) == []
+
+
+def test_state_tells_each_change(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(b"1")
+    other.write_bytes(b"22")
+    states = {state_of([one]), state_of([other]), state_of([one, other]), state_of([other, one])}
+    one.write_bytes(b"123")
+    states.add(state_of([one]))
+    os.utime(one, ns=(0, 1))
+    states.add(state_of([one]))
+    assert len(states) == 6
+    assert state_of([one]) in states
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -60,6 +60,18 @@ EVALUATIONS: dict[str, tuple[Any, dict[str, str], list[str], list[str]]] = {
         ["--epochs", "2", "--warmup_epochs", "1", "--precision", "fp32"],
         ["--batch_size_per_gpu", "2", "--accum_iter", "2", "--epochs", "2", "--precision", "fp32", "--warmup_epochs", "1"],
     ),
+    "eval_finetune_beit": (
+        eval_finetune, {"GPUS": "1", "PER_GPU": "4", "BATCH": "4"},
+        ["--epochs", "1", "--warmup_epochs", "0", "--precision", "fp32"],
+        ["--batch_size_per_gpu", "4", "--epochs", "1", "--precision", "fp32", "--warmup_epochs", "0", "--lr", "0.00025",
+         "--layer_decay", "0.55", "--clip_grad", "0", "--drop_path", "0.1", "--init_scale", "0.001"],
+    ),
+    "eval_semi_supervised": (
+        eval_finetune, {"GPUS": "1", "PER_GPU": "4", "BATCH": "4"},
+        ["--epochs", "1", "--warmup_epochs", "0", "--precision", "fp32", "--finetune_head_layer", "0"],
+        ["--batch_size_per_gpu", "4", "--epochs", "1", "--precision", "fp32", "--warmup_epochs", "0", "--lr", "0.0000025",
+         "--layer_decay", "1", "--clip_grad", "0", "--drop_path", "0.1"],
+    ),
 }  # fmt: skip
 
 

@@ -94,7 +94,8 @@ def make_report(name: str, out: Path, *flags: str) -> Path:
     """The report on a small network with random weights."""
     arch, overrides, patch_size = SMALL[name]
     network = ["--arch", arch, "--cfg", f"experiments/demo/{name}_micro.yaml", "--patch_size", str(patch_size)]
-    command = [*network, "--device", "cpu", "--output_dir", str(out), "--report", *flags, "--seed", "8", *overrides]
+    command = [*network, "--device", "cpu", "--output_dir", str(out), "--report", "--random_weights", *flags]
+    command += ["--seed", "8", *overrides]
     run_analysis.main(run_analysis.get_args_parser().parse_args(command))
     return out / "report.html"
 

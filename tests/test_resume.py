@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-import tarfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from torch import Tensor
 
 import checkpoint
 import engine
+import health
 import main_esvit
 import resume
+from data import convert
 from models import Backbone
-from utils import UsageError, logger, resolve_precision
+from utils import TEMPORARY, UsageError, logger, resolve_precision
 
 
 def train(output_dir: Path, images: Path, *extra: str, overrides: Sequence[str] = ()) -> None:
@@ -40,10 +42,11 @@ def train_until(epochs: int, monkeypatch: pytest.MonkeyPatch, output_dir: Path, 
     """Train, and die right after the checkpoint of epoch `epochs` was written."""
     save = resume.save_run
 
-    def save_and_die(output_dir: Path, step: engine.TrainStep, place: resume.Place, *rest: Any) -> None:
-        save(output_dir, step, place, *rest)
+    def save_and_die(output_dir: Path, step: engine.TrainStep, place: resume.Place, *rest: Any) -> str:
+        failure = save(output_dir, step, place, *rest)
         if place.epoch == epochs:
             raise Killed
+        return failure
 
     with monkeypatch.context() as patch:
         patch.setattr(resume, "save_run", save_and_die)
@@ -71,20 +74,24 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"), 9)
 
 
+# Two shards and a buffer smaller than what a worker reads; two chunks cannot be had of so few images.
+LAYOUTS = {"files": [], "chunk": ["--sampler", "chunk"], "zip": ["--zip_mode"], "tsv": ["--tsv_mode"],
+           "shards": ["--shuffle_buffer", "3"]}  # fmt: skip
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
-@pytest.mark.parametrize("layout", ["files", "shards"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_stopping_within_an_epoch_changes_nothing(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, workers: str
 ) -> None:
-    """A signal after the first of two steps: weights, optimiser, centres, random states and `log.txt` are those of one run."""
+    """A signal within an epoch: weights, optimiser, centres, random states and `log.txt` are those of one run."""
     data = images
-    if layout == "shards":
-        data = tmp_path / "shards"
-        data.mkdir()
-        with tarfile.open(data / "train-000000.tar", "w") as tar:
-            for path in sorted(images.iterdir()):
-                tar.add(path, path.name)
-    flags = ["--use_mixup", "on", "--num_workers", workers, "--batch_size_per_gpu", "2"]
+    if layout in {"zip", "tsv", "shards"}:
+        data = tmp_path / "data"
+        labelled = write_images(tmp_path / "images", 3, classes=3)
+        words = [str(labelled), str(data), "--to", layout, "--shard_images", "5"]
+        convert.main(convert.get_args_parser().parse_args(words))
+    flags = [*LAYOUTS[layout], "--use_mixup", "on", "--num_workers", workers, "--batch_size_per_gpu", "2"]
     train(tmp_path / "whole", data, *flags)
     due = resume.Saver.due
 
@@ -114,6 +121,62 @@ def test_stopping_within_an_epoch_changes_nothing(
     assert len(logs[0]) == 2
 
 
+def test_saving_by_the_clock(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--save_every_minutes 2 where 50 seconds pass before a step: before every third of an epoch's nine, and after the epoch."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    wishes, save_run = resume.Saver.wishes, resume.save_run
+    places: list[tuple[int, int]] = []
+
+    def tick(self: resume.Saver) -> list[float]:
+        now[0] += 50
+        return wishes(self)
+
+    def noted(output_dir: Path, step: engine.TrainStep, place: resume.Place, *rest: Any) -> str:
+        places.append((place.epoch, place.steps))
+        return save_run(output_dir, step, place, *rest)
+
+    monkeypatch.setattr(resume.Saver, "wishes", tick)
+    monkeypatch.setattr(resume, "save_run", noted)
+    train(tmp_path, images, "--save_every_minutes", "2", "--batch_size_per_gpu", "1", "--saveckp_freq", "0")
+    assert places == [(0, 2), (0, 5), (0, 8), (1, 0), (1, 2), (1, 5), (1, 8), (2, 0)]
+
+
+def test_what_is_drawn_again_is_not_drawn_twice(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that falls back three steps: each step has one point in TensorBoard, and what was before stays."""
+    flags = ["--batch_size_per_gpu", "1", "--save_every_steps", "6"]
+    train_until(1, monkeypatch, tmp_path, images, *flags)
+    (tmp_path / "checkpoint_previous1.pth").replace(tmp_path / "checkpoint.pth")  # of step 6 of 9
+    train(tmp_path, images, *flags)
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("step/loss")] == list(range(18))
+    assert events.Tags()["images"] == ["crops"]
+
+
+def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A cause that lasted three readings before a stop is told two readings after it."""
+    monkeypatch.setattr(health, "LEAST_RANK", 1e9)  # every reading is a collapse
+    flags = ["--batch_size_per_gpu", "2", "--use_dense_prediction", "off"]  # four readings an epoch
+    counts: list[int] = []
+    check = health.Monitor.check
+
+    def counted(self: health.Monitor, *args: Any, **kwargs: Any) -> None:
+        check(self, *args, **kwargs)
+        counts.append(self.state()["view/rank"])
+
+    monkeypatch.setattr(health.Monitor, "check", counted)
+    train_until(1, monkeypatch, tmp_path, images, *flags)
+    assert counts == [1, 2, 3, 4]
+    assert "have lost rank" not in capsys.readouterr().err
+    train(tmp_path, images, *flags)
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 8]
+    told = capsys.readouterr().err
+    assert told.count("the view features have lost rank") == 1
+    assert "for 5 readings in a row" in told
+    assert "checkpoint.pth at epoch 2\n" in told  # counted from 1, as progress is
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: Path, damage: str) -> None:
     train(tmp_path, images)
@@ -122,7 +185,11 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: 
     content[len(content) // 2] ^= 1
     broken: bytes = {"truncated": bytes(content[: len(content) // 2]), "flipped": bytes(content), "empty": b""}[damage]
     (tmp_path / "checkpoint.pth").write_bytes(broken)
+    left, foreign = tmp_path / f".checkpoint.pth{TEMPORARY}", tmp_path / ".notes.tmp"
+    for file in (left, foreign):
+        file.write_text("of a saving that did not end; of somebody else")
     train(tmp_path, images)
+    assert (left.exists(), foreign.exists()) == (False, True)
     again = checkpoint.load_file(tmp_path / "checkpoint.pth")
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
@@ -148,7 +215,48 @@ def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monk
     assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_mixup", "on", "--accum_iter", "2"], ["--optimizer", "lars"]], ids=str)
+def test_kept_checkpoint_that_fails_alone_is_told_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint0000.pth").mkdir()  # so that no file can get this name
+    train(tmp_path, images, "--epochs", "1")
+    told = [line for line in capsys.readouterr().err.splitlines() if "cannot" in line]
+    assert len(told) == 1
+    assert told[0].startswith("cannot keep checkpoint0000.pth (")
+    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+def test_checkpoint_that_is_gone_is_told_and_written_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a mount that is no longer there, whose place is an empty folder."""
+    save = resume.save_run
+
+    def save_and_lose(output_dir: Path, step: engine.TrainStep, place: resume.Place, *rest: Any) -> str:
+        failure = save(output_dir, step, place, *rest)
+        if place.epoch == 1:
+            (output_dir / "checkpoint.pth").unlink()
+        return failure
+
+    monkeypatch.setattr(resume, "save_run", save_and_lose)
+    train(tmp_path, images)
+    assert capsys.readouterr().err.count("has no checkpoint.pth any more, which this run had saved") == 1
+    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--use_mixup", "on", "--accum_iter", "2"],
+        ["--optimizer", "lars"],
+        ["--precision", "bf16"],
+        ["--aug-opt", "deit_aug", "--grad_checkpointing", "on"],
+        ["--aug_backend", "pil"],
+        pytest.param(["--compile"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_two_steps_resume_two_steps_is_four_steps(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
@@ -292,7 +400,10 @@ def test_resuming_another_run_is_refused(images: Path, tmp_path: Path, flags: li
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
-def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("often", [[], ["--save_every_steps", "1"]], ids=["after an epoch", "within one"])
+def test_drawn_neighbours_of_vil_resume_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: list[str]
+) -> None:
     """Which chunk a call of ViL draws, and when it stops drawing, is as if the run had never ended."""
     images = write_images(tmp_path / "images", 8)
     overrides = [
@@ -316,6 +427,7 @@ def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch:
             "3",
             "--data_path",
             str(images),
+            *often,
         ]
         args += ["--output_dir", str(tmp_path / folder), "--device", "cpu", *overrides]
         main_esvit.main(main_esvit.get_args_parser().parse_args(args))
@@ -323,7 +435,7 @@ def test_drawn_neighbours_of_vil_resume_bit_for_bit(tmp_path: Path, monkeypatch:
     run("whole")
     save = resume.save_run
 
-    def save_and_die(*args: Any) -> None:
+    def save_and_die(*args: Any) -> str:
         save(*args)
         raise Killed
 

@@ -28,6 +28,7 @@ def command(name: str, output: Path, *flags: str, extra: Sequence[str] = ()) -> 
     arch, overrides, patch_size = SMALL[name]
     network = ["--arch", arch, "--cfg", f"experiments/demo/{name}_micro.yaml", "--patch_size", str(patch_size)]
     fixed = ["--device", "cpu", "--num_workers", "0", "--output_dir", str(output)]
+    fixed += [] if "--pretrained_weights" in flags else ["--random_weights"]
     return [*network, *fixed, *flags, "--seed", "8", *overrides, *extra]
 
 

@@ -20,6 +20,7 @@ FORBIDDEN = {
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.full_load_all"),
     *("joblib.load", "pandas.read_pickle", "subprocess.getoutput", "subprocess.getstatusoutput"),
 }
+ALLOWED = {"data/remote.py": 1}  # calls: --data_path 'pipe:COMMAND' is a shell command, which the user types
 EXTRACTS = {"extractall", "extract", "unpack_archive"}  # of tar and zip files: members are read, never unpacked
 
 
@@ -54,7 +55,8 @@ def test_sources_are_found() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_from_outside_is_run(path: Path) -> None:
-    assert list(dangers(path.read_text())) == []
+    found = list(dangers(path.read_text()))
+    assert len(found) == ALLOWED.get(str(path.relative_to(ROOT)), 0), found
 
 
 @pytest.mark.parametrize(

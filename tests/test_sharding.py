@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
+from small_networks import small_network
 from torch import nn
 
 import checkpoint
@@ -36,6 +37,11 @@ def losses_of(run: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in (run / "log.txt").open()]
 
 
+def knn_of(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "log.txt").open()]
+    return [{name: value for name, value in line.items() if name.startswith("knn")} for line in lines]
+
+
 def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
     """Networks and centres, under the same names in the same order."""
     for part in ("student", "teacher", "dino_loss"):
@@ -58,15 +64,27 @@ def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> 
 def test_shards_equal_whole_networks(tmp_path: Path, flags: list[str]) -> None:
     """Losses, weights, centres and teacher after two epochs; the files have the same layout."""
     images = write_images(tmp_path / "images", 17)
+    if "--accum_iter" in flags:  # nine labelled images: one process has three batches of them, the other two
+        labelled = write_images(tmp_path / "labelled", 3, classes=3)
+        flags = ["--knn_every", "1", "--knn_data_path", str(labelled), *flags]
     flags = ["--momentum_teacher", "0.9", *flags]
     whole = train(tmp_path / "whole", images, *flags)
     shards = train(tmp_path / "shards", images, "--fsdp", *flags)
     assert losses_of(tmp_path / "shards") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-6, abs=1e-6)
+    assert knn_of(tmp_path / "shards") == knn_of(tmp_path / "whole")
     assert_close(whole, shards, 1e-6 if "sgd" in flags else 1e-5)  # Adam divides rounding errors by their own size
     assert whole["optimizer"]["state"].keys() == shards["optimizer"]["state"].keys()
     for number, state in whole["optimizer"]["state"].items():
         for name, value in state.items():
             assert shards["optimizer"]["state"][number][name].shape == value.shape
+
+
+@pytest.mark.slow
+def test_every_architecture_beside_its_whole_self() -> None:
+    """Mixup, micro-batches, drawn neighbours of ViL, fp16 and its scaler, and a step that one process alone finds not finite."""
+    result = run_script("tests/side_by_side.py", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["swin, fp32: equal", "vit, fp16: equal", "vil, fp32: equal"]
 
 
 @pytest.mark.slow
@@ -108,9 +126,10 @@ def test_one_process_is_refused() -> None:
         sharding.shard_networks(network, network, torch.device("cpu"))
 
 
-def test_batch_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["cvt", "resnet", "head"])
+def test_batch_norm_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.get_world_size", lambda: 2)
-    network: Any = DINOHead(4, 8, use_bn=True)
+    network: Any = DINOHead(4, 8, use_bn=True) if name == "head" else small_network(name)
     with pytest.raises(UsageError, match="--fsdp takes no network or head with BatchNorm"):
         sharding.shard_networks(network, network, torch.device("cpu"))
 

@@ -18,11 +18,14 @@ from runs import TINY_RUN, TINY_SWIN
 from torch.utils.data import DataLoader
 
 import checkpoint
+import data.tars
 import main_esvit
+from data import convert
 from data.datasets import build_dataset
 from data.loader import Batch, build_train_loader, set_epoch
+from data.remote import is_remote
 from data.shards import ShardStream, build_stream, plan_spans
-from data.tars import count_images, find_shards, holds_shards, is_image, is_remote, split_name
+from data.tars import count_images, find_shards, holds_shards, is_image, split_name
 from utils import UsageError
 
 COUNTS = (5, 1, 7, 4, 6)  # images of the shards
@@ -161,7 +164,7 @@ def test_pipes(shards: Path) -> None:
     """From elsewhere nobody can count: each shard gives its share of --epoch_images, and what it lacks is named."""
     pattern = f"pipe:cat {shards}/train-00{{0..4}}.tar"
     with pytest.raises(
-        UsageError, match="--epoch_images 0 is needed for shards from elsewhere: how many images the 5 hold"
+        UsageError, match=r"--epoch_images 0 must say how many images the 5 shards hold: .* no sizes\.json"
     ):
         build_stream(pattern, whole)
     stream = build_stream(pattern, whole, epoch_images=12)
@@ -183,6 +186,8 @@ def test_patterns_and_folders(shards: Path, tmp_path: Path) -> None:
     assert find_shards(names[2], "train") == [names[2]]
     with pytest.raises(UsageError, match=r"names 6 shards of which 1 are missing, first .*train-005\.tar"):
         find_shards(f"{shards}/train-{{000..005}}.tar", "train")
+    with pytest.raises(UsageError, match=r"train-\{0\.\.4\.tar is no pattern of shards \(Unbalanced braces"):
+        find_shards(f"{shards}/train-{{0..4.tar", "train")
     with pytest.raises(UsageError, match=r"holds no tar files of 'val'; name them val-000000\.tar"):
         find_shards(str(shards), "val")
     shutil.copy(names[0], shards / "val-000.tar")
@@ -269,6 +274,34 @@ def test_shard_that_is_not_whole(shards: Path, damage: str) -> None:
     assert all(failure.split(": ", 1)[1].strip() for failure in failures)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["images", "shards"])
+def test_a_later_begin_gets_the_same_stand_ins(shards: Path, damage: str, workers: int) -> None:
+    """Wherever the pass begins: views, labels and names of what is left, though many images cannot be read."""
+    sizes = json.dumps({f"train-{i:03}.tar": n for i, n in enumerate(COUNTS)})
+    for path in sorted(shards.iterdir()):
+        number = int(path.stem[-3:])
+        if damage == "shards" and number in {2, 3}:
+            path.write_bytes(b"x" * 3000)
+        elif damage == "images":
+            first = sum(COUNTS[:number])
+            damaged = {first + i: grey(first + i, 32)[: 20 if (first + i) % 3 else None] for i in range(COUNTS[number])}
+            write_tar(path, [(f"k{i:03}.png", content) for i, content in damaged.items()])
+    (shards / "sizes.json").write_text(sizes)
+    stream = build_stream(str(shards), whole, buffer=3)
+    loader = loader_of(stream, 1, workers)
+    passed = one_epoch(loader, 5)
+    assert any(batch.failures for batch in passed)
+    assert all(batch.views for batch in passed)
+    for begin in (1, 4, 11, IMAGES - 1):
+        set_epoch(loader, 5, skipped_batches=begin)
+        left = list(loader)
+        assert len(left) == IMAGES - begin
+        for ours, theirs in zip(left, passed[begin:]):
+            assert torch.equal(ours.views[0], theirs.views[0])
+            assert (ours.failures, indices([ours])) == (theirs.failures, indices([theirs]))
+
+
 def test_wrong_label_is_named(shards: Path) -> None:
     write_tar(shards / "train-001.tar", [("k005.png", grey(5, 32)), ("k005.cls", b"-7")])
     failures, _ = failures_of(shards)
@@ -294,11 +327,44 @@ def test_labels_are_optional_and_other_members_are_passed_over(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train-0.tar"]
 
 
+def test_image_that_is_too_large(tmp_path: Path) -> None:
+    """A header that says so is enough; the tar need not be as long."""
+    info = tarfile.TarInfo("a.png")
+    info.size = 2**32
+    with (tmp_path / "train-0.tar").open("wb") as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(512 + 2**32 + 1024)  # sparse
+    with pytest.raises(UsageError, match=r"a\.png has 4294967296 bytes, too many for an image"):
+        build_dataset(tmp_path, "train", whole, layout="shards")
+
+
 def test_nothing_readable_gives_no_view(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0.tar", [("a.png", b""), ("b.png", b"")])
     batches = one_epoch(loader_of(build_stream(str(tmp_path), whole), 2), 0)
     assert batches[0].views == []
     assert len(set(batches[0].failures)) == 2
+
+
+def test_flags_that_do_not_go_together(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--sampler chunk is for images at any place"):
+        build_train_loader(build_stream(str(shards), whole), 2, 0, pin_memory=False, sampler="chunk")
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    command = [*TINY_RUN, "--data_path", str(tmp_path), "--epoch_images", "5", "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "shards").rename(tmp_path / "set")
+    with pytest.raises(UsageError, match=f"--epoch_images 5 is for tar shards, {tmp_path} holds none"):
+        main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
+    command += ["--dataset", "set", "--batch_size_per_gpu", "24"]  # the folder below decides what it holds
+    with pytest.raises(UsageError, match="5 images do not fill one batch of 24"):
+        main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
+
+
+@pytest.mark.parametrize("address", ["https://host/train-{0..3}.tar", "pipe:cat a.tar"])
+def test_only_training_reads_from_elsewhere(address: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not on this disk; only pre-training reads shards from elsewhere"):
+        build_dataset(address, "val", whole, layout="shards")
+    with pytest.raises(UsageError, match="is not on this disk"):
+        convert.main(convert.get_args_parser().parse_args([address, str(tmp_path / "out"), "--to", "zip"]))
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------- at any place
@@ -317,6 +383,53 @@ def test_tars_at_any_place(shards: Path) -> None:
     (shards / "train-001.tar").write_bytes((shards / "train-000.tar").read_bytes()[:700])
     with pytest.raises(UsageError, match=r"train-001\.tar is no whole tar file"):
         build_dataset(shards, "train", whole, layout="shards")
+
+
+def test_large_shards_are_looked_through_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until one of them changes; what is wrong in one is told each time."""
+    monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
+    listed = build_dataset(shards, "train", whole, need_labels=True, layout="shards")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(data.tars, "KEPT_FROM", 1)
+    names = find_shards(str(shards), "train")
+    with pytest.MonkeyPatch.context() as forbid:
+        for _ in range(2):
+            assert count_images(names) == list(COUNTS)
+            again = build_dataset(shards, "train", whole, need_labels=True, layout="shards")
+            assert again.labels.tolist() == listed.labels.tolist()
+            assert [again.source.name(i) for i in range(IMAGES)] == [listed.source.name(i) for i in range(IMAGES)]
+            assert [again.source.read(i) for i in range(IMAGES)] == [listed.source.read(i) for i in range(IMAGES)]
+            forbid.setattr(data.tars, "tar_members", lambda path: pytest.fail("looked through again"))
+    write_tar(
+        Path(names[1]), [("k005.png", grey(5, 32)), ("k005.cls", b"0"), ("more.png", grey(5)), ("more.cls", b"x")]
+    )
+    assert count_images(names) == [COUNTS[0], 2, *COUNTS[2:]]
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"train-001\.tar@/more\.png: the label 'x' is not a whole number"):
+            build_dataset(shards, "train", whole, layout="shards")
+    assert not [path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".npz")]
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
+def test_links_are_named_and_hidden_files_are_not_images(tmp_path: Path, kind: bytes) -> None:
+    """Counted, streamed and looked up alike."""
+    write_tar(tmp_path / "train-0.tar", [("._a.png", b"of macOS"), ("a.png", grey(3)), ("a.cls", b"1")])
+    with tarfile.open(tmp_path / "train-0.tar", "a") as tar:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = kind, "a.png"
+        tar.addfile(link)
+        folder = tarfile.TarInfo("folder.png")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    assert count_images([str(tmp_path / "train-0.tar")]) == [2]
+    dataset = build_dataset(tmp_path, "train", whole, layout="shards")
+    batches = one_epoch(loader_of(build_stream(str(tmp_path), whole), 1), 0)
+    told = {failure for batch in batches for failure in batch.failures}
+    told_elsewhere = {failure for i in range(2) for failure in dataset[i].failures}
+    (failure,) = told
+    assert failure.startswith(f"{tmp_path}/train-0.tar@/b.png: it is a link, and a shard must hold each image itself")
+    assert told_elsewhere == told
+    assert len(dataset) == 2
 
 
 # --------------------------------------------------------------------------- the script

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from image_files import whole
+from tqdm import tqdm
 
 import data.tree
 from data.datasets import build_dataset
@@ -60,6 +62,44 @@ def test_second_start_looks_at_folders_only(tree: Path, cache: Path, monkeypatch
     names = [again.source.name(i) for i in range(len(again))]
     assert names == [first.source.name(i) for i in range(len(first))] == [f"{tree}/{name}" for name in walked(tree)]
     assert again.labels.tolist() == first.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("what", ["added", "removed", "linked"])
+def test_change_deep_below_is_seen(tree: Path, tmp_path: Path, what: str) -> None:
+    """Only the time of the folder itself tells it: those above stay as they were. Also behind a link."""
+    deep = tree / "c1" / "a" / "b" / "c"
+    deep.mkdir(parents=True)
+    (deep / "1.png").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tree / "c2" / "link").symlink_to(tmp_path / "elsewhere")
+    before = list(find_images(tree))
+    above = [folder.stat().st_mtime_ns for folder in (tree, *deep.parents[:3])]
+    if what == "added":
+        (deep / "2.png").touch()
+    elif what == "removed":
+        (deep / "1.png").unlink()
+    else:
+        (tmp_path / "elsewhere" / "3.png").touch()
+    assert [folder.stat().st_mtime_ns for folder in (tree, *deep.parents[:3])] == above
+    changed = {"added": {"c1/a/b/c/2.png"}, "removed": {"c1/a/b/c/1.png"}, "linked": {"c2/link/3.png"}}[what]
+    assert set(find_images(tree)) ^ set(before) == changed
+    assert set(find_images(tree)) ^ set(before) == changed
+
+
+@pytest.mark.parametrize(("terminal", "main"), [(True, True), (True, False), (False, True)])
+def test_progress_bar_of_one_process_on_a_terminal(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, main: bool
+) -> None:
+    shown = io.StringIO()
+    at_once = {"file": shown, "delay": 0, "mininterval": 0, "leave": True}
+    monkeypatch.setattr(data.tree, "tqdm", lambda **options: tqdm(**(options | at_once)))
+    monkeypatch.setattr(data.tree, "is_main_process", lambda: main)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    assert list(find_images(tree)) == walked(tree)
+    if terminal and main:
+        assert f"images below {tree}: {FOLDERS * PER_FOLDER} files" in shown.getvalue()
+    else:
+        assert shown.getvalue() == ""
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed", "new folder", "folder gone", "deep", "replaced"])

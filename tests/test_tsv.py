@@ -143,6 +143,24 @@ def test_linelist_chooses_and_orders(tsv: Path) -> None:
     assert "lines 0 to 11" in error_of(tsv)
 
 
+def test_labels_of_a_large_file_are_read_once(tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the file or its linelist changes."""
+    monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
+    small = build(tsv)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(data.tsv, "KEPT_FROM", 1)
+    with pytest.MonkeyPatch.context() as forbid:
+        for _ in range(2):
+            large = build(tsv)
+            assert (large.labels.tolist(), large.classes) == (small.labels.tolist(), small.classes)
+            forbid.setattr(data.tsv, "_one_label", lambda *line: pytest.fail("read again"))
+    tsv.with_suffix(".linelist").write_text("9\n0\n")
+    assert build(tsv).labels.tolist() == [1, 0]
+    tsv.with_suffix(".lineidx").unlink()
+    write_tsv(tsv, [("a", "x", grey(1)), *[("b", "y", grey(2))] * 9])
+    assert build(tsv).classes == ("x", "y")
+
+
 @pytest.mark.parametrize("line", ["", "\n", "ké\t0\n", "-1\n"])
 def test_list_that_is_no_list_of_lines(tsv: Path, line: str) -> None:
     tsv.with_suffix(".linelist").write_text("3\n" + line)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from small_networks import small_network
 
 from models.resize import resize_grid
+from probe import probe_width
 from utils import UsageError
 
 TWO = ("MODEL.SPEC.NUM_CLS_TOKENS", "2")
@@ -70,3 +73,61 @@ def test_positions_of_another_image_size_keep_both_class_tokens() -> None:
 def test_other_values_are_refused(key: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{key} {value} must be"):
         small_network("vit", f"MODEL.SPEC.{key}", value)
+
+
+@torch.no_grad()
+def test_the_chosen_token_is_the_view_feature_in_every_block() -> None:
+    network = small_network("vit", *TWO).eval()
+    images = torch.randn(2, 3, 64, 64)
+    blocks = network.forward_blocks(images, 2, attention=True)
+    normed = [network.norm(block.tokens_BNC) for block in blocks]
+    for token, places in {"cls": (0,), "cls+": (1,), "both": (0, 1)}.items():
+        network.choose_token(token)
+        view = network(images)
+        assert view.shape == (2, network.view_width)
+        assert torch.equal(view, torch.cat([normed[1][:, place] for place in places], dim=1))
+        probe = network.forward_return_n_last_blocks(images, 2, return_patch_avgpool=True)
+        assert probe.shape[1] == probe_width(network, 2, True)
+        expected = [tokens[:, place] for tokens in normed for place in places] + [normed[1][:, 2:].mean(dim=1)]
+        assert torch.equal(probe, torch.cat(expected, dim=1))
+        maps = blocks[1].attention
+        assert maps is not None
+        assert torch.equal(network.attention_plane(blocks[1], None).flatten(2), maps[:, :, places[0], 2:])
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "vil", "resnet"])
+@pytest.mark.parametrize("token", ["cls+", "both"])
+def test_a_second_token_is_not_taken_from_networks_that_have_none(name: str, token: str) -> None:
+    network = small_network(name)
+    network.choose_token("cls")
+    with pytest.raises(
+        UsageError, match=rf"--token {re.escape(token)} needs a network with two class tokens, .*; leave"
+    ):
+        network.choose_token(token)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_dropped_class_tokens_are_gone_with_their_positions(kept: int) -> None:
+    """The network computes what its blocks make of the tokens that are left, which is not what it computed with all."""
+    network = small_network("vit", *TWO).eval()
+    images = torch.randn(2, 3, 64, 64)
+    before = network.forward_features(images)
+    entered = network.enter_stage(0, images)
+    tokens = torch.cat([entered.tokens_BNC[:, :kept], entered.tokens_BNC[:, 2:]], dim=1)
+    x = entered._replace(tokens_BNC=tokens, num_prefix_tokens=kept)
+    for block in network.stage_blocks(0):
+        x, _ = block(x)
+    expected = network.norm(x.tokens_BNC)
+    network.keep_class_tokens(kept)
+    after = network.forward_features(images)
+    assert torch.equal(after.regions_BTC, expected[:, kept:])
+    assert torch.equal(after.view_BC, expected[:, 0] if kept else expected.mean(dim=1))
+    assert torch.equal(after.regions_BTC, before.regions_BTC) == (kept == 2)
+
+
+def test_only_tokens_that_are_there_are_dropped() -> None:
+    with pytest.raises(UsageError, match="SwinTransformer has no class tokens that could be dropped"):
+        small_network("swin").keep_class_tokens(0)
+    with pytest.raises(UsageError, match="2 class tokens cannot be kept of 1"):
+        small_network("vit").keep_class_tokens(2)

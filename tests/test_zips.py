@@ -16,6 +16,7 @@ from image_files import whole
 from runs import TINY_RUN, TINY_SWIN, write_images, zip_folders
 
 import checkpoint
+import data.zips
 import eval_finetune
 import eval_knn
 import eval_linear
@@ -139,6 +140,29 @@ def test_index_is_arrays_that_grow_little_with_images(zipped: Path) -> None:
 def read_in_child(file: OwnFile, results: multiprocessing.Queue[tuple[int, bytes]]) -> None:
     first = file._process
     results.put((first, file.read(3, 4)))
+
+
+def test_directory_of_a_large_zip_is_read_once(zipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the zip or the map changes."""
+    monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
+    small = build(zipped)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(data.zips, "KEPT_FROM", 1)
+    with pytest.MonkeyPatch.context() as forbid:
+        for _ in range(2):
+            large = build(zipped)
+            assert large.labels.tolist() == small.labels.tolist()
+            assert large.classes == small.classes
+            assert [large.source.name(i) for i in range(12)] == [small.source.name(i) for i in range(12)]
+            assert [large.source.read(i) for i in range(12)] == [small.source.read(i) for i in range(12)]
+            forbid.setattr(data.zips, "read_map", lambda *files: pytest.fail("read again"))
+    change(zipped / "train_map.txt", "/class0/000.png\t0", "/class0/000.png\t2")
+    assert build(zipped).labels.tolist() == [2, *small.labels.tolist()[1:]]
+    with zipfile.ZipFile(zipped / "train.zip", "w") as archive:
+        archive.writestr("class0/000.png", b"")
+    for _ in range(2):
+        with pytest.raises(UsageError, match="names 11 images that its zip does not hold"):
+            build(zipped)
 
 
 def test_forked_process_opens_the_file_for_itself(tmp_path: Path) -> None:

@@ -1,0 +1,279 @@
+"""Disks that are full, read-only, stale or gone: told in one sentence at the start, survived by a run that is under way.
+
+Where the tests may mount (as root on Linux) the disks are real ones of some MiB in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import linear_runs
+import pytest
+import test_eval_finetune
+import torch
+from PIL import Image
+from runs import TINY_RUN, run_script, write_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
+from test_resume import train
+
+import checkpoint
+import resume
+import utils
+from progress import EpochMeter, RunLog
+from utils import UsageError
+
+REFUSALS = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two classes of four images, for training and validation alike."""
+    for seed, split in enumerate(("train", "val")):
+        write_images(tmp_path / "images" / split, 4, classes=2, seed=seed)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("no permission to mount")
+    yield place
+    subprocess.run(["umount", "-l", place], capture_output=True)
+
+
+RUNS: dict[str, Callable[[Path, Path], None]] = {
+    "main_esvit": lambda images, out: train(out, images),
+    "eval_finetune": lambda images, out: test_eval_finetune.run(images, out, *test_eval_finetune.PLAIN),
+    "eval_linear": lambda images, out: linear_runs.run(images, out),
+}
+
+
+# --------------------------------------------------------------------------- at the start
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_folder_that_cannot_be_written_is_refused(images: Path, tmp_path: Path, script: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UsageError, match=r"--output_dir .*/file cannot be created \(File exists\); choose another"):
+        RUNS[script](images, tmp_path / "file")
+    with pytest.raises(UsageError, match=r"--output_dir /proc/self cannot be used \(.*\); see that its disk is there"):
+        RUNS[script](images, Path("/proc/self"))
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_read_only_disk_is_refused(images: Path, disk: Path, script: str) -> None:
+    (disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for folder, words in ((disk / "run", "cannot be used"), (disk / "new", "cannot be created")):
+        with pytest.raises(UsageError, match=rf"--output_dir {folder} {words} \(Read-only file system\)"):
+            RUNS[script](images, folder)
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_full_disk_is_refused(images: Path, disk: Path, script: str) -> None:
+    """Files can be made there, but hold nothing; they are not left."""
+    fill(disk)
+    with pytest.raises(UsageError, match=r"cannot be used \(No space left on device\)"):
+        RUNS[script](images, disk)
+    assert not list(disk.glob("*.json"))
+    (disk / "ballast").unlink()
+    RUNS[script](images, disk)
+    assert list(disk.glob("checkpoint.pth*"))
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_stale_folder_is_refused(images: Path, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a server that has gone: even looking for a checkpoint fails."""
+    exists = Path.exists
+
+    def stale(self: Path, **options: Any) -> bool:
+        if self.name.startswith("checkpoint"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return exists(self, **options)
+
+    monkeypatch.setattr(Path, "exists", stale)
+    with pytest.raises(UsageError, match=r"--output_dir .*/run cannot be used \(Stale file handle\)"):
+        RUNS[script](images, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_scripts_end_with_one_sentence_and_code_2(images: Path, processes: int) -> None:
+    flags = [*TINY_RUN, "--data_path", str(images), "--output_dir", "/proc/self", "MODEL.IMAGE_SIZE", "32"]
+    result = run_script("main_esvit.py", *flags, processes=processes)
+    assert result.returncode == (1 if processes else 2)  # torchrun's own is always 1
+    assert "main_esvit.py: error: --output_dir /proc/self cannot be used" in result.stderr
+    assert processes or "Traceback" not in result.stderr
+
+
+# --------------------------------------------------------------------------- under way
+
+
+def fill(disk: Path) -> None:
+    """Leave no room."""
+    with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_run_survives_a_disk_that_refuses_for_a_while(
+    images: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    """From the second to the third epoch of five: the checkpoint of the first stays, `log.txt` lacks nothing in the end."""
+    due = resume.Saver.due
+    seen = []
+
+    def refuse(self: resume.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+        seen.append(steps)
+        if len(seen) == 3:  # two steps an epoch
+            fill(disk) if trouble == "full" else subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        if len(seen) == 7:
+            found = resume.newest_whole(disk / "checkpoint.pth")
+            assert found is not None
+            assert (found[0].name, found[1]["epoch"], found[2]) == ("checkpoint.pth", 1, ())
+            lines = len((disk / "log.txt").read_text().splitlines())
+            assert lines == 1 or trouble == "full"  # whose last page had room
+            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            (disk / "ballast").unlink(missing_ok=True)
+        return due(self, steps, moved, wishes)
+
+    monkeypatch.setattr(resume.Saver, "due", refuse)
+    train(disk, images, "--epochs", "5", "--saveckp_freq", "0")
+    told = capsys.readouterr().err
+    assert told.count("its last whole checkpoint stays, and the next saving is tried") == 2
+    assert told.count(f"cannot write to {disk}") == 1
+    assert "Traceback" not in told
+    assert checkpoint.load_file(disk / "checkpoint.pth")["epoch"] == 5
+    assert [json.loads(line)["epoch"] for line in (disk / "log.txt").open()] == [0, 1, 2, 3, 4]
+    points = [point.step for point in EventAccumulator(str(disk)).Reload().Scalars("step/loss")]
+    assert points == [0, 1, 8, 9] or (trouble == "full" and {0, 1, 8, 9} < set(points))
+
+
+@pytest.mark.parametrize("code", REFUSALS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("script", RUNS)
+def test_end_that_cannot_be_saved_is_told(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, script: str
+) -> None:
+    """The disk refuses when bytes are to reach it; the run ends with one sentence, and goes on when started again."""
+    out = tmp_path / "out"
+
+    def refuse(_descriptor: int) -> None:
+        if list(out.glob("checkpoint.pth*")):
+            raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(UsageError, match=rf"end of the run is not saved \(.*{os.strerror(code)}"):
+            RUNS[script](images, out)
+    (path,) = (path for path in out.glob("checkpoint.pth*") if "previous" not in path.name)
+    first = checkpoint.load_file(path)["epoch"]
+    RUNS[script](images, out)
+    assert checkpoint.load_file(path)["epoch"] > first == 1
+    assert not list(out.glob(".*"))
+
+
+# --------------------------------------------------------------------------- logs alone
+
+
+def one_epoch(log: RunLog, epoch: int) -> None:
+    meter = EpochMeter(epoch, steps=1, images_per_step=1)
+    with log.epoch(meter) as show:
+        meter.update({"loss": float(epoch)})
+        show(epoch, lr=0.5)
+    log.finish_epoch(meter)
+
+
+def test_lines_wait_for_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`log.txt` on a full device: told once; what waits is written with the next line, and named where there is none."""
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    utils.setup_logging()
+    log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU)
+    for epoch in range(2):
+        one_epoch(log, epoch)
+    told = capsys.readouterr().err
+    assert told.count("No space left on device") == 1
+    (tmp_path / "log.txt").unlink()
+    one_epoch(log, 2)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()] == [0, 1, 2]
+    (tmp_path / "log.txt").unlink()
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    one_epoch(log, 3)
+    log.close()
+    assert "log.txt lacks the last 1 epochs; their lines stand above" in capsys.readouterr().err
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes half of it."""
+    log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU)
+    one_epoch(log, 0)
+    before = (tmp_path / "log.txt").read_text()
+    opened = Path.open
+
+    def half(self: Path, mode: str = "r", **options: Any) -> Any:
+        file = opened(self, mode, **options)
+        if mode == "a":
+            file.write('{"epoch": 1, "tr')
+            file.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", half)
+        one_epoch(log, 1)
+    assert (tmp_path / "log.txt").read_text() == before
+    one_epoch(log, 2)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()] == [0, 1, 2]
+
+
+def test_tensorboard_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its thread ends without a traceback; the next epoch that can draws in a new file."""
+    utils.setup_logging()
+    log = RunLog(tmp_path, epochs=4, log_freq=1, mean=[0.5], std=[0.5], device=CPU)
+    one_epoch(log, 0)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", refuse)
+        one_epoch(log, 1)
+        one_epoch(log, 2)
+    one_epoch(log, 3)
+    one_epoch(log, 4)
+    log.close()
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert told.count("Input/output error") == 1
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()] == [0, 1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [point.step for point in events.Scalars("epoch/train_loss")] == [0, 3, 4]
+
+
+def test_picture_of_crops_is_whole_or_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    utils.setup_logging()
+    views = [torch.zeros(2, 3, 64, 64)]
+    for refused in (True, False):  # a temporary file on a full device, then a run that goes on
+        if refused:
+            (tmp_path / f".crops.png{utils.TEMPORARY}").symlink_to("/dev/full")
+        log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5] * 3, std=[0.5] * 3, device=CPU)
+        log.crops_once(views)
+        log.close()
+        assert (tmp_path / "crops.png").exists() != refused
+        assert capsys.readouterr().err.count("No space left on device") == refused
+    with Image.open(tmp_path / "crops.png") as picture:
+        picture.load()

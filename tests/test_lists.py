@@ -1,0 +1,82 @@
+"""Lists of images: what they choose by value, and what they may not name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import write_images, zip_folders
+
+import data
+from data.lists import digest_of, keep_listed
+from utils import UsageError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three classes of four images, whose files have names of their own in `own`, as ImageNet's do."""
+    write_images(tmp_path / "same/train", 4, classes=3)
+    for path in (tmp_path / "same/train").glob("*/*.png"):
+        target = tmp_path / "own/train" / path.parent.name / f"{path.parent.name}_{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def dataset(root: Path, layout: str = "files") -> data.ImageDataset:
+    return data.build_dataset(root, "train", lambda image: [], need_labels=True, layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["files", "zip"])
+def test_listed_images_stay_with_their_labels_and_bytes(images: Path, layout: str) -> None:
+    """The last line counts without an end of line too, a name that comes twice counts once, and classes keep their numbers."""
+    root = images / "own"
+    if layout == "zip":
+        root = zip_folders(root, images / "zip", parts=["train"])
+    file = images / "list.txt"
+    file.write_text("class2_003.png\n\nclass0_001.png\nclass0_001.png\nclass2_000.png")
+    whole, kept = dataset(root, layout), dataset(root, layout)
+    keep_listed(kept, file)
+    names = [kept.source.name(i).rsplit("/", 1)[1] for i in range(len(kept))]
+    assert names == ["class0_001.png", "class2_000.png", "class2_003.png"]
+    assert kept.labels.tolist() == [0, 2, 2]
+    assert kept.classes == whole.classes
+    positions = [1, 8, 11]
+    assert [kept.source.read(i) for i in range(3)] == [whole.source.read(i) for i in positions]
+    assert np.array_equal(whole.labels[positions], kept.labels)
+
+
+def test_names_of_several_folders_take_their_folders(images: Path) -> None:
+    file, kept = images / "list.txt", dataset(images / "same")
+    file.write_text("class1/002.png\nclass0/002.png\n")
+    keep_listed(kept, file)
+    assert [kept.source.name(i).rsplit("/", 2)[1] for i in range(len(kept))] == ["class0", "class1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("000.png\n", "1 names that several images have, the first is 000.png; name their folders"),
+        (
+            "class0/000.png\nclass0/009.png\nx.png",
+            "2 names that no image has, the first is class0/009.png; take the list",
+        ),
+        ("\n \n", "names no image"),
+        ("\0\xff", "cannot be read"),
+        (None, r"cannot be read \(No such file or directory\)"),
+    ],
+    ids=["ambiguous", "unknown", "empty", "binary", "missing"],
+)
+def test_lists_that_do_not_fit_are_refused(images: Path, text: str | None, words: str) -> None:
+    file = images / "list.txt"
+    if text is not None:
+        file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=words):
+        keep_listed(dataset(images / "same"), file)
+
+
+def test_the_digest_is_of_the_names(images: Path) -> None:
+    for name, text in {"a": "x\ny\n", "b": "y\nx", "c": "x\nz"}.items():
+        (images / name).write_text(text)
+    assert digest_of(images / "a") == digest_of(images / "b") != digest_of(images / "c")

@@ -1,0 +1,92 @@
+"""Products by oneDNN against float64, and where they are taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import products
+
+here = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN's linear layer"
+)
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "ENOUGH", 1)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of what oneDNN multiplies."""
+    seen, onednn = [], products._onednn
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append(x.shape)
+        return onednn(x, weight, bias)
+
+    monkeypatch.setattr(products, "_onednn", counted)
+    return seen
+
+
+@here
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("width", "out"), [(5, 3), (3, 5), (1, 1)])
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 4), (1,)], ids=str)
+def test_layer_and_gradients(shape: tuple[int, ...], width: int, out: int, bias: bool, calls: list[torch.Size]) -> None:
+    layer = products.Linear(width, out, bias=bias)
+    exact = nn.Linear(width, out, bias=bias).double()
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(*shape, width, requires_grad=True)
+    grad = torch.randn(*shape, out)
+    y, expected = layer(x), exact(x.double())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected.float())
+    found = torch.autograd.grad(y, [x, *layer.parameters()], grad)
+    wanted = torch.autograd.grad(expected, [x, *exact.parameters()], grad.double())
+    assert len(calls) == 3
+    for a, b in zip(found, wanted):
+        assert a.is_contiguous()
+        torch.testing.assert_close(a, b.float())
+
+
+@here
+def test_only_wanted_gradients_are_computed(calls: list[torch.Size]) -> None:
+    layer = products.Linear(3, 4).requires_grad_(False)
+    x = torch.randn(2, 3, requires_grad=True)
+    layer(x).sum().backward()
+    assert len(calls) == 2
+    assert layer.weight.grad is None
+    torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand(2, 3))
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+
+
+@pytest.mark.parametrize("case", ["small", "float64", "autocast", "mixed"])
+def test_everything_else_is_torchs_own(case: str, monkeypatch: pytest.MonkeyPatch, calls: list[torch.Size]) -> None:
+    layer, theirs = products.Linear(3, 4), nn.Linear(3, 4)
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3)
+    if case == "small":
+        monkeypatch.setattr(products, "ENOUGH", 2 * 3 * 4 + 1)
+    if case == "float64":
+        layer, theirs, x = layer.double(), theirs.double(), x.double()
+    if case == "mixed":
+        x = x.double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x)
+        return
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        assert torch.equal(layer(x), theirs(x))
+    assert not calls
+
+
+@here
+def test_matrices(calls: list[torch.Size]) -> None:
+    a, b = torch.randn(4, 6), torch.randn(6, 5)
+    torch.testing.assert_close(products.product(a, b), a @ b)
+    for grad in (torch.randn(4, 5), torch.randn(4, 9)):
+        torch.testing.assert_close(products.weight_gradient(grad, a), grad.T @ a)
+    assert len(calls) == 3
