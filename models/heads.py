@@ -37,11 +37,13 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, self.weight())
 
     def factors(self, x: Tensor) -> FactoredLogits:
-        """What `forward` would multiply; under autocast the bottleneck has its dtype, in which the product is computed."""
-        device = x.device.type
-        return FactoredLogits(
-            x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x, self.weight()
-        )
+        """What `forward` would multiply; under autocast the bottleneck has its dtype, in which the product is computed.
+
+        So have prototypes without gradient, which take half the memory then.
+        """
+        device, prototypes = x.device.type, self.weight()
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        return FactoredLogits(x, prototypes if prototypes.requires_grad else prototypes.to(x.dtype))
 
 
 class DINOHead(nn.Module):
