@@ -29,14 +29,13 @@ import yaml
 from torch import Tensor, nn
 
 import sharding
+from files import whole_file
 from models import srs
-from models.base import Backbone
+from models.base import BESIDE, HEADS, Backbone
 from models.interop import vit_from_timm
-from utils import UsageError, logger, whole_file
+from utils import UsageError, logger
 
 PREFIX = "module."
-HEADS = ("head.", "head_dense.")
-BESIDE = (*HEADS, "srs.")  # modules of a method, which no backbone needs
 UDI_BACKBONE = "backbone.backbone."  # around a backbone in UDI's files
 UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
 CLASSIFIERS = ("fc.", "head_dist.")  # linear heads of other projects, beside `head.`

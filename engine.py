@@ -30,7 +30,7 @@ import utils
 from bad_steps import BadSteps
 from data.loader import Batch, FailureTally, set_epoch
 from health import Level, Monitor
-from models.base import Backbone
+from models.base import Backbone, batch_norms
 from progress import EpochMeter, RunLog
 from resume import Place, Saver
 from utils import UsageError
@@ -227,8 +227,7 @@ class RunningStatistics:
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        norms = [m for net in networks for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        buffers = [buffer for network in networks for norm in batch_norms(network) for buffer in norm.buffers()]
         self._flat = {
             dtype: [buffer.view(-1) for buffer in buffers if buffer.dtype == dtype]
             for dtype in {buffer.dtype for buffer in buffers}
@@ -258,7 +257,7 @@ def wrap_networks(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn
         return student, teacher
     device = next(student.parameters()).device
     device_ids = [device.index] if device.type == "cuda" else None
-    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
+    has_batch_norm = bool(batch_norms(student))
     if has_batch_norm:
         if device.type == "cuda":
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 import data
+import files
 import flags
 import resume
 import utils
@@ -302,7 +303,7 @@ def train(
     assert isinstance(val_loader.dataset, data.ImageDataset)
     batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
     first_step, failure = progress.epochs * recipe.steps, ""
-    with utils.failing_together(), utils.usable(output_dir):
+    with utils.failing_together(), files.usable(output_dir):
         log = RunLog(
             output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device, first_step
         )
@@ -340,7 +341,7 @@ def main(args: argparse.Namespace) -> None:
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         size = evaluation_size(args, config)
         loaders = build_loaders(args, config, device, size)
-        output_dir = utils.make_output_dir(args.output_dir)
+        output_dir = files.make_output_dir(args.output_dir)
         refuse_other_results(output_dir, EVALUATION)
         recipe = make_recipe(args, steps_per_epoch(len(loaders[0]), args.accum_iter))
     train_set, val_set = (loader.dataset for loader in loaders)
@@ -357,7 +358,7 @@ def main(args: argparse.Namespace) -> None:
         network = build_network(args, config, classes, size)
     utils.seed_everything(args.seed + utils.get_rank())
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
-    with utils.failing_together(), utils.usable(output_dir):
+    with utils.failing_together(), files.usable(output_dir):
         progress = resume_run(output_dir, tuner, about, args)
     utils.must_agree("checkpoints", progress.epochs)
     if progress.epochs >= args.epochs:
@@ -365,10 +366,10 @@ def main(args: argparse.Namespace) -> None:
         if utils.is_main_process():
             report(progress, val_set, about, args)
         return
-    with utils.failing_together(), utils.usable(output_dir):
+    with utils.failing_together(), files.usable(output_dir):
         if utils.is_main_process():
             resume.tidy(output_dir, progress.place)
-            utils.save_provenance(output_dir, args, config)
+            files.save_provenance(output_dir, args, config)
     train(tuner, loaders, progress, about, args, config)
 
 

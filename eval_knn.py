@@ -24,6 +24,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 import data
+import files
 import flags
 import utils
 from checkpoint import load_tensor, save_file
@@ -113,7 +114,7 @@ def check_dump_folder(folder: str) -> None:
     Raises:
         UsageError: it cannot be created, or holds saved features, which would be overwritten or mixed with others.
     """
-    place = utils.make_output_dir(folder, "--dump_features")
+    place = files.make_output_dir(folder, "--dump_features")
     names = [kind.format(part) for part in ("train", "test") for kind in DUMPED.values()]
     found = [name for name in names if (place / name).exists()]
     if found:
@@ -257,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         if args.output_dir:
-            utils.make_output_dir(args.output_dir)
+            files.make_output_dir(args.output_dir)
             refuse_other_results(Path(args.output_dir), EVALUATION)
         if args.dump_features:
             check_dump_folder(args.dump_features)

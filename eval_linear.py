@@ -34,6 +34,7 @@ from yacs.config import CfgNode
 
 import checkpoint
 import data
+import files
 import flags
 import resume
 import utils
@@ -284,7 +285,7 @@ def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> r
         UsageError: all files are damaged or of another run, on all processes at once.
     """
     place = resume.Place()
-    with utils.failing_together(), utils.usable(args.output_dir):
+    with utils.failing_together(), files.usable(args.output_dir):
         found = resume.newest_whole(checkpoint_path(args))
         if found is not None:
             path, content, damaged = found
@@ -372,8 +373,8 @@ def claim_folder(args: argparse.Namespace) -> Path:
     Raises:
         UsageError: it cannot be created, or holds what this run would overwrite or mix with its own.
     """
-    folder = utils.make_output_dir(args.output_dir)
-    with utils.usable(folder):
+    folder = files.make_output_dir(args.output_dir)
+    with files.usable(folder):
         begun = bool(resume.saved(checkpoint_path(args)))
     strangers = {
         "a pre-training run (checkpoint.pth)": (folder / "checkpoint.pth").exists() and not begun,
@@ -448,18 +449,18 @@ def main(args: argparse.Namespace) -> None:
     run = identity(args, config, backbone, datasets, precision)
     start = resume_run(probe, args, run)
     if start.epoch < args.epochs:
-        with utils.failing_together(), utils.usable(folder):
+        with utils.failing_together(), files.usable(folder):
             if utils.is_main_process():
                 resume.tidy(folder, start)
-                utils.save_provenance(folder, args, config)
+                files.save_provenance(folder, args, config)
         source = feature_source(args, backbone, datasets, device, precision, run)
         first_step = start.epoch * source.steps
-        with utils.failing_together(), utils.usable(folder):
+        with utils.failing_together(), files.usable(folder):
             log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
         with closing(log):
             train(probe, source, range(start.epoch, args.epochs), args, log, run)
     if utils.is_main_process():
-        with utils.usable(folder):
+        with files.usable(folder):
             report(probe, args, run)
             (folder / FEATURES).unlink(missing_ok=True)
 

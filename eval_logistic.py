@@ -29,6 +29,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import data
+import files
 import flags
 import utils
 from data import augment
@@ -188,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         if args.output_dir:
-            utils.make_output_dir(args.output_dir)
+            files.make_output_dir(args.output_dir)
             refuse_other_results(Path(args.output_dir), EVALUATION)
     (train, val), dataset, about = extract(args, device)
     if not utils.is_main_process():

@@ -32,6 +32,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 import data
+import files
 import flags
 import utils
 from analysis.images import Scale, scale_of
@@ -229,7 +230,7 @@ def claim_outputs(folder: str, frames: Sequence[Path]) -> list[Path]:
     Raises:
         UsageError: it cannot be, or holds one of them.
     """
-    place = utils.make_output_dir(folder)
+    place = files.make_output_dir(folder)
     written = [place / f"{frame.stem}.png" for frame in frames]
     there = [path.name for path in written if path.exists()]
     if there:

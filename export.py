@@ -32,10 +32,12 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+import files
 import flags
 import utils
-from checkpoint import HEADS, load_backbone, save_file
+from checkpoint import load_backbone, save_file
 from models import Backbone, build_model, load_arch_config
+from models.base import HEADS
 from utils import UsageError, logger
 
 CLASS_TOKENS = {"all": None, "first": 1, "none": 0}
@@ -133,7 +135,7 @@ def _detectron2_pickle(state: dict[str, Tensor]) -> bytes:
 
 
 def _write_whole(output: Path, writer: Callable[[Path], object]) -> None:
-    with utils.whole_file(output) as temporary:
+    with files.whole_file(output) as temporary:
         writer(temporary)
 
 

@@ -32,7 +32,7 @@ import checkpoint
 import utils
 from data.loader import Batch, FailureTally, set_epoch
 from engine import SYNC_BUFFERS
-from models.base import Backbone
+from models.base import HEADS, Backbone, batch_norms
 from progress import EpochMeter, RunLog
 from resume import Place, continue_from, newest_whole, write
 from utils import UsageError, logger
@@ -57,7 +57,7 @@ def layer_depths(network: Backbone) -> dict[str, int]:
             number_of |= {id(parameter): number for parameter in part.parameters()}
     depths, passed = {}, 0
     for name, parameter in network.named_parameters():
-        if name.startswith(checkpoint.HEADS):
+        if name.startswith(HEADS):
             depths[name] = len(blocks) + 1
             continue
         passed = number_of.get(id(parameter), passed)
@@ -217,8 +217,7 @@ class FineTuner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.wrapped: nn.Module = network
         if utils.is_distributed():
-            has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
-            buffers: dict[str, Any] = {SYNC_BUFFERS: has_batch_norm}
+            buffers: dict[str, Any] = {SYNC_BUFFERS: bool(batch_norms(network))}
             self.wrapped = DistributedDataParallel(
                 network, device_ids=[device.index] if device.type == "cuda" else None, **buffers
             )

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from outputs import FactoredLogits
+from outputs import FactoredLogits, Logits, multiplied
 from utils import logger
 
 ROWS = 256  # of each level, at most
@@ -45,8 +45,8 @@ CURES = {
 class Level(NamedTuple):
     """Rows of one level of a method's outputs; row i of the student learns from row i of the teacher."""
 
-    student_logits: Tensor | FactoredLogits  # (N, K)
-    teacher_logits: Tensor | FactoredLogits  # (N, K)
+    student_logits: Logits  # (N, K)
+    teacher_logits: Logits  # (N, K)
     center: Tensor  # (1, K), subtracted from the teacher's
     student_temp: float
     teacher_temp: float
@@ -65,7 +65,7 @@ def spread(count: int, wanted: int, device: torch.device) -> Tensor:
     return torch.arange(wanted, device=device) * count // wanted
 
 
-def take(logits: Tensor | FactoredLogits, rows_N: Tensor) -> Tensor | FactoredLogits:
+def take(logits: Logits, rows_N: Tensor) -> Logits:
     """Those rows, without gradient."""
     if isinstance(logits, FactoredLogits):
         return FactoredLogits(logits.bottleneck.detach()[rows_N], logits.prototypes.detach())
@@ -105,9 +105,9 @@ def measure(level: Level) -> dict[str, Tensor]:
     rows = _length(level.teacher_logits)
     entropies, divergences, best = [], [], []
     for block in torch.arange(rows, device=level.center.device).split(BLOCK):
-        teacher_NK = (_multiplied(take(level.teacher_logits, block)) - level.center) / level.teacher_temp
+        teacher_NK = (multiplied(take(level.teacher_logits, block)).float() - level.center) / level.teacher_temp
         log_p_NK = F.log_softmax(teacher_NK, dim=-1)
-        log_q_NK = F.log_softmax(_multiplied(take(level.student_logits, block)) / level.student_temp, dim=-1)
+        log_q_NK = F.log_softmax(multiplied(take(level.student_logits, block)).float() / level.student_temp, dim=-1)
         p_NK = log_p_NK.exp()
         entropies.append(-torch.xlogy(p_NK, p_NK).sum(dim=-1))
         divergences.append((torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(dim=-1))
@@ -151,12 +151,8 @@ def effective_rank(features_NC: Tensor) -> Tensor:
     return torch.where(total > 0, rank, torch.where(total == 0, torch.ones_like(rank), total)).float()
 
 
-def _length(logits: Tensor | FactoredLogits) -> int:
+def _length(logits: Logits) -> int:
     return len(logits.bottleneck if isinstance(logits, FactoredLogits) else logits)
-
-
-def _multiplied(logits: Tensor | FactoredLogits) -> Tensor:
-    return (logits.product() if isinstance(logits, FactoredLogits) else logits).float()
 
 
 # --------------------------------------------------------------------------- the monitor

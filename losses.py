@@ -1,22 +1,23 @@
-"""The objective: teacher temperature, centre, the view loss and region matching.
+"""The objective: teacher temperature, centre, the view loss and the loss of matched regions.
 
     loss = criterion(student_output, teacher_output, epoch)   # pure: changes no state
     criterion.accumulate_center(teacher_output)               # of each micro-batch
     criterion.update_center()                                 # once a step, over all processes
 
-Logits come multiplied, or as `FactoredLogits`; then the same numbers are computed in chunks (chunked_loss.py).
+Logits come multiplied, or as `FactoredLogits`; then the same numbers are computed in chunks (chunked_loss.py). Which regions are
+compared is found by matching.py.
 
 Shapes: B images, V student views, Q = 2 teacher views, T regions of a student view, U regions of a teacher view, K prototypes,
-C backbone channels, D channels of the bottleneck, P images that a student image is mixed from, 1 without mixup. Rows of the inputs
+D channels of the bottleneck, P images that a student image is mixed from, 1 without mixup. Rows of the inputs
 are ordered view, image (, region).
 Origin: DINO (Caron et al., ICCV 2021) section 3.1; EsViT (Li et al., ICLR 2022) section 3.2, equations 2-4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 
 import health
 from chunked_loss import Targets, Temperatures, chunked_cross_entropy
-from outputs import FactoredLogits, MultiCropOutput
+from matching import Match, Sources, match_regions, match_views, mixup_sources, unmixed
+from outputs import FactoredLogits, Logits, MultiCropOutput, by_view, multiplied
 from utils import UsageError, start_all_reduce_sum
 
 TEACHER_VIEWS = 2
-Logits = Tensor | FactoredLogits
 
 
 def teacher_temperature_schedule(
@@ -182,8 +183,8 @@ class DINOLoss(SelfDistillation):
         _check_views(teacher_logits, TEACHER_VIEWS, "teacher")
         if isinstance(student_logits, FactoredLogits) and isinstance(teacher_logits, FactoredLogits):
             return self._chunked_view_loss(student_logits, teacher_logits, epoch, sources)
-        student_VBK = _multiplied(student_logits).unflatten(0, (self.ncrops, -1))
-        teacher_QBK = _multiplied(teacher_logits).unflatten(0, (TEACHER_VIEWS, -1))
+        student_VBK = multiplied(student_logits).unflatten(0, (self.ncrops, -1))
+        teacher_QBK = multiplied(teacher_logits).unflatten(0, (TEACHER_VIEWS, -1))
         probs_QBK = self.teacher_probs(teacher_QBK, self.center, epoch)
         columns_Q = []
         for v, logits_BK in enumerate(student_VBK):
@@ -322,8 +323,8 @@ class RegionMatchingLoss(DINOLoss):
         matches = list(match_views(student, teacher, sources, mixed))
         if isinstance(student.region_logits, FactoredLogits) and isinstance(teacher.region_logits, FactoredLogits):
             return self._chunked_region_loss(student, teacher, epoch, sources, matches)
-        student_views = _by_view(_multiplied(student.region_logits), student)
-        teacher_views = _by_view(_multiplied(teacher.region_logits), teacher)
+        student_views = by_view(multiplied(student.region_logits), student)
+        teacher_views = by_view(multiplied(teacher.region_logits), teacher)
         log_probs = [self.student_log_probs(logits_BTK) for logits_BTK in student_views]
         probs = [self.teacher_probs(logits_BUK, self.center_grid, epoch) for logits_BUK in teacher_views]
         loss = self.center_grid.new_zeros(())
@@ -338,8 +339,8 @@ class RegionMatchingLoss(DINOLoss):
         self, student: MultiCropOutput, teacher: MultiCropOutput, epoch: int, sources: Sources, matches: Sequence[Match]
     ) -> Tensor:
         """Groups are student images: the regions of all their views, and those of the teacher's views that they are mixed from."""
-        student_BSD = torch.cat(_by_view(student.region_logits.bottleneck, student), dim=1)
-        teacher_views = _by_view(teacher.region_logits.bottleneck, teacher)
+        student_BSD = torch.cat(by_view(student.region_logits.bottleneck, student), dim=1)
+        teacher_views = by_view(teacher.region_logits.bottleneck, teacher)
         teacher_BRD = torch.cat(
             [view_BUD[images_B] for images_B in sources.images_PB for view_BUD in teacher_views], dim=1
         )
@@ -393,74 +394,6 @@ class RegionMatchingLoss(DINOLoss):
         return {"view_loss": view_loss, "region_loss": region_loss}
 
 
-class Sources(NamedTuple):
-    """The images that each student image is mixed from."""
-
-    images_PB: Tensor  # numbers of teacher images
-    weights_VPB: Tensor  # their shares in every view; 0 where an image has fewer than P
-
-
-class Match(NamedTuple):
-    """For the regions of one student view, those of one teacher view in image `source` of `Sources`."""
-
-    student_view: int
-    teacher_view: int
-    source: int
-    images_B: Tensor
-    weights_B: Tensor
-    regions_BT: Tensor
-
-
-def unmixed(views: int, batch: int, device: torch.device) -> Sources:
-    """Every image by itself."""
-    return Sources(torch.arange(batch, device=device)[None], torch.ones(views, 1, batch, device=device))
-
-
-def mixup_sources(targets_mixup: Sequence[Tensor], mixed_from: int | None = None) -> Sources:
-    """What `targets_mixup` (of each view teacher image by student image, (B, B)) says, without waiting for the device.
-
-    P is `mixed_from`, over all views no image may have more, or B.
-    """
-    weights_VBB = torch.stack([weights_BB.float() for weights_BB in targets_mixup])
-    views, batch, _ = weights_VBB.shape
-    most = batch if mixed_from is None else min(mixed_from, batch)
-    images_PB = (weights_VBB != 0).any(dim=0).float().topk(most, dim=0).indices
-    return Sources(images_PB, weights_VBB.gather(1, images_PB.expand(views, -1, -1)))
-
-
-def match_views(
-    student: MultiCropOutput, teacher: MultiCropOutput, sources: Sources, mixed: bool = True
-) -> Iterator[Match]:
-    """The matches of all pairs of different views, found on backbone features; `mixed`: not every image by itself."""
-    student_views, teacher_views = (
-        [_directions(view) for view in _by_view(output.region_features, output)] for output in (student, teacher)
-    )
-    for v, student_BTC in enumerate(student_views):
-        for q, teacher_BUC in enumerate(teacher_views):
-            if q == v:
-                continue
-            for p, images_B in enumerate(sources.images_PB):
-                regions_BT = _nearest(student_BTC, teacher_BUC[images_B] if mixed else teacher_BUC)
-                yield Match(v, q, p, images_B, sources.weights_VPB[v, p], regions_BT)
-
-
-def match_regions(student_features_BTC: Tensor, teacher_features_BUC: Tensor) -> Tensor:
-    """(B, T) index of the teacher region with the highest cosine to each student region (EsViT equation 4)."""
-    return _nearest(_directions(student_features_BTC), _directions(teacher_features_BUC))
-
-
-def _directions(features: Tensor) -> Tensor:
-    return F.normalize(features.detach().float(), dim=-1)
-
-
-def _nearest(student_BTC: Tensor, teacher_BUC: Tensor) -> Tensor:
-    return (student_BTC @ teacher_BUC.transpose(1, 2)).argmax(dim=-1)
-
-
-def _multiplied(logits: Logits) -> Tensor:
-    return logits.product() if isinstance(logits, FactoredLogits) else logits
-
-
 def _count(logits: Logits) -> int:
     return len(logits.bottleneck) if isinstance(logits, FactoredLogits) else len(logits)
 
@@ -496,13 +429,6 @@ def _check_regions(output: MultiCropOutput, views: int, who: str) -> None:
     rows, expected = _count(output.region_logits), _count(output.view_logits) // views * sum(output.regions_per_view)
     if expected != rows or expected != len(output.region_features):
         raise ValueError(f"the {who} has {rows} region rows, its views add up to {expected}")
-
-
-def _by_view(rows: Tensor, output: MultiCropOutput) -> list[Tensor]:
-    """Cut flat region rows of an output into its views, (B, T, ...) each."""
-    batch = len(rows) // sum(output.regions_per_view)
-    views = rows.split([batch * regions for regions in output.regions_per_view])
-    return [view.unflatten(0, (batch, -1)) for view in views]
 
 
 def _other_views(student_views: int, device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 import checkpoint
 import data
 import engine
+import files
 import flags
 import optim
 import resume
@@ -31,6 +32,7 @@ from data import augment
 from flags import bool_flag
 from knn_probe import KnnProbe, labelled_images
 from models import Backbone
+from models.base import BESIDE
 from models.heads import DINOHead
 from progress import RunLog
 from utils import UsageError, logger
@@ -64,22 +66,22 @@ def run(args: argparse.Namespace, script: Script) -> None:
     step = build_step(args, method, len(loader), device, args.precision)
 
     output_dir = Path(args.output_dir)
-    with utils.failing_together(), utils.usable(output_dir):
+    with utils.failing_together(), files.usable(output_dir):
         start = resume.resume_run(output_dir, step, args)
         if args.pretrained_weights_ckpt and start.is_new:
             start_from_weights(method, args.pretrained_weights_ckpt, args.allow_partial)
         elif args.pretrained_weights_ckpt:
             logger.warning("--pretrained_weights_ckpt is not used: %s holds a run, which goes on", output_dir)
-        utils.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
+        files.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
     utils.must_agree("checkpoints", (start.epoch, start.steps))
     if start.epoch >= args.epochs:
         logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
         return
     first_step = start.epoch * engine.steps_per_epoch(len(loader), args.accum_iter) + start.steps
-    with utils.failing_together(), utils.usable(output_dir):
+    with utils.failing_together(), files.usable(output_dir):
         if utils.is_main_process():
             resume.tidy(output_dir, start)
-            utils.save_provenance(output_dir, args, config)
+            files.save_provenance(output_dir, args, config)
         log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
     describe_run(args, method, loader, device, args.precision)
 
@@ -371,9 +373,7 @@ def describe_run(
 ) -> None:
     """Say once what is trained on what."""
     network = checkpoint.unwrap(method.student)
-    in_backbone = sum(
-        p.numel() for name, p in network.named_parameters() if not name.startswith((*checkpoint.HEADS, "srs."))
-    )
+    in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(BESIDE))
     logger.info(
         "%s, %.1fM parameters (with heads %.1fM), %s; %d images, %d batches of %d on each of %d processes; %s, %s",
         args.arch,

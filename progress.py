@@ -24,7 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from utils import is_main_process, logger, peak_memory_mb, whole_file
+from files import whole_file
+from utils import is_main_process, logger, peak_memory_mb
 
 CROP_GRID_IMAGES = 8
 

@@ -13,7 +13,8 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import UsageError, whole_file
+from files import whole_file
+from utils import UsageError
 
 FILE = "results.json"
 

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import checkpoint
+import files
 import optim
 import results
 import sharding
@@ -176,7 +177,7 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
         why it could not be written, and the files are what they were; empty where it was.
     """
     try:
-        with utils.whole_file(path) as temporary:
+        with files.whole_file(path) as temporary:
             checkpoint.save_file(state, temporary)
             _step_back(path, keep)
     except (OSError, RuntimeError) as error:  # torch's writer makes either of what the disk says
@@ -346,7 +347,7 @@ def tidy(output_dir: Path, place: Place) -> None:
     Temporary files are removed, damaged checkpoints get the suffix `.damaged` (so that no whole one gives way to them), and lines
     of `log.txt` about epochs that are trained again go to `log_repeated.txt`.
     """
-    for file in output_dir.glob(f".*{utils.TEMPORARY}"):
+    for file in output_dir.glob(f".*{files.TEMPORARY}"):
         logger.warning("removing %s, which a saving left that did not end", file)
         file.unlink(missing_ok=True)
     for file in place.damaged:
@@ -359,7 +360,7 @@ def tidy(output_dir: Path, place: Place) -> None:
     if again:
         with (output_dir / "log_repeated.txt").open("a") as repeated:
             repeated.writelines(line.rstrip("\n") + "\n" for line in again)
-        with utils.whole_file(log) as temporary:
+        with files.whole_file(log) as temporary:
             temporary.write_text("".join(line for line in lines if not _is_repeated(line, place.epoch)))
 
 

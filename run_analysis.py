@@ -26,6 +26,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 import data
+import files
 import flags
 import utils
 from analysis import attention, correspondence, pictures, plots, stereo
@@ -463,7 +464,7 @@ def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
     if args.token == "both":
         backbone.choose_token("cls")  # and the other in its turn, see `Lab.tokens`
     scale = scale_of(backbone, config, args.image_size, device)
-    return Lab(backbone, config, scale, device, utils.make_output_dir(args.output_dir), args)
+    return Lab(backbone, config, scale, device, files.make_output_dir(args.output_dir), args)
 
 
 def main(args: argparse.Namespace) -> None:

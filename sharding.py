@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import utils
-from models.base import Backbone
+from models.base import Backbone, batch_norms
 from utils import UsageError
 
 # --------------------------------------------------------------------------- networks
@@ -39,7 +39,7 @@ def shard_networks(student: Backbone, teacher: Backbone, device: torch.device) -
     """
     if utils.get_world_size() == 1:
         raise UsageError("--fsdp spreads networks over processes, this run has one; use torchrun, or leave --fsdp out")
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules()):
+    if batch_norms(student):
         raise UsageError(
             "--fsdp takes no network or head with BatchNorm, which are small enough without it; leave it out"
         )

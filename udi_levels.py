@@ -8,41 +8,14 @@ Origin: UDI (Su and Ji, ECCV 2024).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.udi_views import Correspondence
-from losses import TEACHER_VIEWS, Logits
+from losses import TEACHER_VIEWS
 from models.srs import bilinear_weights, one_hot_weights
-from outputs import LevelOutput, changed, split_rows
-
-
-class StudentLevels(NamedTuple):
-    """A student's logits; of local views L may be 0, and what is not learned is None."""
-
-    cls_VBK: Logits
-    local_cls_LBK: Logits
-    plus_VBK: Logits | None = None
-    local_plus_LBK: Logits | None = None
-    patch_VBSK: Logits | None = None
-    local_patch_LBSK: Logits | None = None
-
-
-class TeacherLevels(NamedTuple):
-    """A teacher's logits.
-
-    `patch` [v] is of view 1 - v at the places of the samples of student view v, `local_patch` [l, v] of view v at those of local
-    view l. Samples that are not valid count nowhere.
-    """
-
-    cls_VBK: Logits
-    patch_VBSK: Logits | None = None
-    valid_VBS: Tensor | None = None
-    local_patch_LVBSK: Logits | None = None
-    local_valid_LVBS: Tensor | None = None
-
+from outputs import LevelOutput, StudentLevels, TeacherLevels, changed, split_rows
 
 # --------------------------------------------------------------------------- into the networks
 

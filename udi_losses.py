@@ -23,10 +23,8 @@ from torch import Tensor
 
 import health
 from chunked_loss import Targets
-from losses import TEACHER_VIEWS, Logits, SelfDistillation, at_least_float32
-from outputs import FactoredLogits, changed
-from udi_levels import StudentLevels as StudentLevels
-from udi_levels import TeacherLevels as TeacherLevels
+from losses import TEACHER_VIEWS, SelfDistillation, at_least_float32
+from outputs import FactoredLogits, Logits, StudentLevels, TeacherLevels, changed, multiplied
 from utils import UsageError, all_reduce_sum, get_world_size
 
 TARGET_MIXES = ("logits", "probs")
@@ -166,8 +164,8 @@ class UDILoss(SelfDistillation):
         if isinstance(student_GRK, FactoredLogits) and isinstance(teacher_GRK, FactoredLogits):
             bottleneck = teacher_GRK.bottleneck.to(student_GRK.bottleneck.dtype)
             return self._chunked(student_GRK, teacher_GRK._replace(bottleneck=bottleneck), targets, center, epoch)
-        log_probs_GSK = self.student_log_probs(_multiplied(student_GRK))
-        probs_GRK = self.teacher_probs(_multiplied(teacher_GRK), center, epoch)
+        log_probs_GSK = self.student_log_probs(multiplied(student_GRK))
+        probs_GRK = self.teacher_probs(multiplied(teacher_GRK), center, epoch)
         group_G1 = self._numbers(len(probs_GRK))[:, None]
         loss = center.new_zeros(())
         for rows_GS, weights_GS in zip(targets.rows_GSM.unbind(-1), targets.weights_GSM.unbind(-1)):
@@ -195,7 +193,7 @@ class UDILoss(SelfDistillation):
         if isinstance(mean, FactoredLogits) and isinstance(cls, FactoredLogits) and mean.prototypes is cls.prototypes:
             rows = at_least_float32(cls.bottleneck.detach())
             return mean._replace(bottleneck=alpha * mean.bottleneck + (1 - alpha) * rows)
-        return alpha * _multiplied(mean) + (1 - alpha) * at_least_float32(_multiplied(cls).detach())
+        return alpha * multiplied(mean) + (1 - alpha) * at_least_float32(multiplied(cls).detach())
 
     def _from_mixed_logits(
         self, student_XBK: Logits, patches: Logits, valid: Tensor, cls_VBK: Logits, views_XY: Tensor, epoch: int
@@ -307,7 +305,3 @@ def _shape(logits: Logits) -> tuple[int, int]:
     """The first two axes."""
     rows = logits.bottleneck if isinstance(logits, FactoredLogits) else logits
     return rows.shape[0], rows.shape[1]
-
-
-def _multiplied(logits: Logits) -> Tensor:
-    return logits.product() if isinstance(logits, FactoredLogits) else logits

@@ -32,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+import files
 import flags
 import utils
 from data.datasets import LAYOUTS, layout_of
@@ -236,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
     numbers, names = number_classes(list(listings.values()))
     if args.to == "files" and not names:
         names = read_classes(Path(args.data_path))
-    folder = utils.make_output_dir(args.dest)
+    folder = files.make_output_dir(args.dest)
     writers: list[Writer] = []
     try:
         for (split, listing), label_N in zip(listings.items(), numbers):

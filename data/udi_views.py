@@ -50,7 +50,7 @@ class Sampling(NamedTuple):
 
 
 class Correspondence(NamedTuple):
-    """Of one image, or of a batch with an axis B before all others; views of a pair as in `udi_losses.TeacherLevels`.
+    """Of one image, or of a batch with an axis B before all others; views of a pair as in `outputs.TeacherLevels`.
 
     Local views of different sizes have different numbers of samples: the last ones of those that have fewer are not valid.
     """

@@ -28,6 +28,9 @@ from models.windows import Cut, real_tokens, window_plane
 from outputs import LevelOutput, MultiCropOutput, split_rows
 from utils import UsageError
 
+# What the names of tensors begin with that a method puts beside a backbone: heads, and what pools patches at samples.
+HEADS = ("head.", "head_dense.")
+BESIDE = (*HEADS, "srs.")
 # Which class tokens a view feature is made of, by the values of --token.
 TOKENS = {"cls": (0,), "cls+": (1,), "both": (0, 1)}
 
@@ -160,7 +163,7 @@ class Backbone(nn.Module, ABC):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that supervised fine-tuning keeps out of weight decay: positions, and tokens of the network."""
-        names = {name for name, _ in self.named_parameters() if not name.startswith(("head.", "head_dense."))}
+        names = {name for name, _ in self.named_parameters() if not name.startswith(HEADS)}
         return {name for name in names if any(part in name for part in ("relative_position", "pos_embed", "cls_token"))}
 
     # ----------------------------------------------------------------- class tokens
@@ -400,10 +403,15 @@ class Backbone(nn.Module, ABC):
         return split_rows(self.head(torch.cat(list(rows)), sizes), sizes)
 
 
+def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers with running statistics, which images of one batch share: BatchNorm of any kind."""
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
 def _statistics_kept(network: nn.Module) -> Iterator[None]:
     """Recomputing a block must not count its batch twice in the running statistics of BatchNorm."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(network)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

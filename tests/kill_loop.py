@@ -28,9 +28,9 @@ os.chdir(ROOT)
 import torch  # noqa: E402
 from runs import TINY_RUN, TINY_SWIN, free_port, write_images  # noqa: E402
 
+import files  # noqa: E402
 import main_esvit  # noqa: E402
 import resume  # noqa: E402
-import utils  # noqa: E402
 
 EPOCHS = 12
 
@@ -109,7 +109,7 @@ def main(kills: int, seed: int, processes: int) -> None:
             for other in children[:victim] + children[victim + 1 :]:
                 os.kill(other, signal.SIGTERM)
             status = wait(children)[victim]
-            while_saving += any(killed.glob(f".*{utils.TEMPORARY}"))
+            while_saving += any(killed.glob(f".*{files.TEMPORARY}"))
             now = place(killed)
             assert now >= reached, f"the run fell back from {reached} to {now}"
             reached = now

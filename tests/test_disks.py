@@ -25,6 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from test_resume import train
 
 import checkpoint
+import files
 import resume
 import utils
 from progress import EpochMeter, RunLog
@@ -269,7 +270,7 @@ def test_picture_of_crops_is_whole_or_absent(tmp_path: Path, capsys: pytest.Capt
     views = [torch.zeros(2, 3, 64, 64)]
     for refused in (True, False):  # a temporary file on a full device, then a run that goes on
         if refused:
-            (tmp_path / f".crops.png{utils.TEMPORARY}").symlink_to("/dev/full")
+            (tmp_path / f".crops.png{files.TEMPORARY}").symlink_to("/dev/full")
         log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5] * 3, std=[0.5] * 3, device=CPU)
         log.crops_once(views)
         log.close()

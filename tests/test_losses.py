@@ -14,15 +14,8 @@ from fill import tensor
 from torch import Tensor
 
 import main_esvit
-from losses import (
-    DINOLoss,
-    RegionMatchingLoss,
-    match_regions,
-    match_views,
-    mixup_sources,
-    teacher_temperature_schedule,
-    unmixed,
-)
+from losses import DINOLoss, RegionMatchingLoss, teacher_temperature_schedule
+from matching import mixup_sources
 from models import MultiCropOutput
 from outputs import FactoredLogits
 from utils import UsageError
@@ -189,29 +182,6 @@ def test_known_number_of_mixed_images_changes_no_number() -> None:
     known, unknown = (loss.terms(student, teacher, 0, weights, most) for most in (2, None))
     for name in unknown:
         torch.testing.assert_close(known[name], unknown[name])
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_matches_of_all_views_are_those_of_each_pair(mixed: bool) -> None:
-    student, teacher = random_outputs(3, (16, 16, 4))
-    weights = [torch.rand(3, 3).softmax(0) for _ in range(3)]
-    sources = mixup_sources(weights) if mixed else unmixed(3, 3, torch.device("cpu"))
-    matches = list(match_views(student, teacher, sources, mixed))
-    assert len(matches) == 4 * len(sources.images_PB)
-    views = [
-        rows.unflatten(0, (3, -1)) for rows in student.region_features.split([3 * t for t in student.regions_per_view])
-    ]
-    teacher_views = teacher.region_features.unflatten(0, (2, 3, -1))
-    for match in matches:
-        expected = match_regions(views[match.student_view], teacher_views[match.teacher_view][match.images_B])
-        assert torch.equal(match.regions_BT, expected)
-
-
-def test_matches_ignore_length_and_find_copies() -> None:
-    teacher = torch.randn(2, 7, 5)
-    order = torch.stack([torch.randperm(7) for _ in range(2)])
-    student = torch.stack([teacher[b, order[b]] for b in range(2)]) * torch.rand(2, 7, 1).add(0.1)
-    assert torch.equal(match_regions(student, teacher), order)
 
 
 def test_uniform_outputs_sit_at_ln_k() -> None:

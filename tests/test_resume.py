@@ -24,8 +24,9 @@ import health
 import main_esvit
 import resume
 from data import convert
+from files import TEMPORARY
 from models import Backbone
-from utils import TEMPORARY, UsageError, logger, resolve_precision
+from utils import UsageError, logger, resolve_precision
 
 
 def train(output_dir: Path, images: Path, *extra: str, overrides: Sequence[str] = ()) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import health
 from losses import DINOLoss
-from outputs import FactoredLogits
-from udi_losses import StudentLevels, TeacherLevels, UDILoss
+from outputs import FactoredLogits, StudentLevels, TeacherLevels
+from udi_losses import UDILoss
 from utils import UsageError
 
 B, L, K, M, m = 2, 2, 5, 4, 3

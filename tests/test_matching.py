@@ -1,0 +1,38 @@
+"""Region matching against the cosines of each pair of views."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from matching import match_regions, match_views, mixup_sources, unmixed
+from outputs import MultiCropOutput
+
+
+def views_of(features: list[Tensor]) -> MultiCropOutput:
+    """Features (B, T, C) of each view as a network gives them, without logits."""
+    none = torch.zeros(0)
+    rows = torch.cat([view_BTC.flatten(0, 1) for view_BTC in features])
+    return MultiCropOutput(none, none, rows, tuple(view_BTC.shape[1] for view_BTC in features))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_matches_of_all_views_are_those_of_each_pair(mixed: bool) -> None:
+    views, teacher_views = ([torch.randn(3, regions, 5) for regions in sides] for sides in ((16, 16, 4), (16, 16)))
+    weights = [torch.rand(3, 3).softmax(0) for _ in range(3)]
+    sources = mixup_sources(weights) if mixed else unmixed(3, 3, torch.device("cpu"))
+    matches = list(match_views(views_of(views), views_of(teacher_views), sources, mixed))
+    pairs = {(match.student_view, match.teacher_view) for match in matches}
+    assert pairs == {(0, 1), (1, 0), (2, 0), (2, 1)}
+    assert len(matches) == len(pairs) * len(sources.images_PB)
+    for match in matches:
+        expected = match_regions(views[match.student_view], teacher_views[match.teacher_view][match.images_B])
+        assert torch.equal(match.regions_BT, expected)
+
+
+def test_matches_ignore_length_and_find_copies() -> None:
+    teacher = torch.randn(2, 7, 5)
+    order = torch.stack([torch.randperm(7) for _ in range(2)])
+    student = torch.stack([teacher[b, order[b]] for b in range(2)]) * torch.rand(2, 7, 1).add(0.1)
+    assert torch.equal(match_regions(student, teacher), order)
