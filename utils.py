@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
