@@ -1,8 +1,8 @@
 """Checkpoints: the published layout, written whole or not at all, read without running anybody's code.
 
-`checkpoint.pth` holds student (keys prefixed `module.`), teacher, optimizer, epoch (the next one), args, dino_loss and
-fp16_scaler as the published files do; this project adds config, rng (one entry a process) and world_size. Networks are also read
-from bare state dicts, from files of timm, torchvision, Swin, DINO and UDI, and from safetensors.
+`checkpoint.pth` holds student (keys prefixed `module.`), teacher, optimizer, epoch (the next one), args, dino_loss (udi_loss of
+main_udi.py) and fp16_scaler as the published files do; this project adds config, rng (one entry a process) and world_size.
+Networks are also read from bare state dicts, from files of timm, torchvision, Swin, DINO and UDI, and from safetensors.
 
 What a method trains beside a backbone lies beside its keys: `head.`, EsViT's `head_dense.`, UDI's `srs.`; a bare backbone leaves
 it out.

@@ -316,7 +316,9 @@ class RegionMatchingLoss(DINOLoss):
         """
         _check_regions(student, self.ncrops, "student")
         _check_regions(teacher, TEACHER_VIEWS, "teacher")
-        batch = _count(teacher.view_logits) // TEACHER_VIEWS
+        batch, images = _count(teacher.view_logits) // TEACHER_VIEWS, _count(student.view_logits) // self.ncrops
+        if images != batch:
+            raise ValueError(f"{images} images of the student and {batch} of the teacher do not fit each other")
         mixed, sources = sources is not None, sources or unmixed(self.ncrops, batch, teacher.region_features.device)
         matches = list(match_views(student, teacher, sources, mixed))
         if isinstance(student.region_logits, FactoredLogits) and isinstance(teacher.region_logits, FactoredLogits):
@@ -385,10 +387,11 @@ class RegionMatchingLoss(DINOLoss):
         self, student_output: Any, teacher_output: Any, epoch: int, sources: Sources | None
     ) -> dict[str, Tensor]:
         student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
-        return {
-            "view_loss": self.view_loss(student.view_logits, teacher.view_logits, epoch, sources),
-            "region_loss": self.region_loss(student, teacher, epoch, sources),
-        }
+        region_loss = self.region_loss(
+            student, teacher, epoch, sources
+        )  # first: it needs more room, and gradients stay
+        view_loss = self.view_loss(student.view_logits, teacher.view_logits, epoch, sources)
+        return {"view_loss": view_loss, "region_loss": region_loss}
 
 
 def _count(logits: Logits) -> int:
@@ -420,6 +423,7 @@ def _check_views(logits: Logits, views: int, who: str) -> None:
 
 
 def _check_regions(output: MultiCropOutput, views: int, who: str) -> None:
+    _check_views(output.view_logits, views, who)
     if len(output.regions_per_view) != views:
         raise ValueError(f"regions_per_view has {len(output.regions_per_view)} entries, the {who} has {views} views")
     rows, expected = _count(output.region_logits), _count(output.view_logits) // views * sum(output.regions_per_view)

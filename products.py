@@ -68,8 +68,14 @@ class _OneDnnLinear(torch.autograd.Function):
         )
 
 
+@torch.library.custom_op("esvit::onednn_linear", mutates_args=())  # torch.compile leaves it as it is
 def _onednn(x: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight_DC, bias_D, "none", [], "")
+
+
+@_onednn.register_fake
+def _onednn_without_values(x: Tensor, weight_DC: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_DC.shape[0])
 
 
 def _by_onednn(numbers: int, x: Tensor, weight_DC: Tensor) -> bool:

@@ -15,7 +15,9 @@ import logging
 import os
 import random
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -276,7 +278,9 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         timeout = datetime.timedelta(minutes=args.dist_timeout)
         try:
             met = next(dist.rendezvous(args.dist_url, rank, world, timeout=timeout))  # type: ignore[attr-defined]
-            store = _unread_store(met[0])
+            store = met[0]
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = _unread_part(store, rank, world, timeout)
             dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout)
         except dist.DistError as error:
             env = os.environ
@@ -288,14 +292,40 @@ def init_processes(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def _unread_store(store: Any) -> Any:
-    """The part of `store` that is this start's own: torchrun's outlives workers, and restarted ones would call the dead.
+def _unread_part(store: Any, rank: int, world: int, timeout: datetime.timedelta) -> Any:
+    """A part of `store` for this start alone: torchrun's outlives workers, and restarted ones would call the dead.
 
-    Agents of several nodes count restarts differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a store for each.
+    How often torchrun has restarted differs between its nodes, so the processes agree by themselves. Each says a new word, process
+    0 answers it with the name of the part, and is done when all have taken that over: what the dead wrote fits none of it.
+
+    Raises:
+        dist.DistStoreError: the others did not come in time.
     """
-    if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return store
-    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    deadline = time.monotonic() + timeout.total_seconds()
+
+    def read(key: str) -> str:
+        return str(store.get(key).decode()) if store.check([key]) else ""
+
+    def wait_until(done: Callable[[], bool]) -> None:
+        while not done():
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError("some process of this start did not answer")
+            time.sleep(0.01)
+
+    def taken_by(other: int) -> bool:
+        store.set(f"answer to {other}", read(f"word of {other}") + word)
+        return read(f"taken by {other}") == word
+
+    part = word = uuid.uuid4().hex
+    if rank == 0:
+        for other in range(1, world):
+            wait_until(lambda other=other: taken_by(other))  # type: ignore[misc]
+    else:
+        store.set(f"word of {rank}", word)
+        wait_until(lambda: read(f"answer to {rank}").startswith(word))
+        part = read(f"answer to {rank}").removeprefix(word)
+        store.set(f"taken by {rank}", part)
+    return dist.PrefixStore(part, store)  # type: ignore[attr-defined]
 
 
 def is_distributed() -> bool:

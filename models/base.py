@@ -399,7 +399,8 @@ class Backbone(nn.Module, ABC):
         if isinstance(self.head, nn.ModuleList):
             own = [*range(class_tokens), -1]
             return [self.head[number](level) for number, level in zip(own, rows)]
-        return split_rows(self.head(torch.cat(list(rows))), [len(level) for level in rows])
+        sizes = [len(level) for level in rows]
+        return split_rows(self.head(torch.cat(list(rows)), sizes), sizes)
 
 
 def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

@@ -6,6 +6,7 @@ Origin: DINO (Caron et al., ICCV 2021) section 3.1 and appendix; state-dict keys
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,13 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, self.weight())
 
     def factors(self, x: Tensor) -> FactoredLogits:
-        """What `forward` would multiply; under autocast the bottleneck has its dtype, in which the product is computed."""
-        device = x.device.type
-        return FactoredLogits(
-            x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x, self.weight()
-        )
+        """What `forward` would multiply; under autocast the bottleneck has its dtype, in which the product is computed.
+
+        So have prototypes without gradient, which take half the memory then.
+        """
+        device, prototypes = x.device.type, self.weight()
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        return FactoredLogits(x, prototypes if prototypes.requires_grad else prototypes.to(x.dtype))
 
 
 class DINOHead(nn.Module):
@@ -69,6 +72,7 @@ class DINOHead(nn.Module):
     ) -> None:
         super().__init__()
         self.factored = factored
+        self.use_bn = use_bn
         widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
         for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
@@ -80,7 +84,12 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
-    def forward(self, x: Tensor) -> Tensor | FactoredLogits:
-        """(rows, in_dim) to logits (rows, K), multiplied unless `factored`."""
-        bottleneck = F.normalize(self.mlp(x), dim=-1)
+    def forward(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor | FactoredLogits:
+        """(rows, in_dim) to logits (rows, K), multiplied unless `factored`.
+
+        `parts` are numbers of consecutive rows that BatchNorm normalises apart: levels of features are no one distribution.
+        """
+        apart = self.use_bn and parts is not None
+        hidden = torch.cat([self.mlp(part) for part in x.split(list(parts or ()))]) if apart else self.mlp(x)
+        bottleneck = F.normalize(hidden, dim=-1)
         return self.last_layer.factors(bottleneck) if self.factored else self.last_layer(bottleneck)

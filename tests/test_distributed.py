@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import ROOT
-from runs import TINY_RUN, TINY_SWIN, clean_environment, free_port, run_script, start_script, write_images
+from runs import TINY_RUN, TINY_SWIN, free_port, run_script, start_script, write_images
 
 import checkpoint
 
@@ -29,11 +28,6 @@ SAME_RUN = [
     "--lr",
     "1.0",
 ]
-
-
-def run_module(module: str, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *args]
-    return subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=240)
 
 
 def losses_of(run: Path) -> list[float]:
@@ -347,15 +341,17 @@ def test_death_of_a_loader_worker_ends_all(
 def test_killed_worker_is_restarted_from_its_checkpoint(
     tmp_path: Path, dying: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun --max-restarts; the run ends as one that nothing happened to."""
+    """torchrun --max-restarts, on two nodes, of which each counts its own; the run ends as one that nothing happened to."""
     monkeypatch.setenv("HOW", "kill")
     images = write_images(tmp_path / "images", 8)
     for run in ("killed", "whole"):  # the second finds the marker of the first
         flags = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(tmp_path / run), *TINY_SWIN]
-        command = ["--nproc_per_node=2", f"--master_port={free_port()}", "--max-restarts=1", dying, *flags]
-        result = run_module("torch.distributed.run", *command)
-        assert result.returncode == 0, result.stderr
-        assert ("at epoch 2" in result.stderr) == (run == "killed")
+        where = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+        line = [torch.distributed.run.__file__, *where, "--max-restarts=1", dying, *flags]
+        nodes = [start_script(*line, env={}) for _ in range(2)]
+        errors = [node.communicate(timeout=180)[1] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], errors
+        assert ("at epoch 2" in "".join(errors)) == (run == "killed")
     equal_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
 

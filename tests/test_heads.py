@@ -65,3 +65,13 @@ def test_factored_logits_multiply_to_the_plain_ones(dtype: torch.dtype) -> None:
     assert torch.equal(factors.product(), plain)
     factors.product().float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in head.parameters())
+
+
+def test_batch_norm_normalises_parts_apart() -> None:
+    """As the parts one by one would be; without BatchNorm parts change nothing."""
+    parts = [torch.randn(5, 8), 3 + torch.randn(7, 8)]
+    for use_bn in (True, False):
+        head = DINOHead(8, 6, use_bn=use_bn, hidden_dim=10, bottleneck_dim=4)
+        together = head(torch.cat(parts), [5, 7])
+        torch.testing.assert_close(together, torch.cat([head(part) for part in parts]))
+        assert torch.allclose(together, head(torch.cat(parts)), atol=1e-6) != use_bn

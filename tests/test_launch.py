@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,17 +104,26 @@ def test_timeout_that_is_none(minutes: float) -> None:
         utils.init_processes(argparse.Namespace(device="cpu", dist_timeout=minutes, dist_url="env://", local_rank=None))
 
 
-def test_restarted_workers_do_not_read_what_the_dead_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun keeps one store; the addresses in it are those of processes that are gone."""
+def test_restarted_workers_do_not_read_what_the_dead_wrote() -> None:
+    """torchrun keeps one store; the addresses in it are those of processes that are gone, whose places have changed."""
     agent = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    utils._unread_store(agent).set("address of 0", "here")
-    assert utils._unread_store(agent).check(["address of 0"])
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not utils._unread_store(agent).check(["address of 0"])
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # whose agents count differently
-    assert utils._unread_store(agent) is agent
+    minute = datetime.timedelta(minutes=1)
+    seen: list[str] = []
+    for world in (3, 2, 3, 1):
+        with ThreadPoolExecutor(world) as pool:
+            parts = [pool.submit(utils._unread_part, agent, rank, world, minute) for rank in reversed(range(world))]
+            stores = [part.result() for part in parts]
+        assert not any(store.check(["address of 0"]) for store in stores)
+        stores[-1].set("address of 0", f"here, in start {len(seen)}")
+        seen.append(*{store.get("address of 0").decode() for store in stores})
+    assert seen == [f"here, in start {start}" for start in range(4)]
+
+
+def test_process_of_a_start_that_does_not_answer() -> None:
+    agent = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    for rank in (0, 1):
+        with pytest.raises(torch.distributed.DistStoreError, match="did not answer"):
+            utils._unread_part(agent, rank, 2, datetime.timedelta(seconds=0.05))
 
 
 # --------------------------------------------------------------------------- SLURM

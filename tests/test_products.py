@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import products
 
@@ -90,3 +95,21 @@ def test_matrices(calls: list[torch.Size]) -> None:
     for grad in (torch.randn(4, 5), torch.randn(4, 9)):
         torch.testing.assert_close(products.weight_gradient(grad, a), grad.T @ a)
     assert len(calls) == 3
+
+
+@here
+def test_a_compiled_layer_takes_them_and_an_exported_one_does_not() -> None:
+    layer = products.Linear(3, 4)
+    x = torch.randn(2, 3, requires_grad=True)
+    targets: list[str] = []
+
+    def note(module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return make_boxed_func(module.forward)
+
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=note), fullgraph=True)
+    found, expected = (torch.autograd.grad(run(x).square().sum(), [x, layer.weight]) for run in (compiled, layer))
+    torch.testing.assert_close(found, expected)
+    assert sum("onednn" in target for target in targets) == 3
+    exported = torch.export.export(layer, (x.detach(),))
+    assert not any("onednn" in str(node.target) for node in exported.graph.nodes)
