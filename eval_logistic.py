@@ -132,7 +132,11 @@ def solve(train: LabelledFeatures, val: LabelledFeatures, lambd: float, adjust: 
 def extract(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[list[LabelledFeatures], data.ImageDataset, dict[str, Any]]:
-    """Features of both parts, the training images, and what the features are of."""
+    """Features of both parts, the training images, and what the features are of.
+
+    Raises:
+        UsageError: images of one class, more blocks than the network has, or see `labelled_datasets` and `frozen_backbone`.
+    """
     with utils.failing_together():
         config = load_arch_config(args.arch, args.cfg, args.opts)
         view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)

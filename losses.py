@@ -63,6 +63,9 @@ class SelfDistillation(nn.Module):
         center_momentum: EMA momentum of the centre.
 
     State: `center` (1, K), in the state dict under the published name.
+
+    Raises:
+        UsageError: fewer views than the teacher's, or see `teacher_temperature_schedule`.
     """
 
     center: Tensor

@@ -136,7 +136,11 @@ def load_config(args: argparse.Namespace) -> CfgNode:
 
 
 def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.Finish | None]:
-    """The augmentation policy that --aug-opt names: what workers do, and what is left to do on batches, if anything."""
+    """The augmentation policy that --aug-opt names: what workers do, and what is left to do on batches, if anything.
+
+    Raises:
+        UsageError: images without colours for deit_aug, or see `augment.deit_views`.
+    """
     crops, in_chans = pretrain.get_crops(args, config), config.MODEL.SPEC.IN_CHANS
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     backend = augment.choose_backend(args.aug_backend, args.aug_opt, in_chans)

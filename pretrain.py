@@ -233,7 +233,11 @@ def build_loader(
     finish: data.Finish | None,
     device: torch.device,
 ) -> DataLoader[data.Batch]:
-    """The training images as batches of the views that `transform` and `finish` make."""
+    """The training images as batches of the views that `transform` and `finish` make.
+
+    Raises:
+        UsageError: --epoch_images without tar shards, or see `data.build_dataset`, `data.build_stream` and `build_train_loader`.
+    """
     in_chans = config.MODEL.SPEC.IN_CHANS
     path = args.data_path if args.dataset in data.COLLECTIONS else Path(args.data_path) / args.dataset
     layout = data.layout_of(args, str(path))

@@ -327,7 +327,11 @@ def measure_stereo(lab: Lab) -> None:
 
 @torch.no_grad()
 def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
-    """The stereo measure for all kinds of features."""
+    """The stereo measure for all kinds of features.
+
+    Raises:
+        UsageError: a network that takes no colour images.
+    """
     if lab.in_chans != 3:
         raise UsageError(
             f"--measure_stereo has pictures of 3 channels, this network takes {lab.in_chans}; leave it out"

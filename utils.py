@@ -84,6 +84,9 @@ def failing_together() -> Iterator[None]:
     """A `UsageError` that one process meets inside the block is raised by all of them, so that none waits for the others.
 
     The block must hold no collective operation.
+
+    Raises:
+        UsageError: that of the first process, by rank, that met one.
     """
     message = None
     try:

@@ -71,7 +71,11 @@ class Writer(ABC):
 
     @abstractmethod
     def write(self, item: Item) -> None:
-        """Add an image."""
+        """Add an image.
+
+        Raises:
+            UsageError: its label is missing, or no name of a folder, where the layout needs one.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -362,7 +366,11 @@ def kind_of(content: bytes, name: str) -> str:
 
 
 def read_classes(source: Path) -> list[str]:
-    """The names of classes in classes.txt of a folder, or beside a file or pattern; none without it."""
+    """The names of classes in classes.txt of a folder, or beside a file or pattern; none without it.
+
+    Raises:
+        UsageError: it is there and cannot be read.
+    """
     path = (source if source.is_dir() else source.parent) / CLASSES
     try:
         return path.read_text(encoding="utf-8").splitlines()
