@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import TINY_RUN, TINY_SWIN, run_script, start_script, write_images
+import torch.distributed.run
+from runs import TINY_RUN, TINY_SWIN, free_port, run_script, start_script, write_images
 
 import checkpoint
 
@@ -39,6 +40,34 @@ def test_signal_ends_a_run_with_code_0(tmp_path: Path, number: signal.Signals) -
     assert errors.count("the same command continues the run") == 1
     content = checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")
     assert 0 < content["epoch"] < 500
+
+
+def test_signal_to_torchrun_saves_the_run(tmp_path: Path) -> None:
+    """It passes SIGTERM on, waits for its processes, and ends with its own traceback and code."""
+    images = write_images(tmp_path / "images", 16)
+    flags = [
+        *TINY_RUN,
+        "--epochs",
+        "500",
+        "--data_path",
+        str(images),
+        "--output_dir",
+        str(tmp_path / "out"),
+        *TINY_SWIN,
+    ]
+    launch = [torch.distributed.run.__file__, "--nproc_per_node=2", f"--master_port={free_port()}", "main_esvit.py"]
+    process = start_script(*launch, *flags, env={})
+    while not (tmp_path / "out" / "checkpoint.pth").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "got signal: 15" in errors
+    stopped = re.search(r"stopped (\d+) steps into epoch (\d+) and saved", errors)
+    assert stopped is not None, errors
+    content = checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")
+    steps = content["in_epoch"]["steps"] if "in_epoch" in content else 0
+    assert (steps, content["epoch"] + 1) == (int(stopped[1]), int(stopped[2]))
 
 
 def test_another_number_of_processes_goes_on_at_the_same_images(tmp_path: Path) -> None:
