@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import results
 import utils
 from utils import logger
 
@@ -91,7 +92,7 @@ class BadSteps:
         where = utils.all_gather_objects(self._write(content) if utils.get_rank() == writer else "")[writer]
         given = ", ".join(f"{name} {value}" for name, value in settings.items())
         listed = ", ".join(tensors[:LISTED_TENSORS]) + (
-            f" and {len(tensors) - LISTED_TENSORS} more" if tensors[5:] else ""
+            f" and {len(tensors) - LISTED_TENSORS} more" if tensors[LISTED_TENSORS:] else ""
         )
         whose = f" of process {', '.join(map(str, with_terms))}" if 0 < len(with_terms) < len(scalars) else ""
         raise FloatingPointError(
@@ -104,10 +105,7 @@ class BadSteps:
         """Save under a name that is free, and say where; a disk that refuses must not hide the diagnosis."""
         if self.folder is None:
             return ""
-        path, number = self.folder / "bad_step.pth", 1
-        while path.exists():
-            number += 1
-            path = self.folder / f"bad_step_{number}.pth"
+        path = results.unused(self.folder / "bad_step.pth")
         try:
             checkpoint.save_file(content, path)
         except (OSError, RuntimeError) as error:

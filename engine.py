@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ import optim
 import sharding
 import utils
 from bad_steps import BadSteps
-from data.loader import Batch, FailureTally, set_epoch
+from data.loader import Batch, FailureTally, in_groups, set_epoch
 from health import Level, Monitor
 from models.base import Backbone, batch_norms
 from progress import EpochMeter, RunLog
@@ -312,7 +311,7 @@ def train(
         if done:
             meter.go_on_from(start.meter, done)
         with log.epoch(meter) as show:
-            for i, micro_batches in enumerate(_in_groups(meter.timed(loader), accum_iter), done):
+            for i, micro_batches in enumerate(in_groups(meter.timed(loader), accum_iter), done):
                 failures = [failure for batch in micro_batches for failure in batch.failures]
                 incomplete = not all(batch.views for batch in micro_batches)
                 wishes = tally.add(failures, HOST, incomplete, saver.wishes())
@@ -345,9 +344,3 @@ def _finished_views(batch: Batch, step: TrainStep, log: RunLog) -> Views:
 def _global_batch(loader: DataLoader[Batch], accum_iter: int) -> int:
     assert loader.batch_size is not None
     return loader.batch_size * accum_iter * utils.get_world_size()
-
-
-def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive groups of `size`; an incomplete last one is left out."""
-    while len(group := list(islice(batches, size))) == size:
-        yield group

@@ -53,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("eval_knn.py", description="k-NN on frozen features")
     add = parser.add_argument
     flags.add_network_flags(parser)
-    add("--batch_size_per_gpu", type=int, default=128)
+    add("--batch_size_per_gpu", type=int, default=128, help="images per process")
     add(
         "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
     )

@@ -84,9 +84,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
     switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
     add("--train_aug", choices=list(TRAIN_VIEWS), default="standard", help="strong: RandAugment and erasing, too")
-    add("--epochs", type=int, default=100)
+    add("--epochs", type=int, default=100, help="passes over the training images")
     add("--lr", type=float, nargs="+", default=[0.001], help="for 256 images a step, scaled with them; one or more")
-    add("--batch_size_per_gpu", type=int, default=128)
+    add("--batch_size_per_gpu", type=int, default=128, help="images per process and step")
     add("--val_freq", type=int, default=1, help="epochs between two validations")
     add("--num_labels", type=int, default=DEFAULT_LABELS, help="classes; if not given: as many as the data has")
     switch("--cache_features", "another protocol: train on features of centre crops, computed once; takes minutes")
@@ -289,14 +289,7 @@ def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> r
         found = resume.newest_whole(checkpoint_path(args))
         if found is not None:
             path, content, damaged = found
-            saved = content.get("run")
-            if saved is None:
-                logger.warning("%s does not say what it was made with; it is taken for a part of this run", path)
-            changed = [f"{key} {old} -> {run.get(key)}" for key, old in (saved or {}).items() if old != run.get(key)]
-            if changed:
-                raise UsageError(
-                    f"{path} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
-                )
+            resume.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
             probe.load_state(content, f"checkpoint '{path}'")
             place = resume.Place(int(content["epoch"]), damaged=damaged)
             if place.epoch < args.epochs:

@@ -82,7 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--adjust_lambd", type=bool_flag, default=True, help="divide them by the number of training images")
     add("--epochs", type=int, default=1000, help="most iterations of the solver")
     flags.add_list_flag(parser)
-    add("--batch_size_per_gpu", type=int, default=128)
+    add("--batch_size_per_gpu", type=int, default=128, help="images per process")
     add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
     add("--output_dir", default=None, help="folder for results.json")
@@ -132,7 +132,11 @@ def solve(train: LabelledFeatures, val: LabelledFeatures, lambd: float, adjust: 
 def extract(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[list[LabelledFeatures], data.ImageDataset, dict[str, Any]]:
-    """Features of both parts, the training images, and what the features are of."""
+    """Features of both parts, the training images, and what the features are of.
+
+    Raises:
+        UsageError: images of one class, more blocks than the network has, or see `labelled_datasets` and `frozen_backbone`.
+    """
     with utils.failing_together():
         config = load_arch_config(args.arch, args.cfg, args.opts)
         view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)

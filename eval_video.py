@@ -253,8 +253,9 @@ def main(args: argparse.Namespace) -> None:
     scale = scale_of(backbone, config, args.image_size, device)
     rule = Rule(args.n_last_frames, args.size_mask_neighborhood, args.topk, args.temperature)
     masks = follow_objects(backbone, video, scale, rule, device)
-    for path, mask in zip(written, tqdm(masks, total=len(written), disable=None)):
-        mask.save(path)
+    with files.usable(args.output_dir):
+        for path, mask in zip(written, tqdm(masks, total=len(written), disable=None)):
+            mask.save(path)
     logger.info("wrote %d masks to %s", len(written), args.output_dir)
 
 

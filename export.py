@@ -63,7 +63,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load, convert, write."""
+    """Load, convert, write.
+
+    Raises:
+        UsageError: an output that exists, has no folder or another ending than the format, or a network that does not fit.
+    """
     utils.setup_logging()
     if args.output.exists():
         raise UsageError(f"--output {args.output} exists already and is not overwritten; name another file")

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +29,12 @@ from tqdm import tqdm
 
 import checkpoint
 import utils
-from data.loader import Batch, FailureTally, set_epoch
+from data.loader import Batch, FailureTally, in_groups, set_epoch
 from engine import SYNC_BUFFERS
 from models.base import HEADS, Backbone, batch_norms
 from progress import EpochMeter, RunLog
-from resume import Place, continue_from, newest_whole, write
-from utils import UsageError, logger
+from resume import Place, check_same_run, continue_from, newest_whole, write
+from utils import UsageError
 
 CHECKPOINT = "checkpoint.pth"
 BEST = "best.pth"
@@ -275,7 +274,7 @@ class FineTuner:
             network.start_epoch(epoch, self.recipe.epochs)
         self.network.train()
         with log.epoch(meter) as show:
-            for i, batches in enumerate(_in_groups(meter.timed(loader), self.recipe.accum_iter)):
+            for i, batches in enumerate(in_groups(meter.timed(loader), self.recipe.accum_iter)):
                 failures = [failure for batch in batches for failure in batch.failures]
                 tally.add(failures, self.device, incomplete=not all(batch.views for batch in batches))
                 iteration = epoch * self.recipe.steps + i
@@ -315,12 +314,6 @@ class FineTuner:
             top1, top5 = (100 * torch.stack(utils.all_gather_objects(own)).sum(dim=0) / images_of_all).tolist()
             accuracies[name] = Accuracy(top1, top5)
         return accuracies
-
-
-def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive groups of `size`; an incomplete last one is left out."""
-    while len(group := list(islice(batches, size))) == size:
-        yield group
 
 
 # --------------------------------------------------------------------------- saving and resuming
@@ -407,14 +400,7 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
         raise UsageError(
             f"{source} has another number of classes than the data's {tuner.classes}; choose another --output_dir"
         )
-    if "identity" not in content:
-        logger.warning("%s does not say what data it was made with; it is taken for a part of this run", path)
-    saved = content.get("identity", {})
-    changed = [f"{key} {old} -> {identity.get(key)}" for key, old in saved.items() if old != identity.get(key)]
-    if changed:
-        raise UsageError(
-            f"{source} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
-        )
+    check_same_run(content.get("identity"), identity, source)
     if (content.get("ema") is None) != (tuner.ema is None):
         flag = "off" if tuner.ema else "on"
         raise UsageError(f"{source} was made with --model_ema {flag}; pass that, or choose another --output_dir")

@@ -14,6 +14,13 @@ from typing import NoReturn
 from utils import UsageError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """A script's command line: whole names of flags only, and mistakes told in one line with what was probably meant."""
 
@@ -21,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             script,
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
 

@@ -51,9 +51,8 @@ class Level(NamedTuple):
     student_temp: float
     teacher_temp: float
     features: Tensor  # (any number, C), of the teacher's backbone
-    term: str = (
-        ""  # of the loss that compares these rows; by default `NAME_loss`, and the whole loss where that is not logged
-    )
+    # Of the loss that compares these rows; by default `NAME_loss`, and the whole loss where that is not logged.
+    term: str = ""
 
 
 # --------------------------------------------------------------------------- rows to look at

@@ -63,6 +63,9 @@ class SelfDistillation(nn.Module):
         center_momentum: EMA momentum of the centre.
 
     State: `center` (1, K), in the state dict under the published name.
+
+    Raises:
+        UsageError: fewer views than the teacher's, or see `teacher_temperature_schedule`.
     """
 
     center: Tensor
@@ -387,9 +390,8 @@ class RegionMatchingLoss(DINOLoss):
         self, student_output: Any, teacher_output: Any, epoch: int, sources: Sources | None
     ) -> dict[str, Tensor]:
         student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
-        region_loss = self.region_loss(
-            student, teacher, epoch, sources
-        )  # first: it needs more room, and gradients stay
+        # First: it needs more room, and gradients stay.
+        region_loss = self.region_loss(student, teacher, epoch, sources)
         view_loss = self.view_loss(student.view_logits, teacher.view_logits, epoch, sources)
         return {"view_loss": view_loss, "region_loss": region_loss}
 

@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     pretrain.add_optimisation_flags(parser)
 
     pretrain.add_view_flags(parser)
-    add("--aug-opt", dest="aug_opt", default="dino_aug", choices=("dino_aug", "deit_aug"))
+    add("--aug-opt", dest="aug_opt", default="dino_aug", choices=("dino_aug", "deit_aug"), help="augmentation policy")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of deit_aug")
     add("--train-interpolation", dest="train_interpolation", default="bicubic", help="of deit_aug")
     add("--reprob", type=float, default=0.25, help="probability of random erasing in deit_aug")
@@ -66,7 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=None,
         help="side of the cut, instead of alpha",
     )
-    add("--mixup-prob", dest="mixup_prob", type=float, default=1.0)
+    add("--mixup-prob", dest="mixup_prob", type=float, default=1.0, help="of mixing a batch at all")
     add("--mixup-switch-prob", dest="mixup_switch_prob", type=float, default=0.5, help="of cutmix, where both are on")
     add("--mixup-mode", dest="mixup_mode", default="batch", help="batch, pair or elem")
     add("--smoothing", type=float, default=0.0, help="label smoothing of the mixed targets")
@@ -136,7 +136,11 @@ def load_config(args: argparse.Namespace) -> CfgNode:
 
 
 def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.Finish | None]:
-    """The augmentation policy that --aug-opt names: what workers do, and what is left to do on batches, if anything."""
+    """The augmentation policy that --aug-opt names: what workers do, and what is left to do on batches, if anything.
+
+    Raises:
+        UsageError: images without colours for deit_aug, or see `augment.deit_views`.
+    """
     crops, in_chans = pretrain.get_crops(args, config), config.MODEL.SPEC.IN_CHANS
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     backend = augment.choose_backend(args.aug_backend, args.aug_opt, in_chans)

@@ -124,12 +124,12 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     add("--clip_grad", type=float, default=3.0, help="largest norm of each parameter's gradient, 0 for none")
     add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
     add("--accum_iter", type=int, default=1, help="micro-batches per optimiser step")
-    add("--epochs", type=int, default=100)
+    add("--epochs", type=int, default=100, help="passes over the images; schedules end with the last")
     add("--freeze_last_layer", type=int, default=1, help="epochs during which the prototypes stay as they are")
     add("--lr", type=float, default=0.0005, help="for 256 images; scaled by batch x processes x accumulation / 256")
     add("--warmup_epochs", type=int, default=10, help="epochs of the learning rate's warm-up")
     add("--min_lr", type=float, default=1e-6, help="at the end of its cosine")
-    add("--optimizer", default="adamw", choices=optim.OPTIMIZERS)
+    add("--optimizer", default="adamw", choices=optim.OPTIMIZERS, help="what moves the student")
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +187,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_bad_steps", type=int, default=MAX_BAD_STEPS, help="steps in a row, not finite, that end the run")
     add("--knn_every", type=int, default=0, help="epochs between two k-NN scores, 0 for none")
     add("--knn_data_path", default="", help="small labelled folder for them, with train/ and val/ or without a split")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order and views")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. MODEL.SPEC.WINDOW_SIZE 14")
@@ -208,11 +208,12 @@ def check_args(args: argparse.Namespace) -> None:
         "max_bad_steps",
         "head_hidden_dim",
         "head_bottleneck_dim",
+        "shuffle_buffer",
     )
     flags.check_at_least(args, 1, sizes)
     waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
     flags.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad", "knn_every"))
-    flags.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last"))
+    flags.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last", "epoch_images"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if args.fsdp and (args.compile or args.optimizer == "lars"):
@@ -220,8 +221,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"--fsdp and {which} do not work together; leave one of them out")
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
-    flags.check_at_least(args, 1, ("shuffle_buffer",))
-    flags.check_at_least(args, 0, ("epoch_images",))
 
 
 # --------------------------------------------------------------------------- data
@@ -234,7 +233,11 @@ def build_loader(
     finish: data.Finish | None,
     device: torch.device,
 ) -> DataLoader[data.Batch]:
-    """The training images as batches of the views that `transform` and `finish` make."""
+    """The training images as batches of the views that `transform` and `finish` make.
+
+    Raises:
+        UsageError: --epoch_images without tar shards, or see `data.build_dataset`, `data.build_stream` and `build_train_loader`.
+    """
     in_chans = config.MODEL.SPEC.IN_CHANS
     path = args.data_path if args.dataset in data.COLLECTIONS else Path(args.data_path) / args.dataset
     layout = data.layout_of(args, str(path))

@@ -7,13 +7,14 @@ Origin: this project's own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import whole_file
+from files import usable, whole_file
 from utils import UsageError
 
 FILE = "results.json"
@@ -44,7 +45,11 @@ def newest(path: Path) -> Path | None:
 
 
 def save_json(record: Mapping[str, Any], path: Path) -> Path:
-    """Write JSON under an unused name, and return that; a file that appears meanwhile keeps its name."""
+    """Write JSON under an unused name, and return that; a file that appears meanwhile keeps its name.
+
+    Raises:
+        OSError: the disk refuses; then nothing is left there.
+    """
     text = json.dumps(record, indent=2) + "\n"
     for candidate in _names(path):
         try:
@@ -52,6 +57,10 @@ def save_json(record: Mapping[str, Any], path: Path) -> Path:
                 file.write(text)
         except FileExistsError:
             continue
+        except OSError:
+            with contextlib.suppress(OSError):
+                candidate.unlink(missing_ok=True)
+            raise
         return candidate
     raise AssertionError  # there is no last number
 
@@ -111,8 +120,13 @@ def write_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> W
 
 
 def add_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Written:
-    """Write results that belong to no run: under a new number, unless the last ones are the same."""
+    """Write results that belong to no run: under a new number, unless the last ones are the same.
+
+    Raises:
+        UsageError: the disk refuses, see `files.usable`.
+    """
     whole, last = {"evaluation": evaluation} | dict(record), newest(folder / FILE)
     if last is not None and read_json(last) == whole:
         return Written(last, changed=False)
-    return Written(save_json(whole, folder / FILE), changed=True)
+    with usable(folder):
+        return Written(save_json(whole, folder / FILE), changed=True)

@@ -301,6 +301,22 @@ def saved(path: Path) -> list[Path]:
     return [file for file in (previous(path, number) for number in [0, *sorted(numbers)]) if file.exists()]
 
 
+def check_same_run(saved: Mapping[str, Any] | None, now: Mapping[str, Any], source: str) -> None:
+    """Stop unless a saved run was made with what this one is made with, both by the name of the flag; None: it does not say.
+
+    Raises:
+        UsageError: naming what differs.
+    """
+    if saved is None:
+        logger.warning("%s does not say what it was made with; it is taken for a part of this run", source)
+        return
+    changed = [f"{key} {old} -> {now.get(key)}" for key, old in saved.items() if old != now.get(key)]
+    if changed:
+        raise UsageError(
+            f"{source} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
+        )
+
+
 def _steps_of(in_epoch: Mapping[str, Any], args: Any) -> int:
     """How many steps of this run have seen the images that the saved one has, rounded down."""
     batch = args.batch_size_per_gpu * args.accum_iter * utils.get_world_size()

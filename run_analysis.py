@@ -87,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="folder for pictures and figures")
     add("--run_dir", default=None, help="folder of the training run for --report; default: --output_dir")
     add("--seed", type=int, default=8, help="of views, and of random weights")
-    add("--batch_size_per_gpu", type=int, default=32)
+    add("--batch_size_per_gpu", type=int, default=32, help="images per process")
     add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder of images for what is measured over many")
     flags.add_layout_flags(parser)
@@ -327,7 +327,11 @@ def measure_stereo(lab: Lab) -> None:
 
 @torch.no_grad()
 def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
-    """The stereo measure for all kinds of features."""
+    """The stereo measure for all kinds of features.
+
+    Raises:
+        UsageError: a network that takes no colour images.
+    """
     if lab.in_chans != 3:
         raise UsageError(
             f"--measure_stereo has pictures of 3 channels, this network takes {lab.in_chans}; leave it out"

@@ -84,6 +84,9 @@ def failing_together() -> Iterator[None]:
     """A `UsageError` that one process meets inside the block is raised by all of them, so that none waits for the others.
 
     The block must hold no collective operation.
+
+    Raises:
+        UsageError: that of the first process, by rank, that met one.
     """
     message = None
     try:
@@ -230,9 +233,8 @@ def place_of_process(local_rank: int | None = None) -> Place:
     """
     env = os.environ
     for launcher, names in LAUNCHERS.items():
-        last = (
-            str(local_rank or 0) if launcher == "torchrun" else ""
-        )  # scripts that set RANK themselves forget LOCAL_RANK
+        # Scripts that set RANK themselves forget LOCAL_RANK.
+        last = str(local_rank or 0) if launcher == "torchrun" else ""
         texts = [env.get(names[0], ""), env.get(names[1], ""), env.get(names[2], last)]
         if not all(texts):
             continue

@@ -71,7 +71,11 @@ class Writer(ABC):
 
     @abstractmethod
     def write(self, item: Item) -> None:
-        """Add an image."""
+        """Add an image.
+
+        Raises:
+            UsageError: its label is missing, or no name of a folder, where the layout needs one.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -222,7 +226,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("python -m data.convert", description="images into zip, tsv or shards, and back")
     parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
     parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
-    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"))
+    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"), help="layout of DEST")
     parser.add_argument("--shard_images", type=int, default=5000, help="images of a shard")
     flags.add_layout_flags(parser)
     return parser
@@ -362,7 +366,11 @@ def kind_of(content: bytes, name: str) -> str:
 
 
 def read_classes(source: Path) -> list[str]:
-    """The names of classes in classes.txt of a folder, or beside a file or pattern; none without it."""
+    """The names of classes in classes.txt of a folder, or beside a file or pattern; none without it.
+
+    Raises:
+        UsageError: it is there and cannot be read.
+    """
     path = (source if source.is_dir() else source.parent) / CLASSES
     try:
         return path.read_text(encoding="utf-8").splitlines()

@@ -185,6 +185,12 @@ def set_epoch(loader: DataLoader[Batch], epoch: int, skipped_batches: int = 0) -
         loader.sampler.skipped = skipped_batches * loader.batch_size
 
 
+def in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive groups of `size`, micro-batches of one step; an incomplete last one is left out."""
+    while len(group := list(islice(batches, size))) == size:
+        yield group
+
+
 class EveryNth(Sampler[int]):
     """This process's images in order: rank, rank + world, ... Nothing is padded, so the counts may differ by one."""
 

@@ -44,9 +44,8 @@ class Sampling(NamedTuple):
     pair_mode: str = "overlap"
     align: str = "corners"
     reference: str = "intersection"
-    drawing: str = (
-        "image"  # samples: once for all views of a size (published), for each view, or the first cell of each window
-    )
+    # Samples: once for all views of a size (published), for each view, or the first cell of each window.
+    drawing: str = "image"
 
 
 class Correspondence(NamedTuple):

@@ -28,9 +28,8 @@ class WeightNormLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The prototypes (K, C)."""
-        return torch._weight_norm(
-            self.weight_v, self.weight_g, 0
-        )  # one kernel; spelled out it writes (K, C) six times more
+        # One kernel; spelled out it writes (K, C) six times more.
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., K)."""

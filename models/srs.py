@@ -27,8 +27,8 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 PUBLISHED = {"backbone.norm1.": "norm.", "backbone.attn.norm.": "out_norm.", "backbone.attn.": ""}
 
 
-def bilinear_weights(target_BS2: Tensor, grid: tuple[int, int], valid_BS: Tensor | None = None) -> Tensor:
-    """(B, S, N) weights of the four tokens around each place (row, column in tokens); rows that are not valid are zero.
+def bilinear_weights(target_BS2: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, S, N) weights of the four tokens around each place (row, column in tokens).
 
     The four are built on the device of `target_BS2`, from its coordinates alone; a place on the last row or column has its weight.
     """
@@ -42,14 +42,13 @@ def bilinear_weights(target_BS2: Tensor, grid: tuple[int, int], valid_BS: Tensor
     for (rows, row_weights), (columns, column_weights) in product(*around):
         token = (rows * grid[1] + columns)[..., None]
         weights_BSN.scatter_add_(-1, token, (row_weights * column_weights)[..., None])
-    return weights_BSN if valid_BS is None else weights_BSN * valid_BS[..., None]
+    return weights_BSN
 
 
-def one_hot_weights(tokens_BS: Tensor, tokens: int, valid_BS: Tensor | None = None) -> Tensor:
-    """(B, S, N) weights of single tokens; rows that are not valid are zero."""
+def one_hot_weights(tokens_BS: Tensor, tokens: int) -> Tensor:
+    """(B, S, N) weights of single tokens."""
     weights_BSN = torch.zeros(*tokens_BS.shape, tokens, device=tokens_BS.device)
-    weights_BSN.scatter_(-1, tokens_BS.long()[..., None], 1.0)
-    return weights_BSN if valid_BS is None else weights_BSN * valid_BS[..., None]
+    return weights_BSN.scatter_(-1, tokens_BS.long()[..., None], 1.0)
 
 
 class SRS(nn.Module):

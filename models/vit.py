@@ -146,7 +146,7 @@ class VisionTransformer(Backbone):
         return torch.cat([tokens_BNC[:, token] for token in self.view_tokens], dim=-1)
 
     def keep_class_tokens(self, kept: int) -> None:
-        """See `Backbone.keep_class_tokens`."""
+        """See `Backbone.keep_class_tokens`; of more tokens than there are it is a UsageError too."""
         if kept > self.num_cls_tokens:
             raise UsageError(f"{kept} class tokens cannot be kept of {self.num_cls_tokens}; keep fewer")
         positions = self.pos_embed.detach()

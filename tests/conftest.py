@@ -18,6 +18,13 @@ sys.path.insert(0, str(GOLDEN))  # fill.py: deterministic weights and inputs
 torch.set_num_threads(1)  # the networks are tiny, and several tests run side by side
 
 
+def python_files() -> list[Path]:
+    """Every Python file of the project."""
+    made = {"output", "build"}
+    found = (path for path in sorted(ROOT.rglob("*.py")) if not made & set(path.relative_to(ROOT).parts))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+
+
 def golden_arrays(name: str) -> dict[str, np.ndarray]:
     """The arrays of golden/NAME.npz."""
     with np.load(GOLDEN / f"{name}.npz") as file:

@@ -44,9 +44,8 @@ def test_auto_is_split_and_both_show_normalised_views(folder: Path, tmp_path: Pa
     pictures = {name: np.asarray(Image.open(tmp_path / name / "crops.png")).astype(float) for name in students}
     assert np.array_equal(pictures["auto"], pictures["split"])
     assert pictures["pil"].shape == pictures["split"].shape
-    rows = slice(
-        2, 2 * 34
-    )  # the global views; their normalisation is undone in the picture, so their mean is that of the images
+    # The global views; their normalisation is undone in the picture, so their mean is that of the images.
+    rows = slice(2, 2 * 34)
     assert pictures["split"][rows].mean() == pytest.approx(pictures["pil"][rows].mean(), abs=25)
     assert 60 < pictures["split"][rows].mean() < 200
     assert pictures["split"][rows].std() > 10

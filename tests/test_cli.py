@@ -197,6 +197,9 @@ def test_help_tells_every_flag(script: Any) -> None:
     told = parser.format_help()
     for action in parser._actions:
         assert all(option in told for option in action.option_strings)
+        assert action.help, f"{action.dest}: without a help its default is not told either"
+    assert "default: None" not in told
+    assert "default: )" not in told
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""What docs/data.md shows is there: flags, choices, and commands that do what it says."""
+"""What README and docs/data.md show is there: files, flags, choices, and commands that do what they say."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,7 @@ from data.datasets import build_dataset, layout_of
 from data.shards import PAUSES
 from data.tree import EXTENSIONS
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
@@ -67,3 +69,26 @@ def test_conversions_do_what_is_shown(tmp_path: Path, monkeypatch: pytest.Monkey
         assert len(build_dataset(folder, "val", whole, need_labels=True, layout=layout_of(args))) == 4
         for path in (tmp_path / folder).glob("*.*"):
             assert path.name in GUIDE
+
+
+def test_commands_of_the_readme_are_parsed() -> None:
+    found = re.findall(r"^python (\w+)\.py (.*)$", README.replace("\\\n", " "), flags=re.MULTILINE)
+    assert {script for script, _ in found} >= {
+        "main_esvit",
+        "eval_knn",
+        "eval_linear",
+        "eval_finetune",
+        "export",
+        "run_analysis",
+    }
+    for script, line in found:
+        importlib.import_module(script).get_args_parser().parse_args(shlex.split(line, comments=True))
+
+
+def test_files_of_the_readme_are_there() -> None:
+    """Whatever is named with a known ending and not made by a run; recipes go by their names alone."""
+    made = {"config.yaml"}
+    named = {name for name in re.findall(r"`([\w./*-]+\.(?:py|sh|md|yaml))`", README) if name not in made}
+    assert len(named) > 50
+    missing = {name for name in named if not any(list((ROOT / folder).glob(name)) for folder in ("", "scripts"))}
+    assert not missing

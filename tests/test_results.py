@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 import results
 from results import Written, add_results, newest, numbered, save_json, unused, write_results
+from utils import UsageError
 
 
 def content(path: Path) -> Any:
@@ -60,3 +62,15 @@ def test_equal_results_are_said_to_be_unchanged(tmp_path: Path) -> None:
     assert str(add_results(tmp_path, "one", {"top1": 1})) == f"wrote {tmp_path / 'results.json'}"
     assert str(add_results(tmp_path, "one", {"top1": 1})).startswith(f"{tmp_path / 'results.json'} is unchanged")
     assert add_results(tmp_path, "one", {"top1": 2}).path.name == "results_2.json"
+
+
+def test_a_disk_that_refuses_is_told_and_leaves_no_half_file(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))  # bytes of a file
+    try:
+        with pytest.raises(UsageError, match=rf"--output_dir {tmp_path} cannot be used \(File too large\)"):
+            add_results(tmp_path, "one", {"top1": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    assert add_results(tmp_path, "one", {"top1": 1}).path.name == "results.json"

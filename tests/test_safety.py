@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python_files
 
-SOURCES = [
-    path
-    for path in sorted(ROOT.rglob("*.py"))
-    if not {".venv", "tests", "output"} & set(path.relative_to(ROOT).parts) and "build" not in path.parts
-]
+SOURCES = [path for path in python_files() if path.relative_to(ROOT).parts[0] != "tests"]
 FORBIDDEN = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "input"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "marshal.load", "shelve.open", "dill.loads"),

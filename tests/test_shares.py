@@ -29,7 +29,7 @@ import functools, os, pathlib, sys
 sys.path.insert(0, ROOT)
 import data.loader, engine, main_esvit, utils
 args = main_esvit.get_args_parser().parse_args()
-in_groups = engine._in_groups
+in_groups = engine.in_groups
 
 def recording(batches, size):
     for group in in_groups(batches, size):
@@ -48,7 +48,7 @@ class Replay:
     def __iter__(self):
         return iter(self.order)
 
-engine._in_groups = recording
+engine.in_groups = recording
 data.loader.ChunkSampler = functools.partial(data.loader.ChunkSampler, chunk=CHUNK)
 if "SEEN" in os.environ:
     lines = pathlib.Path(os.environ["SEEN"]).read_text().splitlines()

@@ -31,7 +31,7 @@ def test_stacked_samples_are_separate_calls() -> None:
 def test_samples_that_are_not_valid_are_finite_and_without_gradient() -> None:
     srs, tokens = SRS(24, 2), torch.randn(1, 16, 24, requires_grad=True)
     valid = torch.tensor([[True, False]])
-    out = srs(tokens, bilinear_weights(torch.rand(1, 2, 2) * 3, (4, 4), valid))
+    out = srs(tokens, bilinear_weights(torch.rand(1, 2, 2) * 3, (4, 4)) * valid[..., None])
     assert bool(torch.isfinite(out).all())
     direction = torch.randn(24)
     (of_invalid,) = torch.autograd.grad(((out @ direction) * ~valid).sum(), tokens, retain_graph=True)

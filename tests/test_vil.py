@@ -23,9 +23,8 @@ from utils import UsageError
 ARCH = "l1,h1,d12,n2,s1,g1,p4,f3,a0_l2,h2,d24,n2,s0,g0,p2,f3,a0"
 MSVIT = "MODEL.SPEC.MSVIT."
 PUBLISHED = "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0"
-STAGE = StageSpec(
-    num_heads=2, dim=8, depth=1, sparse=True, num_global=1, patch_size=1, window=3, absolute=False
-)  # of most tests
+# Of most tests.
+STAGE = StageSpec(num_heads=2, dim=8, depth=1, sparse=True, num_global=1, patch_size=1, window=3, absolute=False)
 
 
 def network_of(arch: str = ARCH, *overrides: str, spread: bool = False) -> Backbone:
