@@ -3,10 +3,12 @@
     python benchmarks/throughput.py                              # small batches: a minute or two on a CPU
     python benchmarks/throughput.py --rows "Swin-T, window 7" --batch 32 256 --precision bf16
     python benchmarks/throughput.py --device cuda --batch 32 256
+    python benchmarks/throughput.py --rows "Swin-T, window 7" --backward
 
-Features as k-NN takes them: evaluation mode, no gradient, 224 pixels. Both sides hold the same weights (ours, exported) and their
-features are compared first; they take turns, and the best of `--repeats` counts. On a CPU the ratio is that of its time in this
-process. The last column is what the paper measured on a V100: for orientation, another machine.
+Features as k-NN takes them: evaluation mode, no gradient, 224 pixels. With --backward the network trains: forward and backward to
+all weights. Both sides hold the same weights (ours, exported) and their features are compared first; they take turns, and the best
+of `--repeats` counts. On a CPU the ratio is that of its time in this process. The last column is what the paper measured on a
+V100: for orientation, another machine.
 
 Origin: this project's own; the paper's figures are those of EsViT (Li et al., ICLR 2022).
 """
@@ -58,19 +60,27 @@ def seconds_of(work: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-@torch.inference_mode()
 def measure(row: Row, batch: int, args: argparse.Namespace, device: torch.device) -> tuple[float, float | None, float]:
     """Images a second of ours and of timm's, and the largest difference of their features relative to the largest feature."""
     networks = [network.to(device) for network in build_pair(row) if network is not None]
     images = torch.randn(batch, 3, SIZE, SIZE, device=device)
-    with utils.autocast(device, args.precision):
-        features = [network(images).float() for network in networks]  # the warm-up
-        best = [float("inf")] * len(networks)
-        for _ in range(args.repeats):
-            for i, network in enumerate(networks):
-                best[i] = min(best[i], seconds_of(partial(network, images), device))
+    with torch.inference_mode(not args.backward), utils.autocast(device, args.precision):
+        features = [network(images).detach().float() for network in networks]  # the warm-up
+        works = [partial(train if args.backward else nn.Module.__call__, network, images) for network in networks]
+        best = [float("inf")] * len(works)
+        for _ in range(args.repeats + args.backward):  # the first gradients warm up, too
+            for i, work in enumerate(works):
+                best[i] = min(best[i], seconds_of(work, device))
     difference = (features[0] - features[-1]).abs().max() / features[0].abs().max()
     return batch / best[0], batch / best[1] if len(best) > 1 else None, difference.item()
+
+
+def train(network: nn.Module, images: Tensor) -> Tensor:
+    """Forward in training mode and backward to all weights, which keep no gradient."""
+    features = network.train()(images)
+    features.float().square().mean().backward()
+    network.zero_grad(set_to_none=True)
+    return features.detach()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -83,6 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, nargs="+", default=[4])
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     add("--repeats", type=int, default=3)
+    add("--backward", action="store_true", help="training: forward and backward")
     add("--threads", type=int, default=1)
     add("--device", default="cpu")
     return parser
@@ -92,8 +103,13 @@ def main(args: argparse.Namespace) -> None:
     """Measure and print row by row."""
     torch.set_num_threads(args.threads)
     device = utils.resolve_device(args.device)
+    if device.type == "cpu":
+        utils.keep_freed_memory()  # as eval_knn.py does, here for both sides
     for batch in args.batch:
-        print(f"images a second at batch {batch}, {SIZE} pixels, {args.precision}, {device}, {args.threads} thread(s)")
+        what = "forward and backward" if args.backward else "features"
+        print(
+            f"{what}, images a second at batch {batch}, {SIZE} pixels, {args.precision}, {device}, {args.threads} thread(s)"
+        )
         print(f"  {'row':18} {'ours':>8} {'timm':>8} {'ours/timm':>9}   {'V100, paper':>11}")
         for name in args.rows:
             ours, theirs, difference = measure(ROWS[name], batch, args, device)

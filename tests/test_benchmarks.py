@@ -112,9 +112,10 @@ def test_parsers_take_their_defaults() -> None:
 
 
 @pytest.mark.slow
-def test_throughput_compares_networks_that_compute_the_same() -> None:
+@pytest.mark.parametrize("backward", [False, True], ids=["features", "training"])
+def test_throughput_compares_networks_that_compute_the_same(backward: bool) -> None:
     """The smallest row that timm has; its features must be ours."""
-    args = argparse.Namespace(precision="fp32", repeats=1)
+    args = argparse.Namespace(precision="fp32", repeats=1, backward=backward)
     ours, theirs, difference = throughput.measure(ROWS["DeiT-S/16"], 1, args, torch.device("cpu"))
     assert ours > 0
     assert theirs is not None
