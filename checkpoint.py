@@ -350,7 +350,9 @@ def _problem(
 ) -> str:
     """What keeps a file from loading in full, with the first names and the likeliest remedy."""
     parts = []
-    remedy = "check --arch, --cfg and --use_dense_prediction, or pass --allow_partial True"
+    of_regions = any(name.startswith("head_dense.") for name in (*missing, *unexpected))
+    check = "--arch, --cfg and --use_dense_prediction" if of_regions else "--arch and --cfg"
+    remedy = f"check {check}, or pass --allow_partial True"
     if misfits:
         of_backbone = [name for name in misfits if not name.startswith(BESIDE)]
         prototypes = [name for name in misfits if "last_layer.weight" in name]

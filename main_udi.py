@@ -177,6 +177,11 @@ def load_config(args: argparse.Namespace) -> CfgNode:
             f"--number_cls_token {args.number_cls_token}: {args.arch} has no class tokens; pass --number_cls_token 1, which "
             "learns its views and patches (an extension of UDI)"
         )
+    given = dict(zip(args.opts[::2], args.opts[1::2])).get("MODEL.SPEC.NUM_CLS_TOKENS", str(args.number_cls_token))
+    if given != str(args.number_cls_token):
+        raise UsageError(
+            f"MODEL.SPEC.NUM_CLS_TOKENS {given} and --number_cls_token {args.number_cls_token} differ; leave the override out"
+        )
     if has_tokens:
         tokens = ["MODEL.SPEC.NUM_CLS_TOKENS", str(args.number_cls_token)]
         overrides = ["MODEL.SPEC.POS_RESIZE", "scale", *args.opts, *tokens]

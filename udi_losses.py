@@ -67,7 +67,8 @@ class UDILoss(SelfDistillation):
             raise UsageError(f"--alpha {alpha} must lie in 0..1")
         if target_mix not in TARGET_MIXES:
             raise UsageError(f"--target_mix {target_mix} must be one of {', '.join(TARGET_MIXES)}")
-        if len(level_weights) != len(LEVELS) or min(level_weights) < 0 or not level_weights[0] > 0:
+        fits = all(0 <= weight < float("inf") for weight in level_weights)
+        if len(level_weights) != len(LEVELS) or not fits or not level_weights[0] > 0:
             given = " ".join(map(str, level_weights))
             raise UsageError(
                 f"--level_weights {given} must be three numbers for class token, second token and patches, "

@@ -341,7 +341,7 @@ def test_checkpoint_of_another_network(images: str, tmp_path: Path) -> None:
         weights,
     ]
     wider = [*TINY_SWIN, "MODEL.SPEC.DIM_EMBED", "24"]
-    with pytest.raises(UsageError, match=r"another network: .* has shape .* check --arch, --cfg"):
+    with pytest.raises(UsageError, match=r"another network: .* has shape .* check --arch and --cfg"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--seed", "0", *wider]))
 
 

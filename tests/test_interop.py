@@ -202,7 +202,7 @@ def test_what_vil_shares_must_be_equal_in_the_file_or_given_once(tmp_path: Path)
     [
         ("swin", ("MODEL.SPEC.IN_CHANS", "1"), "set MODEL.SPEC.IN_CHANS 1$"),
         ("swin", ("MODEL.SPEC.PATCH_SIZE", "8"), r"set --patch_size 8 \(or MODEL.SPEC.PATCH_SIZE\)$"),
-        ("swin", ("MODEL.SPEC.DIM_EMBED", "24"), "check --arch, --cfg .*--allow_partial True$"),
+        ("swin", ("MODEL.SPEC.DIM_EMBED", "24"), "check --arch and --cfg, .*--allow_partial True$"),
     ],
 )
 def test_the_remedy_fits_the_misfit(name: str, override: tuple[str, str], words: str, tmp_path: Path) -> None:

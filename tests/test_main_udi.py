@@ -428,6 +428,7 @@ def test_a_run_can_be_compiled(tmp_path: Path, images: Path) -> None:
         (["--level_weights", "0", "1", "1"], "--level_weights 0.0 1.0 1.0 must be three numbers"),
         (["--flip_prob", "2"], r"--flip_prob 2\.0 must lie in 0\.\.1"),
         (["--local_crops_size", "3"], "images of 3 x 3 pixels are smaller than a patch of 4"),
+        (["--level_weights", "1", "nan", "1"], "--level_weights 1.0 nan 1.0 must be three numbers"),
         (["--batch_size_per_gpu", "10"], "9 images do not fill one batch of 10 x 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -437,6 +438,11 @@ def test_usage_errors(images: Path, tmp_path: Path, flags: list[str], words: str
         run(tmp_path / "out", images, *flags, network=[] if "--arch" in flags else TINY_VIT)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_overrides_do_not_differ_from_the_flag(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"MODEL\.SPEC\.NUM_CLS_TOKENS 1 and --number_cls_token 2 differ"):
+        run(tmp_path, images, network=[*TINY_VIT, "MODEL.SPEC.NUM_CLS_TOKENS", "1"])
 
 
 def test_images_of_other_channels_are_refused(images: Path, tmp_path: Path) -> None:
