@@ -22,6 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a request that only glibc knows")
 def test_freed_memory_is_used_again() -> None:
     """A tensor of 64 MiB comes to touch hardly a page that none has touched before; by default each one touches new pages.
