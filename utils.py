@@ -168,8 +168,8 @@ def keep_freed_memory() -> None:
     """Let memory that tensors on a CPU leave be used by the next ones, where the C library is glibc.
 
     By default it gives large blocks back at once and takes new ones for the next tensor, whose every page the system then clears.
-    In a step, where tensors of many megabytes live for a moment, that takes longer than what is computed on them. What the process
-    holds stays what it held at its peak.
+    In a step, where tensors of many megabytes live for a moment, that takes longer than what is computed on them. It settles within
+    a few steps; what the process holds stays what it held at its peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -131,8 +131,6 @@ def run_side(args: argparse.Namespace) -> None:
     """Measure one side and print its figures as JSON."""
     precision = PRECISIONS[args.dtypes[0]]
     Problem(args.side, 1, 64, precision).run()  # warm up
-    if args.side == "chunked":
-        utils.keep_freed_memory()  # as main_esvit.py does on a CPU
     problem = Problem(args.side, args.batch, args.out_dim, precision)
     before = resident_mb()
     seconds, cpu_seconds = [], []
@@ -162,9 +160,12 @@ def start_side(args: argparse.Namespace, side: str, dtype: str, out_dim: int) ->
 
 
 def weights_mb(out_dim: int, dtype: str) -> float:
-    """What two heads take whatever the loss does: prototypes of student and teacher, and a gradient in float32."""
-    size = {"float32": 4, "bfloat16": 2}[dtype]
-    return 2 * out_dim * BOTTLENECK * (2 * size + 4) / MIB
+    """What two heads take whatever the loss does: the student's prototypes and a gradient, both in float32, and the teacher's.
+
+    Where products are narrower than float32, these are, and one head's of the student have a copy.
+    """
+    student, teacher, gradient, copy = {"float32": (4, 4, 4, 0), "bfloat16": (4, 2, 4, 2)}[dtype]
+    return out_dim * BOTTLENECK * (2 * (student + teacher + gradient) + copy) / MIB
 
 
 def compare(args: argparse.Namespace, dtype: str) -> None:

@@ -1,0 +1,38 @@
+"""What the process asks of the C library."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = """
+import resource, sys
+import torch, utils
+if sys.argv[1] == "keep":
+    utils.keep_freed_memory()
+for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**24).fill_(1.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a request that only glibc knows")
+def test_freed_memory_is_used_again() -> None:
+    """A tensor of 64 MiB comes to touch hardly a page that none has touched before; by default each one touches new pages.
+
+    The first few still do: glibc keeps a small rest behind each aligned block, until it has enough of them.
+    """
+    root = Path(__file__).parent.parent
+    faults = {}
+    for way in ("keep", "default"):
+        command = [sys.executable, "-c", FAULTS, way]
+        faults[way] = int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
+    pages = 2**26 // resource.getpagesize()
+    assert faults["keep"] < pages / 100 < faults["default"]
