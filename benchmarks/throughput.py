@@ -7,13 +7,8 @@
 
 Features as k-NN takes them: evaluation mode, no gradient, 224 pixels. With --backward the network trains: forward and backward to
 all weights. Both sides hold the same weights (ours, exported) and their features are compared first; they take turns, and the best
-<<<<<<< HEAD
-of `--repeats` counts. On a CPU the ratio is that of its time in this process. The last column is what the paper measured on a
-V100: for orientation, another machine.
-=======
 of `--repeats` counts. On a CPU the ratio is that of its time in this process. The last column is what the paper measured on a V100:
 for orientation, another machine.
->>>>>>> fast
 
 Origin: this project's own; the paper's figures are those of EsViT (Li et al., ICLR 2022).
 """
