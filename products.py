@@ -80,11 +80,11 @@ def _onednn_without_values(x: Tensor, weight_DC: Tensor, bias_D: Tensor | None =
 
 def _by_onednn(numbers: int, x: Tensor, weight_DC: Tensor) -> bool:
     """Whether oneDNN should multiply `numbers` of inputs with this weight."""
-    return (
+    # First: other programs know F.linear, and a graph for any batch must not be asked how large that is.
+    return not torch.compiler.is_exporting() and (
         x.device.type == "cpu"
         and x.dtype == weight_DC.dtype == torch.float32
         and numbers * weight_DC.shape[0] >= ENOUGH
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.compiler.is_exporting()  # other programs know F.linear
     )
