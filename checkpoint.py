@@ -169,7 +169,8 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
     if "student" in content or "teacher" in content:
         if key not in content:
             raise UsageError(
-                f"checkpoint '{path}' has no '{key}'; it has {', '.join(sorted(content))}; name a network that is there"
+                f"checkpoint '{path}' has no network '{key}'; name one that it has: "
+                + " or ".join(sorted(content.keys() & {"student", "teacher"}))
             )
         layout, found_under = "full checkpoint", key
     else:
@@ -350,7 +351,7 @@ def _problem(
 ) -> str:
     """What keeps a file from loading in full, with the first names and the likeliest remedy."""
     parts = []
-    of_regions = any(name.startswith("head_dense.") for name in (*missing, *unexpected))
+    of_regions = any(name.startswith(("head_dense.", "center_grid")) for name in (*missing, *unexpected))
     check = "--arch, --cfg and --use_dense_prediction" if of_regions else "--arch and --cfg"
     remedy = f"check {check}, or pass --allow_partial True"
     if misfits:

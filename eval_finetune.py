@@ -282,7 +282,7 @@ def report(progress: Progress, val: data.ImageDataset, about: dict[str, Any], ar
     written = write_results(Path(args.output_dir), EVALUATION, record)
     if progress.epochs >= args.epochs:
         logger.info("%s", written)
-        print(f"best of {len(val)} validation images: Top1: {best.top1:.2f} (epoch {best.epoch}, {best.network})")
+        print(f"best of {len(val)} validation images: Top1: {best.top1:.2f} (epoch {best.epoch + 1}, {best.network})")
 
 
 def train(

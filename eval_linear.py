@@ -332,7 +332,7 @@ def _describe(row: dict[str, Any], ranked: str) -> str:
             f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
         )
     return (
-        f"best Top1: {row['best_acc1']:.2f}, {ranked}: {row['best_acc5']:.2f} (epoch {row['best_epoch']}); "
+        f"best Top1: {row['best_acc1']:.2f}, {ranked}: {row['best_acc5']:.2f} (epoch {row['best_epoch'] + 1}); "
         f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
     )
 

@@ -50,7 +50,7 @@ from utils import UsageError, logger
 
 EVALUATION = "logistic regression"  # how results.json tells whose it is
 TOLERANCE = 1e-5  # largest entry of the gradient at the end
-POOLED = ("class token", "mean of the regions", "class token and mean of the regions")  # by --avgpool_patchtokens
+POOLED = ("view feature", "mean of the regions", "view feature and mean of the regions")  # by --avgpool_patchtokens
 
 
 class Score(NamedTuple):

@@ -242,8 +242,9 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> Place:
     key_of_loss = step.method.criterion_key
     absent = {"student", "teacher", "optimizer", "epoch", key_of_loss} - content.keys()
     if absent:
+        other = " (another method made it)" if absent == {key_of_loss} else ""
         raise UsageError(
-            f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
+            f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}{other}; choose another --output_dir"
         )
     for network, key in ((step.method.student, "student"), (step.method.teacher, "teacher")):
         checkpoint.load_network(network, checkpoint.network_state(content, key, path), source)
@@ -344,7 +345,8 @@ def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
             len(rng_of_rank),
             utils.get_world_size(),
         )
-    logger.info("resuming %s at epoch %d", path, content["epoch"] + 1)
+    if content["epoch"] < args.epochs:
+        logger.info("resuming %s at epoch %d", path, content["epoch"] + 1)
     return int(content["epoch"])
 
 

@@ -45,7 +45,10 @@ def list_files(root: Path, split: str, need_labels: bool) -> Listing:
 
 def _unlabelled(source: Files, root: Path, need_labels: bool) -> Listing:
     if need_labels:
-        raise UsageError(f"{root} has images without a class; evaluation needs DIR/{{train,val}}/<class>/<image>")
+        raise UsageError(
+            f"{root} has images without a class; evaluation needs DIR/{{train,val}}/<class>/<image>, "
+            "or DIR/<class>/<image> where all images are one set"
+        )
     return Listing(source, np.full(len(source), UNLABELLED), ())
 
 

@@ -288,7 +288,7 @@ def build_stream(
         unknown = next(shard for shard, count in told if count is None)
         if epoch_images < len(shards):
             raise UsageError(
-                f"--epoch_images {epoch_images} must say how many images the {len(shards)} shards hold: "
+                f"pass --epoch_images N (not {epoch_images}) to say how many images the {len(shards)} shards hold: "
                 f"they lie elsewhere, and no {SIZES} beside them tells it of {unknown}"
             )
         counts, epoch_images = [epoch_images // len(shards)] * len(shards), 0

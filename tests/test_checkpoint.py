@@ -82,7 +82,7 @@ def test_another_network_is_refused_and_left_alone(net: nn.Module, words: str) -
 
 
 def test_missing_key_names_those_that_are_there() -> None:
-    with pytest.raises(UsageError, match="has no 'teacher'; it has epoch, student"):
+    with pytest.raises(UsageError, match="has no network 'teacher'; name one that it has: student"):
         checkpoint.network_state({"student": {}, "epoch": 1}, "teacher", "file.pth")
     with pytest.raises(UsageError, match="holds no tensors"):
         checkpoint.network_state({"epoch": 1}, "teacher", "file.pth")

@@ -337,7 +337,10 @@ def test_going_on_is_as_if_never_stopped(
 def test_a_run_of_another_method_is_not_gone_on_with(images: Path, tmp_path: Path) -> None:
     run(tmp_path, images, "--epochs", "1", "--warmup_teacher_temp_epochs", "0")
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path), *TINY_SWIN]
-    with pytest.raises(UsageError, match=r"cannot be resumed, it has no dino_loss; choose another --output_dir"):
+    with pytest.raises(
+        UsageError,
+        match=r"cannot be resumed, it has no dino_loss \(another method made it\); choose another --output_dir",
+    ):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*TINY_RUN, *flags]))
 
 

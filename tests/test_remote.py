@@ -129,7 +129,7 @@ def test_http_gives_what_the_folder_gives(server: Server) -> None:
 
 def test_equal_shares_without_sizes(server: Server) -> None:
     (server.folder / "sizes.json").unlink()
-    with pytest.raises(UsageError, match=r"--epoch_images 0 must say how many .* the 5 shards hold"):
+    with pytest.raises(UsageError, match=r"--epoch_images N \(not 0\) to say how many .* the 5 shards hold"):
         build_stream(server.pattern, whole)
     stream = build_stream(server.pattern, whole, epoch_images=IMAGES)
     assert stream.counts == (IMAGES // 5,) * 5

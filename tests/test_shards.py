@@ -164,7 +164,7 @@ def test_pipes(shards: Path) -> None:
     """From elsewhere nobody can count: each shard gives its share of --epoch_images, and what it lacks is named."""
     pattern = f"pipe:cat {shards}/train-00{{0..4}}.tar"
     with pytest.raises(
-        UsageError, match=r"--epoch_images 0 must say how many images the 5 shards hold: .* no sizes\.json"
+        UsageError, match=r"--epoch_images N \(not 0\) to say how many images the 5 shards hold: .* no sizes\.json"
     ):
         build_stream(pattern, whole)
     stream = build_stream(pattern, whole, epoch_images=12)
