@@ -6,7 +6,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_requirements requirements.txt
 
-SEED=${SEED:-0} EPOCHS=${EPOCHS:-4}
+SEED=${SEED:-0} EPOCHS=${EPOCHS:-7}
 DATA=.demo/data
 RUN=${RUN:-.demo/udi-seed$SEED}
 NETWORK=(--arch vit --cfg experiments/demo/udi_micro.yaml --patch_size 8 --device cpu)
