@@ -2,33 +2,45 @@
 # Comparisons at the demo's budget: its recipe (scripts/demo.sh), scored by k-NN. A finished run is not run again.
 #   bash scripts/compare.sh tasks       views against views and regions: 4 epochs, SEEDS="0 1 2"
 #   bash scripts/compare.sh networks    every architecture on both tasks: 2 epochs, SEEDS=0
+#   bash scripts/compare.sh methods     EsViT on both tasks (Swin), DINO (ViT) and UDI (ViT): 4 epochs, SEEDS=0
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=()
-run() { # NAME ARCH YAML EPOCHS SEED: once for views, once for views and regions
-    local folder=.demo/$1 logs
-    for logs in "$folder"{,-views}/log.txt; do
-        [ ! -f "$logs" ] || [ "$(wc -l <"$logs")" -le "$4" ] ||
-            { echo "compare.sh: error: $logs is of a run with other epochs than $4; move its folder away" >&2; exit 2; }
-    done
-    RUN=$folder-views REGIONS=False ARCH=$2 CFG=experiments/demo/$3.yaml EPOCHS=$4 SEED=$5 TRAIN_ONLY=1 bash scripts/demo.sh
-    RUN=$folder REGIONS=True ARCH=$2 CFG=experiments/demo/$3.yaml EPOCHS=$4 SEED=$5 TRAIN_ONLY=1 bash scripts/demo.sh
-    runs+=("$folder-views" "$folder")
+train() { # FOLDER EPOCHS SEED SCRIPT: the rest of its settings are in the environment
+    local log=$1/log.txt
+    [ ! -f "$log" ] || [ "$(wc -l <"$log")" -le "$2" ] ||
+        { echo "compare.sh: error: $log is of a run with other epochs than $2; move its folder away" >&2; exit 2; }
+    RUN=$1 EPOCHS=$2 SEED=$3 TRAIN_ONLY=1 bash "$4"
+    runs+=("$1")
+}
+views() { # NAME ARCH YAML EPOCHS SEED
+    REGIONS=False ARCH=$2 CFG=experiments/demo/$3.yaml train ".demo/$1-views" "$4" "$5" scripts/demo.sh
+}
+both() { # NAME ARCH YAML EPOCHS SEED: once for views, once for views and regions
+    views "$@"
+    REGIONS=True ARCH=$2 CFG=experiments/demo/$3.yaml train ".demo/$1" "$4" "$5" scripts/demo.sh
 }
 case "${1:-}" in
 tasks)
-    for seed in ${SEEDS:-0 1 2}; do run "seed$seed" swin swin_micro 4 "$seed"; done
+    for seed in ${SEEDS:-0 1 2}; do both "seed$seed" swin swin_micro 4 "$seed"; done
     ;;
 networks)
     for seed in ${SEEDS:-0}; do
         for network in "swin swin_micro" "vil vil_micro" "cvt cvt_micro" "vit vit_micro" "resnet18 resnet_micro"; do
             read -r arch yaml <<<"$network"
-            run "$arch-seed$seed" "$arch" "$yaml" 2 "$seed"
+            both "$arch-seed$seed" "$arch" "$yaml" 2 "$seed"
         done
     done
     ;;
+methods)
+    for seed in ${SEEDS:-0}; do
+        both "seed$seed" swin swin_micro 4 "$seed"
+        views "vit4-seed$seed" vit vit_micro 4 "$seed"
+        train ".demo/udi4-seed$seed" 4 "$seed" scripts/demo_udi.sh
+    done
+    ;;
 *)
-    echo "compare.sh: error: '${1:-}' is not tasks or networks; usage: bash scripts/compare.sh tasks|networks" >&2
+    echo "compare.sh: error: '${1:-}' is not tasks, networks or methods; usage: bash scripts/compare.sh tasks|networks|methods" >&2
     exit 2
     ;;
 esac
