@@ -56,7 +56,7 @@ def test_mistakes_end_with_code_2(tmp_path: Path, args: list[str], env: dict[str
 
 
 @pytest.mark.parametrize("words", [[], ["seeds"]])
-def test_compare_takes_one_of_two_words(words: list[str]) -> None:
+def test_compare_takes_one_of_its_words(words: list[str]) -> None:
     done = subprocess.run(["bash", str(ROOT / "scripts/compare.sh"), *words], capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"'{''.join(words)}' is not tasks or networks" in done.stderr
+    assert f"'{''.join(words)}' is not tasks, networks or methods" in done.stderr
