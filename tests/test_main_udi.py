@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -162,6 +162,27 @@ def test_a_loss_is_that_of_the_equations(flags: list[str]) -> None:
     assert loss.item() == pytest.approx((sum(levels) + expected["g_pch"]) / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize(("local", "sampled"), [("off", 2 * 4), ("on", 4 * 4)])
+def test_nothing_is_computed_twice_or_for_nothing(local: str, sampled: int) -> None:
+    """Each network encodes a view once; the teacher is sampled for all views in that pass, the student where its patches learn."""
+    made = Made("--local_patch", local)
+    images: dict[str, int] = {}
+
+    def counted(name: str) -> Callable[..., None]:
+        return lambda _, inputs: images.update(
+            {name: images.get(name, 0) + len(getattr(inputs[0], "tokens_BNC", inputs[0]))}
+        )
+
+    for name, network in (("student", made.method.student), ("teacher", made.method.teacher)):
+        for module in ("blocks.0", "srs"):
+            network.get_submodule(module).register_forward_pre_hook(counted(f"{name} {module}"))
+    loss, _ = made.method.compute_loss(made.batch(), epoch=1)
+    loss.backward()
+    teachers = {"teacher blocks.0": 2 * 4, "teacher srs": 2 * 4}
+    assert images == teachers | {"student blocks.0": 4 * 4, "student srs": sampled}
+    assert all(parameter.grad is None for parameter in made.method.teacher.parameters())
+
+
 def test_factored_logits_train_as_whole_ones_do() -> None:
     outcomes = []
     for plain in ("off", "on"):
@@ -271,6 +292,9 @@ def test_sampling_has_the_width_and_heads_of_the_backbone(arch: str, heads: int)
     assert isinstance(network.srs, SRS)
     assert network.srs.num_heads == heads == default_heads(network)
     assert network.srs.qkv.weight.shape == (3 * network.num_features, network.num_features)
+    assert network.srs(torch.zeros(2, 196, network.num_features, device="meta"), torch.zeros(2, 16, 196, device="meta")).shape == (
+        2, 16, network.num_features
+    )  # fmt: skip
     tokens = [network.get_parameter(name).shape[1] for name in ("cls_token", "pos_embed")]
     assert tokens == [2, 2 + 14**2]
     if arch == "vit_small":
