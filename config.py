@@ -162,12 +162,13 @@ ONLY_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
 _reported: set[str] = set()
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> CfgNode:
     """Read `path` with its bases, apply `KEY VALUE` overrides, and return the resolved, frozen config.
 
     Args:
         path: a yaml file; None gives the defaults of the schema.
         overrides: a flat list KEY VALUE KEY VALUE ..., keys dotted (`MODEL.SPEC.WINDOW_SIZE 14`).
+        defaults: the same, for keys that neither the yaml nor an override sets, instead of the schema's.
 
     Raises:
         UsageError: a missing or malformed file, a BASE that leads back to itself, an unknown key (with the nearest
@@ -175,12 +176,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     """
     if len(overrides) % 2:
         raise UsageError(f"config overrides come in pairs KEY VALUE, '{overrides[-1]}' stands alone at the end")
-    values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, where it was set)
+    values = _given(defaults, "default")  # dotted key -> (value, where it was set)
     if path is not None:
-        values = _read_chain(Path(path), ())
-    for key, text in zip(overrides[::2], overrides[1::2]):
-        where = f"override '{key}'"
-        values = _on_top(values, {leaf: (v, where) for leaf, v in _leaves(_nest(key, _parse(text, where)))})
+        values = _on_top(values, _read_chain(Path(path), ()))
+    values = _on_top(values, _given(overrides, "override"))
 
     config = _schema_node(values.get("MODEL.NAME", (SCHEMA["MODEL"]["NAME"], "the schema")))
     known = dict(_leaves(config))
@@ -200,6 +199,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> CfgNo
     _report_unused(path, unused)
     config.freeze()
     return config
+
+
+def _given(pairs: Sequence[str], kind: str) -> dict[str, tuple[Any, str]]:
+    """Leaves of KEY VALUE pairs, the later ones on top of the earlier."""
+    values: dict[str, tuple[Any, str]] = {}
+    for key, text in zip(pairs[::2], pairs[1::2]):
+        where = f"{kind} '{key}'"
+        values = _on_top(values, {leaf: (v, where) for leaf, v in _leaves(_nest(key, _parse(text, where)))})
+    return values
 
 
 def _read_chain(path: Path, opened: tuple[Path, ...]) -> dict[str, tuple[Any, str]]:

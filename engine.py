@@ -14,7 +14,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from progress import EpochMeter, RunLog
 from resume import Place, Saver
 from utils import UsageError
 
+if TYPE_CHECKING:
+    from losses import SelfDistillation
+
 # What processes tell each other about files goes past the device, which would have to be waited for.
 HOST = torch.device("cpu")
 # What DistributedDataParallel calls the exchange of buffers before a forward; torch 2.14 renamed it.
@@ -51,7 +54,7 @@ class Method(ABC):
 
     Attributes:
         student, teacher: networks with the same parameters in the same order; either may be wrapped for several processes.
-        criterion: the loss.
+        criterion: the loss, whose centres have seen the teacher's outputs after `compute_loss`.
         criterion_key: what checkpoints call its state dict.
         tasks: what is learned, in the words of the log.
         watch: set where outputs are to be watched for a collapse; then `compute_loss` calls it with its levels (health.py).
@@ -59,7 +62,7 @@ class Method(ABC):
 
     student: nn.Module
     teacher: nn.Module
-    criterion: nn.Module
+    criterion: SelfDistillation
     criterion_key: str = "dino_loss"
     tasks: str
     watch: Callable[[Mapping[str, Level]], None] | None = None
@@ -79,9 +82,9 @@ class Method(ABC):
             if isinstance(backbone, Backbone):
                 backbone.start_epoch(epoch, epochs)
 
-    @abstractmethod
     def finish_step(self, applied: Tensor) -> None:
-        """After the last micro-batch: move centres where the step is `applied`, a boolean scalar on the device."""
+        """After the last micro-batch: move the centres where the step is `applied`, a boolean scalar on the device."""
+        self.criterion.update_center(applied)
 
 
 class Schedules(NamedTuple):

@@ -105,10 +105,6 @@ class EsViT(engine.Method):
         heads = {"view": backbone.head, "region": getattr(backbone, "head_dense", None)}
         return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
 
-    def finish_step(self, applied: Tensor) -> None:
-        """Move the centres by the step's teacher outputs."""
-        self.criterion.update_center(applied)
-
 
 def main(args: argparse.Namespace) -> None:
     """Pre-train as the arguments say."""

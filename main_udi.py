@@ -24,12 +24,14 @@ import engine
 import flags
 import pretrain
 import utils
+from config import SPECS
 from data import geometry
-from data.recipe import FLIP, Crops
+from data.recipe import FLIP
 from data.udi_views import DRAWINGS, PAIR_MODES, REFERENCES, Sampling, split_finished, udi_views
 from flags import bool_flag
 from losses import TEACHER_VIEWS
 from models import Backbone, build_model, load_arch_config
+from models.registry import config_name
 from models.srs import SRS, default_heads
 from udi_levels import student_levels, student_weights, teacher_levels, teacher_weights
 from udi_losses import LEVELS, TARGET_MIXES, UDILoss
@@ -136,10 +138,6 @@ class UDI(engine.Method):
             self.watch(self.criterion.levels(student, teacher, epoch, features))
         return self.criterion.total(terms), terms
 
-    def finish_step(self, applied: Tensor) -> None:
-        """Move the centres by the step's teacher outputs."""
-        self.criterion.update_center(applied)
-
 
 def main(args: argparse.Namespace) -> None:
     """Pre-train as the arguments say."""
@@ -169,23 +167,25 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
-    """The network's config with the class tokens of --number_cls_token, and positions resized as in the published networks."""
-    config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path_rate)
-    has_tokens = "NUM_CLS_TOKENS" in config.MODEL.SPEC
+    """The network's config with the class tokens of --number_cls_token, and positions resized as in the published networks.
+
+    Raises:
+        UsageError: another number of class tokens in the yaml or an override, or see `load_arch_config`.
+    """
+    has_tokens = "NUM_CLS_TOKENS" in SPECS[config_name(args.arch)]
     if args.number_cls_token > 1 and not has_tokens:
         raise UsageError(
             f"--number_cls_token {args.number_cls_token}: {args.arch} has no class tokens; pass --number_cls_token 1, which "
             "learns its views and patches (an extension of UDI)"
         )
-    given = dict(zip(args.opts[::2], args.opts[1::2])).get("MODEL.SPEC.NUM_CLS_TOKENS", str(args.number_cls_token))
-    if given != str(args.number_cls_token):
+    of_udi = ["MODEL.SPEC.NUM_CLS_TOKENS", str(args.number_cls_token), "MODEL.SPEC.POS_RESIZE", "scale"]
+    config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path_rate, of_udi if has_tokens else ())
+    given = config.MODEL.SPEC.get("NUM_CLS_TOKENS", args.number_cls_token)
+    if given != args.number_cls_token:
         raise UsageError(
-            f"MODEL.SPEC.NUM_CLS_TOKENS {given} and --number_cls_token {args.number_cls_token} differ; leave the override out"
+            f"MODEL.SPEC.NUM_CLS_TOKENS {given} and --number_cls_token {args.number_cls_token} differ; leave the key out of "
+            f"yaml and overrides, or pass --number_cls_token {given}"
         )
-    if has_tokens:
-        tokens = ["MODEL.SPEC.NUM_CLS_TOKENS", str(args.number_cls_token)]
-        overrides = ["MODEL.SPEC.POS_RESIZE", "scale", *args.opts, *tokens]
-        config = load_arch_config(args.arch, args.cfg, overrides, args.drop_path_rate)
     if config.MODEL.SPEC.IN_CHANS != 3:
         raise UsageError(f"UDI's views are of colour images, MODEL.SPEC.IN_CHANS {config.MODEL.SPEC.IN_CHANS} is not 3")
     args.aug_backend = "split"
@@ -195,8 +195,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
 def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.Finish]:
     """Crops of which workers also tell where they lie, and their colours."""
     crops = pretrain.get_crops(args, config)
-    network = build_model(args.arch, config, patch_size=args.patch_size)
-    grid_of = token_grids(network, crops)
+    grid_of = token_grids(args, config)
     smallest = min(grid_of.values())
     sampling = Sampling(
         grid_of,
@@ -210,10 +209,16 @@ def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transfo
     return udi_views(crops, config.INPUT.MEAN, config.INPUT.STD, args.color_jitter, sampling, args.flip_prob)
 
 
-def token_grids(network: Backbone, crops: Crops) -> dict[int, int]:
-    """Tokens on a side of a view, by its side in pixels; the network is asked, because strides are its own affair."""
+def token_grids(args: argparse.Namespace, config: CfgNode) -> dict[int, int]:
+    """Tokens on a side of a view, by its side in pixels; the network is asked, because strides are its own affair.
+
+    One on the meta device: shapes alone, no numbers.
+    """
+    crops = pretrain.get_crops(args, config)
     sizes = {crops.global_size, *(size for number, size in zip(crops.local_numbers, crops.local_sizes) if number)}
-    return {size: network.region_grid(torch.zeros(1, 3, size, size))[0] for size in sizes}
+    with torch.device("meta"):
+        network = build_model(args.arch, config, patch_size=args.patch_size)
+        return {size: network.region_grid(torch.zeros(1, 3, size, size))[0] for size in sizes}
 
 
 def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool) -> Backbone:
@@ -232,7 +237,6 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
     crops = pretrain.get_crops(args, config)
     student = build_network(args, config, is_teacher=False)
     teacher = build_network(args, config, is_teacher=True)
-    grid_of = token_grids(student, crops)
     networks = pretrain.pair_networks(args, student, teacher, crops, device, compiled="forward_blocks")
     criterion = UDILoss(
         args.out_dim,
@@ -249,6 +253,7 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
         level_weights=args.level_weights,
     )
     criterion.to(device)
+    grid_of = token_grids(args, config)
     return UDI(*networks, criterion, args.number_cls_token, grid_of, args.include_patch, args.local_patch)
 
 

@@ -174,7 +174,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
     flags.add_switch(parser, "--allow_partial", "take what fits of those weights")
     add("--output_dir", default=".", help="where everything of the run goes")
-    add("--saveckp_freq", type=int, default=5, help="keep checkpoint{epoch:04}.pth every so many epochs, 0 for none")
+    add(
+        "--saveckp_freq",
+        type=int,
+        default=5,
+        help="keep checkpoint{epoch:04}.pth of every so many epochs from 0000 on, 0 for none",
+    )
     add("--save_every_steps", type=int, default=0, help="write checkpoint.pth also within an epoch, 0 for no")
     add("--save_every_minutes", type=float, default=0.0, help="the same by the clock")
     add(

@@ -30,7 +30,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight_DC: Tensor, bias_D: Tensor | None) -> Tensor:
     """(..., C) to (..., D), as `F.linear` has it, under autocast too."""
-    if torch.is_autocast_enabled(x.device.type) or not _by_onednn(x.numel(), x, weight_DC):
+    # In this order: the meta device knows no autocast, and torch stops where it is asked for it.
+    if not _by_onednn(x.numel(), x, weight_DC) or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight_DC, bias_D)
     return _OneDnnLinear.apply(x, weight_DC, bias_D)
 

@@ -129,7 +129,7 @@ class Saver:
 
 
 def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args: Any, config: Any) -> str:
-    """Write `checkpoint.pth`, and after every `args.saveckp_freq`th epoch (0: none) `checkpoint{epoch:04}.pth`.
+    """Write `checkpoint.pth`, and of every `args.saveckp_freq`th epoch from 0 on (0: none) `checkpoint{epoch:04}.pth`.
 
     All processes call this; the main one writes.
 

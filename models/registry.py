@@ -86,11 +86,15 @@ def default_config(arch: str) -> str | None:
 
 
 def load_arch_config(
-    arch: str, path: str | None, overrides: Sequence[str] = (), drop_path: float | None = None
+    arch: str,
+    path: str | None,
+    overrides: Sequence[str] = (),
+    drop_path: float | None = None,
+    defaults: Sequence[str] = (),
 ) -> CfgNode:
     """The config for `arch`: the yaml at `path`, or the published one of that name when `path` is None.
 
-    `drop_path` stands for an override of MODEL.SPEC.DROP_PATH_RATE.
+    `drop_path` stands for an override of MODEL.SPEC.DROP_PATH_RATE; `defaults`: see `load_config`.
 
     Raises:
         UsageError: unknown arch, no yaml where the arch needs one, one that describes another architecture, or stochastic
@@ -106,7 +110,7 @@ def load_arch_config(
         if entry.default_config is None:
             raise UsageError(f"arch '{arch}' has no yaml of its own; name one with --cfg (see experiments/)")
         path = str(Path(__file__).parent.parent / entry.default_config) if entry.default_config else None
-    config = load_config(path, overrides if path else ["MODEL.NAME", entry.config_name, *overrides])
+    config = load_config(path, overrides if path else ["MODEL.NAME", entry.config_name, *overrides], defaults)
     _check_family(arch, entry, config, path or "the command line")
     if given is not None and entry.default_config:
         _report_other_size(arch, load_config(Path(__file__).parent.parent / entry.default_config), config, given)

@@ -154,6 +154,14 @@ def test_last_override_of_a_key_counts() -> None:
     assert (spec.WINDOW_SIZE, spec.DIM_EMBED) == (5, 12)
 
 
+def test_defaults_count_where_neither_yaml_nor_override_speaks(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("MODEL: {SPEC: {DIM_EMBED: 24}}")
+    defaults = [SPEC + "DIM_EMBED", "12", SPEC + "WINDOW_SIZE", "3", SPEC + "PATCH_SIZE", "2", SPEC + "PATCH_SIZE", "8"]
+    spec = load_config(path, [SPEC + "WINDOW_SIZE", "5"], defaults).MODEL.SPEC
+    assert (spec.DIM_EMBED, spec.WINDOW_SIZE, spec.PATCH_SIZE) == (24, 5, 8)
+
+
 def test_override_of_a_group_leaves_its_other_keys() -> None:
     spec = load_config(TINY, ["MODEL.SPEC", "{WINDOW_SIZE: 3}"]).MODEL.SPEC
     assert (spec.WINDOW_SIZE, spec.DIM_EMBED) == (3, 96)

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -162,6 +162,27 @@ def test_a_loss_is_that_of_the_equations(flags: list[str]) -> None:
     assert loss.item() == pytest.approx((sum(levels) + expected["g_pch"]) / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize(("local", "sampled"), [("off", 2 * 4), ("on", 4 * 4)])
+def test_nothing_is_computed_twice_or_for_nothing(local: str, sampled: int) -> None:
+    """Each network encodes a view once; the teacher is sampled for all views in that pass, the student where its patches learn."""
+    made = Made("--local_patch", local)
+    images: dict[str, int] = {}
+
+    def counted(name: str) -> Callable[..., None]:
+        return lambda _, inputs: images.update(
+            {name: images.get(name, 0) + len(getattr(inputs[0], "tokens_BNC", inputs[0]))}
+        )
+
+    for name, network in (("student", made.method.student), ("teacher", made.method.teacher)):
+        for module in ("blocks.0", "srs"):
+            network.get_submodule(module).register_forward_pre_hook(counted(f"{name} {module}"))
+    loss, _ = made.method.compute_loss(made.batch(), epoch=1)
+    loss.backward()
+    teachers = {"teacher blocks.0": 2 * 4, "teacher srs": 2 * 4}
+    assert images == teachers | {"student blocks.0": 4 * 4, "student srs": sampled}
+    assert all(parameter.grad is None for parameter in made.method.teacher.parameters())
+
+
 def test_factored_logits_train_as_whole_ones_do() -> None:
     outcomes = []
     for plain in ("off", "on"):
@@ -233,6 +254,21 @@ def test_other_backbones_learn_views_and_patches(network: str) -> None:
     assert float(scalars[-1]["loss"]) < 0.95 * float(scalars[0]["loss"])
 
 
+@pytest.mark.parametrize("network", ["vit", *TINY_NETWORKS])
+def test_grids_are_those_that_the_networks_make(network: str) -> None:
+    """They are asked of a network without numbers, which draws none either."""
+    flags = [] if network == "vit" else ["--number_cls_token", "1", *TINY_NETWORKS[network]]
+    args = parsed(*flags, network=TINY_VIT if network == "vit" else [])
+    config = main_udi.load_config(args)
+    made = main_udi.build_network(args, config, is_teacher=True)
+    state = torch.get_rng_state()
+    grids = main_udi.token_grids(args, config)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert grids == {
+        size: made.forward_feature_maps(torch.randn(2, 3, size, size)).shape[3] for size in (grids.keys() | {16})
+    }
+
+
 def test_without_a_valid_patch_a_step_is_applied() -> None:
     """The patches' level is 0, the second token learns the class token's targets, and the centre of patches stays."""
     made = Made("--local_patch", "on")
@@ -256,6 +292,9 @@ def test_sampling_has_the_width_and_heads_of_the_backbone(arch: str, heads: int)
     assert isinstance(network.srs, SRS)
     assert network.srs.num_heads == heads == default_heads(network)
     assert network.srs.qkv.weight.shape == (3 * network.num_features, network.num_features)
+    assert network.srs(torch.zeros(2, 196, network.num_features, device="meta"), torch.zeros(2, 16, 196, device="meta")).shape == (
+        2, 16, network.num_features
+    )  # fmt: skip
     tokens = [network.get_parameter(name).shape[1] for name in ("cls_token", "pos_embed")]
     assert tokens == [2, 2 + 14**2]
     if arch == "vit_small":
@@ -299,6 +338,12 @@ def test_run_folder(images: Path, tmp_path: Path) -> None:
         "train_wd",
     }
     assert terms <= lines[0].keys()
+    for line in lines:
+        means = {name: line[f"train_{name}"] for name in ("loss", "g_cl", "l_cl", "g_mcl", "l_mcl", "g_pch")}
+        levels = [(means[f"g_{name}"] + 2 * means[f"l_{name}"]) / 3 for name in ("cl", "mcl")] + [means["g_pch"]]
+        assert means["loss"] == pytest.approx(sum(levels) / 3, rel=1e-5)
+        assert all(means.values())
+    assert {path.name for path in tmp_path.glob("checkpoint0*.pth")} == {"checkpoint0000.pth", "checkpoint0001.pth"}
     assert {f"train_{level}/kl" for level in ("cls", "cls+", "patch")} <= lines[0].keys()
     with Image.open(tmp_path / "crops.png") as picture:
         assert picture.height == 4 * (32 + 2) + 2  # four views and nothing of their correspondences
@@ -443,9 +488,23 @@ def test_usage_errors(images: Path, tmp_path: Path, flags: list[str], words: str
     assert not (tmp_path / "out").exists()
 
 
-def test_overrides_do_not_differ_from_the_flag(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"MODEL\.SPEC\.NUM_CLS_TOKENS 1 and --number_cls_token 2 differ"):
-        run(tmp_path, images, network=[*TINY_VIT, "MODEL.SPEC.NUM_CLS_TOKENS", "1"])
+@pytest.mark.parametrize(("given", "asked"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("where", ["yaml", "override"])
+def test_class_tokens_of_the_config_are_those_of_the_flag(where: str, given: int, asked: int, tmp_path: Path) -> None:
+    """Neither wins in silence; what a yaml says of positions counts, and without a word UDI's own values do."""
+    yaml = tmp_path / "vit.yaml"
+    text = "MODEL: {NAME: vision_transformer, SPEC: {POS_RESIZE: size, NUM_CLS_TOKENS: %d}}"
+    yaml.write_text(text % (given if where == "yaml" else asked))
+    pairs = [*TINY_VIT, "MODEL.SPEC.NUM_CLS_TOKENS", str(given)] if where == "override" else TINY_VIT
+    words = rf"^MODEL\.SPEC\.NUM_CLS_TOKENS {given} and --number_cls_token {asked} differ; .* pass --number_cls_token {given}$"
+    with pytest.raises(UsageError, match=words):
+        main_udi.load_config(parsed("--cfg", str(yaml), "--number_cls_token", str(asked), network=pairs))
+    yaml.write_text(text % asked)
+    spec = main_udi.load_config(parsed("--cfg", str(yaml), "--number_cls_token", str(asked))).MODEL.SPEC
+    keys = ("NUM_CLS_TOKENS", "POS_RESIZE", "DEPTH")
+    assert [spec[key] for key in keys] == [asked, "size", 2]
+    spec = main_udi.load_config(parsed("--number_cls_token", str(asked))).MODEL.SPEC
+    assert [spec[key] for key in keys] == [asked, "scale", 2]
 
 
 def test_images_of_other_channels_are_refused(images: Path, tmp_path: Path) -> None:

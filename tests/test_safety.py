@@ -1,4 +1,4 @@
-"""Nothing from outside is run as code: a look at every call of the source tree."""
+"""Nothing from outside is run as code or fetched unasked: a look at every call of the source tree."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ FORBIDDEN = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "input"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "marshal.load", "shelve.open", "dill.loads"),
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.full_load_all"),
+    *("torch.hub.load", "torch.hub.list", "torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file"),
+    *(
+        "urllib.request.urlopen",
+        "urllib.request.urlretrieve",
+        "requests.get",
+    ),  # --data_path alone says what is fetched, by curl
     *("joblib.load", "pandas.read_pickle", "subprocess.getoutput", "subprocess.getstatusoutput"),
 }
 ALLOWED = {"data/remote.py": 1}  # calls: --data_path 'pipe:COMMAND' is a shell command, which the user types
@@ -40,6 +46,7 @@ def dangers(source: str) -> Iterator[str]:
             or (name == "torch.load" and given.get("weights_only") != "True")
             or (name in {"numpy.load", "np.load"} and given.get("allow_pickle", "False") != "False")
             or given.get("shell", "False") != "False"
+            or given.get("pretrained", "False") != "False"  # of timm and torchvision, which fetch weights then
         ):
             yield f"{call.lineno}: {ast.unparse(call)}"
 
@@ -71,6 +78,8 @@ def test_nothing_from_outside_is_run(path: Path) -> None:
         "exec(x)",
         "subprocess.run(x, shell=True)",
         "os.system(x)",
+        "from torch import hub; hub.list(x)",
+        "timm.create_model(x, pretrained=True)",
         "tarfile.open(x).extractall(y)",
         "archive.extract(m)",
     ],

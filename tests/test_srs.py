@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.heads import DINOHead
 from models.srs import SRS, bilinear_weights, from_published, one_hot_weights
 from utils import UsageError
 
@@ -49,12 +50,18 @@ def test_weights_are_those_of_the_four_tokens_around() -> None:
     assert weights[2, 0, 2:4].tolist() == [0.75, 0.25]
     assert weights.sum(dim=(1, 2)).tolist() == [1, 1, 1]
     assert bilinear_weights(torch.zeros(1, 1, 2), (1, 1)).tolist() == [[[1.0]]]
+    anywhere = bilinear_weights(torch.rand(1, 5000, 2) * 13, (14, 14))
+    torch.testing.assert_close(anywhere.sum(dim=-1), torch.ones(1, 5000))
+    assert float(anywhere.min()) >= 0
+    assert int((anywhere > 0).sum(dim=-1).max()) == 4
 
 
 def test_published_names_load_in_full_and_small_has_the_published_size() -> None:
     srs = SRS(384, 6)
     attention = sum(p.numel() for name, p in srs.named_parameters() if not name.startswith("norm."))
     assert attention + 2 * 384 == 592_896
+    with torch.device("meta"):
+        assert sum(p.numel() for p in DINOHead(384, 65536).parameters()) == 22_352_128
     published = {"norm.": "backbone.norm1.", "out_norm.": "backbone.attn.norm."}
     state = {
         next(

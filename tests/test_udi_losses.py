@@ -181,6 +181,23 @@ def test_without_a_valid_patch_nothing_is_nan(mix: str) -> None:
     assert torch.equal(loss.center_patch, before)
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_a_process_without_a_valid_patch_does_not_count_in_the_mean(
+    local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are averaged over processes: of two, one without a valid patch, that gives the mean over the patches there are."""
+    student, teacher = example()
+    student = student._replace(local_patch_LBSK=sines(12, L, B, m, K))
+    name, field = ("l_pch", "local_valid_LVBS") if local else ("g_pch", "valid_VBS")
+    expected = criterion().terms(student, teacher, 0)[name]
+    valid = getattr(teacher, field)
+    monkeypatch.setattr("udi_losses.get_world_size", lambda: 2)
+    monkeypatch.setattr("udi_losses.all_reduce_sum", lambda _: valid.sum())
+    terms = [criterion().terms(student, teacher._replace(**{field: own}), 0)[name] for own in (valid, 0 * valid)]
+    assert float(terms[1]) == 0
+    assert float(sum(terms)) / 2 == pytest.approx(float(expected), abs=1e-10)
+
+
 def test_with_the_class_token_alone_it_is_dino() -> None:
     student, teacher = example()
     loss, dino = criterion(), DINOLoss(K, 2 + L, 0.04, 0.04, 0, 1).double()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from fill import fill_
 from PIL import Image
 from runs import write_images
@@ -102,6 +103,19 @@ def test_the_linear_probe_sees_the_chosen_tokens_and_tells_its_augmentation(fold
         run(eval_linear, folder, tmp_path / "out", *probe[:4])
     with pytest.raises(UsageError, match="--cache_features has no augmentation, --train_aug strong has"):
         run(eval_linear, folder, tmp_path / "other", *probe, "--cache_features")
+
+
+@pytest.mark.parametrize("script", [eval_knn, eval_logistic], ids=lambda script: script.__name__)
+def test_results_go_where_asked_and_not_beside_the_weights(
+    script: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published scripts wrote beside the checkpoint, which of a bare file name was the root of the disk."""
+    monkeypatch.chdir(folder)
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    weights = ["--cfg", str(ROOT / NETWORK[-1]), "--pretrained_weights", "checkpoint.pth"]
+    run(script, folder, tmp_path / "out", *weights)
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
 
 
 def analyse(folder: Path, out: Path, *flags: str, tokens: tuple[str, ...] = TWO) -> None:

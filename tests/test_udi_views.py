@@ -83,6 +83,20 @@ def test_samples_are_drawn_as_asked(drawing: str, alike: bool) -> None:
     assert torch.equal(first.tokens_2M, second.tokens_2M) == (drawing == "fixed")
 
 
+@pytest.mark.parametrize("mode", ["overlap", "nested"])
+def test_the_second_view_overlaps_the_first_or_lies_in_it(mode: str) -> None:
+    """In every one of 10,000 draws: by half of the shorter side on each axis less what rounding takes, or altogether."""
+    crops = udi_views(CROPS._replace(local_numbers=(0,)), MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode))[0]
+    image = torch.empty(3, 300, 400)
+    for _ in range(10_000):
+        first, second = crops._rectangles(image)
+        shared = geometry.intersection(first, second)
+        assert shared is not None
+        assert shared.height >= 0.5 * min(first.height, second.height) - 2
+        assert shared.width >= 0.5 * min(first.width, second.width) - 2
+        assert mode == "overlap" or shared == second
+
+
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_local_views_overlap_the_reference(reference: str) -> None:
     """By half of the shorter side on each axis, less what rounding takes."""
