@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(GOLDEN))  # fill.py: deterministic weights and inputs
+
+# TensorBoard reads files of one second in the order of their numbers, as text: with equally many digits that is theirs.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 torch.set_num_threads(1)  # the networks are tiny, and several tests run side by side
 
