@@ -67,14 +67,14 @@ utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args
 """
 
 
-@pytest.mark.parametrize(("layout", "batch"), [("files", 2), ("shards", 1)])
+@pytest.mark.parametrize(("layout", "batch"), [("files", 2), ("zip", 2), ("tsv", 2), ("shards", 1)])
 def test_signal_to_one_of_two_processes_saves_both(tmp_path: Path, layout: str, batch: int) -> None:
     """Under torchrun, within an epoch: code 0, and the same command ends as a run that was left alone, to the bit."""
     data = write_images(tmp_path / "images", 5 * batch, classes=2)  # five steps an epoch
-    if layout == "shards":
-        words = [str(data), str(tmp_path / "shards"), "--to", layout, "--shard_images", "4"]
+    if layout != "files":
+        words = [str(data), str(tmp_path / layout), "--to", layout, "--shard_images", "4"]
         convert.main(convert.get_args_parser().parse_args(words))
-        data = tmp_path / "shards"
+        data = tmp_path / layout
     stopped = tmp_path / "stopped.py"
     stopped.write_text(STOPPED.replace("ROOT", repr(str(ROOT))).replace("MARKER", repr(str(tmp_path / "marker"))))
     flags = [*TINY_RUN, *LAYOUTS[layout], "--data_path", str(data), "--batch_size_per_gpu", str(batch)]
