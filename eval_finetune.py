@@ -52,7 +52,7 @@ from finetune import (
 )
 from models import Backbone, build_model, load_arch_config
 from progress import EpochMeter, RunLog
-from results import refuse_other_results, write_results
+from results import claim_folder, write_results
 from utils import UsageError, logger
 
 EVALUATION = "fine-tuning"  # how results.json tells whose it is
@@ -341,8 +341,7 @@ def main(args: argparse.Namespace) -> None:
         config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
         size = evaluation_size(args, config)
         loaders = build_loaders(args, config, device, size)
-        output_dir = files.make_output_dir(args.output_dir)
-        refuse_other_results(output_dir, EVALUATION)
+        output_dir = claim_folder(args.output_dir, EVALUATION)
         recipe = make_recipe(args, steps_per_epoch(len(loaders[0]), args.accum_iter))
     train_set, val_set = (loader.dataset for loader in loaders)
     assert isinstance(train_set, data.ImageDataset)

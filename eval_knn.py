@@ -41,7 +41,7 @@ from features import (
 from flags import bool_flag
 from models import load_arch_config
 from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
-from results import add_results, refuse_other_results
+from results import add_results, claim_folder
 from utils import UsageError, logger
 
 EVALUATION = "k-NN"  # how results.json tells whose it is
@@ -258,8 +258,7 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         if args.output_dir:
-            files.make_output_dir(args.output_dir)
-            refuse_other_results(Path(args.output_dir), EVALUATION)
+            claim_folder(args.output_dir, EVALUATION)
         if args.dump_features:
             check_dump_folder(args.dump_features)
     keep_on = device if args.use_cuda else torch.device("cpu")

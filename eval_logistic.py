@@ -29,7 +29,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import data
-import files
 import flags
 import utils
 from data import augment
@@ -45,7 +44,7 @@ from features import (
 )
 from flags import bool_flag
 from models import Backbone, load_arch_config
-from results import add_results, refuse_other_results
+from results import add_results, claim_folder
 from utils import UsageError, logger
 
 EVALUATION = "logistic regression"  # how results.json tells whose it is
@@ -193,8 +192,7 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         if args.output_dir:
-            files.make_output_dir(args.output_dir)
-            refuse_other_results(Path(args.output_dir), EVALUATION)
+            claim_folder(args.output_dir, EVALUATION)
     (train, val), dataset, about = extract(args, device)
     if not utils.is_main_process():
         return

@@ -14,7 +14,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import usable, whole_file
+from files import make_output_dir, usable, whole_file
 from utils import UsageError
 
 FILE = "results.json"
@@ -96,16 +96,18 @@ def has_other_results(folder: Path, evaluation: str) -> bool:
     return (folder / FILE).exists() and not _is_of(folder / FILE, evaluation)
 
 
-def refuse_other_results(folder: Path, evaluation: str) -> None:
-    """Stop where `results.json` is another evaluation's.
+def claim_folder(folder: str | Path, evaluation: str) -> Path:
+    """Make the folder of --output_dir for an evaluation's results.
 
     Raises:
-        UsageError: naming the file.
+        UsageError: it cannot be made or written to, or its `results.json` is another evaluation's.
     """
-    if has_other_results(folder, evaluation):
+    place = make_output_dir(folder)
+    if has_other_results(place, evaluation):
         raise UsageError(
-            f"{folder / FILE} is of another evaluation and would be overwritten; choose another --output_dir"
+            f"{place / FILE} is of another evaluation and would be overwritten; choose another --output_dir"
         )
+    return place
 
 
 def write_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Written:
