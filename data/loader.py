@@ -7,9 +7,6 @@ Origin: this project's own.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -22,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from data.chunks import ChunkSampler, processes_per_node
 from data.datasets import ImageDataset, Sample
 from data.shards import ShardLoader, ShardStream
+from data.workers import SteadyLoader, usable_workers
 from utils import UsageError, all_gather_objects, all_reduce_sum, get_rank, get_world_size, logger
 
 MAX_FAILED_SHARE = 0.01
@@ -71,12 +69,6 @@ def _stack_labels(labels: Sequence[int | Tensor]) -> Tensor:
     return torch.stack([label if isinstance(label, Tensor) else torch.zeros_like(several) for label in labels])
 
 
-def usable_workers(wanted: int) -> int:
-    """`wanted` loader workers, but not more than this process has cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted, cores)
-
-
 def build_train_loader(
     dataset: ImageDataset | ShardStream,
     batch_size: int,
@@ -112,7 +104,6 @@ def build_train_loader(
         "persistent_workers": workers > 0,
         # Its own: starting workers draws a number, and a resumed run starts them once more than one that went through.
         "generator": torch.Generator(),
-        "worker_init_fn": _outlive_signals if workers else None,
     }
     if isinstance(dataset, ShardStream):
         assert drop_last
@@ -121,25 +112,7 @@ def build_train_loader(
         dataset.batch_size, dataset.rank, dataset.world = batch_size, get_rank(), world
         return ShardLoader(dataset, **options)
     order = LaterPart(_train_sampler(dataset, sampler, drop_last))
-    return DataLoader(dataset, sampler=order, **options)  # type: ignore[arg-type]
-
-
-def _outlive_signals(_worker: int) -> None:
-    """A scheduler signals all processes of a run: its workers must not die before the run has saved what it did.
-
-    A SIGTERM of the run itself, which comes at its end, still ends them at once. Without `sigwaitinfo` (macOS) any does.
-    """
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_on_sigterm_of(run: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
-        pass
-    os._exit(0)
+    return SteadyLoader(dataset, sampler=order, **options)
 
 
 class LaterPart(Sampler[int]):

@@ -27,17 +27,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from data.datasets import REPLACEMENT_TRIES, Sample, SharedEpoch, Transform, reason_of
 from data.decode import decode_image
 from data.remote import PIPE, is_remote, open_stream
 from data.sources import UNLABELLED, parse_label
 from data.tars import LINK, SIZES, count_images, find_shards, is_file, parse_sizes, parts_of, samples_of
+from data.workers import SteadyLoader
 from utils import UsageError, isolated_rng, logger
 
 RECENT = 16  # images that are kept to stand in for others
@@ -253,7 +254,7 @@ def _labelled(image: Encoded, label: bytes | None) -> Encoded:
         return image._replace(error=str(error))
 
 
-class ShardLoader(DataLoader[Any]):
+class ShardLoader(SteadyLoader):
     """A loader whose length is that of this process's share, not of all shards."""
 
     def __len__(self) -> int:

@@ -29,11 +29,11 @@ from data.loader import (
     build_train_loader,
     collate,
     set_epoch,
-    usable_workers,
 )
 from data.photometric import DRAWS, Photometric
 from data.recipe import Crops
 from data.sources import UNLABELLED
+from data.workers import usable_workers
 from utils import UsageError
 
 IMAGES = 11
@@ -400,18 +400,17 @@ def test_tally_knows_files_apart_whose_folder_has_a_colon(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_workers_outlive_what_a_scheduler_sends_to_everybody(dataset: ImageDataset, number: signal.Signals) -> None:
-    """All batches come though each worker got the signal; a SIGTERM of the run itself ends them."""
+def test_workers_outlive_what_a_scheduler_sends_to_everybody(
+    dataset: ImageDataset, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All batches come though each worker got the signal, even while it starts; a SIGTERM of the run itself ends them."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: time.sleep(0.5))  # the first thing that a worker does
     loader = build_train_loader(dataset, 1, 2, pin_memory=False)
     set_epoch(loader, 0)
     batches = iter(loader)
     workers = batches._workers  # type: ignore[attr-defined]
-    indices = [int(next(batches).indices_B)]
-    for worker in workers:
-        subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
-    time.sleep(0.2)
-    indices += [int(batch.indices_B) for batch in batches]
-    assert sorted(indices) == list(range(IMAGES))
+    subprocess.run(["kill", f"-{number.value}", *(str(worker.pid) for worker in workers)], check=True)
+    assert sorted(int(batch.indices_B) for batch in batches) == list(range(IMAGES))
     assert all(worker.is_alive() for worker in workers)
     for worker in workers:
         worker.terminate()
