@@ -38,7 +38,7 @@ from data import augment
 from data.datasets import Transform
 from data.lists import digest_of
 from engine import steps_per_epoch
-from features import add_token_flag, data_identity, evaluation_size, labelled_datasets
+from features import add_token_flag, data_identity, evaluation_size, labelled_datasets, network_config
 from finetune import (
     Accuracy,
     Best,
@@ -50,7 +50,7 @@ from finetune import (
     resume_run,
     save_run,
 )
-from models import Backbone, build_model, load_arch_config
+from models import Backbone, build_model
 from progress import EpochMeter, RunLog
 from results import claim_folder, write_results
 from utils import UsageError, logger
@@ -338,7 +338,7 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         flags.check_weights(args)
-        config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
+        config = network_config(args, args.drop_path)
         size = evaluation_size(args, config)
         loaders = build_loaders(args, config, device, size)
         output_dir = claim_folder(args.output_dir, EVALUATION)

@@ -37,9 +37,9 @@ from features import (
     extract_features,
     frozen_backbone,
     labelled_datasets,
+    network_config,
 )
 from flags import bool_flag
-from models import load_arch_config
 from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
 from results import add_results, claim_folder
 from utils import UsageError, logger
@@ -170,7 +170,7 @@ def extract_splits(
 ) -> tuple[dict[str, Split], Sequence[str], dict[str, object]]:
     """Extract all kinds of features of both sets; also returns the names of the classes, and what the features are of."""
     with utils.failing_together():
-        config = load_arch_config(args.arch, args.cfg, args.opts)
+        config = network_config(args)
         datasets = build_datasets(args, config)
         functions = feature_functions(args, config, device)
     utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])

@@ -50,8 +50,9 @@ from features import (
     extract_features,
     frozen_backbone,
     labelled_datasets,
+    network_config,
 )
-from models import Backbone, load_arch_config
+from models import Backbone
 from probe import Probe, Score, Setting, json_number, probe_width
 from progress import EpochMeter, RunLog
 from results import has_other_results, write_results
@@ -432,7 +433,7 @@ def main(args: argparse.Namespace) -> None:
         flags.check_weights(args)
         precision = utils.resolve_precision(args.precision, device)
         folder = claim_folder(args)
-        config = load_arch_config(args.arch, args.cfg, args.opts)
+        config = network_config(args)
         datasets = build_datasets(args, config)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])

@@ -41,9 +41,10 @@ from features import (
     extract_features,
     frozen_backbone,
     labelled_datasets,
+    network_config,
 )
 from flags import bool_flag
-from models import Backbone, load_arch_config
+from models import Backbone
 from results import add_results, claim_folder
 from utils import UsageError, logger
 
@@ -137,7 +138,7 @@ def extract(
         UsageError: images of one class, more blocks than the network has, or see `labelled_datasets` and `frozen_backbone`.
     """
     with utils.failing_together():
-        config = load_arch_config(args.arch, args.cfg, args.opts)
+        config = network_config(args)
         view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
         datasets = labelled_datasets(args, config, view, view, args.target_list_path)
         present = len(np.unique(datasets[0].labels))

@@ -41,8 +41,8 @@ from data.augment import as_tensor
 from data.datasets import reason_of
 from data.decode import ImageLike, read_image
 from data.tree import EXTENSIONS
-from features import frozen_backbone
-from models import Backbone, load_arch_config
+from features import frozen_backbone, network_config
+from models import Backbone
 from utils import UsageError, logger
 
 LONGER_SIDE_STEP = 64  # pixels
@@ -243,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     device = utils.resolve_device(args.device)
     check_args(args)
-    config = load_arch_config(args.arch, args.cfg, args.opts)
+    config = network_config(args)
     data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS)
     written = claim_outputs(args.output_dir, video.frames)

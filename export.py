@@ -36,7 +36,8 @@ import files
 import flags
 import utils
 from checkpoint import load_backbone, save_file
-from models import Backbone, build_model, load_arch_config
+from features import network_config
+from models import Backbone, build_model
 from models.base import HEADS
 from utils import UsageError, logger
 
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--output {args.output}: --format safetensors and the ending .safetensors go together; change one"
         )
-    config = load_arch_config(args.arch, args.cfg, args.opts)
+    config = network_config(args)
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size).eval()
     report = load_backbone(backbone, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
     logger.info("%s: %s", args.pretrained_weights, report)

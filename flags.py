@@ -93,7 +93,8 @@ def add_weights_flags(parser: argparse.ArgumentParser, *, required: bool = False
 
     Unless they are `required` --random_weights may stand instead of --pretrained_weights; `check_weights` sees that one is given.
     """
-    parser.add_argument("--pretrained_weights", default="", required=required, help="checkpoint of any known layout")
+    words = "checkpoint of any known layout; the config inside one of this project takes the place of a missing --cfg"
+    parser.add_argument("--pretrained_weights", default="", required=required, help=words)
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
     add_switch(parser, "--allow_partial", "take what fits of the checkpoint")
     if not required:

@@ -45,8 +45,8 @@ from analysis.images import (
     scale_of,
 )
 from data.augment import MultiCrop
-from features import add_token_flag, frozen_backbone
-from models import Backbone, load_arch_config
+from features import add_token_flag, frozen_backbone, network_config
+from models import Backbone
 from results import save_json, unused
 from utils import UsageError, logger
 
@@ -462,7 +462,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
     """Load the network and see at which scale it looks."""
-    config = load_arch_config(args.arch, args.cfg, args.opts)
+    config = network_config(args)
     data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     if args.token == "both":
