@@ -7,7 +7,8 @@
 
 --data_path holds train/<class>/ and val/<class>/; the head is a linear layer with an output for each class of train. The recipe:
 AdamW, a rate that falls by --layer_decay from block to block towards the input, linear warm-up and half a cosine, mixup and
-cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated.
+cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated; SIGTERM and
+SIGUSR1 end it with code 0. The epoch at hand then begins again.
 With --finetune_head_layer the linear layer stands on the first hidden layers of the projection head that pre-training left.
 `results.json` in --output_dir has the best accuracy, `best.pth` the weights that reached it (key `model`); epochs
 count from 0.
@@ -18,6 +19,7 @@ Origin: the recipe of DeiT (Touvron et al., ICML 2021) with the layer-wise rates
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -308,25 +310,25 @@ def train(
             output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device, first_step
         )
     tally = data.FailureTally(len(train_loader.dataset))
-    for epoch in range(progress.epochs, recipe.epochs):
-        meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
-        tuner.train_epoch(train_loader, epoch, meter, log, tally)
-        accuracies: dict[str, Accuracy] = {}
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
-            accuracies = tuner.validate(val_loader)
-        progress = Progress(epoch + 1, better(progress.best, accuracies, epoch), accuracies or progress.last)
-        about_top5 = {"top5_is": ranked(tuner.classes).lower()} if tuner.classes < 5 else {}
-        val = {name: row._asdict() for name, row in accuracies.items()}
-        log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **about_top5)
-        if accuracies and utils.is_main_process():
-            for name, row in accuracies.items():
-                print(
-                    f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
-                )
-            with log.failing_softly():
-                report(progress, val_loader.dataset, about, args)
-        failure = save_run(output_dir, tuner, progress, about, args, config)
-    log.close()
+    with closing(log), resume.EndRequest() as ending:
+        for epoch in range(progress.epochs, recipe.epochs):
+            meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
+            tuner.train_epoch(train_loader, epoch, meter, log, tally, ending)
+            accuracies: dict[str, Accuracy] = {}
+            if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
+                accuracies = tuner.validate(val_loader)
+            progress = Progress(epoch + 1, better(progress.best, accuracies, epoch), accuracies or progress.last)
+            about_top5 = {"top5_is": ranked(tuner.classes).lower()} if tuner.classes < 5 else {}
+            val = {name: row._asdict() for name, row in accuracies.items()}
+            log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **about_top5)
+            if accuracies and utils.is_main_process():
+                for name, row in accuracies.items():
+                    print(
+                        f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
+                    )
+                with log.failing_softly():
+                    report(progress, val_loader.dataset, about, args)
+            failure = save_run(output_dir, tuner, progress, about, args, config)
     resume.end_saved(failure, output_dir)
 
 

@@ -36,14 +36,20 @@ class UsageError(ValueError):
     """A mistake of the person who started the program, told in one sentence that names the remedy."""
 
 
+class Stopped(Exception):
+    """The end that somebody asked a run for, on all processes at once, told in one sentence; no error."""
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that was foreseen becomes one line on stderr.
 
-    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error.
+    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error; 0 for `Stopped`.
     """
     code = 0
     try:
         main()
+    except Stopped as end:
+        logger.warning("%s", end)
     except (UsageError, FloatingPointError) as error:
         rank = f" (process {get_rank()})" if get_rank() else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)

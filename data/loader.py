@@ -179,8 +179,8 @@ class EveryNth(Sampler[int]):
 
 def build_eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
     """Batches of this process's share; over all processes each image comes exactly once."""
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # collate makes a Batch of its Samples
+    return SteadyLoader(
+        dataset,
         batch_size=batch_size,
         sampler=EveryNth(len(dataset)),
         num_workers=usable_workers(num_workers),
