@@ -13,6 +13,8 @@ no_embed_class=False, num_classes=0)`. For programs that know one, or none as de
 the others with their positions, (1, 1 + N, C) or (1, N, C) for a grid of N patches; this is not function-preserving, for patches
 attended to all class tokens in training.
 
+Names are changed and tensors written as they are: all of it is the CPU's work, there is no --device.
+
 All of them want images in RGB order, normalised as INPUT.MEAN and INPUT.STD say. timm's Swin has a LayerNorm eps of 1e-5, these
 networks 1e-6; for equal features to the last digit pass `norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)` to `create_model`.
 
@@ -47,7 +49,7 @@ FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = flags.Parser("export.py", description="Export a backbone")
+    parser = flags.Parser("export.py", description="Export a backbone, on the CPU: there is no --device")
     add = parser.add_argument
     flags.add_network_flags(parser)
     flags.add_weights_flags(parser, required=True)
