@@ -34,7 +34,7 @@ from files import whole_file
 from models import srs
 from models.base import BESIDE, HEADS, Backbone
 from models.interop import vit_from_timm
-from utils import UsageError, logger
+from utils import UsageError, counted, logger
 
 PREFIX = "module."
 UDI_BACKBONE = "backbone.backbone."  # around a backbone in UDI's files
@@ -273,7 +273,7 @@ class LoadReport(NamedTuple):
 
     def __str__(self) -> str:
         where = f"{self.layout}, key '{self.key}'" if self.key else self.layout
-        return f"{where}: {self.matched} tensors loaded, {self.resized} of them resized, {self.left_out} left out"
+        return f"{where}: {counted(self.matched, 'tensor')} loaded, {self.resized} of them resized, {self.left_out} left out"
 
 
 def load_network(
@@ -381,10 +381,12 @@ def _problem(
         ours, theirs = tuple(wanted[name].shape), tuple(tensors[name].shape)
         if "last_layer.weight" in name and ours[0] != theirs[0]:
             return f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}"
-        parts.append(f"{len(misfits)} tensors of another shape ({name} has shape {theirs}, this one wants {ours})")
+        parts.append(
+            f"{counted(len(misfits), 'tensor')} of another shape ({name} has shape {theirs}, this one wants {ours})"
+        )
         remedy = _remedy(name, theirs, ours) or remedy
     if missing:
-        parts.append(f"{len(missing)} tensors are missing ({_first(missing)})")
+        parts.append(f"{counted(len(missing), 'tensor is', 'tensors are')} missing ({_first(missing)})")
     if unexpected:
         parts.append(f"{len(unexpected)} unexpected ({_first(unexpected)})")
     return f"{source} is of another network: {', '.join(parts)}; {remedy}"

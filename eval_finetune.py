@@ -129,7 +129,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.warmup_epochs > args.epochs:
         raise UsageError(
-            f"{args.warmup_epochs} warm-up epochs do not fit in {args.epochs} epochs; lower --warmup_epochs"
+            f"{args.warmup_epochs} warm-up epochs do not fit in {utils.counted(args.epochs, 'epoch')}; lower --warmup_epochs"
         )
     if not 0 < args.layer_decay <= 1:
         raise UsageError(
@@ -284,7 +284,8 @@ def report(progress: Progress, val: data.ImageDataset, about: dict[str, Any], ar
     written = write_results(Path(args.output_dir), EVALUATION, record)
     if progress.epochs >= args.epochs:
         logger.info("%s", written)
-        print(f"best of {len(val)} validation images: Top1: {best.top1:.2f} (epoch {best.epoch + 1}, {best.network})")
+        images = utils.counted(len(val), "validation image")
+        print(f"best of {images}: Top1: {best.top1:.2f} (epoch {best.epoch + 1}, {best.network})")
 
 
 def train(
@@ -363,7 +364,7 @@ def main(args: argparse.Namespace) -> None:
         progress = resume_run(output_dir, tuner, about, args)
     utils.must_agree("checkpoints", progress.epochs)
     if progress.epochs >= args.epochs:
-        logger.info("%s has all %d epochs already; nothing to train", output_dir, args.epochs)
+        logger.info("%s has %d of %d epochs already; nothing to train", output_dir, progress.epochs, args.epochs)
         if utils.is_main_process():
             report(progress, val_set, about, args)
         return

@@ -204,11 +204,11 @@ def report(
     `classes` and `about`, what features are of, are empty where features were loaded, which do not tell.
     """
     voters, count = len(split.train.labels_N), len(split.train.labels_N.unique())
-    compared = f"{len(split.val.labels_N)} validation among {voters} training images"
+    compared = f"{len(split.val.labels_N)} validation among {utils.counted(voters, 'training image')}"
     if args.leave_one_out:
         compared = f"{voters} images, each among the {voters - 1} others"
     ranked = f"Top{min(count, RANKED)}"
-    print(f"k-NN of {compared}, {count} classes:")
+    print(f"k-NN of {compared}, {utils.counted(count, 'class', 'classes')}:")
     for name, rows in scores.items():
         for score in rows:
             print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f}")

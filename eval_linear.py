@@ -314,11 +314,11 @@ def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
     train_images, val_images, classes = run["numbers of images and classes"]
     best, ranked = probe.table[probe.best], f"Top{min(5, classes)}"
     print(
-        f"linear probe, {protocol_of(args)}: {val_images} validation and {train_images} training images, "
-        f"{classes} classes, {args.epochs} epochs"
+        f"linear probe, {protocol_of(args)}: {val_images} validation and {utils.counted(train_images, 'training image')}, "
+        f"{utils.counted(classes, 'class', 'classes')}, {utils.counted(args.epochs, 'epoch')}"
     )
     for row in probe.table:
-        print(f"lr {row['lr']}, last {row['n_last_blocks']} blocks: {_describe(row, ranked)}")
+        print(f"lr {row['lr']}, last {utils.counted(row['n_last_blocks'], 'block')}: {_describe(row, ranked)}")
     print(f"Top-1 test accuracy: {best['best_acc1']:.2f}")
     record = {
         "protocol": protocol_of(args),

@@ -199,13 +199,16 @@ def main(args: argparse.Namespace) -> None:
         return
     classes = len(dataset.classes)
     ranked = f"Top{min(5, classes)}"
-    compared = f"{len(train.labels_N)} training and {len(val.labels_N)} validation images, {classes} classes"
+    compared = (
+        f"{len(train.labels_N)} training and {utils.counted(len(val.labels_N), 'validation image')}, {classes} classes"
+    )
     print(f"logistic regression on the {about['features']}: {compared}")
     scores = []
     for lambd in args.lr_lambd:
         score = solve(train, val, lambd, args.adjust_lambd, args.epochs)
         scores.append(score)
-        print(f"lambda {lambd}: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f} ({score.iterations} iterations)")
+        steps = utils.counted(score.iterations, "iteration")
+        print(f"lambda {lambd}: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f} ({steps})")
         if not score.converged:
             logger.warning("lambda %s has not converged in --epochs %d; raise that", lambd, args.epochs)
     if args.output_dir:

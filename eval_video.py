@@ -101,7 +101,7 @@ def open_video(frames_folder: str, first_mask: str, in_chans: int) -> Video:
         key=lambda path: [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
     )
     if len(frames) < 2:
-        raise UsageError(f"--frames {frames_folder} has {len(frames)} images; a video has two or more")
+        raise UsageError(f"--frames {frames_folder} has {utils.counted(len(frames), 'image')}; a video has two or more")
     if len({path.stem for path in frames}) < len(frames):
         raise UsageError(f"--frames {frames_folder} has several images of one name; keep one kind of file")
     video = Video(frames, read_mask(first_mask), in_chans)

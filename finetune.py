@@ -107,7 +107,7 @@ def projection_layers(path: str, key: str, token: int, count: int, width: int) -
         )
     linear = sum(f"{mlp}.{2 * layer}.weight" in tensors for layer in range(len(tensors)))
     if count >= linear:
-        has = f"{linear - 1} hidden layers" if linear else "none"
+        has = utils.counted(linear - 1, "hidden layer") if linear else "none"
         raise UsageError(
             f"--finetune_head_layer {count} takes hidden layers of a projection head, {source} has {has}; lower it, or name a "
             "checkpoint of the pre-training"

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, script: Script) -> None:
         files.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
     utils.must_agree("checkpoints", (start.epoch, start.steps))
     if start.epoch >= args.epochs:
-        logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
+        logger.info("%s has %d of %d epochs already; nothing to do", output_dir, start.epoch, args.epochs)
         tell_end(args)
         return
     first_step = start.epoch * engine.steps_per_epoch(len(loader), args.accum_iter) + start.steps
@@ -387,15 +387,15 @@ def describe_run(
     network = checkpoint.unwrap(method.student)
     in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(BESIDE))
     logger.info(
-        "%s, %.1fM parameters (with heads %.1fM), %s; %d images, %d batches of %d on each of %d processes; %s, %s",
+        "%s, %.1fM parameters (with heads %.1fM), %s; %s, %s of %d on %s; %s, %s",
         args.arch,
         in_backbone / 1e6,
         sum(p.numel() for p in network.parameters()) / 1e6,
         method.tasks,
-        len(loader.dataset),  # type: ignore[arg-type]
-        len(loader),
+        utils.counted(len(loader.dataset), "image"),  # type: ignore[arg-type]
+        utils.counted(len(loader), "batch", "batches"),
         args.batch_size_per_gpu,
-        utils.get_world_size(),
+        "one process" if utils.get_world_size() == 1 else f"each of {utils.get_world_size()} processes",
         device,
         precision,
     )

@@ -87,8 +87,9 @@ class EndRequest:
         """
         if utils.all_reduce_sum(torch.tensor(float(self.asked))):
             begins = f"goes on from the end of epoch {epoch} in {output_dir}" if epoch else "begins anew"
+            done = utils.counted(steps, "step")
             raise Stopped(
-                f"stopped by a signal {steps} steps into epoch {epoch + 1}, which are not saved; the same command {begins}"
+                f"stopped by a signal {done} into epoch {epoch + 1}, which is not saved; the same command {begins}"
             )
 
 
@@ -149,8 +150,8 @@ class Saver(EndRequest):
         self._saved_at = time.monotonic()
         if self.stopping and not self._failure:
             logger.warning(
-                "stopped %d steps into epoch %d and saved in %s; the same command continues the run",
-                place.steps,
+                "stopped %s into epoch %d and saved in %s; the same command continues the run",
+                utils.counted(place.steps, "step"),
                 place.epoch + 1,
                 self.output_dir,
             )
@@ -352,12 +353,12 @@ def _steps_of(in_epoch: Mapping[str, Any], args: Any) -> int:
     steps, left = divmod(in_epoch["images"], batch)
     if steps != in_epoch["steps"]:
         logger.warning(
-            "%d images of the epoch are seen, which are %d steps of %d images now, not %d; %d come again, and what follows is not "
-            "to the bit what the saved run would have done",
-            *(in_epoch["images"], steps, batch, in_epoch["steps"], left),
+            "%d images of the epoch are seen, which make %s of %d images now, not %d; %d of them come again, and what follows is "
+            "not to the bit what the saved run would have done",
+            *(in_epoch["images"], utils.counted(steps, "step"), batch, in_epoch["steps"], left),
         )
     elif steps:
-        logger.info("%d steps of the epoch are done", steps)
+        logger.info("%s of the epoch done already", utils.counted(steps, "step"))
     return steps
 
 
@@ -369,9 +370,8 @@ def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
         utils.set_rng_state(rng_of_rank[utils.get_rank()])
     else:
         logger.warning(
-            "the run was saved by %d processes, now there are %d: random numbers start afresh",
-            len(rng_of_rank),
-            utils.get_world_size(),
+            "the run was saved by %s and goes on with %d: random numbers start afresh",
+            *(utils.counted(len(rng_of_rank), "process", "processes"), utils.get_world_size()),
         )
     if content["epoch"] < args.epochs:
         logger.info("resuming %s at epoch %d", path, content["epoch"] + 1)

@@ -267,7 +267,7 @@ def measure_correspondence(lab: Lab) -> None:
     score = correspondence.flip_score(sum_over_folder(lab, transform, measure).tolist())
     if utils.is_main_process():
         print(
-            f"correspondence under a flip, {score.images} images: accuracy {score.accuracy:.2f} %, "
+            f"correspondence under a flip, {utils.counted(score.images, 'image')}: accuracy {score.accuracy:.2f} %, "
             f"distance error {score.distance:.2f} pixels"
         )
         _say(save_json(score._asdict() | {"image_size": list(size)}, lab.folder / "correspondence.json"))
@@ -410,7 +410,8 @@ def entropy_section(lab: Lab, found: Sequence[Picture]) -> pages.Section:
     words = (
         "How widely heads look, by layer: 0 bits are one region, the dashed line is all that a head can see, evenly."
     )
-    return pages.Section("Entropy of attention", words, [pages.plot(drawn, f"mean over the {len(found)} images above")])
+    shown = "of the image" if len(found) == 1 else f"mean over the {len(found)} images"
+    return pages.Section("Entropy of attention", words, [pages.plot(drawn, f"{shown} above")])
 
 
 def centre_view(lab: Lab, picture: Picture) -> Tensor:

@@ -143,7 +143,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = local_rank if device.index is None else device.index
         if index >= count:
-            raise UsageError(f"device '{name}' (index {index}) is not here, {count} CUDA devices are; try --device cpu")
+            here = counted(count, "CUDA device is", "CUDA devices are")
+            raise UsageError(f"device '{name}' (index {index}) is not here, {here}; try --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -457,6 +458,14 @@ def isolated_rng(*entropy: int) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+# --------------------------------------------------------------------------- words
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """A count with its noun, whose plural has an s unless it is given."""
+    return f"{count} {one if count == 1 else several or one + 's'}"
 
 
 # --------------------------------------------------------------------------- logging

@@ -59,12 +59,12 @@ def test_a_signal_ends_the_run_and_the_epoch_begins_again(
     """In the first epoch, in the second; then it ends bit for bit as a run that was left alone."""
     before = signal.getsignal(number)
     for epoch, words in enumerate(
-        ["which are not saved; the same command begins anew", "goes on from the end of epoch 1 in"]
+        ["which is not saved; the same command begins anew", "goes on from the end of epoch 1 in"]
     ):
         with monkeypatch.context() as patch:
             signalled_at(patch, epoch, number)
             with pytest.raises(
-                Stopped, match=rf"^stopped by a signal 1 steps into epoch {epoch + 1}, .*{re.escape(words)}"
+                Stopped, match=rf"^stopped by a signal 1 step into epoch {epoch + 1}, .*{re.escape(words)}"
             ):
                 run(images, tmp_path / "parts", *flags)
         assert signal.getsignal(number) == before
@@ -164,7 +164,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_with_code_0(script: str, ima
     ]
     ended = run_script(str(program), *command, processes=2)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("stopped by a signal 1 steps into epoch 2, which are not saved") == 1
+    assert ended.stderr.count("stopped by a signal 1 step into epoch 2, which is not saved") == 1
     assert "Traceback" not in ended.stderr
     again = run_script(f"{script}.py", *command, processes=2)
     assert again.returncode == 0, again.stderr
