@@ -86,7 +86,7 @@ class EndRequest:
             Stopped: one was.
         """
         if utils.all_reduce_sum(torch.tensor(float(self.asked))):
-            begins = f"goes on from the end of epoch {epoch} in {output_dir}" if epoch else "begins anew"
+            begins = f"goes on from the last checkpoint in {output_dir}" if epoch else "begins anew"
             done = utils.counted(steps, "step")
             raise Stopped(
                 f"stopped by a signal {done} into epoch {epoch + 1}, which is not saved; the same command {begins}"

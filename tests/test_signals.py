@@ -59,7 +59,7 @@ def test_a_signal_ends_the_run_and_the_epoch_begins_again(
     """In the first epoch, in the second; then it ends bit for bit as a run that was left alone."""
     before = signal.getsignal(number)
     for epoch, words in enumerate(
-        ["which is not saved; the same command begins anew", "goes on from the end of epoch 1 in"]
+        ["which is not saved; the same command begins anew", "goes on from the last checkpoint in"]
     ):
         with monkeypatch.context() as patch:
             signalled_at(patch, epoch, number)
