@@ -222,12 +222,17 @@ class _Walk:
             self.grad_bottleneck_GSC[chunk] = grad_gsC * (weights_gs / (self.temperatures.student * self.scale))
         if self.grad_prototypes_KC is not None:
             weighted_NC = (bottleneck_gsC * (weights_gs / self.largest_weight)).to(bottleneck_gsC.dtype).flatten(0, 1)
-            for block in _slices(len(self.grad_prototypes_KC), self.prototypes_per_block):
-                grad_kC = weight_gradient(grad_logits_NK[:, block], weighted_NC)
-                if all(part.start == 0 for part in chunk):  # the first one
-                    self.grad_prototypes_KC[block] = grad_kC
-                else:
-                    self.grad_prototypes_KC[block] += grad_kC
+            self._add_to_prototypes(grad_logits_NK, weighted_NC, first=all(part.start == 0 for part in chunk))
+
+    def _add_to_prototypes(self, grad_logits_NK: Tensor, weighted_NC: Tensor, first: bool) -> None:
+        total_KC = self.grad_prototypes_KC
+        assert total_KC is not None
+        if total_KC.dtype == weighted_NC.dtype and total_KC.device.type != "cpu":
+            total_KC.addmm_(grad_logits_NK.T, weighted_NC, beta=0 if first else 1)
+            return
+        for block in _slices(len(total_KC), self.prototypes_per_block):
+            grad_kC = weight_gradient(grad_logits_NK[:, block], weighted_NC)
+            total_KC[block] = grad_kC if first else total_KC[block].add_(grad_kC)
 
     def _widened(self, logits_nK: Tensor) -> Tensor:
         """The same logits in float32 or wider, to be overwritten."""

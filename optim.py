@@ -100,7 +100,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         for number, of_one in state["state"].items()
     }
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for parameter, of_one in optimizer.state.items():
+        of_one.update({key: _laid_out_like(parameter, value) for key, value in of_one.items()})
     _with_momentum(optimizer)
+
+
+def _laid_out_like(parameter: Tensor, value: Any) -> Any:
+    """A moment in the memory format of its parameter, which fused optimisers take for granted."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 @torch.no_grad()

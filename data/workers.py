@@ -29,8 +29,7 @@ class SteadyLoader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Any, **options: Any) -> None:
-        super().__init__(dataset, **options)
-        self.worker_init_fn = _outlive_signals
+        super().__init__(dataset, worker_init_fn=_outlive_signals, **options)
 
     def __iter__(self) -> Any:
         """See `DataLoader`."""

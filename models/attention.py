@@ -50,18 +50,23 @@ def attend(
         return F.scaled_dot_product_attention(q_BHQD, k_BHND, v_BHND, bias, dropout, scale=scale), None
     if not (attention or dropout or torch.compiler.is_compiling()):
         return _attend_to_few(q_BHQD, k_BHND, v_BHND, bias, scale), None
-    # Products of three axes: with four, matmul expands and copies.
-    q, k, v = ((x if x.ndim == 3 else x.flatten(0, 1)) for x in (q_BHQD, k_BHND, v_BHND))
-    logits = _scaled_product(q, k.transpose(1, 2), scale)
-    if logits.dtype in HALVES:
-        logits = logits.float()
     shape = (*q_BHQD.shape[:-1], k_BHND.shape[-2])
-    if bias is not None:
-        logits = logits.view(shape).add_(bias).view_as(logits)
-    maps = logits.softmax(dim=-1)
+    q, k, v = (x.flatten(0, 1) for x in (q_BHQD, k_BHND, v_BHND))
+    maps = _maps(q, k, bias, scale, shape)
     kept = maps if dropout == 0 else F.dropout(maps, dropout)
     x = torch.bmm(kept.to(v.dtype), v).view(*q_BHQD.shape[:-1], v.shape[-1])
     return x, maps.view(shape) if attention else None
+
+
+def _maps(q_PQD: Tensor, k_PND: Tensor, bias: Tensor | None, scale: float, shape: Sequence[int]) -> Tensor:
+    """The maps (P, Q, N) in float32 or better; `shape` is (B, H, Q, N), for the bias."""
+    # Products of three axes: with four, matmul expands and copies.
+    logits = _scaled_product(q_PQD, k_PND.transpose(1, 2), scale)
+    if logits.dtype in HALVES:
+        logits = logits.float()
+    if bias is not None:
+        logits = logits.view(shape).add_(bias).view_as(logits)
+    return logits.softmax(dim=-1)
 
 
 def _attend_to_few(q_BHQD: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -74,21 +79,13 @@ def _attend_to_few(q_BHQD: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias: Tensor 
 
 
 class _FewKeys(torch.autograd.Function):
-    """Keeps the maps once, in the dtype of the products; autograd would keep them in float32 too, and round on every way.
-
-    The softmax and the sums of its gradient are float32 in any case.
-    """
+    """Keeps the maps once, in the dtype of the products; autograd would keep them in float32 too, and round on every way."""
 
     @staticmethod
     def forward(
         ctx: Any, q_PQD: Tensor, k_PND: Tensor, v_PND: Tensor, bias: Tensor | None, scale: float, shape: Sequence[int]
     ) -> Tensor:
-        logits_PQN = _scaled_product(q_PQD, k_PND.transpose(1, 2), scale)
-        if logits_PQN.dtype in HALVES:
-            logits_PQN = logits_PQN.float()
-        if bias is not None:
-            logits_PQN.view(shape).add_(bias)
-        maps_PQN = logits_PQN.softmax(dim=-1).to(v_PND.dtype)
+        maps_PQN = _maps(q_PQD, k_PND, bias, scale, shape).to(v_PND.dtype)
         ctx.save_for_backward(q_PQD, k_PND, v_PND, maps_PQN)
         ctx.scale, ctx.shape, ctx.bias = scale, shape, None if bias is None else (bias.shape, bias.dtype)
         return torch.bmm(maps_PQN, v_PND)
@@ -100,13 +97,17 @@ class _FewKeys(torch.autograd.Function):
         grad_v_PND = torch.bmm(maps_PQN.transpose(1, 2), grad_PQD)
         grad_maps_PQN = torch.bmm(grad_PQD, v_PND.transpose(1, 2))
         grad_logits_PQN = torch._softmax_backward_data(grad_maps_PQN, maps_PQN, -1, maps_PQN.dtype)
-        grad_bias = None
-        if ctx.needs_input_grad[3]:
-            shape, dtype = ctx.bias
-            grad_bias = grad_logits_PQN.view(ctx.shape).sum_to_size(shape).to(dtype)
+        grad_bias = _summed(grad_logits_PQN.view(ctx.shape), *ctx.bias) if ctx.needs_input_grad[3] else None
         grad_q_PQD = _scaled_product(grad_logits_PQN, k_PND, ctx.scale)
         grad_k_PND = _scaled_product(grad_logits_PQN.transpose(1, 2), q_PQD, ctx.scale)
         return grad_q_PQD, grad_k_PND, grad_v_PND, grad_bias, None, None
+
+
+def _summed(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The sum over the axes along which a tensor of that shape was repeated, in `dtype`, which may be wider."""
+    ones = [1] * (grad.ndim - len(shape)) + list(shape)
+    repeated = [axis for axis, size in enumerate(ones) if size == 1]
+    return (grad.sum(dim=repeated, dtype=dtype) if repeated else grad.to(dtype)).view(shape)
 
 
 def _scaled_product(a_PIJ: Tensor, b_PJK: Tensor, scale: float) -> Tensor:

@@ -71,6 +71,16 @@ def test_under_autocast_gradients_are_those_of_float32_but_for_rounding() -> Non
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("shape", [shape for shape in BIASES.values() if shape is not None])
+def test_a_float32_bias_has_a_gradient_that_no_sum_in_half_precision_gives(shape: tuple[int, ...]) -> None:
+    inputs = problem(torch.float32, shape)
+    for tensor in inputs[:3]:
+        tensor.data = tensor.bfloat16()
+    grad = torch.autograd.grad(few(*inputs).float().square().sum(), inputs[3])[0]
+    assert grad.dtype == torch.float32
+    assert not torch.equal(grad, grad.bfloat16().float())
+
+
 def test_maps_are_kept_once_in_the_dtype_of_the_products() -> None:
     kept: list[Tensor] = []
 

@@ -127,6 +127,34 @@ def test_state_of_a_plain_optimiser_goes_on_fused(name: str) -> None:
         optim.load_optimizer_state(optimizer, {"state": {}, "param_groups": []})
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_moments_saved_in_another_memory_format_go_on_as_they_were(name: str) -> None:
+    """Fused updates walk through memory and ask for no strides."""
+    torch.manual_seed(0)
+    ours, old = (
+        nn.Conv2d(3, 4, 2).to(memory_format=layout) for layout in (torch.channels_last, torch.contiguous_format)
+    )
+    ours.load_state_dict(old.state_dict())
+    optimizers = [optim.build_optimizer(name, optim.param_groups(model)) for model in (old, ours)]
+    images, target = torch.randn(2, 3, 4, 4), torch.randn(2, 4, 3, 3)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        (model(images) - target).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(2):
+        step(old, optimizers[0])
+    ours.load_state_dict(old.state_dict())
+    optim.load_optimizer_state(optimizers[1], copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip((old, ours), optimizers):
+        step(model, optimizer)
+    assert ours.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours.weight, old.weight)
+
+
 def test_each_gradient_is_clipped_by_its_own_norm() -> None:
     model = nn.Linear(4, 3)
     model.weight.grad, model.bias.grad = torch.full((3, 4), 2.0), torch.full((3,), 0.01)
