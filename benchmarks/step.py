@@ -9,8 +9,9 @@ timm's side is the floor: its Swin-T on the same crops, a forward of the teacher
 student on all, without heads, loss and update. bf16 is autocast; on processors without instructions for it (AMX, AVX-512) it is
 emulated and says nothing.
 
-Every side runs in processes of its own, in turn; each takes one step to warm up and `--steps` to measure. Times are the best of
-all, by the clock and of the CPU. Memory is `ru_maxrss` of the whole process.
+Every side runs in processes of its own, in turn; each takes three steps to warm up, by which time its memory has settled (see
+`utils.keep_freed_memory`), and `--steps` to measure. Times are the best of all, by the clock and of the CPU. Memory is `ru_maxrss`
+of the whole process.
 
 Origin: this project's own.
 """
@@ -34,6 +35,7 @@ import utils
 from benchmarks.sides import CPU, SIDES, add_sizes, build_step, build_timm, make_crops
 
 COMPILED = "compiled"
+WARM_UP_STEPS = 3
 DROP_PATH = 0.2  # of the student, as in the published yaml of Swin-T
 TIMM_TARGET, PLAIN_TARGETS, MEMORY_TARGET = 1.3, {"lean": 1.6, COMPILED: 2.0}, 0.75
 SCALING = {"batch": (1, 2, 4), "out_dim": (4096, 16384, 65536), "local_crops": (0, 4, 8)}
@@ -74,7 +76,8 @@ def build_side(args: argparse.Namespace, precision: str) -> Callable[[], object]
 def run_side(args: argparse.Namespace) -> None:
     """Measure one side and print its figures as JSON."""
     work = build_side(args, args.precisions[0])
-    work()
+    for _ in range(WARM_UP_STEPS):
+        work()
     seconds, cpu_seconds = [], []
     for _ in range(args.steps):
         start, cpu_start = time.perf_counter(), time.process_time()
