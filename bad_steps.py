@@ -96,7 +96,7 @@ class BadSteps:
         )
         whose = f" of process {', '.join(map(str, with_terms))}" if 0 < len(with_terms) < len(scalars) else ""
         raise FloatingPointError(
-            f"{self.most} steps in a row had a loss or gradient that is not finite; not finite were "
+            f"{utils.counted(self.most, 'step')} in a row had a loss or gradient that is not finite; not finite were "
             f"{', '.join(terms) if terms else 'no loss'}{whose} (loss {self._recent[-1]['loss']}) and the gradients of "
             f"{listed or 'no parameter'} ({len(tensors)} of {len(norms)}); {given}; {_remedy(terms, with_images)}{where}"
         )

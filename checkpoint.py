@@ -29,11 +29,12 @@ import yaml
 from torch import Tensor, nn
 
 import sharding
+from config import SavedConfig
 from files import whole_file
 from models import srs
 from models.base import BESIDE, HEADS, Backbone
 from models.interop import vit_from_timm
-from utils import UsageError, logger
+from utils import UsageError, counted, logger
 
 PREFIX = "module."
 UDI_BACKBONE = "backbone.backbone."  # around a backbone in UDI's files
@@ -72,18 +73,28 @@ def save_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
         torch.save(state, file)
 
 
-def load_file(path: str | Path) -> dict[str, Any]:
+def load_file(path: str | Path, in_place: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; see `_load_safely`.
 
     Raises:
         UsageError: as there, or content that is no dictionary.
     """
-    content = _load_safely(path)
+    content = _load_safely(path, in_place)
     if not isinstance(content, dict):
         raise UsageError(
             f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of tensors; use another file"
         )
     return content
+
+
+def saved_config(path: str | Path) -> SavedConfig | None:
+    """The network's config, where the file is one of this project's full checkpoints; of its tensors none is read.
+
+    Raises:
+        UsageError: see `load_file`.
+    """
+    text = _config_text(load_file(path, in_place=True))
+    return None if text is None else SavedConfig(text, f"the config inside checkpoint '{path}'")
 
 
 def check_whole(path: Path) -> None:
@@ -117,8 +128,10 @@ def load_tensor(path: str | Path) -> Tensor:
     return content
 
 
-def _load_safely(path: str | Path) -> Any:
+def _load_safely(path: str | Path, in_place: bool = False) -> Any:
     """Read a file without unpickling anything but tensors, plain values and `READABLE`.
+
+    `in_place`: tensors stay in the file (as torch writes it since 1.6) and are read when they are used.
 
     Raises:
         UsageError: no such file, a damaged or foreign one, or one that only unsafe unpickling could read.
@@ -129,7 +142,8 @@ def _load_safely(path: str | Path) -> Any:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(READABLE):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = in_place and zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except safetensors.SafetensorError as error:
         raise UsageError(f"'{path}' is no safetensors file or is damaged ({error}); use another file") from None
     except pickle.UnpicklingError as error:
@@ -191,10 +205,16 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
     return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
 
 
-def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
-    """MODEL.IMAGE_SIZE of the config that this project's full checkpoints hold as text; other projects' tell nothing here."""
+def _config_text(content: Mapping[str, Any]) -> str | None:
+    """The config that this project's full checkpoints hold as text; other projects' tell nothing here."""
     config = content.get("config")
-    if not isinstance(config, str):
+    return config if isinstance(config, str) else None
+
+
+def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
+    """MODEL.IMAGE_SIZE of the run, where the file tells."""
+    config = _config_text(content)
+    if config is None:
         return None
     try:
         height, width = yaml.safe_load(config)["MODEL"]["IMAGE_SIZE"]
@@ -253,7 +273,7 @@ class LoadReport(NamedTuple):
 
     def __str__(self) -> str:
         where = f"{self.layout}, key '{self.key}'" if self.key else self.layout
-        return f"{where}: {self.matched} tensors loaded, {self.resized} of them resized, {self.left_out} left out"
+        return f"{where}: {counted(self.matched, 'tensor')} loaded, {self.resized} of them resized, {self.left_out} left out"
 
 
 def load_network(
@@ -361,10 +381,12 @@ def _problem(
         ours, theirs = tuple(wanted[name].shape), tuple(tensors[name].shape)
         if "last_layer.weight" in name and ours[0] != theirs[0]:
             return f"{source} has heads of {theirs[0]} prototypes, this run of {ours[0]}; set --out_dim {theirs[0]}"
-        parts.append(f"{len(misfits)} tensors of another shape ({name} has shape {theirs}, this one wants {ours})")
+        parts.append(
+            f"{counted(len(misfits), 'tensor')} of another shape ({name} has shape {theirs}, this one wants {ours})"
+        )
         remedy = _remedy(name, theirs, ours) or remedy
     if missing:
-        parts.append(f"{len(missing)} tensors are missing ({_first(missing)})")
+        parts.append(f"{counted(len(missing), 'tensor is', 'tensors are')} missing ({_first(missing)})")
     if unexpected:
         parts.append(f"{len(unexpected)} unexpected ({_first(unexpected)})")
     return f"{source} is of another network: {', '.join(parts)}; {remedy}"

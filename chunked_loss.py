@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from outputs import FactoredLogits
-from products import product
+from products import product, weight_gradient
 
 # Of logits in float32: the rows that are multiplied together.
 CHUNK_BYTES = 128 * 2**20
 # Of logits in float32, on a CPU: the rows of a chunk whose probabilities are computed together, so that they stay in its cache.
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 4 * 2**20
 # Of prototypes in float32, on a CPU: those whose gradients are computed and added together, for the same reason.
 PROTOTYPE_BLOCK_BYTES = 2 * 2**20
 
@@ -170,9 +170,9 @@ class _Walk:
         self.scale = _safe_scale(factors, student_N)
         self.prototypes_factor = self.largest_weight / (temperatures.student * self.scale)
 
-        zeros = torch.zeros_like
-        self.grad_bottleneck_GSC = zeros(student.bottleneck, dtype=dtype) if wanted[0] else None
-        self.grad_prototypes_KC = zeros(student.prototypes, dtype=dtype) if wanted[1] else None
+        empty = torch.empty_like
+        self.grad_bottleneck_GSC = empty(student.bottleneck, dtype=dtype) if wanted[0] else None
+        self.grad_prototypes_KC = empty(student.prototypes, dtype=dtype) if wanted[1] else None
 
     def run(self) -> Tensor:
         """The loss; gradients are there afterwards."""
@@ -222,11 +222,12 @@ class _Walk:
             self.grad_bottleneck_GSC[chunk] = grad_gsC * (weights_gs / (self.temperatures.student * self.scale))
         if self.grad_prototypes_KC is not None:
             weighted_NC = (bottleneck_gsC * (weights_gs / self.largest_weight)).to(bottleneck_gsC.dtype).flatten(0, 1)
-            if weighted_NC.dtype == self.grad_prototypes_KC.dtype:
-                self.grad_prototypes_KC.addmm_(grad_logits_NK.T, weighted_NC)
-            else:
-                for block in _slices(len(self.grad_prototypes_KC), self.prototypes_per_block):
-                    self.grad_prototypes_KC[block] += grad_logits_NK[:, block].T @ weighted_NC
+            for block in _slices(len(self.grad_prototypes_KC), self.prototypes_per_block):
+                grad_kC = weight_gradient(grad_logits_NK[:, block], weighted_NC)
+                if all(part.start == 0 for part in chunk):  # the first one
+                    self.grad_prototypes_KC[block] = grad_kC
+                else:
+                    self.grad_prototypes_KC[block] += grad_kC
 
     def _widened(self, logits_nK: Tensor) -> Tensor:
         """The same logits in float32 or wider, to be overwritten."""

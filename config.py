@@ -15,7 +15,7 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode
@@ -162,11 +162,23 @@ ONLY_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
 _reported: set[str] = set()
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> CfgNode:
+class SavedConfig(NamedTuple):
+    """A config as its `dump` wrote it into another file, which messages name."""
+
+    text: str
+    source: str
+
+    def __str__(self) -> str:
+        return self.source
+
+
+def load_config(
+    path: str | Path | SavedConfig | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()
+) -> CfgNode:
     """Read `path` with its bases, apply `KEY VALUE` overrides, and return the resolved, frozen config.
 
     Args:
-        path: a yaml file; None gives the defaults of the schema.
+        path: a yaml file, or what stands in its place; None gives the defaults of the schema.
         overrides: a flat list KEY VALUE KEY VALUE ..., keys dotted (`MODEL.SPEC.WINDOW_SIZE 14`).
         defaults: the same, for keys that neither the yaml nor an override sets, instead of the schema's.
 
@@ -177,7 +189,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), defaults
     if len(overrides) % 2:
         raise UsageError(f"config overrides come in pairs KEY VALUE, '{overrides[-1]}' stands alone at the end")
     values = _given(defaults, "default")  # dotted key -> (value, where it was set)
-    if path is not None:
+    if isinstance(path, SavedConfig):
+        values = _on_top(values, {key: (value, path.source) for key, value in _leaves(_content(*path))})
+    elif path is not None:
         values = _on_top(values, _read_chain(Path(path), ()))
     values = _on_top(values, _given(overrides, "override"))
 
@@ -218,12 +232,7 @@ def _read_chain(path: Path, opened: tuple[Path, ...]) -> dict[str, tuple[Any, st
     if not path.is_file():
         asked_by = f" (named under BASE in {opened[-1]})" if opened else ""
         raise UsageError(f"config file {path} does not exist{asked_by}; check --cfg")
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"config file {path} is not valid yaml: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"config file {path} holds a {type(content).__name__}, not KEY: VALUE pairs")
+    content = _content(path.read_bytes(), f"config file {path}")
     bases = content.pop("BASE", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -233,6 +242,17 @@ def _read_chain(path: Path, opened: tuple[Path, ...]) -> dict[str, tuple[Any, st
         if base:
             values = _on_top(values, _read_chain(path.parent / base, (*opened, path)))
     return _on_top(values, {key: (value, str(path)) for key, value in _leaves(content)})
+
+
+def _content(text: str | bytes, source: str) -> dict[str, Any]:
+    """The nested mapping that a yaml's text holds."""
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{source} is not valid yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{source} holds a {type(content).__name__}, not KEY: VALUE pairs")
+    return content
 
 
 def _on_top(values: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -371,7 +391,7 @@ def _suggestion(key: str, name: str, known: dict[str, Any]) -> str:
     return f"; did you mean '{nearest[0]}'?"
 
 
-def _report_unused(path: str | Path | None, unused: list[str]) -> None:
+def _report_unused(path: str | Path | SavedConfig | None, unused: list[str]) -> None:
     """Say once per file which published keys have no effect here."""
     if unused and str(path) not in _reported:
         _reported.add(str(path))

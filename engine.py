@@ -279,7 +279,8 @@ def steps_per_epoch(batches: int, accum_iter: int) -> int:
     """
     if batches < accum_iter:
         raise UsageError(
-            f"an epoch has {batches} batches, --accum_iter {accum_iter} needs that many for one step; lower it"
+            f"an epoch has {utils.counted(batches, 'batch', 'batches')}, --accum_iter {accum_iter} needs that many for one step; "
+            "lower it"
         )
     return batches // accum_iter
 

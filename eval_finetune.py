@@ -7,7 +7,8 @@
 
 --data_path holds train/<class>/ and val/<class>/; the head is a linear layer with an output for each class of train. The recipe:
 AdamW, a rate that falls by --layer_decay from block to block towards the input, linear warm-up and half a cosine, mixup and
-cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated.
+cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated; SIGTERM and
+SIGUSR1 end it with code 0. The epoch at hand then begins again.
 With --finetune_head_layer the linear layer stands on the first hidden layers of the projection head that pre-training left.
 `results.json` in --output_dir has the best accuracy, `best.pth` the weights that reached it (key `model`); epochs
 count from 0.
@@ -18,6 +19,7 @@ Origin: the recipe of DeiT (Touvron et al., ICML 2021) with the layer-wise rates
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from data import augment
 from data.datasets import Transform
 from data.lists import digest_of
 from engine import steps_per_epoch
-from features import add_token_flag, data_identity, evaluation_size, labelled_datasets
+from features import add_token_flag, data_identity, evaluation_size, labelled_datasets, network_config
 from finetune import (
     Accuracy,
     Best,
@@ -50,7 +52,7 @@ from finetune import (
     resume_run,
     save_run,
 )
-from models import Backbone, build_model, load_arch_config
+from models import Backbone, build_model
 from progress import EpochMeter, RunLog
 from results import claim_folder, write_results
 from utils import UsageError, logger
@@ -127,7 +129,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.warmup_epochs > args.epochs:
         raise UsageError(
-            f"{args.warmup_epochs} warm-up epochs do not fit in {args.epochs} epochs; lower --warmup_epochs"
+            f"{args.warmup_epochs} warm-up epochs do not fit in {utils.counted(args.epochs, 'epoch')}; lower --warmup_epochs"
         )
     if not 0 < args.layer_decay <= 1:
         raise UsageError(
@@ -282,7 +284,8 @@ def report(progress: Progress, val: data.ImageDataset, about: dict[str, Any], ar
     written = write_results(Path(args.output_dir), EVALUATION, record)
     if progress.epochs >= args.epochs:
         logger.info("%s", written)
-        print(f"best of {len(val)} validation images: Top1: {best.top1:.2f} (epoch {best.epoch + 1}, {best.network})")
+        images = utils.counted(len(val), "validation image")
+        print(f"best of {images}: Top1: {best.top1:.2f} (epoch {best.epoch + 1}, {best.network})")
 
 
 def train(
@@ -308,25 +311,25 @@ def train(
             output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device, first_step
         )
     tally = data.FailureTally(len(train_loader.dataset))
-    for epoch in range(progress.epochs, recipe.epochs):
-        meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
-        tuner.train_epoch(train_loader, epoch, meter, log, tally)
-        accuracies: dict[str, Accuracy] = {}
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
-            accuracies = tuner.validate(val_loader)
-        progress = Progress(epoch + 1, better(progress.best, accuracies, epoch), accuracies or progress.last)
-        about_top5 = {"top5_is": ranked(tuner.classes).lower()} if tuner.classes < 5 else {}
-        val = {name: row._asdict() for name, row in accuracies.items()}
-        log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **about_top5)
-        if accuracies and utils.is_main_process():
-            for name, row in accuracies.items():
-                print(
-                    f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
-                )
-            with log.failing_softly():
-                report(progress, val_loader.dataset, about, args)
-        failure = save_run(output_dir, tuner, progress, about, args, config)
-    log.close()
+    with closing(log), resume.EndRequest() as ending:
+        for epoch in range(progress.epochs, recipe.epochs):
+            meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
+            tuner.train_epoch(train_loader, epoch, meter, log, tally, ending)
+            accuracies: dict[str, Accuracy] = {}
+            if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
+                accuracies = tuner.validate(val_loader)
+            progress = Progress(epoch + 1, better(progress.best, accuracies, epoch), accuracies or progress.last)
+            about_top5 = {"top5_is": ranked(tuner.classes).lower()} if tuner.classes < 5 else {}
+            val = {name: row._asdict() for name, row in accuracies.items()}
+            log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **about_top5)
+            if accuracies and utils.is_main_process():
+                for name, row in accuracies.items():
+                    print(
+                        f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
+                    )
+                with log.failing_softly():
+                    report(progress, val_loader.dataset, about, args)
+            failure = save_run(output_dir, tuner, progress, about, args, config)
     resume.end_saved(failure, output_dir)
 
 
@@ -338,7 +341,7 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         flags.check_weights(args)
-        config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
+        config = network_config(args, args.drop_path)
         size = evaluation_size(args, config)
         loaders = build_loaders(args, config, device, size)
         output_dir = claim_folder(args.output_dir, EVALUATION)
@@ -361,7 +364,7 @@ def main(args: argparse.Namespace) -> None:
         progress = resume_run(output_dir, tuner, about, args)
     utils.must_agree("checkpoints", progress.epochs)
     if progress.epochs >= args.epochs:
-        logger.info("%s has all %d epochs already; nothing to train", output_dir, args.epochs)
+        logger.info("%s has %d of %d epochs already; nothing to train", output_dir, progress.epochs, args.epochs)
         if utils.is_main_process():
             report(progress, val_set, about, args)
         return

@@ -37,9 +37,9 @@ from features import (
     extract_features,
     frozen_backbone,
     labelled_datasets,
+    network_config,
 )
 from flags import bool_flag
-from models import load_arch_config
 from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
 from results import add_results, claim_folder
 from utils import UsageError, logger
@@ -170,7 +170,7 @@ def extract_splits(
 ) -> tuple[dict[str, Split], Sequence[str], dict[str, object]]:
     """Extract all kinds of features of both sets; also returns the names of the classes, and what the features are of."""
     with utils.failing_together():
-        config = load_arch_config(args.arch, args.cfg, args.opts)
+        config = network_config(args)
         datasets = build_datasets(args, config)
         functions = feature_functions(args, config, device)
     utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
@@ -204,11 +204,11 @@ def report(
     `classes` and `about`, what features are of, are empty where features were loaded, which do not tell.
     """
     voters, count = len(split.train.labels_N), len(split.train.labels_N.unique())
-    compared = f"{len(split.val.labels_N)} validation among {voters} training images"
+    compared = f"{len(split.val.labels_N)} validation among {utils.counted(voters, 'training image')}"
     if args.leave_one_out:
         compared = f"{voters} images, each among the {voters - 1} others"
     ranked = f"Top{min(count, RANKED)}"
-    print(f"k-NN of {compared}, {count} classes:")
+    print(f"k-NN of {compared}, {utils.counted(count, 'class', 'classes')}:")
     for name, rows in scores.items():
         for score in rows:
             print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f}")

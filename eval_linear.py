@@ -9,8 +9,8 @@ in one pass over the same features. One value each is the published protocol: th
 random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to 0 in steps of an epoch
 (epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is another
 protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on from
-`checkpoint.pth.tar` when its command is repeated. Epochs count from 0 in files and in the printed table, from 1 in lines about
-progress.
+`checkpoint.pth.tar` when its command is repeated, at the beginning of the epoch at hand; SIGTERM and SIGUSR1 end it with code 0.
+Epochs count from 0 in files and in the printed table, from 1 in lines about progress.
 
 --train_aug strong is the augmentation with which UDI's networks were scored; `results.json` tells which one was used.
 
@@ -50,8 +50,9 @@ from features import (
     extract_features,
     frozen_backbone,
     labelled_datasets,
+    network_config,
 )
-from models import Backbone, load_arch_config
+from models import Backbone
 from probe import Probe, Score, Setting, json_number, probe_width
 from progress import EpochMeter, RunLog
 from results import has_other_results, write_results
@@ -195,15 +196,19 @@ def validate(probe: Probe, source: FeatureSource) -> list[Score]:
     return [Score(loss, 100 * top1, 100 * top5) for loss, top1, top5 in means_S3.tolist()]
 
 
-def train_epoch(probe: Probe, source: FeatureSource, epoch: int, meter: EpochMeter, log: RunLog) -> list[float]:
+def train_epoch(
+    probe: Probe, source: FeatureSource, epoch: int, meter: EpochMeter, log: RunLog, ending: resume.EndRequest
+) -> list[float]:
     """One pass over the training set; returns the mean loss of each classifier over steps and processes.
 
     Raises:
         FloatingPointError: no classifier has a finite loss any more, on all processes at once.
+        Stopped: see `resume.EndRequest.end_without_saving`.
     """
     losses_S: Any = 0.0
     with log.epoch(meter) as show:
         for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter)):
+            ending.end_without_saving(epoch, step, log.output_dir)
             losses = probe.step(features_BC, labels_B, source.images_of(step))
             losses_S = losses_S + losses
             meter.update({"loss": losses[probe.best]})
@@ -219,7 +224,13 @@ def train_epoch(probe: Probe, source: FeatureSource, epoch: int, meter: EpochMet
 
 
 def train(
-    probe: Probe, source: FeatureSource, epochs: range, args: argparse.Namespace, log: RunLog, run: dict[str, Any]
+    probe: Probe,
+    source: FeatureSource,
+    epochs: range,
+    args: argparse.Namespace,
+    log: RunLog,
+    ending: resume.EndRequest,
+    run: dict[str, Any],
 ) -> None:
     """Train through `epochs`; log and save each, validate every `--val_freq` epochs and after the last one.
 
@@ -229,7 +240,7 @@ def train(
     for epoch in epochs:
         meter = EpochMeter(epoch, source.steps, images_per_step=batch)
         lrs = probe.lrs
-        losses = train_epoch(probe, source, epoch, meter, log)
+        losses = train_epoch(probe, source, epoch, meter, log, ending)
         probe.scheduler.step()
         rows = [{"train_loss": json_number(loss), "train_lr": lr} for loss, lr in zip(losses, lrs)]
         if epoch % args.val_freq == 0 or epoch == epochs.stop - 1:
@@ -303,11 +314,11 @@ def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
     train_images, val_images, classes = run["numbers of images and classes"]
     best, ranked = probe.table[probe.best], f"Top{min(5, classes)}"
     print(
-        f"linear probe, {protocol_of(args)}: {val_images} validation and {train_images} training images, "
-        f"{classes} classes, {args.epochs} epochs"
+        f"linear probe, {protocol_of(args)}: {val_images} validation and {utils.counted(train_images, 'training image')}, "
+        f"{utils.counted(classes, 'class', 'classes')}, {utils.counted(args.epochs, 'epoch')}"
     )
     for row in probe.table:
-        print(f"lr {row['lr']}, last {row['n_last_blocks']} blocks: {_describe(row, ranked)}")
+        print(f"lr {row['lr']}, last {utils.counted(row['n_last_blocks'], 'block')}: {_describe(row, ranked)}")
     print(f"Top-1 test accuracy: {best['best_acc1']:.2f}")
     record = {
         "protocol": protocol_of(args),
@@ -432,7 +443,7 @@ def main(args: argparse.Namespace) -> None:
         flags.check_weights(args)
         precision = utils.resolve_precision(args.precision, device)
         folder = claim_folder(args)
-        config = load_arch_config(args.arch, args.cfg, args.opts)
+        config = network_config(args)
         datasets = build_datasets(args, config)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
@@ -450,8 +461,8 @@ def main(args: argparse.Namespace) -> None:
         first_step = start.epoch * source.steps
         with utils.failing_together(), files.usable(folder):
             log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
-        with closing(log):
-            train(probe, source, range(start.epoch, args.epochs), args, log, run)
+        with closing(log), resume.EndRequest() as ending:
+            train(probe, source, range(start.epoch, args.epochs), args, log, ending, run)
     if utils.is_main_process():
         with files.usable(folder):
             report(probe, args, run)

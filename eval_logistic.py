@@ -41,9 +41,10 @@ from features import (
     extract_features,
     frozen_backbone,
     labelled_datasets,
+    network_config,
 )
 from flags import bool_flag
-from models import Backbone, load_arch_config
+from models import Backbone
 from results import add_results, claim_folder
 from utils import UsageError, logger
 
@@ -137,7 +138,7 @@ def extract(
         UsageError: images of one class, more blocks than the network has, or see `labelled_datasets` and `frozen_backbone`.
     """
     with utils.failing_together():
-        config = load_arch_config(args.arch, args.cfg, args.opts)
+        config = network_config(args)
         view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
         datasets = labelled_datasets(args, config, view, view, args.target_list_path)
         present = len(np.unique(datasets[0].labels))
@@ -198,13 +199,16 @@ def main(args: argparse.Namespace) -> None:
         return
     classes = len(dataset.classes)
     ranked = f"Top{min(5, classes)}"
-    compared = f"{len(train.labels_N)} training and {len(val.labels_N)} validation images, {classes} classes"
+    compared = (
+        f"{len(train.labels_N)} training and {utils.counted(len(val.labels_N), 'validation image')}, {classes} classes"
+    )
     print(f"logistic regression on the {about['features']}: {compared}")
     scores = []
     for lambd in args.lr_lambd:
         score = solve(train, val, lambd, args.adjust_lambd, args.epochs)
         scores.append(score)
-        print(f"lambda {lambd}: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f} ({score.iterations} iterations)")
+        steps = utils.counted(score.iterations, "iteration")
+        print(f"lambda {lambd}: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f} ({steps})")
         if not score.converged:
             logger.warning("lambda %s has not converged in --epochs %d; raise that", lambd, args.epochs)
     if args.output_dir:

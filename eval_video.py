@@ -41,8 +41,8 @@ from data.augment import as_tensor
 from data.datasets import reason_of
 from data.decode import ImageLike, read_image
 from data.tree import EXTENSIONS
-from features import frozen_backbone
-from models import Backbone, load_arch_config
+from features import frozen_backbone, network_config
+from models import Backbone
 from utils import UsageError, logger
 
 LONGER_SIDE_STEP = 64  # pixels
@@ -101,7 +101,7 @@ def open_video(frames_folder: str, first_mask: str, in_chans: int) -> Video:
         key=lambda path: [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
     )
     if len(frames) < 2:
-        raise UsageError(f"--frames {frames_folder} has {len(frames)} images; a video has two or more")
+        raise UsageError(f"--frames {frames_folder} has {utils.counted(len(frames), 'image')}; a video has two or more")
     if len({path.stem for path in frames}) < len(frames):
         raise UsageError(f"--frames {frames_folder} has several images of one name; keep one kind of file")
     video = Video(frames, read_mask(first_mask), in_chans)
@@ -243,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     device = utils.resolve_device(args.device)
     check_args(args)
-    config = load_arch_config(args.arch, args.cfg, args.opts)
+    config = network_config(args)
     data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS)
     written = claim_outputs(args.output_dir, video.frames)

@@ -13,6 +13,8 @@ no_embed_class=False, num_classes=0)`. For programs that know one, or none as de
 the others with their positions, (1, 1 + N, C) or (1, N, C) for a grid of N patches; this is not function-preserving, for patches
 attended to all class tokens in training.
 
+Names are changed and tensors written as they are: all of it is the CPU's work, there is no --device.
+
 All of them want images in RGB order, normalised as INPUT.MEAN and INPUT.STD say. timm's Swin has a LayerNorm eps of 1e-5, these
 networks 1e-6; for equal features to the last digit pass `norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)` to `create_model`.
 
@@ -36,7 +38,8 @@ import files
 import flags
 import utils
 from checkpoint import load_backbone, save_file
-from models import Backbone, build_model, load_arch_config
+from features import network_config
+from models import Backbone, build_model
 from models.base import HEADS
 from utils import UsageError, logger
 
@@ -46,7 +49,7 @@ FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = flags.Parser("export.py", description="Export a backbone")
+    parser = flags.Parser("export.py", description="Export a backbone, on the CPU: there is no --device")
     add = parser.add_argument
     flags.add_network_flags(parser)
     flags.add_weights_flags(parser, required=True)
@@ -77,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--output {args.output}: --format safetensors and the ending .safetensors go together; change one"
         )
-    config = load_arch_config(args.arch, args.cfg, args.opts)
+    config = network_config(args)
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size).eval()
     report = load_backbone(backbone, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
     logger.info("%s: %s", args.pretrained_weights, report)

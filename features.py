@@ -25,12 +25,12 @@ from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoint import load_backbone
+from checkpoint import load_backbone, saved_config
 from data import augment
 from data.datasets import Transform
 from data.lists import keep_listed
 from data.loader import set_epoch
-from models import Backbone, build_model
+from models import Backbone, build_model, load_arch_config
 from models.base import TOKENS
 from progress import EpochMeter
 from utils import UsageError, logger
@@ -46,6 +46,22 @@ class LabelledFeatures(NamedTuple):
 
 
 # --------------------------------------------------------------------------- network and images
+
+
+def network_config(args: argparse.Namespace, drop_path: float | None = None) -> CfgNode:
+    """The config of `--arch`: --cfg, or what the checkpoint itself holds, or the published one; KEY VALUE pairs go on top.
+
+    Reads `arch`, `cfg`, `opts` and `pretrained_weights` of the arguments; `drop_path`: see `load_arch_config`.
+
+    Raises:
+        UsageError: see `load_arch_config` and `checkpoint.load_file`.
+    """
+    source = args.cfg
+    if source is None and args.pretrained_weights:
+        source = saved_config(args.pretrained_weights)
+        if source is not None:
+            logger.info("the network is built by %s; --cfg takes another", source)
+    return load_arch_config(args.arch, source, args.opts, drop_path)
 
 
 def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Path, device: torch.device) -> Backbone:

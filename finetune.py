@@ -33,7 +33,7 @@ from data.loader import Batch, FailureTally, in_groups, set_epoch
 from engine import SYNC_BUFFERS
 from models.base import HEADS, Backbone, batch_norms
 from progress import EpochMeter, RunLog
-from resume import Place, check_same_run, continue_from, newest_whole, write
+from resume import EndRequest, Place, check_same_run, continue_from, newest_whole, write
 from utils import UsageError
 
 CHECKPOINT = "checkpoint.pth"
@@ -107,7 +107,7 @@ def projection_layers(path: str, key: str, token: int, count: int, width: int) -
         )
     linear = sum(f"{mlp}.{2 * layer}.weight" in tensors for layer in range(len(tensors)))
     if count >= linear:
-        has = f"{linear - 1} hidden layers" if linear else "none"
+        has = utils.counted(linear - 1, "hidden layer") if linear else "none"
         raise UsageError(
             f"--finetune_head_layer {count} takes hidden layers of a projection head, {source} has {has}; lower it, or name a "
             "checkpoint of the pre-training"
@@ -261,13 +261,20 @@ class FineTuner:
         return {"loss": mean}
 
     def train_epoch(
-        self, loader: DataLoader[Batch], epoch: int, meter: EpochMeter, log: RunLog, tally: FailureTally
+        self,
+        loader: DataLoader[Batch],
+        epoch: int,
+        meter: EpochMeter,
+        log: RunLog,
+        tally: FailureTally,
+        ending: EndRequest,
     ) -> None:
         """All updates of an epoch.
 
         Raises:
             UsageError: more than 1 % of the images cannot be read.
             FloatingPointError: see `step`.
+            Stopped: see `EndRequest.end_without_saving`.
         """
         set_epoch(loader, epoch)
         for network in self.networks().values():
@@ -277,6 +284,7 @@ class FineTuner:
             for i, batches in enumerate(in_groups(meter.timed(loader), self.recipe.accum_iter)):
                 failures = [failure for batch in batches for failure in batch.failures]
                 tally.add(failures, self.device, incomplete=not all(batch.views for batch in batches))
+                ending.end_without_saving(epoch, i, log.output_dir)
                 iteration = epoch * self.recipe.steps + i
                 meter.update(self.step(batches, iteration))
                 show(iteration, lr=max(group["lr"] for group in self.optimizer.param_groups))

@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from utils import UsageError
 
+PATCH_SIZE = 16  # pixels, unless a flag or a yaml says otherwise
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Tells defaults, where there are any."""
@@ -65,7 +67,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", default=None, help="yaml of the network; default: the published one of --arch")
     parser.add_argument("--arch", default="deit_small", help="registered architecture, e.g. swin_tiny")
     parser.add_argument(
-        "--patch_size", type=int, default=16, help="pixels per patch, for networks whose yaml does not say"
+        "--patch_size", type=int, default=PATCH_SIZE, help="pixels per patch, for networks whose yaml does not say"
     )
 
 
@@ -93,7 +95,8 @@ def add_weights_flags(parser: argparse.ArgumentParser, *, required: bool = False
 
     Unless they are `required` --random_weights may stand instead of --pretrained_weights; `check_weights` sees that one is given.
     """
-    parser.add_argument("--pretrained_weights", default="", required=required, help="checkpoint of any known layout")
+    words = "checkpoint of any known layout; the config inside one of this project takes the place of a missing --cfg"
+    parser.add_argument("--pretrained_weights", default="", required=required, help=words)
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a full checkpoint: teacher or student")
     add_switch(parser, "--allow_partial", "take what fits of the checkpoint")
     if not required:

@@ -55,16 +55,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         default=2,
         choices=(1, 2),
-        help="1: no second one; the rule for networks without any",
+        help="class tokens that learn: 2 is UDI, 1 leaves the second out, as networks without any need it (Swin, CvT, ViL, ResNet)",
     )
     add("--include_patch", type=bool_flag, default=True, help="learn sampled patches; off needs --number_cls_token 1")
     add("--drop_path_rate", "--drop_path", type=float, default=0.1, help="stochastic depth of the student")
     add("--srs_heads", type=int, default=0, help="heads of the pooling at samples; 0: as the backbone's (added)")
     add("--shared_head", type=bool_flag, default=True, help="one head for all levels; off: one each (added)")
 
-    add("--alpha", type=float, default=0.5, help="weight of patches in the second token's target; raise if unstable")
+    words = (
+        "0..1: what the second class token learns is this share of the teacher's patches, the rest is its class token"
+    )
+    add("--alpha", type=float, default=0.5, help=f"{words}; raise it if training is unstable")
     add(
-        "--target_mix", default="logits", choices=TARGET_MIXES, help="what of them is blended; probs: the paper (added)"
+        "--target_mix",
+        default="logits",
+        choices=TARGET_MIXES,
+        help="what of patches and class token is blended by --alpha; logits: the published code, probs: the paper (added)",
     )
     add("--local_patch", type=bool_flag, default=False, help="learn patches of local views too (added)")
     add("--level_weights", type=float, nargs=3, default=(1.0, 1.0, 1.0), help=f"of {', '.join(LEVELS)} (added)")

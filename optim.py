@@ -16,7 +16,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 import sharding
-from utils import UsageError
+from utils import UsageError, counted
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW and SGD have a fused kernel that a flag on the device can hold back
@@ -67,7 +67,9 @@ def cosine_schedule(
         UsageError: a warm-up longer than the training.
     """
     if warmup_epochs > epochs:
-        raise UsageError(f"{warmup_epochs} warm-up epochs do not fit in {epochs} epochs; lower --warmup_epochs")
+        raise UsageError(
+            f"{warmup_epochs} warm-up epochs do not fit in {counted(epochs, 'epoch')}; lower --warmup_epochs"
+        )
     warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * niter_per_ep)
     remaining = epochs * niter_per_ep - len(warmup)
     progress = np.arange(remaining) / max(remaining, 1)

@@ -8,6 +8,7 @@ Origin: names and defaults of the flags are those of microsoft/esvit where it ha
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -75,7 +76,8 @@ def run(args: argparse.Namespace, script: Script) -> None:
         files.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
     utils.must_agree("checkpoints", (start.epoch, start.steps))
     if start.epoch >= args.epochs:
-        logger.info("%s has all %d epochs already; nothing to do", output_dir, args.epochs)
+        logger.info("%s has %d of %d epochs already; nothing to do", output_dir, start.epoch, args.epochs)
+        tell_end(args)
         return
     first_step = start.epoch * engine.steps_per_epoch(len(loader), args.accum_iter) + start.steps
     with utils.failing_together(), files.usable(output_dir):
@@ -87,7 +89,9 @@ def run(args: argparse.Namespace, script: Script) -> None:
 
     probe = build_probe(args, method, knn_images, device) if knn_images else None
     with resume.Saver(output_dir, step, args, config) as saver, closing(log):
-        engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
+        finished = engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
+    if finished:
+        tell_end(args)
 
 
 # --------------------------------------------------------------------------- flags
@@ -383,15 +387,29 @@ def describe_run(
     network = checkpoint.unwrap(method.student)
     in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(BESIDE))
     logger.info(
-        "%s, %.1fM parameters (with heads %.1fM), %s; %d images, %d batches of %d on each of %d processes; %s, %s",
+        "%s, %.1fM parameters (with heads %.1fM), %s; %s, %s of %d on %s; %s, %s",
         args.arch,
         in_backbone / 1e6,
         sum(p.numel() for p in network.parameters()) / 1e6,
         method.tasks,
-        len(loader.dataset),  # type: ignore[arg-type]
-        len(loader),
+        utils.counted(len(loader.dataset), "image"),  # type: ignore[arg-type]
+        utils.counted(len(loader), "batch", "batches"),
         args.batch_size_per_gpu,
-        utils.get_world_size(),
+        "one process" if utils.get_world_size() == 1 else f"each of {utils.get_world_size()} processes",
         device,
         precision,
+    )
+
+
+def tell_end(args: argparse.Namespace) -> None:
+    """Say where the results of a finished run are, and the command that scores its network."""
+    score = ["python", "eval_knn.py", "--arch", args.arch]  # the checkpoint holds the rest of the network's config
+    if args.patch_size != flags.PATCH_SIZE:
+        score += ["--patch_size", str(args.patch_size)]
+    score += ["--pretrained_weights", str(Path(args.output_dir) / resume.CHECKPOINT), "--checkpoint_key", "teacher"]
+    logger.info(
+        "the run is done: %s has %s, log.txt and the curves (tensorboard --logdir %s). To score its network, with "
+        "IMAGES/train/<class>/ and IMAGES/val/<class>/: %s",
+        *(args.output_dir, resume.CHECKPOINT, shlex.quote(args.output_dir)),
+        shlex.join([*score, "--data_path", "IMAGES", "--output_dir", args.output_dir]),
     )

@@ -45,6 +45,7 @@ def weight_gradient(grad_ND: Tensor, x_NC: Tensor) -> Tensor:
     """The gradient (D, C) of a layer's weight."""
     if not _by_onednn(x_NC.numel(), x_NC, grad_ND.t()):
         return grad_ND.t() @ x_NC
+    grad_ND = grad_ND.contiguous()  # of columns of a wider one oneDNN takes ten times as long
     if grad_ND.shape[1] < x_NC.shape[1]:
         return _onednn(grad_ND.t(), x_NC.t())
     return _onednn(x_NC.t(), grad_ND.t()).t().contiguous()  # twice as fast where the layer widens

@@ -25,7 +25,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from files import whole_file
-from utils import is_main_process, logger, peak_memory_mb
+from utils import counted, is_main_process, logger, peak_memory_mb
 
 CROP_GRID_IMAGES = 8
 
@@ -188,7 +188,7 @@ class RunLog:
             with self.failing_softly():
                 self._write_lines()
         if self._unwritten:
-            logger.warning("log.txt lacks the last %d epochs; their lines stand above", len(self._unwritten))
+            logger.warning("log.txt lacks the last %s, told above", counted(len(self._unwritten), "line"))
         with self._drawing() as writer:
             writer.close()
 

@@ -18,7 +18,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
 
 import checkpoint
 import files
@@ -26,11 +28,12 @@ import optim
 import results
 import sharding
 import utils
-from utils import UsageError, logger
+from utils import Stopped, UsageError, logger
 
 if TYPE_CHECKING:
     from engine import TrainStep
 
+Self = TypeVar("Self", bound="EndRequest")
 CHECKPOINT = "checkpoint.pth"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # Change no number of a run:
@@ -54,11 +57,46 @@ class Place(NamedTuple):
 # --------------------------------------------------------------------------- saving
 
 
-class Saver:
+class EndRequest:
+    """As a context it takes SIGTERM and SIGUSR1, which then ask for an end instead of ending the process.
+
+    Attributes:
+        asked: this process was.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self: Self) -> Self:
+        self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+
+    def end_without_saving(self, epoch: int, steps: int, output_dir: Path) -> None:
+        """In a run that is saved after its epochs, `steps` steps into `epoch`: end all processes if any of them was asked to.
+
+        Raises:
+            Stopped: one was.
+        """
+        if utils.all_reduce_sum(torch.tensor(float(self.asked))):
+            begins = f"goes on from the last checkpoint in {output_dir}" if epoch else "begins anew"
+            done = utils.counted(steps, "step")
+            raise Stopped(
+                f"stopped by a signal {done} into epoch {epoch + 1}, which is not saved; the same command {begins}"
+            )
+
+
+class Saver(EndRequest):
     """Decides when a run is saved, on all processes alike, and saves it.
 
-    As a context it takes SIGTERM and SIGUSR1, which ask for an end, and on leaving without an error says whether the last state of
-    the run is on the disk.
+    As a context it also says, on leaving without an error, whether the last state of the run is on the disk.
 
     Args:
         args: `save_every_steps`, `save_every_minutes`, `saveckp_freq` and `keep_last` say how often and how many.
@@ -69,33 +107,24 @@ class Saver:
     """
 
     def __init__(self, output_dir: Path, step: TrainStep, args: Any, config: Any) -> None:
+        super().__init__()
         self.output_dir = output_dir
         self.step = step
         self.args, self.config = args, config
         self.stopping = False
-        self._signal: int | None = None
         self._saved_at = time.monotonic()
         self._failure: str | None = None  # why the last saving did not work; None before the first
-        self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Saver:
-        self._handlers = {number: signal.signal(number, self._ask_for_end) for number in SIGNALS}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        super().__exit__(kind, *rest)
         if kind is None:
             end_saved(self._failure, self.output_dir)
-
-    def _ask_for_end(self, number: int, _frame: FrameType | None) -> None:
-        self._signal = number
 
     def wishes(self) -> list[float]:
         """This process's: to end the run, and to save it by the clock, which the main process reads."""
         minutes = self.args.save_every_minutes
         late = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
-        return [float(self._signal is not None), float(late and utils.is_main_process())]
+        return [float(self.asked), float(late and utils.is_main_process())]
 
     def due(self, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
         """Whether to save now, `steps` steps into the epoch, as the sums of all processes' `wishes` say.
@@ -121,8 +150,8 @@ class Saver:
         self._saved_at = time.monotonic()
         if self.stopping and not self._failure:
             logger.warning(
-                "stopped %d steps into epoch %d and saved in %s; the same command continues the run",
-                place.steps,
+                "stopped %s into epoch %d and saved in %s; the same command continues the run",
+                utils.counted(place.steps, "step"),
                 place.epoch + 1,
                 self.output_dir,
             )
@@ -324,12 +353,12 @@ def _steps_of(in_epoch: Mapping[str, Any], args: Any) -> int:
     steps, left = divmod(in_epoch["images"], batch)
     if steps != in_epoch["steps"]:
         logger.warning(
-            "%d images of the epoch are seen, which are %d steps of %d images now, not %d; %d come again, and what follows is not "
-            "to the bit what the saved run would have done",
-            *(in_epoch["images"], steps, batch, in_epoch["steps"], left),
+            "%d images of the epoch are seen, which make %s of %d images now, not %d; %d of them come again, and what follows is "
+            "not to the bit what the saved run would have done",
+            *(in_epoch["images"], utils.counted(steps, "step"), batch, in_epoch["steps"], left),
         )
     elif steps:
-        logger.info("%d steps of the epoch are done", steps)
+        logger.info("%s of the epoch done already", utils.counted(steps, "step"))
     return steps
 
 
@@ -341,9 +370,8 @@ def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
         utils.set_rng_state(rng_of_rank[utils.get_rank()])
     else:
         logger.warning(
-            "the run was saved by %d processes, now there are %d: random numbers start afresh",
-            len(rng_of_rank),
-            utils.get_world_size(),
+            "the run was saved by %s and goes on with %d: random numbers start afresh",
+            *(utils.counted(len(rng_of_rank), "process", "processes"), utils.get_world_size()),
         )
     if content["epoch"] < args.epochs:
         logger.info("resuming %s at epoch %d", path, content["epoch"] + 1)

@@ -33,6 +33,7 @@ from analysis import attention, correspondence, pictures, plots, stereo
 from analysis import report as pages
 from analysis.draw import save_image
 from analysis.images import (
+    Chosen,
     Picture,
     Scale,
     Views,
@@ -45,8 +46,8 @@ from analysis.images import (
     scale_of,
 )
 from data.augment import MultiCrop
-from features import add_token_flag, frozen_backbone
-from models import Backbone, load_arch_config
+from features import add_token_flag, frozen_backbone, network_config
+from models import Backbone
 from results import save_json, unused
 from utils import UsageError, logger
 
@@ -129,15 +130,13 @@ class Lab(NamedTuple):
         """How a folder of images holds them, as the flags say."""
         return data.layout_of(self.args, path)
 
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> Chosen:
         """The images to look at.
 
         Raises:
-            UsageError: none is named, or one cannot be read.
+            UsageError: one cannot be read.
         """
         path = self.args.image_path or self.args.data_path
-        if not path:
-            raise UsageError("no image is named; pass --image_path FILE or FOLDER, or --data_path FOLDER")
         return load_pictures(path, self.args.num_images, self.scale, self.in_chans, self.layout(path))
 
 
@@ -147,7 +146,7 @@ class Lab(NamedTuple):
 def vis_attention(lab: Lab) -> None:
     """An overview, its figures and the single pictures of every image."""
     block = lab.block
-    for picture in lab.pictures():
+    for picture in lab.pictures().some:
         for token in lab.tokens:
             drawing, single = attention_of(lab, picture, block, token)
             what = "attention" if token == "cls" else f"attention_{token}"
@@ -176,7 +175,7 @@ def attention_of(lab: Lab, picture: Picture, block: int, token: str) -> tuple[pi
 
 def vis_correspondence(lab: Lab) -> None:
     """The best pairs of two views of every image, or of two images."""
-    found = lab.pictures()
+    found = lab.pictures().some
     views = two_images(lab, found) if lab.args.image_path2 else {p.name: views_of(lab, p) for p in found}
     for name, both in views.items():
         drawing = pictures.correspondence_drawing(lab.backbone, both, lab.scale, lab.device)
@@ -192,7 +191,7 @@ def two_images(lab: Lab, found: Sequence[Picture]) -> dict[str, Views]:
         UsageError: more than one of either, or one that cannot be read.
     """
     path2 = lab.args.image_path2
-    second = load_pictures(path2, lab.args.num_images, lab.scale, lab.in_chans, lab.layout(path2))
+    second = load_pictures(path2, lab.args.num_images, lab.scale, lab.in_chans, lab.layout(path2)).some
     for flag, several in (("--image_path", found), ("--image_path2", second)):
         if len(several) > 1:
             raise UsageError(
@@ -218,7 +217,7 @@ def views_of(lab: Lab, picture: Picture) -> Views:
 
 def vis_features(lab: Lab) -> None:
     """Principal components of every image's regions."""
-    for picture in lab.pictures():
+    for picture in lab.pictures().some:
         drawing = pictures.features_drawing(lab.backbone, picture, lab.scale, lab.device)
         save_drawing(lab, drawing, f"{picture.name}_features")
 
@@ -231,11 +230,9 @@ def sum_over_folder(lab: Lab, transform: MultiCrop, measure: Callable[[list[Tens
     """The sum of what `measure` gives for each batch's views, over the whole folder and all processes.
 
     Raises:
-        UsageError: no folder, no images, or more than 1 % of them cannot be read.
+        UsageError: no images, or more than 1 % of them cannot be read.
     """
     path = lab.args.data_path or lab.args.image_path
-    if not path:
-        raise UsageError("no folder of images is named; pass --data_path FOLDER")
     with utils.failing_together():
         dataset = data.build_dataset(path, "val", transform, lab.in_chans, lab.args.seed, layout=lab.layout(path))
     utils.must_agree("numbers of images", len(dataset))
@@ -270,7 +267,7 @@ def measure_correspondence(lab: Lab) -> None:
     score = correspondence.flip_score(sum_over_folder(lab, transform, measure).tolist())
     if utils.is_main_process():
         print(
-            f"correspondence under a flip, {score.images} images: accuracy {score.accuracy:.2f} %, "
+            f"correspondence under a flip, {utils.counted(score.images, 'image')}: accuracy {score.accuracy:.2f} %, "
             f"distance error {score.distance:.2f} pixels"
         )
         _say(save_json(score._asdict() | {"image_size": list(size)}, lab.folder / "correspondence.json"))
@@ -367,14 +364,18 @@ def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
 
 def report(lab: Lab) -> None:
     """Everything about a run on one page, `report.html`."""
-    found = lab.pictures()
+    found, of = lab.pictures()
     sections = [section for picture in found for section in picture_sections(lab, picture)]
     if lab.backbone.has_attention:
         sections.append(entropy_section(lab, found))
     run_dir = Path(lab.args.run_dir or lab.folder)
     facts = {
         "network": f"{lab.args.arch}, {sum(p.numel() for p in lab.backbone.parameters()) / 1e6:.1f}M parameters",
-        "weights": f"{lab.args.pretrained_weights or 'random'} ({lab.args.checkpoint_key}, {lab.args.learning})",
+        "weights": f"{lab.args.pretrained_weights} ({lab.args.checkpoint_key})"
+        if lab.args.pretrained_weights
+        else "random",
+        "learning": {"ssl": "self-supervised", "sup": "supervised"}[LEARNING[lab.args.learning]],
+        "images": f"{len(found)} of {of} in {lab.args.image_path or lab.args.data_path}",
         "run": str(run_dir),
         **pages.run_facts(run_dir),
     }
@@ -409,7 +410,8 @@ def entropy_section(lab: Lab, found: Sequence[Picture]) -> pages.Section:
     words = (
         "How widely heads look, by layer: 0 bits are one region, the dashed line is all that a head can see, evenly."
     )
-    return pages.Section("Entropy of attention", words, [pages.plot(drawn, f"mean over the {len(found)} images above")])
+    shown = "of the image" if len(found) == 1 else f"mean over the {len(found)} images"
+    return pages.Section("Entropy of attention", words, [pages.plot(drawn, f"{shown} above")])
 
 
 def centre_view(lab: Lab, picture: Picture) -> Tensor:
@@ -458,11 +460,16 @@ def check_args(args: argparse.Namespace) -> None:
     flags.check_at_least(args, 0, ["num_workers"])
     if args.run_dir and not Path(args.run_dir).is_dir():
         raise UsageError(f"--run_dir {args.run_dir} is no folder; name the folder of a training run")
+    images = args.image_path or args.data_path
+    if not images and any(getattr(args, task) for task in SHARED):
+        raise UsageError("no folder of images is named; pass --data_path FOLDER")
+    if not images and any(getattr(args, task) for task in ALONE if task != "measure_stereo"):
+        raise UsageError("no image is named; pass --image_path FILE or FOLDER, or --data_path FOLDER")
 
 
 def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
     """Load the network and see at which scale it looks."""
-    config = load_arch_config(args.arch, args.cfg, args.opts)
+    config = network_config(args)
     data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     if args.token == "both":

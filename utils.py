@@ -36,14 +36,20 @@ class UsageError(ValueError):
     """A mistake of the person who started the program, told in one sentence that names the remedy."""
 
 
+class Stopped(Exception):
+    """The end that somebody asked a run for, on all processes at once, told in one sentence; no error."""
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that was foreseen becomes one line on stderr.
 
-    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error.
+    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error; 0 for `Stopped`.
     """
     code = 0
     try:
         main()
+    except Stopped as end:
+        logger.warning("%s", end)
     except (UsageError, FloatingPointError) as error:
         rank = f" (process {get_rank()})" if get_rank() else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
@@ -137,7 +143,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = local_rank if device.index is None else device.index
         if index >= count:
-            raise UsageError(f"device '{name}' (index {index}) is not here, {count} CUDA devices are; try --device cpu")
+            here = counted(count, "CUDA device is", "CUDA devices are")
+            raise UsageError(f"device '{name}' (index {index}) is not here, {here}; try --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -451,6 +458,14 @@ def isolated_rng(*entropy: int) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+# --------------------------------------------------------------------------- words
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """A count with its noun, whose plural has an s unless it is given."""
+    return f"{count} {one if count == 1 else several or one + 's'}"
 
 
 # --------------------------------------------------------------------------- logging

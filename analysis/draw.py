@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 import numpy as np
@@ -24,6 +25,7 @@ Colour = tuple[int, int, int]
 Size = tuple[int, int]  # height and width
 Point = tuple[float, float]  # x and y
 Box = tuple[int, int, int, int]  # top, left, bottom and right in regions, the last two not included
+Item = TypeVar("Item")
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 RED, YELLOW = (255, 60, 60), (255, 225, 0)
@@ -105,14 +107,20 @@ def lines_of(text: str, width: int) -> list[str]:
 
 
 def tiled(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
-    """Images in rows of `columns`, on white."""
-    columns = min(columns, len(images))
+    """Images in `even_rows` of at most `columns`, on white."""
+    rows = even_rows(images, columns)
     width, height = max(image.width for image in images), max(image.height for image in images)
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), PAPER)
-    for number, image in enumerate(images):
-        canvas.paste(image, (gap + number % columns * (width + gap), gap + number // columns * (height + gap)))
+    canvas = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, len(rows) * (height + gap) + gap), PAPER)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            canvas.paste(image, (gap + x * (width + gap), gap + y * (height + gap)))
     return canvas
+
+
+def even_rows(items: Sequence[Item], most: int) -> list[Sequence[Item]]:
+    """As few rows of at most `most` as there can be, whose numbers differ by one at most: no single item below full rows."""
+    parts = np.array_split(np.arange(len(items)), -(-len(items) // most))
+    return [items[part[0] : part[-1] + 1] for part in parts]
 
 
 def stacked(above: Image.Image, below: Image.Image, gap: int = 4) -> Image.Image:

@@ -43,6 +43,13 @@ class Picture(NamedTuple):
     digest: str  # of the pixels of the file: the same photograph has the same one under every name
 
 
+class Chosen(NamedTuple):
+    """Images to look at, and how many there are to choose from."""
+
+    some: list[Picture]
+    of: int
+
+
 class Scale(NamedTuple):
     """What a network takes: sides of whole regions, and the normalisation."""
 
@@ -88,7 +95,7 @@ def as_picture(name: str, image: ImageLike, scale: Scale) -> Picture:
     return Picture(name, as_tensor(resized).clamp(0, 1), size, digest.hexdigest())
 
 
-def load_pictures(path: str, count: int, scale: Scale, in_chans: int, layout: str = "files") -> list[Picture]:
+def load_pictures(path: str, count: int, scale: Scale, in_chans: int, layout: str = "files") -> Chosen:
     """The file itself, or `count` images spread evenly over a folder (or its part `val`), under names of their own.
 
     Args:
@@ -105,7 +112,7 @@ def load_pictures(path: str, count: int, scale: Scale, in_chans: int, layout: st
     chosen = [(2 * i + 1) * len(source) // (2 * count) for i in range(count)]
     names = unique_names([source.name(index) for index in chosen])
     images = (_image(source, index, in_chans) for index in chosen)
-    return [as_picture(name, image, scale) for name, image in zip(names, images)]
+    return Chosen([as_picture(name, image, scale) for name, image in zip(names, images)], len(source))
 
 
 def _image(source: Source, index: int, in_chans: int) -> ImageLike:

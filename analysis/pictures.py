@@ -8,7 +8,6 @@ Origin: the questions are those of DINO (Caron et al., ICCV 2021) figures 1 and 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +43,7 @@ class Drawing(NamedTuple):
 def on_one_page(drawing: Drawing) -> Image.Image:
     """All panels with their captions, below what the drawing is about."""
     tiles = [draw.captioned(*panel) for panel in drawing.panels]
-    fit = max(1, PAGE // max(tile.width for tile in tiles))
-    rows = math.ceil(len(tiles) / fit)
-    page = draw.tiled(tiles, math.ceil(len(tiles) / rows))
+    page = draw.tiled(tiles, max(1, PAGE // max(tile.width for tile in tiles)))
     return draw.captioned(page, drawing.about, margin=9)
 
 
@@ -88,7 +85,7 @@ def attention_drawing(
     class_token = backbone.view_tokens[0] if maps.query_yx is None else None
     origin = "the red box" if class_token is None else CLASS_TOKENS[class_token]
     frame = "; zoomed to the yellow frame" if zoomed is not whole else ""
-    about = f"block {block}, seen from {origin}; heads by entropy, below them {share:.0%} of their attention{frame}"
+    about = f"block {block}, seen from {origin}; heads by entropy, below each what holds {share:.0%} of its attention{frame}"
     record = {
         "block": block,
         "query_row_and_column": maps.query_yx,

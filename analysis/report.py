@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
-from analysis import plots
+from analysis import draw, plots
 from results import newest, read_json
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
@@ -35,26 +35,49 @@ SCORES = {  # file of scores -> heading, where the file does not name its evalua
 }
 HOLDERS = ("scores", "table")  # keys of a score file that only hold its rows
 DETAILS = ("run", "best", "per_class")  # of a score file, that are too long for a page or repeat its table
+RANKED = ("top5_is", "acc5_is")  # say that "top-5" is the top 3 of three classes: then labels do
 LABELS = {  # keys of score files in words
+    "arch": "network",
+    "network": "best network",
+    "pretrained_weights": "weights",
+    "checkpoint_key": "network of the checkpoint",
+    "token": "class token",
+    "data_path": "data",
+    "target_list_path": "list of training images",
+    "digest_of_list": "digest of the list",
+    "train_images": "training images",
+    "val_images": "validation images",
+    "image_size": "image size in pixels",
+    "crop_ratio": "centre crop",
+    "half": "half precision",
+    "train_aug": "augmentation",
+    "finetune_head_layer": "layers of the projection head",
+    "adjust_lambd": "lambda divided by the number of images",
+    "lambd": "lambda",
+    "epoch": "epoch (from 0)",
+    "finished_epochs": "epochs",
     "top1": "top-1, %",
     "top5": "top-5, %",
-    "top5_is": "top-5 stands for",
-    "acc5_is": "top-5 stands for",
     "best_acc1": "best top-1, %",
     "best_acc5": "best top-5, %",
-    "best_epoch": "in epoch",
+    "best_epoch": "in epoch (from 0)",
     "last_acc1": "last top-1, %",
     "last_acc5": "last top-5, %",
+    "lr": "learning rate",
     "n_last_blocks": "last blocks",
     "within_one": "within one region, %",
     "median_error": "median error, pixels",
     "accuracy": "at the true place, %",
     "distance": "mean error, pixels",
 }
+WIDTH, GAP = 1240, 16  # pixels of the page, and between figures
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1e1e1e; background: #fff; max-width: 1240px; margin: 0 auto; padding: 1em; }
+STYLE = f"""
+:root {{ color-scheme: light; }} body {{ max-width: {WIDTH}px; }}
+.figures {{ display: flex; flex-wrap: wrap; gap: {GAP}px; margin-bottom: {GAP}px; }}
+"""
+STYLE += """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1e1e1e; background: #fff; margin: 0 auto; padding: 1em; }
 h1, h2 { line-height: 1.2; } h2 { border-bottom: 1px solid #ccc; margin-top: 2em; padding-bottom: .2em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .5em 0; }
@@ -64,7 +87,6 @@ th:first-child, td:first-child { padding-left: 0; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f5f5f5; padding: .8em; overflow-x: auto; font-size: 14px; }
 details { margin: 1em 0; } summary { cursor: pointer; }
-.figures { display: flex; flex-wrap: wrap; gap: 1em; }
 figure { margin: 0; max-width: 100%; } figcaption { color: #555; font-size: 14px; }
 img { display: block; max-width: 100%; height: auto; }
 """
@@ -127,9 +149,14 @@ def curves(log: Sequence[Mapping[str, Any]]) -> list[Figure]:
         series = {name: [p for p in points if abs(p[1]) < float("inf")] for name, points in series.items()}
         series = {name: points for name, points in series.items() if points}
         if series:
-            told = "; ".join(f"{name} {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in series.items())
+            told = "; ".join(f"{name} {_course([value for _, value in points])}" for name, points in series.items())
             drawn.append(plot(plots.curve_plot(title, series), told))
     return drawn
+
+
+def _course(values: Sequence[float]) -> str:
+    """Where a curve begins and ends."""
+    return " to ".join(f"{value:.4g}" for value in (values if len(values) == 1 else (values[0], values[-1])))
 
 
 def crops(run_dir: Path) -> list[Figure]:
@@ -215,16 +242,18 @@ def _plain(value: Any) -> Any:
 
 
 def table(record: Any) -> str:
-    """A record of scores, a row for each of its innermost dictionaries; what holds for all rows stands above."""
-    rows = list(rows_of(record))
+    """A record of scores, a row for each of its innermost dictionaries; what holds for all rows stands above, if it is set."""
+    top5 = next((record[key] for key in RANKED if record.get(key)), "top5")
+    rows = list(rows_of({key: value for key, value in record.items() if key not in RANKED}))
     about = ""
     if len(rows) > 1 and not rows[0][0]:
-        told = [f"{_label(key)}: {_texts([value])[1][0]}" for key, value in rows.pop(0)[1].items()]
-        about = f"<p>{html.escape('; '.join(told))}</p>"
+        facts = rows.pop(0)[1].items()
+        told = {_label(key, top5): _text(value, "d" if isinstance(value, int) else ".6g") for key, value in facts}
+        about = f"<p>{html.escape('; '.join(f'{label}: {text}' for label, text in told.items() if text))}</p>"
     columns = {key: _texts([values.get(key) for _, values in rows]) for _, values in rows for key in values}
     named = any(path for path, _ in rows)
     head = "<th></th>" if named else ""
-    head += "".join(f"<th{number}>{html.escape(_label(key))}</th>" for key, (number, _) in columns.items())
+    head += "".join(f"<th{number}>{html.escape(_label(key, top5))}</th>" for key, (number, _) in columns.items())
     body = []
     for row, (path, _) in enumerate(rows):
         cells = f"<td>{html.escape(path)}</td>" if named else ""
@@ -233,8 +262,8 @@ def table(record: Any) -> str:
     return f'{about}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _label(key: str) -> str:
-    return LABELS.get(key, key.replace("_", " "))
+def _label(key: str, top5: str) -> str:
+    return LABELS.get(key, key.replace("_", " ")).replace("top-5", top5.replace("top", "top-"))
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, list[str]]:
@@ -243,10 +272,14 @@ def _texts(values: Sequence[Any]) -> tuple[str, list[str]]:
     whole = all(isinstance(v, int) for v in figures)
     small = any(0 < abs(v) < 0.1 for v in figures)
     form = "d" if whole else ".6g" if small else ".2f"
-    texts = [
-        "" if v is None else format(v, form) if v in figures and not isinstance(v, bool) else str(v) for v in values
-    ]
+    texts = [_text(value, form) for value in values]
     return (' class="number"' if figures else ""), texts
+
+
+def _text(value: Any, form: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return {None: "", True: "yes", False: "no"}.get(value, str(value))
+    return format(value, form)
 
 
 def inlined(figure: Figure) -> str:
@@ -265,7 +298,10 @@ def _section(heading: str, content: str) -> str:
 
 
 def _figures(figures: Sequence[Figure]) -> str:
-    return f'<div class="figures">{"".join(map(inlined, figures))}</div>'
+    """In even rows where the page is as wide as it wants to be."""
+    most = max(1, (WIDTH + GAP) // (max(figure.size[0] for figure in figures) + GAP))
+    rows = (f'<div class="figures">{"".join(map(inlined, row))}</div>' for row in draw.even_rows(figures, most))
+    return "".join(rows)
 
 
 # --------------------------------------------------------------------------- the page

@@ -42,7 +42,7 @@ from data.tars import SIZES
 from data.tree import EXTENSIONS
 from data.tsv import TsvLines, label_names
 from data.zips import ZipMembers
-from utils import UsageError, logger
+from utils import UsageError, counted, logger
 
 SPLITS = ("train", "val")
 CLASSES = "classes.txt"
@@ -260,7 +260,8 @@ def main(args: argparse.Namespace) -> None:
             writer.close()
             writer.discard()
     for split, listing in listings.items():
-        logger.info("%s: %d images, %d classes", split, len(listing.source), len(listing.classes))
+        images, classes = counted(len(listing.source), "image"), counted(len(listing.classes), "class", "classes")
+        logger.info("%s: %s, %s", split, images, classes)
     logger.info("use them with --data_path %s%s", folder, {"zip": " --zip_mode", "tsv": " --tsv_mode"}.get(args.to, ""))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.sources import UNLABELLED, Files, Listing
 from data.tree import EXTENSIONS, find_images
-from utils import UsageError
+from utils import UsageError, counted
 
 CHECKED_PATHS = 50_000  # of a list, at most about so many: a million would take minutes on a shared disk
 
@@ -83,7 +83,7 @@ def _read_path_list(file: Path) -> list[str]:
     if missing:
         some = f" ({len(checked)} of {len(paths)} were looked for)" if len(checked) < len(paths) else ""
         raise UsageError(
-            f"{file} names {len(missing)} files that do not exist{some}, the first is {missing[0]}; "
+            f"{file} names {counted(len(missing), 'file that does', 'files that do')} not exist{some}, the first is {missing[0]}; "
             "paths are relative to the text file: repair or remove these lines"
         )
     return paths

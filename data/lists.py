@@ -17,7 +17,7 @@ import numpy as np
 
 from data.datasets import ImageDataset
 from data.sources import Chosen
-from utils import UsageError, logger
+from utils import UsageError, counted, logger
 
 
 def read_list(file: str | Path) -> list[str]:
@@ -65,11 +65,11 @@ def keep_listed(dataset: ImageDataset, file: str | Path) -> None:
     ):
         if names:
             raise UsageError(
-                f"--target_list_path {file} has {len(names)} names that {problem}, the first is {names[0]}; {remedy}"
+                f"--target_list_path {file} has {counted(len(names), 'name')} that {problem}, the first is {names[0]}; {remedy}"
             )
     kept = np.array(chosen, dtype=np.int64)
     dataset.source, dataset.labels = Chosen(dataset.source, kept), dataset.labels[kept]
-    logger.info("%s chooses %d training images of %d", file, len(kept), len(dataset.source.source))
+    logger.info("%s chooses %d of %d training images", file, len(kept), len(dataset.source.source))
     missing = len(dataset.classes) - len(np.unique(dataset.labels))
     if missing:
         logger.warning("%s names no image of %d of the %d classes", file, missing, len(dataset.classes))

@@ -20,7 +20,7 @@ from data.chunks import ChunkSampler, processes_per_node
 from data.datasets import ImageDataset, Sample
 from data.shards import ShardLoader, ShardStream
 from data.workers import SteadyLoader, usable_workers
-from utils import UsageError, all_gather_objects, all_reduce_sum, get_rank, get_world_size, logger
+from utils import UsageError, all_gather_objects, all_reduce_sum, counted, get_rank, get_world_size, logger
 
 MAX_FAILED_SHARE = 0.01
 LISTED_FAILURES = 10
@@ -91,8 +91,9 @@ def build_train_loader(
     """
     world = get_world_size()
     if drop_last and len(dataset) < batch_size * world:
+        few = counted(len(dataset), "image does", "images do")
         raise UsageError(
-            f"{len(dataset)} images do not fill one batch of {batch_size} x {world} processes; lower --batch_size_per_gpu"
+            f"{few} not fill one batch of {batch_size} x {counted(world, 'process', 'processes')}; lower --batch_size_per_gpu"
         )
     workers = usable_workers(num_workers)
     options: dict[str, Any] = {
@@ -179,8 +180,8 @@ class EveryNth(Sampler[int]):
 
 def build_eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
     """Batches of this process's share; over all processes each image comes exactly once."""
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # collate makes a Batch of its Samples
+    return SteadyLoader(
+        dataset,
         batch_size=batch_size,
         sampler=EveryNth(len(dataset)),
         num_workers=usable_workers(num_workers),

@@ -39,7 +39,7 @@ from data.remote import PIPE, is_remote, open_stream
 from data.sources import UNLABELLED, parse_label
 from data.tars import LINK, SIZES, count_images, find_shards, is_file, parse_sizes, parts_of, samples_of
 from data.workers import SteadyLoader
-from utils import UsageError, isolated_rng, logger
+from utils import UsageError, counted, isolated_rng, logger
 
 RECENT = 16  # images that are kept to stand in for others
 PAUSES = (1.0, 10.0)  # seconds before each further try of a shard that lies elsewhere
@@ -221,7 +221,7 @@ def read_span(shard: str, span: Span, first_index: int, pauses: Sequence[float] 
                     image = Encoded(f"{shard}@/{name}", first_index + place, content or b"", UNLABELLED, error)
                     yield _labelled(image, label)
                     place += 1
-            reason = f"the shard has fewer than {end} images"
+            reason = f"the shard has fewer than {counted(end, 'image')}"
             break
         except Exception as error:  # whatever a damaged tar or a lost connection makes the libraries raise
             reason = _why(error)
@@ -295,7 +295,7 @@ def build_stream(
         counts, epoch_images = [epoch_images // len(shards)] * len(shards), 0
     if epoch_images > sum(counts) or not sum(counts):
         raise UsageError(
-            f"{data_path} holds {sum(counts)} images in {len(shards)} shards, --epoch_images is {epoch_images}"
+            f"{data_path} holds {sum(counts)} images in {counted(len(shards), 'shard')}, --epoch_images is {epoch_images}"
         )
     return ShardStream(shards, counts, transform, in_chans, seed, buffer, epoch_images or None)
 
@@ -339,5 +339,5 @@ def check_reachable(shards: Sequence[str]) -> None:
         if not image.error:
             return
         reasons.append(f"{shard} ({image.error})")
-    others = f", nor from {count - 1} other shards" if count > 1 else ""
+    others = f", nor from {counted(count - 1, 'other shard')}" if count > 1 else ""
     raise UsageError(f"no image can be read from {reasons[0]}{others}; check --data_path")

@@ -30,7 +30,7 @@ from data.once import arrays_once, cache_file, state_of
 from data.remote import is_remote
 from data.sources import UNLABELLED, Listing, Names, OwnFile, Source, parse_label
 from data.tree import EXTENSIONS
-from utils import UsageError, is_main_process
+from utils import UsageError, counted, is_main_process
 
 SUFFIXES = tuple(name.lstrip(".") for name in EXTENSIONS)
 LABEL_SUFFIX = "cls"
@@ -93,7 +93,7 @@ def list_tars(root: Path, split: str, need_labels: bool) -> Listing:
     source = TarMembers(paths, kept["members"], Names.of(kept["text"], kept["ends"]))
     if not len(source):
         raise UsageError(
-            f"{root} holds no image; looked in {len(paths)} tar files for names ending in {' '.join(SUFFIXES)}"
+            f"{root} holds no image; looked in {counted(len(paths), 'tar file')} for names ending in {' '.join(SUFFIXES)}"
         )
     labels = kept["labels"]
     if UNLABELLED in labels:
@@ -149,8 +149,9 @@ def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
             ) from None
         missing = [shard for shard in shards if not is_remote(shard) and not Path(shard).is_file()]
         if missing:
+            absent = counted(len(missing), "is", "are")
             raise UsageError(
-                f"--data_path names {len(shards)} shards of which {len(missing)} are missing, first {missing[0]}; "
+                f"--data_path names {counted(len(shards), 'shard')} of which {absent} missing, first {missing[0]}; "
                 "correct the pattern"
             )
         return shards

@@ -22,7 +22,7 @@ def usable_workers(wanted: int) -> int:
 
 
 class SteadyLoader(DataLoader[Any]):
-    """A training loader whose workers do not die of what a scheduler sends to all processes of a run, which has yet to save.
+    """A loader whose workers do not die of what a scheduler sends to all processes of a run, which has yet to save.
 
     They are born with the signals blocked: one that came before they could say so would end them. A SIGTERM of the run itself,
     which comes at its end, still ends them at once. Without signal masks (Windows) or `sigwaitinfo` (macOS) any does.

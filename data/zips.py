@@ -24,7 +24,7 @@ import numpy as np
 
 from data.once import arrays_once, cache_file, state_of
 from data.sources import Listing, Names, OwnFile, Source, check_inside, parse_label
-from utils import UsageError
+from utils import UsageError, counted
 
 FIELDS = {
     "archive": "H",
@@ -138,7 +138,7 @@ def _read_directories(root: Path, map_file: Path, default_archive: str) -> dict[
             archive.close()
     if missing:
         raise UsageError(
-            f"{map_file} names {len(missing)} images that its zip does not hold, the first is {missing[0]}; "
+            f"{map_file} names {counted(len(missing), 'image')} that its zip does not hold, the first is {missing[0]}; "
             "repair the map or the zip"
         )
     if not rows:

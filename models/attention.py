@@ -1,18 +1,23 @@
 """Softmax attention, once for all architectures: fused where its maps are not wanted, spelled out where they are.
 
-On a CPU a spelled-out attention over few keys is the faster one, and what it keeps is small (`SPELLED_OUT_KEYS`).
+On a CPU a spelled-out attention over few keys is the faster one, and what it keeps is small (`FEW_KEYS`).
 
-Shapes: B images, or images and windows as two axes; H heads, Q queries, N keys, D channels of a head.
+Shapes: B images, or images and windows as two axes; H heads, Q queries, N keys, D channels of a head; P = B * H problems.
 Origin: scaled dot-product attention (Vaswani et al., NeurIPS 2017).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-SPELLED_OUT_KEYS = 256
+FEW_KEYS = 256
+HALVES = {torch.float16, torch.bfloat16}
 
 
 def attend(
@@ -40,13 +45,15 @@ def attend(
         x, maps = attend(q, k, v, bias=bias, scale=scale, dropout=dropout, attention=attention)
         return x.unflatten(1, (windows, -1)), None if maps is None else maps.unflatten(1, (windows, -1))
     scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
-    if not attention and (q_BHQD.device.type != "cpu" or k_BHND.shape[-2] > SPELLED_OUT_KEYS):
+    if not attention and (q_BHQD.device.type != "cpu" or k_BHND.shape[-2] > FEW_KEYS):
         bias = None if bias is None else bias.to(q_BHQD.dtype)
         return F.scaled_dot_product_attention(q_BHQD, k_BHND, v_BHND, bias, dropout, scale=scale), None
+    if not (attention or dropout or torch.compiler.is_compiling()):
+        return _attend_to_few(q_BHQD, k_BHND, v_BHND, bias, scale), None
     # Products of three axes: with four, matmul expands and copies.
     q, k, v = ((x if x.ndim == 3 else x.flatten(0, 1)) for x in (q_BHQD, k_BHND, v_BHND))
-    logits = torch.bmm(q * scale, k.transpose(1, 2))
-    if logits.dtype in {torch.float16, torch.bfloat16}:
+    logits = _scaled_product(q, k.transpose(1, 2), scale)
+    if logits.dtype in HALVES:
         logits = logits.float()
     shape = (*q_BHQD.shape[:-1], k_BHND.shape[-2])
     if bias is not None:
@@ -55,6 +62,55 @@ def attend(
     kept = maps if dropout == 0 else F.dropout(maps, dropout)
     x = torch.bmm(kept.to(v.dtype), v).view(*q_BHQD.shape[:-1], v.shape[-1])
     return x, maps.view(shape) if attention else None
+
+
+def _attend_to_few(q_BHQD: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    device = q_BHQD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BHQD.dtype
+    q, k, v = (x.to(dtype).flatten(0, 1) for x in (q_BHQD, k_BHND, v_BHND))
+    shape = (*q_BHQD.shape[:-1], k_BHND.shape[-2])
+    with torch.autocast(device, enabled=False):
+        return _FewKeys.apply(q, k, v, bias, scale, shape).view(*q_BHQD.shape[:-1], v.shape[-1])
+
+
+class _FewKeys(torch.autograd.Function):
+    """Keeps the maps once, in the dtype of the products; autograd would keep them in float32 too, and round on every way.
+
+    The softmax and the sums of its gradient are float32 in any case.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_PQD: Tensor, k_PND: Tensor, v_PND: Tensor, bias: Tensor | None, scale: float, shape: Sequence[int]
+    ) -> Tensor:
+        logits_PQN = _scaled_product(q_PQD, k_PND.transpose(1, 2), scale)
+        if logits_PQN.dtype in HALVES:
+            logits_PQN = logits_PQN.float()
+        if bias is not None:
+            logits_PQN.view(shape).add_(bias)
+        maps_PQN = logits_PQN.softmax(dim=-1).to(v_PND.dtype)
+        ctx.save_for_backward(q_PQD, k_PND, v_PND, maps_PQN)
+        ctx.scale, ctx.shape, ctx.bias = scale, shape, None if bias is None else (bias.shape, bias.dtype)
+        return torch.bmm(maps_PQN, v_PND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PQD: Tensor) -> tuple[Tensor | None, ...]:
+        q_PQD, k_PND, v_PND, maps_PQN = ctx.saved_tensors
+        grad_v_PND = torch.bmm(maps_PQN.transpose(1, 2), grad_PQD)
+        grad_maps_PQN = torch.bmm(grad_PQD, v_PND.transpose(1, 2))
+        grad_logits_PQN = torch._softmax_backward_data(grad_maps_PQN, maps_PQN, -1, maps_PQN.dtype)
+        grad_bias = None
+        if ctx.needs_input_grad[3]:
+            shape, dtype = ctx.bias
+            grad_bias = grad_logits_PQN.view(ctx.shape).sum_to_size(shape).to(dtype)
+        grad_q_PQD = _scaled_product(grad_logits_PQN, k_PND, ctx.scale)
+        grad_k_PND = _scaled_product(grad_logits_PQN.transpose(1, 2), q_PQD, ctx.scale)
+        return grad_q_PQD, grad_k_PND, grad_v_PND, grad_bias, None, None
+
+
+def _scaled_product(a_PIJ: Tensor, b_PJK: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(a_PIJ.new_zeros(1), a_PIJ, b_PJK, beta=0, alpha=scale)
 
 
 def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:

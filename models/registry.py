@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from yacs.config import CfgNode
 
-from config import SPECS, load_config
+from config import SPECS, SavedConfig, load_config
 from models.base import Backbone
 from utils import UsageError, logger
 
@@ -87,7 +87,7 @@ def default_config(arch: str) -> str | None:
 
 def load_arch_config(
     arch: str,
-    path: str | None,
+    path: str | SavedConfig | None,
     overrides: Sequence[str] = (),
     drop_path: float | None = None,
     defaults: Sequence[str] = (),
@@ -111,13 +111,13 @@ def load_arch_config(
             raise UsageError(f"arch '{arch}' has no yaml of its own; name one with --cfg (see experiments/)")
         path = str(Path(__file__).parent.parent / entry.default_config) if entry.default_config else None
     config = load_config(path, overrides if path else ["MODEL.NAME", entry.config_name, *overrides], defaults)
-    _check_family(arch, entry, config, path or "the command line")
+    _check_family(arch, entry, config, str(path or "the command line"))
     if given is not None and entry.default_config:
         _report_other_size(arch, load_config(Path(__file__).parent.parent / entry.default_config), config, given)
     return config
 
 
-def _report_other_size(arch: str, named: CfgNode, given: CfgNode, path: str) -> None:
+def _report_other_size(arch: str, named: CfgNode, given: CfgNode, path: str | SavedConfig) -> None:
     """Say so where a yaml describes a network of another size than the name: the yaml counts."""
     different = [key for key in SIZE_KEYS if named.MODEL.SPEC.get(key) != given.MODEL.SPEC.get(key)]
     if "MSVIT" in named.MODEL.SPEC and named.MODEL.SPEC.MSVIT.ARCH != given.MODEL.SPEC.MSVIT.ARCH:

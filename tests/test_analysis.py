@@ -364,6 +364,11 @@ def test_captions_take_the_lines_they_need_and_tiles_do_not_overlap() -> None:
     assert sheet.size == (3 * 64 + 4, 2 * 44 + 4)
     assert (np.asarray(sheet) == (1, 2, 3)).all(axis=2).sum() == 5 * 60 * 40
     assert draw.stacked(image, image, gap=4).size == (60, 84)
+    lengths = {(count, most): [len(row) for row in draw.even_rows(range(count), most)] for count, most in
+               ((1, 5), (4, 3), (5, 4), (7, 3), (13, 5), (3, 2))}  # fmt: skip
+    assert lengths == {
+        (1, 5): [1], (4, 3): [2, 2], (5, 4): [3, 2], (7, 3): [3, 2, 2], (13, 5): [5, 4, 4], (3, 2): [2, 1]}  # fmt: skip
+    assert [list(row) for row in draw.even_rows("abcdefg", 3)] == [["a", "b", "c"], ["d", "e"], ["f", "g"]]
 
 
 # --------------------------------------------------------------------------- drawings of an image

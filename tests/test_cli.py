@@ -202,6 +202,16 @@ def test_help_tells_every_flag(script: Any) -> None:
     assert "default: )" not in told
 
 
+def test_the_help_of_udi_says_which_tokens_and_shares_are_meant() -> None:
+    told = " ".join(main_udi.get_args_parser().format_help().split())
+    for words in (
+        "class tokens that learn: 2 is UDI, 1 leaves the second out, as networks without any need it",
+        "what the second class token learns is this share of the teacher's patches, the rest is its class token",
+        "what of patches and class token is blended by --alpha",
+    ):
+        assert words in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),

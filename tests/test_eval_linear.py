@@ -154,7 +154,9 @@ def test_classifiers_among_others_are_what_they_are_alone(
         for key, weights in grid["classifiers"][name].items():
             torch.testing.assert_close(weights, alone[f"module.{key}"], rtol=1e-5, atol=1e-7)
         assert row["best_acc1"] == results(tmp_path / name)["best"]["best_acc1"]
-        assert f"lr {float(lr)}, last {n} blocks: best Top1: {row['best_acc1']:.2f}" in printed
+        assert (
+            f"lr {float(lr)}, last {n} block{'s' if int(n) > 1 else ''}: best Top1: {row['best_acc1']:.2f}" in printed
+        )
         losses = [line["classifiers"][name]["train_loss"] for line in log_lines(tmp_path / "grid")]
         assert losses == pytest.approx([line["train_loss"] for line in log_lines(tmp_path / name)], rel=1e-5)
     accuracies = [row["best_acc1"] for row in table]

@@ -207,7 +207,7 @@ def test_sizes_are_dinos(size: tuple[int, int], shorter: int, region: int, expec
     ("what", "words"),
     [
         ("no folder", "is no folder; name the folder"),
-        ("one frame", "has 1 images; a video has two or more"),
+        ("one frame", "has 1 image; a video has two or more"),
         ("twins", "several images of one name"),
         ("no mask", "mask.png cannot be read .*; name an indexed PNG"),
         ("colours", r"has colours \(mode RGB\), not a label for each pixel"),

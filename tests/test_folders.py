@@ -149,7 +149,9 @@ def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pyt
     dataset = build_dataset(listing, "train", whole)
     assert dataset[5].failures[0].startswith(f"{tmp_path}/5.png: ")
     (tmp_path / "3.png").unlink()
-    with pytest.raises(UsageError, match=r"names 1 files .* \(3 of 8 were looked for\), the first is .*/3\.png"):
+    with pytest.raises(
+        UsageError, match=r"names 1 file that does not exist \(3 of 8 were looked for\), the first is .*/3\.png"
+    ):
         build_dataset(listing, "train", whole)
 
 

@@ -57,7 +57,7 @@ def test_names_of_several_folders_take_their_folders(images: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("000.png\n", "1 names that several images have, the first is 000.png; name their folders"),
+        ("000.png\n", "1 name that several images have, the first is 000.png; name their folders"),
         (
             "class0/000.png\nclass0/009.png\nx.png",
             "2 names that no image has, the first is class0/009.png; take the list",

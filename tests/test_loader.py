@@ -405,12 +405,13 @@ def test_workers_outlive_what_a_scheduler_sends_to_everybody(
 ) -> None:
     """All batches come though each worker got the signal, even while it starts; a SIGTERM of the run itself ends them."""
     monkeypatch.setattr(torch, "set_num_threads", lambda _: time.sleep(0.5))  # the first thing that a worker does
-    loader = build_train_loader(dataset, 1, 2, pin_memory=False)
-    set_epoch(loader, 0)
-    batches = iter(loader)
-    workers = batches._workers  # type: ignore[attr-defined]
-    subprocess.run(["kill", f"-{number.value}", *(str(worker.pid) for worker in workers)], check=True)
-    assert sorted(int(batch.indices_B) for batch in batches) == list(range(IMAGES))
+    train = build_train_loader(dataset, 1, 2, pin_memory=False)
+    set_epoch(train, 0)
+    for loader in (build_eval_loader(dataset, 1, 2, pin_memory=False), train):
+        batches = iter(loader)
+        workers = batches._workers  # type: ignore[attr-defined]
+        subprocess.run(["kill", f"-{number.value}", *(str(worker.pid) for worker in workers)], check=True)
+        assert sorted(int(batch.indices_B) for batch in batches) == list(range(IMAGES))
     assert all(worker.is_alive() for worker in workers)
     for worker in workers:
         worker.terminate()

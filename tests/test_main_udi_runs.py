@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from test_resume import assert_identical
 from udi_runs import TINY_NETWORKS, parsed, run
 
 import checkpoint
+import eval_knn
 import main_esvit
 import main_udi
 import resume
@@ -255,6 +257,34 @@ def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str, ima
     assert last.startswith("main_udi.py: error: ")
     assert words in last
     assert "Traceback" not in result.stderr
+
+
+def test_the_last_line_names_the_results_and_a_command_that_scores_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where nothing was left to do; not where a signal has stopped the run."""
+    for seed, part in enumerate(("train", "val")):
+        write_images(tmp_path / "labelled images" / part, 3, classes=2, seed=seed)
+    out = tmp_path / "a run"
+    one_epoch = ("--epochs", "1", "--warmup_teacher_temp_epochs", "0")
+    told = []
+    for _ in range(2):
+        run(out, tmp_path / "labelled images" / "train", *one_epoch)
+        told.append(capsys.readouterr().err.strip().splitlines()[-1])
+    assert told[0] == told[1]
+    assert told[0].startswith(
+        f"the run is done: {out} has checkpoint.pth, log.txt and the curves (tensorboard --logdir '{out}')"
+    )
+    _, _, command = told[0].partition(": python eval_knn.py ")
+    words = [word.replace("IMAGES", str(tmp_path / "labelled images")) for word in shlex.split(command)]
+    assert words[:4] == ["--arch", "vit", "--patch_size", "4"]
+    eval_knn.main(eval_knn.get_args_parser().parse_args([*words, "--num_workers", "0", "--device", "cpu"]))
+    assert json.loads((out / "results.json").read_text())["pretrained_weights"] == str(out / "checkpoint.pth")
+    monkeypatch.setattr(resume.Saver, "wishes", lambda self: [1.0, 0.0])
+    capsys.readouterr()
+    run(tmp_path / "stopped", tmp_path / "labelled images" / "train", *one_epoch)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1].endswith("the same command continues the run")
 
 
 # --------------------------------------------------------------------------- flags

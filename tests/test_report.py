@@ -124,6 +124,8 @@ def test_the_report_has_all_parts(full_report: Path) -> None:
         assert value in words, value
     assert "python main_esvit.py \\\n    --arch swin \\\n    --aa ''" in page.words
     assert "compared: 60 images" in words
+    assert "self-supervised" in words
+    assert f"1 of 1 in {full_report.parent.parent / 'photo.png'}" in page.words
     assert "12.34" not in words  # accuracies of single classes are in the file
     assert "c0ffee" not in words
 
@@ -218,17 +220,40 @@ def test_curves_leave_out_what_is_no_number() -> None:
         {"epoch": 0, "train_loss": float("nan"), "train_lr": None},
         {"epoch": 1, "train_loss": float("inf"), "train_wd": 0.25},
     ]
-    assert [figure.caption for figure in pages.curves(log)] == ["weight decay 0.25 to 0.25"]
+    assert [figure.caption for figure in pages.curves(log)] == ["weight decay 0.25"]
 
 
 def test_columns_of_a_table_have_one_form() -> None:
     record = {"a": {"share": 7.5, "lr": 0.001, "n": 3, "ok": True}, "b": {"share": 10, "lr": 1.0, "words": "<x>"}}
     page = Page(pages.table(record))
     assert page.words == [
-        *("share", "lr", "n", "ok", "words"),
-        *("a", "7.50", "0.001", "3", "True"),
+        *("share", "learning rate", "n", "ok", "words"),
+        *("a", "7.50", "0.001", "3", "yes"),
         *("b", "10.00", "1", "<x>"),
     ]
+
+
+def test_facts_of_a_table_are_words_and_those_that_are_not_set_are_left_out() -> None:
+    """What "top-5" is of fewer classes stands in the labels themselves; every key of every evaluation has words."""
+    record = {"train_aug": None, "crop_ratio": 0.875, "train_images": 1281167, "half": False, "acc5_is": "top3"}
+    page = Page(pages.table(record | {"table": [{"best_acc5": 50.0}]}))
+    assert page.words == [
+        "centre crop: 0.875; training images: 1281167; half precision: no",
+        *("best top-3, %", "1.", "50.00"),
+    ]
+    assert Page(pages.table({"top5_is": "top5", "x": {"top5": 1.5}})).words == ["top-5, %", "x", "1.50"]
+
+
+def test_figures_stand_in_even_rows() -> None:
+    """Of 224 pixels five fit beside each other: six are three and three, eleven four, four and three."""
+    figures = [pages.photo(Image.new("RGB", (224, 8)), str(number)) for number in range(11)]
+    for count, lengths in ((1, [1]), (5, [5]), (6, [3, 3]), (11, [4, 4, 3])):
+        text = pages.build_report("", {}, Path("none"), Path("none"), [pages.Section("", "", figures[:count])])
+        rows = text.split('<div class="figures">')[1:]
+        assert [row.count("<figure>") for row in rows] == lengths
+        assert [attributes["alt"] for tag, attributes in Page(text).tags if tag == "img"] == [
+            str(number) for number in range(count)
+        ]
 
 
 # --------------------------------------------------------------------------- in a browser
@@ -299,7 +324,7 @@ def test_a_browser_shows_every_picture_and_asks_for_nothing(full_report: Path, t
         assert natural == pytest.approx(int(attributes["width"] or 0), abs=1)
     assert seen.headings[0] == "Training"
     assert len(seen.headings) == 9
-    assert seen.rows == 5 + 1 + 2 + 3  # facts, k-NN, linear, stereo without an untrained network beside it
+    assert seen.rows == 7 + 1 + 2 + 3  # facts, k-NN, linear, stereo without an untrained network beside it
     assert seen.requests == []
     assert seen.complaints == []
     assert seen.width == 1280

@@ -229,6 +229,7 @@ def test_two_processes_measure_what_one_does(folder: str, tmp_path: Path) -> Non
         ([], "nothing to do; pass at least one of --vis_entropy"),
         (["--vis_attention"], "no image is named"),
         (["--vis_entropy"], "no folder of images is named"),
+        (["--report", "--measure_stereo"], "no image is named"),
         (["--vis_features", "--image_path", "no.png"], "data path 'no.png' does not exist"),
         (["--vis_attention", "--image_path", "PHOTO", "--query", "131", "2"], "--query 131 2 is outside the image"),
         (["--vis_attention", "--image_path", "PHOTO", "--block", "9"], r"--block 9 is not there; choose 0\.\.3"),
@@ -245,6 +246,24 @@ def test_usage_errors(flags: list[str], words: str, photo: str, tmp_path: Path) 
     with pytest.raises(UsageError, match=words) as caught:
         run("swin", tmp_path / "out", *[photo if flag == "PHOTO" else flag for flag in flags])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [[], ["--vis_features"], ["--measure_correspondence"], ["--report"]])
+def test_there_is_something_to_do_before_weights_are_read(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_yet(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(run_analysis, "open_lab", not_yet)
+    with pytest.raises(UsageError, match=r"nothing to do|is named; pass"):
+        run("swin", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_tells_how_many_images_it_shows(folder: str, tmp_path: Path) -> None:
+    run("swin", tmp_path / "out", "--report", "--data_path", folder, "--num_images", "2")
+    assert f"<td>2 of 5 in {folder}</td>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_damaged_images(photo: str, folder: str, tmp_path: Path) -> None:

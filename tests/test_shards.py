@@ -184,7 +184,7 @@ def test_patterns_and_folders(shards: Path, tmp_path: Path) -> None:
     assert find_shards(f"{shards}/train-{{000..004}}.tar", "train") == names
     assert find_shards(str(shards), "train") == names
     assert find_shards(names[2], "train") == [names[2]]
-    with pytest.raises(UsageError, match=r"names 6 shards of which 1 are missing, first .*train-005\.tar"):
+    with pytest.raises(UsageError, match=r"names 6 shards of which 1 is missing, first .*train-005\.tar"):
         find_shards(f"{shards}/train-{{000..005}}.tar", "train")
     with pytest.raises(UsageError, match=r"train-\{0\.\.4\.tar is no pattern of shards \(Unbalanced braces"):
         find_shards(f"{shards}/train-{{0..4.tar", "train")

@@ -83,7 +83,7 @@ def test_signal_to_one_of_two_processes_saves_both(tmp_path: Path, layout: str, 
         result = run_script(script, *flags, "--output_dir", str(tmp_path / run), *TINY_SWIN, processes=2)
         assert result.returncode == 0, result.stderr
         if script == str(stopped):
-            assert result.stderr.count("stopped 1 steps into epoch 2 and saved in") == 1
+            assert result.stderr.count("stopped 1 step into epoch 2 and saved in") == 1
             within = checkpoint.load_file(tmp_path / run / "checkpoint.pth")
             assert (within["epoch"], within["in_epoch"]["steps"], within["in_epoch"]["images"]) == (1, 1, 2 * batch)
     parts, whole = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("parts", "whole"))
@@ -200,6 +200,6 @@ def test_another_number_of_processes_goes_on_at_the_same_images(tmp_path: Path) 
     (tmp_path / "out" / "checkpoint_previous1.pth").replace(tmp_path / "out" / "checkpoint.pth")
     result = run_script("main_esvit.py", *flags, "--epochs", "1", *TINY_SWIN)
     assert result.returncode == 0, result.stderr
-    assert "24 images of the epoch are seen, which are 6 steps of 4 images now, not 3" in result.stderr
-    assert "saved by 2 processes, now there are 1" in result.stderr
+    assert "24 images of the epoch are seen, which make 6 steps of 4 images now, not 3" in result.stderr
+    assert "saved by 2 processes and goes on with 1:" in result.stderr
     assert [json.loads(line)["epoch"] for line in (tmp_path / "out" / "log.txt").open()] == [0]

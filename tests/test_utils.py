@@ -1,4 +1,4 @@
-"""What the process asks of the C library."""
+"""Counts in words, and what the process asks of the C library."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from utils import counted
 
 FAULTS = """
 import resource, sys
@@ -36,3 +38,8 @@ def test_freed_memory_is_used_again() -> None:
         faults[way] = int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
     pages = 2**26 // resource.getpagesize()
     assert faults["keep"] < pages / 100 < faults["default"]
+
+
+def test_counts_have_their_nouns() -> None:
+    assert [counted(count, "image") for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(count, "batch", "batches") for count in (1, 21)] == ["1 batch", "21 batches"]

@@ -282,7 +282,7 @@ def build_error(zipped: Path) -> str:
         ("/tmp/train.zip@/class0/001.png\t0", "line 2: '/tmp/train.zip' is no zip file beside"),
         ("train.tar@/class0/001.png\t0", "line 2: 'train.tar' is no zip file"),
         ("other.zip@/class0/001.png\t0", "line 2 names other.zip, which is not in"),
-        ("train.zip@/class0/absent.png\t0", "names 1 images that its zip does not hold, the first is train.zip@/class0/absent"),
+        ("train.zip@/class0/absent.png\t0", "names 1 image that its zip does not hold, the first is train.zip@/class0/absent"),
         ("train.zip@/class0\t0", "hold, the first is train.zip@/class0 in line 2; repair the map or the zip"),
     ],
 )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Which config builds a network that is evaluated: --cfg, the checkpoint's own, or the published one of --arch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import write_images
+from udi_runs import run as train
+
+import checkpoint
+import eval_knn
+import eval_video
+import export
+import features
+from utils import UsageError
+
+ARCH = ["--arch", "vit", "--patch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`images` of two classes, and a run of UDI on them in `run`."""
+    folder = tmp_path_factory.mktemp("trained")
+    for seed, part in enumerate(("train", "val")):
+        write_images(folder / "images" / part, 3, classes=2, seed=seed)
+    train(folder / "run", folder / "images" / "train", "--epochs", "1")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("esvit"), "propagate", True)
+    monkeypatch.setattr("utils.setup_logging", lambda: None)
+
+
+def knn(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
+    command = [*ARCH, "--device", "cpu", "--num_workers", "0", "--data_path", str(folder / "images"), "--nb_knn", "1"]
+    command += ["--pretrained_weights", str(folder / "run" / "checkpoint.pth"), "--output_dir", str(out)]
+    eval_knn.main(eval_knn.get_args_parser().parse_args([*command, "--dump_features", str(out / "dump"), *flags]))
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return found | {"features": torch.load(out / "dump" / "trainfeat.pth")}
+
+
+def test_a_checkpoint_of_a_run_brings_its_config(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two class tokens, positions and size without --cfg, and said; the features are those of the run's own yaml."""
+    caplog.set_level(logging.INFO)
+    told = f"the network is built by the config inside checkpoint '{trained / 'run' / 'checkpoint.pth'}'"
+    found = knn(trained, tmp_path / "found")
+    assert caplog.text.count(told) == 1
+    named = knn(trained, tmp_path / "named", "--cfg", str(trained / "run" / "config.yaml"))
+    assert caplog.text.count(told) == 1
+    assert found["image_size"] == named["image_size"] == 32
+    assert torch.equal(found["features"], named["features"])
+
+
+def test_pairs_go_on_top_of_the_config_of_a_checkpoint(trained: Path, tmp_path: Path) -> None:
+    found = knn(trained, tmp_path / "out", "--seed", "0", "MODEL.IMAGE_SIZE", "16")
+    assert found["image_size"] == 16
+    assert found["features"].shape == (6, 16)
+
+
+@pytest.mark.parametrize("script", [export, eval_video], ids=lambda script: script.__name__)
+def test_other_scripts_find_it_too(script: Any, trained: Path, tmp_path: Path) -> None:
+    weights = [*ARCH, "--pretrained_weights", str(trained / "run" / "checkpoint.pth")]
+    needed = {export: ["--format", "backbone", "--output", str(tmp_path / "x.pth")],
+              eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"]}  # fmt: skip
+    args = script.get_args_parser().parse_args([*weights, *needed[script]])
+    assert features.network_config(args).MODEL.SPEC.NUM_CLS_TOKENS == 2
+    if script is export:
+        export.main(args)
+        assert checkpoint.load_file(tmp_path / "x.pth")["cls_token"].shape == (1, 2, 16)
+
+
+def test_a_checkpoint_of_another_architecture_is_told_at_once(trained: Path) -> None:
+    weights = ["--arch", "swin_tiny", "--pretrained_weights", str(trained / "run" / "checkpoint.pth")]
+    with pytest.raises(UsageError, match=r"'swin_tiny' needs a yaml .*, the config inside .* describes 'vision_transf"):
+        features.network_config(eval_knn.get_args_parser().parse_args(weights))
+
+
+def test_files_without_a_config_leave_the_published_one(trained: Path, tmp_path: Path) -> None:
+    """Those of other projects, a bare backbone, and what a Swin file calls so."""
+    content = checkpoint.load_file(trained / "run" / "checkpoint.pth")
+    for number, config in enumerate((None, {"MODEL": {"TYPE": "swin"}})):
+        torch.save(content | {"config": config}, tmp_path / f"{number}.pth")
+        assert checkpoint.saved_config(tmp_path / f"{number}.pth") is None
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # cannot be read in place
+    old = checkpoint.saved_config(tmp_path / "old.pth")
+    assert old is not None
+    assert "NUM_CLS_TOKENS: 2" in old.text
+    args = eval_knn.get_args_parser().parse_args(["--pretrained_weights", str(tmp_path / "0.pth")])
+    assert features.network_config(args).MODEL.SPEC.NUM_CLS_TOKENS == 1
+
+
+def test_a_config_that_is_damaged_inside_a_checkpoint_is_named(trained: Path, tmp_path: Path) -> None:
+    for text, words in (("MODEL: [", "is not valid yaml"), ("MODEL: {SPEC: {DEPHT: 2}}", "unknown config key")):
+        torch.save({"teacher": {}, "config": text}, tmp_path / "x.pth")
+        args = eval_knn.get_args_parser().parse_args(["--pretrained_weights", str(tmp_path / "x.pth")])
+        with pytest.raises(UsageError, match=words) as caught:
+            features.network_config(args)
+        assert f"the config inside checkpoint '{tmp_path / 'x.pth'}'" in str(caught.value)

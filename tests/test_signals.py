@@ -1,0 +1,172 @@
+"""A signal to an evaluation that trains and saves after its epochs: a clean end, and the epoch at hand begins again."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import linear_runs
+import pytest
+import test_eval_finetune as finetune_runs
+from conftest import ROOT
+from linear_runs import write_colours
+from runs import TINY_SWIN, run_script
+from test_resume import assert_identical
+
+import checkpoint
+import finetune
+import progress
+import resume
+import utils
+from utils import Stopped
+
+Run = Callable[..., None]
+SCRIPTS: list[tuple[Run, list[str], str]] = [
+    (finetune_runs.run, ["--model_ema"], "checkpoint.pth"),
+    (linear_runs.run, ["--epochs", "2"], "checkpoint.pth.tar"),
+    (linear_runs.run, ["--epochs", "2", "--cache_features", "--lr", "1", "2"], "checkpoint.pth.tar"),
+]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_colours(tmp_path / "images")
+
+
+def signalled_at(patch: pytest.MonkeyPatch, epoch: int, number: signal.Signals) -> None:
+    """The process gets a signal before the second step of an epoch."""
+    check = resume.EndRequest.end_without_saving
+
+    def signalled(self: resume.EndRequest, now: int, steps: int, output_dir: Path) -> None:
+        if (now, steps) == (epoch, 1):
+            os.kill(os.getpid(), number)
+        check(self, now, steps, output_dir)
+
+    patch.setattr(resume.EndRequest, "end_without_saving", signalled)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("run", "flags", "file"), SCRIPTS, ids=["fine-tuning", "linear probe", "cached features"])
+def test_a_signal_ends_the_run_and_the_epoch_begins_again(
+    run: Run, flags: list[str], file: str, number: signal.Signals, images: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In the first epoch, in the second; then it ends bit for bit as a run that was left alone."""
+    before = signal.getsignal(number)
+    for epoch, words in enumerate(
+        ["which is not saved; the same command begins anew", "goes on from the last checkpoint in"]
+    ):
+        with monkeypatch.context() as patch:
+            signalled_at(patch, epoch, number)
+            with pytest.raises(
+                Stopped, match=rf"^stopped by a signal 1 step into epoch {epoch + 1}, .*{re.escape(words)}"
+            ):
+                run(images, tmp_path / "parts", *flags)
+        assert signal.getsignal(number) == before
+        assert (tmp_path / "parts" / file).exists() == bool(epoch)
+    run(images, tmp_path / "parts", *flags)
+    run(images, tmp_path / "whole", *flags)
+    whole, parts = (checkpoint.load_file(tmp_path / name / file) for name in ("whole", "parts"))
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], parts[key], key)
+    assert linear_runs.results(tmp_path / "whole") == linear_runs.results(tmp_path / "parts")
+
+
+def test_a_signal_after_the_last_step_lets_the_run_finish(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate, asked = finetune.FineTuner.validate, []
+
+    def signalled(self: finetune.FineTuner, loader: Any) -> dict[str, finetune.Accuracy]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(signal.SIGTERM)
+        return validate(self, loader)
+
+    monkeypatch.setattr(finetune.FineTuner, "validate", signalled)
+    finetune_runs.run(images, tmp_path / "out", "--epochs", "1")
+    assert len(asked) == 1
+    assert finetune_runs.results(tmp_path / "out")["epoch"] == 0
+
+
+def test_the_end_that_was_asked_for_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop() -> None:
+        utils.setup_logging()
+        raise Stopped("the sentence")
+
+    utils.run_script(stop)  # no exit code
+    assert capsys.readouterr().err == "the sentence\n"
+
+
+def test_the_log_of_a_fine_tuning_that_fails_is_closed(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of the first epoch, which the disk refused at first, is written at the end."""
+    write, step = progress.RunLog._write_lines, finetune.FineTuner.step
+    refused: list[bool] = []
+
+    def refuses_once(self: progress.RunLog) -> None:
+        if not refused:
+            refused.append(True)
+            raise OSError("no space")
+        write(self)
+
+    def diverges(self: finetune.FineTuner, batches: list[Any], iteration: int) -> dict[str, float]:
+        if iteration >= self.recipe.steps:
+            raise FloatingPointError("the loss is nan")
+        return step(self, batches, iteration)
+
+    monkeypatch.setattr(progress.RunLog, "_write_lines", refuses_once)
+    monkeypatch.setattr(finetune.FineTuner, "step", diverges)
+    with pytest.raises(FloatingPointError):
+        finetune_runs.run(images, tmp_path / "out")
+    assert [line["epoch"] for line in linear_runs.log_lines(tmp_path / "out")] == [0]
+
+
+# Process 1 gets a signal before the second step of the second epoch.
+SIGNALLED = """
+import os, signal, sys
+sys.path[:0] = [ROOT]
+import SCRIPT, resume, utils
+check = resume.EndRequest.end_without_saving
+def signalled(self, epoch, steps, output_dir):
+    if utils.get_rank() == 1 and (epoch, steps) == (1, 1):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    check(self, epoch, steps, output_dir)
+resume.EndRequest.end_without_saving = signalled
+utils.run_script(lambda: SCRIPT.main(SCRIPT.get_args_parser().parse_args()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["eval_finetune", "eval_linear"])
+def test_a_signal_to_one_of_two_processes_ends_both_with_code_0(script: str, images: Path, tmp_path: Path) -> None:
+    program = tmp_path / "signalled.py"
+    program.write_text(SIGNALLED.replace("ROOT", repr(str(ROOT))).replace("SCRIPT", script))
+    common = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--random_weights"]
+    flags = finetune_runs.SMALL_RUN if script == "eval_finetune" else [*linear_runs.SWIN, *linear_runs.QUICK]
+    command = [
+        *flags,
+        *common,
+        "--batch_size_per_gpu",
+        "2",
+        "--num_workers",
+        "1",
+        "--epochs",
+        "2",
+        "--seed",
+        "0",
+        *TINY_SWIN,
+    ]
+    ended = run_script(str(program), *command, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("stopped by a signal 1 step into epoch 2, which is not saved") == 1
+    assert "Traceback" not in ended.stderr
+    again = run_script(f"{script}.py", *command, processes=2)
+    assert again.returncode == 0, again.stderr
+    assert "at epoch 2" in again.stderr
+    assert [line["epoch"] for line in linear_runs.log_lines(tmp_path / "out")] == [0, 1]
