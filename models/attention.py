@@ -48,7 +48,7 @@ def attend(
     if not attention and (q_BHQD.device.type != "cpu" or k_BHND.shape[-2] > FEW_KEYS):
         bias = None if bias is None else bias.to(q_BHQD.dtype)
         return F.scaled_dot_product_attention(q_BHQD, k_BHND, v_BHND, bias, dropout, scale=scale), None
-    if not (attention or dropout or torch.compiler.is_compiling()):
+    if not (attention or dropout or torch.compiler.is_exporting()):
         return _attend_to_few(q_BHQD, k_BHND, v_BHND, bias, scale), None
     # Products of three axes: with four, matmul expands and copies.
     q, k, v = ((x if x.ndim == 3 else x.flatten(0, 1)) for x in (q_BHQD, k_BHND, v_BHND))
@@ -83,30 +83,73 @@ class _FewKeys(torch.autograd.Function):
     def forward(
         ctx: Any, q_PQD: Tensor, k_PND: Tensor, v_PND: Tensor, bias: Tensor | None, scale: float, shape: Sequence[int]
     ) -> Tensor:
-        logits_PQN = _scaled_product(q_PQD, k_PND.transpose(1, 2), scale)
-        if logits_PQN.dtype in HALVES:
-            logits_PQN = logits_PQN.float()
-        if bias is not None:
-            logits_PQN.view(shape).add_(bias)
-        maps_PQN = logits_PQN.softmax(dim=-1).to(v_PND.dtype)
+        x_PQD, maps_PQN = _few_keys(q_PQD, k_PND, v_PND, bias, scale, shape)
         ctx.save_for_backward(q_PQD, k_PND, v_PND, maps_PQN)
-        ctx.scale, ctx.shape, ctx.bias = scale, shape, None if bias is None else (bias.shape, bias.dtype)
-        return torch.bmm(maps_PQN, v_PND)
+        ctx.scale, ctx.shape = scale, shape
+        ctx.bias_shape, ctx.bias_dtype = ([], None) if bias is None else (bias.shape, bias.dtype)
+        return x_PQD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_PQD: Tensor) -> tuple[Tensor | None, ...]:
-        q_PQD, k_PND, v_PND, maps_PQN = ctx.saved_tensors
-        grad_v_PND = torch.bmm(maps_PQN.transpose(1, 2), grad_PQD)
-        grad_maps_PQN = torch.bmm(grad_PQD, v_PND.transpose(1, 2))
-        grad_logits_PQN = torch._softmax_backward_data(grad_maps_PQN, maps_PQN, -1, maps_PQN.dtype)
-        grad_bias = None
-        if ctx.needs_input_grad[3]:
-            shape, dtype = ctx.bias
-            grad_bias = grad_logits_PQN.view(ctx.shape).sum_to_size(shape).to(dtype)
-        grad_q_PQD = _scaled_product(grad_logits_PQN, k_PND, ctx.scale)
-        grad_k_PND = _scaled_product(grad_logits_PQN.transpose(1, 2), q_PQD, ctx.scale)
-        return grad_q_PQD, grad_k_PND, grad_v_PND, grad_bias, None, None
+        q, k, v, bias = _few_keys_backward(grad_PQD, *ctx.saved_tensors, ctx.scale, ctx.shape, ctx.bias_shape)
+        return q, k, v, bias.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None, None, None
+
+
+# torch.compile leaves these as they are: a softmax that it generates takes twice as long.
+@torch.library.custom_op("esvit::few_keys", mutates_args=())
+def _few_keys(
+    q_PQD: Tensor, k_PND: Tensor, v_PND: Tensor, bias: Tensor | None, scale: float, shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    logits_PQN = _scaled_product(q_PQD, k_PND.transpose(1, 2), scale)
+    if logits_PQN.dtype in HALVES:
+        logits_PQN = logits_PQN.float()
+    if bias is not None:
+        logits_PQN.view(shape).add_(bias)
+    maps_PQN = logits_PQN.softmax(dim=-1).to(v_PND.dtype)
+    return torch.bmm(maps_PQN, v_PND), maps_PQN
+
+
+@_few_keys.register_fake
+def _few_keys_without_values(
+    q_PQD: Tensor, k_PND: Tensor, v_PND: Tensor, bias: Tensor | None, scale: float, shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return v_PND.new_empty(*q_PQD.shape[:2], v_PND.shape[2]), v_PND.new_empty(*q_PQD.shape[:2], k_PND.shape[1])
+
+
+@torch.library.custom_op("esvit::few_keys_backward", mutates_args=())
+def _few_keys_backward(
+    grad_PQD: Tensor,
+    q_PQD: Tensor,
+    k_PND: Tensor,
+    v_PND: Tensor,
+    maps_PQN: Tensor,
+    scale: float,
+    shape: Sequence[int],
+    bias_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_v_PND = torch.bmm(maps_PQN.transpose(1, 2), grad_PQD)
+    grad_maps_PQN = torch.bmm(grad_PQD, v_PND.transpose(1, 2))
+    grad_logits_PQN = torch._softmax_backward_data(grad_maps_PQN, maps_PQN, -1, maps_PQN.dtype)
+    grad_q_PQD = _scaled_product(grad_logits_PQN, k_PND, scale)
+    grad_k_PND = _scaled_product(grad_logits_PQN.transpose(1, 2), q_PQD, scale)
+    grad_bias = grad_logits_PQN.view(shape).sum_to_size(bias_shape) if bias_shape else grad_logits_PQN.new_empty(())
+    return grad_q_PQD, grad_k_PND, grad_v_PND, grad_bias
+
+
+@_few_keys_backward.register_fake
+def _few_keys_backward_without_values(
+    grad_PQD: Tensor,
+    q_PQD: Tensor,
+    k_PND: Tensor,
+    v_PND: Tensor,
+    maps_PQN: Tensor,
+    scale: float,
+    shape: Sequence[int],
+    bias_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_PQD, k_PND, v_PND))
+    return q, k, v, maps_PQN.new_empty(bias_shape)
 
 
 def _scaled_product(a_PIJ: Tensor, b_PJK: Tensor, scale: float) -> Tensor:
