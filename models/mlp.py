@@ -1,7 +1,7 @@
 """A linear layer of an activation, which keeps the activation's input for the backward and not its output.
 
 What the activation gave is computed again in the backward, to the same bits. In a block's MLP it is the largest tensor that is
-kept, four times as wide as the tokens; computing it costs next to nothing beside the two products around it.
+kept, four times as wide as the tokens; computing it costs little beside the two products around it. Where it is small it is kept.
 
 Shapes: (..., C) channels of the hidden layer, (..., D) of the output; N rows of all leading axes together.
 Origin: this project's own; the MLP is that of ViT (Dosovitskiy et al., ICLR 2021), as timm has it.
@@ -19,11 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from products import linear, product, weight_gradient
 
+# Of what an activation gave: keeping so much costs less than computing it, and rounding the weight behind it, once more.
+KEPT_BYTES = 6 * 2**20
+
 Activation = Callable[[Tensor], Tensor]
 
 
 class Mlp(timm.layers.Mlp):
-    """timm's MLP; keys and numbers are the same, what is kept for the backward is half of it."""
+    """timm's MLP; keys and numbers are the same, what large ones keep for the backward is half of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to the same shape."""
@@ -46,6 +49,8 @@ def activated_linear(x: Tensor, activation: Activation, weight_DC: Tensor, bias_
         return linear(activation(x), weight_DC, bias_D)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.numel() * dtype.itemsize <= KEPT_BYTES:
+        return linear(activation(x), weight_DC, bias_D)
     return _ActivatedLinear.apply(x, weight_DC, bias_D, activation, dtype)
 
 

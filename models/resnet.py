@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -53,6 +54,7 @@ class ResNet(Backbone):
         self.stage_dims = tuple(width // 2**i for i in (3, 2, 1, 0))
         self.stage_depths = tuple(len(self.stage_blocks(stage)) for stage in range(4))
         self.norm = nn.Identity()
+        self.to(memory_format=torch.channels_last)  # how convolutions run fastest, in half precision above all
 
     def enter_stage(self, stage: int, x_BCHW: Tensor) -> Tensor:
         """The stem before the first stage; later stages stride inside their first block."""

@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from models import mlp as mlp_module
 from models.mlp import Mlp, activated_linear
 
 WIDTH, HIDDEN = 6, 24
+
+
+@pytest.fixture(autouse=True)
+def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_module, "KEPT_BYTES", 0)
 
 
 def pair(drop: float = 0.0) -> tuple[Mlp, timm.layers.Mlp]:
@@ -77,7 +83,11 @@ def test_any_activation_and_no_bias_against_autograd_in_float64() -> None:
     torch.testing.assert_close(run(x, weight), (x * torch.sigmoid(1.702 * x)) @ weight.T)
 
 
-def test_the_hidden_layer_is_kept_once() -> None:
+@pytest.mark.parametrize(
+    ("bytes_kept", "times"), [(7 * HIDDEN * 4 - 1, 1), (7 * HIDDEN * 4, 2)], ids=["large", "small"]
+)
+def test_a_large_hidden_layer_is_kept_once(monkeypatch: pytest.MonkeyPatch, bytes_kept: int, times: int) -> None:
+    monkeypatch.setattr(mlp_module, "KEPT_BYTES", bytes_kept)
     ours, theirs = pair()
     x = torch.randn(7, WIDTH, requires_grad=True)
     kept: dict[str, int] = {}
@@ -92,7 +102,7 @@ def test_the_hidden_layer_is_kept_once() -> None:
             output = mlp(x)
         kept[name] = sum(tensor.shape[0] == 7 and tensor.shape[-1] == HIDDEN for tensor in storages.values())
         del output
-    assert kept == {"ours": 1, "theirs": 2}
+    assert kept == {"ours": times, "theirs": 2}
 
 
 def test_without_gradient_nothing_is_kept_and_values_stay() -> None:

@@ -345,3 +345,17 @@ def test_vit_takes_any_patch_size(patch_size: int) -> None:
 def test_vit_refuses_a_patch_larger_than_the_image() -> None:
     with pytest.raises(UsageError, match=r"--patch_size 65 must lie in 1\.\.64"):
         build_model("vit", load_config(None, SMALL["vit"].overrides), patch_size=65)
+
+
+def test_convolutions_of_resnet_stay_channels_last_whatever_is_loaded_and_so_are_their_maps() -> None:
+    network = small_network("resnet")
+    network.load_state_dict({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
+    convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert convolutions
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions)
+    maps: list[torch.Tensor] = []
+    for conv in convolutions:
+        conv.register_forward_hook(lambda _conv, _inputs, output: maps.append(output))
+    network(torch.randn(2, 3, 64, 64))
+    assert len(maps) == len(convolutions)
+    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in maps)
