@@ -110,7 +110,12 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add("--plain_loss", type=bool_flag, default=False, help="hold all logits at once: slower, for comparison")
     add("--grad_checkpointing", type=bool_flag, default=False, help="recompute blocks in the backward to save memory")
     flags.add_switch(parser, "--fsdp", "spread both networks and the optimiser over the processes, to save memory")
-    flags.add_switch(parser, "--compile", "torch.compile both backbones; the first steps take minutes")
+    flags.add_switch(
+        parser,
+        "--compile",
+        "torch.compile both backbones; the first step takes minutes, half a minute where torch still has the code of a run of "
+        "these sizes (see TORCHINDUCTOR_CACHE_DIR)",
+    )
 
 
 def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:

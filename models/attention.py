@@ -1,23 +1,19 @@
 """Softmax attention, once for all architectures: fused where its maps are not wanted, spelled out where they are.
 
-On a CPU a spelled-out attention over few keys is the faster one, and what it keeps is small (`FEW_KEYS`).
-
-Shapes: B images, or images and windows as two axes; H heads, Q queries, N keys, D channels of a head; P = B * H problems.
+Shapes: B images, or images and windows as two axes; H heads, Q queries, N keys, D channels of a head.
 Origin: scaled dot-product attention (Vaswani et al., NeurIPS 2017).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from models.few_keys import attend_to_few, attention_maps
+
+# On a CPU attention over so many keys is spelled out.
 FEW_KEYS = 256
-HALVES = {torch.float16, torch.bfloat16}
 
 
 def attend(
@@ -48,70 +44,14 @@ def attend(
     if not attention and (q_BHQD.device.type != "cpu" or k_BHND.shape[-2] > FEW_KEYS):
         bias = None if bias is None else bias.to(q_BHQD.dtype)
         return F.scaled_dot_product_attention(q_BHQD, k_BHND, v_BHND, bias, dropout, scale=scale), None
-    if not (attention or dropout or torch.compiler.is_compiling()):
-        return _attend_to_few(q_BHQD, k_BHND, v_BHND, bias, scale), None
+    if not (attention or dropout or torch.compiler.is_exporting()):
+        return attend_to_few(q_BHQD, k_BHND, v_BHND, bias, scale), None
     shape = (*q_BHQD.shape[:-1], k_BHND.shape[-2])
     q, k, v = (x.flatten(0, 1) for x in (q_BHQD, k_BHND, v_BHND))
-    maps = _maps(q, k, bias, scale, shape)
+    maps = attention_maps(q, k, bias, scale, shape)
     kept = maps if dropout == 0 else F.dropout(maps, dropout)
     x = torch.bmm(kept.to(v.dtype), v).view(*q_BHQD.shape[:-1], v.shape[-1])
     return x, maps.view(shape) if attention else None
-
-
-def _maps(q_PQD: Tensor, k_PND: Tensor, bias: Tensor | None, scale: float, shape: Sequence[int]) -> Tensor:
-    """The maps (P, Q, N) in float32 or better; `shape` is (B, H, Q, N), for the bias."""
-    # Products of three axes: with four, matmul expands and copies.
-    logits = _scaled_product(q_PQD, k_PND.transpose(1, 2), scale)
-    if logits.dtype in HALVES:
-        logits = logits.float()
-    if bias is not None:
-        logits = logits.view(shape).add_(bias).view_as(logits)
-    return logits.softmax(dim=-1)
-
-
-def _attend_to_few(q_BHQD: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    device = q_BHQD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BHQD.dtype
-    q, k, v = (x.to(dtype).flatten(0, 1) for x in (q_BHQD, k_BHND, v_BHND))
-    shape = (*q_BHQD.shape[:-1], k_BHND.shape[-2])
-    with torch.autocast(device, enabled=False):
-        return _FewKeys.apply(q, k, v, bias, scale, shape).view(*q_BHQD.shape[:-1], v.shape[-1])
-
-
-class _FewKeys(torch.autograd.Function):
-    """Keeps the maps once, in the dtype of the products; autograd would keep them in float32 too, and round on every way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_PQD: Tensor, k_PND: Tensor, v_PND: Tensor, bias: Tensor | None, scale: float, shape: Sequence[int]
-    ) -> Tensor:
-        maps_PQN = _maps(q_PQD, k_PND, bias, scale, shape).to(v_PND.dtype)
-        ctx.save_for_backward(q_PQD, k_PND, v_PND, maps_PQN)
-        ctx.scale, ctx.shape, ctx.bias = scale, shape, None if bias is None else (bias.shape, bias.dtype)
-        return torch.bmm(maps_PQN, v_PND)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_PQD: Tensor) -> tuple[Tensor | None, ...]:
-        q_PQD, k_PND, v_PND, maps_PQN = ctx.saved_tensors
-        grad_v_PND = torch.bmm(maps_PQN.transpose(1, 2), grad_PQD)
-        grad_maps_PQN = torch.bmm(grad_PQD, v_PND.transpose(1, 2))
-        grad_logits_PQN = torch._softmax_backward_data(grad_maps_PQN, maps_PQN, -1, maps_PQN.dtype)
-        grad_bias = _summed(grad_logits_PQN.view(ctx.shape), *ctx.bias) if ctx.needs_input_grad[3] else None
-        grad_q_PQD = _scaled_product(grad_logits_PQN, k_PND, ctx.scale)
-        grad_k_PND = _scaled_product(grad_logits_PQN.transpose(1, 2), q_PQD, ctx.scale)
-        return grad_q_PQD, grad_k_PND, grad_v_PND, grad_bias, None, None
-
-
-def _summed(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The sum over the axes along which a tensor of that shape was repeated, in `dtype`, which may be wider."""
-    ones = [1] * (grad.ndim - len(shape)) + list(shape)
-    repeated = [axis for axis, size in enumerate(ones) if size == 1]
-    return (grad.sum(dim=repeated, dtype=dtype) if repeated else grad.to(dtype)).view(shape)
-
-
-def _scaled_product(a_PIJ: Tensor, b_PJK: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(a_PIJ.new_zeros(1), a_PIJ, b_PJK, beta=0, alpha=scale)
 
 
 def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:

@@ -38,7 +38,7 @@ def routes(grid: tuple[int, int], cut: Cut, num_heads: int, device: torch.device
     """The routes of one size."""
     tokens = grid[0] * grid[1]
     numbers_HW = torch.arange(1, tokens + 1, device=device).view(1, *grid, 1)
-    token_WN = cut_windows(numbers_HW, cut).squeeze(-1) - 1  # -1 in the padding
+    token_WN = cut_windows(numbers_HW, Cut(*cut)).squeeze(-1) - 1  # -1 in the padding
     head_H = torch.arange(num_heads, device=device)
     from_grid = torch.where(token_WN < 0, tokens * num_heads, token_WN * num_heads)[:, None] + head_H[:, None]
     from_grid = from_grid.clamp(max=tokens * num_heads).flatten()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,26 @@ _kept: list[Any] = []  # the caches of `made_once`
 def made_once(make: Callable[P, Made]) -> Callable[P, Made]:
     """Keep the tensors that a function makes of sizes and a device for its next call with the same ones.
 
-    While a graph is traced (torch.compile, torch.export) they are made anew, since what is made then belongs to the graph.
+    A graph that torch.compile traces takes them as inputs that never change; traced itself, the making would be generated into the
+    kernels that read them. One that torch.export traces makes them. Named tuples arrive as plain ones.
     """
 
-    outside_inference = torch.inference_mode(False)(make)  # what an evaluation wants first may be trained with later
-    cache = lru_cache(maxsize=128)(outside_inference)
-    _kept.append(cache)
-    kept = cast(Callable[P, Made], cache)
+    @lru_cache(maxsize=128)
+    def kept(*args: Any, **kwargs: Any) -> tuple[Made]:
+        with torch.inference_mode(False):  # what an evaluation wants first may be trained with later
+            return (make(*args, **kwargs),)
+
+    @torch.compiler.assume_constant_result  # knows no named tuples, and all tensors that a function returns bare by one name
+    def constant(*args: Any, **kwargs: Any) -> tuple[Made]:
+        return kept(*args, **kwargs)
 
     @wraps(make)
     def get(*args: P.args, **kwargs: P.kwargs) -> Made:
-        return (make if torch.compiler.is_compiling() else kept)(*args, **kwargs)
+        if torch.compiler.is_exporting():
+            return make(*args, **kwargs)
+        return constant(*(tuple(arg) if isinstance(arg, tuple) else arg for arg in args), **kwargs)[0]
 
+    _kept.append(kept)
     return get
 
 
