@@ -101,6 +101,7 @@ def simulated() -> Iterator[FakeTensorMode]:
         with (
             mock.patch("torch.nn.functional.scaled_dot_product_attention", fake_attention),
             mock.patch("models.attention.FEW_KEYS", 0),
+            mock.patch("models.mlp.KEPT_BYTES", 0),
             FakeTensorMode(allow_non_fake_inputs=True) as mode,
         ):
             yield mode
