@@ -26,6 +26,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoint import load_backbone, saved_config
+from config import load_config
 from data import augment
 from data.datasets import Transform
 from data.lists import keep_listed
@@ -56,13 +57,17 @@ def network_config(args: argparse.Namespace, drop_path: float | None = None) -> 
     Reads `arch`, `cfg`, `opts` and `pretrained_weights` of the arguments; `drop_path`: see `load_arch_config`.
 
     Raises:
-        UsageError: see `load_arch_config` and `checkpoint.load_file`.
+        UsageError: see `load_arch_config`, `load_config` and `checkpoint.load_file`.
     """
     source = args.cfg
     if source is None and args.pretrained_weights:
         source = saved_config(args.pretrained_weights)
         if source is not None:
             logger.info("the network is built by %s; --cfg takes another", source)
+            try:
+                load_config(source)  # alone: what is wrong with it no KEY VALUE pair mends
+            except UsageError as error:
+                raise UsageError(f"{error}; name a yaml with --cfg") from None
     return load_arch_config(args.arch, source, args.opts, drop_path)
 
 
