@@ -29,6 +29,7 @@ import resume
 import sharding
 import utils
 from bad_steps import MAX_BAD_STEPS, BadSteps
+from config import PATCH_SIZE
 from data import augment
 from flags import bool_flag
 from knn_probe import KnnProbe, labelled_images
@@ -404,7 +405,7 @@ def describe_run(
 def tell_end(args: argparse.Namespace) -> None:
     """Say where the results of a finished run are, and the command that scores its network."""
     score = ["python", "eval_knn.py", "--arch", args.arch]  # the checkpoint holds the rest of the network's config
-    if args.patch_size != flags.PATCH_SIZE:
+    if args.patch_size != PATCH_SIZE:
         score += ["--patch_size", str(args.patch_size)]
     score += ["--pretrained_weights", str(Path(args.output_dir) / resume.CHECKPOINT), "--checkpoint_key", "teacher"]
     logger.info(
