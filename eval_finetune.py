@@ -363,7 +363,8 @@ def main(args: argparse.Namespace) -> None:
         progress = resume_run(output_dir, tuner, about, args)
     utils.must_agree("checkpoints", progress.epochs)
     if progress.epochs >= args.epochs:
-        logger.info("%s has %d of %d epochs already; nothing to train", output_dir, progress.epochs, args.epochs)
+        done = utils.counted(progress.epochs, "epoch")
+        logger.info("%s has %s already, --epochs asks for %d: nothing to do", output_dir, done, args.epochs)
         if utils.is_main_process():
             report(progress, val_set, about, args)
         return

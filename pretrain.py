@@ -77,7 +77,8 @@ def run(args: argparse.Namespace, script: Script) -> None:
         files.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
     utils.must_agree("checkpoints", (start.epoch, start.steps))
     if start.epoch >= args.epochs:
-        logger.info("%s has %d of %d epochs already; nothing to do", output_dir, start.epoch, args.epochs)
+        done = utils.counted(start.epoch, "epoch")
+        logger.info("%s has %s already, --epochs asks for %d: nothing to do", output_dir, done, args.epochs)
         tell_end(args)
         return
     first_step = start.epoch * engine.steps_per_epoch(len(loader), args.accum_iter) + start.steps
