@@ -47,6 +47,7 @@ LISTED_NAMES = 5
 # What published files keep their arguments in: EsViT and DINO a Namespace, the original Swin its yacs config, here an ordered
 # dictionary that is filled without any code of yacs.
 READABLE: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+OWN = {"config", "rng", "world_size"}  # what this project's full checkpoints hold and no others
 MOST_CHANNELS = 32  # of images; a first convolution has no more inputs
 
 
@@ -88,13 +89,19 @@ def load_file(path: str | Path, in_place: bool = False) -> dict[str, Any]:
 
 
 def saved_config(path: str | Path) -> SavedConfig | None:
-    """The network's config, where the file is one of this project's full checkpoints; of its tensors none is read.
+    """The network's config, where the file is one of this project's full checkpoints; what others call so is left alone.
+
+    Of the tensors none is read, but those of files as torch wrote them before 1.6.
 
     Raises:
         UsageError: see `load_file`.
     """
-    text = _config_text(load_file(path, in_place=True))
-    return None if text is None else SavedConfig(text, f"the config inside checkpoint '{path}'")
+    if _is_safetensors(path):
+        return None
+    content = load_file(path, in_place=True)
+    if not content.keys() >= OWN or not isinstance(content["config"], str):
+        return None
+    return SavedConfig(content["config"], f"the config inside checkpoint '{path}'")
 
 
 def check_whole(path: Path) -> None:
@@ -139,7 +146,7 @@ def _load_safely(path: str | Path, in_place: bool = False) -> Any:
     if not os.path.isfile(path):
         raise UsageError(f"checkpoint '{path}' does not exist; check the path")
     try:
-        if Path(path).suffix == ".safetensors":
+        if _is_safetensors(path):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(READABLE):
             mapped = in_place and zipfile.is_zipfile(path)
@@ -157,6 +164,10 @@ def _load_safely(path: str | Path, in_place: bool = False) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedError(f"checkpoint '{path}' is damaged or no torch file ({reason}); use another file") from None
     return content
+
+
+def _is_safetensors(path: str | Path) -> bool:
+    return Path(path).suffix == ".safetensors"
 
 
 # --------------------------------------------------------------------------- layouts
@@ -205,16 +216,10 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
     return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
 
 
-def _config_text(content: Mapping[str, Any]) -> str | None:
-    """The config that this project's full checkpoints hold as text; other projects' tell nothing here."""
-    config = content.get("config")
-    return config if isinstance(config, str) else None
-
-
 def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
     """MODEL.IMAGE_SIZE of the run, where the file tells."""
-    config = _config_text(content)
-    if config is None:
+    config = content.get("config")
+    if not isinstance(config, str):
         return None
     try:
         height, width = yaml.safe_load(config)["MODEL"]["IMAGE_SIZE"]

@@ -305,13 +305,13 @@ def train(
     assert isinstance(train_loader.dataset, data.ImageDataset)
     assert isinstance(val_loader.dataset, data.ImageDataset)
     batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
-    first_step, failure = progress.epochs * recipe.steps, ""
+    first_step = progress.epochs * recipe.steps
     with utils.failing_together(), files.usable(output_dir):
         log = RunLog(
             output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device, first_step
         )
     tally = data.FailureTally(len(train_loader.dataset))
-    with closing(log), resume.EndRequest() as ending:
+    with closing(log), resume.EndRequest(output_dir / resume.CHECKPOINT) as ending:
         for epoch in range(progress.epochs, recipe.epochs):
             meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
             tuner.train_epoch(train_loader, epoch, meter, log, tally, ending)
@@ -329,8 +329,7 @@ def train(
                     )
                 with log.failing_softly():
                     report(progress, val_loader.dataset, about, args)
-            failure = save_run(output_dir, tuner, progress, about, args, config)
-    resume.end_saved(failure, output_dir)
+            ending.failure = save_run(output_dir, tuner, progress, about, args, config)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -364,7 +363,8 @@ def main(args: argparse.Namespace) -> None:
         progress = resume_run(output_dir, tuner, about, args)
     utils.must_agree("checkpoints", progress.epochs)
     if progress.epochs >= args.epochs:
-        logger.info("%s has %d of %d epochs already; nothing to train", output_dir, progress.epochs, args.epochs)
+        done = utils.counted(progress.epochs, "epoch")
+        logger.info("%s has %s already, --epochs asks for %d: nothing to do", output_dir, done, args.epochs)
         if utils.is_main_process():
             report(progress, val_set, about, args)
         return

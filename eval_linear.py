@@ -203,12 +203,11 @@ def train_epoch(
 
     Raises:
         FloatingPointError: no classifier has a finite loss any more, on all processes at once.
-        Stopped: see `resume.EndRequest.end_without_saving`.
+        Stopped: see `resume.EndRequest.end_if`.
     """
     losses_S: Any = 0.0
     with log.epoch(meter) as show:
-        for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter)):
-            ending.end_without_saving(epoch, step, log.output_dir)
+        for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter, ending)):
             losses = probe.step(features_BC, labels_B, source.images_of(step))
             losses_S = losses_S + losses
             meter.update({"loss": losses[probe.best]})
@@ -236,7 +235,7 @@ def train(
 
     `run` is what makes a run the same, saved beside the classifiers.
     """
-    batch, failure = args.batch_size_per_gpu * utils.get_world_size(), ""
+    batch = args.batch_size_per_gpu * utils.get_world_size()
     for epoch in epochs:
         meter = EpochMeter(epoch, source.steps, images_per_step=batch)
         lrs = probe.lrs
@@ -254,8 +253,7 @@ def train(
             about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
         if utils.is_main_process():
-            failure = resume.write(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
-    resume.end_saved(failure, Path(args.output_dir))
+            ending.failure = resume.write(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
 
 
 # --------------------------------------------------------------------------- one run, one folder
@@ -461,7 +459,7 @@ def main(args: argparse.Namespace) -> None:
         first_step = start.epoch * source.steps
         with utils.failing_together(), files.usable(folder):
             log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
-        with closing(log), resume.EndRequest() as ending:
+        with closing(log), resume.EndRequest(checkpoint_path(args)) as ending:
             train(probe, source, range(start.epoch, args.epochs), args, log, ending, run)
     if utils.is_main_process():
         with files.usable(folder):

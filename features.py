@@ -26,6 +26,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoint import load_backbone, saved_config
+from config import load_config
 from data import augment
 from data.datasets import Transform
 from data.lists import keep_listed
@@ -33,9 +34,11 @@ from data.loader import set_epoch
 from models import Backbone, build_model, load_arch_config
 from models.base import TOKENS
 from progress import EpochMeter
+from resume import EndRequest
 from utils import UsageError, logger
 
 FeatureFunction = Callable[[Tensor], Tensor]
+ASKED_EVERY = 50  # steps of cached features, which exchange no count of failures that a wish to end could travel with
 
 
 class LabelledFeatures(NamedTuple):
@@ -54,13 +57,17 @@ def network_config(args: argparse.Namespace, drop_path: float | None = None) -> 
     Reads `arch`, `cfg`, `opts` and `pretrained_weights` of the arguments; `drop_path`: see `load_arch_config`.
 
     Raises:
-        UsageError: see `load_arch_config` and `checkpoint.load_file`.
+        UsageError: see `load_arch_config`, `load_config` and `checkpoint.load_file`.
     """
     source = args.cfg
     if source is None and args.pretrained_weights:
         source = saved_config(args.pretrained_weights)
         if source is not None:
             logger.info("the network is built by %s; --cfg takes another", source)
+            try:
+                load_config(source)  # alone: what is wrong with it no KEY VALUE pair mends
+            except UsageError as error:
+                raise UsageError(f"{error}; name a yaml with --cfg") from None
     return load_arch_config(args.arch, source, args.opts, drop_path)
 
 
@@ -261,10 +268,13 @@ class FeatureSource(ABC):
         return LabelledFeatures(*(part[:own] for part in batch))
 
     @abstractmethod
-    def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
         """This process's share of a shuffled epoch, in which over all processes each image comes exactly once.
 
         `meter` counts the time spent waiting for it.
+
+        Raises:
+            Stopped: somebody asked for it, see `EndRequest.end_if`.
         """
 
     @abstractmethod
@@ -303,11 +313,12 @@ class ImageFeatures(FeatureSource):
         images, labels = (t.to(self.device, non_blocking=True) for t in (batch.views[0], batch.labels_B))
         return LabelledFeatures(self.function(images), labels)
 
-    def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.training`."""
         set_epoch(self.train_loader, epoch)
         for step, batch in enumerate(meter.timed(self.train_loader)):
-            self.train_tally.add(batch.failures, self.device, incomplete=not batch.views)
+            (wished,) = self.train_tally.add(batch.failures, self.device, not batch.views, ending.wishes())
+            ending.end_if(wished, epoch, step)
             yield self.once(step, self._features(batch))
 
     def validation(self) -> Iterator[LabelledFeatures]:
@@ -347,10 +358,12 @@ class CachedFeatures(FeatureSource):
         self.steps = len(self.loader)
         self.training_images, self.validation_images = len(train_set.labels_N), len(val_set.labels_N)
 
-    def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
-        """See `FeatureSource.training`."""
+    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
+        """See `FeatureSource.training`; asked every `ASKED_EVERY` steps."""
         self.order.set_epoch(epoch)
         for step, (features, labels) in enumerate(meter.timed(self.loader)):
+            if step % ASKED_EVERY == 0:
+                ending.end_if(utils.all_reduce_sum(torch.tensor(ending.wishes())).item(), epoch, step)
             yield self.once(step, LabelledFeatures(features.to(self.device), labels.to(self.device)))
 
     def validation(self) -> Iterator[LabelledFeatures]:

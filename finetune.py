@@ -274,7 +274,7 @@ class FineTuner:
         Raises:
             UsageError: more than 1 % of the images cannot be read.
             FloatingPointError: see `step`.
-            Stopped: see `EndRequest.end_without_saving`.
+            Stopped: see `EndRequest.end_if`.
         """
         set_epoch(loader, epoch)
         for network in self.networks().values():
@@ -283,8 +283,9 @@ class FineTuner:
         with log.epoch(meter) as show:
             for i, batches in enumerate(in_groups(meter.timed(loader), self.recipe.accum_iter)):
                 failures = [failure for batch in batches for failure in batch.failures]
-                tally.add(failures, self.device, incomplete=not all(batch.views for batch in batches))
-                ending.end_without_saving(epoch, i, log.output_dir)
+                incomplete = not all(batch.views for batch in batches)
+                (wished,) = tally.add(failures, self.device, incomplete, ending.wishes())
+                ending.end_if(wished, epoch, i)
                 iteration = epoch * self.recipe.steps + i
                 meter.update(self.step(batches, iteration))
                 show(iteration, lr=max(group["lr"] for group in self.optimizer.param_groups))

@@ -11,9 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import NoReturn
 
+from config import PATCH_SIZE
 from utils import UsageError
-
-PATCH_SIZE = 16  # pixels, unless a flag or a yaml says otherwise
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -64,7 +63,8 @@ def bool_flag(text: str) -> bool:
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a network, the same in every script."""
-    parser.add_argument("--cfg", default=None, help="yaml of the network; default: the published one of --arch")
+    words = "yaml of the network; default: that of the evaluated checkpoint, if it holds one, else the published one of --arch"
+    parser.add_argument("--cfg", default=None, help=words)
     parser.add_argument("--arch", default="deit_small", help="registered architecture, e.g. swin_tiny")
     parser.add_argument(
         "--patch_size", type=int, default=PATCH_SIZE, help="pixels per patch, for networks whose yaml does not say"

@@ -29,6 +29,7 @@ import resume
 import sharding
 import utils
 from bad_steps import MAX_BAD_STEPS, BadSteps
+from config import PATCH_SIZE
 from data import augment
 from flags import bool_flag
 from knn_probe import KnnProbe, labelled_images
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace, script: Script) -> None:
         files.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
     utils.must_agree("checkpoints", (start.epoch, start.steps))
     if start.epoch >= args.epochs:
-        logger.info("%s has %d of %d epochs already; nothing to do", output_dir, start.epoch, args.epochs)
+        done = utils.counted(start.epoch, "epoch")
+        logger.info("%s has %s already, --epochs asks for %d: nothing to do", output_dir, done, args.epochs)
         tell_end(args)
         return
     first_step = start.epoch * engine.steps_per_epoch(len(loader), args.accum_iter) + start.steps
@@ -409,7 +411,7 @@ def describe_run(
 def tell_end(args: argparse.Namespace) -> None:
     """Say where the results of a finished run are, and the command that scores its network."""
     score = ["python", "eval_knn.py", "--arch", args.arch]  # the checkpoint holds the rest of the network's config
-    if args.patch_size != flags.PATCH_SIZE:
+    if args.patch_size != PATCH_SIZE:
         score += ["--patch_size", str(args.patch_size)]
     score += ["--pretrained_weights", str(Path(args.output_dir) / resume.CHECKPOINT), "--checkpoint_key", "teacher"]
     logger.info(

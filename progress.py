@@ -25,7 +25,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from files import whole_file
-from utils import counted, is_main_process, logger, peak_memory_mb
+from utils import is_main_process, logger, peak_memory_mb
 
 CROP_GRID_IMAGES = 8
 
@@ -188,7 +188,8 @@ class RunLog:
             with self.failing_softly():
                 self._write_lines()
         if self._unwritten:
-            logger.warning("log.txt lacks the last %s, told above", counted(len(self._unwritten), "line"))
+            count = len(self._unwritten)
+            logger.warning("log.txt lacks its last %s", "line" if count == 1 else f"{count} lines")
         with self._drawing() as writer:
             writer.close()
 

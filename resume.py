@@ -11,6 +11,7 @@ Origin: this project's own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,8 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-import torch
 
 import checkpoint
 import files
@@ -60,12 +59,20 @@ class Place(NamedTuple):
 class EndRequest:
     """As a context it takes SIGTERM and SIGUSR1, which then ask for an end instead of ending the process.
 
+    On leaving without an error it says whether the last state of the run is on the disk.
+
+    Args:
+        path: of the run's checkpoint.
+
     Attributes:
         asked: this process was.
+        failure: why the last saving by this process did not work, empty where it did; None before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.asked = False
+        self.failure: str | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self: Self) -> Self:
@@ -75,28 +82,33 @@ class EndRequest:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if kind is None:
+            end_saved(self.failure, self.path)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
 
-    def end_without_saving(self, epoch: int, steps: int, output_dir: Path) -> None:
-        """In a run that is saved after its epochs, `steps` steps into `epoch`: end all processes if any of them was asked to.
+    def wishes(self) -> list[float]:
+        """This process's: to end the run. What all processes wish is the sum, in which other numbers travel too."""
+        return [float(self.asked)]
+
+    def end_if(self, wished: float, epoch: int, steps: int) -> None:
+        """In a run that is saved after its epochs, `steps` steps into `epoch`: end all processes if any of them wished it.
 
         Raises:
-            Stopped: one was.
+            Stopped: one did.
+            UsageError: one did, and the epoch before is not saved, see `end_saved`.
         """
-        if utils.all_reduce_sum(torch.tensor(float(self.asked))):
-            begins = f"goes on from the last checkpoint in {output_dir}" if epoch else "begins anew"
-            done = utils.counted(steps, "step")
-            raise Stopped(
-                f"stopped by a signal {done} into epoch {epoch + 1}, which is not saved; the same command {begins}"
-            )
+        if not wished:
+            return
+        end_saved(self.failure, self.path)
+        done = f"{utils.counted(steps, 'step')} into epoch {epoch + 1}, which is not saved"
+        where = done if steps else f"before epoch {epoch + 1}"
+        raise Stopped(f"stopped by a signal {where}; the same command {_goes_on(self.path)}")
 
 
 class Saver(EndRequest):
     """Decides when a run is saved, on all processes alike, and saves it.
-
-    As a context it also says, on leaving without an error, whether the last state of the run is on the disk.
 
     Args:
         args: `save_every_steps`, `save_every_minutes`, `saveckp_freq` and `keep_last` say how often and how many.
@@ -107,24 +119,18 @@ class Saver(EndRequest):
     """
 
     def __init__(self, output_dir: Path, step: TrainStep, args: Any, config: Any) -> None:
-        super().__init__()
+        super().__init__(output_dir / CHECKPOINT)
         self.output_dir = output_dir
         self.step = step
         self.args, self.config = args, config
         self.stopping = False
         self._saved_at = time.monotonic()
-        self._failure: str | None = None  # why the last saving did not work; None before the first
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        super().__exit__(kind, *rest)
-        if kind is None:
-            end_saved(self._failure, self.output_dir)
 
     def wishes(self) -> list[float]:
         """This process's: to end the run, and to save it by the clock, which the main process reads."""
         minutes = self.args.save_every_minutes
         late = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
-        return [float(self.asked), float(late and utils.is_main_process())]
+        return [*super().wishes(), float(late and utils.is_main_process())]
 
     def due(self, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
         """Whether to save now, `steps` steps into the epoch, as the sums of all processes' `wishes` say.
@@ -141,14 +147,14 @@ class Saver(EndRequest):
 
         `images`: of the epoch that all processes have seen.
         """
-        if self._failure == "" and utils.is_main_process() and not os.path.exists(self.output_dir / CHECKPOINT):
+        if self.failure == "" and utils.is_main_process() and not os.path.exists(self.path):
             logger.warning(
                 "%s has no %s any more, which this run had saved: was it moved, or is its disk no longer mounted?",
                 *(self.output_dir, CHECKPOINT),
             )
-        self._failure = save_run(self.output_dir, self.step, place, images, self.args, self.config)
+        self.failure = save_run(self.output_dir, self.step, place, images, self.args, self.config)
         self._saved_at = time.monotonic()
-        if self.stopping and not self._failure:
+        if self.stopping and not self.failure:
             logger.warning(
                 "stopped %s into epoch %d and saved in %s; the same command continues the run",
                 utils.counted(place.steps, "step"),
@@ -217,8 +223,8 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
     return ""
 
 
-def end_saved(failure: str | None, output_dir: Path) -> None:
-    """At the end of a run: stop on all processes if the main one's last `write` failed.
+def end_saved(failure: str | None, path: Path) -> None:
+    """At the end of a run, whose checkpoint is at `path`: stop on all processes if the main one's last `write` failed.
 
     Raises:
         UsageError: it did.
@@ -226,9 +232,17 @@ def end_saved(failure: str | None, output_dir: Path) -> None:
     with utils.failing_together():
         if failure:
             raise UsageError(
-                f"the end of the run is not saved ({failure}); make room in {output_dir} and start it again, "
-                f"it goes on from its last whole checkpoint"
+                f"the end of the run is not saved ({failure}); make room in {path.parent} and start it again, "
+                f"it {_goes_on(path)}"
             )
+
+
+def _goes_on(path: Path) -> str:
+    """What a run does when it is started again, by what there is of the checkpoint at `path`."""
+    with contextlib.suppress(OSError):  # a disk that is gone does not tell
+        if not saved(path):
+            return "begins anew"
+    return f"goes on from the last whole checkpoint in {path.parent}"
 
 
 def _in_one_line(error: Exception) -> str:

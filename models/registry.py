@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from yacs.config import CfgNode
 
-from config import SPECS, SavedConfig, load_config
+from config import PATCH_SIZE, SPECS, SavedConfig, load_config
 from models.base import Backbone
 from utils import UsageError, logger
 
@@ -140,7 +140,7 @@ def build_model(
     *,
     dense: bool = False,
     is_teacher: bool = False,
-    patch_size: int = 16,
+    patch_size: int = PATCH_SIZE,
 ) -> Backbone:
     """Build a backbone whose `head` (and `head_dense` when dense) are still empty.
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained Swin with a k-NN score, on real photographs, on a CPU, with nothing to download but packages.
-# A second start reuses what is there: it resumes an interrupted run, and after a complete one shows its scores again.
+# A second start reuses what is there: it resumes an interrupted run, and scores a complete one again.
 #   bash scripts/demo.sh
 #   SEED=1 bash scripts/demo.sh                            another seed, in a folder of its own
 #   RUN=.demo/views REGIONS=False bash scripts/demo.sh     views only, in a folder that RUN names
 #   RUN=.demo/vil ARCH=vil CFG=experiments/demo/vil_micro.yaml EPOCHS=2 TRAIN_ONLY=1 bash scripts/demo.sh
 #                                                          another network, 2 epochs, and an end after the k-NN score
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-source scripts/scored.sh
 install_requirements requirements.txt
 
 SEED=${SEED:-0} REGIONS=${REGIONS:-True} EPOCHS=${EPOCHS:-4}
@@ -27,7 +26,7 @@ OMP_NUM_THREADS=1 "$PYTHON" main_esvit.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" --o
     --epochs "$EPOCHS" --warmup_epochs 1 --lr 0.016 --momentum_teacher 0.98 --warmup_teacher_temp 0.05 --teacher_temp 0.05
 
 # The student is scored: in a few hundred steps the teacher, whose momentum grows to 1, stays behind it.
-scored "$RUN" || "$PYTHON" eval_knn.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" --output_dir "$RUN" \
+"$PYTHON" eval_knn.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" --output_dir "$RUN" \
     --pretrained_weights "$RUN/checkpoint.pth" --checkpoint_key student --crop_ratio 1 --baselines --nb_knn 1 20
 
 [ -z "${TRAIN_ONLY:-}" ] || exit 0

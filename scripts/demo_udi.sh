@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # UDI at the demo's size: the same set-up, photographs and score as scripts/demo.sh, a micro ViT with two class tokens.
-# A second start reuses what is there: it resumes an interrupted run, and after a complete one shows its scores again.
+# A second start reuses what is there: it resumes an interrupted run, and scores a complete one again.
 #   bash scripts/demo_udi.sh
 #   SEED=1 bash scripts/demo_udi.sh      another seed, in a folder of its own
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-source scripts/scored.sh
 install_requirements requirements.txt
 
 SEED=${SEED:-0} EPOCHS=${EPOCHS:-7}
@@ -23,7 +22,7 @@ OMP_NUM_THREADS=1 "$PYTHON" main_udi.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" --out
     --warmup_teacher_temp 0.05 --teacher_temp 0.05 --warmup_teacher_temp_epochs 0
 
 # The student is scored: in a few hundred steps the teacher, whose momentum grows to 1, stays behind it.
-scored "$RUN" || "$PYTHON" eval_knn.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" --output_dir "$RUN" \
+"$PYTHON" eval_knn.py "${NETWORK[@]}" "${DATA_FLAGS[@]}" --output_dir "$RUN" \
     --pretrained_weights "$RUN/checkpoint.pth" --checkpoint_key student --crop_ratio 1 --baselines --nb_knn 1 20
 
 cat <<END

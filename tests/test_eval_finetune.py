@@ -423,7 +423,9 @@ def test_finished_run_says_its_score_and_mends_its_results(
     assert (best["top5_is"], best["image_size"], best["checkpoint_key"]) == ("top3", 32, "teacher")
     (tmp_path / "results.json").unlink()
     run(images, tmp_path, *PLAIN)
-    assert capsys.readouterr().out.splitlines() == [said]
+    again = capsys.readouterr()
+    assert again.out.splitlines() == [said]
+    assert f"{tmp_path} has 2 epochs already, --epochs asks for 2: nothing to do\n" in again.err
     assert (tmp_path / "results.json").read_bytes() == record
 
 

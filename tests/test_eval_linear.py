@@ -25,6 +25,7 @@ from features import CachedFeatures, FeatureSource, LabelledFeatures
 from models import build_model
 from probe import Probe, Setting, probe_width
 from progress import EpochMeter
+from resume import EndRequest
 from utils import UsageError
 
 CPU = torch.device("cpu")
@@ -192,7 +193,7 @@ class Given(FeatureSource):
         self.batches, self.steps = batches, 0
         self.validation_images = sum(len(batch.labels_N) for batch in batches)
 
-    def training(self, epoch: int, meter: EpochMeter) -> Iterator[LabelledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
         raise NotImplementedError
 
     def validation(self) -> Iterator[LabelledFeatures]:
@@ -239,7 +240,8 @@ def test_shares_of_an_epoch_hold_every_image_once(
     for rank in range(world):
         monkeypatch.setattr("utils.get_rank", lambda rank=rank: rank)
         source = CachedFeatures(some, some, batch, CPU, seed=0)
-        for step, part in enumerate(source.training(3, EpochMeter(3, source.steps, batch * world))):
+        meter = EpochMeter(3, source.steps, batch * world)
+        for step, part in enumerate(source.training(3, meter, EndRequest(Path("checkpoint.pth.tar")))):
             steps.setdefault(step, []).extend(part.labels_N.tolist())
     assert sorted(label for step in steps.values() for label in step) == list(range(images))
     assert [len(step) for step in steps.values()] == [source.images_of(step) for step in steps]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from runs import write_images
 from udi_runs import run as train
@@ -85,10 +86,18 @@ def test_a_checkpoint_of_another_architecture_is_told_at_once(trained: Path) -> 
 
 
 def test_files_without_a_config_leave_the_published_one(trained: Path, tmp_path: Path) -> None:
-    """Those of other projects, a bare backbone, and what a Swin file calls so."""
+    """Of this project one without; of others a bare backbone, what a Swin file calls so, a text that names a yaml or is one."""
     content = checkpoint.load_file(trained / "run" / "checkpoint.pth")
-    for number, config in enumerate((None, {"MODEL": {"TYPE": "swin"}})):
-        torch.save(content | {"config": config}, tmp_path / f"{number}.pth")
+    foreign: list[Any] = [
+        {"MODEL": {"TYPE": "swin"}},
+        "configs/swin_tiny.yaml",
+        "MODEL: {NAME: swin, EMBED: 96}",
+        ": [",
+    ]
+    contents = [content | {"config": None}, content["teacher"]]
+    contents += [{"model": content["teacher"], "config": config} for config in foreign]
+    for number, other in enumerate(contents):
+        torch.save(other, tmp_path / f"{number}.pth")
         assert checkpoint.saved_config(tmp_path / f"{number}.pth") is None
     torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # cannot be read in place
     old = checkpoint.saved_config(tmp_path / "old.pth")
@@ -100,8 +109,15 @@ def test_files_without_a_config_leave_the_published_one(trained: Path, tmp_path:
 
 def test_a_config_that_is_damaged_inside_a_checkpoint_is_named(trained: Path, tmp_path: Path) -> None:
     for text, words in (("MODEL: [", "is not valid yaml"), ("MODEL: {SPEC: {DEPHT: 2}}", "unknown config key")):
-        torch.save({"teacher": {}, "config": text}, tmp_path / "x.pth")
+        torch.save({"teacher": {}, "config": text, "rng": [], "world_size": 1}, tmp_path / "x.pth")
         args = eval_knn.get_args_parser().parse_args(["--pretrained_weights", str(tmp_path / "x.pth")])
         with pytest.raises(UsageError, match=words) as caught:
             features.network_config(args)
         assert f"the config inside checkpoint '{tmp_path / 'x.pth'}'" in str(caught.value)
+        assert str(caught.value).endswith("; name a yaml with --cfg")
+
+
+def test_safetensors_are_not_read_for_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr("safetensors.torch.load_file", None)
+    assert checkpoint.saved_config(tmp_path / "x.safetensors") is None

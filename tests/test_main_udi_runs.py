@@ -270,8 +270,10 @@ def test_the_last_line_names_the_results_and_a_command_that_scores_them(
     told = []
     for _ in range(2):
         run(out, tmp_path / "labelled images" / "train", *one_epoch)
-        told.append(capsys.readouterr().err.strip().splitlines()[-1])
+        *_, before, last = capsys.readouterr().err.strip().splitlines()
+        told.append(last)
     assert told[0] == told[1]
+    assert before == f"{out} has 1 epoch already, --epochs asks for 1: nothing to do"
     assert told[0].startswith(
         f"the run is done: {out} has checkpoint.pth, log.txt and the curves (tensorboard --logdir '{out}')"
     )

@@ -1,11 +1,9 @@
-"""Scripts: the command that pretrain.sh makes and what it refuses, by a stand-in for python; when a demo's scores stand."""
+"""scripts/pretrain.sh: the command it makes, and what it refuses. The commands are caught by a stand-in for python."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -62,36 +60,3 @@ def test_compare_takes_one_of_its_words(words: list[str]) -> None:
     done = subprocess.run(["bash", str(ROOT / "scripts/compare.sh"), *words], capture_output=True, text=True)
     assert done.returncode == 2
     assert f"'{''.join(words)}' is not tasks, networks or methods" in done.stderr
-
-
-def scored(run: Path) -> subprocess.CompletedProcess[str]:
-    """As demo.sh asks."""
-    command = ["bash", "-euo", "pipefail", "-c", 'source scripts/scored.sh; scored "$1"', "demo.sh", str(run)]
-    env = os.environ | {"PYTHON": sys.executable}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def test_scores_of_a_demo_stand_until_its_checkpoint_changes(tmp_path: Path) -> None:
-    """None, older ones and damaged ones are made again; the newest of several count."""
-    (tmp_path / "checkpoint.pth").touch()
-    assert scored(tmp_path).returncode == 1
-    scores = {"network": {"20": {"top1": 61.166, "top5": 94.0}}, "raw pixels": {"20": {"top1": 33.5, "top5": 60.0}}}
-    record = {"evaluation": "k-NN", "compared": "600 images", "top5_is": "top5", "scores": scores}
-    (tmp_path / "results.json").write_text("{}")
-    assert scored(tmp_path).returncode == 1
-    (tmp_path / "results_2.json").write_text(json.dumps(record))
-    told = scored(tmp_path)
-    assert told.returncode == 0, told.stderr
-    first, *lines = told.stdout.splitlines()
-    assert first.startswith(
-        f"{tmp_path}/results_2.json is newer than {tmp_path}/checkpoint.pth and scripts/demo.sh: its scores"
-    )
-    assert lines == [
-        "k-NN of 600 images:",
-        "network: 20-NN classifier result: Top1: 61.17, Top5: 94.00",
-        "raw pixels: 20-NN classifier result: Top1: 33.50, Top5: 60.00",
-    ]
-    newer = (tmp_path / "results_2.json").stat().st_mtime + 1
-    os.utime(tmp_path / "checkpoint.pth", (newer, newer))
-    told = scored(tmp_path)
-    assert (told.returncode, told.stdout, told.stderr) == (1, "", "")

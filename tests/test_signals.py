@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -18,11 +19,11 @@ from runs import TINY_SWIN, run_script
 from test_resume import assert_identical
 
 import checkpoint
+import features
 import finetune
 import progress
-import resume
 import utils
-from utils import Stopped
+from utils import Stopped, UsageError
 
 Run = Callable[..., None]
 SCRIPTS: list[tuple[Run, list[str], str]] = [
@@ -39,15 +40,15 @@ def images(tmp_path: Path) -> Path:
 
 
 def signalled_at(patch: pytest.MonkeyPatch, epoch: int, number: signal.Signals) -> None:
-    """The process gets a signal before the second step of an epoch."""
-    check = resume.EndRequest.end_without_saving
+    """The process gets a signal after the first step of an epoch."""
+    update = progress.EpochMeter.update
 
-    def signalled(self: resume.EndRequest, now: int, steps: int, output_dir: Path) -> None:
-        if (now, steps) == (epoch, 1):
+    def signalled(self: progress.EpochMeter, scalars: Any) -> None:
+        update(self, scalars)
+        if (self.epoch, self.done) == (epoch, 1):
             os.kill(os.getpid(), number)
-        check(self, now, steps, output_dir)
 
-    patch.setattr(resume.EndRequest, "end_without_saving", signalled)
+    patch.setattr(progress.EpochMeter, "update", signalled)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -57,9 +58,10 @@ def test_a_signal_ends_the_run_and_the_epoch_begins_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """In the first epoch, in the second; then it ends bit for bit as a run that was left alone."""
+    monkeypatch.setattr(features, "ASKED_EVERY", 1)
     before = signal.getsignal(number)
     for epoch, words in enumerate(
-        ["which is not saved; the same command begins anew", "goes on from the last checkpoint in"]
+        ["which is not saved; the same command begins anew", "goes on from the last whole checkpoint in"]
     ):
         with monkeypatch.context() as patch:
             signalled_at(patch, epoch, number)
@@ -75,6 +77,42 @@ def test_a_signal_ends_the_run_and_the_epoch_begins_again(
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
     assert linear_runs.results(tmp_path / "whole") == linear_runs.results(tmp_path / "parts")
+
+
+def test_cached_features_are_asked_at_the_start_of_an_epoch(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is shorter than the steps between two questions ends first, and is saved."""
+    signalled_at(monkeypatch, 0, signal.SIGTERM)
+    with pytest.raises(
+        Stopped, match=r"^stopped by a signal before epoch 2; the same command goes on from the last wh"
+    ):
+        linear_runs.run(images, tmp_path / "out", "--cache_features")
+    assert linear_runs.saved(tmp_path / "out")["epoch"] == 1
+
+
+@pytest.mark.parametrize("run", [finetune_runs.run, linear_runs.run], ids=["fine-tuning", "linear probe"])
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [(0, "begins anew"), (1, "goes on from the last whole checkpoint in .*/out")],
+    ids=["none", "one"],
+)
+def test_a_signal_after_a_failed_save_is_no_clean_end(
+    run: Run, saved: int, words: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full from the first or the second saving on, and the signal comes one epoch later."""
+    out, fsync = tmp_path / "out", os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if (out / "log.txt").exists() and len((out / "log.txt").read_text().splitlines()) > saved:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    signalled_at(monkeypatch, saved + 1, signal.SIGTERM)
+    with pytest.raises(UsageError, match=rf"the end of the run is not saved \(.*No space left.*, it {words}$"):
+        run(images, out, "--epochs", "3")
+    assert len(list(out.glob("checkpoint.pth*"))) == saved
 
 
 def test_a_signal_after_the_last_step_lets_the_run_finish(
@@ -127,17 +165,17 @@ def test_the_log_of_a_fine_tuning_that_fails_is_closed(
     assert [line["epoch"] for line in linear_runs.log_lines(tmp_path / "out")] == [0]
 
 
-# Process 1 gets a signal before the second step of the second epoch.
+# Process 1 gets a signal after the first step of the second epoch.
 SIGNALLED = """
 import os, signal, sys
 sys.path[:0] = [ROOT]
-import SCRIPT, resume, utils
-check = resume.EndRequest.end_without_saving
-def signalled(self, epoch, steps, output_dir):
-    if utils.get_rank() == 1 and (epoch, steps) == (1, 1):
+import SCRIPT, progress, utils
+update = progress.EpochMeter.update
+def signalled(self, scalars):
+    update(self, scalars)
+    if utils.get_rank() == 1 and (self.epoch, self.done) == (1, 1):
         os.kill(os.getpid(), signal.SIGUSR1)
-    check(self, epoch, steps, output_dir)
-resume.EndRequest.end_without_saving = signalled
+progress.EpochMeter.update = signalled
 utils.run_script(lambda: SCRIPT.main(SCRIPT.get_args_parser().parse_args()))
 """
 
