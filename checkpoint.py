@@ -47,7 +47,7 @@ LISTED_NAMES = 5
 # What published files keep their arguments in: EsViT and DINO a Namespace, the original Swin its yacs config, here an ordered
 # dictionary that is filled without any code of yacs.
 READABLE: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-OWN = {"config", "rng", "world_size"}  # what this project's full checkpoints hold and no others
+OWN = {"world_size", "finetuning"}  # one of these beside a config makes a file one of this project's
 MOST_CHANNELS = 32  # of images; a first convolution has no more inputs
 
 
@@ -89,7 +89,7 @@ def load_file(path: str | Path, in_place: bool = False) -> dict[str, Any]:
 
 
 def saved_config(path: str | Path) -> SavedConfig | None:
-    """The network's config, where the file is one of this project's full checkpoints; what others call so is left alone.
+    """The network's config, where the file is a checkpoint of this project; what others call so is left alone.
 
     Of the tensors none is read, but those of files as torch wrote them before 1.6.
 
@@ -99,7 +99,7 @@ def saved_config(path: str | Path) -> SavedConfig | None:
     if _is_safetensors(path):
         return None
     content = load_file(path, in_place=True)
-    if not content.keys() >= OWN or not isinstance(content["config"], str):
+    if not isinstance(content.get("config"), str) or not content.keys() & OWN:
         return None
     return SavedConfig(content["config"], f"the config inside checkpoint '{path}'")
 
@@ -404,7 +404,7 @@ def _remedy(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str | 
     if len(theirs) == len(ours) == 4 and theirs[1] != ours[1] and theirs[0] == ours[0] and ours[1] <= MOST_CHANNELS:
         return f"set MODEL.SPEC.IN_CHANS {theirs[1]}"
     if "patch_embed" in name and len(theirs) == len(ours) == 4 and theirs[2:] != ours[2:]:
-        return f"set --patch_size {theirs[2]} (or MODEL.SPEC.PATCH_SIZE)"
+        return f"set --patch_size {theirs[2]} (or MODEL.SPEC.PATCH_SIZE where the yaml has it)"
     if name == "cls_token" and theirs[1] != ours[1]:
         return f"set MODEL.SPEC.NUM_CLS_TOKENS {theirs[1]}" + (" MODEL.SPEC.POS_RESIZE scale" if theirs[1] == 2 else "")
     if "pos_embed" in name:

@@ -368,7 +368,8 @@ def save_run(
     best = progress.best
     if best.epoch == progress.epochs - 1:
         weights = tuner.networks()[best.network].state_dict()
-        if failure := write({"model": weights, "finetuning": best._asdict()}, output_dir / BEST, keep=0):
+        content = {"model": weights, "finetuning": best._asdict(), "config": config.dump()}
+        if failure := write(content, output_dir / BEST, keep=0):
             return failure
     state = {
         "model": tuner.network.state_dict(),

@@ -146,7 +146,10 @@ def test_learns_and_leaves_everything_behind(images: Path, tmp_path: Path, capsy
     assert content["model"]["head.weight"].shape == (CLASSES, 24)
     config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
     backbone = build_model("swin", config)
-    checkpoint.load_backbone(backbone, tmp_path / "best.pth")  # for the other evaluations
+    checkpoint.load_backbone(backbone, tmp_path / "best.pth")  # for the other evaluations, which need no --cfg then
+    saved = checkpoint.saved_config(tmp_path / "best.pth")
+    assert saved is not None
+    assert saved.text == config.dump()
     assert torch.equal(backbone.state_dict()["norm.weight"], content["model"]["norm.weight"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     run(images, tmp_path, *PLAIN, "--epochs", "12", "--lr", "0.5", "--layer_decay", "0.9", "--model_ema")

@@ -201,7 +201,11 @@ def test_what_vil_shares_must_be_equal_in_the_file_or_given_once(tmp_path: Path)
     ("name", "override", "words"),
     [
         ("swin", ("MODEL.SPEC.IN_CHANS", "1"), "set MODEL.SPEC.IN_CHANS 1$"),
-        ("swin", ("MODEL.SPEC.PATCH_SIZE", "8"), r"set --patch_size 8 \(or MODEL.SPEC.PATCH_SIZE\)$"),
+        (
+            "swin",
+            ("MODEL.SPEC.PATCH_SIZE", "8"),
+            r"set --patch_size 8 \(or MODEL.SPEC.PATCH_SIZE where the yaml has it\)$",
+        ),
         ("swin", ("MODEL.SPEC.DIM_EMBED", "24"), "check --arch and --cfg, .*--allow_partial True$"),
     ],
 )
