@@ -101,18 +101,9 @@ def _few_keys_backward(
 
 
 @_few_keys_backward.register_fake
-def _few_keys_backward_without_values(
-    grad_PQD: Tensor,
-    q_PQD: Tensor,
-    k_PND: Tensor,
-    v_PND: Tensor,
-    maps_PQN: Tensor,
-    scale: float,
-    shape: Sequence[int],
-    bias_shape: Sequence[int],
-    bias_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_PQD, k_PND, v_PND))
+def _few_keys_backward_without_values(grad_PQD: Tensor, *kept: Any) -> tuple[Tensor, ...]:
+    *qkv, maps_PQN, _, _, bias_shape, bias_dtype = kept
+    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv)
     return q, k, v, maps_PQN.new_empty(bias_shape, dtype=bias_dtype)
 
 

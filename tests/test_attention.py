@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from models import attention
+from models import attention, few_keys
 from models.attention import attend
 
 BIASES = {
@@ -91,6 +91,20 @@ def test_maps_are_kept_once_in_the_dtype_of_the_products() -> None:
     with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(note, lambda tensor: tensor):
         few(*problem(torch.float32, (3, 5, 7)))
     assert [tensor.dtype for tensor in kept if tensor.shape[-2:] == (5, 7)] == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("shape", [None, (3, 5, 7), (2, 1, 1, 7)])
+def test_what_compilers_are_told_of_the_results_is_true(shape: tuple[int, ...] | None) -> None:
+    """Shapes, strides and dtypes, and that nothing is changed in place."""
+    q, k, v, *bias = (x.detach() for x in problem(torch.float32, shape))
+    q, k, v = (x.flatten(0, 1).bfloat16() for x in (q, k, v))
+    sizes = [2, 3, 5, 7]
+    checks = ("test_schema", "test_faketensor")
+    given = (q, k, v, bias[0] if bias else None, 0.7, sizes)
+    torch.library.opcheck(few_keys._few_keys, given, test_utils=checks)
+    x, maps = few_keys._few_keys(*given)
+    kept = (torch.ones_like(x), q, k, v, maps, 0.7, sizes, list(shape or ()), torch.float32)
+    torch.library.opcheck(few_keys._few_keys_backward, kept, test_utils=checks)
 
 
 def test_many_keys_go_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
