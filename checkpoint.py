@@ -15,38 +15,44 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor, nn
 
 import sharding
 from config import SavedConfig
 from files import whole_file
-from models import srs
+from layouts import DERIVED, in_our_names
+from layouts import NetworkState as NetworkState  # also found here
+from layouts import network_state as network_state
+from layouts import parameter_names as parameter_names
 from models.base import BESIDE, HEADS, Backbone
-from models.interop import vit_from_timm
 from utils import UsageError, counted, logger
 
 PREFIX = "module."
-UDI_BACKBONE = "backbone.backbone."  # around a backbone in UDI's files
-UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
 CLASSIFIERS = ("fc.", "head_dist.")  # linear heads of other projects, beside `head.`
-WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others keep a network
-DERIVED = ("relative_position_index", "attn_mask")  # buffers that the architecture computes itself
 OPTIONAL = ("num_batches_tracked",)  # older files lack it
 LISTED_NAMES = 5
-# What published files keep their arguments in: EsViT and DINO a Namespace, the original Swin its yacs config, here an ordered
-# dictionary that is filled without any code of yacs.
-READABLE: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+# What published files hold beside tensors and plain values: arguments, which EsViT, DINO and UDI keep in a Namespace and the original
+# Swin in its yacs config (read into an ordered dictionary, without any code of yacs), and numpy scalars, which the schedules of these
+# programs write into the groups of the optimizer. Both spellings of numpy's constructor occur; of its types only numbers are read.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+READABLE: list[Any] = [
+    argparse.Namespace,
+    (OrderedDict, "yacs.config.CfgNode"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+]
 OWN = {"world_size", "finetuning"}  # one of these beside a config makes a file one of this project's
 MOST_CHANNELS = 32  # of images; a first convolution has no more inputs
 
@@ -170,100 +176,6 @@ def _is_safetensors(path: str | Path) -> bool:
     return Path(path).suffix == ".safetensors"
 
 
-# --------------------------------------------------------------------------- layouts
-
-
-class NetworkState(NamedTuple):
-    """The tensors of one network in a file, and where they were found."""
-
-    tensors: dict[str, Tensor]
-    layout: str
-    key: str | None
-    image_size: tuple[int, int] | None = None  # MODEL.IMAGE_SIZE of the run, where the file tells
-
-
-def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> NetworkState:
-    """The network of a file, without `module.`: `key` of a full checkpoint, what lies under `model`, or the whole of a bare one.
-
-    Weight norm in torch's parametrised spelling gets the published names, a network of UDI's own files this project's.
-
-    Raises:
-        UsageError: a full checkpoint without `key`, or content that is no state dict.
-    """
-    layout, found_under, whole = "bare state dict", None, content
-    if "student" in content or "teacher" in content:
-        if key not in content:
-            raise UsageError(
-                f"checkpoint '{path}' has no network '{key}'; name one that it has: "
-                + " or ".join(sorted(content.keys() & {"student", "teacher"}))
-            )
-        layout, found_under = "full checkpoint", key
-    else:
-        found_under = next((k for k in WRAPPING_KEYS if isinstance(content.get(k), Mapping)), None)
-        layout = "wrapped state dict" if found_under else layout
-    if found_under:
-        content = content[found_under]
-    named = content.items() if isinstance(content, Mapping) else ()
-    tensors = {_published_weight_norm(str(k).removeprefix(PREFIX)): v for k, v in named if isinstance(v, Tensor)}
-    if not tensors:
-        where = f" under '{found_under}'" if found_under else ""
-        found = ", ".join(map(str, content))[:200] if isinstance(content, Mapping) else type(content).__name__
-        raise UsageError(
-            f"checkpoint '{path}' holds no tensors of a network{where}, but {found or 'nothing'}; use another file"
-        )
-    if f"{UDI_BACKBONE}cls_token" in tensors:
-        layout, tensors = f"{layout} of UDI", _from_udi(tensors)
-    return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
-
-
-def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
-    """MODEL.IMAGE_SIZE of the run, where the file tells."""
-    config = content.get("config")
-    if not isinstance(config, str):
-        return None
-    try:
-        height, width = yaml.safe_load(config)["MODEL"]["IMAGE_SIZE"]
-    except (KeyError, TypeError, ValueError, yaml.YAMLError):
-        return None
-    return int(height), int(width)
-
-
-def _published_weight_norm(name: str) -> str:
-    """`parametrizations.weight.original0` and `1` of torch >= 2 are the gain and the direction."""
-    return name.replace("parametrizations.weight.original0", "weight_g").replace(
-        "parametrizations.weight.original1", "weight_v"
-    )
-
-
-def _from_udi(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network of a published UDI file under this project's names; with one head where those of all levels are equal."""
-    ours = {f"srs.{name}": tensor for name, tensor in srs.from_published(published).items()}
-    others = {n.removeprefix(UDI_BACKBONE): t for n, t in published.items() if not n.startswith(tuple(srs.PUBLISHED))}
-    shared: dict[str, Tensor] = {}
-    for name in filter(UDI_HEAD.match, others):
-        if not torch.equal(shared.setdefault(UDI_HEAD.sub("head.", name), others[name]), others[name]):
-            return ours | others  # a head of its own for each level
-    return ours | {name: tensor for name, tensor in others.items() if not UDI_HEAD.match(name)} | shared
-
-
-def _in_our_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under this project's names: whichever of the known namings fits most of the network's tensors.
-
-    Known are the published names, those of timm and torchvision, and either of them inside DINO's `backbone.`.
-    """
-    wanted = network.state_dict()
-    timm_name = network.timm_name if isinstance(network, Backbone) else str
-    namings: list[Callable[[str], str]] = [
-        str,
-        timm_name,
-        lambda name: name if name.startswith(BESIDE) else f"backbone.{name}",
-        lambda name: name if name.startswith(BESIDE) else f"backbone.{timm_name(name)}",
-    ]
-    best = max(namings, key=lambda naming: sum(naming(name) in tensors for name in wanted))
-    ours = {best(name): name for name in wanted}
-    return {ours.get(name, name): tensor for name, tensor in tensors.items()}
-
-
 # --------------------------------------------------------------------------- networks
 
 
@@ -275,25 +187,34 @@ class LoadReport(NamedTuple):
     matched: int
     resized: int
     left_out: int
+    fresh: tuple[str, ...] = ()  # what is `BESIDE` the network's backbone and not in the file
 
     def __str__(self) -> str:
         where = f"{self.layout}, key '{self.key}'" if self.key else self.layout
-        return f"{where}: {counted(self.matched, 'tensor')} loaded, {self.resized} of them resized, {self.left_out} left out"
+        told = f"{where}: {counted(self.matched, 'tensor')} loaded, {self.resized} of them resized, {self.left_out} left out"
+        return f"{told}, {' and '.join(part.rstrip('.') for part in self.fresh)} not in the file" if self.fresh else told
 
 
 def load_network(
-    network: nn.Module, state: NetworkState, source: str, *, resize: bool = False, allow_partial: bool = False
+    network: nn.Module,
+    state: NetworkState,
+    source: str,
+    *,
+    resize: bool = False,
+    new_parts: bool = False,
+    allow_partial: bool = False,
 ) -> LoadReport:
     """Load a state dict into a network, wrapped or not; every tensor of the network must be there in its shape.
 
-    A network without what may lie `BESIDE` a backbone leaves that of the file out; a file without heads (or with a classifier's
-    linear one) leaves those of the network as they are. Buffers that follow from the architecture are neither asked for nor taken.
+    A network without what may lie `BESIDE` a backbone leaves that of the file out. Buffers that follow from the architecture are
+    neither asked for nor taken.
 
     Args:
         network: left as it is where an error is raised.
         state: see `network_state`.
         source: how messages name the file.
         resize: let a backbone resize its tables of positions to its own image or window size.
+        new_parts: what lies `BESIDE` the backbone may be missing in the file as a whole; it stays as it is then.
         allow_partial: take what fits; what is missing is warned about instead of being an error.
 
     Raises:
@@ -302,9 +223,11 @@ def load_network(
     network = unwrap(network)
     wanted = network.state_dict(keep_vars=True)
     offered = {name: t for name, t in state.tensors.items() if not name.endswith(DERIVED) and t.numel()}
-    tensors = _in_our_names(network, offered)
+    ours = in_our_names(network, offered)
+    tensors = {ours[name]: tensor for name, tensor in offered.items()}
     _fill_second_names(wanted, tensors, source)
-    file_has_heads = any("last_layer." in name for name in tensors)
+    beside = {part: [name for name in wanted if name.startswith(part)] for part in BESIDE}
+    fresh = tuple(part for part, names in beside.items() if names and not tensors.keys() & names) if new_parts else ()
     taken, misfits, resized = {}, [], 0
     for name in sorted(wanted.keys() & tensors.keys()):
         tensor = tensors[name]
@@ -319,9 +242,7 @@ def load_network(
     missing = [
         name
         for name in wanted
-        if name not in tensors
-        and not name.endswith((*DERIVED, *OPTIONAL))
-        and (file_has_heads or not name.startswith(BESIDE))
+        if name not in tensors and not name.endswith((*DERIVED, *OPTIONAL)) and not name.startswith(fresh)
     ]
     unexpected = [name for name in tensors if name not in wanted and not name.startswith((*BESIDE, *CLASSIFIERS))]
     if missing or unexpected or misfits:
@@ -336,7 +257,7 @@ def load_network(
     placed = {name: sharding.placed_like(wanted[name], tensor) for name, tensor in taken.items()}
     network.load_state_dict(placed, strict=False)
     left_out = sum(name not in taken for name in tensors)
-    return LoadReport(state.layout, state.key, len(taken), resized, left_out)
+    return LoadReport(state.layout, state.key, len(taken), resized, left_out, fresh)
 
 
 def _may_be_resized(network: Backbone, state: NetworkState, theirs: Tensor, ours: Tensor) -> bool:
@@ -426,4 +347,13 @@ def load_backbone(
         UsageError: see `load_file`, `network_state` and `load_network`.
     """
     state = network_state(load_file(path), key, path)
-    return load_network(network, state, f"checkpoint '{path}'", resize=True, allow_partial=allow_partial)
+    source = f"checkpoint '{path}'"
+    return load_network(network, state, source, resize=True, new_parts=True, allow_partial=allow_partial)
+
+
+def criterion_state(content, key, path):
+    state = dict(content.get(key) or {})
+    if "centering.center" in state:
+        rows = state.pop("centering.center"); state.pop("centering.count", None)
+        state |= dict(zip(("center", "center_plus", "center_patch"), rows[:, None]))
+    return state

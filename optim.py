@@ -8,6 +8,7 @@ Origin: DINO (Caron et al., ICCV 2021), implementation details; EsViT (Li et al.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,26 @@ from utils import UsageError, counted
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW and SGD have a fused kernel that a flag on the device can hold back
-HOW_IT_COMPUTES = ("fused", "foreach", "capturable")  # settings of a parameter group that change no number but rounding
+# What each optimizer keeps of a parameter, and whether it has the parameter's shape; else it is one number.
+MOMENTS: dict[type[torch.optim.Optimizer], dict[str, bool]] = {
+    torch.optim.AdamW: {"step": False, "exp_avg": True, "exp_avg_sq": True},
+    torch.optim.SGD: {"momentum_buffer": True},
+    Lars: {"momentum_buffer": True},
+}
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of trainable parameters: with weight decay, and (1-d tensors and biases) without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
-    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    """Split the trainable parameters into two named groups: with weight decay, and (1-d tensors and biases) without."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = split_by_decay(parameters)
+    decayed, plain = ({"params": [parameters[name] for name in group], "param_names": group} for group in names)
+    return [decayed, plain | {"weight_decay": 0.0}]
+
+
+def split_by_decay(parameters: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Names of the parameters that weight decay acts on, and of the others: 1-d tensors and biases."""
+    plain = {name for name, parameter in parameters.items() if parameter.ndim == 1 or name.endswith(".bias")}
+    return [name for name in parameters if name not in plain], [name for name in parameters if name in plain]
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -86,22 +96,66 @@ def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a saved state dict; how this optimiser computes (`HOW_IT_COMPUTES`) stays as it was built.
+def named_moments(state: Any, names: Sequence[Sequence[str]] | None, source: str) -> dict[str, dict[str, Any]]:
+    """The moments of a saved optimizer by the names of its parameters; empty for a parameter that was never updated.
+
+    Args:
+        state: a state dict of an optimizer, whose moments are numbered by position.
+        names: of each group's parameters in their order, for files that do not hold them (`param_names`).
+        source: how messages name the file.
 
     Raises:
-        ValueError: the state is of other parameters.
+        UsageError: no state dict of an optimizer, or one of another number of parameters.
     """
-    kept = [{key: group[key] for key in HOW_IT_COMPUTES if key in group} for group in optimizer.param_groups]
-    groups = [saved | own for saved, own in zip(state["param_groups"], kept, strict=True)]
-    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
-    moments = {
-        number: {key: sharding.placed_like(parameters.get(number), value) for key, value in of_one.items()}
-        for number, of_one in state["state"].items()
-    }
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    for parameter, of_one in optimizer.state.items():
-        of_one.update({key: _laid_out_like(parameter, value) for key, value in of_one.items()})
+    try:
+        groups, moments = state["param_groups"], state["state"]
+        names = [group["param_names"] for group in groups] if "param_names" in groups[0] else names
+        positions = [list(group["params"]) for group in groups]
+        found = {number: dict(moments.get(number, {})) for group in positions for number in group}
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError):
+        raise UsageError(f"{source} holds no state of an optimizer under 'optimizer'; use another file") from None
+    sizes = [len(group) for group in positions]
+    if names is None or [len(group) for group in names] != sizes:
+        expected = "" if names is None else f", its networks have {' and '.join(str(len(group)) for group in names)}"
+        raise UsageError(
+            f"{source} has an optimizer of {' and '.join(map(str, sizes))} parameters (with and without weight decay){expected}; "
+            "use another file"
+        )
+    return {str(n): found[i] for group, numbers in zip(names, positions) for n, i in zip(group, numbers)}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """Give each parameter the saved moments of its name; without any it starts afresh.
+
+    Settings of the groups stay: schedules set them at each step, or they are constants of this project.
+
+    Raises:
+        UsageError: moments of another kind of optimizer, or of another shape, with the name of the parameter.
+    """
+    state = optimizer.state_dict()
+    named = [(n, p) for group in optimizer.param_groups for n, p in zip(group["param_names"], group["params"])]
+    wanted = MOMENTS[type(optimizer)]
+    state["state"] = {}
+    for number, (name, parameter) in enumerate(named):
+        saved = {key: value for key, value in moments.get(name, {}).items() if value is not None}
+        if not saved:
+            continue
+        if saved.keys() != wanted.keys():
+            raise UsageError(
+                f"{source} has the moments {', '.join(map(str, saved))} of {name}, {type(optimizer).__name__} has "
+                f"{', '.join(wanted)}; was --optimizer the same?"
+            )
+        for key, has_shape in wanted.items():
+            shape = parameter.shape if has_shape else torch.Size()
+            value = torch.as_tensor(saved[key]) if isinstance(saved[key], Tensor | int | float) else None
+            if value is None or value.shape != shape or value.is_complex():
+                given = type(saved[key]).__name__ if value is None else tuple(value.shape)
+                raise UsageError(
+                    f"{source} has for {name} a moment {key} of shape {given}, the parameter wants {tuple(shape)}; use another file"
+                )
+            saved[key] = _laid_out_like(parameter, sharding.placed_like(parameter, value))
+        state["state"][number] = saved
+    optimizer.load_state_dict(state)
     _with_momentum(optimizer)
 
 

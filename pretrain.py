@@ -70,10 +70,7 @@ def run(args: argparse.Namespace, script: Script) -> None:
     output_dir = Path(args.output_dir)
     with utils.failing_together(), files.usable(output_dir):
         start = resume.resume_run(output_dir, step, args)
-        if args.pretrained_weights_ckpt and start.is_new:
-            start_from_weights(method, args.pretrained_weights_ckpt, args.allow_partial)
-        elif args.pretrained_weights_ckpt:
-            logger.warning("--pretrained_weights_ckpt is not used: %s holds a run, which goes on", output_dir)
+        start = start_elsewhere(args, method, step) if start.is_new else start
         files.make_output_dir(output_dir)  # last: a mistaken start leaves nothing behind
     utils.must_agree("checkpoints", (start.epoch, start.steps))
     if start.epoch >= args.epochs:
@@ -182,8 +179,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--shuffle_buffer", type=int, default=256, help="images that each worker mixes, of tar shards")
     add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, as counted or told")
-    add("--pretrained_weights_ckpt", default="", help="start a new schedule from these weights")
-    flags.add_switch(parser, "--allow_partial", "take what fits of those weights")
+    add(
+        "--pretrained_weights_ckpt",
+        default="",
+        help="full checkpoint whose run goes on here: networks, centers, moments and epoch, on the same schedule; heads that it "
+        "lacks start fresh (views first, then --use_dense_prediction). A checkpoint.pth in --output_dir wins",
+    )
+    add("--init_weights", default="", help="start a new schedule from these weights, of any known layout")
+    flags.add_switch(parser, "--allow_partial", "take what fits of either file")
     add("--output_dir", default=".", help="where everything of the run goes")
     add(
         "--saveckp_freq",
@@ -235,6 +238,10 @@ def check_args(args: argparse.Namespace) -> None:
     if args.fsdp and (args.compile or args.optimizer == "lars"):
         which = "--compile" if args.compile else "--optimizer lars"
         raise UsageError(f"--fsdp and {which} do not work together; leave one of them out")
+    if args.pretrained_weights_ckpt and args.init_weights:
+        raise UsageError(
+            "--pretrained_weights_ckpt continues a run and --init_weights starts a new schedule; leave one of them out"
+        )
     if not 0 <= args.momentum_teacher <= 1:
         raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
 
@@ -368,19 +375,23 @@ def build_probe(
     return KnnProbe(networks, images, *sizes, device, args.precision)
 
 
-def start_from_weights(method: engine.Method, path: str, allow_partial: bool) -> None:
-    """Load both networks (each from its own part of a full checkpoint) and begin a new schedule.
+def start_elsewhere(args: argparse.Namespace, method: engine.Method, step: engine.TrainStep) -> resume.Place:
+    """Where a run without a checkpoint of its own starts: at --pretrained_weights_ckpt, else anew, from --init_weights if given.
 
     Raises:
         UsageError: a damaged file, or one of another network.
     """
-    content = checkpoint.load_file(path)
-    for network, key in ((method.student, "student"), (method.teacher, "teacher")):
-        state = checkpoint.network_state(content, key, path)
-        report = checkpoint.load_network(
-            network, state, f"checkpoint '{path}'", resize=True, allow_partial=allow_partial
-        )
-        logger.info("%s from %s: %s", key, path, report)
+    if args.pretrained_weights_ckpt:
+        return resume.continue_run(Path(args.pretrained_weights_ckpt), step, args)
+    if args.init_weights:
+        content, path = checkpoint.load_file(args.init_weights), args.init_weights
+        for network, key in ((method.student, "student"), (method.teacher, "teacher")):
+            state = checkpoint.network_state(content, key, path)
+            report = checkpoint.load_network(
+                network, state, f"checkpoint '{path}'", resize=True, new_parts=True, allow_partial=args.allow_partial
+            )
+            logger.info("%s from %s: %s", key, path, report)
+    return resume.Place(is_new=True)
 
 
 def describe_run(

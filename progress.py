@@ -61,9 +61,9 @@ class EpochMeter:
     def go_on_from(self, state: Mapping[str, Any], done: int) -> None:
         """Take over the `state` of an epoch of which `done` steps are done."""
         self.done = done
-        self._sums = {name: (total, count) for name, (total, count) in state.get("sums", {}).items()}
-        self._waited = state.get("waited", 0.0)
-        self._started -= state.get("seconds", 0.0)
+        self._sums = {name: (float(total), int(count)) for name, (total, count) in state.get("sums", {}).items()}
+        self._waited = float(state.get("waited", 0.0))
+        self._started -= float(state.get("seconds", 0.0))
 
     def stop(self) -> None:
         """The steps are done: what follows in the epoch does not count as their time."""

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import checkpoint
 import files
-import optim
+import restore
 import results
 import sharding
 import utils
+from progress import EpochMeter
 from utils import Stopped, UsageError, logger
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ CHECKPOINT = "checkpoint.pth"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # Change no number of a run:
 LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last"}
+LAUNCH_FLAGS |= {"gpu", "rank", "world_size", "pretrained_weights_ckpt", "init_weights", "allow_partial"}  # how it was started
 LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path", "fsdp", "dist_timeout"}
 # What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
 BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
@@ -275,41 +277,43 @@ def resume_run(output_dir: Path, step: TrainStep, args: Any) -> Place:
     """Continue from the newest whole checkpoint of `output_dir`, if there is any.
 
     Raises:
-        UsageError: all files are damaged, or of another network, optimiser or number of prototypes.
+        UsageError: all files are damaged, or of another network, optimizer or number of prototypes.
     """
     found = newest_whole(output_dir / CHECKPOINT)
     if found is None:
         return Place(is_new=True)
     path, content, damaged = found
-    source = f"checkpoint '{path}'"
-    key_of_loss = step.method.criterion_key
-    absent = {"student", "teacher", "optimizer", "epoch", key_of_loss} - content.keys()
-    if absent:
-        other = " (another method made it)" if absent == {key_of_loss} else ""
+    return _restore(path, content, step, args)._replace(damaged=damaged)
+
+
+def continue_run(path: Path, step: TrainStep, args: Any) -> Place:
+    """Continue the run that wrote `path` with this one's networks and loss, at its epoch and on the same schedule.
+
+    Whole heads and centers that the file lacks start fresh (a view-level run goes on with regions, say), with `args.allow_partial`
+    also whatever else does not fit.
+
+    Raises:
+        UsageError: no full checkpoint, one of another network or optimizer, or one that has all of `args.epochs` behind it.
+    """
+    content = checkpoint.load_file(path)
+    restore.check_fields(content, path)
+    place = _restore(path, content, step, args, extend=True)
+    if place.epoch >= args.epochs:
         raise UsageError(
-            f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}{other}; choose another --output_dir"
+            f"checkpoint '{path}' has {utils.counted(place.epoch, 'epoch')} already, --epochs {args.epochs} leaves none to train; "
+            "raise --epochs, or pass --init_weights FILE to start a new schedule"
         )
-    for network, key in ((step.method.student, "student"), (step.method.teacher, "teacher")):
-        checkpoint.load_network(network, checkpoint.network_state(content, key, path), source)
-    centres = checkpoint.NetworkState(content[key_of_loss], "full checkpoint", key_of_loss)
-    checkpoint.load_network(step.method.criterion, centres, source)
-    saved_args = content.get("args") or args
-    if getattr(saved_args, "optimizer", args.optimizer) != args.optimizer:
-        raise UsageError(
-            f"{source} was made with --optimizer {saved_args.optimizer}, not {args.optimizer}; choose another --output_dir"
-        )
-    try:
-        optim.load_optimizer_state(step.optimizer, content["optimizer"])
-    except ValueError:
-        raise UsageError(f"{source} trained other parameters; was --norm_last_layer the same?") from None
-    if step.scaler.is_enabled() and content.get("fp16_scaler"):
-        step.scaler.load_state_dict(content["fp16_scaler"])
-    step.bad_steps.in_a_row = content.get("bad_steps_in_a_row", 0)
-    step.monitor.load_state(content.get("monitor", {}))
-    epoch = continue_from(content, args, path)
+    return place
+
+
+def _restore(path: Path, content: dict[str, Any], step: TrainStep, args: Any, extend: bool = False) -> Place:
+    """Give `step` and the generators of random numbers the state that a checkpoint holds; `extend`: see `restore`."""
+    restore.restore(path, content, step, args, extend)
     in_epoch = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
-    steps = _steps_of(in_epoch, args)
-    return Place(epoch, steps, in_epoch["meter"], content.get("unreadable", {}), damaged=damaged)
+    with restore.reading("in_epoch", path):
+        steps, meter = _steps_of(in_epoch, args), in_epoch["meter"]
+        EpochMeter(0, 1, 1).go_on_from(meter, steps)  # one that cannot go on is told now
+    return Place(continue_from(content, args, path), steps, meter, content.get("unreadable", {}))
 
 
 def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | None:
@@ -327,6 +331,7 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
             logger.warning("%s", error)
             damaged.append(candidate)
             continue
+        restore.check_fields(content, candidate)
         if candidate != path:
             logger.warning("going on from the checkpoint before, %s", candidate)
         return candidate, content, tuple(damaged)
@@ -378,10 +383,14 @@ def _steps_of(in_epoch: Mapping[str, Any], args: Any) -> int:
 
 def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
     """The end of every resume: report changed arguments, restore the random states, say and return the epoch to start with."""
-    _report_changes(vars(args), vars(content.get("args") or args))
+    with restore.reading("args", path):
+        _report_changes(vars(args), vars(content.get("args") or args))
     rng_of_rank = content.get("rng") or []
     if len(rng_of_rank) == utils.get_world_size():
-        utils.set_rng_state(rng_of_rank[utils.get_rank()])
+        with restore.reading("rng", path):
+            utils.set_rng_state(rng_of_rank[utils.get_rank()])
+    elif not rng_of_rank:
+        logger.info("%s holds no random states (another program wrote it): they start afresh", path)
     else:
         logger.warning(
             "the run was saved by %s and goes on with %d: random numbers start afresh",
@@ -396,9 +405,15 @@ def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
     """Say which arguments differ from those of the run that is continued, or from what it did before they existed."""
     before = BEFORE_THE_FLAG | before
     names = sorted((now.keys() & before.keys()) - LAUNCH_FLAGS)
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if now[name] != before[name]]
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if _differ(now[name], before[name])]
     if changed:
         logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))
+
+
+def _differ(now: Any, before: Any) -> bool:
+    """Whether two values of a flag differ; one value and a list of it, and lists and tuples, are the same."""
+    lists = [list(value) if isinstance(value, list | tuple) else [value] for value in (now, before)]
+    return bool(lists[0] != lists[1])
 
 
 def tidy(output_dir: Path, place: Place) -> None:

@@ -19,7 +19,7 @@ FLOORS = (
     {"data", "models", "losses", "progress"},
     {"sharding"},
     {"checkpoint", "optim"},
-    {"udi_levels", "udi_losses", "bad_steps", "resume", "features"},
+    {"udi_levels", "udi_losses", "bad_steps", "restore", "resume", "features"},
     {"analysis", "neighbours", "probe", "engine"},
     {"knn_probe", "finetune"},
     {"pretrain"},
