@@ -15,33 +15,29 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor, nn
 
 import sharding
 from config import SavedConfig
 from files import whole_file
-from models import srs
+from layouts import DERIVED as DERIVED  # these also found here
+from layouts import NetworkState as NetworkState
+from layouts import in_our_names
+from layouts import network_state as network_state
 from models.base import BESIDE, HEADS, Backbone
-from models.interop import vit_from_timm
 from utils import UsageError, counted, logger
 
 PREFIX = "module."
-UDI_BACKBONE = "backbone.backbone."  # around a backbone in UDI's files
-UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
 CLASSIFIERS = ("fc.", "head_dist.")  # linear heads of other projects, beside `head.`
-WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others keep a network
-DERIVED = ("relative_position_index", "attn_mask")  # buffers that the architecture computes itself
 OPTIONAL = ("num_batches_tracked",)  # older files lack it
 LISTED_NAMES = 5
 # What published files keep their arguments in: EsViT and DINO a Namespace, the original Swin its yacs config, here an ordered
@@ -170,100 +166,6 @@ def _is_safetensors(path: str | Path) -> bool:
     return Path(path).suffix == ".safetensors"
 
 
-# --------------------------------------------------------------------------- layouts
-
-
-class NetworkState(NamedTuple):
-    """The tensors of one network in a file, and where they were found."""
-
-    tensors: dict[str, Tensor]
-    layout: str
-    key: str | None
-    image_size: tuple[int, int] | None = None  # MODEL.IMAGE_SIZE of the run, where the file tells
-
-
-def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> NetworkState:
-    """The network of a file, without `module.`: `key` of a full checkpoint, what lies under `model`, or the whole of a bare one.
-
-    Weight norm in torch's parametrised spelling gets the published names, a network of UDI's own files this project's.
-
-    Raises:
-        UsageError: a full checkpoint without `key`, or content that is no state dict.
-    """
-    layout, found_under, whole = "bare state dict", None, content
-    if "student" in content or "teacher" in content:
-        if key not in content:
-            raise UsageError(
-                f"checkpoint '{path}' has no network '{key}'; name one that it has: "
-                + " or ".join(sorted(content.keys() & {"student", "teacher"}))
-            )
-        layout, found_under = "full checkpoint", key
-    else:
-        found_under = next((k for k in WRAPPING_KEYS if isinstance(content.get(k), Mapping)), None)
-        layout = "wrapped state dict" if found_under else layout
-    if found_under:
-        content = content[found_under]
-    named = content.items() if isinstance(content, Mapping) else ()
-    tensors = {_published_weight_norm(str(k).removeprefix(PREFIX)): v for k, v in named if isinstance(v, Tensor)}
-    if not tensors:
-        where = f" under '{found_under}'" if found_under else ""
-        found = ", ".join(map(str, content))[:200] if isinstance(content, Mapping) else type(content).__name__
-        raise UsageError(
-            f"checkpoint '{path}' holds no tensors of a network{where}, but {found or 'nothing'}; use another file"
-        )
-    if f"{UDI_BACKBONE}cls_token" in tensors:
-        layout, tensors = f"{layout} of UDI", _from_udi(tensors)
-    return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
-
-
-def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
-    """MODEL.IMAGE_SIZE of the run, where the file tells."""
-    config = content.get("config")
-    if not isinstance(config, str):
-        return None
-    try:
-        height, width = yaml.safe_load(config)["MODEL"]["IMAGE_SIZE"]
-    except (KeyError, TypeError, ValueError, yaml.YAMLError):
-        return None
-    return int(height), int(width)
-
-
-def _published_weight_norm(name: str) -> str:
-    """`parametrizations.weight.original0` and `1` of torch >= 2 are the gain and the direction."""
-    return name.replace("parametrizations.weight.original0", "weight_g").replace(
-        "parametrizations.weight.original1", "weight_v"
-    )
-
-
-def _from_udi(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network of a published UDI file under this project's names; with one head where those of all levels are equal."""
-    ours = {f"srs.{name}": tensor for name, tensor in srs.from_published(published).items()}
-    others = {n.removeprefix(UDI_BACKBONE): t for n, t in published.items() if not n.startswith(tuple(srs.PUBLISHED))}
-    shared: dict[str, Tensor] = {}
-    for name in filter(UDI_HEAD.match, others):
-        if not torch.equal(shared.setdefault(UDI_HEAD.sub("head.", name), others[name]), others[name]):
-            return ours | others  # a head of its own for each level
-    return ours | {name: tensor for name, tensor in others.items() if not UDI_HEAD.match(name)} | shared
-
-
-def _in_our_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under this project's names: whichever of the known namings fits most of the network's tensors.
-
-    Known are the published names, those of timm and torchvision, and either of them inside DINO's `backbone.`.
-    """
-    wanted = network.state_dict()
-    timm_name = network.timm_name if isinstance(network, Backbone) else str
-    namings: list[Callable[[str], str]] = [
-        str,
-        timm_name,
-        lambda name: name if name.startswith(BESIDE) else f"backbone.{name}",
-        lambda name: name if name.startswith(BESIDE) else f"backbone.{timm_name(name)}",
-    ]
-    best = max(namings, key=lambda naming: sum(naming(name) in tensors for name in wanted))
-    ours = {best(name): name for name in wanted}
-    return {ours.get(name, name): tensor for name, tensor in tensors.items()}
-
-
 # --------------------------------------------------------------------------- networks
 
 
@@ -302,7 +204,8 @@ def load_network(
     network = unwrap(network)
     wanted = network.state_dict(keep_vars=True)
     offered = {name: t for name, t in state.tensors.items() if not name.endswith(DERIVED) and t.numel()}
-    tensors = _in_our_names(network, offered)
+    ours = in_our_names(network, offered)
+    tensors = {ours[name]: tensor for name, tensor in offered.items()}
     _fill_second_names(wanted, tensors, source)
     file_has_heads = any("last_layer." in name for name in tensors)
     taken, misfits, resized = {}, [], 0
