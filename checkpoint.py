@@ -30,10 +30,10 @@ from torch import Tensor, nn
 import sharding
 from config import SavedConfig
 from files import whole_file
-from layouts import DERIVED, in_our_names
-from layouts import NetworkState as NetworkState  # also found here
+from layouts import DERIVED as DERIVED  # these also found here
+from layouts import NetworkState as NetworkState
+from layouts import in_our_names
 from layouts import network_state as network_state
-from layouts import parameter_names as parameter_names
 from models.base import BESIDE, HEADS, Backbone
 from utils import UsageError, counted, logger
 

@@ -18,6 +18,7 @@ import numpy as np
 from torch import nn
 
 import checkpoint
+import layouts
 import optim
 from utils import UsageError, logger
 
@@ -158,7 +159,7 @@ def _names_of_positions(content: Mapping[str, Any], student: nn.Module) -> list[
     They are this project's, or the file's where this network lacks the parameter. Gains of prototypes are left out where they were
     frozen. None: the file's groups are of other sizes.
     """
-    ours = checkpoint.parameter_names(student, content["student"])
+    ours = layouts.parameter_names(student, content["student"])
     found = {our_name or name: content["student"][name] for name, our_name in ours.items()}
     trained = {name: tensor for name, tensor in found.items() if not name.endswith(GAIN)}
     sizes = [len(group["params"]) for group in content["optimizer"]["param_groups"]]

@@ -6,12 +6,11 @@ is taken there too. A query does not see the others, so samples of several crops
 The patch level works with every backbone that gives regions; with hierarchical ones it is an extension, not UDI's own.
 
 Shapes: B images, N = H' W' tokens, S samples, C channels.
-Origin: UDI (Su and Ji, ECCV 2024); `from_published` reads the names of its files.
+Origin: UDI (Su and Ji, ECCV 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from itertools import product
 
@@ -24,7 +23,7 @@ from products import Linear
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-PUBLISHED = {"backbone.norm1.": "norm.", "backbone.attn.norm.": "out_norm.", "backbone.attn.": ""}
+PUBLISHED = {"norm1.": "norm.", "attn.norm.": "out_norm.", "attn.": ""}  # names of UDI's files, inside its `backbone.`
 
 
 def bilinear_weights(target_BS2: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -87,13 +86,3 @@ def default_heads(backbone: Backbone) -> int:
     found = [getattr(module, "num_heads", None) for module in backbone.modules()]
     counts = [heads for heads in found if isinstance(heads, int)]
     return counts[-1] if counts else max(backbone.num_features // 64, 1)
-
-
-def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The SRS tensors of a published UDI network, without `module.`, under this module's names."""
-    found = {}
-    for name, tensor in state.items():
-        prefix = next((prefix for prefix in PUBLISHED if name.startswith(prefix)), None)
-        if prefix is not None:
-            found[PUBLISHED[prefix] + name.removeprefix(prefix)] = tensor
-    return found

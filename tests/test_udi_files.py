@@ -129,10 +129,8 @@ def test_one_class_token_is_not_two(tmp_path: Path) -> None:
 
 
 def test_names_that_do_not_match_are_told_and_nothing_is_left_random(tmp_path: Path) -> None:
-    """With one prefix stripped of two nothing of the encoder matched in the published fine-tuning, which only warned."""
+    """Nothing of the encoder matched in the published fine-tuning with a wrong prefix, and it only warned."""
     state = published(two_tokens(beside=True))
-    stripped = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
-    assert "8 unexpected (norm1.weight, norm1.bias, attn.qkv.weight, " in refusal(two_tokens(), stripped, tmp_path)
     less = {name: tensor for name, tensor in state.items() if "backbone.backbone.blocks.1" not in name}
     assert "12 tensors are missing (blocks.1." in refusal(two_tokens(), less, tmp_path)
     without = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.attn.")}

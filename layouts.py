@@ -1,0 +1,179 @@
+"""Layouts of published checkpoints: which network of a file is taken, and what its tensors are called here.
+
+A network lies under a key, or the file is one; its names have words before them that say how it was wrapped, and each project
+spells the parts beside a backbone its own way. What is read:
+
+| program | words before names | beside the backbone |
+| --- | --- | --- |
+| torch | `module.`, `_orig_mod.`, anywhere and repeated | |
+| EsViT | none (ResNet: `backbone.backbone.`) | `head.`, `head_dense.` |
+| DINO, iBOT | `backbone.` | `head.` |
+| UDI | `backbone.backbone.`; its extraction script: `backbone.` | `head.N.`, `backbone.norm1.`, `backbone.attn.` |
+| MoCo, MoBY | `encoder.`, `base_encoder.`, `encoder_q.`; momentum: `momentum_encoder.`, `encoder_k.` | projectors, queues |
+| MAE, timm, torchvision, Swin, DeiT | none, `encoder.` | decoder, linear classifier |
+
+Origin: this project's own, from the names that the files of these programs have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from torch import Tensor, nn
+
+from models.base import BESIDE, Backbone
+from models.interop import vit_from_timm
+from models.srs import PUBLISHED as OF_SRS
+from utils import UsageError
+
+WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others keep a network
+WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")  # DistributedDataParallel, torch.compile
+ONLINE = ("backbone", "encoder", "base_encoder", "encoder_q", "student")
+MOMENTUM = ("momentum_encoder", "momentum_backbone", "encoder_k", "teacher")
+INSIDE = re.compile(rf"^(?:(?:{'|'.join((*ONLINE, *MOMENTUM))})\.)+")
+IN_MOMENTUM = re.compile(rf"^(?:(?:{'|'.join(ONLINE)})\.)*(?:{'|'.join(MOMENTUM)})\.")
+UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
+# Buffers that the architecture computes itself; older files have the masks.
+DERIVED = ("relative_position_index", "rel_pos_idx", "attn_mask")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class NetworkState(NamedTuple):
+    """The tensors of one network in a file, and where they were found."""
+
+    tensors: dict[str, Tensor]
+    layout: str
+    key: str | None
+    image_size: tuple[int, int] | None = None  # MODEL.IMAGE_SIZE of the run, where the file tells
+
+
+def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> NetworkState:
+    """The network of a file under its `published_names`: `key` of a full checkpoint, what lies under `model`, or all of a bare one.
+
+    Raises:
+        UsageError: a full checkpoint without `key`, or content that is no state dict.
+    """
+    layout, found_under, whole = "bare state dict", None, content
+    if "student" in content or "teacher" in content:
+        if key not in content:
+            raise UsageError(
+                f"checkpoint '{path}' has no network '{key}'; name one that it has: "
+                + " or ".join(sorted(content.keys() & {"student", "teacher"}))
+            )
+        layout, found_under = "full checkpoint", key
+    else:
+        found_under = next((k for k in WRAPPING_KEYS if isinstance(content.get(k), Mapping)), None)
+        layout = "wrapped state dict" if found_under else layout
+    if found_under:
+        content = content[found_under]
+    named = content.items() if isinstance(content, Mapping) else ()
+    tensors = {str(name): tensor for name, tensor in named if isinstance(tensor, Tensor)}
+    if not tensors:
+        where = f" under '{found_under}'" if found_under else ""
+        found = ", ".join(map(str, content))[:200] if isinstance(content, Mapping) else type(content).__name__
+        raise UsageError(
+            f"checkpoint '{path}' holds no tensors of a network{where}, but {found or 'nothing'}; use another file"
+        )
+    names = published_names(tensors)
+    if "srs.qkv.weight" in names.values() and "srs.qkv.weight" not in {WRAPPERS.sub(r"\1", name) for name in names}:
+        layout += " of UDI"
+    tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
+
+
+def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
+    """MODEL.IMAGE_SIZE of the run, where the file tells."""
+    config = content.get("config")
+    if not isinstance(config, str):
+        return None
+    try:
+        height, width = yaml.safe_load(config)["MODEL"]["IMAGE_SIZE"]
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):
+        return None
+    return int(height), int(width)
+
+
+def bare(name: str) -> str:
+    """A name without the words that say which network it is of."""
+    return INSIDE.sub("", name)
+
+
+def published_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each name of a network as a file has it, with its name here, but for what depends on the network that takes it.
+
+    Wrappers are left out, weight norm in torch's parametrised spelling and CvT's tables get the published names, and a network of
+    UDI's files gets this project's, with one head where those of all levels are equal.
+    """
+    named = {name: _published_spelling(WRAPPERS.sub(r"\1", name)) for name in state}
+    if not any(bare(name).startswith(tuple(OF_SRS)) for name in named.values()):
+        return named
+    one_head = _heads_are_one({named[name]: tensor for name, tensor in state.items()})
+    return {name: _from_udi(spelled, one_head) for name, spelled in named.items()}
+
+
+def _published_spelling(name: str) -> str:
+    """`parametrizations.weight.original0` and `1` of torch >= 2 are gain and direction; EsViT's CvT abbreviates its tables."""
+    name = name.replace("parametrizations.weight.original0", "weight_g")
+    name = name.replace("parametrizations.weight.original1", "weight_v")
+    return name.replace("rel_pos_bias_table", "relative_position_bias_table")
+
+
+def _from_udi(name: str, one_head: bool) -> str:
+    inner = bare(name)
+    part = next((part for part in OF_SRS if inner.startswith(part)), None)
+    if part is not None:
+        return f"srs.{OF_SRS[part]}{inner.removeprefix(part)}"
+    return UDI_HEAD.sub("head.", name) if one_head else name
+
+
+def _heads_are_one(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether UDI's heads of all levels have equal tensors."""
+    first: dict[str, Tensor] = {}
+    of_heads = [name for name in tensors if UDI_HEAD.match(name)]
+    return all(tensors[name].equal(first.setdefault(UDI_HEAD.sub("", name), tensors[name])) for name in of_heads)
+
+
+def in_our_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Each of the `published_names` of a file, with the name of the network's own tensor; others stay as they are.
+
+    Of the published names and those of timm and torchvision those count that fit most of the network's tensors.
+    """
+    inner = {name: name if name.startswith(BESIDE) else bare(name) for name in names}
+    wanted = network.state_dict()
+    namings: list[Callable[[str], str]] = [str, network.timm_name] if isinstance(network, Backbone) else [str]
+    found = set(inner.values())
+    best = max(namings, key=lambda naming: sum(bare(naming(name)) in found for name in wanted))
+    ours = {bare(best(name)): name for name in wanted}
+    return {name: ours.get(inside, name) for name, inside in inner.items()}
+
+
+def parameter_names(network: nn.Module, student: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """The parameters of a published student in the order of its file, which is that of its program's optimizer.
+
+    Buffers are left out, and of a parameter that the program uses under several names (UDI's one head of all levels, ViL's shared
+    projections) all but the first.
+
+    Args:
+        network: not wrapped.
+        student: of the file, with the names as it has them.
+
+    Returns:
+        names of the file, each with the name of the same parameter of `network`; None where it has no such.
+    """
+    published = published_names(student)
+    ours = in_our_names(network, published.values())
+    parameters, buffers = dict(network.named_parameters(remove_duplicate=False)), dict(network.named_buffers())
+    seen: set[object] = set()
+    found: dict[str, str | None] = {}
+    for name, tensor in student.items():
+        our_name = ours[published[name]]
+        parameter = parameters.get(our_name)
+        same = id(parameter) if parameter is not None else (tensor.data_ptr(), tensor.shape)
+        if our_name not in buffers and not name.endswith((*DERIVED, *STATISTICS)) and same not in seen:
+            seen.add(same)
+            found[name] = None if parameter is None else our_name
+    return found
