@@ -1,7 +1,7 @@
 """Parameter groups, schedules, the optimisers, gradient clipping and the teacher's moving average.
 
 Whether a step counts is known on the device alone (`applied`, a boolean scalar tensor): nothing here makes the host wait for it,
-apart from the optimisers that `step_where` names.
+apart from the optimizers that `step_where` names.
 
 Origin: DINO (Caron et al., ICCV 2021), implementation details; EsViT (Li et al., ICLR 2022) appendix.
 """
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import Lars
 from torch import Tensor, nn
 
 import sharding
+from lars import LARS
 from utils import UsageError, counted
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -49,7 +49,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
         fused = None if sharding.is_sharded(parameters) else fused  # torch has no such kernel for shards
         return _with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused))
     if name == "lars":
-        return Lars(groups, lr=0.0, momentum=0.9)
+        return LARS(groups)
     raise UsageError(f"unknown optimizer '{name}'; choose one of {', '.join(OPTIMIZERS)}")
 
 
@@ -114,12 +114,12 @@ def _laid_out_like(parameter: Tensor, value: Any) -> Any:
 
 @torch.no_grad()
 def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """The optimiser's step where `applied` is true; elsewhere no parameter, moment or step counter changes a bit.
+    """Step the optimizer where `applied` is true; elsewhere no parameter, moment or step counter changes.
 
-    A fused optimiser is told on the device. LARS, SGD on shards, and AdamW and SGD outside `FUSED_DEVICES`, have no such way: the
-    host reads the flag, one wait a step.
+    Fused optimizers and LARS read the flag on the device (`found_inf`). SGD on shards, and AdamW and SGD outside `FUSED_DEVICES`,
+    do not: the host reads it, one wait a step.
     """
-    if optimizer.defaults.get("fused"):
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
         optimizer.step()
