@@ -1,7 +1,7 @@
 """Parameter groups, schedules, the optimisers, gradient clipping and the teacher's moving average.
 
 Whether a step counts is known on the device alone (`applied`, a boolean scalar tensor): nothing here makes the host wait for it,
-apart from the optimisers that `step_where` names.
+apart from the optimizers that `step_where` names.
 
 Origin: DINO (Caron et al., ICCV 2021), implementation details; EsViT (Li et al., ICLR 2022) appendix.
 """
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import Lars
 from torch import Tensor, nn
 
 import sharding
+from lars import LARS
 from utils import UsageError, counted
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -25,7 +25,7 @@ FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW and SGD have a fused kernel that 
 MOMENTS: dict[type[torch.optim.Optimizer], dict[str, bool]] = {
     torch.optim.AdamW: {"step": False, "exp_avg": True, "exp_avg_sq": True},
     torch.optim.SGD: {"momentum_buffer": True},
-    Lars: {"momentum_buffer": True},
+    LARS: {"mu": True},
 }
 
 
@@ -59,7 +59,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
         fused = None if sharding.is_sharded(parameters) else fused  # torch has no such kernel for shards
         return _with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused))
     if name == "lars":
-        return Lars(groups, lr=0.0, momentum=0.9)
+        return LARS(groups)
     raise UsageError(f"unknown optimizer '{name}'; choose one of {', '.join(OPTIMIZERS)}")
 
 
@@ -132,48 +132,48 @@ def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping
     Raises:
         UsageError: moments of another kind of optimizer, or of another shape, with the name of the parameter.
     """
-    state = optimizer.state_dict()
-    named = [(n, p) for group in optimizer.param_groups for n, p in zip(group["param_names"], group["params"])]
-    wanted = MOMENTS[type(optimizer)]
-    state["state"] = {}
+    named = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])]
+    wanted, fitted = MOMENTS[type(optimizer)], {}
     for number, (name, parameter) in enumerate(named):
         saved = {key: value for key, value in moments.get(name, {}).items() if value is not None}
-        if not saved:
-            continue
-        if saved.keys() != wanted.keys():
+        if "mu" in wanted and "momentum_buffer" in saved:  # LARS as this project had it from timm
+            saved["mu"] = saved.pop("momentum_buffer")
+        if saved and saved.keys() != wanted.keys():
             raise UsageError(
                 f"{source} has the moments {', '.join(map(str, saved))} of {name}, {type(optimizer).__name__} has "
                 f"{', '.join(wanted)}; was --optimizer the same?"
             )
-        for key, has_shape in wanted.items():
-            shape = parameter.shape if has_shape else torch.Size()
-            value = torch.as_tensor(saved[key]) if isinstance(saved[key], Tensor | int | float) else None
-            if value is None or value.shape != shape or value.is_complex():
-                given = type(saved[key]).__name__ if value is None else tuple(value.shape)
-                raise UsageError(
-                    f"{source} has for {name} a moment {key} of shape {given}, the parameter wants {tuple(shape)}; use another file"
-                )
-            saved[key] = _laid_out_like(parameter, sharding.placed_like(parameter, value))
-        state["state"][number] = saved
-    optimizer.load_state_dict(state)
+        if saved:
+            fitted[number] = {k: _fitted(v, parameter, wanted[k], f"{source}: {k} of {name}") for k, v in saved.items()}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": fitted})
     _with_momentum(optimizer)
 
 
-def _laid_out_like(parameter: Tensor, value: Any) -> Any:
-    """A moment in the memory format of its parameter, which fused optimisers take for granted."""
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+def _fitted(value: Any, parameter: Tensor, has_shape: bool, what: str) -> Tensor:
+    """A moment where and as its parameter is stored, whose shape it `has`; else it counts steps."""
+    shape = parameter.shape if has_shape else torch.Size()
+    tensor = torch.as_tensor(value) if isinstance(value, Tensor | int | float) else None
+    if tensor is None or tensor.shape != shape or tensor.is_complex():
+        found = f"is a {type(value).__name__}" if tensor is None else f"has shape {tuple(tensor.shape)}"
+        raise UsageError(f"{what} {found}, this run wants shape {tuple(shape)}; use another file")
+    return _laid_out_like(parameter, sharding.placed_like(parameter, tensor)) if has_shape else tensor.float()
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment in the memory format of its parameter, which fused optimizers take for granted."""
+    if value.stride() == parameter.stride():
         return value
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 @torch.no_grad()
 def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """The optimiser's step where `applied` is true; elsewhere no parameter, moment or step counter changes a bit.
+    """Step the optimizer where `applied` is true; elsewhere no parameter, moment or step counter changes.
 
-    A fused optimiser is told on the device. LARS, SGD on shards, and AdamW and SGD outside `FUSED_DEVICES`, have no such way: the
-    host reads the flag, one wait a step.
+    Fused optimizers and LARS read the flag on the device (`found_inf`). SGD on shards, and AdamW and SGD outside `FUSED_DEVICES`,
+    do not: the host reads it, one wait a step.
     """
-    if optimizer.defaults.get("fused"):
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
         optimizer.step()

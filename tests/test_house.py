@@ -17,7 +17,7 @@ FLOORS = (
     {"config", "flags", "files"},
     {"results", "chunked_loss", "matching", "health"},
     {"data", "models", "losses", "progress"},
-    {"sharding", "layouts"},
+    {"sharding", "layouts", "lars"},
     {"checkpoint", "optim"},
     {"udi_levels", "udi_losses", "bad_steps", "restore", "resume", "features"},
     {"analysis", "neighbours", "probe", "engine"},

@@ -1,0 +1,86 @@
+"""The LARS optimizer in the form that DINO's released code trains with, which is not timm's.
+
+Origin: layer-wise adaptive rate scaling (You et al., 2017) in the form of Barlow Twins (Zbontar et al., ICML 2021), which DINO
+(Caron et al., ICCV 2021) took over: weight decay and trust ratio leave out 1-d tensors; the ratio applies at weight decay 0 too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by the bytes of an element
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step for a weight tensor is proportional to the norm of that tensor.
+
+    For a tensor `w` with gradient `g`, where the trust ratio `q` is 1 if either norm is 0::
+
+        d  <- g + weight_decay w           # 1-d tensors: d <- g, q = 1
+        q   = eta |w| / |d|
+        mu <- momentum mu + q d
+        w  <- w - lr mu
+
+    A parameter without a gradient is skipped and keeps its momentum. All tensors of a group are updated together, and the host
+    never waits for the device. As in torch's fused optimizers, an attribute `found_inf` (a tensor) holds a step back where it is
+    not 0.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        weight_decay: share of a tensor that is added to its gradient.
+        momentum: share of the last update that is kept.
+        eta: trust coefficient.
+    """
+
+    _step_supports_amp_scaling = True  # torch's word for optimizers that read `found_inf`
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; closures are not supported."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                device = params[0].device
+                applied = torch.ones((), dtype=torch.bool, device=device) if found_inf is None else found_inf == 0
+                self._update(params, group, applied)
+
+    def _update(self, params: list[Tensor], group: dict[str, Any], applied: Tensor) -> None:
+        """Update parameters of one group where `applied`."""
+        for parameter in params:
+            if "mu" not in self.state[parameter]:
+                self.state[parameter]["mu"] = torch.zeros_like(parameter)
+        mus = [self.state[parameter]["mu"] for parameter in params]
+        updates = _zeroed_unless(applied, [p.grad for p in params if p.grad is not None])
+        adapted = [i for i, p in enumerate(params) if p.ndim != 1]
+        if adapted:
+            weights, directions = ([tensors[i] for i in adapted] for tensors in (params, updates))
+            torch._foreach_add_(directions, weights, alpha=group["weight_decay"])
+            w_norms, d_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, directions))
+            ratios = torch.where((w_norms > 0) & (d_norms > 0), group["eta"] * w_norms / d_norms, 1.0)
+            torch._foreach_mul_(directions, torch.where(applied, ratios, 0.0).unbind())
+        one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
+        torch._foreach_mul_(mus, torch.where(applied, group["momentum"] * one, one))
+        torch._foreach_add_(mus, updates)
+        torch._foreach_sub_(params, torch._foreach_mul(mus, torch.where(applied, group["lr"] * one, 0 * one)))
+
+
+def _zeroed_unless(applied: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Copy the tensors where `applied`, else make zeros, also of what is not finite: their bits are multiplied by 1 or 0."""
+    bits = torch._foreach_mul([t.view(BITS[t.element_size()]) for t in tensors], applied.int())
+    return [b.view(t.dtype) for b, t in zip(bits, tensors)]
