@@ -99,6 +99,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model_ema_decay", type=float, default=0.9999, help="of that average; lower at the start")
     add("--image_size", type=int, default=None, help="pixels of a side; default: MODEL.IMAGE_SIZE of the yaml")
     add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    add("--val_interpolation", choices=("bicubic", "bilinear"), default="bicubic", help="resize of validation images")
     add("--precision", choices=utils.PRECISIONS, default="auto", help="of the network; losses are always float32")
     add("--val_freq", type=int, default=1, help="epochs between two validations; the last epoch always has one")
     add("--log_freq", type=int, default=10, help="steps between two lines")
@@ -184,7 +185,8 @@ def build_loaders(
 ) -> tuple[DataLoader[data.Batch], DataLoader[data.Batch]]:
     """Shuffled and augmented training images, and validation images of which each process has its share; `size` pixels a side."""
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
-    val_transform = augment.eval_view(size, args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
+    mean, std = config.INPUT.MEAN, config.INPUT.STD
+    val_transform = augment.eval_view(size, args.crop_ratio, mean, std, args.val_interpolation)
     transform = train_transform(args, config, size)
     train, val = labelled_datasets(args, config, transform, val_transform, args.target_list_path)
     pin = device.type == "cuda"
@@ -280,6 +282,7 @@ def report(progress: Progress, val: data.ImageDataset, about: dict[str, Any], ar
         "data_path": args.data_path,
         "image_size": about["--image_size"],
         "crop_ratio": args.crop_ratio,
+        "val_interpolation": args.val_interpolation,
     }
     written = write_results(Path(args.output_dir), EVALUATION, record)
     if progress.epochs >= args.epochs:
@@ -351,7 +354,8 @@ def main(args: argparse.Namespace) -> None:
     utils.must_agree("numbers of images", [len(loader.dataset) for loader in loaders])
     classes = len(train_set.classes)
     about = {"--arch": args.arch, "--image_size": size, "--crop_ratio": args.crop_ratio, "--token": args.token}
-    about |= {"--finetune_head_layer": args.finetune_head_layer, **data_identity(train_set, val_set)}
+    about |= {"--finetune_head_layer": args.finetune_head_layer, "--val_interpolation": args.val_interpolation}
+    about |= data_identity(train_set, val_set)
     if args.target_list_path:
         about["digest of --target_list_path"] = digest_of(args.target_list_path)
     utils.seed_everything(args.seed)

@@ -42,7 +42,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     pretrain.add_network_flags(parser)
     add("--use_dense_prediction", type=bool_flag, default=False, help="add the region-matching task")
-    add("--drop_path", "--drop_path_rate", type=float, default=None, help="stochastic depth of the student; default: the yaml's")
+    words = "stochastic depth of the student; default: the yaml's"
+    add("--drop_path", "--drop_path_rate", type=float, default=None, help=words)
     pretrain.add_optimisation_flags(parser)
 
     pretrain.add_view_flags(parser)

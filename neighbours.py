@@ -43,7 +43,8 @@ class Split(NamedTuple):
 class KnnScore(NamedTuple):
     """Accuracies in percent of the vote of `k` neighbours.
 
-    `top5` is top-L where there are only L < 5 classes; `per_class` is the top-1 of each label that has validation images.
+    `top5` counts classes that got a vote only, so that it is top-1 for one neighbour, and is top-L where there are only L < 5
+    classes; `per_class` is the top-1 of each label that has validation images.
     """
 
     k: int
@@ -168,9 +169,12 @@ def classes_before_the_true_one(
 ) -> Tensor:
     """How many classes have more votes than the true one, or as many and a lower label: (S, Q), 0 for a correct vote.
 
-    A neighbour's vote weighs exp(similarity / temperature); votes grow from one `k` to the next larger.
+    A true class that got no vote comes after all others. A neighbour's vote weighs exp(similarity / temperature); votes grow from
+    one `k` to the next larger.
     """
-    weight_Qk = ((neighbours.similarity_Qk - 1) / temperature).exp()  # up to a factor that no rank depends on
+    # Up to a factor of each query that no rank depends on; however faint, a vote is one.
+    similarity_Qk = neighbours.similarity_Qk
+    weight_Qk = ((similarity_Qk - similarity_Qk[:, :1]) / temperature).exp().clamp_min(torch.finfo(torch.float32).tiny)
     label_Qk = labels_N[neighbours.index_Qk]
     votes_QL = weight_Qk.new_zeros(len(truth_Q), classes)
     lower_QL = torch.arange(classes, device=truth_Q.device) < truth_Q[:, None]
@@ -179,7 +183,8 @@ def classes_before_the_true_one(
         votes_QL.scatter_add_(1, label_Qk[:, counted:k], weight_Qk[:, counted:k])
         counted = k
         own_Q1 = votes_QL.gather(1, truth_Q[:, None])
-        before[k] = ((votes_QL > own_Q1) | ((votes_QL == own_Q1) & lower_QL)).sum(dim=1)
+        ranked_Q = ((votes_QL > own_Q1) | ((votes_QL == own_Q1) & lower_QL)).sum(dim=1)
+        before[k] = ranked_Q.where(own_Q1[:, 0] > 0, classes + RANKED)
     return torch.stack([before[k] for k in ks])
 
 

@@ -220,14 +220,18 @@ def strong_view(size: int, mean: Sequence[float], std: Sequence[float]) -> Multi
     return MultiCrop([posterised_to_a_bit(transforms.Compose(steps))])
 
 
-def eval_view(size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
-    """The evaluation protocol: resize the short side to size / crop_ratio (256 for 224), bicubic, centre crop, one view."""
+def eval_view(
+    size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
+) -> MultiCrop:
+    """The evaluation protocol: resize the short side to size / crop_ratio (256 for 224), centre crop, one view."""
     return MultiCrop(
         [
             transforms.Compose(
                 [
                     transforms.Resize(
-                        round(size / crop_ratio), interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
+                        round(size / crop_ratio),
+                        interpolation=transforms.InterpolationMode(interpolation),
+                        antialias=True,
                     ),
                     transforms.CenterCrop(size),
                     as_tensor,

@@ -264,7 +264,8 @@ class Backbone(nn.Module, ABC):
         """Features of the linear probe (EsViT section 4.1): the pooled token of each of the last `n` blocks, concatenated.
 
         The final norm is applied to the blocks of the last stage only, whose width it has.
-        `return_patch_avgpool` appends the mean region of the last block, for networks whose pooled token is another one.
+        `return_patch_avgpool` appends the mean region of the last block where class tokens are pooled; as published it changes
+        nothing for networks without class tokens.
 
         Raises:
             ValueError: `n` outside 1 .. number of blocks.
@@ -273,7 +274,7 @@ class Backbone(nn.Module, ABC):
         first_of_last_stage = n - self.stage_depths[-1]
         tokens = [self.norm(b.tokens_BNC) if i >= first_of_last_stage else b.tokens_BNC for i, b in enumerate(blocks)]
         pooled = [self.pool(tokens_BNC, b.num_prefix_tokens) for tokens_BNC, b in zip(tokens, blocks)]
-        if return_patch_avgpool:
+        if return_patch_avgpool and self.num_cls_tokens:
             pooled.append(tokens[-1][:, blocks[-1].num_prefix_tokens :].mean(dim=1))
         return torch.cat(pooled, dim=-1)
 

@@ -3,8 +3,9 @@
 #   bash scripts/eval_finetune_beit.sh ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]
 #   GPUS=4 PER_GPU=256 bash scripts/eval_finetune_beit.sh deit_small /data/imagenet /runs/udi/checkpoint.pth /runs/udi/finetuned \
 #       -- MODEL.SPEC.NUM_CLS_TOKENS 2 MODEL.SPEC.POS_RESIZE scale
-# 200 epochs, 1024 images a step (BATCH), rates 0.001 at the head and 0.55 of that for each block below. BEiT also divides the
-# projections of a new network by the root of twice their depth; loaded weights take their place, there is nothing to divide here.
+# 200 epochs, 1024 images a step (BATCH), rates 0.001 at the head and 0.55 of that for each block below. Validation images are
+# resized bilinearly, as UDI's were. BEiT also divides the projections of a new network by the root of twice their depth; loaded
+# weights take their place, there is nothing to divide here.
 # OUT gets results.json, log.txt, best.pth and checkpoint.pth; the same command continues a killed run. Flags given at the end win
 # over those here.
 USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]"
@@ -16,4 +17,5 @@ split_batch
 launch eval_finetune.py --arch "$ARCH" --data_path "$IMAGENET" --pretrained_weights "$CHECKPOINT" --output_dir "$OUT" \
     --batch_size_per_gpu "$PER_GPU" --accum_iter "$ACCUM" --epochs 200 --warmup_epochs 20 --lr 0.00025 --min_lr 0.000001 \
     --layer_decay 0.55 --weight_decay 0.05 --clip_grad 0 --drop_path 0.1 --init_scale 0.001 \
-    --mixup 0.8 --cutmix 1.0 --smoothing 0.1 --aa rand-m9-mstd0.5-inc1 --reprob 0.25
+    --mixup 0.8 --cutmix 1.0 --smoothing 0.1 --aa rand-m9-mstd0.5-inc1 --reprob 0.25 \
+    --val_interpolation bilinear

@@ -60,7 +60,7 @@ def slow_scores(split: Split, k: int, temperature: float, leave_one_out: bool = 
             votes += F.one_hot(train_y[j], classes) * torch.exp(similarity[j] / temperature)
         ranking = votes.argsort(descending=True, stable=True)[:5].tolist()
         first.append(ranking[0] == int(y))
-        five.append(int(y) in ranking)
+        five.append(int(y) in ranking and bool(votes[y] > 0))
     top1 = torch.tensor(first).float() * 100
     per_class = {int(label): top1[val_y == label].mean().item() for label in val_y.unique()}
     return KnnScore(k, top1.mean().item(), 100 * sum(five) / len(five), per_class)
@@ -102,6 +102,17 @@ def test_keys_that_come_in_rising_order() -> None:
     keys = torch.linspace(-1, 1, 501)[:, None]
     found = nearest(torch.tensor([[1.0], [-1.0]]), keys, 3, key_chunk=97)
     assert found.index_Qk.tolist() == [[500, 499, 498], [0, 1, 2]]
+
+
+def test_top5_counts_classes_that_got_a_vote() -> None:
+    """Labels that no neighbour has are not among the first five, however few classes have votes."""
+    train = LabelledFeatures(torch.eye(4), torch.tensor([4, 5, 5, 6]))
+    val = LabelledFeatures(torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0], [0.8, 0.6, 0, 0]]), torch.tensor([4, 0, 5]))
+    one, two = knn_scores(Split(train, val), [1, 2], 0.07)
+    assert (one.top1, one.top5) == pytest.approx((100 / 3, 100 / 3))
+    assert (two.top1, two.top5) == pytest.approx((100 / 3, 200 / 3))
+    faint = knn_scores(Split(train, val), [2], 1e-3)[0]  # the second vote weighs less than float32 can tell
+    assert (faint.top1, faint.top5) == pytest.approx((100 / 3, 200 / 3))
 
 
 @pytest.mark.parametrize("chunks", [(1, 1), (3, 7), (64, 64)], ids=str)
