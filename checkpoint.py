@@ -349,11 +349,3 @@ def load_backbone(
     state = network_state(load_file(path), key, path)
     source = f"checkpoint '{path}'"
     return load_network(network, state, source, resize=True, new_parts=True, allow_partial=allow_partial)
-
-
-def criterion_state(content, key, path):
-    state = dict(content.get(key) or {})
-    if "centering.center" in state:
-        rows = state.pop("centering.center"); state.pop("centering.count", None)
-        state |= dict(zip(("center", "center_plus", "center_patch"), rows[:, None]))
-    return state

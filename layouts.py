@@ -177,3 +177,10 @@ def parameter_names(network: nn.Module, student: Mapping[str, Tensor]) -> dict[s
             seen.add(same)
             found[name] = None if parameter is None else our_name
     return found
+
+
+def criterion_state(published):  # type: ignore
+    rows = published.get("centering.center")
+    if rows is None:
+        return dict(published)
+    return {name: row[None] for name, row in zip(("center", "center_plus", "center_patch"), rows)}

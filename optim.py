@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sharding
 from lars import LARS
-from utils import UsageError, counted
+from utils import UsageError, counted, logger
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW and SGD have a fused kernel that a flag on the device can hold back
@@ -124,10 +124,16 @@ def named_moments(state: Any, names: Sequence[Sequence[str]] | None, source: str
     return {str(n): found[i] for group, numbers in zip(names, positions) for n, i in zip(group, numbers)}
 
 
-def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Any]], source: str) -> None:
+def load_moments(
+    optimizer: torch.optim.Optimizer,
+    moments: Mapping[str, Mapping[str, Any]],
+    source: str,
+    skip_misfits: bool = False,
+) -> None:
     """Give each parameter the saved moments of its name; without any it starts afresh.
 
-    Settings of the groups stay: schedules set them at each step, or they are constants of this project.
+    Settings of the groups stay: schedules set them at each step, or they are constants of this project. `skip_misfits` lets those
+    parameters start afresh, with a warning, whose moments would be an error.
 
     Raises:
         UsageError: moments of another kind of optimizer, or of another shape, with the name of the parameter.
@@ -138,13 +144,18 @@ def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping
         saved = {key: value for key, value in moments.get(name, {}).items() if value is not None}
         if "mu" in wanted and "momentum_buffer" in saved:  # LARS as this project had it from timm
             saved["mu"] = saved.pop("momentum_buffer")
-        if saved and saved.keys() != wanted.keys():
-            raise UsageError(
-                f"{source} has the moments {', '.join(map(str, saved))} of {name}, {type(optimizer).__name__} has "
-                f"{', '.join(wanted)}; was --optimizer the same?"
-            )
-        if saved:
-            fitted[number] = {k: _fitted(v, parameter, wanted[k], f"{source}: {k} of {name}") for k, v in saved.items()}
+        try:
+            if saved and saved.keys() != wanted.keys():
+                raise UsageError(
+                    f"{source} has the moments {', '.join(map(str, saved))} of {name}, {type(optimizer).__name__} has "
+                    f"{', '.join(wanted)}; was --optimizer the same?"
+                )
+            if saved:
+                fitted[number] = {k: _fitted(v, parameter, wanted[k], f"{source}: {k} of {name}") for k, v in saved.items()}
+        except UsageError as misfit:
+            if not skip_misfits:
+                raise
+            logger.warning("%s; --allow_partial lets it start afresh", misfit)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": fitted})
     _with_momentum(optimizer)
 

@@ -359,7 +359,7 @@ def build_step(
         weight_decay=optim.cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps),
         momentum=optim.cosine_schedule(args.momentum_teacher, 1.0, args.epochs, steps),
     )
-    optimizer = optim.build_optimizer(args.optimizer, optim.param_groups(method.student))
+    optimizer = optim.build_optimizer(args.optimizer, optim.param_groups(checkpoint.unwrap(method.student)))
     bad_steps = BadSteps(args.max_bad_steps, Path(args.output_dir))
     return engine.TrainStep(
         method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer, bad_steps

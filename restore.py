@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
 import layouts
@@ -23,7 +23,7 @@ import optim
 from utils import UsageError, logger
 
 if TYPE_CHECKING:
-    from engine import TrainStep
+    from engine import Method, TrainStep
 
 # What a checkpoint holds under the names that programs of all kinds of runs read again.
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -40,6 +40,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "unreadable": (Mapping,),
     "in_epoch": (Mapping,),
 }
+LOSSES = ("dino_loss", "udi_loss")  # where methods keep their centers
 GAIN = "last_layer.weight_g"  # of the prototypes, which --norm_last_layer freezes
 
 
@@ -94,28 +95,16 @@ def restore(path: Path, content: Mapping[str, Any], step: TrainStep, args: Any, 
     """
     source, method = f"checkpoint '{path}'", step.method
     partial = extend and args.allow_partial
-    needed = {"student", "teacher", "epoch"}
-    if not partial:
-        needed |= {"optimizer"}
-    if not extend:
-        needed |= {method.criterion_key}
-    absent = needed - content.keys()
+    needed = {"student", "teacher", "epoch", *(() if partial else ("optimizer",))}
+    absent = (needed if extend else needed | {method.criterion_key}) - content.keys()
     if absent:
         other = " (another method made it)" if absent == {method.criterion_key} else ""
         remedy = "pass --init_weights FILE to start a new schedule from it" if extend else "choose another --output_dir"
         raise UsageError(f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}{other}; {remedy}")
     for network, key in ((method.student, "student"), (method.teacher, "teacher")):
         state = checkpoint.network_state(content, key, path)
-        report = checkpoint.load_network(
-            network, state, source, resize=extend, new_parts=extend, allow_partial=partial
-        )
-    own, centers = method.criterion.state_dict(), checkpoint.criterion_state(content, method.criterion_key, path)
-    fresh = [*report.fresh, *(name for name in own if name not in centers)]
-    if extend:
-        centers = {name: centers.get(name, own[name]) for name in own}
-    checkpoint.load_network(
-        method.criterion, checkpoint.NetworkState(centers, "full checkpoint", method.criterion_key), source
-    )
+        report = checkpoint.load_network(network, state, source, new_parts=extend, allow_partial=partial)
+    fresh = [part.rstrip(".") for part in report.fresh] + _restore_centers(path, content, method, extend)
     _restore_moments(path, content, step, args, report.fresh, extend)
     if extend:
         logger.info("%s goes on%s", source, f"; {', '.join(fresh)} start fresh" if fresh else "")
@@ -125,6 +114,27 @@ def restore(path: Path, content: Mapping[str, Any], step: TrainStep, args: Any, 
     step.bad_steps.in_a_row = content.get("bad_steps_in_a_row", 0)
     with reading("monitor", path):
         step.monitor.load_state(content.get("monitor", {}))
+
+
+def _restore_centers(path: Path, content: Mapping[str, Any], method: Method, extend: bool) -> list[str]:
+    """Load the centers of the loss; with `extend` those that the file lacks stay, also where another method wrote it.
+
+    Returns:
+        names of those that stay.
+    """
+    criterion, key = method.criterion, method.criterion_key
+    key = next((k for k in (key, *LOSSES) if k in content), key)
+    with reading(key, path):
+        centers = layouts.criterion_state(content.get(key, {}))
+        for name, center in centers.items():
+            if not isinstance(center, Tensor):
+                raise TypeError(f"{name} is a {type(center).__name__}")
+    own = criterion.state_dict()
+    fresh = [name for name in own if name not in centers] if extend else []
+    if extend:
+        centers = {name: centers.get(name, own[name]) for name in own}
+    checkpoint.load_network(criterion, checkpoint.NetworkState(centers, "full checkpoint", key), f"checkpoint '{path}'")
+    return fresh
 
 
 def _restore_moments(
@@ -150,7 +160,7 @@ def _restore_moments(
         which = f"did not train {missing[0]}, as this run does" if missing else f"trained {more[0]}, unlike this run"
         remedy = "was --norm_last_layer the same?" if (missing or more)[0].endswith(GAIN) else "use another file"
         raise UsageError(f"{source} {which}; {remedy}")
-    optim.load_moments(step.optimizer, moments, source)
+    optim.load_moments(step.optimizer, moments, source, skip_misfits=partial)
 
 
 def _names_of_positions(content: Mapping[str, Any], student: nn.Module) -> list[list[str]] | None:

@@ -46,7 +46,7 @@ ADDED = {
     "grad_checkpointing": False, "compile": False, "fsdp": False,
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False,
-    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
+    "init_weights": "", "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
 }  # fmt: skip
 PUBLISHED_UDI = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "include_patch": True, "number_cls_token": 2, "norm_last_layer": True,
