@@ -31,14 +31,13 @@ import sharding
 from config import SavedConfig
 from files import whole_file
 from layouts import DERIVED as DERIVED  # these also found here
+from layouts import PARTS, bare, in_our_names
 from layouts import NetworkState as NetworkState
-from layouts import in_our_names
 from layouts import network_state as network_state
 from models.base import BESIDE, HEADS, Backbone
 from utils import UsageError, counted, logger
 
 PREFIX = "module."
-CLASSIFIERS = ("fc.", "head_dist.")  # linear heads of other projects, beside `head.`
 OPTIONAL = ("num_batches_tracked",)  # older files lack it
 LISTED_NAMES = 5
 # What published files hold beside tensors and plain values: arguments, which EsViT, DINO and UDI keep in a Namespace and the original
@@ -188,11 +187,13 @@ class LoadReport(NamedTuple):
     resized: int
     left_out: int
     fresh: tuple[str, ...] = ()  # what is `BESIDE` the network's backbone and not in the file
+    parts: tuple[str, ...] = ()  # that were left out, by the first words of their names
 
     def __str__(self) -> str:
         where = f"{self.layout}, key '{self.key}'" if self.key else self.layout
-        told = f"{where}: {counted(self.matched, 'tensor')} loaded, {self.resized} of them resized, {self.left_out} left out"
-        return f"{told}, {' and '.join(part.rstrip('.') for part in self.fresh)} not in the file" if self.fresh else told
+        parts = f" ({', '.join(self.parts)})" if self.parts else ""
+        fresh = f", {' and '.join(part.rstrip('.') for part in self.fresh)} not in the file" if self.fresh else ""
+        return f"{where}: {counted(self.matched, 'tensor')} loaded, {self.resized} of them resized, {self.left_out} left out{parts}{fresh}"
 
 
 def load_network(
@@ -206,11 +207,12 @@ def load_network(
 ) -> LoadReport:
     """Load a state dict into a network, wrapped or not; every tensor of the network must be there in its shape.
 
-    A network without what may lie `BESIDE` a backbone leaves that of the file out. Buffers that follow from the architecture are
-    neither asked for nor taken.
+    A network without what may lie `BESIDE` a backbone leaves that of the file out, and the `PARTS` of other programs always. Buffers
+    that follow from the architecture are neither asked for nor taken. A backbone resizes positions as the file's program does,
+    unless its config says.
 
     Args:
-        network: left as it is where an error is raised.
+        network: keeps its tensors where an error is raised.
         state: see `network_state`.
         source: how messages name the file.
         resize: let a backbone resize its tables of positions to its own image or window size.
@@ -228,6 +230,8 @@ def load_network(
     _fill_second_names(wanted, tensors, source)
     beside = {part: [name for name in wanted if name.startswith(part)] for part in BESIDE}
     fresh = tuple(part for part, names in beside.items() if names and not tensors.keys() & names) if new_parts else ()
+    if isinstance(network, Backbone):
+        network.follow(state.pos_resize)
     taken, misfits, resized = {}, [], 0
     for name in sorted(wanted.keys() & tensors.keys()):
         tensor = tensors[name]
@@ -244,7 +248,7 @@ def load_network(
         for name in wanted
         if name not in tensors and not name.endswith((*DERIVED, *OPTIONAL)) and not name.startswith(fresh)
     ]
-    unexpected = [name for name in tensors if name not in wanted and not name.startswith((*BESIDE, *CLASSIFIERS))]
+    unexpected = [name for name in tensors if name not in wanted and not bare(name).startswith((*BESIDE, *PARTS))]
     if missing or unexpected or misfits:
         problem = _problem(source, missing, unexpected, misfits, tensors, wanted)
         if not allow_partial:
@@ -256,8 +260,9 @@ def load_network(
             )
     placed = {name: sharding.placed_like(wanted[name], tensor) for name, tensor in taken.items()}
     network.load_state_dict(placed, strict=False)
-    left_out = sum(name not in taken for name in tensors)
-    return LoadReport(state.layout, state.key, len(taken), resized, left_out, fresh)
+    left_out = [name for name in tensors if name not in taken]
+    parts = tuple(dict.fromkeys(bare(name).partition(".")[0] for name in left_out))
+    return LoadReport(state.layout, state.key, len(taken), resized, len(left_out), fresh, parts)
 
 
 def _may_be_resized(network: Backbone, state: NetworkState, theirs: Tensor, ours: Tensor) -> bool:
@@ -327,7 +332,7 @@ def _remedy(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str | 
     if "patch_embed" in name and len(theirs) == len(ours) == 4 and theirs[2:] != ours[2:]:
         return f"set --patch_size {theirs[2]} (or MODEL.SPEC.PATCH_SIZE where the yaml has it)"
     if name == "cls_token" and theirs[1] != ours[1]:
-        return f"set MODEL.SPEC.NUM_CLS_TOKENS {theirs[1]}" + (" MODEL.SPEC.POS_RESIZE scale" if theirs[1] == 2 else "")
+        return f"set MODEL.SPEC.NUM_CLS_TOKENS {theirs[1]}"
     if "pos_embed" in name:
         return "check --patch_size and MODEL.IMAGE_SIZE"
     return None

@@ -80,7 +80,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "vision_transformer": {  # its patch size is the flag --patch_size
         "IN_CHANS": 3,
         "NUM_CLS_TOKENS": 1,  # 2 for UDI
-        "POS_RESIZE": "size",  # of positions for other image sizes: size, or scale as DINO and UDI have it (models/resize.py)
+        # Of positions for other image sizes: size, or scale as DINO and UDI have it (models/resize.py); auto: as the program of
+        # the loaded file does, else size.
+        "POS_RESIZE": "auto",
         "DIM_EMBED": 384,
         "DEPTH": 12,
         "NUM_HEADS": 6,

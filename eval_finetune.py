@@ -361,6 +361,7 @@ def main(args: argparse.Namespace) -> None:
     utils.seed_everything(args.seed)
     with utils.failing_together():
         network = build_network(args, config, classes, size)
+        config = network.settled(config)
     utils.seed_everything(args.seed + utils.get_rank())
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
     with utils.failing_together(), files.usable(output_dir):

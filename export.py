@@ -117,11 +117,11 @@ def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> Non
     if target == "onnx":
         write_onnx(backbone, output, tuple(config.MODEL.IMAGE_SIZE), config.MODEL.SPEC.IN_CHANS)
         return
-    state = {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in backbone.state_dict().items()
-        if not name.startswith(HEADS) and tensor.numel()  # empty: class tokens of which none was kept
-    }
+    state = backbone.state_dict()  # kept as torch made it: its metadata goes into the file
+    for name, tensor in list(state.items()):
+        state[name] = tensor.clone(memory_format=torch.contiguous_format)
+        if name.startswith(HEADS) or not tensor.numel():  # empty: class tokens of which none was kept
+            del state[name]
     if target in {"timm", "detectron2", "mmdet"}:
         if target not in backbone.converters:
             able = ", ".join(["backbone", "safetensors", "onnx", *backbone.converters])

@@ -27,16 +27,25 @@ from torch import Tensor, nn
 
 from models.base import BESIDE, Backbone
 from models.interop import vit_from_timm
+from models.resize import RULES
 from models.srs import PUBLISHED as OF_SRS
 from utils import UsageError
 
 WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others keep a network
 WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")  # DistributedDataParallel, torch.compile
-ONLINE = ("backbone", "encoder", "base_encoder", "encoder_q", "student")
-MOMENTUM = ("momentum_encoder", "momentum_backbone", "encoder_k", "teacher")
+ONLINE = ("backbone", "encoder", "base_encoder", "online_encoder", "encoder_q", "student")
+MOMENTUM = ("momentum_encoder", "momentum_backbone", "target_encoder", "encoder_k", "teacher")
 INSIDE = re.compile(rf"^(?:(?:{'|'.join((*ONLINE, *MOMENTUM))})\.)+")
 IN_MOMENTUM = re.compile(rf"^(?:(?:{'|'.join(ONLINE)})\.)*(?:{'|'.join(MOMENTUM)})\.")
 UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
+# What other programs train beside a backbone, besides `BESIDE`: linear classifiers, projectors and queues, decoders and masks.
+PARTS = (
+    *("fc.", "head_dist.", "classifier."),
+    *("projector", "momentum_projector", "predictor", "queue"),
+    *("decoder", "mask_token", "masked_embed"),
+)
+OF_TIMM = {"norm_pre", "fc_norm", "head_drop", "pre_logits"}  # modules of its ViT that DINO's has not
+CENTERS = ("center", "center_plus")  # of UDI's class tokens in their order; the patches' are the last
 # Buffers that the architecture computes itself; older files have the masks.
 DERIVED = ("relative_position_index", "rel_pos_idx", "attn_mask")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -49,10 +58,15 @@ class NetworkState(NamedTuple):
     layout: str
     key: str | None
     image_size: tuple[int, int] | None = None  # MODEL.IMAGE_SIZE of the run, where the file tells
+    pos_resize: str | None = (
+        None  # how its program resizes positions, one of `models.resize.RULES`, where the file tells
+    )
 
 
 def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> NetworkState:
     """The network of a file under its `published_names`: `key` of a full checkpoint, what lies under `model`, or all of a bare one.
+
+    Of an online and a momentum network side by side (MoCo, MoBY) it is the online one for the key `student`, else the other.
 
     Raises:
         UsageError: a full checkpoint without `key`, or content that is no state dict.
@@ -79,22 +93,78 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
             f"checkpoint '{path}' holds no tensors of a network{where}, but {found or 'nothing'}; use another file"
         )
     names = published_names(tensors)
-    if "srs.qkv.weight" in names.values() and "srs.qkv.weight" not in {WRAPPERS.sub(r"\1", name) for name in names}:
+    if any(names[name].startswith("srs.") and not WRAPPERS.sub(r"\1", name).startswith("srs.") for name in names):
         layout += " of UDI"
-    tensors = {names[name]: tensor for name, tensor in tensors.items()}
-    return NetworkState(vit_from_timm(tensors), layout, found_under, _image_size(whole))
+    others = _of_the_other_network(names.values(), key)
+    if others:
+        layout += f", its {'online' if key == 'student' else 'momentum'} network"
+    kept = {names[name]: tensor for name, tensor in tensors.items() if names[name] not in others}
+    model = _saved_model(whole)
+    rule = model["SPEC"].get("POS_RESIZE") if isinstance(model["SPEC"], dict) else None
+    rule = rule or _pos_resize(content, kept, layout, path)
+    return NetworkState(vit_from_timm(kept), layout, found_under, _image_size(model), rule)
 
 
-def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
-    """MODEL.IMAGE_SIZE of the run, where the file tells."""
+def _of_the_other_network(names: Iterable[str], key: str) -> set[str]:
+    """Where a file holds an online and a momentum network: the names of that which `key` does not mean."""
+    momentum = {name for name in names if IN_MOMENTUM.match(name)}
+    online = {name for name in names if name not in momentum}
+    if not {bare(name) for name in momentum} & {bare(name) for name in online if bare(name) != name}:
+        return set()
+    return momentum if key == "student" else {name for name in online if bare(name) != name}
+
+
+def _saved_model(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of this project says of its network, the group MODEL of its config; nothing of other files."""
     config = content.get("config")
-    if not isinstance(config, str):
-        return None
     try:
-        height, width = yaml.safe_load(config)["MODEL"]["IMAGE_SIZE"]
+        model = yaml.safe_load(config)["MODEL"] if isinstance(config, str) else {}
+        return {"SPEC": {}} | dict(model)
     except (KeyError, TypeError, ValueError, yaml.YAMLError):
+        return {"SPEC": {}}
+
+
+def _image_size(model: Mapping[str, Any]) -> tuple[int, int] | None:
+    """MODEL.IMAGE_SIZE of the run, where the file tells."""
+    try:
+        height, width = model["IMAGE_SIZE"]
+        return int(height), int(width)
+    except (KeyError, TypeError, ValueError):
         return None
-    return int(height), int(width)
+
+
+def _pos_resize(content: Mapping[str, Any], names: Iterable[str], layout: str, path: str | Path) -> str:
+    """How the program that made a network resizes its positions: by `scale` in DINO and what descends from it.
+
+    Its checkpoints and UDI's have `backbone.` before the ViT's names and heads beside it. The released backbones of DINO are bare
+    state dicts without any head, in torch's format; those of timm and DeiT have a classifier, lie under a key, are safetensors, or
+    name modules of timm's in what torch keeps with a state dict. So kept, backbones of this project tell their rule.
+    """
+    modules = getattr(content, "_metadata", None)
+    modules = modules if isinstance(modules, Mapping) else {}
+    told = modules.get("")
+    if isinstance(told, Mapping) and told.get("pos_resize") in RULES:
+        return str(told["pos_resize"])
+    if "UDI" in layout:
+        return "scale"
+    in_wrapper = "backbone.pos_embed" in names
+    if layout == "full checkpoint" or any(name.startswith("head.last_layer.") for name in names):
+        return "scale" if in_wrapper else "size"
+    alone = layout == "bare state dict" and Path(path).suffix != ".safetensors" and not OF_TIMM & modules.keys()
+    of_vit = all(name.startswith(("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")) for name in names)
+    return "scale" if alone and of_vit else "size"
+
+
+def criterion_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a published loss under this project's names.
+
+    EsViT's and DINO's are the same here. UDI has its centers as rows of one tensor, those of the class tokens first and that of the
+    patches last, and a count that is zero between two steps.
+    """
+    rows = published.get("centering.center")
+    if rows is None:
+        return dict(published)
+    return {name: row[None] for name, row in zip((*CENTERS[: len(rows) - 1], "center_patch"), rows)}
 
 
 def bare(name: str) -> str:
@@ -177,10 +247,3 @@ def parameter_names(network: nn.Module, student: Mapping[str, Tensor]) -> dict[s
             seen.add(same)
             found[name] = None if parameter is None else our_name
     return found
-
-
-def criterion_state(published):  # type: ignore
-    rows = published.get("centering.center")
-    if rows is None:
-        return dict(published)
-    return {name: row[None] for name, row in zip(("center", "center_plus", "center_patch"), rows)}

@@ -21,12 +21,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from torch import nn
+
 import checkpoint
 import files
 import restore
 import results
 import sharding
 import utils
+from models.base import Backbone
 from progress import EpochMeter
 from utils import Stopped, UsageError, logger
 
@@ -187,7 +190,7 @@ def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args:
         "args": args,
         method.criterion_key: method.criterion.state_dict(),
         "fp16_scaler": step.scaler.state_dict() if step.scaler.is_enabled() else None,
-        "config": None if config is None else config.dump(),
+        "config": None if config is None else _settled(method.student, config).dump(),
         "rng": rng_of_rank,
         "world_size": utils.get_world_size(),
         "bad_steps_in_a_row": step.bad_steps.in_a_row,
@@ -205,6 +208,12 @@ def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args:
         except (OSError, RuntimeError) as error:
             logger.warning("cannot keep %s (%s); the run goes on without it", kept.name, _in_one_line(error))
     return failure
+
+
+def _settled(network: nn.Module, config: Any) -> Any:
+    """See `Backbone.settled`."""
+    backbone = checkpoint.unwrap(network)
+    return backbone.settled(config) if isinstance(backbone, Backbone) else config
 
 
 def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:

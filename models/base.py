@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from yacs.config import CfgNode
 
 from models.interop import Converter
 from models.resize import resize_square_table
@@ -156,6 +157,13 @@ class Backbone(nn.Module, ABC):
         if not name.endswith("relative_position_bias_table"):
             return None
         return resize_square_table(tensor, len(self.get_parameter(name)))
+
+    def follow(self, pos_resize: str | None) -> None:
+        """Resize positions as the program of a loaded file does, by a rule of `models.resize`, where the config leaves it open."""
+
+    def settled(self, config: CfgNode) -> CfgNode:
+        """The network's config with what it left open, for files of this network."""
+        return config
 
     def timm_name(self, name: str) -> str:
         """What timm (and torchvision) call this network's tensor `name`."""

@@ -11,17 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESIZE_RULES = ("size", "scale")
+RULES = ("size", "scale")
 SCALE_OFFSET = 0.1  # of a position, which keeps a rounded scale factor from losing one
 
 
-def resize_grid(table_NC: Tensor, grid: tuple[int, int], wanted: tuple[int, int], rule: str = "size") -> Tensor:
+def resize_grid(
+    table_NC: Tensor, grid: tuple[int, int], wanted: tuple[int, int], rule: str = "size", always: bool = False
+) -> Tensor:
     """A table (h * w, C) over a `grid` of h x w positions, made to cover the `wanted` grid; bicubic, in float32.
 
-    `rule`: `size` samples at the centres of the wanted grid; `scale` is DINO's and UDI's, which passes the scale factors
-    (wanted + 0.1) / grid and samples a little nearer to the first position (weights trained so want it so).
+    Args:
+        rule: `size` samples at the centres of the wanted grid; `scale` is DINO's and UDI's, which passes the scale factors
+            (wanted + 0.1) / grid and samples a little nearer to the first position (weights trained so want it so).
+        always: also where the grids agree, which `scale` does not leave as it is.
     """
-    if grid == wanted:
+    if grid == wanted and not always:
         return table_NC
     plane = table_NC.float().unflatten(0, grid).permute(2, 0, 1).unsqueeze(0)
     if rule == "scale":
@@ -41,8 +45,13 @@ def resize_square_table(table_NC: Tensor, wanted_rows: int) -> Tensor | None:
 
 
 def resize_pos_embed(
-    pos_embed_1NC: Tensor, prefix: int, grid: tuple[int, int], wanted: tuple[int, int], rule: str = "size"
+    pos_embed_1NC: Tensor,
+    prefix: int,
+    grid: tuple[int, int],
+    wanted: tuple[int, int],
+    rule: str = "size",
+    always: bool = False,
 ) -> Tensor:
-    """Position embeddings (1, prefix + h * w, C): prefix tokens keep theirs, the grid's are resized."""
-    resized = resize_grid(pos_embed_1NC[0, prefix:], grid, wanted, rule)
+    """Position embeddings (1, prefix + h * w, C): prefix tokens keep theirs, the grid's are resized; see `resize_grid`."""
+    resized = resize_grid(pos_embed_1NC[0, prefix:], grid, wanted, rule, always)
     return torch.cat([pos_embed_1NC[:, :prefix], resized.unsqueeze(0)], dim=1)

@@ -25,9 +25,9 @@ from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_l
 from models.interop import Converter, vit_to_detectron2, vit_to_timm
 from models.mlp import Mlp
 from models.registry import register
-from models.resize import RESIZE_RULES, resize_pos_embed
+from models.resize import RULES, resize_pos_embed
 from products import Linear
-from utils import UsageError
+from utils import UsageError, logger
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 CLASS_TOKENS = (1, 2)
@@ -87,10 +87,11 @@ class VisionTransformer(Backbone):
             )
         if spec.NUM_CLS_TOKENS not in CLASS_TOKENS:
             raise UsageError(f"MODEL.SPEC.NUM_CLS_TOKENS {spec.NUM_CLS_TOKENS} must be 1, or 2 as UDI has")
-        if spec.POS_RESIZE not in RESIZE_RULES:
-            raise UsageError(f"MODEL.SPEC.POS_RESIZE {spec.POS_RESIZE} must be one of {', '.join(RESIZE_RULES)}")
+        if spec.POS_RESIZE not in ("auto", *RULES):
+            raise UsageError(f"MODEL.SPEC.POS_RESIZE {spec.POS_RESIZE} must be one of auto, {', '.join(RULES)}")
         self.num_cls_tokens: int = spec.NUM_CLS_TOKENS
-        self.pos_resize: str = spec.POS_RESIZE
+        self.rule_is_open = spec.POS_RESIZE == "auto"
+        self.pos_resize: str = "size" if self.rule_is_open else spec.POS_RESIZE
         self.patch_size = patch_size
         self.image_size = image_size
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
@@ -120,6 +121,7 @@ class VisionTransformer(Backbone):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear_weights)
+        self.register_state_dict_post_hook(_keep_rule)
 
     def enter_stage(self, stage: int, x_BCHW: Tensor) -> Tokens:
         """Patches with the class tokens before them, and the position embedding resized to their grid."""
@@ -128,7 +130,10 @@ class VisionTransformer(Backbone):
         class_tokens = self.cls_token.expand(patches_BHWC.shape[0], -1, -1)
         tokens_BNC = torch.cat([class_tokens, patches_BHWC.flatten(1, 2)], dim=1)
         prefix = self.num_cls_tokens
-        positions_1NC = resize_pos_embed(self.pos_embed, prefix, self.grid, grid, self.pos_resize)
+        # DINO keeps its square table for square images only, also where the sides differ by less than a patch.
+        height, width = x_BCHW.shape[2:]
+        always = self.pos_resize == "scale" and height != width and self.grid[0] == self.grid[1]
+        positions_1NC = resize_pos_embed(self.pos_embed, prefix, self.grid, grid, self.pos_resize, always)
         return Tokens(self.pos_drop(tokens_BNC + positions_1NC), prefix, grid)
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
@@ -158,6 +163,24 @@ class VisionTransformer(Backbone):
         """All class tokens."""
         return self.norm(tokens_BNC[:, :num_prefix_tokens])
 
+    def follow(self, pos_resize: str | None) -> None:
+        """See `Backbone.follow`; told in a line where the file asks for another rule than `size`."""
+        if not self.rule_is_open or pos_resize not in RULES:
+            return
+        self.pos_resize = pos_resize
+        if pos_resize == "scale":
+            logger.info(
+                "positions are resized by scale, as DINO and UDI do, whose layout the file has (MODEL.SPEC.POS_RESIZE)"
+            )
+
+    def settled(self, config: CfgNode) -> CfgNode:
+        """See `Backbone.settled`."""
+        config = config.clone()
+        config.defrost()
+        config.MODEL.SPEC.POS_RESIZE = self.pos_resize
+        config.freeze()
+        return config
+
     def fit_tensor(self, name: str, tensor: Tensor, image_size: tuple[int, int] | None = None) -> Tensor | None:
         """Position embeddings of another image size are resized; where that is unknown, the file's grid is taken to be square."""
         if name != "pos_embed" or tensor.ndim != 3 or tensor.shape[2] != self.num_features:
@@ -170,6 +193,11 @@ class VisionTransformer(Backbone):
         if prefix + math.prod(grid) != tensor.shape[1]:
             return None
         return resize_pos_embed(tensor, prefix, grid, self.grid, self.pos_resize)
+
+
+def _keep_rule(module: nn.Module, _state: Mapping[str, Tensor], _prefix: str, metadata: dict[str, str]) -> None:
+    """torch keeps `metadata` with a state dict and in its file: a bare backbone tells how its positions are resized."""
+    metadata["pos_resize"] = str(module.pos_resize)
 
 
 @register(

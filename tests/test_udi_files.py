@@ -87,7 +87,7 @@ def test_a_published_file_loads_with_nothing_missing_and_nothing_unexpected(key:
     path = saved(theirs, tmp_path / "checkpoint.pth")
     whole = two_tokens(filled=False, beside=True)
     report = checkpoint.load_backbone(whole, path, key)
-    assert report == ("full checkpoint of UDI", key, len(theirs.state_dict()), 0, 0)
+    assert report == ("full checkpoint of UDI", key, len(theirs.state_dict()), 0, 0, ())
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(whole.state_dict()[name], tensor), name
     bare = two_tokens(filled=False)
@@ -123,7 +123,7 @@ def refusal(network: Backbone, state: dict[str, Tensor], tmp_path: Path) -> str:
 def test_one_class_token_is_not_two(tmp_path: Path) -> None:
     state = published(two_tokens(beside=True))
     words = refusal(small_network("vit"), state, tmp_path)
-    assert words.endswith("; set MODEL.SPEC.NUM_CLS_TOKENS 2 MODEL.SPEC.POS_RESIZE scale")
+    assert words.endswith("; set MODEL.SPEC.NUM_CLS_TOKENS 2")
     words = refusal(two_tokens(), small_network("vit").state_dict(), tmp_path)
     assert words.endswith("; set MODEL.SPEC.NUM_CLS_TOKENS 1")
 
