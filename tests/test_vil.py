@@ -481,6 +481,10 @@ def test_what_is_kept_out_of_weight_decay() -> None:
         ("MODE", "-2", "MODE -2"),
         ("VIL_MODE_SWITCH", "1.5", "VIL_MODE_SWITCH .* 0..1"),
         ("LN_EPS", "0", "LN_EPS must be above 0"),
+        ("POOL_METHOD", "avg", "POOL_METHOD' may only be 'None'"),
+        ("WITH_SE", "SE", "WITH_SE' may only be 'None'"),
+        ("SE_MLP_RATIO", "0.25", "SE_MLP_RATIO' may only be 0.0625"),
+        ("SE_MLP_BALANCE", "True", "SE_MLP_BALANCE' may only be False"),
         ("ARCH", "h5,d12,n1", "stage 1 .* h5"),
     ],
 )
