@@ -320,6 +320,7 @@ def load_network(
         name
         for name in wanted
         if name not in tensors
+        and wanted[name].numel()
         and not name.endswith((*DERIVED, *OPTIONAL))
         and (file_has_heads or not name.startswith(BESIDE))
     ]

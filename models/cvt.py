@@ -182,7 +182,7 @@ def residual_drop(drop_path: float, spec: CfgNode) -> nn.Module:
 
 
 class ResStem(nn.Module):
-    """The way into the first stage with RES_STEM: three convolutions of 3x3 pixels, each with BatchNorm and ReLU; nothing is residual."""
+    """The way into the first stage with RES_STEM: three 3x3 convolutions, each with BatchNorm and ReLU."""
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()

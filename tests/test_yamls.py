@@ -222,7 +222,7 @@ def test_published_swin_values(size: str, dim: int, third_stage: int, heads: int
     assert (dim, window, 4) == (spec.DIM_EMBED, spec.WINDOW_SIZE, spec.PATCH_SIZE)
     assert [2, 2, third_stage, 2] == spec.DEPTHS
     assert [heads, 2 * heads, 4 * heads, 8 * heads] == spec.NUM_HEADS
-    assert spec.DROP_PATH_RATE == (0.1 if size == "tiny" else 0.2)
+    assert (0.1 if size == "tiny" else 0.2) == spec.DROP_PATH_RATE
 
 
 @torch.no_grad()
