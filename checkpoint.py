@@ -246,7 +246,10 @@ def load_network(
     missing = [
         name
         for name in wanted
-        if name not in tensors and not name.endswith((*DERIVED, *OPTIONAL)) and not name.startswith(fresh)
+        if name not in tensors
+        and wanted[name].numel()
+        and not name.endswith((*DERIVED, *OPTIONAL))
+        and not name.startswith(fresh)
     ]
     unexpected = [name for name in tensors if name not in wanted and not bare(name).startswith((*BESIDE, *PARTS))]
     if missing or unexpected or misfits:

@@ -35,7 +35,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "QKV_BIAS": True,
         "DROP_RATE": 0.0,
         "ATTN_DROP_RATE": 0.0,
-        "DROP_PATH_RATE": 0.2,
+        "DROP_PATH_RATE": 0.1,
         "PATCH_NORM": True,
         "USE_APE": False,
     },
@@ -56,7 +56,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "RES_STEM": False,
         "DROP_RATE": 0.0,
         "ATTN_DROP_RATE": 0.0,
-        "DROP_PATH_RATE": 0.2,
+        "DROP_PATH_RATE": 0.1,
     },
     "vision_longformer": {
         "IN_CHANS": 3,
@@ -135,6 +135,9 @@ STAGED = {"cvt_v4_transformer"}
 # Published files name the size that learned tables are made for as that of the training images, whatever the network.
 COMMON_ALIASES = {"TRAIN.IMAGE_SIZE": "MODEL.IMAGE_SIZE"}
 
+# Names of networks in published files that the published code itself no longer knows.
+NAME_ALIASES = {"cls_cvt_v4": "cvt_v4_transformer", "cls_vil": "vision_longformer"}
+
 # Other names of keys in published files, by MODEL.NAME.
 ALIASES = {
     "cvt_v4_transformer": {"MODEL.SPEC.DEPTH": "MODEL.SPEC.DEPTHS"},
@@ -160,7 +163,13 @@ ONLY_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "MODEL.SPEC.STRIDE_Q": (1,),
         "MODEL.SPEC.NORM": ("layernorm", "layer_norm", "LayerNorm", "ln"),
         "MODEL.SPEC.ACT": ("quick_gelu", "quickgelu", "QuickGELU"),
-    }
+    },
+    "vision_longformer": {  # no squeeze-and-excitation, no pooled tokens; the ratio would be that of the former
+        "MODEL.SPEC.MSVIT.POOL_METHOD": ("None", None),
+        "MODEL.SPEC.MSVIT.WITH_SE": ("None", None, False),
+        "MODEL.SPEC.MSVIT.SE_MLP_RATIO": (0.0625,),
+        "MODEL.SPEC.MSVIT.SE_MLP_BALANCE": (False,),
+    },
 }
 
 _reported: set[str] = set()
@@ -199,7 +208,8 @@ def load_config(
         values = _on_top(values, _read_chain(Path(path), ()))
     values = _on_top(values, _given(overrides, "override"))
 
-    config = _schema_node(values.get("MODEL.NAME", (SCHEMA["MODEL"]["NAME"], "the schema")))
+    values["MODEL.NAME"] = _model_name(values)
+    config = _schema_node(values["MODEL.NAME"][0])
     known = dict(_leaves(config))
     choices = ONLY_CHOICES.get(config.MODEL.NAME, {})
     unused = []
@@ -320,11 +330,17 @@ def _parse(text: str, where: str) -> Any:
         raise UsageError(f"{where} has a value that is not valid yaml: '{text}'") from None
 
 
-def _schema_node(name_and_source: tuple[Any, str]) -> CfgNode:
-    """A fresh node with the schema's defaults for a MODEL.NAME."""
-    name, where = name_and_source
-    if not isinstance(name, str) or name not in SPECS:
+def _model_name(values: dict[str, Any]) -> tuple[str, str]:
+    """MODEL.NAME as the schema has it, and where it was set."""
+    name, where = values.get("MODEL.NAME", (SCHEMA["MODEL"]["NAME"], "the schema"))
+    known = NAME_ALIASES.get(name, name) if isinstance(name, str) else None
+    if known not in SPECS:
         raise UsageError(f"MODEL.NAME '{name}' in {where} is unknown; valid names: {', '.join(SPECS)}")
+    return known, where
+
+
+def _schema_node(name: str) -> CfgNode:
+    """A fresh node with the schema's defaults for a MODEL.NAME."""
     config = CfgNode(SCHEMA).clone()
     config.MODEL.NAME = name
     config.MODEL.SPEC = CfgNode(SPECS[name]).clone()

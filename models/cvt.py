@@ -1,7 +1,7 @@
 """Convolutional vision transformer (CvT): convolutional embeddings, and attention in windows of convolutional projections.
 
 State-dict keys and numbers are those of the EsViT network (golden file cvt_tiny); any image size goes in, square or not.
-Beyond the published network, by yaml keys: windows shifted in every second block, a relative position bias, a residual stem.
+Beyond the published network, by yaml keys: windows shifted in every second block, a relative position bias, another stem.
 
 Shapes: B images, H x W token grid, C channels, N tokens of a window.
 Origin: CvT (Wu et al., ICCV 2021) as EsViT (Li et al., ICLR 2022) changed it: attention in windows (Swin Transformer, Liu et al.,
@@ -181,36 +181,27 @@ def residual_drop(drop_path: float, spec: CfgNode) -> nn.Module:
     return nn.Sequential(nn.Dropout(spec.DROP_RATE), DropPath(drop_path))
 
 
-class ResidualStem(nn.Module):
-    """Images to a quarter of their size: a strided convolution to half the width, a residual pair, a strided one to all of it."""
+class ResStem(nn.Module):
+    """The way into the first stage with RES_STEM: three 3x3 convolutions, each with BatchNorm and ReLU."""
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
-        half = max(dim // 2, 1)
-        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-        self.enter = nn.Sequential(conv(in_channels, half, stride=2, bias=False), nn.BatchNorm2d(half), QuickGELU())
-        self.pair = nn.Sequential(
-            conv(half, half, bias=False),
-            nn.BatchNorm2d(half),
-            QuickGELU(),
-            conv(half, half, bias=False),
-            nn.BatchNorm2d(half),
-        )
-        self.act = QuickGELU()
-        self.leave = conv(half, dim, stride=2)
+        layers: list[nn.Module] = []
+        for channels, stride in ((in_channels, 2), (dim, 1), (dim, 2)):
+            layers += [nn.Conv2d(channels, dim, 3, stride, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
+        self.stem = nn.Sequential(*layers)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, dim, ceil(H / 4), ceil(W / 4))."""
-        x = self.enter(x_BCHW)
-        return self.leave(self.act(x + self.pair(x)))
+        """(B, C, H, W) to (B, ceil(H / 4), ceil(W / 4), dim)."""
+        return self.stem(x_BCHW).permute(0, 2, 3, 1)
 
 
 class ConvEmbed(nn.Module):
-    """The way into a stage: a strided convolution (or the residual stem), then a norm over the channels."""
+    """The way into a stage: a strided convolution, then a norm over the channels."""
 
-    def __init__(self, proj: nn.Module, dim: int) -> None:
+    def __init__(self, in_channels: int, dim: int, patch_size: int, stride: int, padding: int) -> None:
         super().__init__()
-        self.proj = proj
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride, padding)
         self.norm = LayerNorm(dim)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -235,7 +226,7 @@ class CvT(Backbone):
 
     Raises:
         UsageError: a stage list of another length than DEPTHS, heads that do not divide the width, or a patch stride that the
-            residual stem does not have.
+            stem of RES_STEM does not have.
     """
 
     def __init__(self, spec: CfgNode, dense: bool = False) -> None:
@@ -247,17 +238,17 @@ class CvT(Backbone):
         drop_paths = drop_path_rates(spec.DROP_PATH_RATE, spec.DEPTHS)
         in_channels = spec.IN_CHANS
         for i, dim in enumerate(self.stage_dims):
-            proj: nn.Module = nn.Conv2d(
-                in_channels, dim, spec.PATCH_SIZE[i], spec.PATCH_STRIDE[i], spec.PATCH_PADDING[i]
-            )
+            embed: nn.Module
             if spec.RES_STEM and i == 0:
-                proj = ResidualStem(in_channels, dim)
+                embed = ResStem(in_channels, dim)
+            else:
+                embed = ConvEmbed(in_channels, dim, spec.PATCH_SIZE[i], spec.PATCH_STRIDE[i], spec.PATCH_PADDING[i])
             blocks = []
             for j, drop_path in enumerate(drop_paths[i]):
                 shifts = spec.SHIFT and j % 2 == 1
                 attn = ConvAttention(dim, spec.NUM_HEADS[i], spec.WINDOW_SIZE[i], shifts, drop_path, spec)
                 blocks.append(CvTBlock(attn, FeedForward(dim, int(dim * spec.MLP_RATIO[i]), drop_path, spec), dim))
-            self.add_module(f"stage{i}", nn.Sequential(ConvEmbed(proj, dim), CvTStage(blocks)))
+            self.add_module(f"stage{i}", nn.Sequential(embed, CvTStage(blocks)))
             in_channels = dim
         self.norm = LayerNorm(self.num_features)
         self.apply(init_conv_weights)

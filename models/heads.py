@@ -18,13 +18,17 @@ from products import Linear
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows are gain times direction: `weight_g` (K, 1) and `weight_v` (K, C)."""
+    """A linear layer without bias whose rows are gain times direction: `weight_g` (K, 1) and `weight_v` (K, C).
+
+    Directions start as the weights of torch's own linear layer do, uniform in +-1 / sqrt(C).
+    """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        nn.init.trunc_normal_(self.weight_v, std=0.02)
+        bound = in_dim**-0.5
+        nn.init.uniform_(self.weight_v, -bound, bound)
 
     def weight(self) -> Tensor:
         """The prototypes (K, C)."""

@@ -61,8 +61,7 @@ class PatchEmbedding(nn.Module):
         if stage.absolute:
             self.x_pos_embed = random_parameter(1, grid[0], stage.dim // 2)
             self.y_pos_embed = random_parameter(1, grid[1], stage.dim // 2)
-            if g:
-                self.cls_pos_embed = random_parameter(1, g, stage.dim)
+            self.cls_pos_embed = random_parameter(1, g, stage.dim)  # published files hold it empty too
         self.pos_drop = nn.Dropout(drop)
 
     def forward(self, x_BCHW: Tensor) -> Tokens:
@@ -73,23 +72,34 @@ class PatchEmbedding(nn.Module):
         x_BCHW = self.proj(x_BCHW)
         grid = (x_BCHW.shape[2], x_BCHW.shape[3])
         x = self.norm_embed(x_BCHW.flatten(2).transpose(1, 2))
-        if self.absolute:
-            x = x + self._positions(grid)
         if self.num_global:
-            token = self.cls_token + self.cls_pos_embed if self.absolute else self.cls_token
-            x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if self.absolute:
+            x = x + torch.cat([self.cls_pos_embed, self._positions(grid)], dim=1)
         return Tokens(self.pos_drop(x), self.num_global, grid)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """(1, regions, C): half of the channels tell the row, half the column."""
-        row = resize_axis(self.x_pos_embed, grid[0]).unsqueeze(2).expand(-1, -1, grid[1], -1)
-        column = resize_axis(self.y_pos_embed, grid[1]).unsqueeze(1).expand(-1, grid[0], -1, -1)
+        """(1, regions, C): half of the channels tell the row, half the column.
+
+        As published the global tokens count among those that the embeddings are resized to: both axes are stretched by the root of
+        their share, which at the learned size moves the embeddings a little too.
+        """
+        regions = grid[0] * grid[1]
+        stretch = math.sqrt(1 + self.num_global / regions)
+        row = resize_axis(self.x_pos_embed, grid[0], stretch).unsqueeze(2).expand(-1, -1, grid[1], -1)
+        column = resize_axis(self.y_pos_embed, grid[1], stretch).unsqueeze(1).expand(-1, grid[0], -1, -1)
         return torch.cat([row, column], dim=-1).flatten(1, 2)
 
 
-def resize_axis(embed_1NC: Tensor, wanted: int) -> Tensor:
-    """Embeddings of the positions of one axis, resized to `wanted` of them."""
-    return resize_grid(embed_1NC[0], (embed_1NC.shape[1], 1), (wanted, 1)).unsqueeze(0)
+def resize_axis(embed_1NC: Tensor, wanted: int, stretch: float = 1.0) -> Tensor:
+    """Embeddings of the positions of one axis, resized (bicubic) to the first `wanted` of `stretch` times as many."""
+    learned = embed_1NC.shape[1]
+    if stretch == 1:
+        return resize_grid(embed_1NC[0], (learned, 1), (wanted, 1)).unsqueeze(0)
+    axis_1CN1 = embed_1NC.float().transpose(1, 2).unsqueeze(3)
+    factors = (stretch * wanted / learned, 1.0)
+    resized = F.interpolate(axis_1CN1, scale_factor=factors, mode="bicubic", align_corners=False)
+    return resized.squeeze(3).transpose(1, 2)[:, :wanted].to(embed_1NC.dtype)
 
 
 class AttentionHalf(nn.Module):

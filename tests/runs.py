@@ -121,6 +121,15 @@ def run_script(script: str, *args: str, processes: int = 0, timeout: float = 120
     return subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
 
 
+def caught_recipe(folder: Path, recipe: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Start scripts/RECIPE.sh with a stand-in for python that prints its words, one a line."""
+    echo = folder / "python"
+    echo.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    echo.chmod(0o755)
+    command = ["bash", str(ROOT / f"scripts/{recipe}.sh"), *args]
+    return subprocess.run(command, env=os.environ | {"PYTHON": str(echo)} | env, capture_output=True, text=True)
+
+
 def start_script(script: str, *args: str, env: dict[str, str]) -> subprocess.Popen[str]:
     """Start a script with further environment variables and do not wait for it."""
     command = [sys.executable, script, *args]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -242,25 +243,24 @@ def test_every_parameter_learns(overrides: list[str]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("size", "grid"), [((64, 64), (16, 16)), ((30, 33), (8, 9)), ((4, 5), (1, 2))])
-def test_residual_stem_quarters_the_image(size: tuple[int, int], grid: tuple[int, int]) -> None:
+def test_stem_quarters_the_image(size: tuple[int, int], grid: tuple[int, int]) -> None:
     network = tiny_network(SPEC + "RES_STEM", "True")
     assert network.enter_stage(0, torch.randn(2, 3, *size)).shape == (2, *grid, 8)
     assert network.patch_size == 4
-    stem = network.get_submodule("stage0.0.proj")
-    shapes = [tuple(m.weight.shape) for m in stem.modules() if isinstance(m, nn.Conv2d)]
-    assert shapes == [(4, 3, 3, 3), (4, 4, 3, 3), (4, 4, 3, 3), (8, 4, 3, 3)]
-    first, last = network.get_submodule("stage0.0.proj.enter.0"), network.get_submodule("stage0.0.proj.leave")
-    assert (first.stride, last.stride) == ((2, 2), (2, 2))
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if name.startswith("stage0.0.")}
+    norms = {f"stage0.0.stem.{i}.{kind}": (8,) for i in (1, 4, 7) for kind in ("weight", "bias")}
+    assert shapes == norms | {f"stage0.0.stem.{i}.weight": (8, width, 3, 3) for i, width in ((0, 3), (3, 8), (6, 8))}
 
 
 @torch.no_grad()
-def test_residual_stem_is_residual() -> None:
-    stem: Any = tiny_network(SPEC + "RES_STEM", "True").get_submodule("stage0.0.proj")
-    images = torch.randn(2, 3, 16, 16)
-    stem.pair[-1].weight.zero_()  # BatchNorm that ends the pair: nothing is added
-    torch.testing.assert_close(stem(images), stem.leave(stem.act(stem.enter(images))))
-    stem.pair[-1].weight.fill_(1.0)
-    assert not torch.allclose(stem(images), stem.leave(stem.act(stem.enter(images))))
+def test_stem_is_three_convolutions_with_norm_and_relu() -> None:
+    network = tiny_network(SPEC + "RES_STEM", "True").eval()
+    x = images = torch.randn(2, 3, 18, 21)
+    state = network.state_dict()
+    for i, stride in ((0, 2), (3, 1), (6, 2)):
+        norm = [state[f"stage0.0.stem.{i + 1}.{kind}"] for kind in ("running_mean", "running_var", "weight", "bias")]
+        x = F.relu(F.batch_norm(F.conv2d(x, state[f"stage0.0.stem.{i}.weight"], None, stride, 1), *norm))
+    torch.testing.assert_close(network.enter_stage(0, images).permute(0, 3, 1, 2), x)
 
 
 def test_stochastic_depth_grows_over_both_halves_of_all_blocks() -> None:
@@ -403,7 +403,7 @@ def test_values_that_do_not_fit_together(key: str, value: str, words: str) -> No
         tiny_network(SPEC + key, value)
 
 
-def test_residual_stem_has_one_stride() -> None:
+def test_stem_has_one_stride() -> None:
     with pytest.raises(UsageError, match="RES_STEM True has stride 4"):
         tiny_network(SPEC + "RES_STEM", "True", SPEC + "PATCH_STRIDE", "[2, 2, 2]")
 

@@ -29,6 +29,10 @@ NETWORKS = {
     "cvt_tiny": Golden("cvt_tiny"),
     "deit_small": Golden("deit_small"),
     "resnet50": Golden("resnet50"),
+    "cvt_s3_stem_w14": Golden(
+        "cvt_small", ("MODEL.SPEC.RES_STEM", "True", "MODEL.SPEC.WINDOW_SIZE", "[14, 14, 14, 7]")
+    ),
+    "vil_1281": Golden("vil_1281"),
     "vil_2262": Golden("vil_2262", ("MODEL.SPEC.MSVIT.MODE", "1", "MODEL.SPEC.MSVIT.VIL_MODE_SWITCH", "0.75")),
 }
 WITH_ATTENTION = [name for name in NETWORKS if "attention_entropy_by_layer" in golden_arrays(name)]

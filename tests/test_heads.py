@@ -21,6 +21,16 @@ def test_published_keys(use_bn: bool) -> None:
     assert ("mlp.1.running_mean" in shapes) is use_bn
 
 
+@pytest.mark.parametrize("bottleneck", [4, 64])
+def test_prototypes_start_as_the_weights_of_torchs_linear_layer(bottleneck: int) -> None:
+    ours = WeightNormLinear(bottleneck, 20000).weight_v
+    assert ours.abs().max() <= bottleneck**-0.5
+    theirs = torch.nn.Linear(bottleneck, 20000).weight
+    shares = torch.linspace(0.05, 0.95, 10)
+    torch.testing.assert_close(ours.flatten().quantile(shares), theirs.flatten().quantile(shares), rtol=0.03, atol=5e-3)
+    assert torch.equal(WeightNormLinear(bottleneck, 5).weight_g, torch.ones(5, 1))
+
+
 def test_weight_norm_equals_torch() -> None:
     ours = WeightNormLinear(5, 3)
     torch.nn.init.normal_(ours.weight_g)

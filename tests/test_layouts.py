@@ -286,7 +286,7 @@ def test_centers_of_published_losses() -> None:
     found = layouts.criterion_state(published)
     assert list(found) == ["center", "center_plus", "center_patch"]
     assert torch.equal(torch.cat(list(found.values())), center)
-    assert list(layouts.criterion_state({"centering.center": center[:2]}, 1)) == ["center", "center_patch"]
+    assert list(layouts.criterion_state({"centering.center": center[:2]})) == ["center", "center_patch"]
     of_esvit = {"center": center[:1], "center_grid": center[1:2]}
     assert layouts.criterion_state(of_esvit) == of_esvit
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from runs import caught_recipe
 
 import main_esvit
-
-
-def pretrain(tmp_path: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    echo = tmp_path / "python"
-    echo.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
-    echo.chmod(0o755)
-    command = ["bash", str(ROOT / "scripts/pretrain.sh"), *args]
-    return subprocess.run(command, env=os.environ | {"PYTHON": str(echo)} | env, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +19,7 @@ def test_the_batch_is_kept_on_any_number_of_gpus(
     tmp_path: Path, gpus: int, per_gpu: int, batch: int, accum: int
 ) -> None:
     sizes = {"GPUS": str(gpus), "PER_GPU": str(per_gpu), "BATCH": str(batch)}
-    done = pretrain(tmp_path, "swin_tiny", "/data", "/out", "--epochs", "100", **sizes)
+    done = caught_recipe(tmp_path, "pretrain", "swin_tiny", "/data", "/out", "--epochs", "100", **sizes)
     words = done.stdout.splitlines()
     if gpus == 1:
         assert words[0] == str(ROOT / "main_esvit.py")  # no launcher
@@ -50,7 +42,7 @@ def test_the_batch_is_kept_on_any_number_of_gpus(
     ],
 )
 def test_mistakes_end_with_code_2(tmp_path: Path, args: list[str], env: dict[str, str], words: str) -> None:
-    done = pretrain(tmp_path, *args, **env)
+    done = caught_recipe(tmp_path, "pretrain", *args, **env)
     assert done.returncode == 2
     assert words in done.stderr
 

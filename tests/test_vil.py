@@ -283,19 +283,50 @@ def test_bias_of_another_grid() -> None:
 
 @torch.no_grad()
 def test_learned_positions_of_row_and_column() -> None:
-    stage = STAGE._replace(absolute=True, patch_size=4, num_global=2)
-    embed = spread_out(PatchEmbedding(3, stage, (3, 5), nn.LayerNorm(8), 0.0))
-    images = torch.randn(2, 3, 12, 20)
-    with_positions = embed(images)
-    assert (with_positions.num_prefix_tokens, with_positions.grid) == (2, (3, 5))
-    embed.absolute = False
-    added = (with_positions.tokens_BNC - embed(images).tokens_BNC)[0]
-    torch.testing.assert_close(added[:2], embed.cls_pos_embed[0])
+    embed = patch_embedding((3, 5), num_global=0)
+    added = added_positions(embed, (3, 5))
     for row, column in itertools.product(range(3), range(5)):
         wanted = torch.cat([embed.x_pos_embed[0, row], embed.y_pos_embed[0, column]])
-        torch.testing.assert_close(added[2 + row * 5 + column], wanted)
+        torch.testing.assert_close(added[row * 5 + column], wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [2, 6, 7, 13])
+@pytest.mark.parametrize("num_global", [0, 1, 2])
+def test_learned_positions_are_resized_with_the_global_tokens_counted(num_global: int, side: int) -> None:
+    """As published: one table of both axes, by the root of tokens (global ones too) over learned regions; also at their number."""
+    embed = patch_embedding((6, 6), num_global)
+    rows, columns = embed.x_pos_embed[0], embed.y_pos_embed[0]
+    table = torch.cat([rows[:, None].expand(6, 6, 4), columns[None].expand(6, 6, 4)], dim=2)
+    scale = math.sqrt((side**2 + num_global) / 6**2)
+    published = F.interpolate(table.permute(2, 0, 1)[None], scale_factor=scale, mode="bicubic")[0]
+    assert published.shape == (8, side, side)
+    added = added_positions(embed, (side, side))
+    torch.testing.assert_close(added[:num_global], embed.cls_pos_embed[0])
+    torch.testing.assert_close(added[num_global:], published.flatten(1).T)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (7, 2)])
+def test_learned_positions_of_any_grid_and_many_global_tokens(grid: tuple[int, int]) -> None:
+    assert added_positions(patch_embedding((3, 5), num_global=5), grid).shape == (5 + math.prod(grid), 8)
+
+
+def patch_embedding(learned: tuple[int, int], num_global: int) -> PatchEmbedding:
+    """Of patches of 4 pixels into 8 channels, with weights that matter."""
+    stage = STAGE._replace(absolute=True, patch_size=4, num_global=num_global)
+    return spread_out(PatchEmbedding(3, stage, learned, nn.LayerNorm(8), 0.0))
+
+
+def added_positions(embed: PatchEmbedding, grid: tuple[int, int]) -> Tensor:
+    """What the positions add to the tokens of an image with this grid, (g + regions, C)."""
+    images = torch.randn(1, 3, 4 * grid[0], 4 * grid[1])
+    with_positions = embed(images)
+    assert (with_positions.num_prefix_tokens, with_positions.grid) == (embed.num_global, grid)
+    embed.absolute = False
+    added = with_positions.tokens_BNC - embed(images).tokens_BNC
     embed.absolute = True
-    assert embed(torch.randn(1, 3, 28, 8)).grid == (7, 2)
+    return added[0]
 
 
 @torch.no_grad()
@@ -393,7 +424,7 @@ def test_gradients_reach_what_can_matter(letters: str, share: bool) -> None:
     zero = set()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
-        if parameter.grad.abs().sum() == 0:
+        if parameter.numel() and parameter.grad.abs().sum() == 0:
             zero.add(name)
     assert zero == {f"layer1.3.attn.{name}" for name in without_effect}
 
@@ -450,6 +481,10 @@ def test_what_is_kept_out_of_weight_decay() -> None:
         ("MODE", "-2", "MODE -2"),
         ("VIL_MODE_SWITCH", "1.5", "VIL_MODE_SWITCH .* 0..1"),
         ("LN_EPS", "0", "LN_EPS must be above 0"),
+        ("POOL_METHOD", "avg", "POOL_METHOD' may only be 'None'"),
+        ("WITH_SE", "SE", "WITH_SE' may only be 'None'"),
+        ("SE_MLP_RATIO", "0.25", "SE_MLP_RATIO' may only be 0.0625"),
+        ("SE_MLP_BALANCE", "True", "SE_MLP_BALANCE' may only be False"),
         ("ARCH", "h5,d12,n1", "stage 1 .* h5"),
     ],
 )
