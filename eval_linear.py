@@ -6,13 +6,16 @@
 
 --data_path holds train/<class>/ and val/<class>/. A classifier is trained for every pair of --lr and --n_last_blocks, all of them
 in one pass over the same features. One value each is the published protocol: the pooled tokens of the last n blocks concatenated,
-random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to 0 in steps of an epoch
-(epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is another
-protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on from
-`checkpoint.pth.tar` when its command is repeated, at the beginning of the epoch at hand; SIGTERM and SIGUSR1 end it with code 0.
-Epochs count from 0 in files and in the printed table, from 1 in lines about progress.
+random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to --lr_min in steps of an epoch
+(to 0, epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is
+another protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on
+from `checkpoint.pth.tar` when its command is repeated, at the beginning of the epoch at hand; SIGTERM and SIGUSR1 end it with
+code 0. Epochs count from 0 in files and in the printed table, from 1 in lines about progress.
 
 --train_aug strong is the augmentation with which UDI's networks were scored; `results.json` tells which one was used.
+
+--evaluate trains nothing: it scores the classifier of `checkpoint.pth.tar` in --output_dir, or of --linear_weights FILE (such as
+DINO's `*_linearweights.pth`), on val alone, and writes no file.
 
 Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 2021); flags and file names follow microsoft/esvit.
 """
@@ -22,13 +25,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -41,19 +44,21 @@ import utils
 from data import augment
 from features import (
     CachedFeatures,
+    FeatureFunction,
     FeatureSource,
     ImageFeatures,
-    LabelledFeatures,
     add_token_flag,
     data_identity,
     evaluation_size,
     extract_features,
     frozen_backbone,
     labelled_datasets,
+    load_cached,
     network_config,
+    tell_avgpool,
 )
 from models import Backbone
-from probe import Probe, Score, Setting, json_number, probe_width
+from probe import Probe, Setting, json_number, load_classifier, probe_width, train_epoch, validate
 from progress import EpochMeter, RunLog
 from results import has_other_results, write_results
 from utils import UsageError, logger
@@ -83,13 +88,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_weights_flags(parser)
     add_token_flag(parser)
     add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
-    switch("--avgpool_patchtokens", "append the mean region of the last block, for networks with a class token")
+    switch(
+        "--avgpool_patchtokens", "append the mean region of the last block; nothing for networks without class tokens"
+    )
     add("--train_aug", choices=list(TRAIN_VIEWS), default="standard", help="strong: RandAugment and erasing, too")
     add("--epochs", type=int, default=100, help="passes over the training images")
     add("--lr", type=float, nargs="+", default=[0.001], help="for 256 images a step, scaled with them; one or more")
+    add("--lr_min", type=float, default=0.0, help="learning rate at the end of the cosine, not scaled")
     add("--batch_size_per_gpu", type=int, default=128, help="images per process and step")
     add("--val_freq", type=int, default=1, help="epochs between two validations")
-    add("--num_labels", type=int, default=DEFAULT_LABELS, help="classes; if not given: as many as the data has")
+    add("--num_labels", type=int, default=DEFAULT_LABELS, help="outputs; if not given: as many as the data has classes")
+    switch("--evaluate", "score a trained classifier on val; nothing is trained or written")
+    add("--linear_weights", default="", help="file of --evaluate; default: checkpoint.pth.tar in --output_dir")
+    words = "how its inputs lie with --avgpool_patchtokens: token, then mean region (esvit), or alternating (dino)"
+    add("--linear_order", choices=("esvit", "dino"), default="esvit", help=words)
     switch("--cache_features", "another protocol: train on features of centre crops, computed once; takes minutes")
     add("--precision", choices=utils.PRECISIONS, default="fp32", help="of the network; classifiers are always float32")
     add("--image_size", type=int, default=None, help="pixels of the crops; default: MODEL.IMAGE_SIZE of the yaml")
@@ -113,18 +125,10 @@ def protocol_of(args: argparse.Namespace) -> str:
 # --------------------------------------------------------------------------- features
 
 
-def feature_source(
-    args: argparse.Namespace,
-    backbone: Backbone,
-    datasets: tuple[data.ImageDataset, data.ImageDataset],
-    device: torch.device,
-    precision: str,
-    run: dict[str, Any],
-) -> FeatureSource:
-    """The features of the largest --n_last_blocks, of which every classifier takes the last entries.
-
-    `run` is what makes a run the same (see `identity`).
-    """
+def feature_function(
+    args: argparse.Namespace, backbone: Backbone, device: torch.device, precision: str
+) -> FeatureFunction:
+    """Images to the features of the largest --n_last_blocks, of which every classifier takes the last entries."""
 
     @torch.no_grad()
     def function(images_BCHW: Tensor) -> Tensor:
@@ -134,6 +138,17 @@ def feature_source(
             )
         return features.float()
 
+    return function
+
+
+def feature_source(
+    args: argparse.Namespace,
+    function: FeatureFunction,
+    datasets: tuple[data.ImageDataset, data.ImageDataset],
+    device: torch.device,
+    run: dict[str, Any],
+) -> FeatureSource:
+    """The features of both data sets by `function`; `run` is what makes a run the same (see `identity`)."""
     if not args.cache_features:
         return ImageFeatures(function, *datasets, args.batch_size_per_gpu, args.num_workers, device)
     path = Path(args.output_dir) / FEATURES
@@ -154,72 +169,7 @@ def feature_source(
     return CachedFeatures(cached[0], cached[1], args.batch_size_per_gpu, device, args.seed)
 
 
-def load_cached(path: Path, run: dict[str, Any]) -> list[LabelledFeatures] | None:
-    """The features that an interrupted run left, if all processes find them whole and of this `run`."""
-    content: dict[str, Any] = {}
-    if path.exists():
-        try:
-            content = checkpoint.load_file(path)
-        except UsageError as error:
-            logger.warning("%s; the features are computed again", error)
-        if content and content.get("run") != run:
-            logger.info("%s is of other flags, weights or images; the features are computed again", path)
-            content = {}
-    if not all(utils.all_gather_objects(bool(content))):
-        return None
-    logger.info("features are those of %s", path)
-    return [LabelledFeatures(*part) for part in content["features"]]
-
-
-# --------------------------------------------------------------------------- training and validation
-
-
-@torch.no_grad()
-def validate(probe: Probe, source: FeatureSource) -> list[Score]:
-    """Score every classifier on every validation image once, over all processes.
-
-    A classifier whose logits are not finite is wrong everywhere.
-    """
-    sums_S3 = torch.zeros(len(probe.settings), 3, dtype=torch.float64)
-    images = 0
-    for features_BC, labels_B in source.validation():
-        images += len(labels_B)
-        for row, logits_BK in enumerate(probe.classifiers(features_BC)):
-            ranking = logits_BK.topk(min(5, logits_BK.shape[1])).indices
-            correct = (ranking == labels_B[:, None]) & logits_BK.isfinite().all(dim=1, keepdim=True)
-            loss = F.cross_entropy(logits_BK, labels_B, reduction="sum")
-            sums_S3[row] += torch.stack([loss, correct[:, 0].sum(), correct.sum()]).cpu()
-    parts = utils.all_gather_objects((images, sums_S3))
-    total = sum(part[0] for part in parts)
-    assert total == source.validation_images, (total, source.validation_images)
-    means_S3 = torch.stack([part[1] for part in parts]).sum(dim=0) / total
-    return [Score(loss, 100 * top1, 100 * top5) for loss, top1, top5 in means_S3.tolist()]
-
-
-def train_epoch(
-    probe: Probe, source: FeatureSource, epoch: int, meter: EpochMeter, log: RunLog, ending: resume.EndRequest
-) -> list[float]:
-    """One pass over the training set; returns the mean loss of each classifier over steps and processes.
-
-    Raises:
-        FloatingPointError: no classifier has a finite loss any more, on all processes at once.
-        Stopped: see `resume.EndRequest.end_if`.
-    """
-    losses_S: Any = 0.0
-    with log.epoch(meter) as show:
-        for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter, ending)):
-            losses = probe.step(features_BC, labels_B, source.images_of(step))
-            losses_S = losses_S + losses
-            meter.update({"loss": losses[probe.best]})
-            show(epoch * source.steps + step, lr=probe.lrs[probe.best])
-    meter.stop()
-    means = (utils.all_reduce_sum(losses_S) / (source.steps * utils.get_world_size())).tolist()
-    diverged = [setting for setting, mean in zip(probe.settings, means) if not math.isfinite(mean)]
-    if len(diverged) == len(means):
-        raise FloatingPointError(f"the loss is not finite in epoch {epoch}; lower --lr {[s.lr for s in diverged]}")
-    for setting in diverged:
-        logger.warning("the classifier %s has diverged in epoch %d: its loss is not finite", setting.name, epoch)
-    return means
+# --------------------------------------------------------------------------- training
 
 
 def train(
@@ -230,10 +180,11 @@ def train(
     log: RunLog,
     ending: resume.EndRequest,
     run: dict[str, Any],
+    classes: Sequence[str],
 ) -> None:
     """Train through `epochs`; log and save each, validate every `--val_freq` epochs and after the last one.
 
-    `run` is what makes a run the same, saved beside the classifiers.
+    `run` is what makes a run the same, saved beside the classifiers, as the names of the classes are.
     """
     batch = args.batch_size_per_gpu * utils.get_world_size()
     for epoch in epochs:
@@ -253,7 +204,8 @@ def train(
             about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
         if utils.is_main_process():
-            ending.failure = resume.write(probe.state(epoch) | {"run": run, "args": args}, checkpoint_path(args))
+            content = probe.state(epoch) | {"run": run, "args": args, "classes": list(classes)}
+            ending.failure = resume.write(content, checkpoint_path(args))
 
 
 # --------------------------------------------------------------------------- one run, one folder
@@ -272,8 +224,8 @@ def identity(
     for name, tensor in weights.items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    flags = ["arch", "token", "train_aug", "lr", "n_last_blocks", "avgpool_patchtokens", "epochs", "cache_features"]
-    flags += ["image_size", "crop_ratio", "seed"]
+    flags = ["arch", "token", "train_aug", "lr", "lr_min", "n_last_blocks", "avgpool_patchtokens", "epochs"]
+    flags += ["cache_features", "image_size", "crop_ratio", "seed", "num_labels"]
     return {f"--{name}": getattr(args, name) for name in flags} | {
         "--batch_size_per_gpu times processes": args.batch_size_per_gpu * utils.get_world_size(),
         "--precision": precision,
@@ -310,7 +262,7 @@ def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> r
 def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
     """Print the scores and write them to `results.json`."""
     train_images, val_images, classes = run["numbers of images and classes"]
-    best, ranked = probe.table[probe.best], f"Top{min(5, classes)}"
+    best, ranked = probe.table[probe.best], f"Top{min(5, args.num_labels)}"
     print(
         f"linear probe, {protocol_of(args)}: {val_images} validation and {utils.counted(train_images, 'training image')}, "
         f"{utils.counted(classes, 'class', 'classes')}, {utils.counted(args.epochs, 'epoch')}"
@@ -360,6 +312,16 @@ def check_args(args: argparse.Namespace) -> None:
     flags.check_centre_crop(args)
     if not all(0 < lr < math.inf for lr in args.lr):
         raise UsageError(f"--lr {args.lr} must be positive numbers")
+    if not 0 <= args.lr_min < math.inf:
+        raise UsageError(f"--lr_min {args.lr_min} must be a number of 0 or more")
+    if args.evaluate and len(args.n_last_blocks) > 1:
+        raise UsageError(f"--evaluate scores one classifier; pass one --n_last_blocks, not {args.n_last_blocks}")
+    if not args.evaluate and (args.linear_weights or args.linear_order != "esvit"):
+        raise UsageError("--linear_weights and --linear_order are for --evaluate; pass that too, or leave them out")
+    if args.linear_order == "dino" and not (args.avgpool_patchtokens and args.n_last_blocks == [1]):
+        raise UsageError(
+            "--linear_order dino needs --n_last_blocks 1 --avgpool_patchtokens, which such files are made with"
+        )
     if args.cache_features and args.train_aug != "standard":
         raise UsageError(
             f"--cache_features has no augmentation, --train_aug {args.train_aug} has; leave one of them out"
@@ -392,10 +354,10 @@ def claim_folder(args: argparse.Namespace) -> Path:
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Training images in random crops (centre crops where features are cached), validation images in centre crops.
 
-    Sets `num_labels` of the arguments to the number of classes.
+    Sets `num_labels` of the arguments to the number of classes unless it is given.
 
     Raises:
-        UsageError: no such data, another number of classes than --num_labels, or --train_aug strong for what is no colour image.
+        UsageError: no such data, more classes than --num_labels, or --train_aug strong for what is no colour image.
     """
     if args.train_aug == "strong" and config.MODEL.SPEC.IN_CHANS != 3:
         raise UsageError(
@@ -406,14 +368,26 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.Imag
     train_transform = val_transform if args.cache_features else TRAIN_VIEWS[args.train_aug](size, mean, std)
     datasets = labelled_datasets(args, config, train_transform, val_transform)
     classes = len(datasets[0].classes)
-    if args.num_labels != classes and not isinstance(args.num_labels, Inferred):
-        raise UsageError(
-            f"--num_labels {args.num_labels} differs from the {classes} classes of {args.data_path}; leave it out"
-        )
-    if args.num_labels != classes:
-        logger.info("the data has %d classes: classifiers have as many, not the default of %d", classes, DEFAULT_LABELS)
-    args.num_labels = classes
+    if isinstance(args.num_labels, Inferred):
+        if args.num_labels != classes:
+            logger.info(
+                "the data has %d classes: classifiers have as many, not the default of %d", classes, DEFAULT_LABELS
+            )
+        args.num_labels = classes
+    check_labels(args, classes)
     return datasets
+
+
+def check_labels(args: argparse.Namespace, classes: int) -> None:
+    """Stop on more classes than outputs.
+
+    Raises:
+        UsageError: naming both.
+    """
+    if args.num_labels < classes:
+        raise UsageError(
+            f"--num_labels {args.num_labels} is less than the {classes} classes of {args.data_path}; raise it, or leave it out"
+        )
 
 
 def build_probe(args: argparse.Namespace, backbone: Backbone, num_labels: int, device: torch.device) -> Probe:
@@ -429,16 +403,90 @@ def build_probe(args: argparse.Namespace, backbone: Backbone, num_labels: int, d
     settings = [Setting(lr, n) for n in args.n_last_blocks for lr in args.lr]
     widths = [probe_width(backbone, setting.n_last_blocks, args.avgpool_patchtokens) for setting in settings]
     batch = args.batch_size_per_gpu * utils.get_world_size()
-    return Probe(settings, widths, num_labels, batch, args.epochs, device, args.seed)
+    return Probe(settings, widths, num_labels, batch, args.epochs, device, args.seed, args.lr_min)
+
+
+# --------------------------------------------------------------------------- a trained classifier
+
+
+def load_trained(args: argparse.Namespace, backbone: Backbone, device: torch.device) -> tuple[Probe, Sequence[str]]:
+    """The classifier of --linear_weights or of --output_dir, and the names of its classes where the file has them.
+
+    Sets `num_labels` of the arguments to the number of its outputs.
+
+    Raises:
+        UsageError: no such file, or one of another number of features or outputs.
+    """
+    path = Path(args.linear_weights) if args.linear_weights else checkpoint_path(args)
+    if not args.linear_weights and not path.exists():
+        raise UsageError(f"--evaluate finds no {path}; train a classifier first, or pass --linear_weights FILE")
+    found = load_classifier(path, backbone.num_features if args.linear_order == "dino" else 0)
+    outputs, width = found.weight_KC.shape
+    if args.num_labels != outputs and not isinstance(args.num_labels, Inferred):
+        raise UsageError(f"--num_labels {args.num_labels} differs from the {outputs} outputs of '{path}'; leave it out")
+    args.num_labels = outputs
+    probe = build_probe(args, backbone, outputs, device)
+    wanted = probe_width(backbone, args.n_last_blocks[0], args.avgpool_patchtokens)
+    if width != wanted:
+        raise UsageError(
+            f"the classifier of '{path}' takes {width} features, --arch {args.arch} --n_last_blocks {args.n_last_blocks[0]} "
+            f"gives {wanted}; pass the flags that it was trained with"
+        )
+    probe.classifiers.each[0].load_state_dict({"linear.weight": found.weight_KC, "linear.bias": found.bias_K})
+    return probe, found.classes
+
+
+def build_val(args: argparse.Namespace, config: CfgNode, classes: Sequence[str]) -> data.ImageDataset:
+    """Validation images in centre crops, numbered by `classes`, or in the order of their own where there are none.
+
+    Raises:
+        UsageError: no such data, more classes than outputs, or other ones.
+    """
+    mean, std, in_chans = config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS
+    augment.check_normalisation(mean, std, in_chans)
+    view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, mean, std)
+    layout = data.layout_of(args)
+    val = data.build_dataset(args.data_path, "val", view, in_chans, args.seed, need_labels=True, layout=layout)
+    if not classes:
+        logger.info("the classifier's file names no classes: its outputs are those of val in the order of their names")
+        check_labels(args, len(val.classes))
+        return val
+    unknown = sorted(set(val.classes) - set(classes))
+    if unknown:
+        raise UsageError(f"val of {args.data_path} has classes that the classifier has not: {', '.join(unknown[:5])}")
+    val.use_classes(classes)
+    return val
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    """Score a trained classifier on the validation images and print what the published script prints."""
+    with utils.failing_together():
+        precision = utils.resolve_precision(args.precision, device)
+        config = network_config(args)
+        backbone = frozen_backbone(args, config, args.pretrained_weights, device)
+        tell_avgpool(args.avgpool_patchtokens, backbone)
+        probe, classes = load_trained(args, backbone, device)
+        val = build_val(args, config, classes)
+    utils.must_agree("numbers of images", len(val))
+    function = feature_function(args, backbone, device, precision)
+    source = ImageFeatures(function, val, val, args.batch_size_per_gpu, args.num_workers, device)  # nothing trains
+    (score,) = validate(probe, source)
+    if utils.is_main_process():
+        print(f"* Acc@1 {score.top1:.3f} Acc@{min(5, args.num_labels)} {score.top5:.3f} loss {score.loss:.3f}")
+        print(f"Accuracy of the network on the {len(val)} test images: {score.top1:.1f}%")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Build everything, resume, train, report."""
+    """Build everything, resume, train, report; or evaluate."""
     device = utils.init_processes(args)
     utils.setup_logging()
     with utils.failing_together():
         check_args(args)
         flags.check_weights(args)
+    if args.evaluate:
+        evaluate(args, device)
+        return
+    with utils.failing_together():
         precision = utils.resolve_precision(args.precision, device)
         folder = claim_folder(args)
         config = network_config(args)
@@ -447,7 +495,8 @@ def main(args: argparse.Namespace) -> None:
     utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     if not args.pretrained_weights:
         logger.warning("--random_weights: the scores are those of a network with random weights")
-    probe = build_probe(args, backbone, len(datasets[0].classes), device)
+    tell_avgpool(args.avgpool_patchtokens, backbone)
+    probe = build_probe(args, backbone, args.num_labels, device)
     run = identity(args, config, backbone, datasets, precision)
     start = resume_run(probe, args, run)
     if start.epoch < args.epochs:
@@ -455,12 +504,13 @@ def main(args: argparse.Namespace) -> None:
             if utils.is_main_process():
                 resume.tidy(folder, start)
                 files.save_provenance(folder, args, config)
-        source = feature_source(args, backbone, datasets, device, precision, run)
+        function = feature_function(args, backbone, device, precision)
+        source = feature_source(args, function, datasets, device, run)
         first_step = start.epoch * source.steps
         with utils.failing_together(), files.usable(folder):
             log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
         with closing(log), resume.EndRequest(checkpoint_path(args)) as ending:
-            train(probe, source, range(start.epoch, args.epochs), args, log, ending, run)
+            train(probe, source, range(start.epoch, args.epochs), args, log, ending, run, datasets[0].classes)
     if utils.is_main_process():
         with files.usable(folder):
             report(probe, args, run)

@@ -42,6 +42,7 @@ from features import (
     frozen_backbone,
     labelled_datasets,
     network_config,
+    tell_avgpool,
 )
 from flags import bool_flag
 from models import Backbone
@@ -151,6 +152,7 @@ def extract(
     utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     if not args.pretrained_weights:
         logger.warning("--random_weights: the scores are those of a network with random weights")
+    tell_avgpool(args.avgpool_patchtokens == 2, backbone)
     functions = {"network": feature_function(backbone, args.n_last_blocks, args.avgpool_patchtokens)}
     found = []
     for part, dataset in zip(("train", "val"), datasets):

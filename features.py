@@ -25,7 +25,7 @@ from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoint import load_backbone, saved_config
+from checkpoint import load_backbone, load_file, saved_config
 from config import load_config
 from data import augment
 from data.datasets import Transform
@@ -92,6 +92,12 @@ def add_token_flag(parser: argparse.ArgumentParser) -> None:
     """Add the flag that chooses among the class tokens of a network that has two."""
     words = "class token that stands for an image, for networks with two (UDI): the first, the second, or one after the other"
     parser.add_argument("--token", choices=list(TOKENS), default="cls", help=words)
+
+
+def tell_avgpool(wanted: bool, backbone: Backbone) -> None:
+    """Say so where mean patches are wanted beside class tokens and the network has none."""
+    if wanted and not backbone.num_cls_tokens:
+        logger.info("--avgpool_patchtokens appends nothing: %s has no class tokens", type(backbone).__name__)
 
 
 def evaluation_size(args: argparse.Namespace, config: CfgNode) -> int:
@@ -238,6 +244,23 @@ def _put(batches: Iterator[Tensor], place_N: Tensor) -> Tensor:
         placed_N[place_N[done : done + len(batch)]] = batch
         done += len(batch)
     return placed_N
+
+
+def load_cached(path: Path, run: dict[str, Any]) -> list[LabelledFeatures] | None:
+    """The features that an interrupted run left in a file, if all processes find them whole and of this `run`."""
+    content: dict[str, Any] = {}
+    if path.exists():
+        try:
+            content = load_file(path)
+        except UsageError as error:
+            logger.warning("%s; the features are computed again", error)
+        if content and content.get("run") != run:
+            logger.info("%s is of other flags, weights or images; the features are computed again", path)
+            content = {}
+    if not all(utils.all_gather_objects(bool(content))):
+        return None
+    logger.info("features are those of %s", path)
+    return [LabelledFeatures(*part) for part in content["features"]]
 
 
 # --------------------------------------------------------------------------- epochs

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features, trained side by side: their weights, optimiser, schedule and table of scores.
+"""Linear classifiers on frozen features, trained side by side: weights, optimizer, schedule, epochs and table of scores.
 
 Shapes: B images of a batch, C channels of a feature, K classes, S classifiers.
 Origin: the linear evaluation of DINO (Caron et al., ICCV 2021) section 4.1; keys of files follow microsoft/esvit.
@@ -7,6 +7,8 @@ Origin: the linear evaluation of DINO (Caron et al., ICCV 2021) section 4.1; key
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import utils
+from features import FeatureSource
 from models import Backbone
-from utils import UsageError
+from progress import EpochMeter, RunLog
+from resume import EndRequest
+from utils import UsageError, logger
 
 
 class Setting(NamedTuple):
@@ -46,7 +51,8 @@ class Score(NamedTuple):
 def probe_width(backbone: Backbone, n: int, avgpool: bool) -> int:
     """Length of `forward_return_n_last_blocks(images, n, avgpool)`; these are the last entries of what a larger n gives."""
     widths = [width for width, depth in zip(backbone.stage_dims, backbone.stage_depths) for _ in range(depth)]
-    return sum(widths[-n:]) * len(backbone.view_tokens) + (backbone.num_features if avgpool else 0)
+    appended = backbone.num_features if avgpool and backbone.num_cls_tokens else 0
+    return sum(widths[-n:]) * len(backbone.view_tokens) + appended
 
 
 class Classifier(nn.Module):
@@ -85,6 +91,7 @@ class Probe:
         num_labels: classes.
         batch: images of a step over all processes.
         epochs: length of the cosine.
+        lr_min: rate at its end, for every batch size.
         device: where they compute; with several processes gradients are averaged.
         seed: of the initial weights.
     """
@@ -98,6 +105,7 @@ class Probe:
         epochs: int,
         device: torch.device,
         seed: int,
+        lr_min: float = 0.0,
     ) -> None:
         self.settings = settings
         self.classifiers = Classifiers(widths, num_labels, seed).to(device)
@@ -111,7 +119,7 @@ class Probe:
             for setting, classifier in zip(settings, self.classifiers.each)
         ]
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs, eta_min=0.0)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs, eta_min=lr_min)
         self.table: list[dict[str, Any]] = [
             {**setting._asdict(), "best_acc1": None, "best_acc5": None, "best_epoch": None} for setting in settings
         ]
@@ -174,12 +182,12 @@ class Probe:
             raise UsageError(
                 f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}; choose another --output_dir"
             )
-        begun_with = content["scheduler"].get("T_max")
-        if begun_with not in (None, self.scheduler.T_max):
-            raise UsageError(
-                f"{source} was begun with --epochs {begun_with}, not {self.scheduler.T_max}; "
-                "pass that, or choose another --output_dir"
-            )
+        for flag, name in (("--epochs", "T_max"), ("--lr_min", "eta_min")):
+            begun_with, now = content["scheduler"].get(name), getattr(self.scheduler, name)
+            if begun_with not in (None, now):
+                raise UsageError(
+                    f"{source} was begun with {flag} {begun_with}, not {now}; pass that, or choose another --output_dir"
+                )
         several = content.get("classifiers", {})
         try:
             for setting, classifier in zip(self.settings, self.classifiers.each):
@@ -194,6 +202,95 @@ class Probe:
             self.table = content["table"]
         else:
             self.table[0]["best_acc1"] = float(content["best_acc"])
+
+
+# --------------------------------------------------------------------------- epochs
+
+
+def train_epoch(
+    probe: Probe, source: FeatureSource, epoch: int, meter: EpochMeter, log: RunLog, ending: EndRequest
+) -> list[float]:
+    """One pass over the training set; returns the mean loss of each classifier over steps and processes.
+
+    Raises:
+        FloatingPointError: no classifier has a finite loss any more, on all processes at once.
+        Stopped: see `EndRequest.end_if`.
+    """
+    losses_S: Any = 0.0
+    with log.epoch(meter) as show:
+        for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter, ending)):
+            losses = probe.step(features_BC, labels_B, source.images_of(step))
+            losses_S = losses_S + losses
+            meter.update({"loss": losses[probe.best]})
+            show(epoch * source.steps + step, lr=probe.lrs[probe.best])
+    meter.stop()
+    means = (utils.all_reduce_sum(losses_S) / (source.steps * utils.get_world_size())).tolist()
+    diverged = [setting for setting, mean in zip(probe.settings, means) if not math.isfinite(mean)]
+    if len(diverged) == len(means):
+        raise FloatingPointError(f"the loss is not finite in epoch {epoch}; lower --lr {[s.lr for s in diverged]}")
+    for setting in diverged:
+        logger.warning("the classifier %s has diverged in epoch %d: its loss is not finite", setting.name, epoch)
+    return means
+
+
+@torch.no_grad()
+def validate(probe: Probe, source: FeatureSource) -> list[Score]:
+    """Score every classifier on every validation image once, over all processes.
+
+    A classifier whose logits are not finite is wrong everywhere.
+    """
+    sums_S3 = torch.zeros(len(probe.settings), 3, dtype=torch.float64)
+    images = 0
+    for features_BC, labels_B in source.validation():
+        images += len(labels_B)
+        for row, logits_BK in enumerate(probe.classifiers(features_BC)):
+            ranking = logits_BK.topk(min(5, logits_BK.shape[1])).indices
+            correct = (ranking == labels_B[:, None]) & logits_BK.isfinite().all(dim=1, keepdim=True)
+            loss = F.cross_entropy(logits_BK, labels_B, reduction="sum")
+            sums_S3[row] += torch.stack([loss, correct[:, 0].sum(), correct.sum()]).cpu()
+    parts = utils.all_gather_objects((images, sums_S3))
+    total = sum(part[0] for part in parts)
+    assert total == source.validation_images, (total, source.validation_images)
+    means_S3 = torch.stack([part[1] for part in parts]).sum(dim=0) / total
+    return [Score(loss, 100 * top1, 100 * top5) for loss, top1, top5 in means_S3.tolist()]
+
+
+# --------------------------------------------------------------------------- files
+
+
+class SavedClassifier(NamedTuple):
+    """One trained linear layer, as a file holds it."""
+
+    weight_KC: Tensor
+    bias_K: Tensor
+    classes: Sequence[str]  # names of its outputs; empty where the file does not say
+
+
+def load_classifier(path: Path, channels_alternate: int = 0) -> SavedClassifier:
+    """Read the (best) classifier of a `checkpoint.pth.tar`, or a published file of linear weights.
+
+    Args:
+        channels_alternate: of a file whose inputs alternate between so many channels of a token and those of the mean patch, as
+            DINO's do; they come back one after the other. 0: they are so already.
+
+    Raises:
+        UsageError: see `checkpoint.load_file`; no linear layer in the file, or one of other shapes.
+    """
+    content = checkpoint.load_file(path)
+    state = content.get("state_dict", content)
+    if isinstance(state, dict):
+        state = {str(name).removeprefix(checkpoint.PREFIX): tensor for name, tensor in state.items()}
+    weight, bias = (state.get(f"linear.{name}") if isinstance(state, dict) else None for name in ("weight", "bias"))
+    if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or weight.shape[:1] != bias.shape:
+        raise UsageError(f"'{path}' holds no linear classifier (linear.weight and linear.bias under state_dict)")
+    if channels_alternate:
+        if weight.shape[1] != 2 * channels_alternate:
+            raise UsageError(
+                f"the classifier of '{path}' takes {weight.shape[1]} features, not {channels_alternate} of a token and as "
+                "many of the mean patch; leave --linear_order dino out"
+            )
+        weight = weight.unflatten(1, (channels_alternate, 2)).transpose(1, 2).flatten(1)
+    return SavedClassifier(weight.float(), bias.float(), tuple(content.get("classes", ())))
 
 
 def json_number(value: float) -> float | None:

@@ -374,6 +374,14 @@ def test_eval_view_resizes_the_short_side(height: int, width: int, top: int, lef
     torch.testing.assert_close(columns, expected_columns.expand(8, 8), rtol=0, atol=0.6)
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_eval_view_interpolates_as_pillow_does(interpolation: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    resized = image.resize((48, 32), getattr(Image.Resampling, interpolation.upper())).crop((10, 2, 38, 30))
+    (view,) = eval_view(28, 0.875, (0.0,) * 3, (1 / 255,) * 3, interpolation)(image)
+    torch.testing.assert_close(view, torch.from_numpy(np.array(resized)).permute(2, 0, 1).float())
+
+
 @pytest.mark.parametrize("in_chans", [1, 5])
 def test_eval_view_of_other_channels(in_chans: int) -> None:
     image = noise_image(in_chans, 8, 12)

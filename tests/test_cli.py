@@ -16,6 +16,7 @@ import eval_logistic
 import eval_video
 import export
 import main_esvit
+import main_esvit_mnodes
 import main_udi
 import run_analysis
 import utils
@@ -88,7 +89,7 @@ PUBLISHED_LINEAR = {
 ADDED_LINEAR: dict[str, object] = {
     "tsv_mode": False,
     "random_weights": False,
-    "token": "cls", "train_aug": "standard",
+    "token": "cls", "train_aug": "standard", "lr_min": 0.0, "evaluate": False, "linear_weights": "", "linear_order": "esvit",
     "allow_partial": False, "cache_features": False, "precision": "fp32", "image_size": None, "crop_ratio": 0.875, "seed": 0,
     "log_freq": 20, "device": "auto", "opts": [],
 }  # fmt: skip
@@ -103,7 +104,7 @@ FINETUNE: dict[str, object] = {
     "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4,
     "reprob": 0.25, "model_ema": False, "model_ema_decay": 0.9999, "image_size": None, "crop_ratio": 0.875,
     "precision": "auto", "val_freq": 1, "log_freq": 10, "seed": 0, "num_workers": 10, "data_path": "", "output_dir": ".",
-    "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [], "zip_mode": False,
+    "val_interpolation": "bicubic", "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [], "zip_mode": False,
 }  # fmt: skip
 
 LOGISTIC: dict[str, object] = {
@@ -137,6 +138,7 @@ ADDED_ANALYSIS: dict[str, object] = {
     "random_weights": False,
 }  # fmt: skip
 LAUNCH: dict[str, object] = {"dist_timeout": 30.0}  # added to all of them
+NODES = {"num_nodes": 1, "num_gpus_per_node": 8, "node_rank": None}
 
 NEEDED: dict[Any, list[str]] = {
     export: ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"],
@@ -150,6 +152,7 @@ def parse(*args: str) -> None:
 
 def test_names_and_defaults_are_frozen() -> None:
     assert vars(main_esvit.get_args_parser().parse_args([])) == PUBLISHED | ADDED | LAUNCH
+    assert vars(main_esvit_mnodes.get_args_parser().parse_args([])) == PUBLISHED | ADDED | LAUNCH | NODES
     assert vars(main_udi.get_args_parser().parse_args([])) == PUBLISHED_UDI | ADDED_UDI | LAUNCH
     assert vars(eval_knn.get_args_parser().parse_args([])) == PUBLISHED_KNN | ADDED_KNN | LAUNCH
     assert vars(eval_linear.get_args_parser().parse_args([])) == PUBLISHED_LINEAR | ADDED_LINEAR | LAUNCH
@@ -167,6 +170,8 @@ def test_published_spellings() -> None:
     assert (args.aug_opt, args.local_rank, args.cutmix_minmax, args.use_fp16) == ("deit_aug", 3, [0.2, 0.8], False)
     assert (args.local_crops_number, args.local_crops_size) == ([2, 6], [96, 64])
     assert (args.zip_mode, args.tsv_mode, args.opts) == (True, True, ["MODEL.SPEC.WINDOW_SIZE", "14"])
+    for flag in ("--drop_path_rate", "--drop_path"):  # DINO's, and that of fine-tuning
+        assert main_esvit.get_args_parser().parse_args([flag, "0.2"]).drop_path == 0.2
     args = eval_linear.get_args_parser().parse_args(
         ["--lr", "0.01", "--n_last_blocks", "4", "--avgpool_patchtokens", "False", "--num_labels", "1000", "MODEL.NUM_CLASSES", "0"]
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from runs import TINY_SWIN, run_script, write_images
 from small_networks import ARCHITECTURES, SMALL, small_network
 from test_resume import assert_identical
@@ -19,6 +20,7 @@ import checkpoint
 import eval_finetune
 import finetune
 from config import load_config
+from data.augment import eval_view
 from data.loader import Batch
 from finetune import layer_depths, param_groups
 from models import Backbone, build_model, load_arch_config
@@ -322,6 +324,19 @@ def test_grey_images(tmp_path: Path) -> None:
         eval_finetune.get_args_parser().parse_args([*command(tmp_path / "images", tmp_path / "run"), *grey])
     )
     assert results(tmp_path / "run")["classes"] == 2
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_validation_images_are_resized_as_asked(images: Path, tmp_path: Path, interpolation: str) -> None:
+    flags = [] if interpolation == "bicubic" else ["--val_interpolation", interpolation]
+    args = eval_finetune.get_args_parser().parse_args(command(images, tmp_path, *flags))
+    config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
+    _, loader = eval_finetune.build_loaders(args, config, torch.device("cpu"), 28)
+    picture = Image.open(images / "val" / "class0" / "000.png")
+    view = next(iter(loader)).views[0][0]
+    for kind in ("bicubic", "bilinear"):
+        (expected,) = eval_view(28, 0.875, config.INPUT.MEAN, config.INPUT.STD, kind)(picture)
+        assert torch.equal(view, expected) is (kind == interpolation)
 
 
 # --------------------------------------------------------------------------- refused

@@ -20,10 +20,9 @@ import data
 import eval_linear
 from config import load_config
 from data import augment
-from eval_linear import validate
 from features import CachedFeatures, FeatureSource, LabelledFeatures
 from models import build_model
-from probe import Probe, Setting, probe_width
+from probe import Probe, Setting, load_classifier, probe_width, validate
 from progress import EpochMeter
 from resume import EndRequest
 from utils import UsageError
@@ -42,14 +41,14 @@ def images(tmp_path: Path) -> Path:
 class ByHand:
     """One linear classifier, with softmax, gradient, momentum and cosine written out, in double precision."""
 
-    def __init__(self, width: int, classes: int, lr: float, epochs: int) -> None:
+    def __init__(self, width: int, classes: int, lr: float, epochs: int, lr_min: float = 0.0) -> None:
         self.weight = 0.01 * torch.randn(classes, width, generator=torch.Generator().manual_seed(0)).double()
         self.bias = torch.zeros(classes).double()
         self.velocity = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
-        self.base_lr, self.epochs = lr, epochs
+        self.base_lr, self.lr_min, self.epochs = lr, lr_min, epochs
 
     def lr(self, epoch: int) -> float:
-        return self.base_lr / 2 * (1 + math.cos(math.pi * epoch / self.epochs))
+        return self.lr_min + (self.base_lr - self.lr_min) / 2 * (1 + math.cos(math.pi * epoch / self.epochs))
 
     def probabilities(self, features: Tensor) -> Tensor:
         return torch.softmax(features.double() @ self.weight.T + self.bias, dim=1)
@@ -90,8 +89,9 @@ def order_of(epoch: int, count: int) -> Tensor:
 @pytest.mark.parametrize("cached", [False, True], ids=["published", "cached"])
 def test_one_value_equals_the_protocol_written_out(images: Path, tmp_path: Path, cached: bool) -> None:
     """Three epochs over 12 images in batches of 5, 5 and 2: weights, losses, learning rates and accuracies."""
-    run(images, tmp_path / "out", "--lr", "2", *(["--cache_features"] if cached else []))
-    by_hand = ByHand(2 * 24, 3, lr=2 * 5 / 256, epochs=3)
+    flags, lr_min = (["--cache_features", "--lr_min", "0.01"], 0.01) if cached else ([], 0.0)
+    run(images, tmp_path / "out", "--lr", "2", *flags)
+    by_hand = ByHand(2 * 24, 3, lr=2 * 5 / 256, epochs=3, lr_min=lr_min)
     val_features, val_labels = frozen_features(2, images / "val", None)
     lines = log_lines(tmp_path / "out")
     for epoch in range(3):
@@ -285,10 +285,15 @@ def test_number_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert said not in capsys.readouterr().err
     run(images, tmp_path / "b", "--epochs", "1")
     assert said in capsys.readouterr().err
-    for number in ("20", "1000"):  # also what is the default where it is not given
-        with pytest.raises(UsageError, match=f"--num_labels {number} differs from the 3 classes"):
-            run(images, tmp_path / "c", "--num_labels", number)
+    with pytest.raises(UsageError, match="--num_labels 2 is less than the 3 classes"):
+        run(images, tmp_path / "c", "--num_labels", "2")
     assert saved(tmp_path / "b")["args"].num_labels == 3
+    for number in (4, 1000):  # also what is the default where it is not given
+        run(images, tmp_path / str(number), "--epochs", "1", "--num_labels", str(number))
+        assert saved(tmp_path / str(number))["state_dict"]["module.linear.weight"].shape == (number, 48)
+        assert results(tmp_path / str(number))["acc5_is"] == f"top{min(number, 5)}"
+    with pytest.raises(UsageError, match=r"belongs to another run .*--num_labels 4 -> 1000"):
+        run(images, tmp_path / "4", "--epochs", "1", "--num_labels", "1000")
 
 
 @pytest.mark.parametrize(
@@ -300,6 +305,12 @@ def test_number_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--lr", "0.1", "0.1"], "names a value twice"),
         (["--lr", "-1"], "must be positive"),
         (["--lr", "nan"], "must be positive"),
+        (["--lr_min", "-1"], "--lr_min -1.0 must be"),
+        (["--evaluate", "--n_last_blocks", "1", "2"], r"one --n_last_blocks, not \[1, 2\]"),
+        (["--linear_weights", "a.pth"], "are for --evaluate"),
+        (["--evaluate"], "checkpoint.pth.tar; train a classifier first, or pass --linear_weights FILE"),
+        (["--evaluate", "--linear_weights", "no.pth"], r"'no\.pth' does not exist"),
+        (["--evaluate", "--linear_order", "dino"], "--linear_order dino needs --n_last_blocks 1 --avgpool_patchtokens"),
         (["--epochs", "0"], "--epochs 0 must be 1 or more"),
         (["--val_freq", "0"], "--val_freq 0 must be 1 or more"),
         (["--num_workers", "-1"], "--num_workers -1 must be 0 or more"),
@@ -315,6 +326,73 @@ def test_usage_errors(images: Path, tmp_path: Path, flags: list[str], words: str
     with pytest.raises(UsageError, match=words) as caught:
         run(images, tmp_path / "out", *flags)
     assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------- a trained classifier
+
+
+def evaluated(capsys: pytest.CaptureFixture[str]) -> list[float]:
+    """Top-1, top-5 and loss that were printed."""
+    first, second = capsys.readouterr().out.splitlines()
+    words = first.split()
+    assert second == f"Accuracy of the network on the 6 test images: {float(words[2]):.1f}%"
+    return [float(words[i]) for i in (2, 4, 6)]
+
+
+def test_evaluate_gives_the_scores_of_the_last_epoch(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of val alone, whose classes are then those that the classifier was trained on; nothing is written."""
+    run(images, tmp_path / "out", "--lr", "20")
+    last = log_lines(tmp_path / "out")[-1]
+    expected = pytest.approx([last["test_acc1"], last["test_acc5"], last["test_loss"]], abs=1e-3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    run(images, tmp_path / "out", "--evaluate")
+    assert evaluated(capsys) == expected
+    (images / "train").rename(tmp_path / "elsewhere")
+    run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "out" / "checkpoint.pth.tar"))
+    assert evaluated(capsys) == expected
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "no").exists()
+    (images / "val" / "class1").rename(images / "val" / "zebra")
+    with pytest.raises(UsageError, match="classes that the classifier has not: zebra"):
+        run(images, tmp_path / "out", "--evaluate")
+
+
+def test_evaluate_of_a_published_file(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1000 outputs, numbered by the classes of val."""
+    (images / "train").rename(tmp_path / "elsewhere")
+    weight, bias = torch.randn(1000, 48), torch.randn(1000)
+    bias[:3] += 100
+    torch.save({"state_dict": {"module.linear.weight": weight, "module.linear.bias": bias}}, tmp_path / "linear.pth")
+    run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "linear.pth"))
+    features, labels = frozen_features(2, images / "val", None)
+    logits = features @ weight.T + bias
+    ranking = logits.argsort(dim=1, descending=True)[:, :5] == labels[:, None]
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    expected = [100 * ranking[:, 0].float().mean().item(), 100 * ranking.any(dim=1).float().mean().item(), loss.item()]
+    assert evaluated(capsys) == pytest.approx(expected, abs=2e-3)
+    for flags, words in (
+        (["--num_labels", "3"], "--num_labels 3 differs from the 1000 outputs"),
+        (["--n_last_blocks", "1"], "takes 48 features, .* gives 24"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "linear.pth"), *flags)
+    torch.save({"state_dict": {"weight": weight}}, tmp_path / "linear.pth")
+    with pytest.raises(UsageError, match="holds no linear classifier"):
+        run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "linear.pth"))
+
+
+def test_alternating_inputs_of_dino_are_put_in_order(tmp_path: Path) -> None:
+    token, mean = torch.randn(2, 5), torch.randn(2, 5)
+    weight, bias = torch.randn(3, 10), torch.randn(3)
+    torch.save({"state_dict": {"module.linear.weight": weight, "module.linear.bias": bias}}, tmp_path / "linear.pth")
+    theirs = torch.cat([token.unsqueeze(-1), mean.unsqueeze(-1)], dim=-1).reshape(2, -1) @ weight.T + bias
+    found = load_classifier(tmp_path / "linear.pth", 5)
+    torch.testing.assert_close(torch.cat([token, mean], dim=1) @ found.weight_KC.T + found.bias_K, theirs)
+    with pytest.raises(UsageError, match="takes 10 features, not 4 "):
+        load_classifier(tmp_path / "linear.pth", 4)
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pth", "results.json"])

@@ -12,10 +12,9 @@ from runs import TINY_SWIN
 
 import eval_linear
 from config import load_config
-from eval_linear import validate
 from features import FeatureSource, extract_features
 from models import build_model
-from probe import Probe, Score
+from probe import Probe, Score, validate
 from utils import UsageError
 
 
@@ -100,6 +99,7 @@ def test_finished_run_prints_again_and_ends(
     [
         (["--lr", "0.5"], r"--lr \[0.001\] -> \[0.5\]"),
         (["--epochs", "2"], "--epochs 1 -> 2"),
+        (["--lr_min", "0.1"], "--lr_min 0.0 -> 0.1"),
         (["--cache_features"], "--cache_features False -> True"),
         (["--batch_size_per_gpu", "4"], "times processes 5 -> 4"),
         (["--patch_size", "8", "--image_size", "48"], "--image_size None -> 48"),

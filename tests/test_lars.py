@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from timm.optim import Lars
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -107,6 +108,26 @@ def test_the_first_step_may_be_held_back_and_a_plain_step_is_applied() -> None:
     for ours, other in zip(held.parameters(), plain.parameters()):
         assert torch.equal(ours, other)
     torch.testing.assert_close(plain.bias.grad, torch.ones(2))  # gradients are not written to
+
+
+def test_the_state_of_timms_lars_is_continued() -> None:
+    theirs, ours = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = Lars(optim.param_groups(theirs), lr=0.1, momentum=0.8)
+    for parameter in theirs.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before.step()
+    ours.load_state_dict(theirs.state_dict())
+    optimizer = optim.build_optimizer("lars", optim.param_groups(ours))
+    optim.load_optimizer_state(optimizer, copy.deepcopy(before.state_dict()))
+    bias = ours.bias.detach().clone()
+    for parameter in ours.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    mu = 0.8 * before.state[theirs.bias]["momentum_buffer"] + 1
+    torch.testing.assert_close(optimizer.state[ours.bias]["mu"], mu)
+    torch.testing.assert_close(ours.bias.detach(), bias - 0.1 * mu)
+    assert all(set(state) == {"mu"} for state in optimizer.state.values())
+    assert all(group["eta"] == ETA for group in optimizer.param_groups)
 
 
 def test_the_host_never_waits_for_the_device() -> None:

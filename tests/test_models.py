@@ -63,7 +63,9 @@ def test_last_blocks_have_the_widths_of_their_stages(name: str) -> None:
     for n in (1, 2, len(widths)):
         assert network.forward_return_n_last_blocks(x, n).shape == (1, sum(widths[-n:]))
     features = network.forward_return_n_last_blocks(x, 1, return_patch_avgpool=True)
-    torch.testing.assert_close(features[:, widths[-1] :], network.forward_features(x).regions_BTC.mean(1))
+    appended = [network.forward_features(x).regions_BTC.mean(1)] if network.num_cls_tokens else []  # as published
+    expected = torch.cat([network.forward_return_n_last_blocks(x, 1), *appended], dim=1)
+    torch.testing.assert_close(features, expected)
     for n in (0, len(widths) + 1):
         with pytest.raises(ValueError, match=rf"outside 1\.\.{len(widths)}"):
             network.forward_return_n_last_blocks(x, n)

@@ -64,7 +64,8 @@ EVALUATIONS: dict[str, tuple[Any, dict[str, str], list[str], list[str]]] = {
         eval_finetune, {"GPUS": "1", "PER_GPU": "4", "BATCH": "4"},
         ["--epochs", "1", "--warmup_epochs", "0", "--precision", "fp32"],
         ["--batch_size_per_gpu", "4", "--epochs", "1", "--precision", "fp32", "--warmup_epochs", "0", "--lr", "0.00025",
-         "--layer_decay", "0.55", "--clip_grad", "0", "--drop_path", "0.1", "--init_scale", "0.001"],
+         "--layer_decay", "0.55", "--clip_grad", "0", "--drop_path", "0.1", "--init_scale", "0.001",
+         "--val_interpolation", "bilinear"],
     ),
     "eval_semi_supervised": (
         eval_finetune, {"GPUS": "1", "PER_GPU": "4", "BATCH": "4"},
