@@ -17,7 +17,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +35,12 @@ from layouts import PARTS, bare, in_our_names
 from layouts import NetworkState as NetworkState
 from layouts import network_state as network_state
 from models.base import BESIDE, HEADS, Backbone
-from utils import UsageError, counted, logger
+from utils import UsageError, all_gather_objects, counted, is_main_process, logger
 
 PREFIX = "module."
 OPTIONAL = ("num_batches_tracked",)  # older files lack it
 LISTED_NAMES = 5
+CHUNK = 2**20  # bytes
 # What published files hold beside tensors and plain values: arguments, which EsViT, DINO and UDI keep in a Namespace and the original
 # Swin in its yacs config (read into an ordered dictionary, without any code of yacs), and numpy scalars, which the schedules of these
 # programs write into the groups of the optimizer. Both spellings of numpy's constructor occur; of its types only numbers are read.
@@ -79,6 +80,30 @@ def save_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
         torch.save(state, file)
 
 
+def check_finite(**networks: Mapping[str, Tensor]) -> None:
+    """Before a checkpoint is written: stop all processes, which call this together, unless the main one's weights are finite.
+
+    Raises:
+        FloatingPointError: naming the first that is not.
+    """
+    wrong = None
+    if is_main_process():
+        wrong = next((f"{key}.{name}" for key, state in networks.items() for name in nonfinite(state)), None)
+    wrong = all_gather_objects(wrong)[0]
+    if wrong is not None:
+        raise FloatingPointError(
+            f"{wrong} is not finite, and is not saved: the checkpoint before stays. Start again with a lower --lr, or with "
+            "--precision fp32"
+        )
+
+
+def nonfinite(state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names of the tensors that hold a value which is not finite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            yield name
+
+
 def load_file(path: str | Path, in_place: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; see `_load_safely`.
 
@@ -109,10 +134,10 @@ def saved_config(path: str | Path) -> SavedConfig | None:
     return SavedConfig(content["config"], f"the config inside checkpoint '{path}'")
 
 
-def check_whole(path: Path) -> None:
+def check_whole(path: str | Path) -> None:
     """Compare every record of a file with its checksum (torch writes zip files, whose CRC-32 it does not read again).
 
-    Files that are no zip, as very old torch wrote them, are left to `load_file`.
+    Files that are no zip, as torch wrote them before 1.6, have none, and neither have safetensors.
 
     Raises:
         DamagedError: they differ, or the file cannot be read.
@@ -121,11 +146,12 @@ def check_whole(path: Path) -> None:
         if not zipfile.is_zipfile(path):
             return
         with zipfile.ZipFile(path) as records:
-            wrong = records.testzip()
+            for record in records.infolist():
+                with records.open(record) as content:
+                    while record.CRC and content.read(CHUNK):  # 0: torch was told to write none
+                        pass
     except Exception as error:  # on damaged bytes zipfile raises whatever it stumbles over
         raise DamagedError(f"checkpoint '{path}' is damaged ({error}); use another file") from None
-    if wrong is not None:
-        raise DamagedError(f"checkpoint '{path}' is damaged (checksum of {wrong}); use another file")
 
 
 def load_tensor(path: str | Path) -> Tensor:
@@ -153,6 +179,8 @@ def _load_safely(path: str | Path, in_place: bool = False) -> Any:
     try:
         if _is_safetensors(path):
             return safetensors.torch.load_file(path)
+        if not in_place:
+            check_whole(path)
         with torch.serialization.safe_globals(READABLE):
             mapped = in_place and zipfile.is_zipfile(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -220,7 +248,8 @@ def load_network(
         allow_partial: take what fits; what is missing is warned about instead of being an error.
 
     Raises:
-        UsageError: a number of prototypes or other shapes that differ, or names that are missing, with the first of them.
+        UsageError: a number of prototypes or other shapes that differ, names that are missing, with the first of them, or
+            weights that are not finite.
     """
     network = unwrap(network)
     wanted = network.state_dict(keep_vars=True)
@@ -261,6 +290,10 @@ def load_network(
             raise UsageError(
                 f"{source} has not one tensor of this network, not even with --allow_partial; check --arch or use another file"
             )
+    if wrong := next(nonfinite(taken), None):
+        raise UsageError(
+            f"{source} has a weight that is not finite ({wrong}): its training had diverged; use another file"
+        )
     placed = {name: sharding.placed_like(wanted[name], tensor) for name, tensor in taken.items()}
     network.load_state_dict(placed, strict=False)
     left_out = [name for name in tensors if name not in taken]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
+from ranges import PIXELS, SHARE, integer, number
 from utils import UsageError, logger
 
 # What a backbone of each MODEL.NAME reads from MODEL.SPEC, with its defaults.
@@ -123,11 +125,26 @@ PUBLISHED_UNUSED = {
     *("INPUT.IMAGE_SIZE", "INPUT.CROP_PCT", "INPUT.INTERPOLATION"),
 }
 
-# Keys whose number, or every number of whose list, is a count of at least 1.
-POSITIVE = {
-    *("IMAGE_SIZE", "IN_CHANS", "PATCH_SIZE", "PATCH_STRIDE"),
-    *("DIM_EMBED", "DEPTH", "DEPTHS", "NUM_HEADS", "WINDOW_SIZE"),
+# What a number, or every number of a list, may be, by the last part of its key.
+RANGES = {
+    **dict.fromkeys(("PATCH_SIZE", "PATCH_STRIDE", "WINDOW_SIZE"), integer(1, 1024)),
+    **dict.fromkeys(("DEPTH", "DEPTHS"), integer(1, 1000)),
+    **dict.fromkeys(("DROP_RATE", "ATTN_DROP_RATE", "DROP_PATH_RATE", "VIL_MODE_SWITCH"), SHARE),
+    "IMAGE_SIZE": PIXELS,
+    "MEAN": number(-1e6, 1e6),
+    "STD": number(1e-6, 1e6),
+    "IN_CHANS": integer(1, 1024),
+    "DIM_EMBED": integer(1, 65_536),
+    "NUM_HEADS": integer(1, 1024),
+    "MLP_RATIO": number(0, 1000, above_low=True),
+    "NUM_STAGES": integer(0, 100),
+    "PATCH_PADDING": integer(0, 1024),
+    "NUM_CLS_TOKENS": integer(0, 1024),
+    "SW_EXACT": integer(-1, 1),
+    "MODE": integer(-1, 8),
+    "LN_EPS": number(0, 1, above_low=True),
 }
+MOST_NESTED = 16  # parts of a key
 
 # Published files of these networks may give one value for every stage, or one per stage where a key has a single value.
 STAGED = {"cvt_v4_transformer"}
@@ -171,6 +188,10 @@ ONLY_CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "MODEL.SPEC.MSVIT.SE_MLP_BALANCE": (False,),
     },
 }
+
+# What yaml raises on text that is none: also of numbers of thousands of digits, of dates that do not exist, and of deep nesting.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+MOST = 1e300  # beyond, a whole number may be too large for a float
 
 _reported: set[str] = set()
 
@@ -262,7 +283,7 @@ def _content(text: str | bytes, source: str) -> dict[str, Any]:
     """The nested mapping that a yaml's text holds."""
     try:
         content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise UsageError(f"{source} is not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{source} holds a {type(content).__name__}, not KEY: VALUE pairs")
@@ -306,6 +327,8 @@ def _check_choice(key: str, value: Any, allowed: tuple[Any, ...], where: str) ->
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of a nested mapping, depth first."""
+    if prefix.count(".") > MOST_NESTED:
+        raise UsageError(f"config key '{prefix[:50]}...' has more than {MOST_NESTED} parts; no key has as many")
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -326,7 +349,7 @@ def _parse(text: str, where: str) -> Any:
         return list(text) if isinstance(text, tuple) else text
     try:
         return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
-    except yaml.YAMLError:
+    except NOT_YAML:
         raise UsageError(f"{where} has a value that is not valid yaml: '{text}'") from None
 
 
@@ -364,7 +387,7 @@ def _cast(key: str, value: Any, default: Any, where: str) -> Any:
         with contextlib.suppress(ValueError):
             return float(value)  # yaml 1.1 reads 1e-4 as text
     if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < MOST else math.inf
     if type(value) is not type(default):
         raise UsageError(
             f"config key '{key}' takes a {type(default).__name__} such as {default!r}, {where} gives {value!r}"
@@ -377,12 +400,8 @@ def _check_values(config: CfgNode) -> None:
     for key, value in _leaves(config):
         last = key.rsplit(".", 1)[-1]
         numbers = value if isinstance(value, list) else [value]
-        if last in POSITIVE and (not numbers or min(numbers) < 1):
-            raise UsageError(f"config key '{key}' must be 1 or more, not {value}")
-        if last == "MLP_RATIO" and min(numbers) <= 0:
-            raise UsageError(f"config key '{key}' must be above 0, not {value}")
-        if last.endswith("_RATE") and not all(0 <= number <= 1 for number in numbers):
-            raise UsageError(f"config key '{key}' must lie in 0..1, not {value}")
+        if last in RANGES and not (numbers and all(one in RANGES[last] for one in numbers)):
+            raise UsageError(f"config key '{key}' takes {RANGES[last]}, not {value!r:.200}")
     if len(config.MODEL.IMAGE_SIZE) != 2:
         raise UsageError(f"MODEL.IMAGE_SIZE takes [height, width], not {config.MODEL.IMAGE_SIZE}")
     if len(config.INPUT.MEAN) != len(config.INPUT.STD):

@@ -329,9 +329,7 @@ def train(
                 meter.update(step(views, iteration, epoch, watch=log.due(meter, ahead=1)))
                 if log.due(meter):
                     step.check(meter.read(), iteration, views[-1])
-                show(
-                    iteration, lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration])
-                )
+                show(lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration]))
         meter.stop()
         probed = {} if probe is None else probe(epoch)
         log.finish_epoch(meter, unreadable_images=len(tally.seen), **probed)

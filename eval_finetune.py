@@ -54,6 +54,22 @@ from finetune import (
 )
 from models import Backbone, build_model
 from progress import EpochMeter, RunLog
+from ranges import (
+    ABOVE_ZERO,
+    BATCH,
+    BELOW_ONE,
+    COUNT,
+    CROP_RATIO,
+    EPOCHS,
+    FACTOR,
+    PIXELS,
+    SEED,
+    SHARE,
+    WARMUP,
+    WORKERS,
+    integer,
+    number,
+)
 from results import claim_folder, write_results
 from utils import UsageError, logger
 
@@ -68,43 +84,48 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_network_flags(parser)
     flags.add_weights_flags(parser)
     add(
-        "--drop_path", type=float, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
+        "--drop_path", type=SHARE, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
     )
     add_token_flag(parser)
     add(
         "--finetune_head_layer",
-        type=int,
+        type=integer(0, 1000),
         default=0,
         help="hidden layers of the checkpoint's projection head that are kept",
     )
-    add("--init_scale", type=float, default=1.0, help="factor on the first weights of the linear layer")
+    add("--init_scale", type=FACTOR, default=1.0, help="factor on the first weights of the linear layer")
     flags.add_list_flag(parser)
     switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
-    add("--epochs", type=int, default=100, help="passes over the training images")
-    add("--warmup_epochs", type=int, default=5, help="epochs of the learning rate's warm-up")
-    add("--batch_size_per_gpu", type=int, default=64, help="images per process and batch")
-    add("--accum_iter", type=int, default=1, help="batches that count as one")
-    add("--lr", type=float, default=5e-4, help="of the head for 256 images a step, scaled with them")
-    add("--min_lr", type=float, default=1e-6, help="at the end, not scaled")
-    add("--layer_decay", type=float, default=0.75, help="factor of the rate from a block to the one before it; 1: none")
-    add("--weight_decay", type=float, default=0.05, help="of all but biases, norms and positions")
-    add("--clip_grad", type=float, default=5.0, help="largest norm of all gradients together; 0: no clipping")
-    add("--mixup", type=float, default=0.8, help="alpha of mixup; 0: none")
-    add("--cutmix", type=float, default=1.0, help="alpha of cutmix; 0: none")
-    add("--smoothing", type=float, default=0.1, help="of the labels")
+    add("--epochs", type=EPOCHS, default=100, help="passes over the training images")
+    add("--warmup_epochs", type=WARMUP, default=5, help="epochs of the learning rate's warm-up")
+    add("--batch_size_per_gpu", type=BATCH, default=64, help="images per process and batch")
+    add("--accum_iter", type=BATCH, default=1, help="batches that count as one")
+    add("--lr", type=FACTOR, default=5e-4, help="of the head for 256 images a step, scaled with them")
+    add("--min_lr", type=FACTOR, default=1e-6, help="at the end, not scaled")
+    add(
+        "--layer_decay",
+        type=ABOVE_ZERO,
+        default=0.75,
+        help="factor of the rate from a block to the one before it; 1: none",
+    )
+    add("--weight_decay", type=FACTOR, default=0.05, help="of all but biases, norms and positions")
+    add("--clip_grad", type=number(0, 1e30), default=5.0, help="largest norm of all gradients together; 0: no clipping")
+    add("--mixup", type=FACTOR, default=0.8, help="alpha of mixup; 0: none")
+    add("--cutmix", type=FACTOR, default=1.0, help="alpha of cutmix; 0: none")
+    add("--smoothing", type=BELOW_ONE, default=0.1, help="of the labels")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of timm; empty: colour jitter instead")
-    add("--color_jitter", type=float, default=0.4, help="where there is no --aa")
-    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--color_jitter", type=number(0, 2), default=0.4, help="where there is no --aa")
+    add("--reprob", type=SHARE, default=0.25, help="probability of random erasing")
     switch("--model_ema", "validate an average of the weights too")
-    add("--model_ema_decay", type=float, default=0.9999, help="of that average; lower at the start")
-    add("--image_size", type=int, default=None, help="pixels of a side; default: MODEL.IMAGE_SIZE of the yaml")
-    add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    add("--model_ema_decay", type=BELOW_ONE, default=0.9999, help="of that average; lower at the start")
+    add("--image_size", type=PIXELS, default=None, help="pixels of a side; default: MODEL.IMAGE_SIZE of the yaml")
+    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
     add("--val_interpolation", choices=("bicubic", "bilinear"), default="bicubic", help="resize of validation images")
     add("--precision", choices=utils.PRECISIONS, default="auto", help="of the network; losses are always float32")
-    add("--val_freq", type=int, default=1, help="epochs between two validations; the last epoch always has one")
-    add("--log_freq", type=int, default=10, help="steps between two lines")
-    add("--seed", type=int, default=0, help="of the head, order and views, and of random weights")
-    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--val_freq", type=COUNT, default=1, help="epochs between two validations; the last epoch always has one")
+    add("--log_freq", type=COUNT, default=10, help="steps between two lines")
+    add("--seed", type=SEED, default=0, help="of the head, order and views, and of random weights")
+    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
     flags.add_layout_flags(parser)
     add("--output_dir", default=".", help="folder for checkpoint.pth, best.pth, log.txt and results.json")
@@ -119,9 +140,6 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    flags.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "accum_iter", "val_freq", "log_freq"))
-    rates = ("lr", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "color_jitter")
-    flags.check_at_least(args, 0, ("warmup_epochs", *rates, "init_scale", "finetune_head_layer", "num_workers"))
     if args.finetune_head_layer and (args.token == "both" or not args.pretrained_weights):
         given = "--token both" if args.token == "both" else "--random_weights"
         raise UsageError(
@@ -132,20 +150,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(
             f"{args.warmup_epochs} warm-up epochs do not fit in {utils.counted(args.epochs, 'epoch')}; lower --warmup_epochs"
         )
-    if not 0 < args.layer_decay <= 1:
-        raise UsageError(
-            f"--layer_decay {args.layer_decay} must lie above 0 and not above 1, which is the same rate everywhere"
-        )
-    for name in ("smoothing", "reprob", "model_ema_decay"):
-        if not 0 <= getattr(args, name) <= 1 or (name != "reprob" and getattr(args, name) == 1):
-            raise UsageError(
-                f"--{name} {getattr(args, name)} must lie in 0..1" + ("" if name == "reprob" else ", below 1")
-            )
     if (args.mixup or args.cutmix) and args.batch_size_per_gpu % 2:
         raise UsageError(
             f"mixup pairs images, --batch_size_per_gpu {args.batch_size_per_gpu} must be even, or --mixup and --cutmix 0"
         )
-    flags.check_centre_crop(args)
 
 
 # --------------------------------------------------------------------------- images
@@ -288,7 +296,7 @@ def report(progress: Progress, val: data.ImageDataset, about: dict[str, Any], ar
     if progress.epochs >= args.epochs:
         logger.info("%s", written)
         images = utils.counted(len(val), "validation image")
-        print(f"best of {images}: Top1: {best.top1:.2f} (epoch {best.epoch + 1}, {best.network})")
+        print(f"best of {images}: Top1: {best.top1:.2f} (epoch {best.epoch}, {best.network})")
 
 
 def train(
@@ -308,10 +316,11 @@ def train(
     assert isinstance(train_loader.dataset, data.ImageDataset)
     assert isinstance(val_loader.dataset, data.ImageDataset)
     batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
-    first_step = progress.epochs * recipe.steps
+    images = len(train_loader.dataset)
     with utils.failing_together(), files.usable(output_dir):
+        normalisation = config.INPUT.MEAN, config.INPUT.STD
         log = RunLog(
-            output_dir, recipe.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, tuner.device, first_step
+            output_dir, recipe.epochs, args.log_freq, *normalisation, tuner.device, images, progress.epochs * images
         )
     tally = data.FailureTally(len(train_loader.dataset))
     with closing(log), resume.EndRequest(output_dir / resume.CHECKPOINT) as ending:
@@ -328,7 +337,7 @@ def train(
             if accuracies and utils.is_main_process():
                 for name, row in accuracies.items():
                     print(
-                        f"epoch {epoch + 1}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
+                        f"epoch {epoch}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
                     )
                 with log.failing_softly():
                     report(progress, val_loader.dataset, about, args)

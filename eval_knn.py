@@ -41,6 +41,7 @@ from features import (
 )
 from flags import bool_flag
 from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
+from ranges import BATCH, COUNT, CROP_RATIO, PIXELS, SEED, TEMPERATURE, WORKERS
 from results import add_results, claim_folder
 from utils import UsageError, logger
 
@@ -53,11 +54,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("eval_knn.py", description="k-NN on frozen features")
     add = parser.add_argument
     flags.add_network_flags(parser)
-    add("--batch_size_per_gpu", type=int, default=128, help="images per process")
+    add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process")
     add(
-        "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 usually works best"
+        "--nb_knn",
+        type=COUNT,
+        nargs="+",
+        default=[10, 20, 100, 200],
+        help="numbers of neighbours; 20 usually works best",
     )
-    add("--temperature", type=float, default=0.07, help="of the vote's weights")
+    add("--temperature", type=TEMPERATURE, default=0.07, help="of the vote's weights")
     flags.add_weights_flags(parser)
     add_token_flag(parser)
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
@@ -66,12 +71,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_switch(parser, "--leave_one_out", "one labelled set: each image is judged by all others")
     add("--dump_features", default=None, help="folder without such files, to save features and labels to")
     add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
-    add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
-    add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    add(
+        "--image_size",
+        type=PIXELS,
+        default=None,
+        help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml",
+    )
+    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
     flags.add_switch(parser, "--baselines", "score simple features too")
     add("--output_dir", default=None, help="folder for results.json")
-    add("--seed", type=int, default=0, help="of random weights")
-    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--seed", type=SEED, default=0, help="of random weights")
+    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/, or see --leave_one_out")
     flags.add_layout_flags(parser)
     flags.add_launch_flags(parser)
@@ -238,17 +248,12 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    if min(args.nb_knn) < 1 or args.temperature <= 0:
-        raise UsageError(f"--nb_knn {args.nb_knn} and --temperature {args.temperature} must be positive")
     if args.backend == "faiss":
         load_faiss()
     if args.backend == "faiss" and args.half:
         raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
     if not args.load_features:
         flags.check_weights(args)
-    flags.check_at_least(args, 1, ["batch_size_per_gpu"])
-    flags.check_at_least(args, 0, ["num_workers"])
-    flags.check_centre_crop(args)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 
 (to 0, epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is
 another protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on
 from `checkpoint.pth.tar` when its command is repeated, at the beginning of the epoch at hand; SIGTERM and SIGUSR1 end it with
-code 0. Epochs count from 0 in files and in the printed table, from 1 in lines about progress.
+code 0. Epochs count from 0.
 
 --train_aug strong is the augmentation with which UDI's networks were scored; `results.json` tells which one was used.
 
@@ -60,6 +60,7 @@ from features import (
 from models import Backbone
 from probe import Probe, Setting, json_number, load_classifier, probe_width, train_epoch, validate
 from progress import EpochMeter, RunLog
+from ranges import BATCH, BLOCKS, COUNT, CROP_RATIO, EPOCHS, PIXELS, SEED, WORKERS, integer, number
 from results import has_other_results, write_results
 from utils import UsageError, logger
 
@@ -87,29 +88,42 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_network_flags(parser)
     flags.add_weights_flags(parser)
     add_token_flag(parser)
-    add("--n_last_blocks", type=int, nargs="+", default=[4], help="blocks whose tokens are the features, one or more")
+    add(
+        "--n_last_blocks", type=BLOCKS, nargs="+", default=[4], help="blocks whose tokens are the features, one or more"
+    )
     switch(
         "--avgpool_patchtokens", "append the mean region of the last block; nothing for networks without class tokens"
     )
     add("--train_aug", choices=list(TRAIN_VIEWS), default="standard", help="strong: RandAugment and erasing, too")
-    add("--epochs", type=int, default=100, help="passes over the training images")
-    add("--lr", type=float, nargs="+", default=[0.001], help="for 256 images a step, scaled with them; one or more")
-    add("--lr_min", type=float, default=0.0, help="learning rate at the end of the cosine, not scaled")
-    add("--batch_size_per_gpu", type=int, default=128, help="images per process and step")
-    add("--val_freq", type=int, default=1, help="epochs between two validations")
-    add("--num_labels", type=int, default=DEFAULT_LABELS, help="outputs; if not given: as many as the data has classes")
+    add("--epochs", type=EPOCHS, default=100, help="passes over the training images")
+    add(
+        "--lr",
+        type=number(0, 1000, above_low=True),
+        nargs="+",
+        default=[0.001],
+        help="for 256 images a step, scaled with them; one or more",
+    )
+    add("--lr_min", type=number(0, 1000), default=0.0, help="learning rate at the end of the cosine, not scaled")
+    add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process and step")
+    add("--val_freq", type=COUNT, default=1, help="epochs between two validations")
+    add(
+        "--num_labels",
+        type=integer(1, 10_000_000),
+        default=DEFAULT_LABELS,
+        help="outputs; if not given: as many as the data has classes",
+    )
     switch("--evaluate", "score a trained classifier on val; nothing is trained or written")
     add("--linear_weights", default="", help="file of --evaluate; default: checkpoint.pth.tar in --output_dir")
     words = "how its inputs lie with --avgpool_patchtokens: token, then mean region (esvit), or alternating (dino)"
     add("--linear_order", choices=("esvit", "dino"), default="esvit", help=words)
     switch("--cache_features", "another protocol: train on features of centre crops, computed once; takes minutes")
     add("--precision", choices=utils.PRECISIONS, default="fp32", help="of the network; classifiers are always float32")
-    add("--image_size", type=int, default=None, help="pixels of the crops; default: MODEL.IMAGE_SIZE of the yaml")
-    add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
-    add("--seed", type=int, default=0, help="of classifiers, order and crops, and of random weights")
-    add("--log_freq", type=int, default=20, help="steps between two lines")
+    add("--image_size", type=PIXELS, default=None, help="pixels of the crops; default: MODEL.IMAGE_SIZE of the yaml")
+    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    add("--seed", type=SEED, default=0, help="of classifiers, order and crops, and of random weights")
+    add("--log_freq", type=COUNT, default=20, help="steps between two lines")
     add("--output_dir", default=".", help="folder for checkpoint.pth.tar, log.txt and results.json")
-    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
     flags.add_layout_flags(parser)
     flags.add_launch_flags(parser)
@@ -203,8 +217,9 @@ def train(
         if args.num_labels < 5:
             about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
+        state = probe.state(epoch) | {"run": run, "args": args}
         if utils.is_main_process():
-            content = probe.state(epoch) | {"run": run, "args": args, "classes": list(classes)}
+            content = state | {"classes": list(classes)}
             ending.failure = resume.write(content, checkpoint_path(args))
 
 
@@ -254,7 +269,7 @@ def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> r
             probe.load_state(content, f"checkpoint '{path}'")
             place = resume.Place(int(content["epoch"]), damaged=damaged)
             if place.epoch < args.epochs:
-                logger.info("resuming %s at epoch %d of %d", path, place.epoch + 1, args.epochs)
+                logger.info("resuming %s at epoch %d of %d", path, place.epoch, args.epochs)
     utils.must_agree("epochs to resume at", place.epoch)
     return place
 
@@ -293,7 +308,7 @@ def _describe(row: dict[str, Any], ranked: str) -> str:
             f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
         )
     return (
-        f"best Top1: {row['best_acc1']:.2f}, {ranked}: {row['best_acc5']:.2f} (epoch {row['best_epoch'] + 1}); "
+        f"best Top1: {row['best_acc1']:.2f}, {ranked}: {row['best_acc5']:.2f} (epoch {row['best_epoch']}); "
         f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
     )
 
@@ -307,13 +322,6 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    flags.check_at_least(args, 1, ("epochs", "batch_size_per_gpu", "val_freq", "log_freq", "num_labels"))
-    flags.check_at_least(args, 0, ["num_workers"])
-    flags.check_centre_crop(args)
-    if not all(0 < lr < math.inf for lr in args.lr):
-        raise UsageError(f"--lr {args.lr} must be positive numbers")
-    if not 0 <= args.lr_min < math.inf:
-        raise UsageError(f"--lr_min {args.lr_min} must be a number of 0 or more")
     if args.evaluate and len(args.n_last_blocks) > 1:
         raise UsageError(f"--evaluate scores one classifier; pass one --n_last_blocks, not {args.n_last_blocks}")
     if not args.evaluate and (args.linear_weights or args.linear_order != "esvit"):
@@ -506,9 +514,10 @@ def main(args: argparse.Namespace) -> None:
                 files.save_provenance(folder, args, config)
         function = feature_function(args, backbone, device, precision)
         source = feature_source(args, function, datasets, device, run)
-        first_step = start.epoch * source.steps
+        images = source.training_images
         with utils.failing_together(), files.usable(folder):
-            log = RunLog(folder, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
+            normalisation = config.INPUT.MEAN, config.INPUT.STD
+            log = RunLog(folder, args.epochs, args.log_freq, *normalisation, device, images, start.epoch * images)
         with closing(log), resume.EndRequest(checkpoint_path(args)) as ending:
             train(probe, source, range(start.epoch, args.epochs), args, log, ending, run, datasets[0].classes)
     if utils.is_main_process():

@@ -46,6 +46,7 @@ from features import (
 )
 from flags import bool_flag
 from models import Backbone
+from ranges import BATCH, BLOCKS, CROP_RATIO, EPOCHS, PIXELS, SEED, WORKERS, number
 from results import add_results, claim_folder
 from utils import UsageError, logger
 
@@ -71,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_network_flags(parser)
     flags.add_weights_flags(parser)
     add_token_flag(parser)
-    add("--n_last_blocks", type=int, default=1, help="blocks whose tokens are the features")
+    add("--n_last_blocks", type=BLOCKS, default=1, help="blocks whose tokens are the features")
     add(
         "--avgpool_patchtokens",
         type=int,
@@ -79,16 +80,27 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=0,
         help="0: token, 1: mean region, 2: both",
     )
-    add("--lr_lambd", type=float, nargs="+", default=[0.01, 0.1, 1.0], help="weights of the penalty, one or more")
+    add(
+        "--lr_lambd",
+        type=number(1e-12, 1e12),
+        nargs="+",
+        default=[0.01, 0.1, 1.0],
+        help="weights of the penalty, one or more",
+    )
     add("--adjust_lambd", type=bool_flag, default=True, help="divide them by the number of training images")
-    add("--epochs", type=int, default=1000, help="most iterations of the solver")
+    add("--epochs", type=EPOCHS, default=1000, help="most iterations of the solver")
     flags.add_list_flag(parser)
-    add("--batch_size_per_gpu", type=int, default=128, help="images per process")
-    add("--image_size", type=int, default=None, help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml")
-    add("--crop_ratio", type=float, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process")
+    add(
+        "--image_size",
+        type=PIXELS,
+        default=None,
+        help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml",
+    )
+    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
     add("--output_dir", default=None, help="folder for results.json")
-    add("--seed", type=int, default=0, help="of random weights")
-    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--seed", type=SEED, default=0, help="of random weights")
+    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
     flags.add_layout_flags(parser)
     flags.add_launch_flags(parser)
@@ -174,26 +186,12 @@ def extract(
     return found, datasets[0], about
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Stop on values that would end the script only after the features are extracted.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    flags.check_weights(args)
-    flags.check_at_least(args, 1, ["batch_size_per_gpu", "epochs"])
-    flags.check_at_least(args, 0, ["num_workers"])
-    flags.check_centre_crop(args)
-    if not all(0 < lambd < float("inf") for lambd in args.lr_lambd):
-        raise UsageError(f"--lr_lambd {args.lr_lambd} must be positive numbers")
-
-
 def main(args: argparse.Namespace) -> None:
     """Extract features, fit every value, report."""
     device = utils.init_processes(args)
     utils.setup_logging()
     with utils.failing_together():
-        check_args(args)
+        flags.check_weights(args)
         if args.output_dir:
             claim_folder(args.output_dir, EVALUATION)
     (train, val), dataset, about = extract(args, device)

@@ -43,6 +43,7 @@ from data.decode import ImageLike, read_image
 from data.tree import EXTENSIONS
 from features import frozen_backbone, network_config
 from models import Backbone
+from ranges import COUNT, PIXELS, SEED, TEMPERATURE, integer
 from utils import UsageError, logger
 
 LONGER_SIDE_STEP = 64  # pixels
@@ -58,13 +59,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--frames", required=True, help="folder with the images of one video")
     add("--first_mask", required=True, help="indexed PNG with the objects of the first image")
     add("--output_dir", required=True, help="folder for an indexed PNG of each image; none of them may be there yet")
-    add("--image_size", type=int, default=480, help="shorter side in pixels")
+    add("--image_size", type=PIXELS, default=480, help="shorter side in pixels")
     rule = Rule()
-    add("--n_last_frames", type=int, default=rule.last_frames, help="frames that give labels, beside the first one")
-    add("--size_mask_neighborhood", type=int, default=rule.radius, help="how many regions away; 0: any number")
-    add("--topk", type=int, default=rule.top, help="regions that give a region its label")
-    add("--temperature", type=float, default=rule.temperature, help="of their weights, exp(cosine / temperature)")
-    add("--seed", type=int, default=0, help="of random weights")
+    add(
+        "--n_last_frames",
+        type=integer(0),
+        default=rule.last_frames,
+        help="frames that give labels, beside the first one",
+    )
+    add("--size_mask_neighborhood", type=integer(0), default=rule.radius, help="how many regions away; 0: any number")
+    add("--topk", type=COUNT, default=rule.top, help="regions that give a region its label")
+    add("--temperature", type=TEMPERATURE, default=rule.temperature, help="of their weights, exp(cosine / temperature)")
+    add("--seed", type=SEED, default=0, help="of random weights")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     parser.set_defaults(token="cls")  # regions are no class tokens
@@ -211,19 +217,6 @@ def follow_objects(
 # --------------------------------------------------------------------------- the script
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Stop on values that no part of the program would refuse by itself.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    flags.check_weights(args)
-    flags.check_at_least(args, 1, ["topk", "image_size"])
-    flags.check_at_least(args, 0, ["n_last_frames", "size_mask_neighborhood"])
-    if not args.temperature > 0:
-        raise UsageError(f"--temperature {args.temperature} must be positive")
-
-
 def claim_outputs(folder: str, frames: Sequence[Path]) -> list[Path]:
     """Where the masks go, in a folder that is created.
 
@@ -242,7 +235,7 @@ def main(args: argparse.Namespace) -> None:
     """Read, follow, write."""
     utils.setup_logging()
     device = utils.resolve_device(args.device)
-    check_args(args)
+    flags.check_weights(args)
     config = network_config(args)
     data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS)

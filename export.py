@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         UsageError: an output that exists, has no folder or another ending than the format, or a network that does not fit.
     """
     utils.setup_logging()
-    if args.output.exists():
+    if os.path.lexists(args.output):
         raise UsageError(f"--output {args.output} exists already and is not overwritten; name another file")
     if not args.output.parent.is_dir():
         raise UsageError(f"--output {args.output}: the folder {args.output.parent} does not exist; create it first")
@@ -85,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
     report = load_backbone(backbone, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
     logger.info("%s: %s", args.pretrained_weights, report)
     drop_class_tokens(backbone, CLASS_TOKENS[args.class_tokens])
-    write(backbone, args.format, args.output, config)
+    with files.usable(args.output, "--output"):
+        write(backbone, args.format, args.output, config)
     logger.info("wrote %s (%s, %.1f MB)", args.output, args.format, args.output.stat().st_size / 1e6)
 
 

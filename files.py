@@ -71,6 +71,18 @@ def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
     return Path(folder)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text holds.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 # --------------------------------------------------------------------------- provenance
 
 

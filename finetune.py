@@ -288,7 +288,7 @@ class FineTuner:
                 ending.end_if(wished, epoch, i)
                 iteration = epoch * self.recipe.steps + i
                 meter.update(self.step(batches, iteration))
-                show(iteration, lr=max(group["lr"] for group in self.optimizer.param_groups))
+                show(lr=max(group["lr"] for group in self.optimizer.param_groups))
         meter.stop()
 
     @torch.no_grad()
@@ -361,8 +361,12 @@ def save_run(
 
     Returns:
         why one of them could not be written, see `resume.write`; `checkpoint.pth` waits for `best.pth`.
+
+    Raises:
+        FloatingPointError: see `checkpoint.check_finite`.
     """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
+    checkpoint.check_finite(**{name: network.state_dict() for name, network in tuner.networks().items()})
     if not utils.is_main_process():
         return ""
     best = progress.best

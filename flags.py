@@ -8,18 +8,30 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from config import PATCH_SIZE
+from ranges import Range, integer, number
 from utils import UsageError
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults, where there are any."""
+    """Tells ranges and defaults, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+        told = action.help if action.default in (None, "") else super()._get_help_string(action)
+        return f"{told or ''} [{action.type}]" if isinstance(action.type, Range) else told
+
+
+class Ascending(argparse.Action):
+    """Two numbers, of which the first must not be the larger one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if values[0] > values[1]:
+            raise argparse.ArgumentError(
+                self, f"{values[0]} {values[1]} is not a range: write the smaller number first"
+            )
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +79,10 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", default=None, help=words)
     parser.add_argument("--arch", default="deit_small", help="registered architecture, e.g. swin_tiny")
     parser.add_argument(
-        "--patch_size", type=int, default=PATCH_SIZE, help="pixels per patch, for networks whose yaml does not say"
+        "--patch_size",
+        type=integer(1, 1024),
+        default=PATCH_SIZE,
+        help="pixels per patch, for networks whose yaml does not say",
     )
 
 
@@ -117,43 +132,20 @@ def check_weights(args: argparse.Namespace) -> None:
         )
 
 
-def check_at_least(args: argparse.Namespace, least: int, names: Iterable[str]) -> None:
-    """Stop on a flag below `least`, or one that is not a number.
-
-    Raises:
-        UsageError: naming the first such flag.
-    """
-    for name in names:
-        if not getattr(args, name) >= least:
-            raise UsageError(f"--{name} {getattr(args, name)} must be {least} or more")
-
-
-def check_centre_crop(args: argparse.Namespace) -> None:
-    """Stop on a --crop_ratio or --image_size that cuts nothing out.
-
-    Raises:
-        UsageError: naming both.
-    """
-    if not 0 < args.crop_ratio <= 1 or (args.image_size is not None and args.image_size < 1):
-        raise UsageError(
-            f"--crop_ratio {args.crop_ratio} must lie in 0..1 and --image_size {args.image_size} be positive"
-        )
-
-
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every script shares: device, rendezvous and the launcher's local rank."""
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu")
     parser.add_argument("--dist_url", default="env://", help="where the processes meet, as torch.distributed takes it")
     parser.add_argument(
         "--dist_timeout",
-        type=float,
+        type=number(0.001, 1_000_000),
         default=30.0,
         help="minutes that a process waits for the others before it gives up",
     )
     parser.add_argument(
         "--local_rank",
         "--local-rank",
-        type=int,
+        type=integer(0, 1023),
         default=None,
         help="set by old launchers; the environment's LOCAL_RANK wins",
     )

@@ -33,6 +33,7 @@ from losses import TEACHER_VIEWS
 from losses import DINOLoss as DINOLoss
 from losses import RegionMatchingLoss as RegionMatchingLoss
 from models import Backbone, build_model, load_arch_config
+from ranges import BELOW_ONE, FACTOR, SHARE, integer
 from utils import UsageError, logger
 
 
@@ -43,34 +44,35 @@ def get_args_parser() -> argparse.ArgumentParser:
     pretrain.add_network_flags(parser)
     add("--use_dense_prediction", type=bool_flag, default=False, help="add the region-matching task")
     words = "stochastic depth of the student; default: the yaml's"
-    add("--drop_path", "--drop_path_rate", type=float, default=None, help=words)
+    add("--drop_path", "--drop_path_rate", type=SHARE, default=None, help=words)
     pretrain.add_optimisation_flags(parser)
 
     pretrain.add_view_flags(parser)
     add("--aug-opt", dest="aug_opt", default="dino_aug", choices=("dino_aug", "deit_aug"), help="augmentation policy")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of deit_aug")
     add("--train-interpolation", dest="train_interpolation", default="bicubic", help="of deit_aug")
-    add("--reprob", type=float, default=0.25, help="probability of random erasing in deit_aug")
+    add("--reprob", type=SHARE, default=0.25, help="probability of random erasing in deit_aug")
     add("--remode", default="pixel", help="what random erasing fills with")
-    add("--recount", type=int, default=1, help="erased patches")
+    add("--recount", type=integer(1, 1000), default=1, help="erased patches")
     add("--resplit", action="store_true", help="no erasing in the first global view")
 
     add("--use_mixup", type=bool_flag, default=False, help="mix the student's images and their targets")
-    add("--num_mixup_views", type=int, default=10, help="views that are mixed, from the first")
-    add("--mixup", type=float, default=0.8, help="alpha, 0 for none")
-    add("--cutmix", type=float, default=1.0, help="alpha, 0 for none")
+    add("--num_mixup_views", type=integer(0), default=10, help="views that are mixed, from the first")
+    add("--mixup", type=FACTOR, default=0.8, help="alpha, 0 for none")
+    add("--cutmix", type=FACTOR, default=1.0, help="alpha, 0 for none")
     add(
         "--cutmix-minmax",
+        action=flags.Ascending,
         dest="cutmix_minmax",
-        type=float,
+        type=SHARE,
         nargs=2,
         default=None,
         help="side of the cut, instead of alpha",
     )
-    add("--mixup-prob", dest="mixup_prob", type=float, default=1.0, help="of mixing a batch at all")
-    add("--mixup-switch-prob", dest="mixup_switch_prob", type=float, default=0.5, help="of cutmix, where both are on")
+    add("--mixup-prob", dest="mixup_prob", type=SHARE, default=1.0, help="of mixing a batch at all")
+    add("--mixup-switch-prob", dest="mixup_switch_prob", type=SHARE, default=0.5, help="of cutmix, where both are on")
     add("--mixup-mode", dest="mixup_mode", default="batch", help="batch, pair or elem")
-    add("--smoothing", type=float, default=0.0, help="label smoothing of the mixed targets")
+    add("--smoothing", type=BELOW_ONE, default=0.0, help="label smoothing of the mixed targets")
     pretrain.add_run_flags(parser)
     return parser
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch.distributed import run as torchrun
 
-import flags
 import main_esvit
 import utils
+from ranges import integer
 from utils import UsageError
 
 SCRIPT = Path(__file__).with_name("main_esvit.py")
@@ -29,10 +29,13 @@ SCRIPT = Path(__file__).with_name("main_esvit.py")
 
 def add_node_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that are not main_esvit.py's."""
-    parser.add_argument("--num_nodes", type=int, default=1, help="machines")
-    parser.add_argument("--num_gpus_per_node", type=int, default=8, help="processes on each, one a GPU")
+    parser.add_argument("--num_nodes", type=integer(1, 100_000), default=1, help="machines")
+    parser.add_argument("--num_gpus_per_node", type=integer(1, 1024), default=8, help="processes on each, one a GPU")
     parser.add_argument(
-        "--node_rank", type=int, default=None, help="of this machine, from 0; default: mpirun's OMPI_COMM_WORLD_RANK"
+        "--node_rank",
+        type=integer(0, 99_999),
+        default=None,
+        help="of this machine, from 0; default: mpirun's OMPI_COMM_WORLD_RANK",
     )
 
 
@@ -51,7 +54,6 @@ def torchrun_arguments(argv: Sequence[str], env: Mapping[str, str]) -> list[str]
         UsageError: numbers of nodes or GPUs that cannot be, no rank for this node, or no place to meet.
     """
     args = get_args_parser().parse_args(argv)
-    flags.check_at_least(args, 1, ("num_nodes", "num_gpus_per_node"))
     if args.device in {"auto", "cuda"} and 0 < torch.cuda.device_count() < args.num_gpus_per_node:
         raise UsageError(
             f"--num_gpus_per_node {args.num_gpus_per_node}, but this machine has {torch.cuda.device_count()} GPUs; lower it"

@@ -33,6 +33,7 @@ from losses import TEACHER_VIEWS
 from models import Backbone, build_model, load_arch_config
 from models.registry import config_name
 from models.srs import SRS, default_heads
+from ranges import FACTOR, SHARE, TEMPERATURE, integer
 from udi_levels import student_levels, student_weights, teacher_levels, teacher_weights
 from udi_losses import LEVELS, TARGET_MIXES, UDILoss
 from utils import UsageError
@@ -58,14 +59,19 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="class tokens that learn: 2 is UDI, 1 leaves the second out, as networks without any need it (Swin, CvT, ViL, ResNet)",
     )
     add("--include_patch", type=bool_flag, default=True, help="learn sampled patches; off needs --number_cls_token 1")
-    add("--drop_path_rate", "--drop_path", type=float, default=0.1, help="stochastic depth of the student")
-    add("--srs_heads", type=int, default=0, help="heads of the pooling at samples; 0: as the backbone's (added)")
+    add("--drop_path_rate", "--drop_path", type=SHARE, default=0.1, help="stochastic depth of the student")
+    add(
+        "--srs_heads",
+        type=integer(0, 1024),
+        default=0,
+        help="heads of the pooling at samples; 0: as the backbone's (added)",
+    )
     add("--shared_head", type=bool_flag, default=True, help="one head for all levels; off: one each (added)")
 
     words = (
         "0..1: what the second class token learns is this share of the teacher's patches, the rest is its class token"
     )
-    add("--alpha", type=float, default=0.5, help=f"{words}; raise it if training is unstable")
+    add("--alpha", type=SHARE, default=0.5, help=f"{words}; raise it if training is unstable")
     add(
         "--target_mix",
         default="logits",
@@ -73,17 +79,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="what of patches and class token is blended by --alpha; logits: the published code, probs: the paper (added)",
     )
     add("--local_patch", type=bool_flag, default=False, help="learn patches of local views too (added)")
-    add("--level_weights", type=float, nargs=3, default=(1.0, 1.0, 1.0), help=f"of {', '.join(LEVELS)} (added)")
-    add("--student_temp", type=float, default=0.1, help="temperature of the student (added)")
-    add("--center_momentum", type=float, default=0.9, help="EMA momentum of the centres (added)")
+    add("--level_weights", type=FACTOR, nargs=3, default=(1.0, 1.0, 1.0), help=f"of {', '.join(LEVELS)} (added)")
+    add("--student_temp", type=TEMPERATURE, default=0.1, help="temperature of the student (added)")
+    add("--center_momentum", type=SHARE, default=0.9, help="EMA momentum of the centres (added)")
     pretrain.add_optimisation_flags(parser)
 
     pretrain.add_view_flags(parser)
-    add("--flip_prob", type=float, default=FLIP, help="probability of the horizontal flip of a view (added)")
+    add("--flip_prob", type=SHARE, default=FLIP, help="probability of the horizontal flip of a view (added)")
     add("--global_pair_mode", default="overlap", choices=PAIR_MODES, help="second global view; nested: paper (added)")
     add("--local_reference", default="intersection", choices=REFERENCES, help="what local views overlap (added)")
-    add("--global_sampling_window_size", type=int, default=3, help="tokens on a side, one of which is sampled")
-    add("--local_sampling_window_size", type=int, default=2, help="the same in local views")
+    add(
+        "--global_sampling_window_size",
+        type=integer(1, 1024),
+        default=3,
+        help="tokens on a side, one of which is sampled",
+    )
+    add("--local_sampling_window_size", type=integer(1, 1024), default=2, help="the same in local views")
     add("--srs_align", default="corners", choices=geometry.ALIGNMENTS, help="where in its cell a token stands (added)")
     add("--srs_drawing", default="image", choices=DRAWINGS, help="once for views of a size, for each, or never (added)")
     pretrain.add_run_flags(parser)
@@ -157,11 +168,6 @@ def check_args(args: argparse.Namespace) -> None:
         UsageError: naming the flag.
     """
     pretrain.check_args(args)
-    flags.check_at_least(args, 0, ("srs_heads", "center_momentum"))
-    if not args.student_temp > 0:
-        raise UsageError(f"--student_temp {args.student_temp} must be above 0")
-    if not args.center_momentum <= 1:
-        raise UsageError(f"--center_momentum {args.center_momentum} must lie in 0..1")
     if not args.include_patch and args.number_cls_token > 1:
         raise UsageError(
             "--include_patch off leaves the second class token nothing to learn from; pass --number_cls_token 1 too"

@@ -37,6 +37,22 @@ from models import Backbone
 from models.base import BESIDE
 from models.heads import DINOHead
 from progress import RunLog
+from ranges import (
+    ABOVE_ZERO,
+    BATCH,
+    COUNT,
+    EPOCHS,
+    FACTOR,
+    MANY,
+    PIXELS,
+    SEED,
+    SHARE,
+    TEMPERATURE,
+    WARMUP,
+    WORKERS,
+    integer,
+    number,
+)
 from utils import UsageError, logger
 
 
@@ -78,12 +94,14 @@ def run(args: argparse.Namespace, script: Script) -> None:
         logger.info("%s has %s already, --epochs asks for %d: nothing to do", output_dir, done, args.epochs)
         tell_end(args)
         return
-    first_step = start.epoch * engine.steps_per_epoch(len(loader), args.accum_iter) + start.steps
+    images = len(loader.dataset)  # type: ignore[arg-type]
+    seen = start.epoch * images + start.steps * args.batch_size_per_gpu * args.accum_iter * utils.get_world_size()
     with utils.failing_together(), files.usable(output_dir):
         if utils.is_main_process():
             resume.tidy(output_dir, start)
             files.save_provenance(output_dir, args, config)
-        log = RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, first_step)
+        normalisation = config.INPUT.MEAN, config.INPUT.STD
+        log = RunLog(output_dir, args.epochs, args.log_freq, *normalisation, device, images, seen)
     describe_run(args, method, loader, device, args.precision)
 
     probe = build_probe(args, method, knn_images, device) if knn_images else None
@@ -100,12 +118,12 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of student and teacher."""
     add = parser.add_argument
     flags.add_network_flags(parser)
-    add("--out_dim", type=int, default=65536, help="number of prototypes K")
+    add("--out_dim", type=integer(1, 10_000_000), default=65536, help="number of prototypes K")
     add("--norm_last_layer", type=bool_flag, default=True, help="freeze the gain of the prototypes at 1")
-    add("--momentum_teacher", type=float, default=0.996, help="EMA momentum of the teacher at the start; 1 at the end")
+    add("--momentum_teacher", type=SHARE, default=0.996, help="EMA momentum of the teacher at the start; 1 at the end")
     add("--use_bn_in_head", type=bool_flag, default=False, help="BatchNorm in the heads")
-    add("--head_hidden_dim", type=int, default=2048, help="hidden width of the heads")
-    add("--head_bottleneck_dim", type=int, default=256, help="width of the heads before the prototypes")
+    add("--head_hidden_dim", type=integer(1, 131_072), default=2048, help="hidden width of the heads")
+    add("--head_bottleneck_dim", type=integer(1, 65_536), default=256, help="width of the heads before the prototypes")
     add("--plain_loss", type=bool_flag, default=False, help="hold all logits at once: slower, for comparison")
     add("--grad_checkpointing", type=bool_flag, default=False, help="recompute blocks in the backward to save memory")
     flags.add_switch(parser, "--fsdp", "spread both networks and the optimiser over the processes, to save memory")
@@ -120,41 +138,55 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
 def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of schedules, precision and steps."""
     add = parser.add_argument
-    add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at the start")
-    add("--teacher_temp", type=float, default=0.04, help="teacher temperature after its warm-up")
-    add("--warmup_teacher_temp_epochs", type=int, default=0, help="epochs of that warm-up")
+    add("--warmup_teacher_temp", type=TEMPERATURE, default=0.04, help="teacher temperature at the start")
+    add("--teacher_temp", type=TEMPERATURE, default=0.04, help="teacher temperature after its warm-up")
+    add("--warmup_teacher_temp_epochs", type=WARMUP, default=0, help="epochs of that warm-up")
     add("--use_fp16", type=bool_flag, default=True, help="mixed precision; False is --precision fp32")
     add(
         "--precision", default="auto", choices=utils.PRECISIONS, help="what the networks compute in; losses are float32"
     )
-    add("--weight_decay", type=float, default=0.04, help="at the start")
-    add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
-    add("--clip_grad", type=float, default=3.0, help="largest norm of each parameter's gradient, 0 for none")
-    add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
-    add("--accum_iter", type=int, default=1, help="micro-batches per optimiser step")
-    add("--epochs", type=int, default=100, help="passes over the images; schedules end with the last")
-    add("--freeze_last_layer", type=int, default=1, help="epochs during which the prototypes stay as they are")
-    add("--lr", type=float, default=0.0005, help="for 256 images; scaled by batch x processes x accumulation / 256")
-    add("--warmup_epochs", type=int, default=10, help="epochs of the learning rate's warm-up")
-    add("--min_lr", type=float, default=1e-6, help="at the end of its cosine")
+    add("--weight_decay", type=FACTOR, default=0.04, help="at the start")
+    add("--weight_decay_end", type=FACTOR, default=0.4, help="at the end of its cosine")
+    add("--clip_grad", type=number(0, 1e30), default=3.0, help="largest norm of each parameter's gradient, 0 for none")
+    add("--batch_size_per_gpu", type=BATCH, default=64, help="images per process and micro-batch")
+    add("--accum_iter", type=BATCH, default=1, help="micro-batches per optimiser step")
+    add("--epochs", type=EPOCHS, default=100, help="passes over the images; schedules end with the last")
+    add("--freeze_last_layer", type=WARMUP, default=1, help="epochs during which the prototypes stay as they are")
+    add("--lr", type=FACTOR, default=0.0005, help="for 256 images; scaled by batch x processes x accumulation / 256")
+    add("--warmup_epochs", type=WARMUP, default=10, help="epochs of the learning rate's warm-up")
+    add("--min_lr", type=FACTOR, default=1e-6, help="at the end of its cosine")
     add("--optimizer", default="adamw", choices=optim.OPTIMIZERS, help="what moves the student")
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of multi-crop, and of the colours that all methods vary."""
     add = parser.add_argument
-    add("--global_crops_scale", type=float, nargs=2, default=(0.4, 1.0), help="area of the global crops")
-    add("--global_crops_size", type=int, default=None, help="pixels; default: MODEL.IMAGE_SIZE of the yaml")
-    add("--local_crops_number", type=int, nargs="+", default=(8,), help="local crops of each size")
-    add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.4), help="area of the local crops")
-    add("--local_crops_size", type=int, nargs="+", default=(96,), help="pixels, one value for each number")
+    add(
+        "--global_crops_scale",
+        action=flags.Ascending,
+        type=ABOVE_ZERO,
+        nargs=2,
+        default=(0.4, 1.0),
+        help="area of the global crops",
+    )
+    add("--global_crops_size", type=PIXELS, default=None, help="pixels; default: MODEL.IMAGE_SIZE of the yaml")
+    add("--local_crops_number", type=integer(0, 1000), nargs="+", default=(8,), help="local crops of each size")
+    add(
+        "--local_crops_scale",
+        action=flags.Ascending,
+        type=ABOVE_ZERO,
+        nargs=2,
+        default=(0.05, 0.4),
+        help="area of the local crops",
+    )
+    add("--local_crops_size", type=PIXELS, nargs="+", default=(96,), help="pixels, one value for each number")
     add(
         "--aug_backend",
         default="auto",
         choices=augment.BACKENDS,
         help="split: colours in batches on the training device",
     )
-    add("--color-jitter", dest="color_jitter", type=float, default=0.4, help="strength of the colour jitter")
+    add("--color-jitter", dest="color_jitter", type=number(0, 2), default=0.4, help="strength of the colour jitter")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -177,8 +209,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         choices=("distributed", "chunk"),
         help="chunk: neighbours are read by one node at about the same time (see data/chunks.py)",
     )
-    add("--shuffle_buffer", type=int, default=256, help="images that each worker mixes, of tar shards")
-    add("--epoch_images", type=int, default=0, help="images of an epoch of tar shards; 0: all, as counted or told")
+    add("--shuffle_buffer", type=COUNT, default=256, help="images that each worker mixes, of tar shards")
+    add(
+        "--epoch_images",
+        type=integer(0, 10**12),
+        default=0,
+        help="images of an epoch of tar shards; 0: all, as counted or told",
+    )
     add(
         "--pretrained_weights_ckpt",
         default="",
@@ -190,24 +227,24 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", default=".", help="where everything of the run goes")
     add(
         "--saveckp_freq",
-        type=int,
+        type=integer(0),
         default=5,
         help="keep checkpoint{epoch:04}.pth of every so many epochs from 0000 on, 0 for none",
     )
-    add("--save_every_steps", type=int, default=0, help="write checkpoint.pth also within an epoch, 0 for no")
-    add("--save_every_minutes", type=float, default=0.0, help="the same by the clock")
+    add("--save_every_steps", type=integer(0), default=0, help="write checkpoint.pth also within an epoch, 0 for no")
+    add("--save_every_minutes", type=number(0, MANY), default=0.0, help="the same by the clock")
     add(
         "--keep_last",
-        type=int,
+        type=integer(0, 1000),
         default=1,
         help="checkpoint_previous*.pth kept, to go on from if checkpoint.pth is damaged",
     )
-    add("--log_freq", type=int, default=10, help="steps between two log lines")
-    add("--max_bad_steps", type=int, default=MAX_BAD_STEPS, help="steps in a row, not finite, that end the run")
-    add("--knn_every", type=int, default=0, help="epochs between two k-NN scores, 0 for none")
+    add("--log_freq", type=COUNT, default=10, help="steps between two log lines")
+    add("--max_bad_steps", type=COUNT, default=MAX_BAD_STEPS, help="steps in a row, not finite, that end the run")
+    add("--knn_every", type=integer(0), default=0, help="epochs between two k-NN scores, 0 for none")
     add("--knn_data_path", default="", help="small labelled folder for them, with train/ and val/ or without a split")
-    add("--seed", type=int, default=0, help="of weights, order and views")
-    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--seed", type=SEED, default=0, help="of weights, order and views")
+    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     flags.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. MODEL.SPEC.WINDOW_SIZE 14")
 
@@ -218,21 +255,6 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    sizes = (
-        "out_dim",
-        "batch_size_per_gpu",
-        "accum_iter",
-        "epochs",
-        "log_freq",
-        "max_bad_steps",
-        "head_hidden_dim",
-        "head_bottleneck_dim",
-        "shuffle_buffer",
-    )
-    flags.check_at_least(args, 1, sizes)
-    waits = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
-    flags.check_at_least(args, 0, (*waits, "num_workers", "saveckp_freq", "clip_grad", "knn_every"))
-    flags.check_at_least(args, 0, ("save_every_steps", "save_every_minutes", "keep_last", "epoch_images"))
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if args.fsdp and (args.compile or args.optimizer == "lars"):
@@ -242,8 +264,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(
             "--pretrained_weights_ckpt continues a run and --init_weights starts a new schedule; leave one of them out"
         )
-    if not 0 <= args.momentum_teacher <= 1:
-        raise UsageError(f"--momentum_teacher {args.momentum_teacher} must lie in 0..1")
 
 
 # --------------------------------------------------------------------------- data

@@ -132,8 +132,11 @@ class Probe:
     @property
     def best(self) -> int:
         """The classifier with the best validation accuracy so far; the first of equals."""
-        accuracies = [-1.0 if row["best_acc1"] is None else row["best_acc1"] for row in self.table]
-        return accuracies.index(max(accuracies))
+        return max(range(len(self.table)), key=self._accuracy)
+
+    def _accuracy(self, row: int) -> float:
+        best = self.table[row]["best_acc1"]
+        return -1.0 if best is None else best
 
     def step(self, features_BC: Tensor, labels_B: Tensor, images: int) -> Tensor:
         """Update every classifier by the mean over the `images` of all processes, of which this one has B, perhaps none.
@@ -157,18 +160,29 @@ class Probe:
                 row |= {"best_acc1": score.top1, "best_acc5": score.top5, "best_epoch": epoch}
 
     def state(self, epoch: int) -> dict[str, Any]:
-        """What `checkpoint.pth.tar` holds: the published keys for the best classifier, and all where there are several."""
+        """What `checkpoint.pth.tar` holds: the published keys for the best classifier, and all where there are several.
+
+        Classifiers that have diverged are left out, and stay so when the run goes on.
+
+        Raises:
+            FloatingPointError: all of them have.
+        """
         weights = [classifier.state_dict() for classifier in self.classifiers.each]
+        finite = [row for row, state in enumerate(weights) if not any(checkpoint.nonfinite(state))]
+        if not finite:
+            raise FloatingPointError("no classifier has finite weights any more, nothing is saved; lower --lr")
+        kept = self.best if self.best in finite else max(finite, key=self._accuracy)
         state = {
             "epoch": epoch + 1,
-            "state_dict": checkpoint.prefixed(weights[self.best]),
+            "state_dict": checkpoint.prefixed(weights[kept]),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "best_acc": self.table[self.best]["best_acc1"] or 0.0,
+            "best_acc": self.table[kept]["best_acc1"] or 0.0,
             "table": self.table,
         }
         if len(weights) > 1:
-            state["classifiers"] = {setting.name: w for setting, w in zip(self.settings, weights)}
+            state["classifiers"] = {self.settings[row].name: weights[row] for row in finite}
+            state["diverged"] = [setting.name for row, setting in enumerate(self.settings) if row not in finite]
         return state
 
     def load_state(self, content: dict[str, Any], source: str) -> None:
@@ -191,6 +205,9 @@ class Probe:
         several = content.get("classifiers", {})
         try:
             for setting, classifier in zip(self.settings, self.classifiers.each):
+                if setting.name in content.get("diverged", ()):
+                    classifier.load_state_dict({k: w * math.nan for k, w in classifier.state_dict().items()})
+                    continue
                 weights = several[setting.name] if len(self.settings) > 1 else content["state_dict"]
                 classifier.load_state_dict({name.removeprefix(checkpoint.PREFIX): w for name, w in weights.items()})
             self.optimizer.load_state_dict(content["optimizer"])
@@ -222,7 +239,7 @@ def train_epoch(
             losses = probe.step(features_BC, labels_B, source.images_of(step))
             losses_S = losses_S + losses
             meter.update({"loss": losses[probe.best]})
-            show(epoch * source.steps + step, lr=probe.lrs[probe.best])
+            show(lr=probe.lrs[probe.best])
     meter.stop()
     means = (utils.all_reduce_sum(losses_S) / (source.steps * utils.get_world_size())).tolist()
     diverged = [setting for setting, mean in zip(probe.settings, means) if not math.isfinite(mean)]

@@ -1,6 +1,7 @@
 """What a run tells: meters of an epoch, a progress bar or plain lines, `log.txt` and TensorBoard.
 
-`log.txt` has one JSON object a line with the published keys (train_loss, train_lr, train_wd, epoch) and more.
+`log.txt` has one JSON object a line with the published keys (train_loss, train_lr, train_wd, epoch) and more. Epochs count from 0,
+in every file and on the terminal, as in DINO.
 Only the main process shows and writes; the others keep quiet.
 
 Origin: this project's own.
@@ -152,7 +153,8 @@ class RunLog:
         log_freq: steps between two lines (or TensorBoard points).
         mean, std: the images' normalisation, undone in the picture of the crops.
         device: whose memory is reported.
-        first_step: the one that the run begins or goes on with; TensorBoard hides what the folder holds of it and later ones.
+        images: of an epoch. The steps of TensorBoard's `step/` curves are images seen, which go on where the batch size changes.
+        seen: images that the run has seen already; TensorBoard hides what the folder holds of later ones.
     """
 
     def __init__(
@@ -163,18 +165,20 @@ class RunLog:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
-        first_step: int = 0,
+        images: int,
+        seen: int = 0,
     ) -> None:
         self.output_dir = output_dir
         self.epochs = epochs
         self.log_freq = log_freq
         self.mean, self.std = mean, std
         self.device = device
+        self.images = images
         self._rates: dict[str, float] = {}
         self.writer: SummaryWriter | None = None
         if is_main_process():
             threading.excepthook = _pass_over_disks
-            self.writer = SummaryWriter(str(output_dir), purge_step=first_step)
+            self.writer = SummaryWriter(str(output_dir), purge_step=seen + 1)
         self._failed = False  # some time; then it has been told
         self._writer_failed = False  # since the last epoch; then it is of no more use
         self._unwritten: list[str] = []  # lines of log.txt
@@ -239,10 +243,10 @@ class RunLog:
     def epoch(self, meter: EpochMeter) -> Iterator[Callable[..., None]]:
         """Give the function that shows a step: a progress bar on a terminal, a line every `log_freq` steps elsewhere."""
         terminal = is_main_process() and sys.stderr.isatty()
-        label = f"epoch {meter.epoch + 1}/{self.epochs}"
+        label = f"epoch {meter.epoch}/{self.epochs}"
         with tqdm(total=meter.steps, initial=meter.done, desc=label, disable=not terminal, leave=False) as bar:
 
-            def show(iteration: int, lr: float, wd: float | None = None) -> None:
+            def show(lr: float, wd: float | None = None) -> None:
                 bar.update()
                 if not self.due(meter):
                     return
@@ -254,9 +258,10 @@ class RunLog:
                 points = meter.latest | rates
                 points |= {"images_per_s": meter.images_per_second, "waiting_share": meter.waiting_share}
                 if self.writer is not None:
+                    seen = meter.epoch * self.images + min(meter.done * meter.images_per_step, self.images)
                     with self._drawing() as writer:
                         for name, value in points.items():
-                            writer.add_scalar(f"step/{name}", value, iteration)
+                            writer.add_scalar(f"step/{name}", value, seen)
                 self._rates = {f"train_{name}": value for name, value in rates.items()}
 
             yield show
@@ -298,10 +303,9 @@ class RunLog:
                     writer.add_scalar(name, value, meter.epoch)
             writer.flush()
         logger.info(
-            "epoch %d/%d done (epoch %d of log.txt, from 0): %s",
-            meter.epoch + 1,
-            self.epochs,
+            "epoch %d/%d done: %s",
             meter.epoch,
+            self.epochs,
             json.dumps(record),
         )
 

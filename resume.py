@@ -12,7 +12,6 @@ Origin: this project's own.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
@@ -107,8 +106,8 @@ class EndRequest:
         if not wished:
             return
         end_saved(self.failure, self.path)
-        done = f"{utils.counted(steps, 'step')} into epoch {epoch + 1}, which is not saved"
-        where = done if steps else f"before epoch {epoch + 1}"
+        done = f"{utils.counted(steps, 'step')} into epoch {epoch}, which is not saved"
+        where = done if steps else f"before epoch {epoch}"
         raise Stopped(f"stopped by a signal {where}; the same command {_goes_on(self.path)}")
 
 
@@ -163,7 +162,7 @@ class Saver(EndRequest):
             logger.warning(
                 "stopped %s into epoch %d and saved in %s; the same command continues the run",
                 utils.counted(place.steps, "step"),
-                place.epoch + 1,
+                place.epoch,
                 self.output_dir,
             )
 
@@ -175,11 +174,15 @@ def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args:
 
     Returns:
         why `checkpoint.pth` could not be written, see `write`.
+
+    Raises:
+        FloatingPointError: see `checkpoint.check_finite`.
     """
     rng_of_rank = utils.all_gather_objects(utils.get_rng_state())
     method = step.method
     owners = (method.student, method.teacher, step.optimizer)
     student, teacher, optimizer = (sharding.whole_state(owner) for owner in owners)
+    checkpoint.check_finite(student=student, teacher=teacher, **{method.criterion_key: method.criterion.state_dict()})
     if not utils.is_main_process():
         return ""
     state = {
@@ -334,7 +337,6 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
     damaged: list[Path] = []
     for candidate in saved(path):
         try:
-            checkpoint.check_whole(candidate)
             content = checkpoint.load_file(candidate)
         except checkpoint.DamagedError as error:
             logger.warning("%s", error)
@@ -406,7 +408,7 @@ def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
             *(utils.counted(len(rng_of_rank), "process", "processes"), utils.get_world_size()),
         )
     if content["epoch"] < args.epochs:
-        logger.info("resuming %s at epoch %d", path, content["epoch"] + 1)
+        logger.info("resuming %s at epoch %d", path, content["epoch"])
     return int(content["epoch"])
 
 
@@ -451,6 +453,6 @@ def tidy(output_dir: Path, place: Place) -> None:
 def _is_repeated(line: str, epoch: int) -> bool:
     """Whether a line is about `epoch` or a later one, or was never written to its end."""
     try:
-        return bool(json.loads(line)["epoch"] >= epoch)
+        return bool(files.parse_json(line)["epoch"] >= epoch)
     except (ValueError, LookupError, TypeError):
         return not line.endswith("\n")

@@ -48,6 +48,7 @@ from analysis.images import (
 from data.augment import MultiCrop
 from features import add_token_flag, frozen_backbone, network_config
 from models import Backbone
+from ranges import ABOVE_ZERO, BATCH, COUNT, MANY, PIXELS, SEED, WORKERS, integer, number
 from results import save_json, unused
 from utils import UsageError, logger
 
@@ -76,20 +77,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--learning", default="ssl", choices=list(LEARNING), help="how the network was trained, as file names tell it")
     add("--image_path", default=None, help="image, or folder of images of which some are taken; default: --data_path")
     add("--image_path2", default=None, help="second image for --vis_correspondence; default: two views of the first")
-    add("--num_images", type=int, default=4, help="how many images of a folder are looked at")
-    add("--image_size", type=int, default=None, help="shorter side in pixels; default: that of MODEL.IMAGE_SIZE")
-    add("--query", type=float, nargs=2, metavar=("X", "Y"), default=None,
+    add("--num_images", type=COUNT, default=4, help="how many images of a folder are looked at")
+    add("--image_size", type=PIXELS, default=None, help="shorter side in pixels; default: that of MODEL.IMAGE_SIZE")
+    add("--query", type=number(0, MANY), nargs=2, metavar=("X", "Y"), default=None,
         help="pixel of the image whose region looks; default: the class token where there is one, else the centre")  # fmt: skip
-    add("--block", type=int, default=-1, help="block to look at, counted from the first (0) or from the last (-1)")
-    add("--threshold", type=float, default=0.6, help="share of the attention that masks keep")
+    add(
+        "--block",
+        type=integer(-1000, 1000),
+        default=-1,
+        help="block to look at, counted from the first (0) or from the last (-1)",
+    )
+    add("--threshold", type=ABOVE_ZERO, default=0.6, help="share of the attention that masks keep")
     flags.add_switch(
         parser, "--use_saved_aug", "take the views that an earlier --vis_correspondence saved in --output_dir"
     )
     add("--output_dir", default=".", help="folder for pictures and figures")
     add("--run_dir", default=None, help="folder of the training run for --report; default: --output_dir")
-    add("--seed", type=int, default=8, help="of views, and of random weights")
-    add("--batch_size_per_gpu", type=int, default=32, help="images per process")
-    add("--num_workers", type=int, default=10, help="loader processes, at most one a core")
+    add("--seed", type=SEED, default=8, help="of views, and of random weights")
+    add("--batch_size_per_gpu", type=BATCH, default=32, help="images per process")
+    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder of images for what is measured over many")
     flags.add_layout_flags(parser)
     flags.add_launch_flags(parser)
@@ -450,14 +456,10 @@ def check_args(args: argparse.Namespace) -> None:
     if not any(getattr(args, task) for task in tasks):
         raise UsageError(f"nothing to do; pass at least one of {' '.join('--' + task for task in tasks)}")
     flags.check_weights(args)
-    if not 0 < args.threshold <= 1:
-        raise UsageError(f"--threshold {args.threshold} is a share of the attention and must lie in 0..1, above 0")
     if args.use_saved_aug and args.image_path2:
         raise UsageError("--use_saved_aug takes views of one image, --image_path2 a second one; leave one of them out")
     if args.query and args.token != "cls":
         raise UsageError(f"--query looks from a region, --token {args.token} from a class token; leave one of them out")
-    flags.check_at_least(args, 1, ["batch_size_per_gpu", "num_images"])
-    flags.check_at_least(args, 0, ["num_workers"])
     if args.run_dir and not Path(args.run_dir).is_dir():
         raise UsageError(f"--run_dir {args.run_dir} is no folder; name the folder of a training run")
     images = args.image_path or args.data_path

@@ -43,26 +43,39 @@ class Stopped(Exception):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that was foreseen becomes one line on stderr.
 
-    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error; 0 for `Stopped`.
+    Exit code 2 for a `UsageError` and for sizes that the memory does not hold, 1 for a training that diverged
+    (`FloatingPointError`) and for any other error; 0 for `Stopped`.
     """
     code = 0
     try:
         main()
     except Stopped as end:
         logger.warning("%s", end)
-    except (UsageError, FloatingPointError) as error:
-        rank = f" (process {get_rank()})" if get_rank() else ""
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
-    except Exception:
-        if not is_distributed():
+    except Exception as error:
+        foreseen = error if isinstance(error, UsageError | FloatingPointError) else lack_of_memory(error)
+        if foreseen is None and not is_distributed():
             raise
-        traceback.print_exc()
-        code = 1
+        if foreseen is None:
+            traceback.print_exc()
+        else:
+            rank = f" (process {get_rank()})" if get_rank() else ""
+            print(f"{Path(sys.argv[0]).name}: error{rank}: {foreseen}", file=sys.stderr)
+        code = 2 if isinstance(foreseen, UsageError) else 1
     if is_distributed():
         _leave_group(code)
     if code:
         sys.exit(code)
+
+
+def lack_of_memory(error: Exception) -> UsageError | None:
+    """An error of Python, numpy or torch in words, if it says that there is not enough memory."""
+    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    lacking = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+    )
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    remedy = "lower the batch size, the crops or the network's sizes, or use more processes"
+    return UsageError(f"not enough memory ({reason}); {remedy}") if lacking else None
 
 
 def _leave_group(code: int) -> NoReturn:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
 from analysis import draw, plots
-from results import newest, read_json
+from files import parse_json
+from results import newest, numbered, read_json
+from utils import logger
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
     "Loss": {"train_loss": "loss", "train_view_loss": "views", "train_region_loss": "regions"},
@@ -128,14 +130,23 @@ def plot(figure: MatplotlibFigure, caption: str) -> Figure:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The epochs of a `log.txt`; lines that are not whole are left out, an epoch that comes again replaces the former."""
     epochs: dict[Any, dict[str, Any]] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    for line in _read_text(path).splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
         if isinstance(record, dict) and isinstance(record.get("epoch"), int):
             epochs[record["epoch"]] = record
     return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file; empty, and told, where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        logger.warning("the report goes without %s, which cannot be read (%s)", path, error.strerror)
+        return ""
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> list[Figure]:
@@ -160,37 +171,46 @@ def _course(values: Sequence[float]) -> str:
 
 
 def crops(run_dir: Path) -> list[Figure]:
-    """The picture of views that a training run leaves behind, if it did."""
+    """The picture of views that a training run leaves behind, if it did; one that cannot be read is told and left out."""
     path = run_dir / "crops.png"
     if not path.is_file():
         return []
-    with Image.open(path) as image:
-        return [Figure(path.read_bytes(), "image/png", image.size, "augmented views, as training makes them")]
+    try:
+        with Image.open(path) as image:
+            return [Figure(path.read_bytes(), "image/png", image.size, "augmented views, as training makes them")]
+    except Exception as error:  # of any kind, from damaged bytes
+        logger.warning("the report goes without %s, which cannot be read (%s)", path, error)
+        return []
+
+
+def starts(run_dir: Path) -> list[dict[str, Any]]:
+    """What `run.json`, and `run_2.json` and so on of a continued run, tell of each start."""
+    return [record for path in numbered(run_dir / "run.json") if isinstance(record := read_json(path), dict)]
 
 
 def run_facts(run_dir: Path) -> dict[str, str]:
-    """What `run.json` tells of how a run was made."""
-    record = read_json(run_dir / "run.json")
-    if not isinstance(record, dict):
-        return {}
-    packages = record.get("packages")
-    facts = {
-        "started": record.get("started"),
-        "revision": record.get("git"),
-        "seed": record.get("seed"),
-        "processes": record.get("world_size"),
-        "PyTorch": packages.get("torch") if isinstance(packages, dict) else None,
-    }
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    """How a run was made; of a continued one all values that its starts had, in their order."""
+    facts: dict[str, list[str]] = {}
+    for record in starts(run_dir):
+        packages = record.get("packages")
+        told = {
+            "started": record.get("started"),
+            "revision": record.get("git"),
+            "seed": record.get("seed"),
+            "processes": record.get("world_size"),
+            "PyTorch": packages.get("torch") if isinstance(packages, dict) else None,
+        }
+        for name, value in told.items():
+            if value is not None and str(value) not in facts.setdefault(name, []):
+                facts[name].append(str(value))
+    return {name: ", then ".join(values) for name, values in facts.items() if values}
 
 
-def command(run_dir: Path) -> str:
-    """The command of a run, from `run.json`, each flag on a line of its own; empty where it is not told."""
-    record = read_json(run_dir / "run.json")
-    words = record.get("command") if isinstance(record, dict) else None
-    if not isinstance(words, list):
-        return ""
-    return shlex.join(["python", *map(str, words)]).replace(" --", " \\\n    --")
+def commands(run_dir: Path) -> list[str]:
+    """The commands of a run's starts, those that differ from the one before, each flag on a line of its own."""
+    words = [record["command"] for record in starts(run_dir) if isinstance(record.get("command"), list)]
+    lines = [shlex.join(["python", *map(str, each)]).replace(" --", " \\\n    --") for each in words]
+    return [line for line, _ in groupby(lines)]
 
 
 def scores(run_dir: Path, output_dir: Path) -> Iterator[tuple[str, Any]]:
@@ -318,8 +338,9 @@ def build_report(
     parts = [f"<h1>{html.escape(title)}</h1>", f'<table class="facts"><tbody>{rows}</tbody></table>']
     if drawn := curves(read_log(run_dir / "log.txt")):
         parts.append(_section("Training", _figures(drawn)))
-    if told := command(run_dir):
-        parts.append(f"<details><summary>command of the run</summary><pre>{html.escape(told)}</pre></details>")
+    if told := commands(run_dir):
+        summary = "command of the run" if len(told) == 1 else "commands of the run, in the order of its starts"
+        parts.append(f"<details><summary>{summary}</summary><pre>{html.escape('\n\n'.join(told))}</pre></details>")
     for heading, record in scores(run_dir, output_dir):
         parts.append(_section(heading, table(record)))
     for heading, words, figures in sections:

@@ -27,9 +27,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ranges import COUNT, integer
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import flags
 import utils
 from data.augment import dino_views
 from data.crops import split_views
@@ -50,9 +51,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks/augment.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--images", type=int, default=None, help="photographs of a round; default: all")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs")
+    parser.add_argument("--rounds", type=COUNT, default=7)
+    parser.add_argument("--images", type=COUNT, default=None, help="photographs of a round; default: all")
+    parser.add_argument("--quality", type=integer(1, 100), default=95, help="of the JPEGs")
     return parser
 
 
@@ -99,7 +100,6 @@ def measure(jpegs: list[bytes], rounds: int) -> dict[str, list[Seconds]]:
 
 def main(args: argparse.Namespace) -> None:
     """Measure and print milliseconds an image and ratios."""
-    flags.check_at_least(args, 1, ("rounds", "quality"))
     torch.set_num_threads(1)
     utils.seed_everything(0)
     jpegs = make_jpegs(args.quality, args.images)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ranges import COUNT
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
@@ -33,8 +35,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Sizes."""
     parser = argparse.ArgumentParser("benchmarks/health.py", description=__doc__)
     add_sizes(parser, batch=4)
-    parser.add_argument("--log_freq", type=int, default=10, help="steps of an interval")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--log_freq", type=COUNT, default=10, help="steps of an interval")
+    parser.add_argument("--repeats", type=COUNT, default=3)
     return parser
 
 

@@ -29,6 +29,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ranges import COUNT
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
@@ -51,12 +53,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--keys", type=int, default=200_000)
-    parser.add_argument("--queries", type=int, default=5_000)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--classes", type=int, default=1_000)
-    parser.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keys", type=COUNT, default=200_000)
+    parser.add_argument("--queries", type=COUNT, default=5_000)
+    parser.add_argument("--width", type=COUNT, default=384)
+    parser.add_argument("--classes", type=COUNT, default=1_000)
+    parser.add_argument("--nb_knn", type=COUNT, nargs="+", default=[10, 20, 100, 200])
+    parser.add_argument("--threads", type=COUNT, default=1)
     parser.add_argument("--side", choices=("both", "data", *SIDES), default="both")
     parser.add_argument("--folder", default=None, help="where the features lie; default: a temporary one")
     return parser

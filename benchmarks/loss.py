@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ranges import COUNT
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
@@ -56,11 +58,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         "benchmarks/loss.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--batch", type=int, default=32)
-    add("--out_dim", type=int, default=65536, help="prototypes K; the growth is measured from a quarter of it")
+    add("--batch", type=COUNT, default=32)
+    add("--out_dim", type=COUNT, default=65536, help="prototypes K; the growth is measured from a quarter of it")
     add("--dtypes", nargs="+", choices=tuple(PRECISIONS), default=list(PRECISIONS))
-    add("--repeats", type=int, default=2, help="the best time of so many counts")
-    add("--threads", type=int, default=1)
+    add("--repeats", type=COUNT, default=2, help="the best time of so many counts")
+    add("--threads", type=COUNT, default=1)
     add("--skip_plain", action="store_true", help="only the chunked side")
     add("--side", choices=("both", *SIDES), default="both")
     return parser

@@ -24,6 +24,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ranges import COUNT
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import Tensor, nn
@@ -109,7 +111,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_sizes(parser, batch=32)
     parser.add_argument("--arch", default="swin_large")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="numbers of GPUs")
+    parser.add_argument("--worlds", type=COUNT, nargs="+", default=[1, 2, 4, 8, 16, 32], help="numbers of GPUs")
     return parser
 
 

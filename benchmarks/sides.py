@@ -15,6 +15,8 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+from ranges import COUNT, integer
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine
@@ -32,9 +34,9 @@ CPU = torch.device("cpu")
 
 def add_sizes(parser: argparse.ArgumentParser, batch: int) -> None:
     """Add the flags of a step's size."""
-    parser.add_argument("--batch", type=int, default=batch, help="images")
-    parser.add_argument("--out_dim", type=int, default=65536, help="prototypes K")
-    parser.add_argument("--local_crops", type=int, default=8, help="crops of 96 pixels beside two of 224")
+    parser.add_argument("--batch", type=COUNT, default=batch, help="images")
+    parser.add_argument("--out_dim", type=COUNT, default=65536, help="prototypes K")
+    parser.add_argument("--local_crops", type=integer(0, 1000), default=8, help="crops of 96 pixels beside two of 224")
 
 
 def make_crops(batch: int, local_crops: int) -> list[Tensor]:

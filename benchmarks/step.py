@@ -30,6 +30,8 @@ from pathlib import Path
 
 import torch
 
+from ranges import COUNT
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
@@ -52,9 +54,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_sizes(parser, batch=4)
     add = parser.add_argument
     add("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    add("--rounds", type=int, default=2, help="processes a side")
-    add("--steps", type=int, default=1, help="measured steps a process")
-    add("--threads", type=int, default=1)
+    add("--rounds", type=COUNT, default=2, help="processes a side")
+    add("--steps", type=COUNT, default=1, help="measured steps a process")
+    add("--threads", type=COUNT, default=1)
     add("--compile", action="store_true", help="also the lean step with --compile")
     add("--scaling", action="store_true", help="also a table of the lean step's time over batch, K and local crops")
     add("--side", choices=("all", *SIDES, COMPILED), default="all")

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ranges import integer
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
@@ -141,7 +143,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add_sizes(parser, batch=1)
     parser.set_defaults(out_dim=1024)
-    parser.add_argument("--top", type=int, default=0, help="also list so many of the most frequent operations")
+    parser.add_argument("--top", type=integer(0), default=0, help="also list so many of the most frequent operations")
     return parser
 
 

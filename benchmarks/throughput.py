@@ -26,6 +26,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ranges import COUNT
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
@@ -90,11 +92,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW")
-    add("--batch", type=int, nargs="+", default=[4])
+    add("--batch", type=COUNT, nargs="+", default=[4])
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=COUNT, default=3)
     add("--backward", action="store_true", help="training: forward and backward")
-    add("--threads", type=int, default=1)
+    add("--threads", type=COUNT, default=1)
     add("--device", default="cpu")
     return parser
 

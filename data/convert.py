@@ -42,6 +42,7 @@ from data.tars import SIZES
 from data.tree import EXTENSIONS
 from data.tsv import TsvLines, label_names
 from data.zips import ZipMembers
+from ranges import COUNT
 from utils import UsageError, counted, logger
 
 SPLITS = ("train", "val")
@@ -227,7 +228,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
     parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
     parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"), help="layout of DEST")
-    parser.add_argument("--shard_images", type=int, default=5000, help="images of a shard")
+    parser.add_argument("--shard_images", type=COUNT, default=5000, help="images of a shard")
     flags.add_layout_flags(parser)
     return parser
 
@@ -235,7 +236,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Convert all splits of the source."""
     utils.setup_logging()
-    flags.check_at_least(args, 1, ("shard_images",))
     layout = layout_of(args)
     listings = {split: list_split(args.data_path, layout, split) for split in find_splits(args.data_path, layout)}
     numbers, names = number_classes(list(listings.values()))

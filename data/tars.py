@@ -14,7 +14,8 @@ Origin: the conventions of WebDataset; the index is this project's own, on Pytho
 
 from __future__ import annotations
 
-import json
+import math
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ from data.once import arrays_once, cache_file, state_of
 from data.remote import is_remote
 from data.sources import UNLABELLED, Listing, Names, OwnFile, Source, parse_label
 from data.tree import EXTENSIONS
+from files import parse_json
+from ranges import integer
 from utils import UsageError, counted, is_main_process
 
 SUFFIXES = tuple(name.lstrip(".") for name in EXTENSIONS)
@@ -38,6 +41,8 @@ LARGEST = 2**32 - 1  # bytes of an image, as `MEMBER` holds it
 LABEL_BYTES = 64  # of a label's member, at most
 SIZES = "sizes.json"  # beside shards: the number of images in each, by its name
 MEMBER = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
+IMAGES = integer(0, 10**8)  # of a shard
+MOST_SHARDS = 10**6
 KEPT_FROM = 2**28  # bytes of all shards; smaller ones are looked through each time
 LINK = "it is a link, and a shard must hold each image itself; make it with tar --dereference --hard-dereference"
 
@@ -141,6 +146,10 @@ def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
         UsageError: none, or one that is missing.
     """
     if is_remote(path) or "{" in path:
+        if (named := names_in(path)) > MOST_SHARDS:
+            raise UsageError(
+                f"--data_path {path} names {named:.3g} shards; correct the pattern, {MOST_SHARDS} are the most"
+            )
         try:
             shards = list(braceexpand.braceexpand(path))
         except ValueError as error:
@@ -166,6 +175,19 @@ def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
     if not tars:
         raise UsageError(f"{root} holds no tar files of '{split}'; name them {split}-000000.tar, or pass a pattern")
     return [str(tar) for tar in chosen or tars]
+
+
+def names_in(pattern: str) -> float:
+    """At most how many names a pattern of braces stands for, as a number that may be infinite: nothing is written out."""
+    named = 1.0
+    for group in re.findall(r"\{([^{}]*)\}", pattern):
+        bounds = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", group)
+        if bounds:
+            first, last, step = (float(number or 1) for number in bounds.groups())
+            named *= abs(last - first) // (step or 1) + 1 if math.isfinite(last - first) else math.inf
+        else:
+            named *= group.count(",") + 1
+    return named
 
 
 def holds_shards(path: str) -> bool:
@@ -275,9 +297,9 @@ def parse_sizes(content: bytes) -> dict[str, int]:
     Raises:
         ValueError: it is something else.
     """
-    sizes = json.loads(content)
-    if not isinstance(sizes, dict) or not all(type(count) is int and count >= 0 for count in sizes.values()):
-        raise ValueError("it does not give a number of images for each tar")
+    sizes = parse_json(content)
+    if not isinstance(sizes, dict) or not all(type(count) is int and count in IMAGES for count in sizes.values()):
+        raise ValueError(f"it does not give {IMAGES} for each tar")
     return sizes
 
 

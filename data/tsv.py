@@ -15,7 +15,6 @@ Origin: the layout of microsoft/esvit (and of Microsoft's scene graph benchmark)
 from __future__ import annotations
 
 import base64
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from data.once import arrays_once, cache_file, make_once, state_of
 from data.sources import UNLABELLED, Listing, Names, OwnFile, Source
+from files import parse_json
 from utils import UsageError, is_main_process, logger
 
 LABELMAP = "labelmap_22k_reorder.txt"
@@ -248,7 +248,7 @@ def label_names(text: str) -> list[str]:
     if not text.startswith(("[", "{", '"')):
         return [text] if text else []
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError:
         return [text]
     entries = content if isinstance(content, list) else [content]

@@ -265,8 +265,6 @@ class CvT(Backbone):
         for dim, num_heads in zip(spec.DIM_EMBED, spec.NUM_HEADS):
             if dim % num_heads:
                 raise UsageError(f"MODEL.SPEC.NUM_HEADS {num_heads} must divide the {dim} channels of its stage")
-        if min(spec.PATCH_PADDING) < 0:
-            raise UsageError(f"MODEL.SPEC.PATCH_PADDING {spec.PATCH_PADDING} must be 0 or more")
         if spec.RES_STEM and spec.PATCH_STRIDE[0] != RES_STEM_STRIDE:
             raise UsageError(
                 f"MODEL.SPEC.RES_STEM True has stride {RES_STEM_STRIDE}; set the first of PATCH_STRIDE {spec.PATCH_STRIDE} to it"

@@ -27,7 +27,7 @@ from models.mlp import Mlp
 from models.registry import register
 from models.resize import resize_grid
 from models.vil_arch import StageSpec, parse_arch
-from models.vil_attention import OFFSETS, BiasedAttention, ChunkAttention, FullAttention, random_parameter
+from models.vil_attention import BiasedAttention, ChunkAttention, FullAttention, random_parameter
 from models.windows import Cut
 from utils import UsageError
 
@@ -269,17 +269,10 @@ def _check(spec: CfgNode) -> None:
         "ATTN_TYPE": ("longformerhand", "longformerauto", "full"),
         "SHARE_KV": (True,),
         "ONLY_GLOBAL": (False,),
-        "SW_EXACT": (-1, 0, 1),
     }
     for name, values in allowed.items():
         if msvit[name] not in values:
             raise UsageError(f"{key}.{name} {msvit[name]} is not supported; use {' or '.join(map(str, values))}")
-    if not -1 <= msvit.MODE < len(OFFSETS):
-        raise UsageError(f"{key}.MODE {msvit.MODE} is not supported; use -1 to {len(OFFSETS) - 1}")
-    if not 0 <= msvit.VIL_MODE_SWITCH <= 1:
-        raise UsageError(f"{key}.VIL_MODE_SWITCH is a share of the epochs in 0..1, not {msvit.VIL_MODE_SWITCH}")
-    if msvit.LN_EPS <= 0:
-        raise UsageError(f"{key}.LN_EPS must be above 0, not {msvit.LN_EPS}")
 
 
 @register(

@@ -21,10 +21,19 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from ranges import integer
 from utils import UsageError
 
 REQUIRED = "hdn"
 DEFAULTS = {"s": 1, "g": 1, "p": 2, "f": 7, "a": 1, "r": 0}
+RANGES = {
+    "h": integer(1, 1024),
+    "d": integer(1, 65_536),
+    "n": integer(1, 1000),
+    "g": integer(0, 1024),
+    "p": integer(1, 1024),
+    "f": integer(1, 1024),
+}
 CHOICES = {"s": (0, 1), "a": (0, 1), "r": (0, 1)}
 
 
@@ -58,7 +67,7 @@ def _parse_stage(part: str, number: int) -> StageSpec:
     where = f"stage {number} ('{part}') of MODEL.SPEC.MSVIT.ARCH"
     given: dict[str, int] = {}
     for entry in part.split(","):
-        match = re.fullmatch(r"([a-z])(\d+)", entry.strip())
+        match = re.fullmatch(r"([a-z])(\d{1,20})", entry.strip())
         if match is None or match[1] not in {"l", *REQUIRED, *DEFAULTS}:
             letters = ", ".join(["l", *REQUIRED, *DEFAULTS])
             raise UsageError(f"{where} has '{entry}'; entries are one of the letters {letters} with a number, as in h3")
@@ -74,8 +83,8 @@ def _parse_stage(part: str, number: int) -> StageSpec:
     for letter, value in values.items():
         if letter in CHOICES and value not in CHOICES[letter]:
             raise UsageError(f"{where} has {letter}{value}, only {letter}0 and {letter}1 are supported")
-        if letter in "hdnpf" and value < 1:
-            raise UsageError(f"{where} has {letter}{value}, the letter {letter} takes 1 or more")
+        if letter in RANGES and value not in RANGES[letter]:
+            raise UsageError(f"{where} has {letter}{value}, the letter {letter} takes {RANGES[letter]}")
     if values["d"] % values["h"]:
         raise UsageError(f"{where} has h{values['h']} heads that do not divide its d{values['d']} channels")
     if values["a"] and values["d"] % 2:

@@ -9,12 +9,12 @@ import pytest
 from conftest import ROOT, python_files
 
 SOURCES = [path.relative_to(ROOT) for path in python_files()]
-CODE = [path for path in SOURCES if path.parts[0] not in {"tests", "benchmarks"}]
+CODE = [path for path in SOURCES if path.parts[0] not in {"tests", "benchmarks", "tools"}]
 LINES, LINES_OF_FUNCTION = 550, 90  # about 500 and 80 are wanted; parsers apart
 # Modules by floor, the lowest first: each imports its own floor and those below. A folder stands for all its modules.
 FLOORS = (
     {"utils", "outputs", "products"},
-    {"config", "flags", "files"},
+    {"ranges", "config", "flags", "files"},
     {"results", "chunked_loss", "matching", "health"},
     {"data", "models", "losses", "progress"},
     {"sharding", "layouts", "lars"},

@@ -1,0 +1,83 @@
+"""Ranges of numbers: what a flag of a command line and a key of a config may be, and the sentence for what lies outside.
+
+    parser.add_argument("--lr", type=number(0, 1000), default=0.0005)      # finite, and checked when it is parsed
+
+Upper bounds are far above anything useful: they refuse what no machine has, or what overflows float32, before anything is built.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+MANY = 10**9
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers of a kind between two bounds; as the `type` of a flag it parses the flag's text.
+
+    Args:
+        kind: int or float.
+        low, high: bounds, which belong to the range unless `above_low` or `below_high` says that they do not.
+    """
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+    above_low: bool = False
+    below_high: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        within = self.low <= value <= self.high  # false for nan
+        return within and not (self.above_low and value == self.low) and not (self.below_high and value == self.high)
+
+    def __str__(self) -> str:
+        noun = "a whole number" if self.kind is int else "a number"
+        if not (self.above_low or self.below_high):
+            return f"{noun} from {self.low:,} to {self.high:,}".replace(",", "_")
+        low = f"{'above' if self.above_low else 'at least'} {self.low}"
+        return f"{noun} {low} and {'below' if self.below_high else 'at most'} {self.high}"
+
+    def __call__(self, text: str) -> int | float:
+        """Parse the text of a flag.
+
+        Raises:
+            argparse.ArgumentTypeError: no number of the range.
+        """
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = float("nan")
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"'{text[:50]}' is not {self}")
+        return value
+
+
+def integer(low: int, high: int = MANY) -> Range:
+    """Whole numbers from `low` to `high`."""
+    return Range(int, low, high)
+
+
+def number(low: float, high: float, *, above_low: bool = False, below_high: bool = False) -> Range:
+    """Numbers between bounds, which belong to them unless it is said that they do not."""
+    return Range(float, low, high, above_low, below_high)
+
+
+SHARE = number(0, 1)  # probabilities, momenta
+ABOVE_ZERO = number(0, 1, above_low=True)
+BELOW_ONE = number(0, 1, below_high=True)
+FACTOR = number(0, 1000)  # rates, decays, alphas, weights
+TEMPERATURE = number(1e-4, 100)  # below, a cosine over it leaves what float16 holds
+CROP_RATIO = number(0.1, 1)
+COUNT = integer(1)
+SEED = integer(0, 2**63 - 1)
+PIXELS = integer(1, 16_384)
+BATCH = integer(1, 65_536)
+BLOCKS = integer(1, 1000)
+EPOCHS = integer(1, 100_000)
+WARMUP = integer(0, 100_000)  # epochs of a part of the training
+WORKERS = integer(0, 1024)
