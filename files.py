@@ -36,7 +36,7 @@ _held: dict[Path, SoftFileLease] = {}  # this process's locks, by their folders
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name of its own beside `path` to write to; after the block it is on the disk and moved to `path`, or removed if that failed.
+    """A name of its own beside `path` to write to; after the block it is on the disk and moved to `path`, else removed.
 
     Raises:
         UsageError: another run has taken over the folder from this one, see `sole_run`.
@@ -92,17 +92,34 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, be it a link to nothing.
+
+    Raises:
+        OSError: the disk does not tell.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+class DiskError(UsageError):
+    """A folder or file that the disk refuses to write or read."""
+
+
 @contextlib.contextmanager
 def usable(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
     """A block that reads and writes files of a folder, which `flag` names.
 
     Raises:
-        UsageError: the disk refuses: it is full, read-only, damaged or no longer mounted, or there is no permission.
+        DiskError: the disk refuses: it is full, read-only, damaged or no longer mounted, or there is no permission.
     """
     try:
         yield
     except OSError as error:
-        raise UsageError(
+        raise DiskError(
             f"{flag} {folder} cannot be used ({error.strerror or error}); see that its disk is there, writable and not full, "
             "or choose another"
         ) from error

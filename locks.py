@@ -77,7 +77,11 @@ def runs_here(lock: SoftFileLease) -> bool:
 def name_of_owner(lock: SoftFileLease) -> str:
     """The owner of a lock in words."""
     owner = lock.owner
-    return "a process without a name yet" if owner is None else f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
+    return (
+        "a process without a name yet"
+        if owner is None
+        else f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
+    )
 
 
 def hold_on(lock: SoftFileLease) -> bool:

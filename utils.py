@@ -14,6 +14,7 @@ import datetime
 import logging
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -26,8 +27,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import peers
+
 logger = logging.getLogger("esvit")
 
+INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
@@ -36,33 +40,77 @@ class UsageError(ValueError):
     """A mistake of the person who started the program, told in one sentence that names the remedy."""
 
 
-class Stopped(Exception):
-    """The end that somebody asked a run for, on all processes at once, told in one sentence; no error."""
+class Stopped(BaseException):
+    """The end that somebody asked a run for, told in one sentence; no error, and nothing that an `except Exception` should see.
+
+    `code` is the exit code: 0 where nothing is lost and it was a scheduler who asked.
+    """
+
+    def __init__(self, sentence: str = "", code: int = 0) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that was foreseen becomes one line on stderr.
 
-    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error; 0 for `Stopped`.
+    Exit code 2 for a `UsageError`, 1 for a training that diverged (`FloatingPointError`) and for any other error, 130 for a Ctrl-C
+    that nothing else takes, and that of `Stopped`.
     """
     code = 0
     try:
-        main()
-    except Stopped as end:
-        logger.warning("%s", end)
-    except (UsageError, FloatingPointError) as error:
-        rank = f" (process {get_rank()})" if get_rank() else ""
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
-    except Exception:
-        if not is_distributed():
-            raise
-        traceback.print_exc()
-        code = 1
+        code = _code_of(main)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second ends the process at once
+        _say("interrupted; nothing that was not told to be written is kept")
+        code = INTERRUPTED
     if is_distributed():
         _leave_group(code)
     if code:
         sys.exit(code)
+
+
+def _code_of(main: Callable[[], None]) -> int:
+    """The exit code after `main`, which has told why where it is not 0."""
+    try:
+        main()
+    except Stopped as end:
+        _say(str(end))
+        return end.code
+    except (UsageError, FloatingPointError) as error:
+        rank = f" (process {get_rank()})" if get_rank() else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except Exception as error:
+        if not is_distributed():
+            raise
+        sentence = peers.explain(error)
+        if sentence is None:
+            traceback.print_exc()
+        elif sentence:
+            print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _say(sentence: str) -> None:
+    """The main process's last words."""
+    if sentence and place_of_process().rank == 0:
+        print(sentence, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def telling_interrupt(words: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C in the block ends the program in a sentence whose second half `words` gives.
+
+    Raises:
+        Stopped: so it was.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise Stopped(f"interrupted {words()}", INTERRUPTED) from None
 
 
 def _leave_group(code: int) -> NoReturn:
@@ -291,6 +339,7 @@ def init_processes(args: argparse.Namespace) -> torch.device:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 store = _unread_part(store, rank, world, timeout)
             dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout)
+            peers.introduce(store, rank, world, args.dist_timeout)
         except dist.DistError as error:
             env = os.environ
             where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if args.dist_url == "env://" else args.dist_url
