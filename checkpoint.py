@@ -75,9 +75,24 @@ class DamagedError(UsageError):
 
 
 def save_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
-    """Write `state` to `path`, whole or not at all."""
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)
+    """Write `state` to `path`, whole or not at all; see `write_file`."""
+    with whole_file(path) as temporary:
+        write_file(state, temporary)
+
+
+def write_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
+    """Write `state` to `path`.
+
+    Raises:
+        OSError: the disk refuses, also where torch's writer makes another error of it.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(" ".join(str(error).split())) from error
 
 
 def check_finite(**networks: Mapping[str, Tensor]) -> None:
@@ -142,6 +157,13 @@ def check_whole(path: str | Path) -> None:
     Raises:
         DamagedError: they differ, or the file cannot be read.
     """
+    if not path.is_file():  # before anything waits for a FIFO's other end
+        what = "a folder" if path.is_dir() else "no file" if path.exists() else "a link to nothing"
+        raise DamagedError(f"checkpoint '{path}' is {what}; put a copy there")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DamagedError(f"checkpoint '{path}' cannot be read ({error.strerror}); see to it") from None
     try:
         if not zipfile.is_zipfile(path):
             return

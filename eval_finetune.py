@@ -348,6 +348,11 @@ def main(args: argparse.Namespace) -> None:
     """Fine-tune as the arguments say."""
     device = utils.init_processes(args)
     utils.setup_logging()
+    with resume.training_run(Path(args.output_dir) / resume.CHECKPOINT):
+        _fine_tune(args, device)
+
+
+def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     precision = utils.resolve_precision(args.precision, device)
     with utils.failing_together():
         check_args(args)

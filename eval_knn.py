@@ -264,8 +264,17 @@ def main(args: argparse.Namespace) -> None:
         check_args(args)
         if args.output_dir:
             claim_folder(args.output_dir, EVALUATION)
-        if args.dump_features:
+    if not args.dump_features:
+        score_features(args, device)
+        return
+    with files.sole_run(args.dump_features, "features", "--dump_features"):
+        with utils.failing_together():
             check_dump_folder(args.dump_features)
+        score_features(args, device)
+
+
+def score_features(args: argparse.Namespace, device: torch.device) -> None:
+    """See `main`; a disk that refuses the features takes no scores away."""
     keep_on = device if args.use_cuda else torch.device("cpu")
     dtype = torch.float16 if args.half else torch.float32
     classes: Sequence[str] = ()
@@ -275,14 +284,21 @@ def main(args: argparse.Namespace) -> None:
             splits = {"network": load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)}
     else:
         splits, classes, about = extract_splits(args, device, keep_on, dtype)
+    dumping: UsageError | None = None
     if args.dump_features and utils.is_main_process():
-        dump_features(Path(args.dump_features), splits["network"])
+        try:
+            with files.usable(args.dump_features, "--dump_features"):
+                dump_features(Path(args.dump_features), splits["network"])
+        except UsageError as error:  # told when the scores are
+            dumping = error
     scores = {
         name: knn_scores(split, args.nb_knn, args.temperature, args.leave_one_out, args.backend)
         for name, split in splits.items()
     }
     if utils.is_main_process():
         report(scores, splits["network"], classes, about, args)
+    if dumping is not None:
+        raise dumping
 
 
 if __name__ == "__main__":

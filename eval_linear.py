@@ -40,6 +40,7 @@ import data
 import files
 import flags
 import resume
+import stopping
 import utils
 from data import augment
 from features import (
@@ -176,7 +177,7 @@ def feature_source(
         if utils.is_main_process():
             try:
                 checkpoint.save_file({"run": run, "features": [list(part) for part in cached]}, path)
-            except (OSError, RuntimeError) as error:
+            except OSError as error:
                 logger.warning("cannot keep the features in %s (%s): they are computed again at a resume", path, error)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
     logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS["cached"])
@@ -488,6 +489,11 @@ def main(args: argparse.Namespace) -> None:
     """Build everything, resume, train, report; or evaluate."""
     device = utils.init_processes(args)
     utils.setup_logging()
+    with resume.training_run(checkpoint_path(args)):
+        _probe(args, device)
+
+
+def _probe(args: argparse.Namespace, device: torch.device) -> None:
     with utils.failing_together():
         check_args(args)
         flags.check_weights(args)
@@ -518,12 +524,14 @@ def main(args: argparse.Namespace) -> None:
         with utils.failing_together(), files.usable(folder):
             normalisation = config.INPUT.MEAN, config.INPUT.STD
             log = RunLog(folder, args.epochs, args.log_freq, *normalisation, device, images, start.epoch * images)
-        with closing(log), resume.EndRequest(checkpoint_path(args)) as ending:
-            train(probe, source, range(start.epoch, args.epochs), args, log, ending, run, datasets[0].classes)
-    if utils.is_main_process():
-        with files.usable(folder):
-            report(probe, args, run)
-            (folder / FEATURES).unlink(missing_ok=True)
+    with stopping.StopVote():  # a signal after the last step takes no result away
+        if start.epoch < args.epochs:
+            with closing(log), resume.EndRequest(checkpoint_path(args)) as ending:
+                train(probe, source, range(start.epoch, args.epochs), args, log, ending, run, datasets[0].classes)
+        if utils.is_main_process():
+            with files.usable(folder):
+                report(probe, args, run)
+                (folder / FEATURES).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

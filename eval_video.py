@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 import data
 import files
@@ -239,6 +241,12 @@ def main(args: argparse.Namespace) -> None:
     config = network_config(args)
     data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS)
+    with files.sole_run(args.output_dir, "masks"):
+        write_masks(args, config, video, device)
+
+
+def write_masks(args: argparse.Namespace, config: CfgNode, video: Video, device: torch.device) -> None:
+    """Follow the objects of a video, and write the mask of each frame as soon as it is found."""
     written = claim_outputs(args.output_dir, video.frames)
     backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     if not args.pretrained_weights:
@@ -246,9 +254,12 @@ def main(args: argparse.Namespace) -> None:
     scale = scale_of(backbone, config, args.image_size, device)
     rule = Rule(args.n_last_frames, args.size_mask_neighborhood, args.topk, args.temperature)
     masks = follow_objects(backbone, video, scale, rule, device)
-    with files.usable(args.output_dir):
+    done = 0
+    with utils.telling_interrupt(lambda: f"after {done} of {len(written)} masks, which {args.output_dir} has"):
         for path, mask in zip(written, tqdm(masks, total=len(written), disable=None)):
-            mask.save(path)
+            with files.usable(args.output_dir):
+                files.write_new([path], partial(mask.save, format="png"))
+            done += 1
     logger.info("wrote %d masks to %s", len(written), args.output_dir)
 
 

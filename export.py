@@ -30,6 +30,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from yacs.config import CfgNode
 import files
 import flags
 import utils
-from checkpoint import load_backbone, save_file
+from checkpoint import load_backbone, write_file
 from features import network_config
 from models import Backbone, build_model
 from models.base import HEADS
@@ -129,12 +130,12 @@ def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> Non
             able = ", ".join(["backbone", "safetensors", "onnx", *backbone.converters])
             raise UsageError(f"{target} has no {type(backbone).__name__}; choose --format {able}")
         state = backbone.converters[target](state)
-    writers: dict[str, Callable[[], None]] = {
-        "safetensors": lambda: _write_whole(output, lambda path: safetensors.torch.save_file(state, path)),
-        "detectron2": lambda: _write_whole(output, lambda path: path.write_bytes(_detectron2_pickle(state))),
-        "mmdet": lambda: save_file({"state_dict": state}, output),
+    writers: dict[str, Callable[[Path], object]] = {
+        "safetensors": lambda path: safetensors.torch.save_file(state, path),
+        "detectron2": lambda path: path.write_bytes(_detectron2_pickle(state)),
+        "mmdet": lambda path: write_file({"state_dict": state}, path),
     }
-    writers.get(target, lambda: save_file(state, output))()
+    _write_new(output, writers.get(target, lambda path: write_file(state, path)))
 
 
 def _detectron2_pickle(state: dict[str, Tensor]) -> bytes:
@@ -143,9 +144,17 @@ def _detectron2_pickle(state: dict[str, Tensor]) -> bytes:
     return pickle.dumps({"model": arrays, "__author__": "EsViT", "matching_heuristics": True})
 
 
-def _write_whole(output: Path, writer: Callable[[Path], object]) -> None:
-    with files.whole_file(output) as temporary:
-        writer(temporary)
+def _write_new(output: Path, writer: Callable[[Path], object]) -> None:
+    """Write the file whole, if it has not come meanwhile.
+
+    Raises:
+        UsageError: it has, or the disk refuses.
+    """
+    with files.usable(output, "--output"):
+        try:
+            files.write_new([output], writer)
+        except safetensors.SafetensorError as error:  # which it makes of what the disk says
+            raise OSError(str(error)) from error
 
 
 class _ViewAndRegions(nn.Module):
@@ -180,7 +189,7 @@ def write_onnx(backbone: Backbone, output: Path, image_size: tuple[int, ...], in
         verbose=False,
     )
     assert program is not None
-    _write_whole(output, lambda path: program.save(path))
+    _write_new(output, lambda path: program.save(path))
 
 
 if __name__ == "__main__":

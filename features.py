@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 import data
@@ -33,7 +32,7 @@ from data.lists import keep_listed
 from data.loader import set_epoch
 from models import Backbone, build_model, load_arch_config
 from models.base import TOKENS
-from progress import EpochMeter
+from progress import EpochMeter, one_pass
 from resume import EndRequest
 from utils import UsageError, logger
 
@@ -200,17 +199,18 @@ def extract_features(
     indices: list[Tensor] = []
     failures: list[str] = []
     incomplete = False
-    for batch in tqdm(loader, desc=label, disable=None if utils.is_main_process() else True, leave=False):
-        failures += batch.failures
-        incomplete = incomplete or not batch.views
-        if incomplete:
-            break
-        images = batch.views[0].to(device, non_blocking=True)
-        for name, function in functions.items():
-            features_BC = function(images).float()
-            parts[name].append((F.normalize(features_BC, dim=-1) if normalise else features_BC).to(keep_on, dtype))
-        labels.append(batch.labels_B)
-        indices.append(batch.indices_B)
+    with one_pass(loader, label) as batches:
+        for batch in batches:
+            failures += batch.failures
+            incomplete = incomplete or not batch.views
+            if incomplete:
+                break
+            images = batch.views[0].to(device, non_blocking=True)
+            for name, function in functions.items():
+                features_BC = function(images).float()
+                parts[name].append((F.normalize(features_BC, dim=-1) if normalise else features_BC).to(keep_on, dtype))
+            labels.append(batch.labels_B)
+            indices.append(batch.indices_B)
     data.FailureTally(len(loader.dataset)).add(failures, device, incomplete)  # type: ignore[arg-type]
     order_N = torch.cat(list(_exchange(indices, device, keep_on))).argsort(stable=True)
     place_N = torch.empty_like(order_N)

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: files that are whole or not there, folders that can be written to, and what made them.
+"""What a run leaves on the disk: files that are whole or not there, folders that one run at a time writes to, and what made them.
 
 Origin: this project's own.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -14,13 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import UsageError, get_world_size, is_main_process
+from filelock import SoftFileLease
 
-TEMPORARY = ".esvit.tmp"  # how names end of files that are not whole yet
+import locks
+from utils import UsageError, failing_together, get_world_size, is_main_process, logger
+
+TEMPORARY = ".esvit.tmp"  # how names end of files that are not whole yet and take the place of others; the next run removes them
+UNBORN = ".esvit.part"  # of those that take no file's place
+
+_held: dict[Path, SoftFileLease] = {}  # this process's locks, by their folders
 
 
 # --------------------------------------------------------------------------- files and folders
@@ -28,15 +36,77 @@ TEMPORARY = ".esvit.tmp"  # how names end of files that are not whole yet
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; after the block it is on the disk and moved to `path`, or removed if that failed."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    """A name of its own beside `path` to write to; after the block it is on the disk and moved to `path`, else removed.
+
+    Raises:
+        UsageError: another run has taken over the folder from this one, see `sole_run`.
+    """
+    check_held(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_new(names: Iterable[Path], write: Callable[[Path], object]) -> Path:
+    """Let `write` write a file, which then appears whole, under the first of `names` that no file has; return that name.
+
+    Raises:
+        FileExistsError: all are taken.
+        OSError: the disk refuses; nothing is left there.
+    """
+    temporary: Path | None = None
+    try:
+        for path in names:
+            if os.path.lexists(path):
+                continue
+            if temporary is None:
+                temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{UNBORN}")
+                write(temporary)
+                _sync(temporary)
+            with contextlib.suppress(FileExistsError):  # it came meanwhile
+                _name_new(temporary, path)
+                return path
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def _name_new(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless that is taken."""
+    try:
+        os.link(temporary, path)  # unlike a renaming it overwrites nothing
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without links
+        path.open("x").close()
+        os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, be it a link to nothing.
+
+    Raises:
+        OSError: the disk does not tell.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+class DiskError(UsageError):
+    """A folder or file that the disk refuses to write or read."""
 
 
 @contextlib.contextmanager
@@ -44,12 +114,12 @@ def usable(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
     """A block that reads and writes files of a folder, which `flag` names.
 
     Raises:
-        UsageError: the disk refuses: it is full, read-only, damaged or no longer mounted, or there is no permission.
+        DiskError: the disk refuses: it is full, read-only, damaged or no longer mounted, or there is no permission.
     """
     try:
         yield
     except OSError as error:
-        raise UsageError(
+        raise DiskError(
             f"{flag} {folder} cannot be used ({error.strerror or error}); see that its disk is there, writable and not full, "
             "or choose another"
         ) from error
@@ -81,6 +151,101 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+# --------------------------------------------------------------------------- one run in a folder
+
+
+@contextlib.contextmanager
+def sole_run(folder: str | Path, kind: str, flag: str = "--output_dir") -> Iterator[None]:
+    """Hold a folder, which is made, against other runs that write the same files there. All processes enter; the main one holds it.
+
+    A folder that was made for it and holds nothing in the end is removed again. `kind` is one word that tells which files.
+
+    Raises:
+        UsageError: another run holds it, or the folder cannot be made or written to, on all processes at once.
+    """
+    folder = Path(folder)
+    made: list[Path] = []
+    with failing_together():
+        if is_main_process():
+            made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+            make_output_dir(folder, flag)
+            try:
+                _take(folder, kind, flag)
+            except UsageError:
+                _remove_empty(made)
+                raise
+    try:
+        yield
+    finally:
+        lock = _held.pop(folder.resolve(), None)
+        if lock is not None:
+            with contextlib.suppress(OSError):  # the disk may be gone
+                _since(folder, kind).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                lock.release(force=True)
+        _remove_empty(made)
+
+
+def _take(folder: Path, kind: str, flag: str) -> None:
+    """Take the lock of a folder, or wait until its owner turns out to be dead.
+
+    Raises:
+        UsageError: it lives, or the disk refuses.
+    """
+    lock = locks.lease(folder / f".{kind}.lock")
+    waiting = False
+
+    def refuse_if_alive(beaten: bool) -> None:
+        nonlocal waiting
+        if beaten or (not waiting and locks.runs_here(lock)):
+            since = _since(folder, kind).read_text().strip() if _since(folder, kind).exists() else ""
+            raise UsageError(
+                f"{flag} {folder} is being written to by another run ({locks.name_of_owner(lock)}"
+                f"{since and f', since {since}'}); let it end or stop it, or choose another {flag}"
+            )
+        if not waiting:
+            waiting = True
+            logger.warning(
+                "%s was written to by %s; waiting for up to %.0f seconds to see whether it lives",
+                *(folder, locks.name_of_owner(lock), locks.ABANDONED_AFTER),
+            )
+
+    with usable(folder, flag):
+        before = locks.name_of_owner(lock) if lock.owner is not None else ""
+        locks.take(lock, refuse_if_alive)
+        if before:
+            logger.warning("%s, which wrote to %s, has ended without saying so; this run takes over", before, folder)
+        _since(folder, kind).write_text(time.strftime("%Y-%m-%d %H:%M:%S\n"))
+    _held[folder.resolve()] = lock
+
+
+def _since(folder: Path, kind: str) -> Path:
+    """The file that says when the owner of a folder's lock took it."""
+    return folder / f".{kind}.since"
+
+
+def check_held(folder: Path) -> None:
+    """Stop if this process had a folder for itself, and another run has it now, because this one seemed dead.
+
+    Raises:
+        UsageError: so it is.
+        OSError: the disk does not tell.
+    """
+    lock = _held.get(folder.resolve())
+    if lock is not None and not locks.hold_on(lock):
+        raise UsageError(
+            f"{folder} was taken over by another run ({locks.name_of_owner(lock)}) while this one gave no sign of life for "
+            f"{locks.ABANDONED_AFTER:.0f} seconds; this one ends and writes nothing more there"
+        )
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, each inside the next one, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 # --------------------------------------------------------------------------- provenance

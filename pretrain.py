@@ -66,9 +66,19 @@ class Script(NamedTuple):
 
 
 def run(args: argparse.Namespace, script: Script) -> None:
-    """Pre-train as the arguments say."""
+    """Pre-train as the arguments say.
+
+    Raises:
+        UsageError: a mistake, or another run in --output_dir.
+        Stopped: a signal came before the first step, or one that asks for an exit code of its own.
+    """
     device = utils.init_processes(args)
     utils.setup_logging()
+    with resume.training_run(Path(args.output_dir) / resume.CHECKPOINT):
+        _run(args, script, device)
+
+
+def _run(args: argparse.Namespace, script: Script, device: torch.device) -> None:
     # What `auto` stands for is kept with the run, and told where it is another one at a resume.
     args.precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
     with utils.failing_together():
@@ -109,6 +119,8 @@ def run(args: argparse.Namespace, script: Script) -> None:
         finished = engine.train(step, loader, args.epochs, args.accum_iter, log, saver, start, probe)
     if finished:
         tell_end(args)
+    elif saver.code:
+        raise utils.Stopped(code=saver.code)  # which `saver` has told
 
 
 # --------------------------------------------------------------------------- flags

@@ -21,14 +21,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from files import whole_file
-from utils import is_main_process, logger, peak_memory_mb
+from files import check_held, whole_file
+from utils import is_main_process, logger, peak_memory_mb, telling_interrupt
 
 CROP_GRID_IMAGES = 8
+
+
+@contextlib.contextmanager
+def one_pass(loader: DataLoader[Any], label: str) -> Iterator[Iterator[Any]]:
+    """The batches of a pass that nothing is kept of before its end, with a bar on a terminal.
+
+    Raises:
+        Stopped: Ctrl-C, which tells how far it was.
+    """
+    done = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal done
+        for batch in tqdm(loader, desc=label, disable=None if is_main_process() else True, leave=False):
+            yield batch
+            done += 1
+
+    with telling_interrupt(lambda: f"{label}: {done} of {len(loader)} batches were done, nothing of them is kept"):
+        yield counted()
 
 
 class EpochMeter:
@@ -223,6 +243,7 @@ class RunLog:
 
     def _write_lines(self) -> None:
         """Append what is not written yet to `log.txt`, whole or not at all."""
+        check_held(self.output_dir)
         path = self.output_dir / "log.txt"
         size = path.stat().st_size if path.exists() else 0
         try:

@@ -7,14 +7,13 @@ Origin: this project's own.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import make_output_dir, parse_json, usable, whole_file
+import files
 from utils import UsageError
 
 FILE = "results.json"
@@ -44,31 +43,28 @@ def newest(path: Path) -> Path | None:
     return next(iter(reversed(numbered(path))), None)
 
 
-def save_json(record: Mapping[str, Any], path: Path) -> Path:
-    """Write JSON under an unused name, and return that; a file that appears meanwhile keeps its name.
+def write_new(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` write a file under the first of a path's names that does not exist, also of those that appear meanwhile.
+
+    Returns:
+        that name.
 
     Raises:
         OSError: the disk refuses; then nothing is left there.
     """
+    return files.write_new(_names(path), write)
+
+
+def save_json(record: Mapping[str, Any], path: Path) -> Path:
+    """Write JSON as `write_new` does."""
     text = json.dumps(record, indent=2) + "\n"
-    for candidate in _names(path):
-        try:
-            with candidate.open("x") as file:
-                file.write(text)
-        except FileExistsError:
-            continue
-        except OSError:
-            with contextlib.suppress(OSError):
-                candidate.unlink(missing_ok=True)
-            raise
-        return candidate
-    raise AssertionError  # there is no last number
+    return write_new(path, lambda place: place.write_text(text))
 
 
 def read_json(path: Path | None) -> Any:
     """The content of a JSON file; None without a file or where it is damaged."""
     try:
-        return None if path is None else parse_json(path.read_text())
+        return None if path is None else files.parse_json(path.read_text())
     except (OSError, ValueError):
         return None
 
@@ -102,7 +98,7 @@ def claim_folder(folder: str | Path, evaluation: str) -> Path:
     Raises:
         UsageError: it cannot be made or written to, or its `results.json` is another evaluation's.
     """
-    place = make_output_dir(folder)
+    place = files.make_output_dir(folder)
     if has_other_results(place, evaluation):
         raise UsageError(
             f"{place / FILE} is of another evaluation and would be overwritten; choose another --output_dir"
@@ -114,9 +110,11 @@ def write_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> W
     """Write the results of a run, in place of its earlier ones; under a new number where another evaluation's came meanwhile."""
     whole = {"evaluation": evaluation} | dict(record)
     path = next(p for p in _names(folder / FILE) if not p.exists() or _is_of(p, evaluation))
+    if not path.exists():
+        return Written(save_json(whole, path), changed=True)
     if read_json(path) == whole:
         return Written(path, changed=False)
-    with whole_file(path) as temporary:
+    with files.whole_file(path) as temporary:
         temporary.write_text(json.dumps(whole, indent=2) + "\n")
     return Written(path, changed=True)
 
@@ -130,5 +128,5 @@ def add_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Wri
     whole, last = {"evaluation": evaluation} | dict(record), newest(folder / FILE)
     if last is not None and read_json(last) == whole:
         return Written(last, changed=False)
-    with usable(folder):
+    with files.usable(folder):
         return Written(save_json(whole, folder / FILE), changed=True)

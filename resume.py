@@ -1,6 +1,6 @@
 """A run survives: what is saved of it and when, and how it goes on, to the bit as if it had never stopped.
 
-    with Saver(output_dir, step, args, config) as saver:          # SIGTERM and SIGUSR1 now ask for an end
+    with Saver(output_dir, step, args, config) as saver:          # signals now ask for an end
         engine.train(step, loader, epochs, accum_iter, log, saver, resume_run(output_dir, step, args))
 
 `checkpoint.pth` appears whole or not at all; the file before it becomes `checkpoint_previous1.pth`, and so on. At every moment at
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -27,6 +25,7 @@ import files
 import restore
 import results
 import sharding
+import stopping
 import utils
 from models.base import Backbone
 from progress import EpochMeter
@@ -35,15 +34,15 @@ from utils import Stopped, UsageError, logger
 if TYPE_CHECKING:
     from engine import TrainStep
 
-Self = TypeVar("Self", bound="EndRequest")
 CHECKPOINT = "checkpoint.pth"
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # Change no number of a run:
 LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last"}
 LAUNCH_FLAGS |= {"gpu", "rank", "world_size", "pretrained_weights_ckpt", "init_weights", "allow_partial"}  # how it was started
 LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path", "fsdp", "dist_timeout"}
 # What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
 BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
+
+_seen: set[Path] = set()  # checkpoints that this process has found or written
 
 
 class Place(NamedTuple):
@@ -60,8 +59,23 @@ class Place(NamedTuple):
 # --------------------------------------------------------------------------- saving
 
 
-class EndRequest:
-    """As a context it takes SIGTERM and SIGUSR1, which then ask for an end instead of ending the process.
+@contextlib.contextmanager
+def training_run(path: Path) -> Iterator[None]:
+    """Hold the folder of a run, whose checkpoint is at `path`, against other runs.
+
+    A signal that no `EndRequest` takes, before the first step, ends it at once.
+
+    Raises:
+        UsageError: see `files.sole_run`.
+        Stopped: a signal came.
+    """
+    ending = stopping.ending_at_once(lambda: f"before the first step; the same command {_goes_on(path)}")
+    with ending, files.sole_run(path.parent, "training"):
+        yield
+
+
+class EndRequest(stopping.StopVote):
+    """The signals of a run that saves itself: they are asked for between its steps.
 
     On leaving without an error it says whether the last state of the run is on the disk.
 
@@ -69,32 +83,18 @@ class EndRequest:
         path: of the run's checkpoint.
 
     Attributes:
-        asked: this process was.
         failure: why the last saving by this process did not work, empty where it did; None before the first.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
-        self.asked = False
         self.failure: str | None = None
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self: Self) -> Self:
-        self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        super().__exit__(kind)
         if kind is None:
             end_saved(self.failure, self.path)
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-
-    def wishes(self) -> list[float]:
-        """This process's: to end the run. What all processes wish is the sum, in which other numbers travel too."""
-        return [float(self.asked)]
 
     def end_if(self, wished: float, epoch: int, steps: int) -> None:
         """In a run that is saved after its epochs, `steps` steps into `epoch`: end all processes if any of them wished it.
@@ -108,7 +108,7 @@ class EndRequest:
         end_saved(self.failure, self.path)
         done = f"{utils.counted(steps, 'step')} into epoch {epoch}, which is not saved"
         where = done if steps else f"before epoch {epoch}"
-        raise Stopped(f"stopped by a signal {where}; the same command {_goes_on(self.path)}")
+        raise Stopped(f"stopped by a signal {where}; the same command {_goes_on(self.path)}", stopping.code_of(wished))
 
 
 class Saver(EndRequest):
@@ -120,6 +120,7 @@ class Saver(EndRequest):
 
     Attributes:
         stopping: all processes know that the run is to end.
+        code: the exit code that was asked for with it.
     """
 
     def __init__(self, output_dir: Path, step: TrainStep, args: Any, config: Any) -> None:
@@ -128,6 +129,7 @@ class Saver(EndRequest):
         self.step = step
         self.args, self.config = args, config
         self.stopping = False
+        self.code = 0
         self._saved_at = time.monotonic()
 
     def wishes(self) -> list[float]:
@@ -143,6 +145,8 @@ class Saver(EndRequest):
         """
         end, late = wishes
         self.stopping = end > 0
+        if self.stopping:
+            self.code = stopping.code_of(end)
         every = self.args.save_every_steps
         return self.stopping or (moved and (late > 0 or bool(every and steps % every == 0)))
 
@@ -151,11 +155,6 @@ class Saver(EndRequest):
 
         `images`: of the epoch that all processes have seen.
         """
-        if self.failure == "" and utils.is_main_process() and not os.path.exists(self.path):
-            logger.warning(
-                "%s has no %s any more, which this run had saved: was it moved, or is its disk no longer mounted?",
-                *(self.output_dir, CHECKPOINT),
-            )
         self.failure = save_run(self.output_dir, self.step, place, images, self.args, self.config)
         self._saved_at = time.monotonic()
         if self.stopping and not self.failure:
@@ -208,7 +207,7 @@ def save_run(output_dir: Path, step: TrainStep, place: Place, images: int, args:
         kept = output_dir / f"checkpoint{finished:04}.pth"
         try:
             checkpoint.save_file(state, kept)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             logger.warning("cannot keep %s (%s); the run goes on without it", kept.name, _in_one_line(error))
     return failure
 
@@ -225,15 +224,23 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
     Returns:
         why it could not be written, and the files are what they were; empty where it was.
     """
+    gone = path in _seen and not os.path.exists(path)
+    if gone:
+        logger.warning(
+            "%s has no %s any more, which was there: was it moved, or is its disk no longer mounted?",
+            *(path.parent, path.name),
+        )
     try:
         with files.whole_file(path) as temporary:
-            checkpoint.save_file(state, temporary)
+            checkpoint.write_file(state, temporary)
             _step_back(path, keep)
-    except (OSError, RuntimeError) as error:  # torch's writer makes either of what the disk says
+    except OSError as error:
         failure = _in_one_line(error)
         stays = "its last whole checkpoint stays" if os.path.exists(path) else "there is no whole checkpoint yet"
+        stays = "the checkpoint that was there is gone" if gone else stays
         logger.warning("cannot save the run (%s); %s, and the next saving is tried", failure, stays)
         return failure
+    _seen.add(path)
     return ""
 
 
@@ -254,6 +261,10 @@ def end_saved(failure: str | None, path: Path) -> None:
 def _goes_on(path: Path) -> str:
     """What a run does when it is started again, by what there is of the checkpoint at `path`."""
     with contextlib.suppress(OSError):  # a disk that is gone does not tell
+        if not saved(path) and path in _seen:
+            return (
+                f"begins anew, unless the checkpoint that was in {path.parent} is back there: was its disk unmounted?"
+            )
         if not saved(path):
             return "begins anew"
     return f"goes on from the last whole checkpoint in {path.parent}"
@@ -343,6 +354,7 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
             damaged.append(candidate)
             continue
         restore.check_fields(content, candidate)
+        _seen.add(path)
         if candidate != path:
             logger.warning("going on from the checkpoint before, %s", candidate)
         return candidate, content, tuple(damaged)
@@ -358,7 +370,7 @@ def saved(path: Path) -> list[Path]:
     """The checkpoint at `path` and those before it, the newest first, as far as there are any."""
     numbers = [int(n) for file in path.parent.glob(f"{path.stem}_previous*{path.suffix}")
                if (n := file.stem.removeprefix(f"{path.stem}_previous")).isdecimal()]  # fmt: skip
-    return [file for file in (previous(path, number) for number in [0, *sorted(numbers)]) if file.exists()]
+    return [file for file in (previous(path, number) for number in [0, *sorted(numbers)]) if files.is_there(file)]
 
 
 def check_same_run(saved: Mapping[str, Any] | None, now: Mapping[str, Any], source: str) -> None:

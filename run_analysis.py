@@ -15,14 +15,13 @@ The stereo measure and the report are this project's own.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 import data
@@ -48,8 +47,9 @@ from analysis.images import (
 from data.augment import MultiCrop
 from features import add_token_flag, frozen_backbone, network_config
 from models import Backbone
+from progress import one_pass
 from ranges import ABOVE_ZERO, BATCH, COUNT, MANY, PIXELS, SEED, WORKERS, integer, number
-from results import save_json, unused
+from results import save_json, unused, write_new
 from utils import UsageError, logger
 
 LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
@@ -157,17 +157,25 @@ def vis_attention(lab: Lab) -> None:
             drawing, single = attention_of(lab, picture, block, token)
             what = "attention" if token == "cls" else f"attention_{token}"
             save_drawing(lab, drawing, f"{picture.name}_{what}")
-            folder = unused(lab.output(f"{picture.name}_{what}_heads"))
-            folder.mkdir()
-            for name, image in single.items():
-                image.save(folder / name)
+            with files.usable(lab.folder):
+                folder = unused(lab.output(f"{picture.name}_{what}_heads"))
+                folder.mkdir()
+                for name, image in single.items():
+                    image.save(folder / name)
 
 
 def save_drawing(lab: Lab, drawing: pictures.Drawing, name: str) -> None:
     """The drawing as one picture, and the figures behind it, if any, as JSON."""
-    _say(save_image(pictures.on_one_page(drawing), lab.output(f"{name}.png")))
+    with files.usable(lab.folder):
+        _say(save_image(pictures.on_one_page(drawing), lab.output(f"{name}.png")))
     if drawing.record:
-        _say(save_json(drawing.record, lab.output(f"{name}.json")))
+        save_record(lab, drawing.record, lab.output(f"{name}.json"))
+
+
+def save_record(lab: Lab, record: Mapping[str, Any], path: Path) -> None:
+    """The figures of a task as JSON."""
+    with files.usable(lab.folder):
+        _say(save_json(record, path))
 
 
 def attention_of(lab: Lab, picture: Picture, block: int, token: str) -> tuple[pictures.Drawing, dict[str, Image.Image]]:
@@ -185,9 +193,9 @@ def vis_correspondence(lab: Lab) -> None:
     views = two_images(lab, found) if lab.args.image_path2 else {p.name: views_of(lab, p) for p in found}
     for name, both in views.items():
         drawing = pictures.correspondence_drawing(lab.backbone, both, lab.scale, lab.device)
-        save_drawing(lab, drawing, f"{name}_correspondence")
         cosines = " ".join(f"{pair['cosine']:.3f}" for pair in drawing.record["pairs"])
         print(f"{name}: cosines {cosines}")
+        save_drawing(lab, drawing, f"{name}_correspondence")
 
 
 def two_images(lab: Lab, found: Sequence[Picture]) -> dict[str, Views]:
@@ -217,7 +225,8 @@ def views_of(lab: Lab, picture: Picture) -> Views:
     if lab.args.use_saved_aug:
         return saved_views(path, picture, lab.in_chans)
     views = random_views(picture, lab.args.seed)
-    save_views(views, unused(path))
+    with files.usable(lab.folder):
+        write_new(path, lambda place: save_views(views, place))
     return views
 
 
@@ -232,7 +241,7 @@ def vis_features(lab: Lab) -> None:
 
 
 @torch.no_grad()
-def sum_over_folder(lab: Lab, transform: MultiCrop, measure: Callable[[list[Tensor]], Tensor]) -> Tensor:
+def sum_over_folder(lab: Lab, label: str, transform: MultiCrop, measure: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """The sum of what `measure` gives for each batch's views, over the whole folder and all processes.
 
     Raises:
@@ -248,13 +257,14 @@ def sum_over_folder(lab: Lab, transform: MultiCrop, measure: Callable[[list[Tens
     total: Tensor | None = None
     failures: list[str] = []
     incomplete = False
-    for batch in tqdm(loader, disable=None if utils.is_main_process() else True, leave=False):
-        failures += batch.failures
-        incomplete = incomplete or not batch.views
-        if incomplete:
-            break
-        sums = measure([view.to(lab.device, non_blocking=True) for view in batch.views])
-        total = sums if total is None else total + sums
+    with one_pass(loader, label) as batches:
+        for batch in batches:
+            failures += batch.failures
+            incomplete = incomplete or not batch.views
+            if incomplete:
+                break
+            sums = measure([view.to(lab.device, non_blocking=True) for view in batch.views])
+            total = sums if total is None else total + sums
     data.FailureTally(len(dataset)).add(failures, lab.device, incomplete)
     width = max(utils.all_gather_objects(0 if total is None else len(total)))  # a process may have no image
     total = torch.zeros(width) if total is None else total
@@ -270,13 +280,13 @@ def measure_correspondence(lab: Lab) -> None:
         return correspondence.flip_sums(first, second, size, pictures.PAIRS)
 
     transform = flip_views(size, lab.in_chans, lab.scale.mean, lab.scale.std)
-    score = correspondence.flip_score(sum_over_folder(lab, transform, measure).tolist())
+    score = correspondence.flip_score(sum_over_folder(lab, "correspondence", transform, measure).tolist())
     if utils.is_main_process():
         print(
             f"correspondence under a flip, {utils.counted(score.images, 'image')}: accuracy {score.accuracy:.2f} %, "
             f"distance error {score.distance:.2f} pixels"
         )
-        _say(save_json(score._asdict() | {"image_size": list(size)}, lab.folder / "correspondence.json"))
+        save_record(lab, score._asdict() | {"image_size": list(size)}, lab.folder / "correspondence.json")
 
 
 def uniform_bits(lab: Lab) -> list[list[float]]:
@@ -298,7 +308,7 @@ def mean_entropies(lab: Lab, heads: Sequence[int]) -> list[list[float]]:
         counted = torch.ones(len(views[0]), 1, device=views[0].device)
         return torch.cat([*attention.entropies(lab.backbone, views[0]), counted], dim=1).sum(dim=0).cpu()
 
-    sums = sum_over_folder(lab, plain_view(size, lab.scale.mean, lab.scale.std), measure)
+    sums = sum_over_folder(lab, "entropy", plain_view(size, lab.scale.mean, lab.scale.std), measure)
     means = sums[:-1] / sums[-1]
     return [part.tolist() for part in means.split(list(heads))]
 
@@ -309,11 +319,12 @@ def vis_entropy(lab: Lab) -> None:
     values = mean_entropies(lab, [len(heads) for heads in by_head])
     if utils.is_main_process():
         uniform = [heads[0] for heads in by_head]
-        path = unused(lab.output("entropy.png"))
-        path.write_bytes(plots.as_png(plots.entropy_plot(values, uniform, lab.backbone.stage_depths)))
-        _say(path)
+        print("entropy of attention by block, in bits:", " ".join(f"{sum(heads) / len(heads):.3f}" for heads in values))
+        png = plots.as_png(plots.entropy_plot(values, uniform, lab.backbone.stage_depths))
+        with files.usable(lab.folder):
+            _say(write_new(lab.output("entropy.png"), lambda place: place.write_bytes(png)))
         record = {"bits_by_block_and_head": values, "bits_of_uniform_attention": uniform}
-        _say(save_json(record, lab.output("entropy.json")))
+        save_record(lab, record, lab.output("entropy.json"))
 
 
 # --------------------------------------------------------------------------- stereo
@@ -325,7 +336,7 @@ def measure_stereo(lab: Lab) -> None:
     print(f"{'stereo pair':<20}{'regions':>9}{'within one region':>20}{'median error':>15}")
     for name, score in scores.items():
         print(f"{name:<20}{score.regions:>9}{score.within_one:>18.2f} %{score.median_error:>12.1f} px")
-    _say(save_json({name: score._asdict() for name, score in scores.items()}, lab.folder / "stereo.json"))
+    save_record(lab, {name: score._asdict() for name, score in scores.items()}, lab.folder / "stereo.json")
 
 
 @torch.no_grad()
@@ -385,10 +396,10 @@ def report(lab: Lab) -> None:
         "run": str(run_dir),
         **pages.run_facts(run_dir),
     }
-    path = unused(lab.folder / "report.html")
     title = f"Report on {run_dir.resolve().name}"
-    path.write_text(pages.build_report(title, facts, run_dir, lab.folder, sections), encoding="utf-8")
-    _say(path)
+    page = pages.build_report(title, facts, run_dir, lab.folder, sections)
+    with files.usable(lab.folder):
+        _say(write_new(lab.folder / "report.html", lambda place: place.write_text(page, encoding="utf-8")))
 
 
 def picture_sections(lab: Lab, picture: Picture) -> Iterator[pages.Section]:
@@ -487,12 +498,19 @@ def main(args: argparse.Namespace) -> None:
     with utils.failing_together():
         check_args(args)
         lab = open_lab(args, device)
-    for name, task in SHARED.items():
-        if getattr(args, name):
-            task(lab)
-    for name, task in ALONE.items():
-        if getattr(args, name) and utils.is_main_process():
-            task(lab)
+    tasks = SHARED | (ALONE if utils.is_main_process() else {})
+    failures = [failure for name, task in tasks.items() if getattr(args, name) and (failure := run_task(task, lab))]
+    if failures:
+        raise UsageError("; ".join(dict.fromkeys(failures)))
+
+
+def run_task(task: Callable[[Lab], None], lab: Lab) -> str:
+    """Do one task; what keeps it from writing its files is returned, so that others still tell what they find."""
+    try:
+        task(lab)
+    except files.DiskError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":

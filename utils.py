@@ -14,6 +14,7 @@ import datetime
 import logging
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -26,8 +27,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import peers
+
 logger = logging.getLogger("esvit")
 
+INTERRUPTED = 130  # the shell's code for a program that Ctrl-C ended
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
@@ -36,35 +40,55 @@ class UsageError(ValueError):
     """A mistake of the person who started the program, told in one sentence that names the remedy."""
 
 
-class Stopped(Exception):
-    """The end that somebody asked a run for, on all processes at once, told in one sentence; no error."""
+class Stopped(BaseException):
+    """The end that somebody asked a run for, told in one sentence; no error, and nothing that an `except Exception` should see.
+
+    `code` is the exit code: 0 where nothing is lost and it was a scheduler who asked.
+    """
+
+    def __init__(self, sentence: str = "", code: int = 0) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that was foreseen becomes one line on stderr.
 
     Exit code 2 for a `UsageError` and for sizes that the memory does not hold, 1 for a training that diverged
-    (`FloatingPointError`) and for any other error; 0 for `Stopped`.
+    (`FloatingPointError`) and for any other error, 130 for a Ctrl-C that nothing else takes, and that of `Stopped`.
     """
     code = 0
     try:
-        main()
-    except Stopped as end:
-        logger.warning("%s", end)
-    except Exception as error:
-        foreseen = error if isinstance(error, UsageError | FloatingPointError) else lack_of_memory(error)
-        if foreseen is None and not is_distributed():
-            raise
-        if foreseen is None:
-            traceback.print_exc()
-        else:
-            rank = f" (process {get_rank()})" if get_rank() else ""
-            print(f"{Path(sys.argv[0]).name}: error{rank}: {foreseen}", file=sys.stderr)
-        code = 2 if isinstance(foreseen, UsageError) else 1
+        code = _code_of(main)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second ends the process at once
+        _say("interrupted; nothing that was not told to be written is kept")
+        code = INTERRUPTED
     if is_distributed():
         _leave_group(code)
     if code:
         sys.exit(code)
+
+
+def _code_of(main: Callable[[], None]) -> int:
+    """The exit code after `main`, which has told why where it is not 0."""
+    try:
+        main()
+    except Stopped as end:
+        _say(str(end))
+        return end.code
+    except Exception as error:
+        foreseen = error if isinstance(error, UsageError | FloatingPointError) else lack_of_memory(error)
+        if foreseen is None and not is_distributed():
+            raise
+        sentence = peers.explain(error) if foreseen is None else str(foreseen)
+        if sentence is None:
+            traceback.print_exc()
+        elif sentence:
+            rank = f" (process {get_rank()})" if get_rank() and foreseen else ""
+            print(f"{Path(sys.argv[0]).name}: error{rank}: {sentence}", file=sys.stderr)
+        return 2 if isinstance(foreseen, UsageError) else 1
+    return 0
 
 
 def lack_of_memory(error: Exception) -> UsageError | None:
@@ -76,6 +100,26 @@ def lack_of_memory(error: Exception) -> UsageError | None:
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     remedy = "lower the batch size, the crops or the network's sizes, or use more processes"
     return UsageError(f"not enough memory ({reason}); {remedy}") if lacking else None
+
+
+def _say(sentence: str) -> None:
+    """The main process's last words."""
+    if sentence and place_of_process().rank == 0:
+        print(sentence, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def telling_interrupt(words: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C in the block ends the program in a sentence whose second half `words` gives.
+
+    Raises:
+        Stopped: so it was.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise Stopped(f"interrupted {words()}", INTERRUPTED) from None
 
 
 def _leave_group(code: int) -> NoReturn:
@@ -304,6 +348,7 @@ def init_processes(args: argparse.Namespace) -> torch.device:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 store = _unread_part(store, rank, world, timeout)
             dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout)
+            peers.introduce(store, rank, world, args.dist_timeout)
         except dist.DistError as error:
             env = os.environ
             where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if args.dist_url == "env://" else args.dist_url

@@ -19,7 +19,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from results import unused
+from results import write_new
 
 Colour = tuple[int, int, int]
 Size = tuple[int, int]  # height and width
@@ -204,6 +204,4 @@ def _star(draw: ImageDraw.ImageDraw, at: Point) -> None:
 
 def save_image(image: Image.Image, path: Path) -> Path:
     """Write a PNG under an unused name, and return that."""
-    path = unused(path)
-    image.save(path)
-    return path
+    return write_new(path, lambda place: image.save(place, format="png"))

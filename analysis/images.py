@@ -21,7 +21,7 @@ from torchvision.transforms import functional as TF
 from yacs.config import CfgNode
 
 import data
-from checkpoint import load_file, save_file
+from checkpoint import load_file, write_file
 from data.augment import BrightnessContrast, MultiCrop, ViewTransform, as_tensor
 from data.datasets import reason_of
 from data.decode import ImageLike, decode_image
@@ -182,9 +182,9 @@ def random_views(picture: Picture, seed: int) -> Views:
 
 
 def save_views(views: Views, path: Path) -> None:
-    """Keep two views for another network."""
+    """Keep two views for another network; see `checkpoint.write_file`."""
     content = {"first": views.first_CHW, "second": views.second_CHW, "made": views.made, "digest": views.digest}
-    save_file(content, path)
+    write_file(content, path)
 
 
 def load_views(path: Path, in_chans: int) -> Views:

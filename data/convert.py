@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import os
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -241,28 +242,43 @@ def main(args: argparse.Namespace) -> None:
     numbers, names = number_classes(list(listings.values()))
     if args.to == "files" and not names:
         names = read_classes(Path(args.data_path))
-    folder = files.make_output_dir(args.dest)
-    writers: list[Writer] = []
-    try:
+    folder = Path(args.dest)
+    with files.sole_run(folder, "conversion", "DEST"):
+        convert(args, listings, numbers, names)
+    for split, listing in listings.items():
+        images, classes = counted(len(listing.source), "image"), counted(len(listing.classes), "class", "classes")
+        logger.info("%s: %s, %s", split, images, classes)
+    logger.info("use them with --data_path %s%s", folder, {"zip": " --zip_mode", "tsv": " --tsv_mode"}.get(args.to, ""))
+
+
+def convert(
+    args: argparse.Namespace, listings: Mapping[str, Listing], numbers: Sequence[np.ndarray], names: Sequence[str]
+) -> None:
+    """Write all splits, of which either all files appear or none.
+
+    Raises:
+        UsageError: the disk refuses, or see `Writer.write` and `items_of`.
+        Stopped: Ctrl-C.
+    """
+    done = 0
+    interrupted = utils.telling_interrupt(
+        lambda: f"after {counted(done, 'image')}, of which nothing is left in {args.dest}"
+    )
+    with interrupted, files.usable(args.dest, "DEST"), contextlib.ExitStack() as stack:
+        writers: list[Writer] = []
         for (split, listing), label_N in zip(listings.items(), numbers):
-            writers.append(make_writer(args, folder, split, names))
-            for item in tqdm(
-                items_of(listing.source, label_N, Path(args.data_path), split), desc=split, total=len(listing.source)
-            ):
+            writers.append(make_writer(args, Path(args.dest), split, names))
+            stack.callback(writers[-1].discard)
+            stack.callback(writers[-1].close)
+            items = items_of(listing.source, label_N, Path(args.data_path), split)
+            for item in tqdm(items, desc=split, total=len(listing.source)):
                 writers[-1].write(item)
+                done += 1
             writers[-1].close()
         if args.to != "files":
             write_small_files(writers, names)
         for writer in writers:
             writer.finish()
-    finally:
-        for writer in writers:
-            writer.close()
-            writer.discard()
-    for split, listing in listings.items():
-        images, classes = counted(len(listing.source), "image"), counted(len(listing.classes), "class", "classes")
-        logger.info("%s: %s, %s", split, images, classes)
-    logger.info("use them with --data_path %s%s", folder, {"zip": " --zip_mode", "tsv": " --tsv_mode"}.get(args.to, ""))
 
 
 def make_writer(args: argparse.Namespace, folder: Path, split: str, classes: Sequence[str]) -> Writer:

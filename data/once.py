@@ -1,7 +1,7 @@
 """Files that are made once and read by every process: whole or not at all, by one process while the others wait.
 
-Processes need not know of each other, nor run on one machine: a lock file beside the wanted one tells them apart, and a lock
-whose owner died is taken over. Where nothing can be written, callers keep what they made in memory.
+Processes need not know of each other, nor run on one machine: a lock beside the wanted file (see locks.py) tells them apart, and
+that of a dead owner is taken over. Where nothing can be written, callers keep what they made in memory.
 
 The cache folder may be emptied at any time: what it held is made anew.
 
@@ -13,19 +13,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import threading
-import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-HEARTBEAT = 5.0  # seconds
-ABANDONED_AFTER = 60.0  # seconds without a heartbeat
-POLL = 0.1  # seconds
+import locks
+
 CACHE_VARIABLE = "ESVIT_CACHE"
 
 
@@ -35,17 +32,17 @@ def make_once(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     Returns:
         whether it is there now; False where it cannot be written (a read-only or full disk), which says nothing of its content.
     """
-    lock = path.with_name(path.name + ".lock")
     try:
+        if path.exists():
+            return True
         path.parent.mkdir(parents=True, exist_ok=True)
-        while not path.exists():
-            if not _take(lock):
-                continue
-            try:
-                with _beating(lock):
-                    _write_whole(path, write)
-            finally:
-                lock.unlink(missing_ok=True)
+        lock = locks.lease(path.with_name(f".{path.name}.lock"))
+        locks.take(lock)
+        try:
+            if not path.exists():
+                _write_whole(path, write)
+        finally:
+            lock.release()
     except OSError:
         return path.exists()
     return True
@@ -75,27 +72,17 @@ def state_of(files: Sequence[Path]) -> str:
     return hashlib.sha256(repr(states).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def _take(lock: Path) -> bool:
-    """Try to own the lock; where another does, wait until it is gone, and remove it if its owner died."""
-    try:
-        lock.open("x").close()
-    except FileExistsError:
-        seen, since = _last_beat(lock), time.monotonic()
-        while lock.exists():
-            time.sleep(POLL)
-            if _last_beat(lock) != seen:
-                seen, since = _last_beat(lock), time.monotonic()
-            elif time.monotonic() - since > ABANDONED_AFTER:
-                lock.unlink(missing_ok=True)
-        return False
-    return True
-
-
 def cache_file(about: Path, suffix: str) -> Path:
-    """Where to keep what was found out about the file or folder `about`: in $ESVIT_CACHE, else in the user's cache folder."""
+    """Where to keep what was found out about the file or folder `about`: in $ESVIT_CACHE, else in the user's cache folder.
+
+    A user without a home, as containers have them, has no cache either: nothing can be kept there.
+    """
     folder = os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "esvit")
     name = hashlib.sha256(os.fsencode(about.resolve())).hexdigest()[:24]
-    return Path(folder).expanduser() / f"{name}{suffix}"
+    try:
+        return Path(folder).expanduser() / f"{name}{suffix}"
+    except RuntimeError:  # an unknown user
+        return Path(os.devnull, name)
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -109,30 +96,3 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _last_beat(lock: Path) -> int:
-    """Of the lock's clock, which need not be ours."""
-    try:
-        return lock.stat().st_mtime_ns
-    except OSError:
-        return -1
-
-
-@contextlib.contextmanager
-def _beating(lock: Path) -> Iterator[None]:
-    """Touch the lock every few seconds, so that others see its owner is alive."""
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):
-                lock.touch()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

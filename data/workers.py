@@ -21,8 +21,11 @@ def usable_workers(wanted: int) -> int:
     return min(wanted, cores)
 
 
+SENT_TO_ALL = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)}
+
+
 class SteadyLoader(DataLoader[Any]):
-    """A loader whose workers do not die of what a scheduler sends to all processes of a run, which has yet to save.
+    """A loader whose workers do not die of what a scheduler or a terminal sends to all processes of a run, which has yet to save.
 
     They are born with the signals blocked: one that came before they could say so would end them. A SIGTERM of the run itself,
     which comes at its end, still ends them at once. Without signal masks (Windows) or `sigwaitinfo` (macOS) any does.
@@ -39,11 +42,11 @@ class SteadyLoader(DataLoader[Any]):
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes and threads that are started inside keep the signals of a scheduler blocked; here they come when it is left."""
+    """Processes and threads that are started inside keep the signals blocked; here they come when it is left."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SENT_TO_ALL)
     try:
         yield
     finally:

@@ -97,14 +97,14 @@ def test_full_disk_is_refused(images: Path, disk: Path, script: str) -> None:
 @pytest.mark.parametrize("script", RUNS)
 def test_stale_folder_is_refused(images: Path, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a server that has gone: even looking for a checkpoint fails."""
-    exists = Path.exists
+    lstat = Path.lstat
 
-    def stale(self: Path, **options: Any) -> bool:
+    def stale(self: Path) -> os.stat_result:
         if self.name.startswith("checkpoint"):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
-        return exists(self, **options)
+        return lstat(self)
 
-    monkeypatch.setattr(Path, "exists", stale)
+    monkeypatch.setattr(Path, "lstat", stale)
     with pytest.raises(UsageError, match=r"--output_dir .*/run cannot be used \(Stale file handle\)"):
         RUNS[script](images, tmp_path / "run")
 
