@@ -14,7 +14,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import make_output_dir, usable, whole_file
+from files import make_output_dir, read_text, usable, whole_file
 from utils import UsageError
 
 FILE = "results.json"
@@ -68,7 +68,7 @@ def save_json(record: Mapping[str, Any], path: Path) -> Path:
 def read_json(path: Path | None) -> Any:
     """The content of a JSON file; None without a file or where it is damaged."""
     try:
-        return None if path is None else json.loads(path.read_text())
+        return None if path is None else json.loads(read_text(path))
     except (OSError, ValueError):
         return None
 

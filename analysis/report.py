@@ -20,6 +20,8 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
 from analysis import draw, plots
+from data.decode import open_image
+from files import read_text
 from results import newest, read_json
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
@@ -128,7 +130,7 @@ def plot(figure: MatplotlibFigure, caption: str) -> Figure:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The epochs of a `log.txt`; lines that are not whole are left out, an epoch that comes again replaces the former."""
     epochs: dict[Any, dict[str, Any]] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    for line in read_text(path, errors="replace").split("\n") if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
@@ -164,7 +166,7 @@ def crops(run_dir: Path) -> list[Figure]:
     path = run_dir / "crops.png"
     if not path.is_file():
         return []
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return [Figure(path.read_bytes(), "image/png", image.size, "augmented views, as training makes them")]
 
 

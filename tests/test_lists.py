@@ -63,7 +63,7 @@ def test_names_of_several_folders_take_their_folders(images: Path) -> None:
             "2 names that no image has, the first is class0/009.png; take the list",
         ),
         ("\n \n", "names no image"),
-        ("\0\xff", "cannot be read"),
+        ("\0\xff", "is not text"),
         (None, r"cannot be read \(No such file or directory\)"),
     ],
     ids=["ambiguous", "unknown", "empty", "binary", "missing"],
