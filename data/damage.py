@@ -90,8 +90,11 @@ def check_jpeg(content: bytes, image: Image.Image) -> None:
     zeros = end - len(content[:end].rstrip(b"\0"))
     if not _shows(content[:end] + FILLER + END, image):
         raise ValueError("the data of the JPEG end before its last row")
-    if zeros >= max(ZEROS, end // 16) and _shows(content[: end - ZEROS // 2] + FILLER + END, image):
-        raise ValueError("the JPEG ends in zeros, which hold no pixels")
+    if zeros < max(ZEROS, end // 16):
+        return
+    all_count, last_count = (not _shows(content[: end - many] + FILLER + END, image) for many in (zeros, ZEROS // 2))
+    if all_count and not last_count:  # an even image has a code of zeros alone: then none of them count, or all
+        raise ValueError("the JPEG ends in zeros, the last of which hold no pixels")
 
 
 def _shows(content: bytes, image: Image.Image) -> bool:

@@ -76,6 +76,15 @@ def test_lists_that_do_not_fit_are_refused(images: Path, text: str | None, words
         keep_listed(dataset(images / "same"), file)
 
 
+def test_lists_with_a_byte_order_mark(images: Path) -> None:
+    kept = dataset(images / "same")
+    for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
+        (images / name).write_bytes(mark + b"class0/000.png\r\n")
+    keep_listed(kept, images / "marked.txt")
+    assert len(kept) == 1
+    assert digest_of(images / "plain.txt") == digest_of(images / "marked.txt")
+
+
 def test_the_digest_is_of_the_names(images: Path) -> None:
     for name, text in {"a": "x\ny\n", "b": "y\nx", "c": "x\nz"}.items():
         (images / name).write_text(text)
