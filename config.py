@@ -102,7 +102,11 @@ PATCH_SIZE = 16  # pixels, of networks whose yaml does not say; the flag --patch
 # Everything else that code reads.
 SCHEMA: dict[str, Any] = {
     "MODEL": {"NAME": "swin_transformer", "IMAGE_SIZE": [224, 224]},
-    "INPUT": {"MEAN": [0.485, 0.456, 0.406], "STD": [0.229, 0.224, 0.225]},
+    "INPUT": {
+        "MEAN": [0.485, 0.456, 0.406],
+        "STD": [0.229, 0.224, 0.225],
+        "RANGE": [],  # [black, white]: what images of more than 8 bits hold, where their type does not say (data/decode.py)
+    },
 }
 
 # Keys of the published files that belong to the supervised code base they came from; of a whole group every key is one.
@@ -382,7 +386,7 @@ def _cast(key: str, value: Any, default: Any, where: str) -> Any:
     if key == "MODEL.IMAGE_SIZE" and isinstance(default, list) and isinstance(value, int):
         value = [value, value]
     if isinstance(default, list) and isinstance(value, list | tuple):
-        value = [_cast(key, item, default[0], where) for item in value]
+        value = [_cast(key, item, default[0] if default else 0.0, where) for item in value]
     if isinstance(default, float) and isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)  # yaml 1.1 reads 1e-4 as text
@@ -408,6 +412,10 @@ def _check_values(config: CfgNode) -> None:
         raise UsageError(
             f"INPUT.MEAN and INPUT.STD must have one value per channel each, not {config.INPUT.MEAN} and {config.INPUT.STD}"
         )
+
+    limits = config.INPUT.RANGE
+    if limits and not (len(limits) == 2 and -math.inf < limits[0] < limits[1] < math.inf):
+        raise UsageError(f"INPUT.RANGE takes [black, white], two finite numbers of which white is larger, not {limits}")
 
 
 def _suggestion(key: str, name: str, known: dict[str, Any]) -> str:

@@ -310,6 +310,8 @@ def train(
     for epoch in range(start.epoch, epochs):
         done = min(start.steps, steps) if epoch == start.epoch else 0
         set_epoch(loader, epoch, skipped_batches=done * accum_iter)
+        if not done:
+            tally.start_pass()
         step.method.start_epoch(epoch, epochs)
         meter = EpochMeter(epoch, steps, images_per_step=_global_batch(loader, accum_iter))
         if done:

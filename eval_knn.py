@@ -172,7 +172,10 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.Image
     augment.check_normalisation(mean, std, config.MODEL.SPEC.IN_CHANS)
     in_chans = config.MODEL.SPEC.IN_CHANS
     layout = data.layout_of(args)
-    return [data.build_dataset(args.data_path, "train", transform, in_chans, need_labels=True, layout=layout)]
+    images = data.build_dataset(
+        args.data_path, "train", transform, in_chans, need_labels=True, layout=layout, value_range=config.INPUT.RANGE
+    )
+    return [images]
 
 
 def extract_splits(

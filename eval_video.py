@@ -18,6 +18,7 @@ Origin: the protocol of DINO (Caron et al., ICCV 2021) on DAVIS (Pont-Tuset et a
 from __future__ import annotations
 
 import argparse
+import io
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -41,8 +42,9 @@ from analysis.images import Scale, scale_of
 from analysis.propagation import Rule, follow, to_pixels, to_regions
 from data.augment import as_tensor
 from data.datasets import reason_of
-from data.decode import ImageLike, read_image
-from data.tree import EXTENSIONS
+from data.decode import ImageLike, UndeclaredRange, open_image, read_image
+from data.sources import read_file
+from data.tree import is_image_file
 from features import frozen_backbone, network_config
 from models import Backbone
 from ranges import COUNT, PIXELS, SEED, TEMPERATURE, integer
@@ -88,6 +90,7 @@ class Video(NamedTuple):
     frames: list[Path]
     mask: Image.Image  # of mode P or L, as large as the frames
     in_chans: int
+    value_range: Sequence[float] = ()  # INPUT.RANGE
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,7 +98,7 @@ class Video(NamedTuple):
         return self.mask.height, self.mask.width
 
 
-def open_video(frames_folder: str, first_mask: str, in_chans: int) -> Video:
+def open_video(frames_folder: str, first_mask: str, in_chans: int, value_range: Sequence[float] = ()) -> Video:
     """The images of a folder in the order of their names, numbers as numbers, and the mask that goes with the first.
 
     Raises:
@@ -104,7 +107,7 @@ def open_video(frames_folder: str, first_mask: str, in_chans: int) -> Video:
     """
     if not Path(frames_folder).is_dir():
         raise UsageError(f"--frames {frames_folder} is no folder; name the folder of a video's images")
-    frames = [path for path in Path(frames_folder).iterdir() if path.suffix.lower() in EXTENSIONS]
+    frames = [path for path in Path(frames_folder).iterdir() if is_image_file(path)]
     frames.sort(
         key=lambda path: [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
     )
@@ -112,8 +115,8 @@ def open_video(frames_folder: str, first_mask: str, in_chans: int) -> Video:
         raise UsageError(f"--frames {frames_folder} has {utils.counted(len(frames), 'image')}; a video has two or more")
     if len({path.stem for path in frames}) < len(frames):
         raise UsageError(f"--frames {frames_folder} has several images of one name; keep one kind of file")
-    video = Video(frames, read_mask(first_mask), in_chans)
-    height, width = size_of(read_frame(frames[0], in_chans))
+    video = Video(frames, read_mask(first_mask), in_chans, value_range)
+    height, width = size_of(read_frame(frames[0], video))
     if video.size != (height, width):
         raise UsageError(
             f"--first_mask {first_mask} is of {video.mask.width} x {video.mask.height} pixels, {frames[0].name} of "
@@ -129,9 +132,9 @@ def read_mask(path: str) -> Image.Image:
         UsageError: no such file, one with colours, or one without objects.
     """
     try:
-        with Image.open(path) as opened:
+        with open_image(io.BytesIO(read_file(path))) as opened:
             mask = opened.convert("L") if opened.mode == "1" else opened.copy()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"--first_mask {path} cannot be read ({reason_of(error)}); name an indexed PNG") from None
     if mask.mode not in INDEXED:
         raise UsageError(
@@ -142,14 +145,16 @@ def read_mask(path: str) -> Image.Image:
     return mask
 
 
-def read_frame(path: Path, in_chans: int) -> ImageLike:
+def read_frame(path: Path, video: Video) -> ImageLike:
     """A frame as it is stored.
 
     Raises:
         UsageError: it cannot be read.
     """
     try:
-        return read_image(str(path), in_chans)
+        return read_image(str(path), video.in_chans, video.value_range)
+    except UndeclaredRange:
+        raise
     except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
         raise UsageError(f"cannot read the frame {path} ({reason_of(error)}); repair or remove it") from None
 
@@ -188,7 +193,7 @@ def region_maps(backbone: Backbone, video: Video, scale: Scale, device: torch.de
     """
     size = list(resized_size(video.size, scale))
     for path in video.frames:
-        frame = read_frame(path, video.in_chans)
+        frame = read_frame(path, video)
         if size_of(frame) != video.size:
             raise UsageError(f"{path} is of another size than the first frame; frames of a video are of one size")
         pixels = TF.resize(as_tensor(frame), size, InterpolationMode.BILINEAR, antialias=True)
@@ -240,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
     flags.check_weights(args)
     config = network_config(args)
     data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
-    video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS)
+    video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS, config.INPUT.RANGE)
     with files.sole_run(args.output_dir, "masks"):
         write_masks(args, config, video, device)
 

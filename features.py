@@ -132,7 +132,14 @@ def labelled_datasets(
     augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, in_chans)
     train, val = (
         data.build_dataset(
-            args.data_path, part, transform, in_chans, args.seed, need_labels=True, layout=data.layout_of(args)
+            args.data_path,
+            part,
+            transform,
+            in_chans,
+            args.seed,
+            need_labels=True,
+            layout=data.layout_of(args),
+            value_range=config.INPUT.RANGE,
         )
         for part, transform in (("train", train_transform), ("val", val_transform))
     )
@@ -339,6 +346,7 @@ class ImageFeatures(FeatureSource):
     def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.training`."""
         set_epoch(self.train_loader, epoch)
+        self.train_tally.start_pass()
         for step, batch in enumerate(meter.timed(self.train_loader)):
             (wished,) = self.train_tally.add(batch.failures, self.device, not batch.views, ending.wishes())
             ending.end_if(wished, epoch, step)
@@ -348,6 +356,7 @@ class ImageFeatures(FeatureSource):
         """See `FeatureSource.validation`."""
         failures: list[str] = []
         incomplete = False
+        self.val_tally.start_pass()
         for batch in self.val_loader:
             failures += batch.failures
             incomplete = not batch.views

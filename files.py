@@ -109,6 +109,26 @@ class DiskError(UsageError):
     """A folder or file that the disk refuses to write or read."""
 
 
+def read_text(path: Path, remedy: str = "repair it", errors: str = "strict") -> str:
+    """The text of a file from outside: UTF-8, with or without a byte-order mark, with any kind of line ends.
+
+    Args:
+        remedy: what such a file holds, or what to do.
+        errors: see `bytes.decode`; `surrogateescape` keeps names of files that are no UTF-8.
+
+    Raises:
+        OSError: it cannot be read.
+        UsageError: it is no such text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors=errors)
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text and errors != "replace":
+        raise UsageError(f"{path} is not text in UTF-8; {remedy}")
+    return text
+
+
 @contextlib.contextmanager
 def usable(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
     """A block that reads and writes files of a folder, which `flag` names.

@@ -277,6 +277,7 @@ class FineTuner:
             Stopped: see `EndRequest.end_if`.
         """
         set_epoch(loader, epoch)
+        tally.start_pass()
         for network in self.networks().values():
             network.start_epoch(epoch, self.recipe.epochs)
         self.network.train()

@@ -109,7 +109,8 @@ def labelled_images(folder: str, size: int, config: CfgNode, seed: int) -> list[
         return list(labelled_datasets(args, config, transform, transform))
     if not folder:
         raise UsageError("--knn_every needs --knn_data_path FOLDER, a small folder of class folders")
-    images = data.build_dataset(folder, "train", transform, config.MODEL.SPEC.IN_CHANS, seed, need_labels=True)
+    about = config.MODEL.SPEC.IN_CHANS, seed
+    images = data.build_dataset(folder, "train", transform, *about, need_labels=True, value_range=config.INPUT.RANGE)
     if len(images) < 2:
         raise UsageError(f"--knn_data_path {folder} holds one image, which has no neighbour; add more")
     return [images]

@@ -298,11 +298,15 @@ def build_loader(
     layout = data.layout_of(args, str(path))
     dataset: data.ImageDataset | data.ShardStream
     if layout == "shards":
-        dataset = data.build_stream(str(path), transform, in_chans, args.seed, args.shuffle_buffer, args.epoch_images)
+        dataset = data.build_stream(
+            str(path), transform, in_chans, args.seed, args.shuffle_buffer, args.epoch_images, config.INPUT.RANGE
+        )
     elif args.epoch_images:
         raise UsageError(f"--epoch_images {args.epoch_images} is for tar shards, {path} holds none; leave it out")
     else:
-        dataset = data.build_dataset(path, "train", transform, in_chans, args.seed, layout=layout)
+        dataset = data.build_dataset(
+            path, "train", transform, in_chans, args.seed, layout=layout, value_range=config.INPUT.RANGE
+        )
     pin = device.type == "cuda"
     return data.build_train_loader(
         dataset, args.batch_size_per_gpu, args.num_workers, pin, finish=finish, sampler=args.sampler

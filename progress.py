@@ -27,7 +27,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from files import check_held, whole_file
-from utils import is_main_process, logger, peak_memory_mb, telling_interrupt
+from utils import UsageError, is_main_process, logger, peak_memory_mb, telling_interrupt
 
 CROP_GRID_IMAGES = 8
 
@@ -188,6 +188,12 @@ class RunLog:
         images: int,
         seen: int = 0,
     ) -> None:
+        try:
+            str(output_dir).encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"--output_dir {output_dir} is not UTF-8, in which TensorBoard takes names; choose another"
+            ) from None
         self.output_dir = output_dir
         self.epochs = epochs
         self.log_freq = log_freq

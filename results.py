@@ -64,7 +64,7 @@ def save_json(record: Mapping[str, Any], path: Path) -> Path:
 def read_json(path: Path | None) -> Any:
     """The content of a JSON file; None without a file or where it is damaged."""
     try:
-        return None if path is None else files.parse_json(path.read_text())
+        return None if path is None else files.parse_json(files.read_text(path))
     except (OSError, ValueError):
         return None
 

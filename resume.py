@@ -453,18 +453,18 @@ def tidy(output_dir: Path, place: Place) -> None:
     log = output_dir / "log.txt"
     if not log.exists():
         return
-    lines = log.read_text().splitlines(keepends=True)
+    lines = log.read_bytes().splitlines(keepends=True)  # which need not be text: a disk may have damaged one
     again = [line for line in lines if _is_repeated(line, place.epoch)]
     if again:
-        with (output_dir / "log_repeated.txt").open("a") as repeated:
-            repeated.writelines(line.rstrip("\n") + "\n" for line in again)
+        with (output_dir / "log_repeated.txt").open("ab") as repeated:
+            repeated.writelines(line.rstrip(b"\n") + b"\n" for line in again)
         with files.whole_file(log) as temporary:
-            temporary.write_text("".join(line for line in lines if not _is_repeated(line, place.epoch)))
+            temporary.write_bytes(b"".join(line for line in lines if not _is_repeated(line, place.epoch)))
 
 
-def _is_repeated(line: str, epoch: int) -> bool:
+def _is_repeated(line: bytes, epoch: int) -> bool:
     """Whether a line is about `epoch` or a later one, or was never written to its end."""
     try:
         return bool(files.parse_json(line)["epoch"] >= epoch)
     except (ValueError, LookupError, TypeError):
-        return not line.endswith("\n")
+        return not line.endswith(b"\n")

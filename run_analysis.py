@@ -143,7 +143,17 @@ class Lab(NamedTuple):
             UsageError: one cannot be read.
         """
         path = self.args.image_path or self.args.data_path
-        return load_pictures(path, self.args.num_images, self.scale, self.in_chans, self.layout(path))
+        return self.load(path)
+
+    def load(self, path: str) -> Chosen:
+        """The images to look at of a file or folder.
+
+        Raises:
+            UsageError: see `load_pictures`.
+        """
+        return load_pictures(
+            path, self.args.num_images, self.scale, self.in_chans, self.layout(path), self.config.INPUT.RANGE
+        )
 
 
 # --------------------------------------------------------------------------- pictures of single images
@@ -205,7 +215,7 @@ def two_images(lab: Lab, found: Sequence[Picture]) -> dict[str, Views]:
         UsageError: more than one of either, or one that cannot be read.
     """
     path2 = lab.args.image_path2
-    second = load_pictures(path2, lab.args.num_images, lab.scale, lab.in_chans, lab.layout(path2)).some
+    second = lab.load(path2).some
     for flag, several in (("--image_path", found), ("--image_path2", second)):
         if len(several) > 1:
             raise UsageError(
@@ -249,7 +259,10 @@ def sum_over_folder(lab: Lab, label: str, transform: MultiCrop, measure: Callabl
     """
     path = lab.args.data_path or lab.args.image_path
     with utils.failing_together():
-        dataset = data.build_dataset(path, "val", transform, lab.in_chans, lab.args.seed, layout=lab.layout(path))
+        layout, value_range = lab.layout(path), lab.config.INPUT.RANGE
+        dataset = data.build_dataset(
+            path, "val", transform, lab.in_chans, lab.args.seed, layout=layout, value_range=value_range
+        )
     utils.must_agree("numbers of images", len(dataset))
     loader = data.build_eval_loader(
         dataset, lab.args.batch_size_per_gpu, lab.args.num_workers, pin_memory=lab.device.type == "cuda"
@@ -398,8 +411,8 @@ def report(lab: Lab) -> None:
     }
     title = f"Report on {run_dir.resolve().name}"
     page = pages.build_report(title, facts, run_dir, lab.folder, sections)
-    with files.usable(lab.folder):
-        _say(write_new(lab.folder / "report.html", lambda place: place.write_text(page, encoding="utf-8")))
+    with files.usable(lab.folder):  # names of files need not be UTF-8
+        _say(write_new(lab.folder / "report.html", lambda place: place.write_text(page, "utf-8", "backslashreplace")))
 
 
 def picture_sections(lab: Lab, picture: Picture) -> Iterator[pages.Section]:

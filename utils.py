@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import datetime
+import io
 import logging
 import os
 import random
@@ -531,6 +532,8 @@ def counted(count: int, one: str, several: str = "") -> str:
 
 def setup_logging() -> None:
     """The main process logs at INFO to stderr, the others only errors."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]

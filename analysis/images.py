@@ -7,9 +7,10 @@ Origin: this project's own; the views follow DINO (Caron et al., ICCV 2021).
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -22,13 +23,13 @@ from yacs.config import CfgNode
 
 import data
 from checkpoint import load_file, write_file
-from data.augment import BrightnessContrast, MultiCrop, ViewTransform, as_tensor
-from data.datasets import reason_of
-from data.decode import ImageLike, decode_image
+from data.augment import THIN, BrightnessContrast, MultiCrop, ViewTransform, as_tensor, middle_of_thin
+from data.datasets import REPLACEMENT_TRIES, reason_of
+from data.decode import ImageLike, UndeclaredRange, decode_image
 from data.sources import Files, Source
 from models import Backbone
 from results import numbered
-from utils import UsageError, isolated_rng
+from utils import UsageError, counted, isolated_rng, logger
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 VIEW_SCALE = (0.4, 1.0)
@@ -87,39 +88,67 @@ def scale_of(backbone: Backbone, config: CfgNode, shorter_side: int | None, devi
 
 
 def as_picture(name: str, image: ImageLike, scale: Scale) -> Picture:
-    """An image that is there already, resized."""
+    """An image that is there already, resized.
+
+    Raises:
+        ValueError: it is too thin to be shown whole.
+    """
     pixels_CHW = as_tensor(image)
     size = pixels_CHW.shape[1], pixels_CHW.shape[2]
+    if max(size) > THIN * min(size):
+        raise ValueError(f"of {size[1]} x {size[0]} pixels, more than {THIN} times as long as wide")
     digest = hashlib.sha256(f"{tuple(pixels_CHW.shape)}".encode() + pixels_CHW.contiguous().numpy().tobytes())
     resized = TF.resize(image, list(scale.size_for(*size)), interpolation=BICUBIC, antialias=True)
     return Picture(name, as_tensor(resized).clamp(0, 1), size, digest.hexdigest())
 
 
-def load_pictures(path: str, count: int, scale: Scale, in_chans: int, layout: str = "files") -> Chosen:
+def load_pictures(
+    path: str, count: int, scale: Scale, in_chans: int, layout: str = "files", value_range: Sequence[float] = ()
+) -> Chosen:
     """The file itself, or `count` images spread evenly over a folder (or its part `val`), under names of their own.
+
+    Of a folder the next image takes the place of one that cannot be read, which is named.
 
     Args:
         layout: of the folder, see data/datasets.py.
+        value_range: INPUT.RANGE, see `decode_image`.
 
     Raises:
-        UsageError: nothing is there, or an image cannot be read.
+        UsageError: nothing is there, the one image that is named cannot be read, or too many cannot.
     """
     if Path(path).is_file() and Path(path).suffix.lower() != ".txt":
         source: Source = Files([path])
     else:
         source = data.build_dataset(path, "val", lambda image: [], in_chans, layout=layout).source
     count = min(count, len(source))
-    chosen = [(2 * i + 1) * len(source) // (2 * count) for i in range(count)]
-    names = unique_names([source.name(index) for index in chosen])
-    images = (_image(source, index, in_chans) for index in chosen)
-    return Chosen([as_picture(name, image, scale) for name, image in zip(names, images)], len(source))
+    wanted = [(2 * i + 1) * len(source) // (2 * count) for i in range(count)]
+    found: dict[int, Picture] = {}
+    failures: dict[int, str] = {}
+    for index in wanted:
+        others = (i % len(source) for i in range(index + 1, index + len(source)))
+        for candidate in chain([index], (other for other in others if other not in wanted)):
+            if len(failures) >= REPLACEMENT_TRIES or candidate in found or candidate in failures:
+                continue
+            try:
+                image = decode_image(source.read(candidate), in_chans, value_range)
+                found[candidate] = as_picture("", image, scale)
+                break
+            except UndeclaredRange as error:
+                raise UndeclaredRange(f"{source.name(candidate)} {error}") from None
+            except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
+                failures[candidate] = f"cannot read the image {source.name(candidate)} ({reason_of(error)})"
+                if len(source) > 1:
+                    logger.warning("%s; another one takes its place", failures[candidate])
+    if not found:
+        more = f", nor {counted(len(failures) - 1, 'other')} tried" if len(failures) > 1 else ""
+        raise UsageError(f"{next(iter(failures.values()))}{more}; name another one")
+    names = unique_names([printable(source.name(index)) for index in found])
+    return Chosen([found[index]._replace(name=name) for index, name in zip(found, names)], len(source))
 
 
-def _image(source: Source, index: int, in_chans: int) -> ImageLike:
-    try:
-        return decode_image(source.read(index), in_chans)
-    except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
-        raise UsageError(f"cannot read the image {source.name(index)} ({reason_of(error)}); name another one") from None
+def printable(name: str) -> str:
+    """The name of a file as text that can be written and shown, also where it is not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def unique_names(files: Sequence[str]) -> list[str]:
@@ -252,6 +281,7 @@ class FillAndCrop:
         self.size = size
 
     def __call__(self, image: ImageLike) -> ImageLike:
+        image = middle_of_thin(image)
         height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
         factor = max(self.size[0] / height, self.size[1] / width)
         sides = [max(wanted, round(side * factor)) for wanted, side in zip(self.size, (height, width))]

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
 from analysis import draw, plots
-from files import parse_json
+from data.decode import open_image
+from files import parse_json, read_text
 from results import newest, numbered, read_json
 from utils import logger
 
@@ -130,7 +131,7 @@ def plot(figure: MatplotlibFigure, caption: str) -> Figure:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The epochs of a `log.txt`; lines that are not whole are left out, an epoch that comes again replaces the former."""
     epochs: dict[Any, dict[str, Any]] = {}
-    for line in _read_text(path).splitlines():
+    for line in read_text(path, errors="replace").split("\n") if path.is_file() else []:
         try:
             record = parse_json(line)
         except ValueError:
@@ -176,7 +177,7 @@ def crops(run_dir: Path) -> list[Figure]:
     if not path.is_file():
         return []
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return [Figure(path.read_bytes(), "image/png", image.size, "augmented views, as training makes them")]
     except Exception as error:  # of any kind, from damaged bytes
         logger.warning("the report goes without %s, which cannot be read (%s)", path, error)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from analysis.correspondence import Grid, centres, nearest
+from data.decode import open_image
 from utils import UsageError
 
 FILES = {"left": "motorcycle_left.png", "right": "motorcycle_right.png", "disparity": "motorcycle_disp.npz"}
@@ -59,7 +60,7 @@ def load_stereo() -> StereoPair:
             raise UsageError(f"this release of skimage does not ship {file}; install the one in requirements.txt")
     with np.load(folder / FILES["disparity"]) as stored:
         disparity = torch.from_numpy(np.asarray(next(iter(stored.values())), dtype=np.float32))
-    pictures = [Image.open(folder / FILES[side]).convert("RGB") for side in ("left", "right")]
+    pictures = [open_image(folder / FILES[side]).convert("RGB") for side in ("left", "right")]
     return StereoPair(pictures[0], pictures[1], disparity)
 
 

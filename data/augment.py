@@ -33,6 +33,7 @@ from utils import UsageError
 
 ViewTransform = Callable[[ImageLike], Tensor]
 BACKENDS = ("auto", "pil", "split")
+THIN = 16  # times as long as wide
 
 
 class MultiCrop:
@@ -220,6 +221,20 @@ def strong_view(size: int, mean: Sequence[float], std: Sequence[float]) -> Multi
     return MultiCrop([posterised_to_a_bit(transforms.Compose(steps))])
 
 
+def middle_of_thin(image: ImageLike) -> ImageLike:
+    """What the centre crop of a resized image can show of one that is very long or high: `THIN` times its short side.
+
+    All of it would be resized, of 5000 x 2 pixels to 640,000 x 256. Other images stay as they are; of these a pixel of the
+    crop moves by less than a pixel of the resized image.
+    """
+    height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+    most = THIN * min(height, width)
+    if max(height, width) <= most:
+        return image
+    most += (max(height, width) - most) % 2  # so that the middle stays the middle
+    return TF.center_crop(image, [min(height, most), min(width, most)])
+
+
 def eval_view(
     size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
 ) -> MultiCrop:
@@ -228,6 +243,7 @@ def eval_view(
         [
             transforms.Compose(
                 [
+                    middle_of_thin,
                     transforms.Resize(
                         round(size / crop_ratio),
                         interpolation=transforms.InterpolationMode(interpolation),

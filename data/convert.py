@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
@@ -37,12 +36,14 @@ import files
 import flags
 import utils
 from data.datasets import LAYOUTS, layout_of
+from data.decode import open_image
 from data.remote import check_here
 from data.sources import UNLABELLED, Files, Listing, Source, check_inside
 from data.tars import SIZES
 from data.tree import EXTENSIONS
 from data.tsv import TsvLines, label_names
 from data.zips import ZipMembers
+from files import read_text
 from ranges import COUNT
 from utils import UsageError, counted, logger
 
@@ -376,7 +377,7 @@ def kind_of(content: bytes, name: str) -> str:
     if suffix in EXTENSIONS:
         return suffix[1:]
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             return {"jpeg": "jpg", "tiff": "tif"}.get(kind := str(image.format).lower(), kind)
     except Exception:  # damaged images are converted too, and named when they are used
         return "npy" if content.startswith(b"\x93NUMPY") else "jpg"
@@ -390,10 +391,11 @@ def read_classes(source: Path) -> list[str]:
     """
     path = (source if source.is_dir() else source.parent) / CLASSES
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        text = read_text(path, "it has the name of one class a line")
+        return text.removesuffix("\n").split("\n") if text else []
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UsageError(f"{path} cannot be read ({error}); repair it or move it away") from None
 
 

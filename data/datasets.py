@@ -6,7 +6,8 @@
     dataset = build_dataset("imagenet/", "train", transform, layout="shards")   # train-000000.tar and others
     sample = dataset[0]                                                      # views, label, index, failures
 
-Reading never ends a run by itself: an unreadable image is replaced by another sample and named in `Sample.failures`.
+Reading never ends a run by itself: what fails twice is replaced by another sample and named in `Sample.failures`. An image whose
+range nothing declares is a mistake about all of them: it has no replacement, and the run ends (`Refusal`).
 
 Origin: this project's own.
 """
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.decode import ImageLike, decode_image
+from data.decode import ImageLike, UndeclaredRange, decode_image
 from data.folders import list_files
 from data.published import list_openimages, list_webvision
 from data.remote import check_here
@@ -56,6 +57,10 @@ class Sample(NamedTuple):
     failures: tuple[str, ...]  # "name: reason" (no ": " in it) of every unreadable image on the way
 
 
+class Refusal(str):
+    """A failure for which no other image may stand in: the sentence with which the run ends."""
+
+
 class SharedEpoch:
     """What has an epoch of which workers that run already learn: it lies in shared memory."""
 
@@ -84,6 +89,7 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
         transform: image to views.
         in_chans: channels; 1 and 3 give the transform a PIL image, other numbers a float tensor (C, H, W) in 0..1.
         seed: base of every sample's randomness.
+        value_range: INPUT.RANGE, see `decode_image`.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
         transform: Transform,
         in_chans: int = 3,
         seed: int = 0,
+        value_range: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.source = source
@@ -103,6 +110,7 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
         self.transform = transform
         self.in_chans = in_chans
         self.seed = seed
+        self.value_range = tuple(value_range)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -120,13 +128,24 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
             for _ in range(REPLACEMENT_TRIES):
                 name = self.source.name(chosen)
                 try:
-                    image = decode_image(self.source.read(chosen), self.in_chans)
+                    image = self._image(chosen)
+                except UndeclaredRange as error:
+                    return Sample([], UNLABELLED, index, (*failures, Refusal(f"{name} {error}")))
                 except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
                     failures.append(f"{name}: {reason_of(error)}")
                     chosen = int(np.random.randint(len(self)))
                     continue
                 return Sample(self.transform(image), self._label(chosen), index, tuple(failures))
         return Sample([], UNLABELLED, index, tuple(failures))
+
+    def _image(self, index: int) -> ImageLike:
+        """Read at the second try where the first one fails, as a disk or network may for a moment."""
+        try:
+            return decode_image(self.source.read(index), self.in_chans, self.value_range)
+        except UndeclaredRange:
+            raise
+        except Exception:
+            return decode_image(self.source.read(index), self.in_chans, self.value_range)
 
     def _label(self, index: int) -> int | Tensor:
         if self.multi_labels is not None:
@@ -165,6 +184,7 @@ def build_dataset(
     seed: int = 0,
     need_labels: bool = False,
     layout: str = "files",
+    value_range: Sequence[float] = (),
 ) -> ImageDataset:
     """The images under `data_path`.
 
@@ -176,6 +196,7 @@ def build_dataset(
         split: `train` or `val`.
         need_labels: images without classes are an error.
         layout: a key of `LAYOUTS`.
+        value_range: INPUT.RANGE of the config, see `decode_image`.
 
     Raises:
         UsageError: the path is missing or holds no image, or no class where labels are needed.
@@ -190,4 +211,4 @@ def build_dataset(
             f"data path '{data_path}' does not exist; --data_path takes a folder of images, a text file of paths or tar shards"
         )
     listing = LAYOUTS[layout](root, split, need_labels)
-    return ImageDataset(*listing, transform, in_chans, seed)
+    return ImageDataset(*listing, transform, in_chans, seed, value_range)

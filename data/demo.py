@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.decode import open_image
 from flags import Parser
 from utils import UsageError, run_script
 
@@ -113,7 +114,7 @@ def write_demo_data(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     record_file.write_text(json.dumps(settings | {"complete": False}) + "\n")
     for photograph, (name, path) in enumerate(photographs().items()):
-        with Image.open(path) as file:
+        with open_image(path) as file:
             image = file.convert("RGB")
         for part, columns in split_columns(image.width).items():
             folder = root / part / name

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from data.sources import UNLABELLED, Files, Listing
-from data.tree import EXTENSIONS, find_images
+from data.tree import EXTENSIONS, find_images, is_image_name, tell_passed_over
+from files import read_text
 from utils import UsageError, counted
 
+OTHER_NAMES = "hidden files and files of other endings"
 CHECKED_PATHS = 50_000  # of a list, at most about so many: a million would take minutes on a shared disk
 
 
@@ -71,19 +73,19 @@ def _folder_of_split(root: Path, split: str, need_labels: bool) -> Path:
 
 def _read_path_list(file: Path) -> list[str]:
     """Paths of a text file, one a line; empty lines and lines starting with # are skipped."""
-    try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
-    except UnicodeDecodeError:
-        raise UsageError(f"{file} is not a text file of paths; --data_path takes a folder or a text file") from None
-    paths = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]
+    text = read_text(file, "--data_path takes a folder, or a text file with one path a line", "surrogateescape")
+    lines = [line.strip() for line in text.split("\n")]
+    named = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]
+    paths = [path for path in named if is_image_name(os.path.basename(path))]
     if not paths:
-        raise UsageError(f"{file} names no path; it takes the path of one image a line")
+        raise UsageError(f"{file} names no image; it takes one path a line, of files ending in {' '.join(EXTENSIONS)}")
+    tell_passed_over(file, {OTHER_NAMES: len(named) - len(paths)} if len(paths) < len(named) else {})
     checked = paths[:: 1 + len(paths) // CHECKED_PATHS]
-    missing = [path for path in checked if not os.path.exists(path)]
+    missing = [path for path in checked if not os.path.isfile(path)]
     if missing:
         some = f" ({len(checked)} of {len(paths)} were looked for)" if len(checked) < len(paths) else ""
         raise UsageError(
-            f"{file} names {counted(len(missing), 'file that does', 'files that do')} not exist{some}, the first is {missing[0]}; "
+            f"{file} names {counted(len(missing), 'path that is', 'paths that are')} no file{some}, the first is {missing[0]}; "
             "paths are relative to the text file: repair or remove these lines"
         )
     return paths

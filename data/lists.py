@@ -17,6 +17,7 @@ import numpy as np
 
 from data.datasets import ImageDataset
 from data.sources import Chosen
+from files import read_text
 from utils import UsageError, counted, logger
 
 
@@ -27,13 +28,12 @@ def read_list(file: str | Path) -> list[str]:
         UsageError: no such file, one that is not text, or one without lines.
     """
     try:
-        lines = [line.strip() for line in Path(file).read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
+        text = read_text(Path(file), "--target_list_path names an image on each line", "surrogateescape")
+    except OSError as error:
         raise UsageError(
-            f"--target_list_path {file} cannot be read ({reason}); it names an image on each line"
+            f"--target_list_path {file} cannot be read ({error.strerror}); it names an image on each line"
         ) from None
-    lines = [line for line in lines if line]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise UsageError(f"--target_list_path {file} names no image; it names one on each line")
     return lines
@@ -41,7 +41,7 @@ def read_list(file: str | Path) -> list[str]:
 
 def digest_of(file: str | Path) -> str:
     """What tells whether two runs had the same list, wherever it lies and in whatever order."""
-    return hashlib.sha256("\n".join(sorted(read_list(file))).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\n".join(sorted(read_list(file))))).hexdigest()[:16]
 
 
 def keep_listed(dataset: ImageDataset, file: str | Path) -> None:

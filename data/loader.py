@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from data.chunks import ChunkSampler, processes_per_node
-from data.datasets import ImageDataset, Sample
+from data.datasets import ImageDataset, Refusal, Sample
 from data.shards import ShardLoader, ShardStream
 from data.workers import SteadyLoader, usable_workers
 from utils import UsageError, all_gather_objects, all_reduce_sum, counted, get_rank, get_world_size, logger
@@ -191,16 +191,21 @@ def build_eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, 
 
 
 class FailureTally:
-    """Counts the files that could not be read, over all processes; above a share of 1 % of the data the run stops.
+    """Counts the files that could not be read in a pass, over all processes; above a share of 1 % of the data the run stops.
 
     Args:
         images: number of images in the data set.
-        seen: path and reason of files that the run has met before.
+        seen: path and reason of files that the run has met before in this pass.
     """
 
     def __init__(self, images: int, seen: Mapping[str, str] | None = None) -> None:
         self.images = images
         self.seen = dict(seen or {})
+        self._told = set(self.seen)
+
+    def start_pass(self) -> None:
+        """Forget the files of the pass before: those that are still damaged will be met again, and others read well by now."""
+        self.seen = {}
 
     def add(
         self, failures: list[str], device: torch.device, incomplete: bool = False, wishes: Sequence[float] = ()
@@ -211,16 +216,22 @@ class FailureTally:
         `wishes` travel with the numbers of failures; their sums over all processes are returned.
 
         Raises:
-            UsageError: more than 1 % of the files failed or a batch is incomplete, on all processes at once, with the list.
+            UsageError: more than 1 % of the files failed, a batch is incomplete, or a file is refused (see `Refusal`); on all
+                processes at once, with the list.
         """
         counts = all_reduce_sum(torch.tensor([float(len(failures)), float(incomplete), *wishes], device=device))
         failed, incomplete_batches, *granted = counts.tolist()
         if failed == 0:
             return granted
-        for failure in (failure for part in all_gather_objects(failures) for failure in part):
+        everywhere = [failure for part in all_gather_objects(failures) for failure in part]
+        refusal = next((failure for failure in everywhere if isinstance(failure, Refusal)), None)
+        if refusal is not None:
+            raise UsageError(str(refusal))
+        for failure in everywhere:
             path, _, reason = failure.rpartition(": ")
-            if path not in self.seen:
-                self.seen[path] = reason
+            self.seen.setdefault(path, reason)
+            if path not in self._told:
+                self._told.add(path)
                 logger.warning("cannot read %s (%s); another image takes its place", path, reason)
         if incomplete_batches or len(self.seen) > MAX_FAILED_SHARE * self.images:
             listed = "; ".join(f"{path} ({reason})" for path, reason in list(self.seen.items())[:LISTED_FAILURES])

@@ -28,6 +28,7 @@ from data.tsv import (
     read_labelmap,
     read_numbers,
 )
+from files import read_text
 from utils import UsageError
 
 WEBVISION_LISTS = ("info/train_filelist_google.txt", "info/train_filelist_flickr.txt")
@@ -50,10 +51,7 @@ def list_webvision(root: Path, split: str, need_labels: bool) -> Listing:
         )
     paths, labels = [], []
     for file in lists:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError:
-            raise UsageError(f"{file} is not text in UTF-8; a line is 'path label'") from None
+        lines = read_text(file, "a line is 'path label'", "surrogateescape").split("\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -105,7 +103,7 @@ def _verified_labels(file: Path, classes: list[str]) -> dict[str, list[int]]:
     """The numbers of the classes of each key."""
     number_of = {name: number for number, name in enumerate(classes)}
     found = {}
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             key, tab, text = line.rstrip("\n").partition("\t")
             where = f"{file} line {number}"

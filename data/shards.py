@@ -15,7 +15,7 @@ A pass that begins later in its epoch reads the stream from its beginning, for w
 it costs the reading of the images that are passed by, once. Another number of workers or processes reads in another order.
 
 An image that cannot be read is named, and another one of the buffer takes its place; so are images that a shard lacks. A connection
-that is lost is tried again (`PAUSES`), from the beginning of the shard.
+that is lost is tried again (`PAUSES`), from the beginning of the shard; a shard on this disk is tried once more.
 
 Origin: the method is WebDataset's; the exact cut is this project's own.
 """
@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data.datasets import REPLACEMENT_TRIES, Sample, SharedEpoch, Transform, reason_of
-from data.decode import decode_image
+from data.datasets import REPLACEMENT_TRIES, Refusal, Sample, SharedEpoch, Transform, reason_of
+from data.decode import UndeclaredRange, decode_image
 from data.remote import PIPE, is_remote, open_stream
-from data.sources import UNLABELLED, parse_label
+from data.sources import UNLABELLED, checked_size, parse_label
 from data.tars import LINK, SIZES, count_images, find_shards, is_file, parse_sizes, parts_of, samples_of
 from data.workers import SteadyLoader
 from utils import UsageError, counted, isolated_rng, logger
@@ -93,7 +93,7 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
     Args:
         shards: paths, or URLs and pipes as the webdataset library opens them.
         counts: images of each; those beyond are not read.
-        transform, in_chans, seed: as of `ImageDataset`.
+        transform, in_chans, seed, value_range: as of `ImageDataset`.
         buffer: images that a worker mixes.
         length: images of an epoch, at most the sum of `counts`; as many by default.
     """
@@ -107,6 +107,7 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
         seed: int = 0,
         buffer: int = 256,
         length: int | None = None,
+        value_range: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.shards = tuple(shards)
@@ -117,6 +118,7 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
         self.in_chans = in_chans
         self.seed = seed
         self.buffer = buffer
+        self.value_range = tuple(value_range)
         self.batch_size, self.rank, self.world = 1, 0, 1
         self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()  # see SharedEpoch
 
@@ -156,7 +158,7 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
     def _read(self, spans: Sequence[Span]) -> Iterator[Encoded]:
         for span in spans:
             shard = self.shards[span.shard]
-            yield from read_span(shard, span, int(self.starts[span.shard]), PAUSES if is_remote(shard) else ())
+            yield from read_span(shard, span, int(self.starts[span.shard]), PAUSES if is_remote(shard) else (0.0,))
 
     def _samples(
         self, images: Iterator[Encoded], elsewhere: Sequence[Span], generator: np.random.Generator, skipped: int
@@ -192,7 +194,9 @@ class ShardStream(SharedEpoch, IterableDataset[Sample]):
                 try:
                     if chosen.error:
                         raise ValueError(chosen.error)
-                    image = decode_image(chosen.content, self.in_chans)
+                    image = decode_image(chosen.content, self.in_chans, self.value_range)
+                except UndeclaredRange as error:
+                    return Sample([], UNLABELLED, wanted.number, (*failures, Refusal(f"{chosen.name} {error}")))
                 except Exception as error:  # see ImageDataset
                     failures.append(f"{chosen.name}: {reason_of(error)}")
                     continue
@@ -236,7 +240,7 @@ def _contents(stream: IO[bytes]) -> Iterator[tuple[str, bytes | None]]:
     with tarfile.open(fileobj=stream, mode="r|*") as tar:
         for name, info in parts_of(tar):
             file = tar.extractfile(info) if is_file(info) else None
-            yield name, file.read() if file else None
+            yield name, file.read(checked_size(info.size)) if file else None
 
 
 def _why(error: Exception) -> str:
@@ -269,12 +273,14 @@ def build_stream(
     seed: int = 0,
     buffer: int = 256,
     epoch_images: int = 0,
+    value_range: Sequence[float] = (),
 ) -> ShardStream:
     """The training images of shards.
 
     Args:
         data_path: a folder of tars, a tar, or a pattern of them; here or elsewhere.
         epoch_images: images of an epoch; 0: all.
+        value_range: INPUT.RANGE of the config, see `decode_image`.
 
     Raises:
         UsageError: no shards, damaged or unreachable ones, or a number of images that they do not hold.
@@ -297,7 +303,7 @@ def build_stream(
         raise UsageError(
             f"{data_path} holds {sum(counts)} images in {counted(len(shards), 'shard')}, --epoch_images is {epoch_images}"
         )
-    return ShardStream(shards, counts, transform, in_chans, seed, buffer, epoch_images or None)
+    return ShardStream(shards, counts, transform, in_chans, seed, buffer, epoch_images or None, value_range)
 
 
 def _told_counts(shards: Sequence[str]) -> list[tuple[str, int | None]]:

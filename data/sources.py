@@ -9,7 +9,9 @@ Origin: this project's own.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from utils import UsageError
 
 UNLABELLED = -1
 LARGEST_LABEL = 2**31 - 1
+LARGEST_FILE = 2**30  # bytes of an encoded image; of more, a few packed ones could fill the memory
 
 
 class Source(ABC):
@@ -40,6 +43,31 @@ class Source(ABC):
         Raises:
             Exception: of any kind, where it cannot be read.
         """
+
+
+def read_file(path: str | Path) -> bytes:
+    """The content of a regular file: a pipe would be waited for, and a device may never end.
+
+    Raises:
+        OSError: it cannot be opened or read.
+        ValueError: it is something else than a file, or too large for an image.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("it is no regular file but a pipe, socket or device")
+        return file.read(checked_size(state.st_size))
+
+
+def checked_size(size: int) -> int:
+    """`size` itself.
+
+    Raises:
+        ValueError: it is beyond `LARGEST_FILE`.
+    """
+    if size > LARGEST_FILE:
+        raise ValueError(f"it has {size} bytes, more than {LARGEST_FILE}, the most that an image may have")
+    return size
 
 
 class MultiLabels:
@@ -128,7 +156,8 @@ class OwnFile:
             OSError: the file cannot be opened or read.
             EOFError: it ends before.
         """
-        content = self._at(offset).read(count)
+        with self._anew_after_errors():
+            content = self._at(offset).read(checked_size(count))
         if len(content) < count:
             raise EOFError(f"{self.path.name} ends {count - len(content)} bytes too early")
         return content
@@ -140,16 +169,19 @@ class OwnFile:
             OSError: the file cannot be opened or read.
             EOFError: it ends before.
         """
-        handle, line = self._at(offset), b""
-        while chunk := handle.read(block):
-            line += chunk
-            end = line.find(b"\n")
-            if end >= 0:
-                line = line[:end]
-            if fields is not None and line.count(b"\t") >= fields:
-                return b"\t".join(line.split(b"\t", fields)[:fields])
-            if end >= 0:
-                break
+        line = b""
+        with self._anew_after_errors():
+            handle = self._at(offset)
+            while chunk := handle.read(block):
+                line += chunk
+                checked_size(len(line) * 3 // 4)  # of what base64 holds
+                end = line.find(b"\n")
+                if end >= 0:
+                    line = line[:end]
+                if fields is not None and line.count(b"\t") >= fields:
+                    return b"\t".join(line.split(b"\t", fields)[:fields])
+                if end >= 0:
+                    break
         if not line and not chunk:
             raise EOFError(f"{self.path.name} ends before byte {offset}")
         return line.removesuffix(b"\r")
@@ -159,6 +191,15 @@ class OwnFile:
             self._handle, self._process = self.path.open("rb"), os.getpid()
         self._handle.seek(offset)
         return self._handle
+
+    @contextlib.contextmanager
+    def _anew_after_errors(self) -> Iterator[None]:
+        """What the handle of a network disk met once it may meet for ever."""
+        try:
+            yield
+        except OSError:
+            self._handle = None
+            raise
 
 
 class Files(Source):
@@ -182,7 +223,7 @@ class Files(Source):
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
-        return Path(self.name(index)).read_bytes()
+        return read_file(self.name(index))
 
 
 class Chosen(Source):

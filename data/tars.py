@@ -18,6 +18,7 @@ import math
 import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,15 +30,14 @@ from tqdm import tqdm
 
 from data.once import arrays_once, cache_file, state_of
 from data.remote import is_remote
-from data.sources import UNLABELLED, Listing, Names, OwnFile, Source, parse_label
-from data.tree import EXTENSIONS
+from data.sources import UNLABELLED, Listing, Names, OwnFile, Source, checked_size, parse_label
+from data.tree import EXTENSIONS, kind_passed_over, tell_passed_over
 from files import parse_json
 from ranges import integer
 from utils import UsageError, counted, is_main_process
 
 SUFFIXES = tuple(name.lstrip(".") for name in EXTENSIONS)
 LABEL_SUFFIX = "cls"
-LARGEST = 2**32 - 1  # bytes of an image, as `MEMBER` holds it
 LABEL_BYTES = 64  # of a label's member, at most
 SIZES = "sizes.json"  # beside shards: the number of images in each, by its name
 MEMBER = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
@@ -174,6 +174,8 @@ def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
         tars = []
     if not tars:
         raise UsageError(f"{root} holds no tar files of '{split}'; name them {split}-000000.tar, or pass a pattern")
+    packed = Counter(kind for path in folder.iterdir() if "tar" in (kind := kind_passed_over(path.name)))
+    tell_passed_over(folder, packed)
     return [str(tar) for tar in chosen or tars]
 
 
@@ -239,8 +241,10 @@ def tar_members(path: Path) -> Iterator[Member]:
             for name, image, label in samples_of(parts_of(tar)):
                 content = tar.extractfile(label) if label and is_file(label) else None
                 text = content.read(LABEL_BYTES).decode("ascii", "replace") if content else None
-                if image.size > LARGEST:
-                    raise UsageError(f"{path}@/{name} has {image.size} bytes, too many for an image; remove it")
+                try:
+                    checked_size(image.size)
+                except ValueError as error:
+                    raise UsageError(f"{path}@/{name} cannot be read ({error}); remove it") from None
                 yield Member(name, image.offset_data if is_file(image) else 0, image.size, text)
     except (tarfile.TarError, OSError) as error:
         raise UsageError(f"{path} is no whole tar file without compression ({error}); copy or make it again") from None

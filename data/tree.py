@@ -14,10 +14,11 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -25,15 +26,44 @@ from tqdm import tqdm
 
 from data.once import cache_file, make_once
 from data.sources import Names
-from utils import is_main_process
+from utils import UsageError, is_main_process, logger
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
+PASSED_OVER = (
+    ".gif",
+    ".avif",
+    ".heic",
+    ".jp2",
+    ".jxl",
+    ".tar.gz",
+    ".tgz",
+)  # images, but not read here: told with a number
 KEPT_FROM = 50_000  # images; smaller trees are listed each time
+SPECIAL = "pipes, sockets or devices"
 UNSETTLED = 2 * 10**9  # nanoseconds; a folder changed so shortly before may change again within one tick of its clock
+
+_told: set[tuple[object, ...]] = set()
+
+
+class Found(NamedTuple):
+    """What lies below a folder."""
+
+    names: Names  # of image files, sorted
+    passed_over: dict[str, int]  # by kind, what may be meant as images and is not read
 
 
 def find_images(root: Path) -> Names:
-    """Image files below `root`, relative to it, sorted; links to folders are followed, but not in a circle."""
+    """Image files below `root`, relative to it, sorted; links to folders are followed, but not in a circle.
+
+    Raises:
+        UsageError: a folder cannot be read.
+    """
+    found = _find(root)
+    tell_passed_over(root, found.passed_over)
+    return found.names
+
+
+def _find(root: Path) -> Found:
     place = cache_file(root, ".files")
     before = _state(str(place))
     kept = _load(place, root)
@@ -42,12 +72,12 @@ def find_images(root: Path) -> Names:
     scan = _Scan(root)
     scan.advance(KEPT_FROM)
     if scan.done:
-        return scan.names()
-    made: list[Names] = []
+        return scan.found()
+    made: list[Found] = []
 
     def write(file: BinaryIO) -> None:
         scan.advance(None)
-        made.append(scan.names())
+        made.append(scan.found())
         scan.save(file, made[0])
 
     with contextlib.suppress(OSError):
@@ -59,13 +89,31 @@ def find_images(root: Path) -> Names:
             return kept
     if not made:
         scan.advance(None)
-        made.append(scan.names())
+        made.append(scan.found())
     return made[0]
 
 
 def is_image_name(name: str) -> bool:
     """By ending; hidden files (`._photo.jpg` of macOS) are no images."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def is_image_file(path: str | Path) -> bool:
+    """By name, and no folder, pipe, socket or device, nor a link to one; a file that is missing is named when it is read."""
+    return is_image_name(os.path.basename(path)) and (os.path.isfile(path) or not os.path.exists(path))
+
+
+def kind_passed_over(name: str) -> str:
+    """The ending among `PASSED_OVER` that a name has, if any."""
+    return "" if name.startswith(".") else next((kind for kind in PASSED_OVER if name.lower().endswith(kind)), "")
+
+
+def tell_passed_over(root: Path, kinds: Mapping[str, int]) -> None:
+    """Warn, once a run, of what lies in `root` and may be meant as images."""
+    if kinds and (root, *kinds.items()) not in _told:
+        _told.add((root, *kinds.items()))
+        counts = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+        logger.warning("%s holds what is not read and passed over: %s; convert what you want to be read", root, counts)
 
 
 class _Scan:
@@ -80,6 +128,7 @@ class _Scan:
         self._root = root
         self._started = time.time_ns()
         self._found: list[str] = []
+        self._passed_over = Counter[str]()
         self._folders: list[tuple[str, int, int]] = []  # relative, its time and number
         self._walk = self._images()
         hidden = not (is_main_process() and sys.stderr.isatty())
@@ -93,29 +142,61 @@ class _Scan:
             self.done = True
             self._bar.close()
 
-    def names(self) -> Names:
-        """What was found."""
+    def found(self) -> Found:
+        """All of it."""
         self._found.sort()
-        return Names(self._found)
+        return Found(Names(self._found), dict(self._passed_over))
 
-    def save(self, file: BinaryIO, names: Names) -> None:
+    def save(self, file: BinaryIO, found: Found) -> None:
         """For `_load`."""
         folders = Names([name for name, _, _ in self._folders])
-        state = np.array([state for _, *state in self._folders], dtype=np.int64)
-        np.savez(file, text=names.text, ends=names.ends, folders=folders.text, folder_ends=folders.ends, state=state)
+        arrays = {
+            "text": found.names.text,
+            "ends": found.names.ends,
+            "kinds": np.array(list(found.passed_over), dtype=np.str_),
+            "numbers": np.array(list(found.passed_over.values()), dtype=np.int64),
+            "folders": folders.text,
+            "folder_ends": folders.ends,
+            "state": np.array([state for _, *state in self._folders], dtype=np.int64),
+        }
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def _images(self) -> Iterator[str]:
-        for folder, subfolders, files in os.walk(self._root, followlinks=True):
+        pending = [str(self._root)]
+        while pending:
+            folder = pending.pop()
             parents = {os.path.realpath(folder)} | {os.path.realpath(p) for p in Path(folder).parents}
-            visible = sorted(name for name in subfolders if not name.startswith("."))
-            subfolders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) not in parents]
+            subfolders, files = self._look_into(folder)
+            paths = [os.path.join(folder, name) for name in sorted(subfolders, reverse=True)]
+            pending += [path for path in paths if os.path.realpath(path) not in parents]
             relative = os.path.relpath(folder, self._root)
             changed, number = _state(folder)
             self._folders.append((relative, changed if changed < self._started - UNSETTLED else -1, number))
             prefix = "" if relative == "." else relative + os.sep
-            images = [prefix + name for name in files if is_image_name(name)]
+            images = [prefix + name for name in files]
             self._bar.update(len(images))
             yield from images
+
+    def _look_into(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the sub-folders and of the images; the folder itself tells the kind of most of them."""
+        subfolders, images = [], []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        subfolders += [] if entry.name.startswith(".") else [entry.name]
+                    elif is_image_name(entry.name):
+                        if entry.is_file() or is_image_file(entry.path):
+                            images.append(entry.name)
+                        else:
+                            self._passed_over[SPECIAL] += 1
+                    elif kind := kind_passed_over(entry.name):
+                        self._passed_over[kind] += 1
+        except OSError as error:
+            raise UsageError(
+                f"{folder} cannot be read ({error.strerror}); give permission to read it, or move it away"
+            ) from None
+        return subfolders, images
 
 
 def _state(folder: str) -> tuple[int, int]:
@@ -127,11 +208,12 @@ def _state(folder: str) -> tuple[int, int]:
     return state.st_mtime_ns, state.st_ino
 
 
-def _load(place: Path, root: Path) -> Names | None:
+def _load(place: Path, root: Path) -> Found | None:
     """What was kept, unless a folder changed since."""
     try:
         with np.load(place, allow_pickle=False) as kept:
             names = Names.of(kept["text"], kept["ends"])
+            passed_over = dict(zip(kept["kinds"].tolist(), kept["numbers"].tolist(), strict=True))
             folders, states = Names.of(kept["folders"], kept["folder_ends"]), kept["state"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
@@ -140,4 +222,4 @@ def _load(place: Path, root: Path) -> Names | None:
         _state(os.path.join(root, name)) != tuple(state) for name, state in zip(folders, states.tolist())
     ):
         return None
-    return names
+    return Found(names, passed_over)

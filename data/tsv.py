@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.once import arrays_once, cache_file, make_once, state_of
 from data.sources import UNLABELLED, Listing, Names, OwnFile, Source
-from files import parse_json
+from files import parse_json, read_text
 from utils import UsageError, is_main_process, logger
 
 LABELMAP = "labelmap_22k_reorder.txt"
@@ -234,7 +234,7 @@ def read_numbers(path: Path) -> np.ndarray:
     try:
         if not path.stat().st_size:
             return np.zeros(0, dtype=np.int64)
-        return np.loadtxt(path, dtype=np.int64, comments=None, ndmin=1, usecols=0)
+        return np.loadtxt(path, dtype=np.int64, comments=None, ndmin=1, usecols=0, encoding="utf-8-sig")
     except (ValueError, OSError, OverflowError) as error:
         raise UsageError(f"{path} is no list of whole numbers, one a line ({error}); make it again") from None
 
@@ -263,11 +263,10 @@ def read_labelmap(path: Path) -> list[str]:
         UsageError: it is missing, no text, or names a class twice.
     """
     try:
-        names = [
-            line.split("\t")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, "a labelmap has the name of one class a line")
+    except OSError as error:
         raise UsageError(f"{path}, which numbers the classes, cannot be read ({error})") from None
+    names = [line.split("\t")[0].strip() for line in text.split("\n") if line.strip()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"{path} names the class '{twice}' twice; a labelmap has each class once")

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.once import arrays_once, cache_file, state_of
-from data.sources import Listing, Names, OwnFile, Source, check_inside, parse_label
+from data.sources import Listing, Names, OwnFile, Source, check_inside, checked_size, parse_label
+from files import read_text
 from utils import UsageError, counted
 
 FIELDS = {
@@ -159,10 +160,7 @@ def read_map(map_file: Path, default_archive: str) -> Iterator[MapLine]:
     Raises:
         UsageError: a line that names no image in a zip beside the map, or no label.
     """
-    try:
-        text = map_file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{map_file} is not text in UTF-8; a line is NAME.zip@/path/in/zip<TAB>label") from None
+    text = read_text(map_file, "a line is NAME.zip@/path/in/zip<TAB>label")
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -199,10 +197,12 @@ def check_readable(info: zipfile.ZipInfo, where: str) -> None:
     """Stop on a member that cannot be read whatever its bytes are.
 
     Raises:
-        UsageError: it is encrypted, compressed in another way than deflate, or larger than 4 GiB.
+        UsageError: it is encrypted, compressed in another way than deflate, or too large for an image.
     """
     if info.flag_bits & ENCRYPTED or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         how = "encrypted" if info.flag_bits & ENCRYPTED else f"compressed by method {info.compress_type}"
         raise UsageError(f"{where}: {info.filename} is {how}; make the zip again, stored (zip -0) or deflated")
-    if info.file_size >= 2**32:
-        raise UsageError(f"{where}: {info.filename} has {info.file_size} bytes, too many for an image")
+    try:
+        checked_size(info.file_size)
+    except ValueError as error:
+        raise UsageError(f"{where}: {info.filename} cannot be read ({error}); take it out of the map") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -380,6 +381,30 @@ def test_eval_view_interpolates_as_pillow_does(interpolation: str) -> None:
     resized = image.resize((48, 32), getattr(Image.Resampling, interpolation.upper())).crop((10, 2, 38, 30))
     (view,) = eval_view(28, 0.875, (0.0,) * 3, (1 / 255,) * 3, interpolation)(image)
     torch.testing.assert_close(view, torch.from_numpy(np.array(resized)).permute(2, 0, 1).float())
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
+@pytest.mark.parametrize(("height", "width"), [(20, 340), (341, 20), (9, 200), (3, 500)])
+def test_eval_view_of_a_thin_image(height: int, width: int, in_chans: int) -> None:
+    """Its middle, within what less than a pixel's shift makes, as if all of it were resized."""
+    rows, columns = np.mgrid[:height, :width]
+    smooth = 0.5 + 0.4 * np.sin(4 * (rows + columns) / min(height, width))
+    pixels = torch.from_numpy(smooth).float().expand(in_chans, -1, -1)
+    image = pixels if in_chans == 5 else transforms.functional.to_pil_image(pixels)
+    (view,) = eval_view(32, 0.875, [0.0] * in_chans, [1.0] * in_chans)(image)
+    whole = transforms.functional.resize(image, 37, transforms.InterpolationMode.BICUBIC, antialias=True)
+    expected = transforms.functional.center_crop(whole, 32)
+    expected = expected if isinstance(expected, Tensor) else transforms.functional.to_tensor(expected)
+    torch.testing.assert_close(view, expected, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("size", [(5000, 2), (2, 5000)])
+def test_thin_images_take_no_memory(size: tuple[int, int]) -> None:
+    """Resized as a whole they would be of 64 million pixels."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (view,) = eval_view(224, 0.875, [0.5] * 3, [0.5] * 3)(Image.new("RGB", size, (255, 0, 0)))
+    assert (view[0] == 1).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
 @pytest.mark.parametrize("in_chans", [1, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +243,21 @@ def test_mistakes(what: str, words: str, tmp_path: Path) -> None:
         Image.open(frame).resize((80, 56)).save(frame)
     with pytest.raises(UsageError, match=words):
         run(folder, *flags)
+
+
+def test_what_is_no_frame_is_passed_over(tmp_path: Path) -> None:
+    """A pipe would be waited for for ever; macOS hides files beside images."""
+    folder = write_video(tmp_path, 2)
+    (folder / "frames/._8.png").write_bytes(b"no image")
+    (folder / "frames/folder.png").mkdir()
+    os.mkfifo(folder / "frames/pipe.png")
+    (folder / "frames/zero.png").symlink_to("/dev/zero")
+    run(folder)
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["8.png", "9.png"]
+    (folder / "mask.png").unlink()
+    os.mkfifo(folder / "mask.png")
+    with pytest.raises(UsageError, match=r"mask\.png cannot be read .it is no regular file"):
+        run(folder)
 
 
 def test_objects_that_no_region_holds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

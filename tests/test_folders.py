@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,13 @@ from utils import UsageError
 
 def names(dataset: ImageDataset, root: Path) -> list[str]:
     return [str(Path(dataset.source.name(i)).relative_to(root)) for i in range(len(dataset))]
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    told: list[str] = []
+    monkeypatch.setattr("utils.logger.warning", lambda message, *values: told.append(message % values))
+    return told
 
 
 # --------------------------------------------------------------------------- layouts
@@ -135,7 +146,7 @@ def test_no_data_path(layout: str) -> None:
 def test_list_that_names_missing_files(tmp_path: Path) -> None:
     write_grey(tmp_path / "1.png", 0)
     (tmp_path / "images.txt").write_text("1.png\n2.png\n3.png\n")
-    with pytest.raises(UsageError, match=r"names 2 files that do not exist, the first is .*2\.png; paths are relative"):
+    with pytest.raises(UsageError, match=r"names 2 paths that are no file, the first is .*2\.png; paths are relative"):
         build_dataset(tmp_path / "images.txt", "train", whole)
 
 
@@ -150,14 +161,89 @@ def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pyt
     assert dataset[5].failures[0].startswith(f"{tmp_path}/5.png: ")
     (tmp_path / "3.png").unlink()
     with pytest.raises(
-        UsageError, match=r"names 1 file that does not exist \(3 of 8 were looked for\), the first is .*/3\.png"
+        UsageError, match=r"names 1 path that is no file \(3 of 8 were looked for\), the first is .*/3\.png"
     ):
         build_dataset(listing, "train", whole)
 
 
 def test_image_as_data_path(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not a text file of paths"):
+    with pytest.raises(UsageError, match=r"1\.png is not text"):
         build_dataset(write_grey(tmp_path / "1.png", 200), "train", whole)
+
+
+# --------------------------------------------------------------------------- what is no image
+
+
+def test_only_regular_files_with_names_of_images_count(tmp_path: Path, warnings: list[str]) -> None:
+    """Not what macOS hides beside images, folders, pipes, sockets and devices, nor links to them; what they hold is told once."""
+    write_grey(tmp_path / "data/1.png", 1)
+    write_grey(tmp_path / "data/album.jpg/2.png", 2)
+    for name in ("._1.png", ".hidden.jpg", "notes.txt", "a.gif", "B.GIF", "c.avif", "train.tar.gz"):
+        (tmp_path / "data" / name).write_bytes(b"no image")
+    os.mkfifo(tmp_path / "data/pipe.jpg")
+    (tmp_path / "data/endless.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "data/socket.jpg"))
+        found = [build_dataset(tmp_path / "data", "train", whole) for _ in range(2)][1]
+    assert names(found, tmp_path) == ["data/1.png", "data/album.jpg/2.png"]
+    (told,) = warnings
+    for kind in ("2 .gif", "1 .avif", "1 .tar.gz", "3 pipes, sockets or devices"):
+        assert kind in told
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "device.png", "folder.png"])
+def test_what_is_no_file_is_neither_waited_for_nor_read_for_ever(tmp_path: Path, name: str) -> None:
+    """A list that names it is refused; where it takes a file's place later, it is named and replaced."""
+    write_grey(tmp_path / "1.png", 9)
+    write_grey(tmp_path / name, 0)
+    (tmp_path / "images.txt").write_text(f"1.png\n{name}\n")
+    listed = build_dataset(tmp_path / "images.txt", "train", whole)
+    (tmp_path / name).unlink()
+    if name == "pipe.png":
+        os.mkfifo(tmp_path / name)
+    elif name == "device.png":
+        (tmp_path / name).symlink_to("/dev/zero")
+    else:
+        (tmp_path / name).mkdir()
+    assert listed[1].failures[0].startswith(f"{tmp_path / name}: ")
+    assert listed[1].views[0].mean() == pytest.approx(9 / 255)
+    with pytest.raises(UsageError, match=f"1 path that is no file, the first is .*{name}"):
+        build_dataset(tmp_path / "images.txt", "train", whole)
+
+
+def test_a_file_too_large_for_an_image_is_named_unread(tmp_path: Path) -> None:
+    write_grey(tmp_path / "1.png", 9)
+    with (tmp_path / "2.png").open("wb") as file:
+        file.truncate(2**40)  # sparse
+    assert str(2**40) in build_dataset(tmp_path, "train", whole)[1].failures[0]
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    write_grey(tmp_path / "open/1.png", 0)
+    write_grey(tmp_path / "secret/2.png", 0)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"/secret cannot be read \(Permission denied\)"):
+        build_dataset(tmp_path, "train", whole)
+
+
+def test_lists_as_other_programs_write_them(tmp_path: Path, warnings: list[str]) -> None:
+    """With a byte-order mark, Windows's line ends, names that are no UTF-8, and files that are no images, which are counted."""
+    strange = os.fsdecode(b"gr\xf6\xdfe.png")
+    for number, name in enumerate(("1.png", strange, "._1.png", "list.csv")):
+        shutil.copy(write_grey(tmp_path / "grey.png", number), tmp_path / name)
+    content = "\r\n".join(("1.png", strange, "._1.png", "list.csv", ""))
+    (tmp_path / "images.txt").write_bytes(b"\xef\xbb\xbf" + os.fsencode(content))
+    found = build_dataset(tmp_path / "images.txt", "train", whole)
+    assert names(found, tmp_path) == ["1.png", strange]
+    assert [round(float(found[i].views[0].mean() * 255)) for i in range(2)] == [0, 1]
+    assert "2 hidden files" in warnings[0]
 
 
 def test_labels_that_are_needed_but_missing(tmp_path: Path) -> None:

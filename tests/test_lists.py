@@ -63,7 +63,7 @@ def test_names_of_several_folders_take_their_folders(images: Path) -> None:
             "2 names that no image has, the first is class0/009.png; take the list",
         ),
         ("\n \n", "names no image"),
-        ("\0\xff", "cannot be read"),
+        ("\0\xff", "is not text"),
         (None, r"cannot be read \(No such file or directory\)"),
     ],
     ids=["ambiguous", "unknown", "empty", "binary", "missing"],
@@ -74,6 +74,15 @@ def test_lists_that_do_not_fit_are_refused(images: Path, text: str | None, words
         file.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=words):
         keep_listed(dataset(images / "same"), file)
+
+
+def test_lists_with_a_byte_order_mark(images: Path) -> None:
+    kept = dataset(images / "same")
+    for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
+        (images / name).write_bytes(mark + b"class0/000.png\r\n")
+    keep_listed(kept, images / "marked.txt")
+    assert len(kept) == 1
+    assert digest_of(images / "plain.txt") == digest_of(images / "marked.txt")
 
 
 def test_the_digest_is_of_the_names(images: Path) -> None:

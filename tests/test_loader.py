@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+import tarfile
 import time
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from data.loader import (
 )
 from data.photometric import DRAWS, Photometric
 from data.recipe import Crops
+from data.shards import build_stream
 from data.sources import UNLABELLED
 from data.workers import usable_workers
 from utils import UsageError
@@ -397,6 +399,57 @@ def test_tally_knows_files_apart_whose_folder_has_a_colon(tmp_path: Path) -> Non
     unreadable = build_dataset(tmp_path, "train", value_and_noise)
     with pytest.raises(UsageError, match=r"2 of 150 images.*1\.png.*2\.png"):
         FailureTally(images=150).add(collate([unreadable[0], unreadable[1]]).failures, CPU)
+
+
+def test_tally_counts_those_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails in each pass is told once; what reads well again is forgotten."""
+    warnings: list[str] = []
+    monkeypatch.setattr("utils.logger.warning", lambda message, *values: warnings.append(message % values))
+    tally = FailureTally(images=100, seen={"0.png": "gone"})
+    for epoch in range(1, 5):
+        tally.start_pass()
+        tally.add(failures_of(epoch % 3), CPU)
+        assert tally.seen == {f"{epoch % 3}.png": "the file is empty"}
+    assert len(warnings) == 2  # that of 0.png came in the run's earlier part
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("the first bytes were lost")])
+def test_second_try_reads_what_fails_for_a_moment(
+    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    read, failed = dataset.source.read, set()
+
+    def fail_once(index: int) -> bytes:
+        if index not in failed:
+            failed.add(index)
+            raise error
+        return read(index)
+
+    monkeypatch.setattr(dataset.source, "read", fail_once)
+    for batch in build_eval_loader(dataset, 4, 0, pin_memory=False):
+        assert batch.failures == []
+        assert torch.equal(batch.views[0][:, 0, 0, 0], batch.indices_B.float())
+    assert failed == set(range(IMAGES))
+
+
+@pytest.mark.parametrize("layout", ["files", "shards"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_undeclared_range_ends_a_run_at_the_first_image(tmp_path: Path, workers: int, layout: str) -> None:
+    """It is a mistake about all of them: no other image stands in, whatever the share, and the sentence tells the remedy."""
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", np.full((4, 4), 100 + number, dtype=np.int64))
+    loader: DataLoader[Batch]
+    if layout == "shards":
+        with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+            for number in range(4):
+                tar.add(tmp_path / f"{number}.npy", f"{number}.npy")
+        loader = build_train_loader(build_stream(str(tmp_path), value_and_noise), 2, workers, pin_memory=False)
+    else:
+        loader = build_eval_loader(build_dataset(tmp_path, "train", value_and_noise), 2, workers, pin_memory=False)
+    batch = next(iter(loader))
+    assert batch.views == []
+    with pytest.raises(UsageError, match=r"^[^ ]*\d\.npy has int64 values from 10\d to 10\d.*INPUT\.RANGE"):
+        FailureTally(10**6).add(batch.failures, CPU, not batch.views)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -200,6 +200,18 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: 
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log_repeated.txt").open()] == [1]
 
 
+def test_foreign_bytes_in_the_log_stay_and_stop_nothing(images: Path, tmp_path: Path) -> None:
+    train(tmp_path, images)
+    foreign = b"a note, gr\xf6\xdfe\n" + bytes(40) + b"\n"
+    with (tmp_path / "log.txt").open("ab") as log:
+        log.write(foreign)
+    (tmp_path / "checkpoint.pth").write_bytes(b"")  # so that an epoch is trained again
+    train(tmp_path, images)
+    lines = (tmp_path / "log.txt").read_bytes().splitlines(keepends=True)
+    assert b"".join(lines[1:-1]) == foreign
+    assert [json.loads(lines[i])["epoch"] for i in (0, -1)] == [0, 1]
+
+
 def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on; only an end that is not saved is an error."""
     train(tmp_path, images, "--epochs", "1")

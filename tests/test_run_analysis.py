@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -190,6 +191,35 @@ def test_images_of_other_channels(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "correspondence.json").read_text())["images"] == 1
     with pytest.raises(UsageError, match="--measure_stereo has pictures of 3 channels, this network takes 5"):
         run("swin", tmp_path / "out", "--measure_stereo", extra=channels)
+
+
+def test_unreadable_picture_of_a_folder_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the next one that is not shown anyway; a file that is named alone is not."""
+    folder = write_images(tmp_path / "images", 6)
+    (folder / "001.png").write_bytes(b"")
+    Image.new("RGB", (5000, 2)).save(folder / "003.png")
+    run("swin", tmp_path / "out", "--vis_features", "--image_path", str(folder), "--num_images", "3")
+    told = capsys.readouterr().err
+    shown = sorted(path.name for path in (tmp_path / "out").glob("*_features.png"))
+    assert shown == [f"swin_ssl_{name}_features.png" for name in ("002", "004", "005")]
+    named = [name for name in ("001.png", "003.png", "004.png") if f"cannot read the image {folder / name}" in told]
+    assert named == ["001.png", "003.png"]
+    for name, words in (("001.png", "the file is empty"), ("003.png", "of 5000 x 2 pixels")):
+        with pytest.raises(UsageError, match=f"{name} .{words}"):
+            run("swin", tmp_path / "out", "--vis_features", "--image_path", str(folder / name))
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"000\.png .*nor 5 others tried"):
+        run("swin", tmp_path / "out", "--vis_features", "--image_path", str(folder))
+
+
+def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(os.fsdecode(bytes(tmp_path / "bilder") + b"\xe4"))
+    write_images(folder, 1)
+    (folder / "000.png").rename(folder / os.fsdecode(b"gr\xf6\xdfe.png"))
+    run("swin", tmp_path / "out", "--report", "--vis_correspondence", "--image_path", str(folder))
+    assert r"gr\xf6\xdfe" in capsys.readouterr().out
+    assert r"gr\xf6\xdfe" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
 def test_query_block_and_threshold_change_the_picture(photo: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import shutil
@@ -24,7 +25,7 @@ from data import convert
 from data.datasets import build_dataset
 from data.loader import Batch, build_train_loader, set_epoch
 from data.remote import is_remote
-from data.shards import ShardStream, build_stream, plan_spans
+from data.shards import ShardStream, Span, build_stream, plan_spans, read_span
 from data.tars import count_images, find_shards, holds_shards, is_image, split_name
 from utils import UsageError
 
@@ -327,14 +328,37 @@ def test_labels_are_optional_and_other_members_are_passed_over(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train-0.tar"]
 
 
+def test_packed_shard_unpacks_to_a_bounded_size(tmp_path: Path) -> None:
+    """A member of two gigabytes that takes two megabytes of a packed shard is named by its size, and not unpacked to memory."""
+    info = tarfile.TarInfo("a.png")
+    info.size = 2**31
+    with gzip.open(tmp_path / "train-0.tar.gz", "wb", compresslevel=1) as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(4):
+            file.write(bytes(2**24))
+    (image,) = read_span(str(tmp_path / "train-0.tar.gz"), Span(0, 0, 1), 0)
+    assert image.content == b""
+    assert str(2**31) in image.error
+
+
+def test_packed_shards_beside_others_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("utils.logger.warning", lambda message, *values: told.append(message % values))
+    for name in ("train-0.tar", "train-1.tar.gz", "train-2.tgz"):
+        (tmp_path / name).touch()
+    assert [find_shards(str(tmp_path), "train") for _ in range(2)] == [[str(tmp_path / "train-0.tar")]] * 2
+    assert len(told) == 1
+    assert "1 .tar.gz, 1 .tgz" in told[0]
+
+
 def test_image_that_is_too_large(tmp_path: Path) -> None:
     """A header that says so is enough; the tar need not be as long."""
     info = tarfile.TarInfo("a.png")
-    info.size = 2**32
+    info.size = 2**30 + 1
     with (tmp_path / "train-0.tar").open("wb") as file:
         file.write(info.tobuf(tarfile.GNU_FORMAT))
-        file.truncate(512 + 2**32 + 1024)  # sparse
-    with pytest.raises(UsageError, match=r"a\.png has 4294967296 bytes, too many for an image"):
+        file.truncate(512 + 2**30 + 1 + 1024)  # sparse
+    with pytest.raises(UsageError, match=r"a\.png .*1073741825 bytes"):
         build_dataset(tmp_path, "train", whole, layout="shards")
 
 

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +50,7 @@ def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
         raise AssertionError("the tree was listed again")
 
-    monkeypatch.setattr(os, "walk", fail)
+    monkeypatch.setattr(data.tree._Scan, "_look_into", fail)
 
 
 def test_second_start_looks_at_folders_only(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,15 +163,15 @@ def test_cache_folder_that_cannot_be_written(tree: Path, tmp_path: Path, monkeyp
 
 
 def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
-    walk = os.walk
+    images = data.tree._Scan._images
 
-    def slow(*args: Any, **options: Any) -> Iterator[Any]:
-        for step in walk(*args, **options):
-            time.sleep(0.1)
-            yield step
+    def slow(scan: data.tree._Scan) -> Iterator[str]:
+        for name in images(scan):
+            time.sleep(0.03)
+            yield name
         listed.put(os.getpid())
 
-    os.walk = slow
+    data.tree._Scan._images = slow  # type: ignore[method-assign]
     assert list(find_images(tree)) == walked(tree)
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -327,11 +328,28 @@ def test_members_that_no_reader_here_can_read(zipped: Path, folders: Path) -> No
     assert "line 1: class0/000.png is encrypted" in build_error(zipped)
 
 
+def test_member_that_unpacks_to_more_than_it_says(tmp_path: Path) -> None:
+    """Of a gigabyte of zeros in a megabyte no more is unpacked than the directory says."""
+    with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(2**26))
+    directory = bytearray((tmp_path / "train.zip").read_bytes())
+    place = directory.rindex(b"PK\x01\x02") + 24
+    directory[place : place + 4] = (1000).to_bytes(4, "little")
+    (tmp_path / "train.zip").write_bytes(directory)
+    (tmp_path / "train_map.txt").write_text("\ufefftrain.zip@/a.png\t0\n", encoding="utf-8")
+    dataset = build_dataset(tmp_path, "train", whole, layout="zip")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="checksum"):
+        dataset.source.read(0)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
 def test_many_bytes_in_one_image(zipped: Path) -> None:
     """The size is checked before anything is read."""
     info = zipfile.ZipInfo("large.png")
-    info.file_size = 2**32
-    with pytest.raises(UsageError, match=r"line 9: large\.png has 4294967296 bytes"):
+    info.file_size = 2**30 + 1
+    with pytest.raises(UsageError, match=r"line 9: large\.png .*1073741825 bytes"):
         check_readable(info, "train_map.txt line 9")
 
 
