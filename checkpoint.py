@@ -41,9 +41,9 @@ PREFIX = "module."
 OPTIONAL = ("num_batches_tracked",)  # older files lack it
 LISTED_NAMES = 5
 CHUNK = 2**20  # bytes
-# What published files hold beside tensors and plain values: arguments, which EsViT, DINO and UDI keep in a Namespace and the original
-# Swin in its yacs config (read into an ordered dictionary, without any code of yacs), and numpy scalars, which the schedules of these
-# programs write into the groups of the optimizer. Both spellings of numpy's constructor occur; of its types only numbers are read.
+# What published files hold beside tensors and plain values: arguments, which EsViT, DINO and UDI keep in a Namespace and the
+# original Swin in its yacs config (read into an ordered dictionary, without any code of yacs), and numpy scalars, which their
+# schedules write into the groups of the optimizer. Both spellings of numpy's constructor occur; of its types only numbers are read.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 READABLE: list[Any] = [
     argparse.Namespace,
@@ -157,6 +157,7 @@ def check_whole(path: str | Path) -> None:
     Raises:
         DamagedError: they differ, or the file cannot be read.
     """
+    path = Path(path)
     if not path.is_file():  # before anything waits for a FIFO's other end
         what = "a folder" if path.is_dir() else "no file" if path.exists() else "a link to nothing"
         raise DamagedError(f"checkpoint '{path}' is {what}; put a copy there")
@@ -243,7 +244,8 @@ class LoadReport(NamedTuple):
         where = f"{self.layout}, key '{self.key}'" if self.key else self.layout
         parts = f" ({', '.join(self.parts)})" if self.parts else ""
         fresh = f", {' and '.join(part.rstrip('.') for part in self.fresh)} not in the file" if self.fresh else ""
-        return f"{where}: {counted(self.matched, 'tensor')} loaded, {self.resized} of them resized, {self.left_out} left out{parts}{fresh}"
+        loaded = f"{counted(self.matched, 'tensor')} loaded, {self.resized} of them resized, {self.left_out} left out"
+        return f"{where}: {loaded}{parts}{fresh}"
 
 
 def load_network(
@@ -257,9 +259,9 @@ def load_network(
 ) -> LoadReport:
     """Load a state dict into a network, wrapped or not; every tensor of the network must be there in its shape.
 
-    A network without what may lie `BESIDE` a backbone leaves that of the file out, and the `PARTS` of other programs always. Buffers
-    that follow from the architecture are neither asked for nor taken. A backbone resizes positions as the file's program does,
-    unless its config says.
+    A network without what may lie `BESIDE` a backbone leaves that of the file out, and the `PARTS` of other programs always.
+    Buffers that follow from the architecture are neither asked for nor taken. A backbone resizes positions as the file's program
+    does, unless its config says.
 
     Args:
         network: keeps its tensors where an error is raised.

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial

@@ -194,7 +194,9 @@ class Monitor:
 
     def load_state(self, state: Mapping[str, int]) -> None:
         """Take over what `state` gave."""
-        self._streaks = {(level, cause): int(n) for name, n in state.items() for level, _, cause in [name.rpartition("/")]}
+        self._streaks = {
+            (level, cause): int(n) for name, n in state.items() for level, _, cause in [name.rpartition("/")]
+        }
 
     def _count(self, cause: tuple[str, str], sentence: str | None) -> None:
         streak = self._streaks[cause] = self._streaks.get(cause, 0) + 1 if sentence else 0

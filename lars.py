@@ -49,15 +49,6 @@ class LARS(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a state over; that of timm's LARS calls the momentum `momentum_buffer` and has no `eta`."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("eta", self.defaults["eta"])
-        for of_one in self.state.values():
-            if "momentum_buffer" in of_one:
-                of_one["mu"] = of_one.pop("momentum_buffer")
-
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; closures are not supported."""

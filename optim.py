@@ -151,7 +151,9 @@ def load_moments(
                     f"{', '.join(wanted)}; was --optimizer the same?"
                 )
             if saved:
-                fitted[number] = {k: _fitted(v, parameter, wanted[k], f"{source}: {k} of {name}") for k, v in saved.items()}
+                fitted[number] = {
+                    k: _fitted(v, parameter, wanted[k], f"{source}: {k} of {name}") for k, v in saved.items()
+                }
         except UsageError as misfit:
             if not skip_misfits:
                 raise

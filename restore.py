@@ -1,4 +1,4 @@
-"""Give a training step the state that a checkpoint holds: networks, centers, and the optimizer's moments by the names of parameters.
+"""Give a training step the state that a checkpoint holds: networks, centers, and the optimizer's moments by name.
 
 Files of EsViT, DINO and UDI number their moments by position, in the order of the student's keys in that file; this project's own
 hold the names (`param_names`). Where everything must fit and where heads may start fresh is the caller's choice.

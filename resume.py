@@ -37,7 +37,14 @@ if TYPE_CHECKING:
 CHECKPOINT = "checkpoint.pth"
 # Change no number of a run:
 LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last"}
-LAUNCH_FLAGS |= {"gpu", "rank", "world_size", "pretrained_weights_ckpt", "init_weights", "allow_partial"}  # how it was started
+LAUNCH_FLAGS |= {
+    "gpu",
+    "rank",
+    "world_size",
+    "pretrained_weights_ckpt",
+    "init_weights",
+    "allow_partial",
+}  # how it was started
 LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path", "fsdp", "dist_timeout"}
 # What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
 BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}

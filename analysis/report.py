@@ -131,7 +131,7 @@ def plot(figure: MatplotlibFigure, caption: str) -> Figure:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The epochs of a `log.txt`; lines that are not whole are left out, an epoch that comes again replaces the former."""
     epochs: dict[Any, dict[str, Any]] = {}
-    for line in read_text(path, errors="replace").split("\n") if path.is_file() else []:
+    for line in _read_text(path).split("\n"):
         try:
             record = parse_json(line)
         except ValueError:
@@ -144,7 +144,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _read_text(path: Path) -> str:
     """The text of a file; empty, and told, where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return read_text(path, errors="replace") if path.is_file() else ""
     except OSError as error:
         logger.warning("the report goes without %s, which cannot be read (%s)", path, error.strerror)
         return ""
@@ -341,7 +341,8 @@ def build_report(
         parts.append(_section("Training", _figures(drawn)))
     if told := commands(run_dir):
         summary = "command of the run" if len(told) == 1 else "commands of the run, in the order of its starts"
-        parts.append(f"<details><summary>{summary}</summary><pre>{html.escape('\n\n'.join(told))}</pre></details>")
+        joined = html.escape("\n\n".join(told))
+        parts.append(f"<details><summary>{summary}</summary><pre>{joined}</pre></details>")
     for heading, record in scores(run_dir, output_dir):
         parts.append(_section(heading, table(record)))
     for heading, words, figures in sections:

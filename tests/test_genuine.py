@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +58,9 @@ def test_features(name: str, key: str) -> None:
     if run.program == "udi":
         network.choose_token("both")
     report = checkpoint.load_backbone(network, run.path, key)
-    assert report.matched == len(network.state_dict()) - sum(n.endswith("relative_position_index") for n in network.state_dict())
+    assert report.matched == len(network.state_dict()) - sum(
+        n.endswith("relative_position_index") for n in network.state_dict()
+    )
     with torch.no_grad():
         ours = network(probe_images())
     theirs = run.golden[f"features/{key}"]
@@ -142,7 +143,15 @@ def test_older_spelling_of_numpy(tmp_path: Path) -> None:
     old = rewritten(GENUINE / "dino_vit.pth", b"numpy._core.multiarray", b"numpy.core.multiarray", tmp_path / "old.pth")
     group = checkpoint.load_file(old)["optimizer"]["param_groups"][0]
     assert group["lr"] == checkpoint.load_file(GENUINE / "dino_vit.pth")["optimizer"]["param_groups"][0]["lr"]
-    values = [np.float16(0.5), np.float32(0.1), np.float64(0.1), np.int64(-3), np.int32(7), np.uint8(200), np.bool_(True)]
+    values = [
+        np.float16(0.5),
+        np.float32(0.1),
+        np.float64(0.1),
+        np.int64(-3),
+        np.int32(7),
+        np.uint8(200),
+        np.bool_(True),
+    ]
     torch.save({"values": values}, tmp_path / "scalars.pth")
     read = checkpoint.load_file(tmp_path / "scalars.pth")["values"]
     assert [(value.dtype, value) for value in read] == [(value.dtype, value) for value in values]
@@ -171,7 +180,9 @@ class RunsCode:
     ],
     ids=["array", "objects", "date", "text", "numpy function", "print", "touch"],
 )
-def test_nothing_else_of_numpy_or_python_is_read(value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_else_of_numpy_or_python_is_read(
+    value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"teacher": {}, "args": argparse.Namespace(x=value)}, tmp_path / "file.pth")
     with pytest.raises(UsageError, match=r"file\.pth"):
         checkpoint.load_file(tmp_path / "file.pth")
@@ -192,10 +203,11 @@ def test_cut_anywhere(share: float, tmp_path: Path) -> None:
 def change(content: dict[str, Any], where: str, value: Any) -> None:
     """Set what lies at a dotted place, whose parts are keys, positions or attributes; `reversed` tensors for a function."""
     *path, last = where.split("/")
+    inside: Any = content
     for part in path:
-        content = content[int(part) if isinstance(content, list) or part.isdigit() else part]
+        inside = inside[int(part) if part.isdigit() else part]
     key: Any = int(last) if last.isdigit() else last
-    content[key] = value(content[key]) if callable(value) else value
+    inside[key] = value(inside[key]) if callable(value) else value
 
 
 WRONG = [
@@ -239,7 +251,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("where", "value", "named"), WRONG, ids=[f"{where}-{i}" for i, (where, *_) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    ("where", "value", "named"), WRONG, ids=[f"{where}-{i}" for i, (where, *_) in enumerate(WRONG)]
+)
 def test_wrong_fields_are_named(where: str, value: Any, named: str, tmp_path: Path) -> None:
     run = GenuineRun("dino_vit")
     content = checkpoint.load_file(run.path)

@@ -112,18 +112,20 @@ def test_the_first_step_may_be_held_back_and_a_plain_step_is_applied() -> None:
 
 def test_the_state_of_timms_lars_is_continued() -> None:
     theirs, ours = nn.Linear(3, 2), nn.Linear(3, 2)
-    before = Lars(optim.param_groups(theirs), lr=0.1, momentum=0.8)
+    before = Lars(optim.param_groups(theirs), lr=0.1, momentum=0.9)
     for parameter in theirs.parameters():
         parameter.grad = torch.randn_like(parameter)
     before.step()
     ours.load_state_dict(theirs.state_dict())
     optimizer = optim.build_optimizer("lars", optim.param_groups(ours))
-    optim.load_optimizer_state(optimizer, copy.deepcopy(before.state_dict()))
+    moments = optim.named_moments(copy.deepcopy(before.state_dict()), None, "the file")
+    optim.load_moments(optimizer, moments, "the file")
     bias = ours.bias.detach().clone()
     for parameter in ours.parameters():
         parameter.grad = torch.ones_like(parameter)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1
     optimizer.step()
-    mu = 0.8 * before.state[theirs.bias]["momentum_buffer"] + 1
+    mu = 0.9 * before.state[theirs.bias]["momentum_buffer"] + 1
     torch.testing.assert_close(optimizer.state[ours.bias]["mu"], mu)
     torch.testing.assert_close(ours.bias.detach(), bias - 0.1 * mu)
     assert all(set(state) == {"mu"} for state in optimizer.state.values())
