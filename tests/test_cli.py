@@ -68,7 +68,8 @@ ADDED_UDI: dict[str, object] = {
     "epoch_images": 0, "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "grad_checkpointing": False,
     "compile": False, "fsdp": False, "precision": "auto", "accum_iter": 1, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False, "pretrained_weights_ckpt": "", "init_weights": "",
-    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "save_every_steps": 0, "save_every_minutes": 0.0, "keep_last": 1,
+    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
+    "save_every_steps": 0, "save_every_minutes": 0.0, "keep_last": 1,
 }  # fmt: skip
 PUBLISHED_KNN = {
     "cfg": None, "arch": "deit_small", "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,

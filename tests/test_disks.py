@@ -22,7 +22,7 @@ from PIL import Image
 from runs import TINY_RUN, run_script, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
-from test_resume import train
+from training_runs import train
 
 import checkpoint
 import files

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from runs import TINY_SWIN, run_script, write_images
 from small_networks import ARCHITECTURES, SMALL, small_network
-from test_resume import assert_identical
 from timm.utils import ModelEmaV3
 from torch import nn
+from training_runs import assert_identical
 
 import checkpoint
 import eval_finetune

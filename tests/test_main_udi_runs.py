@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from runs import TINY_RUN, TINY_SWIN, TINY_UDI, TINY_VIT, run_script, start_script, write_images
-from test_resume import assert_identical
+from training_runs import assert_identical
 from udi_runs import TINY_NETWORKS, parsed, run
 
 import checkpoint

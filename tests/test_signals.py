@@ -16,7 +16,7 @@ import test_eval_finetune as finetune_runs
 from conftest import ROOT
 from linear_runs import write_colours
 from runs import TINY_SWIN, run_script
-from test_resume import assert_identical
+from training_runs import assert_identical
 
 import checkpoint
 import features

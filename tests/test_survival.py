@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, clean_environment, free_port, run_script, start_script, write_images
-from test_resume import LAYOUTS, assert_identical
+from test_resume import LAYOUTS
+from training_runs import assert_identical
 
 import checkpoint
 from data import convert
