@@ -295,6 +295,8 @@ def images(tmp_path: Path) -> str:
         (["--dataset", "openimages_v4"], "--dataset openimages_v4 needs train.tsv, train.balance_min1000.lineidx"),
         (["--dataset", "openimages_v4", "--tsv_mode"], "--tsv_mode and --dataset openimages_v4 name different layouts"),
         (["--dataset", "birds"], "birds' does not exist"),
+        (["--dataset", "n" * 300], r"--data_path .*n cannot be looked at \(File name too long\)"),
+        (["--output_dir", "a\udcff"], r"--output_dir 'a\\udcff' is no text in UTF-8"),
         (["--pretrained_weights_ckpt", "no.pth"], "'no.pth' does not exist"),
         (["--use_mixup", "on", "--batch_size_per_gpu", "3"], "must be even"),
         (["--use_mixup", "on", "--smoothing", "0.1"], "--smoothing"),

@@ -249,6 +249,7 @@ def run_case(case: Case, seconds: float, out: Path) -> tuple[str, str]:
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
             os.dup2(0, 1)
             os.dup2(told.fileno(), 2)
+            sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
             os._exit(exit_code(Case(case.script, words, tail)))
         status = wait_for(child, seconds)
         told.seek(0)
