@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,7 +269,7 @@ def _read_chain(path: Path, opened: tuple[Path, ...]) -> dict[str, tuple[Any, st
     path = path.resolve()
     if path in opened:
         raise UsageError(f"config {path} names itself through its BASE entries; break the circle")
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where its name is too long
         asked_by = f" (named under BASE in {opened[-1]})" if opened else ""
         raise UsageError(f"config file {path} does not exist{asked_by}; check --cfg")
     content = _content(path.read_bytes(), f"config file {path}")

@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     if os.path.lexists(args.output):
         raise UsageError(f"--output {args.output} exists already and is not overwritten; name another file")
-    if not args.output.parent.is_dir():
+    if not os.path.isdir(args.output.parent):
         raise UsageError(f"--output {args.output}: the folder {args.output.parent} does not exist; create it first")
     if (args.output.suffix == ".safetensors") != (args.format == "safetensors"):
         raise UsageError(

@@ -149,10 +149,13 @@ def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
     """Create the folder of a run, or another one that `flag` names, and see that the main process can write there.
 
     Raises:
-        UsageError: it cannot be created or written to.
+        UsageError: it cannot be created or written to, or its name is not UTF-8.
     """
     try:
+        str(folder).encode()  # TensorBoard takes no other names
         Path(folder).mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError:
+        raise UsageError(f"{flag} {str(folder)!a} is no text in UTF-8; choose another") from None
     except OSError as error:
         raise UsageError(f"{flag} {folder} cannot be created ({error.strerror}); choose another") from None
     if is_main_process():

@@ -194,6 +194,7 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
     )
     mixup = None
     if args.use_mixup:
+        check_cut(args, crops)
         mixup = ViewMixup(
             args.num_mixup_views,
             args.batch_size_per_gpu,
@@ -206,6 +207,21 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
             smoothing=args.smoothing,
         )
     return EsViT(*networks, criterion.to(device), mixup)
+
+
+def check_cut(args: argparse.Namespace, crops: augment.Crops) -> None:
+    """Stop on a --cutmix-minmax that leaves no number of whole pixels to draw from.
+
+    Raises:
+        UsageError: naming the flag, and a size of views.
+    """
+    locals_ = [size for number, size in zip(crops.local_numbers, crops.local_sizes) for _ in range(number)]
+    low, high = args.cutmix_minmax or (0, 1)
+    for side in [crops.global_size, crops.global_size, *locals_][: args.num_mixup_views]:
+        if int(side * low) >= int(side * high):
+            raise UsageError(
+                f"--cutmix-minmax {low} {high} is less than a pixel wide on views of {side} pixels; widen it"
+            )
 
 
 if __name__ == "__main__":

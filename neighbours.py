@@ -236,7 +236,7 @@ def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, bac
         raise UsageError(f"unknown --backend '{backend}'; choose one of {', '.join(BACKENDS)}")
     if voters < 1 or not len(split.val.labels_N):
         raise UsageError("k-NN needs at least one training and one validation image, --leave_one_out two images")
-    if min(ks) < 1 or temperature <= 0:
+    if min(ks) < 1 or not 0 < temperature < float("inf"):
         raise UsageError(f"--nb_knn {list(ks)} and --temperature {temperature} must be positive")
     chunks = (chunk for part in split for chunk in part.features_NC.split(CHECKED_ROWS))
     if not torch.stack([chunk.sum(dtype=torch.float32) for chunk in chunks]).isfinite().all():

@@ -340,9 +340,9 @@ def build_report(
     if drawn := curves(read_log(run_dir / "log.txt")):
         parts.append(_section("Training", _figures(drawn)))
     if told := commands(run_dir):
+        blank_line = "\n\n"
         summary = "command of the run" if len(told) == 1 else "commands of the run, in the order of its starts"
-        joined = html.escape("\n\n".join(told))
-        parts.append(f"<details><summary>{summary}</summary><pre>{joined}</pre></details>")
+        parts.append(f"<details><summary>{summary}</summary><pre>{html.escape(blank_line.join(told))}</pre></details>")
     for heading, record in scores(run_dir, output_dir):
         parts.append(_section(heading, table(record)))
     for heading, words, figures in sections:

@@ -15,6 +15,7 @@ Origin: this project's own.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from torch.utils.data import Dataset
 from data.decode import ImageLike, UndeclaredRange, decode_image
 from data.folders import list_files
 from data.published import list_openimages, list_webvision
-from data.remote import check_here
+from data.remote import check_here, is_remote
 from data.sources import UNLABELLED, Listing, MultiLabels, Source
 from data.tars import holds_shards, list_tars
 from data.tsv import list_tsv
@@ -162,8 +163,17 @@ def layout_of(args: argparse.Namespace, data_path: str | None = None) -> str:
     """The layout of --data_path, or of another path, as a script's flags name it: a key of `LAYOUTS`.
 
     Raises:
-        UsageError: flags that exclude each other.
+        UsageError: flags that exclude each other, or a path that may not or cannot be looked at; one that is not there is
+            told by whoever opens it.
     """
+    path = args.data_path if data_path is None else data_path
+    try:
+        if not is_remote(path):
+            os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"--data_path {path} cannot be looked at ({error.strerror}); name another") from None
     dataset = getattr(args, "dataset", "")
     flags = [flag for flag, given in (("--zip_mode", args.zip_mode), ("--tsv_mode", args.tsv_mode)) if given]
     flags += [f"--dataset {dataset}"] if dataset in LAYOUTS else []
@@ -173,7 +183,7 @@ def layout_of(args: argparse.Namespace, data_path: str | None = None) -> str:
         return dataset
     if args.zip_mode or args.tsv_mode:
         return "zip" if args.zip_mode else "tsv"
-    return "shards" if holds_shards(args.data_path if data_path is None else data_path) else "files"
+    return "shards" if holds_shards(path) else "files"
 
 
 def build_dataset(

@@ -22,11 +22,14 @@ def write_colours(root: Path) -> Path:
     return root
 
 
-def run(images: Path, out: Path, *flags: str) -> None:
+def run(images: Path, out: Path, *flags: str, **changed: Any) -> None:
+    """Run the script; `changed` takes the place of arguments, for values that the command line refuses."""
     weights = [] if "--pretrained_weights" in flags else ["--random_weights"]
     command = [*SWIN, *QUICK, "--data_path", str(images), "--output_dir", str(out), *weights, *flags, "--seed", "0"]
     command += TINY_SWIN
-    eval_linear.main(eval_linear.get_args_parser().parse_args(command))
+    args = eval_linear.get_args_parser().parse_args(command)
+    vars(args).update(changed)
+    eval_linear.main(args)
 
 
 def saved(out: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,59 @@ def test_damaged_and_foreign_files(tmp_path: Path, kind: str) -> None:
         checkpoint.load_file(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [checkpoint.load_file, lambda path: checkpoint.load_backbone(Net(head=False), path)])
+def test_one_flipped_bit_of_a_weight_is_found_by_every_reader(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = tmp_path / "file.pth"
+    net = Net()
+    checkpoint.save_file(full_checkpoint(net), path)
+    read(path)
+    content = bytearray(path.read_bytes())
+    place = content.index(net.body.weight.detach().numpy().tobytes()) + 2
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+    torch.load(path, weights_only=True)  # torch itself does not see it
+    with pytest.raises(checkpoint.DamagedError, match=r"file\.pth' is damaged \(Bad CRC-32"):
+        read(path)
+
+
+def test_a_tensor_alone_is_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "trainfeat.pth"
+    features = torch.randn(5, 3)
+    checkpoint.save_file(features, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(features.numpy().tobytes())] ^= 128
+    path.write_bytes(bytes(content))
+    with pytest.raises(checkpoint.DamagedError, match="Bad CRC-32"):
+        checkpoint.load_tensor(path)
+
+
+def test_files_that_torch_wrote_without_checksums_are_read(tmp_path: Path) -> None:
+    net, before = Net(), torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(full_checkpoint(net), tmp_path / "file.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    loaded = Net(head=False)
+    checkpoint.load_backbone(loaded, tmp_path / "file.pth")
+    assert torch.equal(loaded.body.weight, net.body.weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path, value: float) -> None:
+    net = Net()
+    checkpoint.check_finite(student=net.state_dict())
+    net.body.weight.data[1, 2] = value
+    with pytest.raises(FloatingPointError, match=r"student\.body\.weight is not finite"):
+        checkpoint.check_finite(teacher=Net().state_dict(), student=net.state_dict())
+    checkpoint.save_file(full_checkpoint(net), tmp_path / "old.pth")
+    loaded = Net(head=False)
+    before = loaded.body.bias.clone()
+    with pytest.raises(UsageError, match=r"old\.pth' has a weight that is not finite \(body\.weight\)"):
+        checkpoint.load_backbone(loaded, tmp_path / "old.pth")
+    assert torch.equal(loaded.body.bias, before)
 
 
 def test_the_config_of_original_swin_files_is_no_obstacle(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str) -> 
         (["--allow_part"], "unrecognized arguments: --allow_part; did you mean --allow_partial"),
         (["--xyzzyx"], "unrecognized arguments: --xyzzyx; see --help"),
         (["--allow_partial", "MODEL.IMAGE_SIZE", "3"], "is not a boolean; write on/off, true/false or 1/0; put --"),
-        (["--patch_size", "eight"], "argument --patch_size: invalid int value: 'eight'"),
+        (["--patch_size", "eight"], "argument --patch_size: 'eight' is not a whole number from 1 to 1_024"),
     ],
 )  # fmt: skip
 def test_mistakes_of_spelling_name_what_was_meant(
@@ -270,7 +270,8 @@ def test_pairs_after_a_flag_of_several_values(capsys: pytest.CaptureFixture[str]
     parser = eval_knn.get_args_parser()
     with pytest.raises(SystemExit):
         parser.parse_args(["--nb_knn", "10", "20", "MODEL.IMAGE_SIZE", "32"])
-    assert "invalid int value: 'MODEL.IMAGE_SIZE'; put -- before KEY VALUE pairs" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "'MODEL.IMAGE_SIZE' is not a whole number from 1 to 1_000_000_000; put -- before KEY VALUE pairs" in told
     args = parser.parse_args(["--nb_knn", "10", "20", "--", "MODEL.IMAGE_SIZE", "32"])
     assert (args.nb_knn, args.opts) == ([10, 20], ["MODEL.IMAGE_SIZE", "32"])
     with pytest.raises(SystemExit):
@@ -289,11 +290,9 @@ def images(tmp_path: Path) -> str:
         (["--arch", "swim_tiny"], "unknown arch 'swim_tiny'.*did you mean 'swin_tiny'"),
         (["--arch", "swin", "--cfg", "no.yaml"], "no.yaml does not exist"),
         (["--batch_size_per_gpu", "7"], "6 images do not fill one batch of 7 x 1"),
-        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0"),
         (["--accum_iter", "4"], "--accum_iter 4"),
         (["--warmup_epochs", "3"], "3 warm-up epochs do not fit in 2"),
         (["--local_crops_number", "2", "3"], "must have the same length"),
-        (["--global_crops_scale", "0.9", "0.3"], "--global_crops_scale 0.9 0.3"),
         (["--precision", "fp16"], "needs a CUDA device"),
         (["--zip_mode"], r"--zip_mode needs train\.zip and train_map\.txt"),
         (["--tsv_mode"], r"--tsv_mode needs train\.tsv, or a folder of tsv files"),
@@ -303,11 +302,12 @@ def images(tmp_path: Path) -> str:
         (["--dataset", "openimages_v4"], "--dataset openimages_v4 needs train.tsv, train.balance_min1000.lineidx"),
         (["--dataset", "openimages_v4", "--tsv_mode"], "--tsv_mode and --dataset openimages_v4 name different layouts"),
         (["--dataset", "birds"], "birds' does not exist"),
-        (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5"),
+        (["--dataset", "n" * 300], r"--data_path .*n cannot be looked at \(File name too long\)"),
+        (["--output_dir", "a\udcff"], r"--output_dir 'a\\udcff' is no text in UTF-8"),
         (["--pretrained_weights_ckpt", "no.pth"], "'no.pth' does not exist"),
         (["--use_mixup", "on", "--batch_size_per_gpu", "3"], "must be even"),
         (["--use_mixup", "on", "--smoothing", "0.1"], "--smoothing"),
-        (["--drop_path", "1.5"], "DROP_PATH_RATE.*0..1"),
+        (["--use_mixup", "on", "--cutmix-minmax", "0.3", "0.35"], "--cutmix-minmax 0.3 0.35 .* views of 16 pixels"),
         (["--local_crops_size", "3"], "3 pixels are smaller than a patch of 4"),
         (["--aug-opt", "deit_aug", "--train-interpolation", "sinc"], "sinc"),
     ],

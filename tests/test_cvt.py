@@ -395,7 +395,7 @@ def test_lists_have_one_entry_for_each_stage(key: str) -> None:
         ("NUM_HEADS", "[3, 3, 3]", "must divide the 8 channels"),
         ("NUM_STAGES", "4", "NUM_STAGES 4 must be the number of entries"),
         ("DEPTHS", "[2, 2]", "one entry for each of DEPTHS"),
-        ("PATCH_PADDING", "[-1, 1, 1]", "PATCH_PADDING .* must be 0 or more"),
+        ("PATCH_PADDING", "[-1, 1, 1]", "PATCH_PADDING. takes a whole number from 0 to 1_024"),
     ],
 )
 def test_values_that_do_not_fit_together(key: str, value: str, words: str) -> None:

@@ -193,7 +193,7 @@ def one_epoch(log: RunLog, epoch: int) -> None:
     meter = EpochMeter(epoch, steps=1, images_per_step=1)
     with log.epoch(meter) as show:
         meter.update({"loss": float(epoch)})
-        show(epoch, lr=0.5)
+        show(lr=0.5)
     log.finish_epoch(meter)
 
 
@@ -201,7 +201,7 @@ def test_lines_wait_for_their_file(tmp_path: Path, capsys: pytest.CaptureFixture
     """`log.txt` on a full device: told once; what waits is written with the next line, and named where there is none."""
     (tmp_path / "log.txt").symlink_to("/dev/full")
     utils.setup_logging()
-    log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU)
+    log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     for epoch in range(2):
         one_epoch(log, epoch)
     told = capsys.readouterr().err
@@ -218,7 +218,7 @@ def test_lines_wait_for_their_file(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that takes half of it."""
-    log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU)
+    log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     one_epoch(log, 0)
     before = (tmp_path / "log.txt").read_text()
     opened = Path.open
@@ -244,7 +244,7 @@ def test_tensorboard_fails_alone(
 ) -> None:
     """Its thread ends without a traceback; the next epoch that can draws in a new file."""
     utils.setup_logging()
-    log = RunLog(tmp_path, epochs=4, log_freq=1, mean=[0.5], std=[0.5], device=CPU)
+    log = RunLog(tmp_path, epochs=4, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     one_epoch(log, 0)
 
     def refuse(*_: Any) -> None:
@@ -271,7 +271,7 @@ def test_picture_of_crops_is_whole_or_absent(tmp_path: Path, capsys: pytest.Capt
     for refused in (True, False):  # a temporary file on a full device, then a run that goes on
         if refused:
             (tmp_path / f".crops.png{files.TEMPORARY}").symlink_to("/dev/full")
-        log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5] * 3, std=[0.5] * 3, device=CPU)
+        log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5] * 3, std=[0.5] * 3, device=CPU, images=2)
         log.crops_once(views)
         log.close()
         assert (tmp_path / "crops.png").exists() != refused

@@ -144,7 +144,7 @@ def test_srun_variables_make_a_group(tmp_path: Path) -> None:
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
-    assert errors[1].count("epoch 1/1") == 0  # only the main process tells
+    assert errors[1].count("epoch 0/1") == 0  # only the main process tells
 
 
 def test_rows_are_gathered_from_processes_without_any(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_killed_worker_is_restarted_from_its_checkpoint(
         nodes = [start_script(*line, env={}) for _ in range(2)]
         errors = [node.communicate(timeout=180)[1] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], errors
-        assert ("at epoch 2" in "".join(errors)) == (run == "killed")
+        assert ("at epoch 1" in "".join(errors)) == (run == "killed")
     equal_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
 

@@ -345,15 +345,10 @@ def test_validation_images_are_resized_as_asked(images: Path, tmp_path: Path, in
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--layer_decay", "0"], "--layer_decay 0.0 must lie above 0"),
         (["--batch_size_per_gpu", "3"], "--batch_size_per_gpu 3 must be even"),
         (["--batch_size_per_gpu", "16"], "12 images do not fill one batch of 16 x 1"),
         (["--accum_iter", "4"], "--accum_iter 4"),
         (["--warmup_epochs", "3"], "3 warm-up epochs do not fit in 2"),
-        (["--smoothing", "1"], "--smoothing 1.0 must lie in 0..1, below 1"),
-        (["--lr", "nan"], "--lr nan must be 0 or more"),
-        (["--val_freq", "0"], "--val_freq 0 must be 1 or more"),
-        (["--drop_path", "1.5"], "DROP_PATH_RATE.*0..1"),
         (["--aa", "random"], "timm does not take --aa random"),
         (["--pretrained_weights", "no.pth"], r"'no\.pth' does not exist"),
         (["--image_size", "3"], "3 pixels are smaller than a patch of 4"),
@@ -410,6 +405,25 @@ def test_resuming_another_network_is_refused(images: Path, tmp_path: Path) -> No
 def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="a lower --lr"):
         run(images, tmp_path, *PLAIN, "--lr", "1e30", "--warmup_epochs", "0", "--clip_grad", "0")
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of the first epoch stay as they were."""
+    saved: dict[Path, bytes] = {}
+
+    def spoil(output_dir: Path, tuner: finetune.FineTuner, progress: finetune.Progress, *rest: Any) -> str:
+        if progress.epochs == 2:
+            saved.update({path: path.read_bytes() for path in output_dir.glob("*.pth")})
+            tuner.network.head.bias.data[0] = float("inf")  # type: ignore[operator]
+        return finetune.save_run(output_dir, tuner, progress, *rest)
+
+    monkeypatch.setattr(eval_finetune, "save_run", spoil)
+    with pytest.raises(FloatingPointError, match=r"model\.head\.bias is not finite"):
+        run(images, tmp_path)
+    assert {path.name for path in saved} == {"best.pth", "checkpoint.pth"}
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.pth")} == saved
 
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:

@@ -239,6 +239,8 @@ def test_impossible_votes() -> None:
         knn_scores(Split(split.train, empty), [1], 0.07)
     with pytest.raises(UsageError, match="must be positive"):
         knn_scores(split, [0], 0.07)
+    with pytest.raises(UsageError, match="must be positive"):
+        knn_scores(split, [1], float("nan"))
     with pytest.raises(UsageError, match="unknown --backend 'annoy'; choose one of torch, faiss"):
         knn_scores(split, [1], 0.07, backend="annoy")
     infinite = split.train._replace(features_NC=split.train.features_NC / torch.tensor(0.0))

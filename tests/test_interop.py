@@ -357,6 +357,11 @@ def test_the_script(tmp_path: Path) -> None:
     assert "full checkpoint, key 'teacher': 120 tensors loaded, 0 of them resized, 0 left out" in done.stderr
     theirs = timm.create_model("resnet18", num_classes=0)
     theirs.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True), strict=True)
+    for output in ("/proc/x", str(tmp_path / ("n" * 300))):
+        refused = run_script("export.py", *command[:-1], output)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1].startswith("export.py: error: --output ")
+        assert "Traceback" not in refused.stderr
     again = run_script("export.py", *command)
     assert again.returncode == 2
     assert "exists already and is not overwritten" in again.stderr

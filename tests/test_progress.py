@@ -82,7 +82,7 @@ def test_time_after_the_last_step_does_not_count(monkeypatch: pytest.MonkeyPatch
 
 def test_epoch_of_skipped_steps_alone_has_no_means(tmp_path: Path) -> None:
     """Its line has the same keys as any other, with null for what was not measured."""
-    log = RunLog(tmp_path, epochs=1, log_freq=2, mean=[0.5], std=[0.5], device=CPU)
+    log = RunLog(tmp_path, epochs=1, log_freq=2, mean=[0.5], std=[0.5], device=CPU, images=12)
     meter = EpochMeter(epoch=0, steps=2, images_per_step=4)
     for _ in range(2):
         meter.update({"loss": torch.tensor(float("nan")), "skipped": torch.tensor(1.0)})
@@ -102,32 +102,49 @@ def test_epoch_line_and_step_lines(
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logger, "handlers", [])
     caplog.set_level("INFO", logger="esvit")
-    log = RunLog(tmp_path, epochs=2, log_freq=2, mean=[0.5], std=[0.5], device=CPU)
+    log = RunLog(tmp_path, epochs=2, log_freq=2, mean=[0.5], std=[0.5], device=CPU, images=12)
     meter = EpochMeter(epoch=1, steps=3, images_per_step=4)
     with log.epoch(meter) as show:
         for i in range(3):
             meter.update({"loss": float(i), "skipped": 0.0})
-            show(3 + i, lr=0.1 * i, wd=0.5)
+            show(lr=0.1 * i, wd=0.5)
     log.finish_epoch(meter, unreadable_images=7)
     log.close()
     assert capsys.readouterr().err == ""  # the progress bar is for terminals
-    assert [line for line in caplog.messages if line.startswith("epoch 2/2  step")] == [
+    assert [line for line in caplog.messages if line.startswith("epoch 1/2  step")] == [
         line for line in caplog.messages if "  step 2/3  loss 1.0000" in line or "  step 3/3  loss 2.0000" in line
     ]
-    assert caplog.messages[-1].startswith("epoch 2/2 done (epoch 1 of log.txt, from 0): {")
     record = json.loads((tmp_path / "log.txt").read_text())
+    assert caplog.messages[-1].startswith(f"epoch {record['epoch']}/2 done: {{")  # counted as in the file
     assert (record["train_loss"], record["train_lr"], record["train_wd"], record["epoch"]) == (1.0, 0.2, 0.5, 1)
     assert record["unreadable_images"] == 7
     assert record["peak_memory_mb"] > 0
 
 
+def test_tensorboard_counts_images(tmp_path: Path) -> None:
+    """Steps go on where a run goes on with another batch size: 10 images, by 2 for an epoch and two steps, then by 4."""
+    for batch, first, seen, epochs in ((2, 0, 0, (5, 3)), (4, 1, 14, (2, 2))):
+        log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=10, seen=seen)
+        for epoch, steps in enumerate(epochs, first):
+            meter = EpochMeter(epoch, steps=10 // batch, images_per_step=batch)
+            if epoch == first and seen:
+                meter.go_on_from({}, (seen - 10) // batch)
+            with log.epoch(meter) as show:
+                while meter.done < steps:
+                    meter.update({"loss": 0.0})
+                    show(lr=0.5)
+        log.close()
+    steps_shown = [point.step for point in EventAccumulator(str(tmp_path)).Reload().Scalars("step/loss")]
+    assert steps_shown == [2, 4, 6, 8, 10, 12, 14, 18, 24, 28]  # the step to 16 is made again, and hidden
+
+
 def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
     """All of it goes to log.txt, the numbers to TensorBoard; without weight decay there is none in the line."""
-    log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5], std=[0.5], device=CPU)
+    log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     meter = EpochMeter(epoch=0, steps=1, images_per_step=1)
     with log.epoch(meter) as show:
         meter.update({"loss": 1.0})
-        show(0, lr=0.5)
+        show(lr=0.5)
     more = {"each": {"a": {"loss": 2.0}, "b": {"loss": None}}, "note": "words"}
     log.finish_epoch(meter, **more)
     log.close()
@@ -141,7 +158,7 @@ def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
 
 def test_picture_shows_the_crops(tmp_path: Path) -> None:
     """Rows are views and columns images; normalisation is undone and small views are centred on white."""
-    log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5, 0.0, 0.0], std=[0.5, 1.0, 1.0], device=CPU)
+    log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5, 0.0, 0.0], std=[0.5, 1.0, 1.0], device=CPU, images=2)
     red, black = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), torch.tensor([-1.0, 0.0, 0.0]).view(1, 3, 1, 1)
     large = torch.cat([red, black]).expand(2, 3, 8, 8)
     log.crops_once([large, large[:, :, :4, :4]])
@@ -153,5 +170,5 @@ def test_picture_shows_the_crops(tmp_path: Path) -> None:
         assert picture.getpixel((13, 13)) == (255, 255, 255)
         assert picture.getpixel((6, 16)) == (255, 0, 0)
     before = (tmp_path / "crops.png").stat().st_mtime_ns
-    RunLog(tmp_path, 1, 1, [0.0] * 3, [1.0] * 3, CPU).crops_once([large])
+    RunLog(tmp_path, 1, 1, [0.0] * 3, [1.0] * 3, CPU, images=2).crops_once([large])
     assert (tmp_path / "crops.png").stat().st_mtime_ns == before

@@ -198,8 +198,29 @@ def test_a_damaged_record_of_a_run_is_left_out(content: str, tmp_path: Path) -> 
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "results.json").write_text(content if content != '{"command": 3, "packages": []}' else "[]")
     assert pages.run_facts(tmp_path) == {}
-    assert pages.command(tmp_path) == ""
+    assert pages.commands(tmp_path) == []
     assert list(pages.scores(tmp_path, tmp_path)) == []
+
+
+def test_a_continued_run_tells_all_its_commands(tmp_path: Path) -> None:
+    """Each of them once where it was only repeated, and what its starts differ in."""
+    starts = (("run", "2", 1, "a"), ("run_2", "2", 1, "a"), ("run_3", "4", 8, "b"))
+    for name, epochs, processes, revision in starts:
+        record = {"command": ["main_esvit.py", "--epochs", epochs], "world_size": processes, "git": revision, "seed": 0}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    assert pages.commands(tmp_path) == [f"python main_esvit.py \\\n    --epochs {epochs}" for epochs in "24"]
+    assert pages.run_facts(tmp_path) == {"revision": "a, then b", "seed": "0", "processes": "1, then 8"}
+    page = pages.build_report("title", {}, tmp_path, tmp_path, [])
+    assert page.index("--epochs 2") < page.index("--epochs 4")
+
+
+@pytest.mark.parametrize("name", ["crops.png", "log.txt", "run.json", "results.json"])
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + bytes(99), b"\xff\xfe{", b"[" * 10**5, b""])
+def test_a_report_goes_without_what_cannot_be_read(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    page = pages.build_report("title", {}, tmp_path, tmp_path, [])
+    assert "<h2>" not in page
+    assert "<details>" not in page
 
 
 def test_scores_are_the_last_of_each_folder_and_told_apart(tmp_path: Path) -> None:

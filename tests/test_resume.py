@@ -154,7 +154,7 @@ def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest
     told = capsys.readouterr().err
     assert told.count("the view features have lost rank") == 1
     assert "for 5 readings in a row" in told
-    assert "checkpoint.pth at epoch 2\n" in told  # counted from 1, as progress is
+    assert "checkpoint.pth at epoch 1\n" in told
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
@@ -188,6 +188,29 @@ def test_foreign_bytes_in_the_log_stay_and_stop_nothing(images: Path, tmp_path: 
     lines = (tmp_path / "log.txt").read_bytes().splitlines(keepends=True)
     assert b"".join(lines[1:-1]) == foreign
     assert [json.loads(lines[i])["epoch"] for i in (0, -1)] == [0, 1]
+
+
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_weights_that_are_not_finite_end_the_run_and_the_last_checkpoint_stays(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    """At the end of the second epoch; the same command then goes on from the first."""
+    save = resume.Saver.save
+
+    def spoil(self: resume.Saver, place: resume.Place, images: int = 0) -> None:
+        if place.epoch == 2:
+            next(getattr(self.step.method, network).parameters()).data.view(-1)[3] = float("nan")
+        save(self, place, images)
+
+    flags = ("--saveckp_freq", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Saver, "save", spoil)
+        with pytest.raises(FloatingPointError, match=rf"{network}\..* is not finite"):
+            train(tmp_path, images, *flags)
+    assert sorted(file.name for file in tmp_path.glob("*.pth")) == ["checkpoint.pth", "checkpoint0000.pth"]
+    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
+    train(tmp_path, images, *flags)
+    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
 def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

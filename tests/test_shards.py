@@ -10,6 +10,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import braceexpand
 import numpy as np
 import pytest
 import torch
@@ -26,7 +27,7 @@ from data.datasets import build_dataset
 from data.loader import Batch, build_train_loader, set_epoch
 from data.remote import is_remote
 from data.shards import ShardStream, Span, build_stream, plan_spans, read_span
-from data.tars import count_images, find_shards, holds_shards, is_image, split_name
+from data.tars import count_images, find_shards, holds_shards, is_image, names_in, split_name
 from utils import UsageError
 
 COUNTS = (5, 1, 7, 4, 6)  # images of the shards
@@ -454,6 +455,35 @@ def test_links_are_named_and_hidden_files_are_not_images(tmp_path: Path, kind: b
     assert failure.startswith(f"{tmp_path}/train-0.tar@/b.png: it is a link, and a shard must hold each image itself")
     assert told_elsewhere == told
     assert len(dataset) == 2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a-{0..999999999}.tar", "a-{0..999}-{0..999}-{0..999}.tar", f"a-{{0..{'9' * 500}}}.tar", "{a,b,c}" * 30 + ".tar",
+     "pipe:cat a-{000000000..999999999}.tar", "a-{999999999..0}.tar", "a-{{0..999999},{0..999999}}.tar"],
+)  # fmt: skip
+def test_a_pattern_of_too_many_shards_is_not_written_out(pattern: str) -> None:
+    with pytest.raises(UsageError, match="shards; correct the pattern, 1000000 are the most"):
+        find_shards(pattern, "train")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [("a", 1), ("{a,b}{c,d,e}", 6), ("{000..146}", 147), ("{0..9..3}", 4), ("{5..2}", 4), ("{-1..1}x{a}", 3)],
+)
+def test_names_of_a_pattern_are_counted_as_they_are_written_out(pattern: str, names: int) -> None:
+    assert names_in(pattern) == names == len(list(braceexpand.braceexpand(pattern)))
+
+
+@pytest.mark.parametrize(
+    "content", [f'{{"train-0.tar": {10**14}}}', "[" * 10**5, '{"train-0.tar": true}', "[1]", "9" * 5000]
+)
+def test_sizes_that_cannot_be_are_refused(tmp_path: Path, content: str) -> None:
+    write_tar(tmp_path / "train-0.tar", [("a.png", grey(3))])
+    (tmp_path / "sizes.json").write_text(content)
+    with pytest.raises(UsageError, match=r"sizes\.json cannot be used") as caught:
+        build_stream(str(tmp_path), whole)
+    assert "\n" not in str(caught.value)
 
 
 # --------------------------------------------------------------------------- the script

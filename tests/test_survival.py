@@ -84,7 +84,7 @@ def test_signal_to_one_of_two_processes_saves_both(tmp_path: Path, layout: str, 
         result = run_script(script, *flags, "--output_dir", str(tmp_path / run), *TINY_SWIN, processes=2)
         assert result.returncode == 0, result.stderr
         if script == str(stopped):
-            assert result.stderr.count("stopped 1 step into epoch 2 and saved in") == 1
+            assert result.stderr.count("stopped 1 step into epoch 1 and saved in") == 1
             within = checkpoint.load_file(tmp_path / run / "checkpoint.pth")
             assert (within["epoch"], within["in_epoch"]["steps"], within["in_epoch"]["images"]) == (1, 1, 2 * batch)
     parts, whole = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("parts", "whole"))

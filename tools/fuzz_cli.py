@@ -1,0 +1,359 @@
+"""Wrong, negative, zero, huge and non-finite values for every flag and config key of every script, from one process.
+
+    python -m tools.fuzz_cli                           # all cases, about half an hour
+    python -m tools.fuzz_cli --share 0.02 --seed 1     # some of them
+    python -m tools.fuzz_cli --only eval_knn           # of one script
+
+A case is a command line on tiny images, given to the script as it is: its parser, its checks, its `main`. It may run to its end,
+run until it is ended after --seconds, or end with one line that says what is wrong and code 2 (1 for a training that diverged).
+Any other exception is a failure, shown with its traceback; with one the program ends with code 1. Memory is limited, so that sizes
+that this machine does not have are refused by the allocator instead of taking the machine down.
+
+Origin: this project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import eval_finetune
+import eval_knn
+import eval_linear
+import eval_logistic
+import eval_video
+import export
+import flags
+import main_esvit
+import main_esvit_mnodes
+import main_udi
+import run_analysis
+import utils
+from config import SCHEMA, SPECS
+from data import convert
+from ranges import COUNT, SEED, Range, number
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBERS = (
+    *("", "x", "nan", "inf", "-inf", "-1", "0", "1", "0.5", "-0.5", "1e-9", "1e30", "1e400", "99999999999", "0x10"),
+    *("1" + "0" * 30, "9" * 5000),
+)
+TEXTS = (
+    "",
+    "nonsense",
+    "no/such/place",
+    "/proc/x",
+    "/dev/null",
+    "n" * 5000,
+    "{0..999999999}.tar",
+    "pipe:false",
+    "\udcff",
+)
+CRASHED = 70  # exit code that no script gives
+BOOLEANS = ("", "maybe", "2", "on", "off")
+YAMLS = (".nan", ".inf", "[]", "{}", "[.nan]", "[[1]]", "null", "true", "2020-99-99", "[" * 900, "{a: " * 900)
+SWIN = (
+    *(
+        "MODEL.IMAGE_SIZE",
+        "32",
+        "MODEL.SPEC.DIM_EMBED",
+        "12",
+        "MODEL.SPEC.DEPTHS",
+        "[1,2]",
+        "MODEL.SPEC.NUM_HEADS",
+        "[1,2]",
+    ),
+    *("MODEL.SPEC.WINDOW_SIZE", "4"),
+)
+VIT = (*("MODEL.IMAGE_SIZE", "32", "MODEL.SPEC.DIM_EMBED", "16", "MODEL.SPEC.DEPTH", "2", "MODEL.SPEC.NUM_HEADS", "2"),)
+NETWORKS = {  # by MODEL.NAME: the architecture, and its yaml under experiments/demo
+    "swin_transformer": ("swin", "swin_micro"),
+    "cvt_v4_transformer": ("cvt_tiny", "cvt_micro"),
+    "vision_longformer": ("vil", "vil_micro"),
+    "vision_transformer": ("vit", "vit_micro"),
+    "resnet": ("resnet18", "resnet_micro"),
+}
+
+
+class Case(NamedTuple):
+    """A command line."""
+
+    script: ModuleType
+    words: tuple[str, ...]
+    tail: tuple[str, ...] = ()  # KEY VALUE pairs, after all flags
+
+
+# --------------------------------------------------------------------------- the scripts on tiny images
+
+
+def write_inputs(folder: Path) -> None:
+    """Images of two classes, and a video with its first mask."""
+    rng = np.random.default_rng(0)
+    for part in ("images/train/0", "images/train/1", "images/val/0", "images/val/1", "frames"):
+        (folder / part).mkdir(parents=True)
+        for number_ in range(4):
+            pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / part / f"{number_}.png")
+    mask = np.zeros((40, 48), dtype=np.uint8)
+    mask[8:24, 8:24] = 1
+    Image.fromarray(mask).save(folder / "mask.png")
+
+
+def commands(folder: Path) -> dict[ModuleType, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Each script's flags and KEY VALUE pairs for a run of a second; OUT stands for a new folder."""
+    demo = ROOT / "experiments/demo"
+    swin = ("--arch", "swin", "--cfg", f"{demo}/swin_micro.yaml")
+    out = ("--output_dir", "OUT")
+    images = ("--data_path", f"{folder}/images")
+    here = ("--device", "cpu")
+    loader = ("--num_workers", "0", "--batch_size_per_gpu", "4", *here)
+    small = ("--out_dim", "16", "--head_hidden_dim", "8", "--head_bottleneck_dim", "4", "--local_crops_size", "16")
+    short = ("--local_crops_number", "1", "--epochs", "1", "--warmup_epochs", "0", "--precision", "fp32")
+    frozen = (*swin, "--pretrained_weights", f"{folder}/checkpoint.pth", *here)
+    evaluated = (*frozen, *images, *loader)
+    tasks = ("--vis_attention", "--vis_correspondence", "--vis_entropy", "--measure_correspondence", "--report")
+    esvit = (*swin, "--use_dense_prediction", "on", *small, *short, *loader, *images, *out)
+    return {
+        main_esvit: (esvit, SWIN),
+        main_udi: (
+            ("--arch", "vit", "--patch_size", "4", "--cfg", f"{demo}/vit_micro.yaml", "--warmup_teacher_temp_epochs", "0",
+             *small, *short, *loader, *images, *out),
+            VIT,
+        ),
+        main_esvit_mnodes: (esvit, SWIN),
+        eval_knn: ((*evaluated, "--nb_knn", "1", *out), SWIN),
+        eval_linear: ((*evaluated, "--epochs", "1", "--n_last_blocks", "1", *out), SWIN),
+        eval_finetune: ((*evaluated, "--epochs", "1", "--warmup_epochs", "0", *out), SWIN),
+        eval_logistic: ((*evaluated, "--epochs", "5", *out), SWIN),
+        eval_video: (
+            (*frozen, "--frames", f"{folder}/frames", "--first_mask", f"{folder}/mask.png", "--image_size", "32", *out),
+            SWIN,
+        ),
+        run_analysis: ((*evaluated, *tasks, "--num_images", "1", *out), SWIN),
+        export: ((*swin, "--pretrained_weights", f"{folder}/checkpoint.pth", "--format", "timm", "--output", "OUT.pth"), SWIN),
+        convert: ((f"{folder}/images", "OUT", "--to", "shards"), ()),
+    }  # fmt: skip
+
+
+def start(case: Case) -> None:
+    """Hand a case to its script, as its last lines do; of the one that starts others, up to where it would."""
+    words = [*case.words, *case.tail]
+    if case.script is main_esvit_mnodes:
+        main_esvit_mnodes.torchrun_arguments(words, {})
+    else:
+        case.script.main(case.script.get_args_parser().parse_args(words))
+
+
+# --------------------------------------------------------------------------- the cases
+
+
+def values_for(action: argparse.Action) -> Iterator[tuple[str, ...]]:
+    """What a flag is given: for several values the same one for all, and the largest before the smallest."""
+    if isinstance(action.type, Range):
+        low, high = str(action.type.low), str(action.type.high)
+        singles: tuple[str, ...] = (*NUMBERS, low, high)
+        if action.nargs is not None:
+            yield (high, *[low] * ((action.nargs if isinstance(action.nargs, int) else 2) - 1))
+    elif action.choices is not None:
+        singles = ("", "nonsense", *map(str, action.choices))
+    else:
+        singles = BOOLEANS if action.type is flags.bool_flag else TEXTS
+    for value in singles:
+        yield (value,) * (action.nargs if isinstance(action.nargs, int) else 1)
+
+
+def flag_cases(script: ModuleType, words: tuple[str, ...], tail: tuple[str, ...]) -> Iterator[Case]:
+    """Every flag with every value, each on top of a command line that works."""
+    known = main_esvit.get_args_parser()._option_string_actions if script is main_esvit_mnodes else {"--help": None}
+    for action in script.get_args_parser()._actions:
+        if not action.option_strings or action.option_strings[-1] in known:
+            continue
+        flag = action.option_strings[0]
+        if action.nargs == 0:
+            yield Case(script, (*words, flag), tail)
+            continue
+        for values in values_for(action):
+            given = (flag, *values, "--") if len(values) > 1 else (f"{flag}={values[0]}",)
+            yield Case(script, (*words, *given), tail)
+
+
+def key_cases(script: ModuleType, words: tuple[str, ...]) -> Iterator[Case]:
+    """Every config key of every network with every value, and in every place of a list."""
+    for name, (arch, yaml) in NETWORKS.items():
+        cfg = ROOT / "experiments/demo" / f"{yaml}.yaml"
+        network = ("--arch", arch, "--cfg", str(cfg), "--pretrained_weights=", "--random_weights")
+        for key, default in [*leaves(SPECS[name], "MODEL.SPEC."), *leaves(SCHEMA)]:
+            size = len(default) if isinstance(default, list) else 1
+            lists = [f"[{', '.join([value] * size)}]" for value in NUMBERS] if size > 1 else []
+            for value in (*NUMBERS, *YAMLS, *TEXTS, *lists):
+                yield Case(script, (*words, *network), (key, value))
+    for key in ("", "MODEL", "MODEL.", ".", "A" + ".A" * 5000):
+        yield Case(script, words, (key, "1"))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def all_cases(folder: Path) -> Iterator[Case]:
+    """Of all scripts; config keys by way of k-NN, which builds a network and runs it."""
+    for script, (words, tail) in commands(folder).items():
+        yield from flag_cases(script, words, tail)
+    yield from key_cases(eval_knn, commands(folder)[eval_knn][0])
+
+
+# --------------------------------------------------------------------------- running them
+
+
+def run_case(case: Case, seconds: float, out: Path) -> tuple[str, str]:
+    """How a case ends, in a word, and what it wrote to stderr; `failed` is the word that must not be.
+
+    What its parser takes runs in a fork of this process, which can be ended at any moment and leaves nothing behind.
+    """
+    words, tail = (tuple(word.replace("OUT", str(out)) for word in part) for part in (case.words, case.tail))
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):
+            case.script.get_args_parser().parse_args([*words, *tail])
+    except SystemExit as ended:
+        one_line = ended.code == 2 and written.getvalue().count("\n") == 1
+        return "refused" if one_line else "failed", written.getvalue()
+    except Exception:
+        return "failed", traceback.format_exc()
+    with tempfile.TemporaryFile("w+", errors="backslashreplace") as told:
+        child = os.fork()
+        if child == 0:
+            os.setsid()  # with its loader's processes
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            os.dup2(0, 1)
+            os.dup2(told.fileno(), 2)
+            sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
+            os._exit(exit_code(Case(case.script, words, tail)))
+        status = wait_for(child, seconds)
+        told.seek(0)
+        text = told.read()
+    if status is None:
+        return "stopped", text
+    code, lines = os.waitstatus_to_exitcode(status), text.splitlines() or [""]
+    if code and not (code in (1, 2) and ": error: " in lines[-1] and "Traceback" not in text):
+        return "failed", f"{text}\ncode {code}"
+    return {0: "ran", 1: "diverged", 2: "refused"}[code], text
+
+
+def exit_code(case: Case) -> int:
+    """Run a case as a script runs, and give the code that it would end with."""
+    try:
+        utils.run_script(lambda: start(case))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:  # whatever it is, it is what this program looks for
+        traceback.print_exc()
+        return CRASHED
+    finally:
+        sys.stderr.flush()
+    return 0
+
+
+def wait_for(child: int, seconds: float) -> int | None:
+    """The status with which a process ends; None if it is still there after so many seconds, and then ended here."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.005)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def limit_memory(gibibytes: float) -> None:
+    """Let this process have so much address space more than it has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + int(gibibytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def fuzz(cases: Sequence[Case], seconds: float, folder: Path, show: Callable[[str], None] = print) -> Counter[str]:
+    """Run the cases in `folder`, where those that take their paths from there may write, and show what failed.
+
+    Returns:
+        how many ended in which way.
+    """
+    ends: Counter[str] = Counter()
+    back = os.getcwd()
+    os.chdir(folder)
+    try:
+        for place, case in enumerate(cases):
+            end, told = run_case(case, seconds, folder / f"out{place}")
+            ends[end] += 1
+            if end == "failed":
+                words = " ".join(word if len(word) < 200 else f"{word[:50]}..." for word in (*case.words, *case.tail))
+                show(f"FAILED {case.script.__name__} {words!a}\n{told}")
+    finally:
+        os.chdir(back)
+    return ends
+
+
+def prepare(folder: Path) -> None:
+    """Write the inputs and train the network that evaluations take.
+
+    Raises:
+        RuntimeError: the training itself does not work.
+    """
+    write_inputs(folder)
+    words, tail = commands(folder)[main_esvit]
+    end, told = run_case(Case(main_esvit, words, tail), 600, folder / "trained")
+    if end != "ran":
+        raise RuntimeError(told)
+    os.replace(folder / "trained/checkpoint.pth", folder / "checkpoint.pth")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Which cases, and how long each may run."""
+    parser = flags.Parser("python -m tools.fuzz_cli", description="wrong values for every flag and config key")
+    parser.add_argument("--share", type=number(0, 1, above_low=True), default=1.0, help="of the cases, drawn by --seed")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the draw")
+    parser.add_argument("--only", default="", help="script whose cases count")
+    parser.add_argument("--seconds", type=COUNT, default=5, help="after which a case that runs is stopped")
+    parser.add_argument("--memory", type=number(0.5, 1000), default=4.0, help="GiB that cases may take")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the cases and count how they end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        limit_memory(args.memory)
+        cases = [case for case in all_cases(folder) if args.only in case.script.__name__]
+        cases = random.Random(args.seed).sample(cases, max(1, round(args.share * len(cases))))
+        ends = fuzz(cases, args.seconds, folder)
+    print(f"{len(cases)} cases: " + ", ".join(f"{count} {end}" for end, count in sorted(ends.items())))
+    sys.exit(bool(ends["failed"]))
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
