@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
@@ -307,7 +308,7 @@ def images(tmp_path: Path) -> str:
         (["--pretrained_weights_ckpt", "no.pth"], "'no.pth' does not exist"),
         (["--use_mixup", "on", "--batch_size_per_gpu", "3"], "must be even"),
         (["--use_mixup", "on", "--smoothing", "0.1"], "--smoothing"),
-        (["--use_mixup", "on", "--cutmix-minmax", "0.3", "0.35"], "--cutmix-minmax 0.3 0.35 .* views of 16 pixels"),
+        (["--use_mixup", "on", "--cutmix-minmax", "0.32", "0.36"], "--cutmix-minmax 0.32 0.36 .* views of 16 pixels"),
         (["--local_crops_size", "3"], "3 pixels are smaller than a patch of 4"),
         (["--aug-opt", "deit_aug", "--train-interpolation", "sinc"], "sinc"),
     ],
@@ -370,6 +371,26 @@ def test_usage_error_of_a_script_is_exit_code_2(capsys: pytest.CaptureFixture[st
         run_as_script(fail)
     assert caught.value.code == 2
     assert capsys.readouterr().err.endswith("error: the sentence\n")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda: torch.empty(10**16), lambda: torch.empty(2**62), lambda: np.zeros(10**16), lambda: bytearray(10**17)],
+)
+def test_sizes_that_no_machine_has_are_one_sentence(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """What torch, numpy and Python themselves raise; any other error keeps its traceback."""
+    with pytest.raises(SystemExit) as caught:
+        run_as_script(ask)
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "not enough memory" in told
+
+    def multiply() -> None:
+        torch.zeros(2) @ torch.zeros(3, 3)
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run_as_script(multiply)
 
 
 def test_devices_and_precision() -> None:

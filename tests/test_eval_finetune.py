@@ -42,8 +42,11 @@ def command(images: Path, output_dir: Path, *extra: str) -> list[str]:
     return [*SMALL_RUN, *paths, *weights, *extra, "--seed", "0", *TINY_SWIN]
 
 
-def run(images: Path, output_dir: Path, *extra: str) -> None:
-    eval_finetune.main(eval_finetune.get_args_parser().parse_args(command(images, output_dir, *extra)))
+def run(images: Path, output_dir: Path, *extra: str, **changed: Any) -> None:
+    """Run the script; `changed` takes the place of arguments, for values that the command line refuses."""
+    args = eval_finetune.get_args_parser().parse_args(command(images, output_dir, *extra))
+    vars(args).update(changed)
+    eval_finetune.main(args)
 
 
 def results(output_dir: Path) -> dict[str, Any]:
@@ -404,7 +407,7 @@ def test_resuming_another_network_is_refused(images: Path, tmp_path: Path) -> No
 
 def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="a lower --lr"):
-        run(images, tmp_path, *PLAIN, "--lr", "1e30", "--warmup_epochs", "0", "--clip_grad", "0")
+        run(images, tmp_path, *PLAIN, "--warmup_epochs", "0", "--clip_grad", "0", lr=1e30)
 
 
 def test_weights_that_are_not_finite_are_not_saved(
