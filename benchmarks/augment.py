@@ -33,7 +33,7 @@ import flags
 import utils
 from data.augment import dino_views
 from data.crops import split_views
-from data.decode import decode_image
+from data.decode import decode_image, open_image
 from data.demo import photographs
 from data.recipe import Crops
 
@@ -60,7 +60,7 @@ def make_jpegs(quality: int, count: int | None) -> list[bytes]:
     """The photographs, encoded."""
     jpegs = []
     for path in list(photographs().values())[:count]:
-        with Image.open(path) as file, io.BytesIO() as jpeg:
+        with open_image(path) as file, io.BytesIO() as jpeg:
             file.convert("RGB").resize(SIZE, Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=quality)
             jpegs.append(jpeg.getvalue())
     return jpegs
