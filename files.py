@@ -120,6 +120,8 @@ def read_text(path: Path, remedy: str = "repair it", errors: str = "strict") -> 
         OSError: it cannot be read.
         UsageError: it is no such text.
     """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no file, which would be waited for or never end; {remedy}")
     try:
         text = path.read_text(encoding="utf-8-sig", errors=errors)
     except UnicodeDecodeError:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from data.augment import dino_views
 from data.crops import split_views
-from data.decode import decode_image
+from data.decode import decode_image, open_image
 from data.demo import photographs
 from data.recipe import Crops
 
@@ -61,7 +61,7 @@ def make_jpegs(quality: int, count: int | None) -> list[bytes]:
     """The photographs, encoded."""
     jpegs = []
     for path in list(photographs().values())[:count]:
-        with Image.open(path) as file, io.BytesIO() as jpeg:
+        with open_image(path) as file, io.BytesIO() as jpeg:
             file.convert("RGB").resize(SIZE, Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=quality)
             jpegs.append(jpeg.getvalue())
     return jpegs

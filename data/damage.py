@@ -87,20 +87,51 @@ def check_jpeg(content: bytes, image: Image.Image) -> None:
     if (right_end != right_end[:, -1:]).any() and content[last - ZEROS : last] != bytes(ZEROS):
         return  # what is missing would be even, and what is wrong with zeros ends in zeros
     end = next((place for kind, place in _segments(content) if kind == FINISH), len(content))
-    zeros = end - len(content[:end].rstrip(b"\0"))
     if not _shows(content[:end] + FILLER + END, image):
         raise ValueError("the data of the JPEG end before its last row")
+    _check_zeros(content[:end] + END, end, image)
+
+
+def check_webp(content: bytes, image: Image.Image) -> None:
+    """`check_jpeg` of a WebP, whose decoder itself sees that it was cut.
+
+    Raises:
+        ValueError: it lacks some of `image`.
+    """
+    place = 12
+    while place + 8 <= len(content):
+        kind, size = content[place : place + 4], int.from_bytes(content[place + 4 : place + 8], "little")
+        if kind in (b"VP8 ", b"VP8L"):
+            _check_zeros(content, place + 8 + size, image)
+        place += 8 + size + size % 2
+
+
+def _check_zeros(content: bytes, end: int, image: Image.Image) -> None:
+    """Stop where data that end at `end` go on in zeros after the last pixel.
+
+    An even image may end in zeros too: there all of them count, or, where nothing but zeros means anything, none.
+
+    Raises:
+        ValueError: they do.
+    """
+    zeros = end - len(content[:end].rstrip(b"\0"))
     if zeros < max(ZEROS, end // 16):
         return
-    all_count, last_count = (not _shows(content[: end - many] + FILLER + END, image) for many in (zeros, ZEROS // 2))
-    if all_count and not last_count:  # an even image has a code of zeros alone: then none of them count, or all
-        raise ValueError("the JPEG ends in zeros, the last of which hold no pixels")
+    noise = NOISE * (zeros // len(NOISE) + 1)
+    all_count, last_count = (
+        not _shows(content[: end - many] + noise[:many] + content[end:], image) for many in (zeros, ZEROS // 2)
+    )
+    if all_count and not last_count:
+        raise ValueError(f"the {image.format} ends in zeros, the last of which hold no pixels")
 
 
 def _shows(content: bytes, image: Image.Image) -> bool:
-    """Whether a JPEG decodes to the same pixels."""
-    with Image.open(io.BytesIO(content), formats=["JPEG"]) as other:
-        return np.array_equal(np.asarray(other), np.asarray(image))
+    """Whether a file is decoded to the same pixels."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG", "WEBP"]) as other:
+            return np.array_equal(np.asarray(other), np.asarray(image))
+    except Exception:  # of any kind: its bytes are no more those of an encoder
+        return False
 
 
 def _segments(content: bytes) -> Iterator[tuple[int, int]]:
@@ -124,19 +155,3 @@ def _has_unfinished_scans(content: bytes) -> bool:
             first, last, bits = content[place + 5 + 2 * count : place + 8 + 2 * count]
             lacking |= {(c, k): bits & 15 for c in components for k in range(first, last + 1)}
     return any(lacking.values())
-
-
-def check_webp(content: bytes) -> None:
-    """Stop on a WebP whose pixels end in zeros; those of even images have fewer.
-
-    Raises:
-        ValueError: it is one.
-    """
-    place = 12
-    while place + 8 <= len(content):
-        kind, size = content[place : place + 4], int.from_bytes(content[place + 4 : place + 8], "little")
-        if kind in (b"VP8 ", b"VP8L"):
-            pixels = content[place + 8 : place + 8 + size]
-            if len(pixels) - len(pixels.rstrip(b"\0")) >= max(ZEROS, len(pixels) // 8):
-                raise ValueError("the WebP ends in zeros, which hold no pixels")
-        place += 8 + size + size % 2

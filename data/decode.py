@@ -121,7 +121,7 @@ def _read_with_pillow(content: bytes) -> Image.Image | Stored:
         if image.format in ("JPEG", "MPO"):
             check_jpeg(content, image)
         elif image.format == "WEBP":
-            check_webp(content)
+            check_webp(content, image)
         upright = _upright(image)
         if not _is_deep(upright):
             return upright
@@ -250,7 +250,7 @@ def declared_range(pixels: np.ndarray, bits: int, value_range: Sequence[float]) 
 
 def _to_tensor(stored: Stored, channels: Sequence[int], value_range: Sequence[float]) -> Tensor:
     """To a float tensor (C, H, W) in 0..1, with as many channels as the first of `channels` that fits."""
-    pixels = stored.pixels[:, :, None] if stored.pixels.ndim == 2 else stored.pixels
+    pixels: np.ndarray = stored.pixels[:, :, None] if stored.pixels.ndim == 2 else stored.pixels
     axis = next(
         (axis for count in channels for axis in (2, 0) if pixels.ndim == 3 and pixels.shape[axis] == count), None
     )
@@ -266,5 +266,5 @@ def _to_tensor(stored: Stored, channels: Sequence[int], value_range: Sequence[fl
 def _to_pil(stored: Stored, in_chans: int, value_range: Sequence[float]) -> Image.Image:
     """To an 8-bit image, grey or of three colours as it is stored."""
     pixels_CHW = _to_tensor(stored, (in_chans, 4 - in_chans), value_range)
-    pixels = (pixels_CHW * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels: np.ndarray = (pixels_CHW * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

@@ -37,7 +37,7 @@ from data.datasets import REPLACEMENT_TRIES, Refusal, Sample, SharedEpoch, Trans
 from data.decode import UndeclaredRange, decode_image
 from data.remote import PIPE, is_remote, open_stream
 from data.sources import UNLABELLED, checked_size, parse_label
-from data.tars import LINK, SIZES, count_images, find_shards, is_file, parse_sizes, parts_of, samples_of
+from data.tars import LINK, SIZES, BoundedHeader, count_images, find_shards, is_file, parse_sizes, parts_of, samples_of
 from data.workers import SteadyLoader
 from utils import UsageError, counted, isolated_rng, logger
 
@@ -237,7 +237,7 @@ def read_span(shard: str, span: Span, first_index: int, pauses: Sequence[float] 
 
 def _contents(stream: IO[bytes]) -> Iterator[tuple[str, bytes | None]]:
     """Name and content of the images and labels of a tar; no content of links."""
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=BoundedHeader) as tar:
         for name, info in parts_of(tar):
             file = tar.extractfile(info) if is_file(info) else None
             yield name, file.read(checked_size(info.size)) if file else None

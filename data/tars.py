@@ -39,6 +39,14 @@ from utils import UsageError, counted, is_main_process
 SUFFIXES = tuple(name.lstrip(".") for name in EXTENSIONS)
 LABEL_SUFFIX = "cls"
 LABEL_BYTES = 64  # of a label's member, at most
+DESCRIBING = {
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
+DESCRIBING_BYTES = 2**20  # of a header that describes the next one, at most
 SIZES = "sizes.json"  # beside shards: the number of images in each, by its name
 MEMBER = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4")])
 IMAGES = integer(0, 10**8)  # of a shard
@@ -56,6 +64,22 @@ class Member(NamedTuple):
     offset: int  # of its bytes; 0 of a link
     size: int
     label: str | None
+
+
+class BoundedHeader(tarfile.TarInfo):
+    """A header whose long names and further fields, which are read at once, are of a size that such have."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
+        """See `tarfile.TarInfo.frombuf`.
+
+        Raises:
+            tarfile.ReadError: they are not.
+        """
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in DESCRIBING and info.size > DESCRIBING_BYTES:
+            raise tarfile.ReadError(f"a header has {info.size} bytes")
+        return info
 
 
 class TarMembers(Source):
@@ -174,7 +198,7 @@ def find_shards(path: str, split: str, need_split: bool = False) -> list[str]:
         tars = []
     if not tars:
         raise UsageError(f"{root} holds no tar files of '{split}'; name them {split}-000000.tar, or pass a pattern")
-    packed = Counter(kind for path in folder.iterdir() if "tar" in (kind := kind_passed_over(path.name)))
+    packed = Counter(kind for path in folder.iterdir() if (kind := kind_passed_over(path.name)).endswith("gz"))
     tell_passed_over(folder, packed)
     return [str(tar) for tar in chosen or tars]
 
@@ -237,7 +261,7 @@ def tar_members(path: Path) -> Iterator[Member]:
         UsageError: it is compressed or no whole tar file.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=BoundedHeader) as tar:
             for name, image, label in samples_of(parts_of(tar)):
                 content = tar.extractfile(label) if label and is_file(label) else None
                 text = content.read(LABEL_BYTES).decode("ascii", "replace") if content else None

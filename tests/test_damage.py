@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def pixels_of(content: bytes) -> np.ndarray:
 
 # --------------------------------------------------------------------------- JPEG, WebP
 
-KINDS = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "baseline": ("JPEG", {}),
     "best": ("JPEG", {"quality": 95, "subsampling": 0}),
     "optimized": ("JPEG", {"optimize": True}),
@@ -65,7 +66,7 @@ def test_even_images_are_whole(kind: str) -> None:
     for colour in ((255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 40)):
         framed = Image.new("RGB", (330, 500), colour)
         framed.paste(photograph("astronaut.png"), (15, 20))
-        for image in (Image.new("RGB", (500, 500), colour), framed, framed.convert("L")):
+        for image in (Image.new("RGB", (500, 500), colour), Image.new("L", (1600, 30)), framed, framed.convert("L")):
             content = save(image, kind)
             assert (pixels_of(content) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
 
@@ -116,8 +117,11 @@ def test_orientation_of_a_png_counts_wherever_it_stands(tmp_path: Path) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:RDF tiff:Orientation="6"/></x:xmpmeta>')
     stored = upright.transpose(Image.Transpose.ROTATE_90)
-    for options in ({"exif": exif}, {"pnginfo": text}):
-        content = encoded(lambda buffer, options=options: stored.save(buffer, "PNG", **options))
+    contents = [
+        encoded(lambda buffer: stored.save(buffer, "PNG", exif=exif)),
+        encoded(lambda buffer: stored.save(buffer, "PNG", pnginfo=text)),
+    ]
+    for content in contents:
         assert (pixels_of(content) == np.asarray(upright)).all()
 
 

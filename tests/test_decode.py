@@ -231,7 +231,7 @@ def test_an_array_of_another_number_of_colours_is_converted(tmp_path: Path, in_c
 def test_tiff_of_deep_colours(tmp_path: Path, dtype: type, in_chans: int) -> None:
     """Pillow has no mode for most of them."""
     white = 65535 if dtype is np.uint16 else 1
-    pixels = np.zeros((4, 6, 3), dtype=dtype)
+    pixels: np.ndarray = np.zeros((4, 6, 3), dtype=dtype)
     pixels[:, 3:] = white
     assert levels(Path(store(tmp_path, "tif", pixels)), in_chans) == [0, 255]
     assert levels(Path(store(tmp_path, "tif", pixels[:, :, 0])), in_chans) == [0, 255]

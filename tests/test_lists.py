@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,12 @@ def test_lists_that_do_not_fit_are_refused(images: Path, text: str | None, words
         file.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=words):
         keep_listed(dataset(images / "same"), file)
+
+
+def test_a_pipe_is_no_list(images: Path) -> None:
+    os.mkfifo(images / "pipe.txt")
+    with pytest.raises(UsageError, match=r"pipe\.txt is no file"):
+        keep_listed(dataset(images / "same"), images / "pipe.txt")
 
 
 def test_lists_with_a_byte_order_mark(images: Path) -> None:

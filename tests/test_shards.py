@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tarfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -340,6 +341,19 @@ def test_packed_shard_unpacks_to_a_bounded_size(tmp_path: Path) -> None:
     (image,) = read_span(str(tmp_path / "train-0.tar.gz"), Span(0, 0, 1), 0)
     assert image.content == b""
     assert str(2**31) in image.error
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_long_header_of_a_packed_shard_is_not_read(tmp_path: Path, kind: bytes) -> None:
+    header, info = tarfile.TarInfo("header"), tarfile.TarInfo("a.png")
+    header.type, header.size = kind, 2**26
+    with gzip.open(tmp_path / "train-0.tar.gz", "wb", compresslevel=1) as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT) + bytes(2**26) + info.tobuf(tarfile.GNU_FORMAT))
+    tracemalloc.start()
+    (image,) = read_span(str(tmp_path / "train-0.tar.gz"), Span(0, 0, 1), 0)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert str(2**26) in image.error
 
 
 def test_packed_shards_beside_others_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

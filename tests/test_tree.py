@@ -171,7 +171,7 @@ def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
             yield name
         listed.put(os.getpid())
 
-    data.tree._Scan._images = slow  # type: ignore[method-assign]
+    data.tree._Scan._images = slow  # type: ignore[method-assign,assignment]
     assert list(find_images(tree)) == walked(tree)
 
 
