@@ -25,7 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from test_resume import train
 
 import checkpoint
-import files
+import progress
 import resume
 import utils
 from progress import EpochMeter, RunLog
@@ -129,6 +129,12 @@ def fill(disk: Path) -> None:
             file.write(bytes(1 << 12))
 
 
+def cover_read_only(disk: Path) -> None:
+    """Mount the disk over itself, read-only: the kernel makes no disk so on which a file is open for writing, as the lock is."""
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+
+
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_run_survives_a_disk_that_refuses_for_a_while(
     images: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
@@ -140,14 +146,15 @@ def test_run_survives_a_disk_that_refuses_for_a_while(
     def refuse(self: resume.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
         seen.append(steps)
         if len(seen) == 3:  # two steps an epoch
-            fill(disk) if trouble == "full" else subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            fill(disk) if trouble == "full" else cover_read_only(disk)
         if len(seen) == 7:
             found = resume.newest_whole(disk / "checkpoint.pth")
             assert found is not None
             assert (found[0].name, found[1]["epoch"], found[2]) == ("checkpoint.pth", 1, ())
             lines = len((disk / "log.txt").read_text().splitlines())
             assert lines == 1 or trouble == "full"  # whose last page had room
-            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            if trouble == "read-only":
+                subprocess.run(["umount", disk], check=True)
             (disk / "ballast").unlink(missing_ok=True)
         return due(self, steps, moved, wishes)
 
@@ -265,15 +272,23 @@ def test_tensorboard_fails_alone(
     assert [point.step for point in events.Scalars("epoch/train_loss")] == [0, 3, 4]
 
 
-def test_picture_of_crops_is_whole_or_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_picture_of_crops_is_whole_or_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(image: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     utils.setup_logging()
     views = [torch.zeros(2, 3, 64, 64)]
-    for refused in (True, False):  # a temporary file on a full device, then a run that goes on
-        if refused:
-            (tmp_path / f".crops.png{files.TEMPORARY}").symlink_to("/dev/full")
+    for refused in (True, False):
         log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5] * 3, std=[0.5] * 3, device=CPU)
-        log.crops_once(views)
+        with monkeypatch.context() as patch:
+            if refused:
+                patch.setattr(progress, "save_image", full)
+            log.crops_once(views)
         log.close()
+        assert not list(tmp_path.glob(".*"))
         assert (tmp_path / "crops.png").exists() != refused
         assert capsys.readouterr().err.count("No space left on device") == refused
     with Image.open(tmp_path / "crops.png") as picture:

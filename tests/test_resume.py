@@ -208,7 +208,7 @@ def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(checkpoint, "write_file", full)
         with pytest.raises(UsageError, match=r"end of the run is not saved .*No space left"):
             train(tmp_path, images)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
@@ -241,7 +241,7 @@ def test_checkpoint_that_is_gone_is_told_and_written_again(
 
     monkeypatch.setattr(resume, "save_run", save_and_lose)
     train(tmp_path, images)
-    assert capsys.readouterr().err.count("has no checkpoint.pth any more, which this run had saved") == 1
+    assert capsys.readouterr().err.count("has no checkpoint.pth any more, which was there") == 1
     assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
