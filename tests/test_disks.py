@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import test_eval_finetune
 import torch
 from PIL import Image
-from runs import TINY_RUN, run_script, write_images
+from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_resume import train
@@ -27,7 +28,11 @@ from test_resume import train
 import checkpoint
 import progress
 import resume
+import run_analysis
 import utils
+from config import load_config
+from data import convert
+from models import build_model
 from progress import EpochMeter, RunLog
 from utils import UsageError
 
@@ -191,6 +196,114 @@ def test_end_that_cannot_be_saved_is_told(
     RUNS[script](images, out)
     assert checkpoint.load_file(path)["epoch"] > first == 1
     assert not list(out.glob(".*"))
+
+
+# --------------------------------------------------------------------------- results
+
+
+NETWORK = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
+
+
+def test_features_that_cannot_be_dumped_take_no_score_away(
+    images: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills up after the folder was found to be usable."""
+    flags = [
+        *NETWORK,
+        "--random_weights",
+        "--data_path",
+        str(images),
+        "--nb_knn",
+        "1",
+        "--dump_features",
+        str(disk / "f"),
+    ]
+
+    def full(*_: Any) -> None:
+        fill(disk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_knn, "check_dump_folder", full)
+        with pytest.raises(UsageError, match=rf"--dump_features {disk}/f cannot be used .*(No space left|write)"):
+            eval_knn.main(eval_knn.get_args_parser().parse_args([*flags, *TINY_SWIN]))
+    assert "network: 1-NN classifier result: Top1:" in capsys.readouterr().out
+    (disk / "ballast").unlink()
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["backbone", "safetensors", "detectron2"])
+def test_export_to_a_full_disk_is_one_sentence(disk: Path, tmp_path: Path, format: str) -> None:
+    config = load_config(None, ["MODEL.NAME", "swin", *TINY_SWIN])
+    network = build_model("swin", config)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    suffix = {"safetensors": "safetensors", "detectron2": "pkl"}.get(format, "pth")
+    line = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--pretrained_weights"]
+    line += [str(tmp_path / "weights.pth"), "--format", format, "--output", str(disk / f"out.{suffix}"), *TINY_SWIN]
+    fill(disk)
+    with pytest.raises(UsageError, match=rf"--output {disk}/out.{suffix} cannot be used"):
+        export.main(export.get_args_parser().parse_args(line))
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    (disk / "ballast").unlink()
+    export.main(export.get_args_parser().parse_args(line))
+    assert [path.name for path in disk.iterdir()] == [f"out.{suffix}"]
+
+
+@pytest.mark.parametrize("to", ["zip", "tsv", "shards", "files"])
+def test_conversion_to_a_full_disk_is_one_sentence(images: Path, disk: Path, to: str) -> None:
+    """It is full after the first image; nothing is left."""
+    items = convert.items_of
+
+    def filling(*args: Any) -> Iterator[convert.Item]:
+        for number, item in enumerate(items(*args)):
+            if number == 1:
+                fill(disk)
+            yield item._replace(content=item.content * 20)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "items_of", filling)
+        with pytest.raises(UsageError, match=rf"DEST {disk}/out cannot be used \(No space left on device\)"):
+            convert.main(convert.get_args_parser().parse_args([str(images), str(disk / "out"), "--to", to]))
+    (disk / "ballast").unlink()
+    assert list(disk.iterdir()) == []
+
+
+def test_analysis_on_a_full_disk_tells_all_that_it_measured(
+    images: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task says its figures; the end says once that they are in no file."""
+    flags = [*NETWORK, "--random_weights", "--data_path", str(images / "val"), "--output_dir", str(disk)]
+    flags += ["--vis_entropy", "--measure_correspondence", "--patch_size", "4"]
+    opened = run_analysis.open_lab
+    monkeypatch.setattr(run_analysis, "open_lab", lambda *args: (opened(*args), fill(disk))[0])
+    with pytest.raises(UsageError, match=rf"^--output_dir {disk} cannot be used \([^;]*\); see [^;]*$"):
+        run_analysis.main(run_analysis.get_args_parser().parse_args([*flags, *TINY_SWIN]))
+    said = capsys.readouterr().out
+    assert "entropy of attention by block" in said
+    assert "correspondence under a flip, 8 images: accuracy" in said
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_folder_that_vanishes_is_told_with_what_was_in_it(
+    images: Path, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its first saving, with its checkpoint: as a mount does."""
+    out, write = tmp_path / "out", resume.write
+
+    def write_and_lose(state: Any, path: Path, *rest: Any, **more: Any) -> str:
+        lost = path in resume._seen
+        if lost:
+            shutil.rmtree(out, ignore_errors=True)
+        failure = write(state, path, *rest, **more)
+        assert bool(failure) == lost
+        return failure
+
+    monkeypatch.setattr(resume, "write", write_and_lose)
+    monkeypatch.setattr(finetune, "write", write_and_lose)
+    with pytest.raises(
+        UsageError, match=r"end of the run is not saved .*unless the checkpoint that was in .*/out is back"
+    ):
+        RUNS[script](images, out)
 
 
 # --------------------------------------------------------------------------- logs alone

@@ -399,7 +399,7 @@ def test_tally_knows_files_apart_whose_folder_has_a_colon(tmp_path: Path) -> Non
         FailureTally(images=150).add(collate([unreadable[0], unreadable[1]]).failures, CPU)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_workers_outlive_what_a_scheduler_sends_to_everybody(
     dataset: ImageDataset, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
