@@ -9,6 +9,7 @@ Origin: this project's own.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 ANSWER_WITHIN = 5.0  # seconds that the others have to leave their sign
-GLOO = "gloo/transport/"  # in every error of an exchange on a CPU
+GLOO = re.compile("gloo/transport/|pair closure|onnection closed by peer")  # in the errors of an exchange on a CPU
+TIME_IS_UP = re.compile("timed out|timeout", re.IGNORECASE)
 
 
 class _Group(NamedTuple):
@@ -46,7 +48,7 @@ def explain(error: BaseException) -> str | None:
     Returns:
         None where `error` is something else; an empty text where another process tells.
     """
-    if _group is None or not (isinstance(error, dist.DistError) or GLOO in str(error)):
+    if _group is None or not (isinstance(error, dist.DistError) or GLOO.search(str(error))):
         return None
     missing: list[list[str]] = []
     asking = threading.Thread(target=lambda: missing.append(_missing(_group)), daemon=True)
@@ -61,7 +63,7 @@ def explain(error: BaseException) -> str | None:
         return (
             f"an exchange between the processes failed although all are there ({reason}); see to the network, {again}"
         )
-    if "imed out" in str(error):
+    if TIME_IS_UP.search(str(error)):
         return (
             f"{names} did not answer within the {_group.minutes:g} minutes of --dist_timeout: it is stopped or hangs; "
             f"see to it, or raise --dist_timeout, {again}"

@@ -239,7 +239,7 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
         )
     try:
         with files.whole_file(path) as temporary:
-            checkpoint.write_file(state, temporary)
+            checkpoint.save_file(state, temporary)  # which is on the disk before the others step back
             _step_back(path, keep)
     except OSError as error:
         failure = _in_one_line(error)

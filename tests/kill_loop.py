@@ -1,11 +1,14 @@
-"""Kill a run with SIGKILL at random moments, start it again each time, and compare its end with that of a run left alone.
+"""Kill a run at random moments, start it again each time, and compare its end with that of a run left alone.
 
     python tests/kill_loop.py --kills 50
     python tests/kill_loop.py --kills 50 --processes 2       # of which one is killed; the other gets SIGTERM, as from torchrun
+    python tests/kill_loop.py --kills 50 --signal INT        # Ctrl-C instead: all processes get it, and end with code 130
+    python tests/kill_loop.py --kills 50 --rivals 2          # each start is one of so many at the same time in the same folder
 
-The run saves after every step, so that many kills come while it saves; that is seen by the temporary file they leave. It prints
-how many these were, and ends with code 1 unless every start found a whole checkpoint no older than the last one seen, and the last
-one equals, to the bit, that of the run which nobody killed. Children are forked, so that nothing is imported again.
+The run saves after every step, so that many kills come while it saves; that is seen by the temporary file they leave. Of rivals
+one trains, and the others end with code 2. The program prints how many these were, and ends with code 1 unless every start found
+a whole checkpoint no older than the last one seen, and the last one equals, to the bit, that of the run which nobody killed.
+Children are forked, so that nothing is imported again.
 
 Origin: this project's own.
 """
@@ -31,6 +34,7 @@ from runs import TINY_RUN, TINY_SWIN, free_port, write_images  # noqa: E402
 import files  # noqa: E402
 import main_esvit  # noqa: E402
 import resume  # noqa: E402
+import utils  # noqa: E402
 
 EPOCHS = 12
 
@@ -57,8 +61,12 @@ def start(folder: Path, images: Path, processes: int) -> list[int]:
                 if processes > 1:
                     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                train(folder, images)
+                utils.run_script(lambda: train(folder, images))
                 code = 0
+            except SystemExit as end:
+                code = int(str(end.code))
+            except KeyboardInterrupt:  # before `run_script` takes it
+                code = utils.INTERRUPTED
             finally:
                 os._exit(code)
     return children
@@ -89,7 +97,15 @@ def same(one: object, two: object) -> bool:
     return bool(one == two)
 
 
-def main(kills: int, seed: int, processes: int) -> None:
+def hurt(children: list[int], draw: random.Random, number: signal.Signals) -> int:
+    """Kill one of the processes, end the others as a launcher does, and return its status; Ctrl-C is sent to all."""
+    victim = draw.randrange(len(children))
+    for rank, child in enumerate(children):
+        os.kill(child, number if rank == victim or number == signal.SIGINT else signal.SIGTERM)
+    return wait(children)[victim]
+
+
+def main(kills: int, seed: int, processes: int, number: signal.Signals, rivals: int) -> None:
     """Run, kill, compare."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
@@ -99,21 +115,28 @@ def main(kills: int, seed: int, processes: int) -> None:
         begun = time.monotonic()
         assert not any(wait(start(alone, images, processes)))
         whole_run = time.monotonic() - begun
-        done = while_saving = 0
+        done = while_saving = refused = 0
         reached = (0, 0)
         while done < kills:
-            children = start(killed, images, processes)
-            time.sleep(draw.uniform(0, 0.4 * whole_run))
-            victim = draw.randrange(processes)
-            os.kill(children[victim], signal.SIGKILL)
-            for other in children[:victim] + children[victim + 1 :]:
-                os.kill(other, signal.SIGTERM)
-            status = wait(children)[victim]
+            begun = time.monotonic()
+            runs = [start(killed, images, processes) for _ in range(rivals)]
+            until = begun + draw.uniform(0, 0.4 * whole_run)
+            while rivals > 1 and len(runs) > 1:  # all but one are refused at their start
+                codes = {run[0]: os.waitpid(run[0], os.WNOHANG)[1] for run in runs}
+                refusals = [run for run in runs if codes[run[0]]]
+                assert all(os.WEXITSTATUS(codes[run[0]]) == 2 for run in refusals), codes
+                refused += len(refusals)
+                runs = [run for run in runs if run not in refusals]
+                assert runs, "every rival was refused"
+                time.sleep(0.01)
+            time.sleep(max(0.0, until - time.monotonic()))
+            status = hurt(runs[0], draw, number)
             while_saving += any(killed.glob(f".*{files.TEMPORARY}"))
             now = place(killed)
             assert now >= reached, f"the run fell back from {reached} to {now}"
             reached = now
-            if os.WIFSIGNALED(status):
+            if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == utils.INTERRUPTED:
+                assert os.WIFSIGNALED(status) == (number == signal.SIGKILL), status
                 done += 1
             else:  # all epochs were done before the kill: begin anew
                 assert os.WEXITSTATUS(status) == 0
@@ -124,7 +147,10 @@ def main(kills: int, seed: int, processes: int) -> None:
         assert not differing, f"the killed run ends with another {', '.join(differing)}"
         lines = [len((run / "log.txt").read_text().splitlines()) for run in (alone, killed)]
         assert lines == [EPOCHS, EPOCHS], lines
-    print(f"{done} kills, {while_saving} of them while saving; nothing was lost, the end is that of a run left alone")
+    print(
+        f"{done} kills, {while_saving} of them while saving; nothing was lost, the end is that of a run left alone"
+        + (f"; {refused} rivals were refused" if rivals > 1 else "")
+    )
 
 
 if __name__ == "__main__":
@@ -132,5 +158,8 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--signal", choices=("KILL", "INT"), default="KILL")
+    parser.add_argument("--rivals", type=int, default=1, help="runs of one process that start at the same time")
     arguments = parser.parse_args()
-    main(arguments.kills, arguments.seed, arguments.processes)
+    number = signal.Signals[f"SIG{arguments.signal}"]
+    main(arguments.kills, arguments.seed, arguments.processes, number, arguments.rivals)

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,15 +20,19 @@ import pytest
 import test_eval_finetune
 import torch
 from PIL import Image
-from runs import TINY_RUN, run_script, write_images
+from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from training_runs import train
 
 import checkpoint
-import files
+import progress
 import resume
+import run_analysis
 import utils
+from config import load_config
+from data import convert
+from models import build_model
 from progress import EpochMeter, RunLog
 from utils import UsageError
 
@@ -129,6 +134,12 @@ def fill(disk: Path) -> None:
             file.write(bytes(1 << 12))
 
 
+def cover_read_only(disk: Path) -> None:
+    """Mount the disk over itself, read-only: the kernel makes no disk so on which a file is open for writing, as the lock is."""
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+
+
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_run_survives_a_disk_that_refuses_for_a_while(
     images: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
@@ -140,14 +151,15 @@ def test_run_survives_a_disk_that_refuses_for_a_while(
     def refuse(self: resume.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
         seen.append(steps)
         if len(seen) == 3:  # two steps an epoch
-            fill(disk) if trouble == "full" else subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            fill(disk) if trouble == "full" else cover_read_only(disk)
         if len(seen) == 7:
             found = resume.newest_whole(disk / "checkpoint.pth")
             assert found is not None
             assert (found[0].name, found[1]["epoch"], found[2]) == ("checkpoint.pth", 1, ())
             lines = len((disk / "log.txt").read_text().splitlines())
             assert lines == 1 or trouble == "full"  # whose last page had room
-            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            if trouble == "read-only":
+                subprocess.run(["umount", disk], check=True)
             (disk / "ballast").unlink(missing_ok=True)
         return due(self, steps, moved, wishes)
 
@@ -184,6 +196,114 @@ def test_end_that_cannot_be_saved_is_told(
     RUNS[script](images, out)
     assert checkpoint.load_file(path)["epoch"] > first == 1
     assert not list(out.glob(".*"))
+
+
+# --------------------------------------------------------------------------- results
+
+
+NETWORK = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
+
+
+def test_features_that_cannot_be_dumped_take_no_score_away(
+    images: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills up after the folder was found to be usable."""
+    flags = [
+        *NETWORK,
+        "--random_weights",
+        "--data_path",
+        str(images),
+        "--nb_knn",
+        "1",
+        "--dump_features",
+        str(disk / "f"),
+    ]
+
+    def full(*_: Any) -> None:
+        fill(disk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_knn, "check_dump_folder", full)
+        with pytest.raises(UsageError, match=rf"--dump_features {disk}/f cannot be used .*(No space left|write)"):
+            eval_knn.main(eval_knn.get_args_parser().parse_args([*flags, *TINY_SWIN]))
+    assert "network: 1-NN classifier result: Top1:" in capsys.readouterr().out
+    (disk / "ballast").unlink()
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["backbone", "safetensors", "detectron2"])
+def test_export_to_a_full_disk_is_one_sentence(disk: Path, tmp_path: Path, format: str) -> None:
+    config = load_config(None, ["MODEL.NAME", "swin", *TINY_SWIN])
+    network = build_model("swin", config)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    suffix = {"safetensors": "safetensors", "detectron2": "pkl"}.get(format, "pth")
+    line = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--pretrained_weights"]
+    line += [str(tmp_path / "weights.pth"), "--format", format, "--output", str(disk / f"out.{suffix}"), *TINY_SWIN]
+    fill(disk)
+    with pytest.raises(UsageError, match=rf"--output {disk}/out.{suffix} cannot be used"):
+        export.main(export.get_args_parser().parse_args(line))
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    (disk / "ballast").unlink()
+    export.main(export.get_args_parser().parse_args(line))
+    assert [path.name for path in disk.iterdir()] == [f"out.{suffix}"]
+
+
+@pytest.mark.parametrize("to", ["zip", "tsv", "shards", "files"])
+def test_conversion_to_a_full_disk_is_one_sentence(images: Path, disk: Path, to: str) -> None:
+    """It is full after the first image; nothing is left."""
+    items = convert.items_of
+
+    def filling(*args: Any) -> Iterator[convert.Item]:
+        for number, item in enumerate(items(*args)):
+            if number == 1:
+                fill(disk)
+            yield item._replace(content=item.content * 20)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "items_of", filling)
+        with pytest.raises(UsageError, match=rf"DEST {disk}/out cannot be used \(No space left on device\)"):
+            convert.main(convert.get_args_parser().parse_args([str(images), str(disk / "out"), "--to", to]))
+    (disk / "ballast").unlink()
+    assert list(disk.iterdir()) == []
+
+
+def test_analysis_on_a_full_disk_tells_all_that_it_measured(
+    images: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task says its figures; the end says once that they are in no file."""
+    flags = [*NETWORK, "--random_weights", "--data_path", str(images / "val"), "--output_dir", str(disk)]
+    flags += ["--vis_entropy", "--measure_correspondence", "--patch_size", "4"]
+    opened = run_analysis.open_lab
+    monkeypatch.setattr(run_analysis, "open_lab", lambda *args: (opened(*args), fill(disk))[0])
+    with pytest.raises(UsageError, match=rf"^--output_dir {disk} cannot be used \([^;]*\); see [^;]*$"):
+        run_analysis.main(run_analysis.get_args_parser().parse_args([*flags, *TINY_SWIN]))
+    said = capsys.readouterr().out
+    assert "entropy of attention by block" in said
+    assert "correspondence under a flip, 8 images: accuracy" in said
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_folder_that_vanishes_is_told_with_what_was_in_it(
+    images: Path, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its first saving, with its checkpoint: as a mount does."""
+    out, write = tmp_path / "out", resume.write
+
+    def write_and_lose(state: Any, path: Path, *rest: Any, **more: Any) -> str:
+        lost = path in resume._seen
+        if lost:
+            shutil.rmtree(out, ignore_errors=True)
+        failure = write(state, path, *rest, **more)
+        assert bool(failure) == lost
+        return failure
+
+    monkeypatch.setattr(resume, "write", write_and_lose)
+    monkeypatch.setattr(finetune, "write", write_and_lose)
+    with pytest.raises(
+        UsageError, match=r"end of the run is not saved .*unless the checkpoint that was in .*/out is back"
+    ):
+        RUNS[script](images, out)
 
 
 # --------------------------------------------------------------------------- logs alone
@@ -265,15 +385,23 @@ def test_tensorboard_fails_alone(
     assert [point.step for point in events.Scalars("epoch/train_loss")] == [0, 3, 4]
 
 
-def test_picture_of_crops_is_whole_or_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_picture_of_crops_is_whole_or_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(image: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     utils.setup_logging()
     views = [torch.zeros(2, 3, 64, 64)]
-    for refused in (True, False):  # a temporary file on a full device, then a run that goes on
-        if refused:
-            (tmp_path / f".crops.png{files.TEMPORARY}").symlink_to("/dev/full")
+    for refused in (True, False):
         log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5] * 3, std=[0.5] * 3, device=CPU, images=2)
-        log.crops_once(views)
+        with monkeypatch.context() as patch:
+            if refused:
+                patch.setattr(progress, "save_image", full)
+            log.crops_once(views)
         log.close()
+        assert not list(tmp_path.glob(".*"))
         assert (tmp_path / "crops.png").exists() != refused
         assert capsys.readouterr().err.count("No space left on device") == refused
     with Image.open(tmp_path / "crops.png") as picture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -262,10 +263,10 @@ marker, how = pathlib.Path(os.environ["MARKER"]), os.environ["HOW"]
 step, sample = engine.TrainStep.__call__, data.datasets.ImageDataset.__getitem__
 
 def die(epoch):
-    if epoch == 1 and os.environ["RANK"] == "1" and not marker.exists():
+    if epoch == 1 and os.environ["RANK"] == os.environ.get("VICTIM", "1") and not marker.exists():
         marker.touch()
-        if "kill" in how:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if "kill" in how or "stop" in how:
+            os.kill(os.getpid(), signal.SIGKILL if "kill" in how else signal.SIGSTOP)
         raise RuntimeError("this process dies")
 
 def dying_step(self, views, iteration, epoch, **more):
@@ -316,8 +317,31 @@ def test_death_of_one_ends_the_others(
     elif launcher == "torchrun":
         assert "Signal 9 (SIGKILL) received" in told
     else:
-        assert codes[1] == -9
-        assert "Traceback" in told  # of process 0, whose peer is gone
+        assert codes == [1, -9]
+
+
+@pytest.mark.parametrize(("how", "victim"), [("kill", 1), ("kill", 0), ("stop", 1)])
+def test_missing_process_is_named_in_one_sentence(
+    tmp_path: Path, dying: str, how: str, victim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the one that held the store where all met; one that is stopped is missed after --dist_timeout."""
+    monkeypatch.setenv("HOW", how)
+    monkeypatch.setenv("VICTIM", str(victim))
+    images = write_images(tmp_path / "images", 8)
+    wait = ["--dist_timeout", "0.2" if how == "stop" else "30"]
+    flags = [*TINY_RUN, *wait, "--data_path", str(images), "--output_dir", str(tmp_path / "out"), *TINY_SWIN]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [start_script(dying, *flags, env=shared | {"RANK": str(rank)}) for rank in (0, 1)]
+    _, told = processes[1 - victim].communicate(timeout=120)
+    waited = time.time() - (tmp_path / "died").stat().st_mtime
+    processes[victim].kill()
+    processes[victim].communicate()
+    assert processes[1 - victim].returncode == 1
+    assert "Traceback" not in told
+    (sentence,) = [line for line in told.splitlines() if line.startswith("dying.py: error")]
+    assert f"process {victim} of 2 (pid {processes[victim].pid} on {socket.gethostname()})" in sentence
+    assert ("0.2 minutes of --dist_timeout" in sentence) == (how == "stop")
+    assert (12 if how == "stop" else 0) <= waited < 60
 
 
 @pytest.mark.parametrize("how", ["worker raises", "worker is killed"])

@@ -452,7 +452,7 @@ def test_undeclared_range_ends_a_run_at_the_first_image(tmp_path: Path, workers:
         FailureTally(10**6).add(batch.failures, CPU, not batch.views)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_workers_outlive_what_a_scheduler_sends_to_everybody(
     dataset: ImageDataset, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:

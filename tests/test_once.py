@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
-import data.once
+import locks
 from data.once import arrays_once, cache_file, make_once, state_of
 from utils import UsageError
 
@@ -66,9 +66,23 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.once, "ABANDONED_AFTER", 0.05)
-    monkeypatch.setattr(data.once, "POLL", 0.02)
-    (tmp_path / "index.lock").touch()
+    """At once; one that left no name, as by a crash of its machine, after a while."""
+    monkeypatch.setattr(locks, "ABANDONED_AFTER", 1.0)
+    lock = tmp_path / ".index.lock"
+
+    def die_as_owner() -> None:
+        held = locks.lease(lock)
+        locks.take(held)
+        os._exit(0)
+
+    child = multiprocessing.get_context("fork").Process(target=die_as_owner)
+    child.start()
+    child.join()
+    assert lock.exists()
+    assert make_once(tmp_path / "index", write_whole)
+    assert os.listdir(tmp_path) == ["index"]
+    (tmp_path / "index").unlink()
+    lock.touch()
     assert make_once(tmp_path / "index", write_whole)
     assert os.listdir(tmp_path) == ["index"]
 
@@ -126,3 +140,13 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_file(Path("/a"), ".x").parent == tmp_path
     assert cache_file(Path("/a"), ".x") == cache_file(Path("/a/b/.."), ".x")
     assert cache_file(Path("/a"), ".x") != cache_file(Path("/b"), ".x")
+
+
+def test_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any number: nothing is kept, and nothing fails."""
+    for variable in ("ESVIT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    place = cache_file(Path("/a"), ".npz")
+    assert not make_once(place, write_whole)
+    assert len(arrays_once(place, numbers)["numbers"]) == 5

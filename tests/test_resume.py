@@ -213,6 +213,45 @@ def test_weights_that_are_not_finite_end_the_run_and_the_last_checkpoint_stays(
     assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
+@pytest.mark.parametrize("what", ["folder", "fifo", "link to nothing", "unreadable"])
+def test_checkpoint_that_is_no_file_gives_way_to_the_one_before(
+    images: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is kept under another name; without one before, nothing is begun anew in its place."""
+    train(tmp_path, images)
+    whole = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    path, opened = tmp_path / "checkpoint.pth", Path.open
+    path.unlink()
+    if what == "folder":
+        path.mkdir()
+    elif what == "fifo":
+        os.mkfifo(path)
+    elif what == "link to nothing":
+        path.symlink_to("nowhere")
+    else:
+        path.write_text("of another user")
+
+    def refuse(self: Path, *args: Any, **options: Any) -> Any:
+        if self == path and path.is_file() and path.read_bytes()[:2] == b"of":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **options)
+
+    if what == "unreadable":
+        monkeypatch.setattr(Path, "read_bytes", lambda self: opened(self, "rb").read())
+        monkeypatch.setattr(Path, "open", refuse)
+    train(tmp_path, images)
+    again = checkpoint.load_file(path)
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], again[key], key)
+    assert os.path.lexists(tmp_path / "checkpoint.pth.damaged")
+    assert f"'{path}'" in capsys.readouterr().err
+    path.unlink()
+    os.rename(tmp_path / "checkpoint.pth.damaged", path)
+    (tmp_path / "checkpoint_previous1.pth").unlink()
+    with pytest.raises(UsageError, match=r"every checkpoint .*\(checkpoint\.pth\)"):
+        train(tmp_path, images)
+
+
 def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on; only an end that is not saved is an error."""
     train(tmp_path, images, "--epochs", "1")
@@ -255,7 +294,7 @@ def test_checkpoint_that_is_gone_is_told_and_written_again(
 
     monkeypatch.setattr(resume, "save_run", save_and_lose)
     train(tmp_path, images)
-    assert capsys.readouterr().err.count("has no checkpoint.pth any more, which this run had saved") == 1
+    assert capsys.readouterr().err.count("has no checkpoint.pth any more, which was there") == 1
     assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 

@@ -13,15 +13,19 @@ from typing import Any
 import linear_runs
 import pytest
 import test_eval_finetune as finetune_runs
+import torch
 from conftest import ROOT
 from linear_runs import write_colours
 from runs import TINY_SWIN, run_script
-from training_runs import assert_identical
+from training_runs import assert_identical, train
 
 import checkpoint
+import data
+import eval_knn
 import features
 import finetune
 import progress
+import stopping
 import utils
 from utils import Stopped, UsageError
 
@@ -31,7 +35,7 @@ SCRIPTS: list[tuple[Run, list[str], str]] = [
     (linear_runs.run, ["--epochs", "2"], "checkpoint.pth.tar"),
     (linear_runs.run, ["--epochs", "2", "--cache_features", "--lr", "1", "2"], "checkpoint.pth.tar"),
 ]
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = {signal.SIGTERM: 0, signal.SIGUSR1: 0, signal.SIGHUP: 129, signal.SIGINT: 130}
 
 
 @pytest.fixture
@@ -65,8 +69,10 @@ def test_a_signal_ends_the_run_and_the_epoch_begins_again(
     ):
         with monkeypatch.context() as patch:
             signalled_at(patch, epoch, number)
-            with pytest.raises(Stopped, match=rf"^stopped by a signal 1 step into epoch {epoch}, .*{re.escape(words)}"):
+            sentence = rf"^stopped by a signal 1 step into epoch {epoch}, .*{re.escape(words)}"
+            with pytest.raises(Stopped, match=sentence) as end:
                 run(images, tmp_path / "parts", *flags)
+            assert end.value.code == SIGNALS[number]
         assert signal.getsignal(number) == before
         assert (tmp_path / "parts" / file).exists() == bool(epoch)
     run(images, tmp_path / "parts", *flags)
@@ -127,6 +133,115 @@ def test_a_signal_after_the_last_step_lets_the_run_finish(
     finetune_runs.run(images, tmp_path / "out", "--epochs", "1")
     assert len(asked) == 1
     assert finetune_runs.results(tmp_path / "out")["epoch"] == 0
+
+
+def pretrain_run(images: Path, out: Path, *flags: str) -> None:
+    train(out, images / "train", *flags)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("run", [pretrain_run, finetune_runs.run, linear_runs.run])
+def test_a_signal_before_the_first_step_ends_at_once(
+    run: Run, number: signal.Signals, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here while the images are looked for; nothing is left behind."""
+
+    def signalled(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(data, "build_dataset", signalled)
+    with pytest.raises(Stopped, match="before the first step; the same command begins anew") as end:
+        run(images, tmp_path / "out")
+    assert end.value.code == SIGNALS[number]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_interrupted_pretraining_is_saved_and_has_a_code_of_its_own(
+    number: signal.Signals, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        signalled_at(patch, 0, number)
+        with pytest.raises(Stopped) as end:
+            pretrain_run(images, tmp_path / "parts")
+    assert end.value.code == SIGNALS[number]
+    content = checkpoint.load_file(tmp_path / "parts" / "checkpoint.pth")
+    assert (content["epoch"], content["in_epoch"]["steps"]) == (0, 1)
+    for name in ("parts", "whole"):
+        pretrain_run(images, tmp_path / name)
+    whole, parts = (checkpoint.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    for key in whole.keys() - {"args"}:
+        assert_identical(whole[key], parts[key], key)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """As `nohup` and a script's `&` set them; others are taken, and given back."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.StopVote() as vote:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert vote.wishes() == [0.0]
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert vote.wishes() == [1.0]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "votes", [{0: 1}, {0: 4000}, {129: 1}, {0: 64, 129: 4000}, {130: 1}, {0: 64, 129: 64, 130: 64}]
+)
+def test_the_sum_of_votes_tells_the_strongest(votes: dict[int, int]) -> None:
+    """In float32, as processes add it up."""
+    total = torch.zeros(())
+    for code, count in votes.items():
+        for _ in range(count):
+            total += stopping.VOTES[code]
+    assert stopping.code_of(total.item()) == max(votes)
+
+
+def test_interrupted_features_tell_how_far_they_were(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third of four batches of one image is interrupted."""
+    sample, seen = data.ImageDataset.__getitem__, []
+
+    def interrupted(self: data.ImageDataset, index: int) -> Any:
+        seen.append(index)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(self, index)
+
+    monkeypatch.setattr(data.ImageDataset, "__getitem__", interrupted)
+    command = [
+        *linear_runs.SWIN,
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--batch_size_per_gpu",
+        "1",
+        "--random_weights",
+    ]
+    command += ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), *TINY_SWIN]
+    with pytest.raises(Stopped, match="train: 2 of 12 batches") as end:
+        eval_knn.main(eval_knn.get_args_parser().parse_args(command))
+    assert end.value.code == 130
+
+
+def test_interrupt_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end:
+            utils.run_script(interrupted)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_the_end_that_was_asked_for_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

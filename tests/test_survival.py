@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -35,20 +36,55 @@ def test_kills_lose_nothing(kills: int, processes: int) -> None:
     assert int(told[2]) > 0 or kills < 50
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_ends_a_run_with_code_0(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_signal_ends_a_run_that_is_saved(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """With its loader's workers, to which a terminal sends it too."""
     images = write_images(tmp_path / "images", 9)
     flags = [*TINY_RUN, "--epochs", "500", "--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    flags += ["--num_workers", "1"]
     process = start_script("main_esvit.py", *flags, *TINY_SWIN, env={})
     while not (tmp_path / "out" / "checkpoint.pth").exists():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(number)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in (process.pid, *map(int, workers)):
+        os.kill(child, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
     assert errors.count("the same command continues the run") == 1
     content = checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")
     assert 0 < content["epoch"] < 500
+
+
+def test_second_interrupt_ends_at_once_and_the_folder_is_free_again(tmp_path: Path) -> None:
+    """Without saving, where the first waits: here for a step that never ends."""
+    images = write_images(tmp_path / "images", 9)
+    hanging = tmp_path / "hanging.py"
+    hanging.write_text(
+        "import sys, time\n"
+        f"sys.path[:0] = [{str(ROOT)!r}]\n"
+        "import engine, main_esvit, utils\n"
+        "engine.TrainStep.__call__ = lambda *_, **__: (print('hangs', flush=True), time.sleep(600))\n"
+        "utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))\n"
+    )
+    flags = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--epochs", "1"]
+    process = start_script(str(hanging), *flags, *TINY_SWIN, env={})
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "hangs\n"
+    process.send_signal(signal.SIGINT)
+    while "Ctrl-C again" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in errors
+    result = run_script("main_esvit.py", *flags, *TINY_SWIN)
+    assert result.returncode == 0, result.stderr
+    assert f"process {process.pid} on" in result.stderr
 
 
 # Process 1 gets a signal in the second of two epochs, once.
