@@ -18,6 +18,7 @@ Origin: the protocol of DINO (Caron et al., ICCV 2021) on DAVIS (Pont-Tuset et a
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -100,7 +101,7 @@ def open_video(frames_folder: str, first_mask: str, in_chans: int) -> Video:
         UsageError: no such folder or mask, fewer than two images, two that would be written under one name, or a mask of another
             size.
     """
-    if not Path(frames_folder).is_dir():
+    if not os.path.isdir(frames_folder):
         raise UsageError(f"--frames {frames_folder} is no folder; name the folder of a video's images")
     frames = [path for path in Path(frames_folder).iterdir() if path.suffix.lower() in EXTENSIONS]
     frames.sort(
