@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -105,7 +106,7 @@ def open_video(frames_folder: str, first_mask: str, in_chans: int, value_range: 
         UsageError: no such folder or mask, fewer than two images, two that would be written under one name, or a mask of another
             size.
     """
-    if not Path(frames_folder).is_dir():
+    if not os.path.isdir(frames_folder):
         raise UsageError(f"--frames {frames_folder} is no folder; name the folder of a video's images")
     frames = [path for path in Path(frames_folder).iterdir() if is_image_file(path)]
     frames.sort(

@@ -15,6 +15,7 @@ The stereo measure and the report are this project's own.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -484,7 +485,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError("--use_saved_aug takes views of one image, --image_path2 a second one; leave one of them out")
     if args.query and args.token != "cls":
         raise UsageError(f"--query looks from a region, --token {args.token} from a class token; leave one of them out")
-    if args.run_dir and not Path(args.run_dir).is_dir():
+    if args.run_dir and not os.path.isdir(args.run_dir):
         raise UsageError(f"--run_dir {args.run_dir} is no folder; name the folder of a training run")
     images = args.image_path or args.data_path
     if not images and any(getattr(args, task) for task in SHARED):

@@ -89,7 +89,7 @@ def test_cached_features_are_asked_at_the_start_of_an_epoch(
     """One that is shorter than the steps between two questions ends first, and is saved."""
     signalled_at(monkeypatch, 0, signal.SIGTERM)
     with pytest.raises(
-        Stopped, match=r"^stopped by a signal before epoch 2; the same command goes on from the last wh"
+        Stopped, match=r"^stopped by a signal before epoch 1; the same command goes on from the last wh"
     ):
         linear_runs.run(images, tmp_path / "out", "--cache_features")
     assert linear_runs.saved(tmp_path / "out")["epoch"] == 1
