@@ -82,9 +82,11 @@ def check_jpeg(content: bytes, image: Image.Image) -> None:
         if _has_unfinished_scans(content):
             raise ValueError("the JPEG lacks its last scans; it was cut and closed")
         return
-    right_end = np.asarray(image.crop((max(image.width - 8, 0), image.height - 1, image.width, image.height)))
+    pixels, bottom = image.load(), image.height - 1
+    assert pixels is not None
+    right_end = {pixels[x, bottom] for x in range(max(image.width - 8, 0), image.width)}
     last = content.rfind(END) % (len(content) + 1)  # without one, the end of the file
-    if (right_end != right_end[:, -1:]).any() and content[last - ZEROS : last] != bytes(ZEROS):
+    if len(right_end) > 1 and content[last - ZEROS : last] != bytes(ZEROS):
         return  # what is missing would be even, and what is wrong with zeros ends in zeros
     end = next((place for kind, place in _segments(content) if kind == FINISH), len(content))
     if not _shows(content[:end] + FILLER + END, image):
