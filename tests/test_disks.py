@@ -276,7 +276,13 @@ def test_analysis_on_a_full_disk_tells_all_that_it_measured(
     flags = [*NETWORK, "--random_weights", "--data_path", str(images / "val"), "--output_dir", str(disk)]
     flags += ["--vis_entropy", "--measure_correspondence", "--patch_size", "4"]
     opened = run_analysis.open_lab
-    monkeypatch.setattr(run_analysis, "open_lab", lambda *args: (opened(*args), fill(disk))[0])
+
+    def open_and_fill(*args: Any) -> run_analysis.Lab:
+        lab = opened(*args)
+        fill(disk)
+        return lab
+
+    monkeypatch.setattr(run_analysis, "open_lab", open_and_fill)
     with pytest.raises(UsageError, match=rf"^--output_dir {disk} cannot be used \([^;]*\); see [^;]*$"):
         run_analysis.main(run_analysis.get_args_parser().parse_args([*flags, *TINY_SWIN]))
     said = capsys.readouterr().out
