@@ -98,6 +98,7 @@ def hold_on(lock: SoftFileLease) -> bool:
     if lock.owner is not None and not lock.is_lock_held_by_us:
         return False
     if lock.compromise is not None or lock.owner is None:
+        os.stat(os.path.dirname(lock.lock_file))  # filelock would make a folder that has vanished
         lock.release(force=True)
         try:
             lock.acquire(timeout=0)

@@ -89,7 +89,7 @@ def test_back_without_labels_and_with_a_name_that_is_no_folder(tmp_path: Path) -
     with pytest.raises(UsageError, match="the class 'either/or' cannot name a folder"):
         run(named, tmp_path / "named", "files", "tsv")
     assert not (tmp_path / "named").exists()
-    (tmp_path / "named" / ".train.part").mkdir()
+    (tmp_path / "named" / ".train.part").mkdir(parents=True)
     (tmp_path / "named" / ".train.part" / "left.png").touch()  # by a conversion that was killed
     assert len(list(run(tmp_path / "plain.tsv", tmp_path / "named", "files", "tsv").rglob("*.png"))) == 1
     with pytest.raises(UsageError, match="train is there already; nothing is overwritten"):

@@ -26,13 +26,15 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from training_runs import train
 
 import checkpoint
+import eval_knn
+import export
+import finetune
 import progress
 import resume
 import run_analysis
 import utils
-from config import load_config
 from data import convert
-from models import build_model
+from models import build_model, load_arch_config
 from progress import EpochMeter, RunLog
 from utils import UsageError
 
@@ -233,7 +235,7 @@ def test_features_that_cannot_be_dumped_take_no_score_away(
 
 @pytest.mark.parametrize("format", ["backbone", "safetensors", "detectron2"])
 def test_export_to_a_full_disk_is_one_sentence(disk: Path, tmp_path: Path, format: str) -> None:
-    config = load_config(None, ["MODEL.NAME", "swin", *TINY_SWIN])
+    config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
     network = build_model("swin", config)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     suffix = {"safetensors": "safetensors", "detectron2": "pkl"}.get(format, "pth")
@@ -274,7 +276,13 @@ def test_analysis_on_a_full_disk_tells_all_that_it_measured(
     flags = [*NETWORK, "--random_weights", "--data_path", str(images / "val"), "--output_dir", str(disk)]
     flags += ["--vis_entropy", "--measure_correspondence", "--patch_size", "4"]
     opened = run_analysis.open_lab
-    monkeypatch.setattr(run_analysis, "open_lab", lambda *args: (opened(*args), fill(disk))[0])
+
+    def open_and_fill(*args: Any) -> run_analysis.Lab:
+        lab = opened(*args)
+        fill(disk)
+        return lab
+
+    monkeypatch.setattr(run_analysis, "open_lab", open_and_fill)
     with pytest.raises(UsageError, match=rf"^--output_dir {disk} cannot be used \([^;]*\); see [^;]*$"):
         run_analysis.main(run_analysis.get_args_parser().parse_args([*flags, *TINY_SWIN]))
     said = capsys.readouterr().out
