@@ -38,6 +38,7 @@ import checkpoint
 import data
 import files
 import flags
+import restore
 import resume
 import stopping
 import utils
@@ -265,8 +266,9 @@ def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> r
         found = resume.newest_whole(checkpoint_path(args))
         if found is not None:
             path, content, damaged = found
-            resume.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
-            probe.load_state(content, f"checkpoint '{path}'")
+            with restore.reading("run", path):
+                resume.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
+            probe.load_state(content, path)
             place = resume.Place(int(content["epoch"]), damaged=damaged)
             if place.epoch < args.epochs:
                 logger.info("resuming %s at epoch %d of %d", path, place.epoch, args.epochs)

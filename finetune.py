@@ -28,11 +28,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
+import optim
 import utils
 from data.loader import Batch, FailureTally, in_groups, set_epoch
 from engine import SYNC_BUFFERS
 from models.base import HEADS, Backbone, batch_norms
 from progress import EpochMeter, RunLog
+from restore import reading
 from resume import EndRequest, Place, check_same_run, continue_from, newest_whole, write
 from utils import UsageError
 
@@ -81,7 +83,9 @@ class _ByDepth(nn.Module):
 def param_groups(network: Backbone, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Groups whose `lr_scale` is layer_decay ** (deepest - depth); biases, norms and positions are without weight decay."""
     plain = [f"network.{name}" for name in network.no_weight_decay()]
-    return param_groups_layer_decay(_ByDepth(network), weight_decay, plain, layer_decay=layer_decay)
+    groups = param_groups_layer_decay(_ByDepth(network), weight_decay, plain, layer_decay=layer_decay)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    return [group | {"param_names": [names[parameter] for parameter in group["params"]]} for group in groups]
 
 
 # --------------------------------------------------------------------------- the head
@@ -410,25 +414,29 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
         raise UsageError(
             f"{source} is not of a fine-tuning, it has no {', '.join(absent)}; choose another --output_dir"
         )
-    biases = [t for name, t in content["model"].items() if name.startswith("head.") and name.endswith("bias")]
-    if not biases or len(biases[-1]) != tuner.classes:
+    with reading("model", path):
+        biases = [t for name, t in content["model"].items() if name.startswith("head.") and name.endswith("bias")]
+        classes = len(biases[-1]) if biases else 0
+    if classes != tuner.classes:
         raise UsageError(
             f"{source} has another number of classes than the data's {tuner.classes}; choose another --output_dir"
         )
-    check_same_run(content.get("identity"), identity, source)
+    with reading("identity", path):
+        check_same_run(content.get("identity"), identity, source)
     if (content.get("ema") is None) != (tuner.ema is None):
         flag = "off" if tuner.ema else "on"
         raise UsageError(f"{source} was made with --model_ema {flag}; pass that, or choose another --output_dir")
     for key, network in tuner.networks().items():
-        checkpoint.load_network(network, checkpoint.NetworkState(content[key], "full checkpoint", key), source)
-    try:
-        tuner.optimizer.load_state_dict(content["optimizer"])
-    except ValueError:
-        raise UsageError(f"{source} trained other parameters; choose another --output_dir") from None
-    rebuilt = param_groups(tuner.network, tuner.recipe.weight_decay, tuner.recipe.layer_decay)
-    for group, wanted in zip(tuner.optimizer.param_groups, rebuilt):  # this run's flags, where they have changed
-        group.update({key: wanted[key] for key in ("lr_scale", "weight_decay")})
-    if tuner.scaler.is_enabled() and content.get("fp16_scaler"):
-        tuner.scaler.load_state_dict(content["fp16_scaler"])
-    last = {name: Accuracy(**row) for name, row in content.get("last", {}).items()}
-    return Progress(continue_from(content, args, path), Best(**content["best"]), last, damaged)
+        with reading(key, path):
+            checkpoint.load_network(network, checkpoint.NetworkState(content[key], "full checkpoint", key), source)
+    optim.load_own_moments(tuner.optimizer, content["optimizer"], source)
+    with reading("fp16_scaler", path):
+        if tuner.scaler.is_enabled() and content.get("fp16_scaler"):
+            tuner.scaler.load_state_dict(content["fp16_scaler"])
+    with reading("last", path):
+        rows = content.get("last", {}).items()
+        last = {str(name): Accuracy(float(row["top1"]), float(row["top5"])) for name, row in rows}
+    with reading("best", path):
+        saved = content["best"]
+        best = Best(str(saved["network"]), int(saved["epoch"]), float(saved["top1"]), float(saved["top5"]))
+    return Progress(continue_from(content, args, path), best, last, damaged)

@@ -116,12 +116,24 @@ def named_moments(state: Any, names: Sequence[Sequence[str]] | None, source: str
         raise UsageError(f"{source} holds no state of an optimizer under 'optimizer'; use another file") from None
     sizes = [len(group) for group in positions]
     if names is None or [len(group) for group in names] != sizes:
-        expected = "" if names is None else f", its networks have {' and '.join(str(len(group)) for group in names)}"
+        expected = "" if names is None else f", not of {' and '.join(str(len(group)) for group in names)}"
         raise UsageError(
-            f"{source} has an optimizer of {' and '.join(map(str, sizes))} parameters (with and without weight decay){expected}; "
-            "use another file"
+            f"{source} has an optimizer of {' and '.join(map(str, sizes))} parameters in its groups{expected}; use another file"
         )
     return {str(n): found[i] for group, numbers in zip(names, positions) for n, i in zip(group, numbers)}
+
+
+def load_own_moments(optimizer: torch.optim.Optimizer, state: Any, source: str) -> None:
+    """Load moments that an optimizer with the same groups has saved, by name, or by position where they have none; see there.
+
+    Raises:
+        UsageError: see `named_moments` and `load_moments`; moments of a parameter that is not trained, or none of one that is.
+    """
+    names = [group["param_names"] for group in optimizer.param_groups]
+    moments = named_moments(state, names, source)
+    if other := moments.keys() ^ {name for group in names for name in group}:
+        raise UsageError(f"{source} trained other parameters ({min(other)} is one); choose another --output_dir")
+    load_moments(optimizer, moments, source)
 
 
 def load_moments(

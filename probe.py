@@ -7,7 +7,7 @@ Origin: the linear evaluation of DINO (Caron et al., ICCV 2021) section 4.1; key
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import optim
+import restore
 import utils
 from features import FeatureSource
 from models import Backbone
@@ -115,7 +117,11 @@ class Probe:
                 self.classifiers, device_ids=[device.index] if device.type == "cuda" else None
             )
         groups = [
-            {"params": list(classifier.parameters()), "lr": setting.lr * batch / 256}
+            {
+                "params": list(classifier.parameters()),
+                "param_names": [f"{setting.name}.{name}" for name, _ in classifier.named_parameters()],
+                "lr": setting.lr * batch / 256,
+            }
             for setting, classifier in zip(settings, self.classifiers.each)
         ]
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
@@ -185,12 +191,13 @@ class Probe:
             state["diverged"] = [setting.name for row, setting in enumerate(self.settings) if row not in finite]
         return state
 
-    def load_state(self, content: dict[str, Any], source: str) -> None:
-        """Take up what `state` returned, or a published file of one classifier.
+    def load_state(self, content: dict[str, Any], path: Path) -> None:
+        """Take up what `state` returned, or a published file of one classifier, which `path` holds.
 
         Raises:
-            UsageError: keys are missing, or it is of other classifiers.
+            UsageError: keys are missing, it is of other classifiers, or a value is of another kind than `state` writes.
         """
+        source = f"checkpoint '{path}'"
         absent = {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"} - content.keys()
         if absent:
             raise UsageError(
@@ -210,15 +217,35 @@ class Probe:
                     continue
                 weights = several[setting.name] if len(self.settings) > 1 else content["state_dict"]
                 classifier.load_state_dict({name.removeprefix(checkpoint.PREFIX): w for name, w in weights.items()})
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scheduler.load_state_dict(content["scheduler"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, AttributeError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UsageError(f"{source} is of other classifiers ({reason}); choose another --output_dir") from None
-        if "table" in content:
-            self.table = content["table"]
-        else:
+        optim.load_own_moments(self.optimizer, content["optimizer"], source)
+        with restore.reading("scheduler", path):
+            self._load_schedule(content["scheduler"], content["optimizer"]["param_groups"])
+        if "table" not in content:
             self.table[0]["best_acc1"] = float(content["best_acc"])
+            return
+        with restore.reading("table", path):
+            for mine, row in zip(self.table, content["table"], strict=True):
+                if any(not isinstance(row[key], int | float | None) for key in mine):
+                    raise TypeError("a score that is no number")
+            self.table = content["table"]
+
+    def _load_schedule(self, saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take up the epoch and the rates of a saved schedule, which follows from them, and of its optimizer's groups.
+
+        Raises:
+            TypeError, ValueError, KeyError: values of other types, or of another number of classifiers.
+        """
+        own = self.scheduler.state_dict()
+        rates = {key: [float(rate) for rate in saved[key]] for key in ("base_lrs", "_last_lr")}
+        if any(len(values) != len(groups) for values in rates.values()):
+            raise ValueError(f"rates of {len(rates['base_lrs'])} classifiers, moments of {len(groups)}")
+        steps = {key: int(saved[key]) for key in ("last_epoch", "_step_count") if key in saved}
+        self.scheduler.load_state_dict(own | rates | steps)
+        for group, found in zip(self.optimizer.param_groups, groups):
+            group["lr"] = float(found["lr"])
 
 
 # --------------------------------------------------------------------------- epochs

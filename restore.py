@@ -25,7 +25,7 @@ from utils import UsageError, logger
 if TYPE_CHECKING:
     from engine import Method, TrainStep
 
-# What a checkpoint holds under the names that programs of all kinds of runs read again.
+# What checkpoints of pre-training, of fine-tuning and of linear probes hold under the names that are read again.
 FIELDS: dict[str, tuple[type, ...]] = {
     "student": (Mapping,),
     "teacher": (Mapping,),
@@ -39,6 +39,18 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "monitor": (Mapping,),
     "unreadable": (Mapping,),
     "in_epoch": (Mapping,),
+    "model": (Mapping,),
+    "ema": (Mapping, type(None)),
+    "best": (Mapping,),
+    "last": (Mapping,),
+    "identity": (Mapping, type(None)),
+    "state_dict": (Mapping,),
+    "scheduler": (Mapping,),
+    "best_acc": (int, float, np.number),
+    "table": (list,),
+    "classifiers": (Mapping,),
+    "diverged": (list,),
+    "run": (Mapping, type(None)),
 }
 LOSSES = ("dino_loss", "udi_loss")  # where methods keep their centers
 GAIN = "last_layer.weight_g"  # of the prototypes, which --norm_last_layer freezes
