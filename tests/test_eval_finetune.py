@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,38 @@ def test_folders_of_other_runs_are_left_alone(images: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="of another evaluation and would be overwritten"):
         run(images, tmp_path / "linear")
     assert [path.name for path in tmp_path.joinpath("linear").iterdir()] == ["results.json"]
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
+    "exp_avg of head.weight": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
+    "'optimizer'": lambda c: c["optimizer"].update(param_groups=5),
+    "'best'": lambda c: c.update(best={"network": "model"}),
+    "'last'": lambda c: c.update(last={"model": 3}),
+    "'model'": lambda c: c["model"].update({"norm.weight": 5}),
+    "'rng'": lambda c: c.update(rng=[5]),
+    "'epoch'": lambda c: c.update(epoch="1"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a short run."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(images, folder, *PLAIN, "--epochs", "1", "--warmup_epochs", "0")
+    return folder / "checkpoint.pth"
+
+
+@pytest.mark.parametrize("named", WRONG)
+def test_wrong_values_are_named_and_the_file_stays(images: Path, finished: Path, tmp_path: Path, named: str) -> None:
+    content = torch.load(finished, weights_only=False)
+    first = content["optimizer"]["param_groups"][0]["param_names"][0]
+    WRONG[named](content)
+    torch.save(content, tmp_path / "checkpoint.pth")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(UsageError, match=named.replace("head.weight", first)):
+        run(images, tmp_path, *PLAIN)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
 def test_resuming_another_network_is_refused(images: Path, tmp_path: Path) -> None:

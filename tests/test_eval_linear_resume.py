@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,27 @@ def test_cached_features_outlive_a_killed_run(images: Path, tmp_path: Path, monk
     torch.testing.assert_close(
         saved(tmp_path / "parts")["state_dict"], saved(tmp_path / "whole")["state_dict"], rtol=0, atol=0
     )
+
+
+WRONG_OF_PROBES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "momentum_buffer of lr1.0_n2.linear.weight": lambda c: c["optimizer"]["state"][0].update(
+        momentum_buffer=torch.ones(3)
+    ),
+    "'optimizer'": lambda c: c["optimizer"].update(param_groups=5),
+    "'scheduler'": lambda c: c["scheduler"].update(base_lrs="x"),
+    "'table'": lambda c: c.update(table=[{}]),
+    "of other classifiers": lambda c: c.update(state_dict={"linear.weight": 3}),
+    "'epoch'": lambda c: c.update(epoch="1"),
+}
+
+
+@pytest.mark.parametrize("named", WRONG_OF_PROBES)
+def test_wrong_values_are_named_and_the_file_stays(images: Path, tmp_path: Path, named: str) -> None:
+    run(images, tmp_path / "out", "--epochs", "1", "--lr", "1")
+    content = saved(tmp_path / "out")
+    WRONG_OF_PROBES[named](content)
+    torch.save(content, tmp_path / "out" / "checkpoint.pth.tar")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UsageError, match=named):
+        run(images, tmp_path / "out", "--epochs", "1", "--lr", "1")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
