@@ -189,7 +189,7 @@ def test_diverging_classifier_leaves_the_others_alone(images: Path, tmp_path: Pa
     labels, width = grid["state_dict"]["module.linear.weight"].shape
     settings, epochs = [Setting(1e40, 2), Setting(20.0, 2)], grid["scheduler"]["T_max"]
     probe = Probe(settings, [width, width], labels, 256, epochs, CPU, seed=0)
-    probe.load_state(grid, "it")
+    probe.load_state(grid, Path("it"))
     assert all(weights.isnan().all() for weights in probe.classifiers.each[0].parameters())
     assert probe.state(5)["classifiers"].keys() == {names[1]}
 
