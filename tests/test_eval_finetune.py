@@ -487,7 +487,7 @@ def test_finished_run_says_its_score_and_mends_its_results(
     run(images, tmp_path, *PLAIN)
     said, record = capsys.readouterr().out.splitlines()[-1], (tmp_path / "results.json").read_bytes()
     best = json.loads(record)
-    assert said == f"best of 9 validation images: Top1: {best['top1']:.2f} (epoch {best['epoch'] + 1}, model)"
+    assert said == f"best of 9 validation images: Top1: {best['top1']:.2f} (epoch {best['epoch']}, model)"
     assert (best["top5_is"], best["image_size"], best["checkpoint_key"]) == ("top3", 32, "teacher")
     (tmp_path / "results.json").unlink()
     run(images, tmp_path, *PLAIN)

@@ -178,7 +178,7 @@ def test_the_last_epoch_of_a_published_file(
         assert f"best Top1: 100.00 (before this run went on); last Top1: {last:.2f}, Top3: 100.00" in printed
         assert (found["best_acc1"], found["best_acc5"], found["best_epoch"]) == (100.0, None, None)
     else:
-        assert f"best Top1: {last:.2f}, Top3: 100.00 (epoch 2); last Top1: {last:.2f}" in printed
+        assert f"best Top1: {last:.2f}, Top3: 100.00 (epoch 1); last Top1: {last:.2f}" in printed
         assert (found["best_acc1"], found["best_epoch"]) == (last, 1)
 
 
