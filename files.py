@@ -117,15 +117,16 @@ def read_text(path: Path, remedy: str = "repair it", errors: str = "strict") -> 
         errors: see `bytes.decode`; `surrogateescape` keeps names of files that are no UTF-8.
 
     Raises:
-        OSError: it cannot be read.
-        UsageError: it is no such text.
+        UsageError: it cannot be read, or is no such text.
     """
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is no file, which would be waited for or never end; {remedy}")
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device may never end
+        raise UsageError(f"{path} is a folder, pipe, socket or device; {remedy}")
     try:
         text = path.read_text(encoding="utf-8-sig", errors=errors)
     except UnicodeDecodeError:
         text = "\0"
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     if "\0" in text and errors != "replace":
         raise UsageError(f"{path} is not text in UTF-8; {remedy}")
     return text

@@ -144,9 +144,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _read_text(path: Path) -> str:
     """The text of a file; empty, and told, where it cannot be read."""
     try:
-        return read_text(path, errors="replace") if path.is_file() else ""
-    except OSError as error:
-        logger.warning("the report goes without %s, which cannot be read (%s)", path, error.strerror)
+        return read_text(path, "the report goes without it", errors="replace") if path.is_file() else ""
+    except UsageError as error:
+        logger.warning("%s", error)
         return ""
 
 

@@ -390,13 +390,8 @@ def read_classes(source: Path) -> list[str]:
         UsageError: it is there and cannot be read.
     """
     path = (source if source.is_dir() else source.parent) / CLASSES
-    try:
-        text = read_text(path, "it has the name of one class a line")
-        return text.removesuffix("\n").split("\n") if text else []
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error}); repair it or move it away") from None
+    text = read_text(path, "it has the name of one class a line; repair it or move it away") if path.exists() else ""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def write_small_files(writers: Sequence[Writer], names: Sequence[str]) -> None:
