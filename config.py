@@ -355,7 +355,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
     except NOT_YAML:
-        raise UsageError(f"{where} has a value that is not valid yaml: '{text}'") from None
+        raise UsageError(f"{where} has a value that is not valid yaml: '{text:.200}'") from None
 
 
 def _model_name(values: dict[str, Any]) -> tuple[str, str]:

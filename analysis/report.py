@@ -23,7 +23,7 @@ from analysis import draw, plots
 from data.decode import open_image
 from files import parse_json, read_text
 from results import newest, numbered, read_json
-from utils import logger
+from utils import UsageError, logger
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
     "Loss": {"train_loss": "loss", "train_view_loss": "views", "train_region_loss": "regions"},
