@@ -149,22 +149,14 @@ def saved_config(path: str | Path) -> SavedConfig | None:
     return SavedConfig(content["config"], f"the config inside checkpoint '{path}'")
 
 
-def check_whole(path: str | Path) -> None:
+def _check_whole(path: str | Path) -> None:
     """Compare every record of a file with its checksum (torch writes zip files, whose CRC-32 it does not read again).
 
     Files that are no zip, as torch wrote them before 1.6, have none, and neither have safetensors.
 
     Raises:
-        DamagedError: they differ, or the file cannot be read.
+        DamagedError: they differ.
     """
-    path = Path(path)
-    if not path.is_file():  # before anything waits for a FIFO's other end
-        what = "a folder" if path.is_dir() else "no file" if path.exists() else "a link to nothing"
-        raise DamagedError(f"checkpoint '{path}' is {what}; put a copy there")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise DamagedError(f"checkpoint '{path}' cannot be read ({error.strerror}); see to it") from None
     try:
         if not zipfile.is_zipfile(path):
             return
@@ -175,6 +167,25 @@ def check_whole(path: str | Path) -> None:
                         pass
     except Exception as error:  # on damaged bytes zipfile raises whatever it stumbles over
         raise DamagedError(f"checkpoint '{path}' is damaged ({error}); use another file") from None
+
+
+def _check_readable(path: str | Path) -> None:
+    """Stop on what is no file or cannot be opened, before anything waits for the other end of a FIFO.
+
+    Raises:
+        UsageError: nothing is there.
+        DamagedError: it is something else.
+    """
+    if not os.path.lexists(path):
+        raise UsageError(f"checkpoint '{path}' does not exist; check the path")
+    if not os.path.isfile(path):
+        there = "a pipe, socket or device" if os.path.exists(path) else "a link to nothing"
+        what = "a folder" if os.path.isdir(path) else there
+        raise DamagedError(f"checkpoint '{path}' is {what}; name a file")
+    try:
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise DamagedError(f"checkpoint '{path}' cannot be read ({error.strerror}); see to it") from None
 
 
 def load_tensor(path: str | Path) -> Tensor:
@@ -197,13 +208,12 @@ def _load_safely(path: str | Path, in_place: bool = False) -> Any:
     Raises:
         UsageError: no such file, a damaged or foreign one, or one that only unsafe unpickling could read.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f"checkpoint '{path}' does not exist; check the path")
+    _check_readable(path)
+    if not (in_place or _is_safetensors(path)):
+        _check_whole(path)
     try:
         if _is_safetensors(path):
             return safetensors.torch.load_file(path)
-        if not in_place:
-            check_whole(path)
         with torch.serialization.safe_globals(READABLE):
             mapped = in_place and zipfile.is_zipfile(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

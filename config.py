@@ -355,7 +355,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text.replace("(", "[").replace(")", "]"))
     except NOT_YAML:
-        raise UsageError(f"{where} has a value that is not valid yaml: '{text}'") from None
+        raise UsageError(f"{where} has a value that is not valid yaml: '{text:.200}'") from None
 
 
 def _model_name(values: dict[str, Any]) -> tuple[str, str]:
@@ -392,11 +392,12 @@ def _cast(key: str, value: Any, default: Any, where: str) -> Any:
         with contextlib.suppress(ValueError):
             return float(value)  # yaml 1.1 reads 1e-4 as text
     if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if abs(value) < MOST else math.inf
+        if not abs(value) < MOST:
+            raise UsageError(f"config key '{key}' takes a finite number, {where} gives {value!r:.200}")
+        return float(value)
     if type(value) is not type(default):
-        raise UsageError(
-            f"config key '{key}' takes a {type(default).__name__} such as {default!r}, {where} gives {value!r}"
-        )
+        such = f" such as {default!r}" if default != [] else ""
+        raise UsageError(f"config key '{key}' takes a {type(default).__name__}{such}, {where} gives {value!r}")
     return value
 
 

@@ -117,15 +117,16 @@ def read_text(path: Path, remedy: str = "repair it", errors: str = "strict") -> 
         errors: see `bytes.decode`; `surrogateescape` keeps names of files that are no UTF-8.
 
     Raises:
-        OSError: it cannot be read.
-        UsageError: it is no such text.
+        UsageError: it cannot be read, or is no such text.
     """
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is no file, which would be waited for or never end; {remedy}")
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device may never end
+        raise UsageError(f"{path} is a folder, pipe, socket or device; {remedy}")
     try:
         text = path.read_text(encoding="utf-8-sig", errors=errors)
     except UnicodeDecodeError:
         text = "\0"
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     if "\0" in text and errors != "replace":
         raise UsageError(f"{path} is not text in UTF-8; {remedy}")
     return text
@@ -198,19 +199,13 @@ def sole_run(folder: str | Path, kind: str, flag: str = "--output_dir") -> Itera
             make_output_dir(folder, flag)
             try:
                 _take(folder, kind, flag)
-            except UsageError:
-                _remove_empty(made)
+            except BaseException:
+                _let_go(folder, kind, made)
                 raise
     try:
         yield
     finally:
-        lock = _held.pop(folder.resolve(), None)
-        if lock is not None:
-            with contextlib.suppress(OSError):  # the disk may be gone
-                _since(folder, kind).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                lock.release(force=True)
-        _remove_empty(made)
+        _let_go(folder, kind, made)
 
 
 def _take(folder: Path, kind: str, flag: str) -> None:
@@ -242,8 +237,21 @@ def _take(folder: Path, kind: str, flag: str) -> None:
         locks.take(lock, refuse_if_alive)
         if before:
             logger.warning("%s, which wrote to %s, has ended without saying so; this run takes over", before, folder)
+        _held[folder.resolve()] = lock
         _since(folder, kind).write_text(time.strftime("%Y-%m-%d %H:%M:%S\n"))
-    _held[folder.resolve()] = lock
+
+
+def _let_go(folder: Path, kind: str, made: Sequence[Path]) -> None:
+    """Release the lock of a folder, if this process has it, and remove the folders that were `made` for it and are empty."""
+    lock = _held.pop(folder.resolve(), None)
+    if lock is not None:
+        with contextlib.suppress(OSError):  # the disk may be gone
+            _since(folder, kind).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            lock.release(force=True)
+    with contextlib.suppress(OSError):
+        for place in made:
+            place.rmdir()
 
 
 def _since(folder: Path, kind: str) -> Path:
@@ -264,13 +272,6 @@ def check_held(folder: Path) -> None:
             f"{folder} was taken over by another run ({locks.name_of_owner(lock)}) while this one gave no sign of life for "
             f"{locks.ABANDONED_AFTER:.0f} seconds; this one ends and writes nothing more there"
         )
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, each inside the next one, as far as they are empty."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 # --------------------------------------------------------------------------- provenance

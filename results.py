@@ -65,7 +65,7 @@ def read_json(path: Path | None) -> Any:
     """The content of a JSON file; None without a file or where it is damaged."""
     try:
         return None if path is None else files.parse_json(files.read_text(path))
-    except (OSError, ValueError):
+    except ValueError:  # of which a UsageError is one
         return None
 
 

@@ -88,13 +88,14 @@ class EndRequest(stopping.StopVote):
 
     Args:
         path: of the run's checkpoint.
+        then: see `StopVote`.
 
     Attributes:
         failure: why the last saving by this process did not work, empty where it did; None before the first.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
+    def __init__(self, path: Path, then: str = "ending") -> None:
+        super().__init__(then)
         self.path = path
         self.failure: str | None = None
 
@@ -131,7 +132,7 @@ class Saver(EndRequest):
     """
 
     def __init__(self, output_dir: Path, step: TrainStep, args: Any, config: Any) -> None:
-        super().__init__(output_dir / CHECKPOINT)
+        super().__init__(output_dir / CHECKPOINT, then="saving and ending")
         self.output_dir = output_dir
         self.step = step
         self.args, self.config = args, config
@@ -457,6 +458,7 @@ def tidy(output_dir: Path, place: Place) -> None:
         file.unlink(missing_ok=True)
     for file in place.damaged:
         os.replace(file, results.unused(file.with_name(file.name + ".damaged")))
+        _seen.discard(file)  # nobody else took it away
     log = output_dir / "log.txt"
     if not log.exists():
         return

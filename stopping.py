@@ -19,7 +19,6 @@ CODES = {getattr(signal, name): code
          for name, code in (("SIGTERM", 0), ("SIGUSR1", 0), ("SIGHUP", 129), ("SIGINT", 130)) if hasattr(signal, name)}  # fmt: skip
 # What a process adds to the sum of all for a code; fewer than 4096 processes of one never make up another.
 VOTES = {0: 1.0, 129: 2.0**12, 130: 2.0**24}
-FINISHING = "\nfinishing this step, then saving and ending; Ctrl-C again ends at once, without saving\n"
 
 Handler = Callable[[int, FrameType | None], None]
 Self = TypeVar("Self", bound="StopVote")
@@ -53,12 +52,16 @@ def ending_at_once(words: Callable[[], str]) -> Iterator[None]:
 class StopVote:
     """As a context it takes the signals, which then ask for an end instead of ending the process; the second Ctrl-C ends it.
 
+    Args:
+        then: what follows the step at hand, in words.
+
     Attributes:
         asked: this process was, by how much its vote says; 0 where it was not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, then: str = "ending") -> None:
         self.asked = 0.0
+        self._then = then
         self._handling: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
     def __enter__(self: Self) -> Self:
@@ -74,7 +77,7 @@ class StopVote:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the process waits for others, in no Python code
             if is_main_process():
-                os.write(2, FINISHING.encode())
+                os.write(2, f"\nfinishing this step, then {self._then}; Ctrl-C again ends at once\n".encode())
 
     def wishes(self) -> list[float]:
         """This process's: to end the run. What all processes wish is the sum, in which other numbers travel too."""

@@ -23,7 +23,7 @@ from analysis import draw, plots
 from data.decode import open_image
 from files import parse_json, read_text
 from results import newest, numbered, read_json
-from utils import logger
+from utils import UsageError, logger
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
     "Loss": {"train_loss": "loss", "train_view_loss": "views", "train_region_loss": "regions"},
@@ -144,9 +144,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _read_text(path: Path) -> str:
     """The text of a file; empty, and told, where it cannot be read."""
     try:
-        return read_text(path, errors="replace") if path.is_file() else ""
-    except OSError as error:
-        logger.warning("the report goes without %s, which cannot be read (%s)", path, error.strerror)
+        return read_text(path, "the report goes without it", errors="replace") if path.is_file() else ""
+    except UsageError as error:
+        logger.warning("%s", error)
         return ""
 
 

@@ -390,20 +390,17 @@ def read_classes(source: Path) -> list[str]:
         UsageError: it is there and cannot be read.
     """
     path = (source if source.is_dir() else source.parent) / CLASSES
-    try:
-        text = read_text(path, "it has the name of one class a line")
-        return text.removesuffix("\n").split("\n") if text else []
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error}); repair it or move it away") from None
+    text = read_text(path, "it has the name of one class a line; repair it or move it away", "surrogateescape")
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def write_small_files(writers: Sequence[Writer], names: Sequence[str]) -> None:
     """classes.txt, where classes have names, and sizes.json of shards; they become files of the last writer."""
     sizes = {name: n for writer in writers if isinstance(writer, ShardsWriter) for name, n in writer.sizes().items()}
     if names:
-        writers[-1].part(CLASSES).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        writers[-1].part(CLASSES).write_bytes(os.fsencode("".join(f"{name}\n" for name in names)))
     if sizes:
         writers[-1].part(SIZES).write_text(json.dumps(sizes, indent=1))
 

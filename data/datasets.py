@@ -220,5 +220,9 @@ def build_dataset(
         raise UsageError(
             f"data path '{data_path}' does not exist; --data_path takes a folder of images, a text file of paths or tar shards"
         )
+    if layout == "files" and not (root.is_dir() or root.is_file()):
+        raise UsageError(
+            f"data path '{data_path}' is a pipe, socket or device; --data_path takes a folder of images or a text file"
+        )
     listing = LAYOUTS[layout](root, split, need_labels)
     return ImageDataset(*listing, transform, in_chans, seed, value_range)

@@ -27,12 +27,7 @@ def read_list(file: str | Path) -> list[str]:
     Raises:
         UsageError: no such file, one that is not text, or one without lines.
     """
-    try:
-        text = read_text(Path(file), "--target_list_path names an image on each line", "surrogateescape")
-    except OSError as error:
-        raise UsageError(
-            f"--target_list_path {file} cannot be read ({error.strerror}); it names an image on each line"
-        ) from None
+    text = read_text(Path(file), "--target_list_path takes a text that names an image on each line", "surrogateescape")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise UsageError(f"--target_list_path {file} names no image; it names one on each line")

@@ -300,8 +300,9 @@ def build_stream(
             )
         counts, epoch_images = [epoch_images // len(shards)] * len(shards), 0
     if epoch_images > sum(counts) or not sum(counts):
+        asked = f"fewer than --epoch_images {epoch_images}; lower it" if epoch_images else "none to train on"
         raise UsageError(
-            f"{data_path} holds {sum(counts)} images in {counted(len(shards), 'shard')}, --epoch_images is {epoch_images}"
+            f"{data_path} holds {counted(sum(counts), 'image')} in {counted(len(shards), 'shard')}, {asked}"
         )
     return ShardStream(shards, counts, transform, in_chans, seed, buffer, epoch_images or None, value_range)
 

@@ -262,10 +262,7 @@ def read_labelmap(path: Path) -> list[str]:
     Raises:
         UsageError: it is missing, no text, or names a class twice.
     """
-    try:
-        text = read_text(path, "a labelmap has the name of one class a line")
-    except OSError as error:
-        raise UsageError(f"{path}, which numbers the classes, cannot be read ({error})") from None
+    text = read_text(path, "a labelmap numbers the classes, the name of one a line")
     names = [line.split("\t")[0].strip() for line in text.split("\n") if line.strip()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

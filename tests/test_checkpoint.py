@@ -136,8 +136,9 @@ def test_one_flipped_bit_of_a_weight_is_found_by_every_reader(tmp_path: Path, re
     content[place] ^= 1
     path.write_bytes(bytes(content))
     torch.load(path, weights_only=False)  # torch itself does not see it
-    with pytest.raises(checkpoint.DamagedError, match=r"file\.pth' is damaged \(Bad CRC-32"):
+    with pytest.raises(checkpoint.DamagedError, match=r"file\.pth' is damaged \(Bad CRC-32") as caught:
         read(path)
+    assert str(caught.value).count(str(path)) == 1
 
 
 def test_a_tensor_alone_is_checked_too(tmp_path: Path) -> None:

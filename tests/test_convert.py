@@ -81,6 +81,18 @@ def test_there_and_back(folders: Path, tmp_path: Path, layout: str) -> None:
     assert sorted(content(numbered, "files", "train")) == sorted(content(folders, "files", "train"))
 
 
+@pytest.mark.parametrize("layout", ["zip", "tsv", "shards"])
+def test_names_of_classes_that_are_not_text(tmp_path: Path, layout: str) -> None:
+    """Folders are called by bytes, which need not be UTF-8."""
+    names = [os.fsdecode(b"caf\xe9"), "tea"]
+    for number, name in enumerate(names):
+        write_grey(tmp_path / "images/train" / name / "1.png", number)
+    there = run(tmp_path / "images", tmp_path / "there", layout)
+    back = run(there, tmp_path / "back", "files", layout)
+    assert tree_of(back) == tree_of(tmp_path / "images")
+    assert sorted(path.name for path in (back / "train").iterdir()) == names
+
+
 def test_back_without_labels_and_with_a_name_that_is_no_folder(tmp_path: Path) -> None:
     png = write_grey(tmp_path / "a.png", 1).read_bytes()
     plain = run(write_tsv(tmp_path / "plain.tsv", [("a", "", png)]), tmp_path / "plain", "files", "tsv")

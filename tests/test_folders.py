@@ -258,3 +258,11 @@ def test_split_that_is_needed_but_missing(tmp_path: Path) -> None:
     write_grey(tmp_path / "train/ant/1.png", 0)
     with pytest.raises(UsageError, match="no folder 'val' beside the other one"):
         build_dataset(tmp_path, "val", whole, need_labels=True)
+
+
+@pytest.mark.parametrize("what", ["pipe", "/dev/zero", "/proc/self/mem"])
+def test_data_path_that_cannot_be_read_to_its_end(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match=what):
+        build_dataset(path if what == "pipe" else what, "train", whole)

@@ -79,7 +79,7 @@ def test_lists_that_do_not_fit_are_refused(images: Path, text: str | None, words
 
 def test_a_pipe_is_no_list(images: Path) -> None:
     os.mkfifo(images / "pipe.txt")
-    with pytest.raises(UsageError, match=r"pipe\.txt is no file"):
+    with pytest.raises(UsageError, match=r"pipe\.txt is a folder, pipe"):
         keep_listed(dataset(images / "same"), images / "pipe.txt")
 
 

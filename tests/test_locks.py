@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -180,6 +181,21 @@ def test_folder_that_a_run_leaves_empty_is_removed(tmp_path: Path) -> None:
     with files.sole_run(tmp_path / "full", "training"):
         (tmp_path / "full" / "file").touch()
     assert sorted(os.listdir(tmp_path)) == ["full", "mine"]
+
+
+def test_disk_that_fills_up_while_a_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock has its file, and there is no room for another: nothing is left, and the folder is free."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(UsageError, match="No space left"), files.sole_run(tmp_path / "a" / "b", "training"):
+            pass
+    assert os.listdir(tmp_path) == []
+    with files.sole_run(tmp_path / "a" / "b", "training"):
+        pass
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def is_number(value: object) -> bool:
 
 KEYS = {key: default for tree, prefix in [*((spec, "MODEL.SPEC.") for spec in SPECS.values()), (SCHEMA, "")]
         for key, default in fuzz_cli.leaves(tree, prefix)
-        if is_number(default) or (isinstance(default, list) and is_number(default[0]))}  # fmt: skip
+        if is_number(default) or (isinstance(default, list) and default and is_number(default[0]))}  # fmt: skip
 NAMES = {key: name for name, spec in SPECS.items() for key, _ in fuzz_cli.leaves(spec, "MODEL.SPEC.")}
 
 
