@@ -7,8 +7,8 @@
 
 --data_path holds train/<class>/ and val/<class>/; the head is a linear layer with an output for each class of train. The recipe:
 AdamW, a rate that falls by --layer_decay from block to block towards the input, linear warm-up and half a cosine, mixup and
-cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated; SIGTERM and
-SIGUSR1 end it with code 0. The epoch at hand then begins again.
+cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated; a signal or
+Ctrl-C saves it within the epoch at hand.
 With --finetune_head_layer the linear layer stands on the first hidden layers of the projection head that pre-training left.
 `results.json` in --output_dir has the best accuracy, `best.pth` the weights that reached it (key `model`); epochs
 count from 0.
@@ -317,16 +317,23 @@ def train(
     assert isinstance(val_loader.dataset, data.ImageDataset)
     batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
     images = len(train_loader.dataset)
+    seen = progress.epochs * images + progress.steps * batch
     with utils.failing_together(), files.usable(output_dir):
         normalisation = config.INPUT.MEAN, config.INPUT.STD
-        log = RunLog(
-            output_dir, recipe.epochs, args.log_freq, *normalisation, tuner.device, images, progress.epochs * images
-        )
+        log = RunLog(output_dir, recipe.epochs, args.log_freq, *normalisation, tuner.device, images, seen)
     tally = data.FailureTally(len(train_loader.dataset))
+
+    def save_within(progress: Progress, meter: EpochMeter, steps: int) -> str:
+        within = progress._replace(steps=steps, meter=meter.state())
+        return save_run(output_dir, tuner, within, about, args, config)
+
     with closing(log), resume.EndRequest(output_dir / resume.CHECKPOINT) as ending:
         for epoch in range(progress.epochs, recipe.epochs):
-            meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
-            tuner.train_epoch(train_loader, epoch, meter, log, tally, ending)
+            meter, done = EpochMeter(epoch, recipe.steps, images_per_step=batch), progress.steps
+            if done:
+                meter.go_on_from(progress.meter, done)
+            ending.save_within = partial(save_within, progress, meter)
+            tuner.train_epoch(train_loader, epoch, meter, log, tally, ending, done)
             accuracies: dict[str, Accuracy] = {}
             if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
                 accuracies = tuner.validate(val_loader)
@@ -380,7 +387,7 @@ def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
     with utils.failing_together(), files.usable(output_dir):
         progress = resume_run(output_dir, tuner, about, args)
-    utils.must_agree("checkpoints", progress.epochs)
+    utils.must_agree("checkpoints", (progress.epochs, progress.steps))
     if progress.epochs >= args.epochs:
         done = utils.counted(progress.epochs, "epoch")
         logger.info("%s has %s already, --epochs asks for %d: nothing to do", output_dir, done, args.epochs)

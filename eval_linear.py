@@ -9,8 +9,7 @@ in one pass over the same features. One value each is the published protocol: th
 random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to --lr_min in steps of an epoch
 (to 0, epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is
 another protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on
-from `checkpoint.pth.tar` when its command is repeated, at the beginning of the epoch at hand; SIGTERM and SIGUSR1 end it with
-code 0. Epochs count from 0.
+from `checkpoint.pth.tar` when its command is repeated; a signal or Ctrl-C saves it within the epoch at hand. Epochs count from 0.
 
 --train_aug strong is the augmentation with which UDI's networks were scored; `results.json` tells which one was used.
 
@@ -31,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from yacs.config import CfgNode
 
 import checkpoint
@@ -49,6 +47,7 @@ from features import (
     FeatureSource,
     ImageFeatures,
     add_token_flag,
+    block_features,
     data_identity,
     evaluation_size,
     extract_features,
@@ -140,22 +139,6 @@ def protocol_of(args: argparse.Namespace) -> str:
 # --------------------------------------------------------------------------- features
 
 
-def feature_function(
-    args: argparse.Namespace, backbone: Backbone, device: torch.device, precision: str
-) -> FeatureFunction:
-    """Images to the features of the largest --n_last_blocks, of which every classifier takes the last entries."""
-
-    @torch.no_grad()
-    def function(images_BCHW: Tensor) -> Tensor:
-        with utils.autocast(device, precision):
-            features = backbone.forward_return_n_last_blocks(
-                images_BCHW, max(args.n_last_blocks), args.avgpool_patchtokens
-            )
-        return features.float()
-
-    return function
-
-
 def feature_source(
     args: argparse.Namespace,
     function: FeatureFunction,
@@ -190,25 +173,37 @@ def feature_source(
 def train(
     probe: Probe,
     source: FeatureSource,
-    epochs: range,
+    start: resume.Place,
+    sums: Sequence[float],
     args: argparse.Namespace,
     log: RunLog,
     ending: resume.EndRequest,
     run: dict[str, Any],
     classes: Sequence[str],
 ) -> None:
-    """Train through `epochs`; log and save each, validate every `--val_freq` epochs and after the last one.
+    """Train from `start` on; log and save each epoch, validate every `--val_freq` epochs and after the last one.
 
-    `run` is what makes a run the same, saved beside the classifiers, as the names of the classes are.
+    `sums` are of the losses of the epoch's steps that are done. `run` is what makes a run the same, saved beside the
+    classifiers, as the names of the classes are.
     """
     batch = args.batch_size_per_gpu * utils.get_world_size()
-    for epoch in epochs:
+    about_run = {"run": run, "args": args, "classes": list(classes)}
+
+    def save(meter: EpochMeter, steps: int, sums: list[float]) -> str:
+        state = probe.state(meter.epoch - 1) | about_run
+        state["in_epoch"] = resume.in_epoch(steps, meter.state(), args) | {"losses": sums}
+        return resume.write(state, checkpoint_path(args)) if utils.is_main_process() else ""
+
+    for epoch in range(start.epoch, args.epochs):
         meter = EpochMeter(epoch, source.steps, images_per_step=batch)
+        done = start.steps if epoch == start.epoch else 0
+        if done:
+            meter.go_on_from(start.meter, done)
         lrs = probe.lrs
-        losses = train_epoch(probe, source, epoch, meter, log, ending)
+        losses = train_epoch(probe, source, epoch, meter, log, ending, partial(save, meter), done, sums)
         probe.scheduler.step()
         rows = [{"train_loss": json_number(loss), "train_lr": lr} for loss, lr in zip(losses, lrs)]
-        if epoch % args.val_freq == 0 or epoch == epochs.stop - 1:
+        if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
             scores = validate(probe, source)
             probe.record(epoch, scores)
             for row, score in zip(rows, scores):
@@ -218,10 +213,9 @@ def train(
         if args.num_labels < 5:
             about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
-        state = probe.state(epoch) | {"run": run, "args": args}
+        state = probe.state(epoch) | about_run
         if utils.is_main_process():
-            content = state | {"classes": list(classes)}
-            ending.failure = resume.write(content, checkpoint_path(args))
+            ending.failure = resume.write(state, checkpoint_path(args))
 
 
 # --------------------------------------------------------------------------- one run, one folder
@@ -255,13 +249,13 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / "checkpoint.pth.tar"
 
 
-def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> resume.Place:
-    """Continue from the newest whole `checkpoint.pth.tar` if there is any; returns where.
+def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> tuple[resume.Place, list[float]]:
+    """Continue from the newest whole `checkpoint.pth.tar` if there is any; returns where, and the epoch's sums of losses there.
 
     Raises:
         UsageError: all files are damaged or of another run, on all processes at once.
     """
-    place = resume.Place()
+    place, sums = resume.Place(), [0.0] * len(probe.settings)
     with utils.failing_together(), files.usable(args.output_dir):
         found = resume.newest_whole(checkpoint_path(args))
         if found is not None:
@@ -269,11 +263,15 @@ def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> r
             with restore.reading("run", path):
                 resume.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
             probe.load_state(content, path)
-            place = resume.Place(int(content["epoch"]), damaged=damaged)
+            steps, meter = resume.within_epoch(content, args, path)
+            place = resume.Place(int(content["epoch"]), steps, meter, damaged=damaged)
+            if steps:
+                with restore.reading("in_epoch", path):
+                    sums = [float(loss) for _, loss in zip(sums, content["in_epoch"]["losses"], strict=True)]
             if place.epoch < args.epochs:
                 logger.info("resuming %s at epoch %d of %d", path, place.epoch, args.epochs)
-    utils.must_agree("epochs to resume at", place.epoch)
-    return place
+    utils.must_agree("checkpoints", (place.epoch, place.steps))
+    return place, sums
 
 
 def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
@@ -478,7 +476,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         probe, classes = load_trained(args, backbone, device)
         val = build_val(args, config, classes)
     utils.must_agree("numbers of images", len(val))
-    function = feature_function(args, backbone, device, precision)
+    function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
     source = ImageFeatures(function, val, val, args.batch_size_per_gpu, args.num_workers, device)  # nothing trains
     (score,) = validate(probe, source)
     if utils.is_main_process():
@@ -513,22 +511,23 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
     tell_avgpool(args.avgpool_patchtokens, backbone)
     probe = build_probe(args, backbone, args.num_labels, device)
     run = identity(args, config, backbone, datasets, precision)
-    start = resume_run(probe, args, run)
+    start, sums = resume_run(probe, args, run)
     if start.epoch < args.epochs:
         with utils.failing_together(), files.usable(folder):
             if utils.is_main_process():
                 resume.tidy(folder, start)
                 files.save_provenance(folder, args, config)
-        function = feature_function(args, backbone, device, precision)
+        function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
         source = feature_source(args, function, datasets, device, run)
         images = source.training_images
+        seen = start.epoch * images + start.steps * args.batch_size_per_gpu * utils.get_world_size()
         with utils.failing_together(), files.usable(folder):
             normalisation = config.INPUT.MEAN, config.INPUT.STD
-            log = RunLog(folder, args.epochs, args.log_freq, *normalisation, device, images, start.epoch * images)
+            log = RunLog(folder, args.epochs, args.log_freq, *normalisation, device, images, seen)
     with stopping.StopVote():  # a signal after the last step takes no result away
         if start.epoch < args.epochs:
             with closing(log), resume.EndRequest(checkpoint_path(args)) as ending:
-                train(probe, source, range(start.epoch, args.epochs), args, log, ending, run, datasets[0].classes)
+                train(probe, source, start, sums, args, log, ending, run, datasets[0].classes)
         if utils.is_main_process():
             with files.usable(folder):
                 report(probe, args, run)

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,6 +271,20 @@ def load_cached(path: Path, run: dict[str, Any]) -> list[LabelledFeatures] | Non
     return [LabelledFeatures(*part) for part in content["features"]]
 
 
+def block_features(
+    backbone: Backbone, n_last_blocks: Sequence[int], avgpool_patchtokens: bool, device: torch.device, precision: str
+) -> FeatureFunction:
+    """Images to the features of the largest of `n_last_blocks`, of which every classifier takes the last entries."""
+
+    @torch.no_grad()
+    def function(images_BCHW: Tensor) -> Tensor:
+        with utils.autocast(device, precision):
+            features = backbone.forward_return_n_last_blocks(images_BCHW, max(n_last_blocks), avgpool_patchtokens)
+        return features.float()
+
+    return function
+
+
 # --------------------------------------------------------------------------- epochs
 
 
@@ -298,10 +313,10 @@ class FeatureSource(ABC):
         return LabelledFeatures(*(part[:own] for part in batch))
 
     @abstractmethod
-    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest, done: int = 0) -> Iterator[LabelledFeatures]:
         """This process's share of a shuffled epoch, in which over all processes each image comes exactly once.
 
-        `meter` counts the time spent waiting for it.
+        The first `done` steps are left out. `meter` counts the time spent waiting for the others.
 
         Raises:
             Stopped: somebody asked for it, see `EndRequest.end_if`.
@@ -343,11 +358,11 @@ class ImageFeatures(FeatureSource):
         images, labels = (t.to(self.device, non_blocking=True) for t in (batch.views[0], batch.labels_B))
         return LabelledFeatures(self.function(images), labels)
 
-    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest, done: int = 0) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.training`."""
-        set_epoch(self.train_loader, epoch)
+        set_epoch(self.train_loader, epoch, skipped_batches=done)
         self.train_tally.start_pass()
-        for step, batch in enumerate(meter.timed(self.train_loader)):
+        for step, batch in enumerate(meter.timed(self.train_loader), done):
             (wished,) = self.train_tally.add(batch.failures, self.device, not batch.views, ending.wishes())
             ending.end_if(wished, epoch, step)
             yield self.once(step, self._features(batch))
@@ -390,10 +405,10 @@ class CachedFeatures(FeatureSource):
         self.steps = len(self.loader)
         self.training_images, self.validation_images = len(train_set.labels_N), len(val_set.labels_N)
 
-    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest, done: int = 0) -> Iterator[LabelledFeatures]:
         """See `FeatureSource.training`; asked every `ASKED_EVERY` steps."""
         self.order.set_epoch(epoch)
-        for step, (features, labels) in enumerate(meter.timed(self.loader)):
+        for step, (features, labels) in islice(enumerate(meter.timed(self.loader)), done, None):
             if step % ASKED_EVERY == 0:
                 ending.end_if(utils.all_reduce_sum(torch.tensor(ending.wishes())).item(), epoch, step)
             yield self.once(step, LabelledFeatures(features.to(self.device), labels.to(self.device)))

@@ -35,7 +35,7 @@ from engine import SYNC_BUFFERS
 from models.base import HEADS, Backbone, batch_norms
 from progress import EpochMeter, RunLog
 from restore import reading
-from resume import EndRequest, Place, check_same_run, continue_from, newest_whole, write
+from resume import EndRequest, Place, check_same_run, continue_from, in_epoch, newest_whole, within_epoch, write
 from utils import UsageError
 
 CHECKPOINT = "checkpoint.pth"
@@ -272,21 +272,22 @@ class FineTuner:
         log: RunLog,
         tally: FailureTally,
         ending: EndRequest,
+        done: int = 0,
     ) -> None:
-        """All updates of an epoch.
+        """All updates of an epoch, but for those that are `done`.
 
         Raises:
             UsageError: more than 1 % of the images cannot be read.
             FloatingPointError: see `step`.
             Stopped: see `EndRequest.end_if`.
         """
-        set_epoch(loader, epoch)
+        set_epoch(loader, epoch, skipped_batches=done * self.recipe.accum_iter)
         tally.start_pass()
         for network in self.networks().values():
             network.start_epoch(epoch, self.recipe.epochs)
         self.network.train()
         with log.epoch(meter) as show:
-            for i, batches in enumerate(in_groups(meter.timed(loader), self.recipe.accum_iter)):
+            for i, batches in enumerate(in_groups(meter.timed(loader), self.recipe.accum_iter), done):
                 failures = [failure for batch in batches for failure in batch.failures]
                 incomplete = not all(batch.views for batch in batches)
                 (wished,) = tally.add(failures, self.device, incomplete, ending.wishes())
@@ -349,17 +350,19 @@ class Progress(NamedTuple):
     best: Best = Best()
     last: Mapping[str, Accuracy] = {}  # of the last validation, by network
     damaged: tuple[Path, ...] = ()  # files that were passed by to get here
+    steps: int = 0  # of the epoch at hand that are done
+    meter: Mapping[str, Any] = {}  # what its `EpochMeter` has measured
 
     @property
     def place(self) -> Place:
         """The same in the words of resume.py."""
-        return Place(self.epochs, damaged=self.damaged)
+        return Place(self.epochs, self.steps, self.meter, damaged=self.damaged)
 
 
 def save_run(
     output_dir: Path, tuner: FineTuner, progress: Progress, identity: Mapping[str, Any], args: Any, config: Any
 ) -> str:
-    """Write `best.pth` after an epoch if it was the best one, and `checkpoint.pth`. All processes call this.
+    """Write `best.pth` at the end of an epoch if it was the best one, and `checkpoint.pth`. All processes call this.
 
     Args:
         identity: what must be the same for the run to go on, by the name of the flag.
@@ -375,7 +378,7 @@ def save_run(
     if not utils.is_main_process():
         return ""
     best = progress.best
-    if best.epoch == progress.epochs - 1:
+    if best.epoch == progress.epochs - 1 and not progress.steps:
         weights = tuner.networks()[best.network].state_dict()
         content = {"model": weights, "finetuning": best._asdict(), "config": config.dump()}
         if failure := write(content, output_dir / BEST, keep=0):
@@ -395,6 +398,8 @@ def save_run(
         "rng": rng_of_rank,
         "world_size": utils.get_world_size(),
     }
+    if progress.steps:
+        state["in_epoch"] = in_epoch(progress.steps, progress.meter, args)
     return write(state, output_dir / CHECKPOINT)
 
 
@@ -439,4 +444,5 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
     with reading("best", path):
         saved = content["best"]
         best = Best(str(saved["network"]), int(saved["epoch"]), float(saved["top1"]), float(saved["top5"]))
-    return Progress(continue_from(content, args, path), best, last, damaged)
+    steps, meter = within_epoch(content, args, path)
+    return Progress(continue_from(content, args, path), best, last, damaged, steps, meter)

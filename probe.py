@@ -7,7 +7,7 @@ Origin: the linear evaluation of DINO (Caron et al., ICCV 2021) section 4.1; key
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,17 +252,33 @@ class Probe:
 
 
 def train_epoch(
-    probe: Probe, source: FeatureSource, epoch: int, meter: EpochMeter, log: RunLog, ending: EndRequest
+    probe: Probe,
+    source: FeatureSource,
+    epoch: int,
+    meter: EpochMeter,
+    log: RunLog,
+    ending: EndRequest,
+    save: Callable[[int, list[float]], str],
+    done: int = 0,
+    sums: Sequence[float] = (),
 ) -> list[float]:
     """One pass over the training set; returns the mean loss of each classifier over steps and processes.
+
+    Args:
+        probe, source, epoch, meter, log, ending: see there.
+        save: saves the run within the epoch: after so many steps, with such sums of losses.
+        done, sums: the steps that were done before, and their sums of losses.
 
     Raises:
         FloatingPointError: no classifier has a finite loss any more, on all processes at once.
         Stopped: see `EndRequest.end_if`.
     """
     losses_S: Any = 0.0
+    if done:
+        losses_S = torch.tensor(sums, device=next(probe.wrapped.parameters()).device) / utils.get_world_size()
+    ending.save_within = lambda steps: save(steps, utils.all_reduce_sum(losses_S.clone()).tolist())
     with log.epoch(meter) as show:
-        for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter, ending)):
+        for step, (features_BC, labels_B) in enumerate(source.training(epoch, meter, ending, done), done):
             losses = probe.step(features_BC, labels_B, source.images_of(step))
             losses_S = losses_S + losses
             meter.update({"loss": losses[probe.best]})

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,16 +88,17 @@ class EndRequest(stopping.StopVote):
 
     Args:
         path: of the run's checkpoint.
-        then: see `StopVote`.
 
     Attributes:
         failure: why the last saving by this process did not work, empty where it did; None before the first.
+        save_within: saves the run so many steps into the epoch at hand, on all processes at once, and says why that failed.
     """
 
-    def __init__(self, path: Path, then: str = "ending") -> None:
-        super().__init__(then)
+    def __init__(self, path: Path) -> None:
+        super().__init__("saving and ending")
         self.path = path
         self.failure: str | None = None
+        self.save_within: Callable[[int], str] | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         super().__exit__(kind)
@@ -105,17 +106,18 @@ class EndRequest(stopping.StopVote):
             end_saved(self.failure, self.path)
 
     def end_if(self, wished: float, epoch: int, steps: int) -> None:
-        """In a run that is saved after its epochs, `steps` steps into `epoch`: end all processes if any of them wished it.
+        """Save and end all processes, `steps` steps into `epoch`, if any of them wished it.
 
         Raises:
             Stopped: one did.
-            UsageError: one did, and the epoch before is not saved, see `end_saved`.
+            UsageError: one did, and the run could not be saved, see `end_saved`.
         """
         if not wished:
             return
+        if steps and self.save_within is not None:
+            self.failure = self.save_within(steps)
         end_saved(self.failure, self.path)
-        done = f"{utils.counted(steps, 'step')} into epoch {epoch}, which is not saved"
-        where = done if steps else f"before epoch {epoch}"
+        where = f"{utils.counted(steps, 'step')} into epoch {epoch}, and saved" if steps else f"before epoch {epoch}"
         raise Stopped(f"stopped by a signal {where}; the same command {_goes_on(self.path)}", stopping.code_of(wished))
 
 
@@ -132,7 +134,7 @@ class Saver(EndRequest):
     """
 
     def __init__(self, output_dir: Path, step: TrainStep, args: Any, config: Any) -> None:
-        super().__init__(output_dir / CHECKPOINT, then="saving and ending")
+        super().__init__(output_dir / CHECKPOINT)
         self.output_dir = output_dir
         self.step = step
         self.args, self.config = args, config
@@ -340,10 +342,7 @@ def continue_run(path: Path, step: TrainStep, args: Any) -> Place:
 def _restore(path: Path, content: dict[str, Any], step: TrainStep, args: Any, extend: bool = False) -> Place:
     """Give `step` and the generators of random numbers the state that a checkpoint holds; `extend`: see `restore`."""
     restore.restore(path, content, step, args, extend)
-    in_epoch = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
-    with restore.reading("in_epoch", path):
-        steps, meter = _steps_of(in_epoch, args), in_epoch["meter"]
-        EpochMeter(0, 1, 1).go_on_from(meter, steps)  # one that cannot go on is told now
+    steps, meter = within_epoch(content, args, path)
     return Place(continue_from(content, args, path), steps, meter, content.get("unreadable", {}))
 
 
@@ -397,9 +396,31 @@ def check_same_run(saved: Mapping[str, Any] | None, now: Mapping[str, Any], sour
         )
 
 
+def in_epoch(steps: int, meter: Mapping[str, Any], args: Any) -> dict[str, Any]:
+    """What a checkpoint within an epoch says of it, for `within_epoch`."""
+    return {"steps": steps, "images": steps * _images_of_step(args), "meter": dict(meter)}
+
+
+def within_epoch(content: Mapping[str, Any], args: Any, path: Path) -> tuple[int, Mapping[str, Any]]:
+    """The steps of the epoch that a checkpoint has behind it, and what its `EpochMeter` had measured.
+
+    Raises:
+        UsageError: values of other types.
+    """
+    saved_in = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
+    with restore.reading("in_epoch", path):
+        steps, meter = _steps_of(saved_in, args), saved_in["meter"]
+        EpochMeter(0, 1, 1).go_on_from(meter, steps)  # one that cannot go on is told now
+    return steps, meter
+
+
+def _images_of_step(args: Any) -> int:
+    return int(args.batch_size_per_gpu * getattr(args, "accum_iter", 1) * utils.get_world_size())
+
+
 def _steps_of(in_epoch: Mapping[str, Any], args: Any) -> int:
     """How many steps of this run have seen the images that the saved one has, rounded down."""
-    batch = args.batch_size_per_gpu * args.accum_iter * utils.get_world_size()
+    batch = _images_of_step(args)
     steps, left = divmod(in_epoch["images"], batch)
     if steps != in_epoch["steps"]:
         logger.warning(

@@ -523,5 +523,5 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
 def test_mistakes_end_with_one_line_and_code_2(images: Path, tmp_path: Path) -> None:
     result = run_script("eval_finetune.py", *command(images, tmp_path, "--layer_decay", "2"))
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("eval_finetune.py: error: --layer_decay 2.0")
+    assert result.stderr.strip().splitlines()[-1].startswith("eval_finetune.py: error: argument --layer_decay")
     assert "Traceback" not in result.stderr

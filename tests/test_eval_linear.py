@@ -204,7 +204,7 @@ class Given(FeatureSource):
         self.batches, self.steps = batches, 0
         self.validation_images = sum(len(batch.labels_N) for batch in batches)
 
-    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest) -> Iterator[LabelledFeatures]:
+    def training(self, *_: object) -> Iterator[LabelledFeatures]:
         raise NotImplementedError
 
     def validation(self) -> Iterator[LabelledFeatures]:

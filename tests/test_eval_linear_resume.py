@@ -70,7 +70,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
     (out / "checkpoint.pth.tar").write_bytes(content)
     capsys.readouterr()
     run(images, out, "--lr", "1", "20")
-    assert f"resuming {out}/checkpoint.pth_previous1.tar at epoch 2 of 3" in capsys.readouterr().err
+    assert f"resuming {out}/checkpoint.pth_previous1.tar at epoch 1 of 3" in capsys.readouterr().err
     again = saved(out)
     torch.testing.assert_close(again["classifiers"], whole["classifiers"], rtol=0, atol=0)
     assert (again["epoch"], again["table"], results(out)) == (3, whole["table"], scores)
