@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from linear_runs import log_lines, results, run, saved, write_colours
-from runs import TINY_SWIN
+from runs import TINY_SWIN, flipped
 
 import eval_linear
 from config import load_config
@@ -65,12 +65,11 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
     out = tmp_path / "out"
     run(images, out, "--lr", "1", "20")
     whole, scores = saved(out), results(out)
-    content = bytearray((out / "checkpoint.pth.tar").read_bytes())
-    content[len(content) // 2] ^= 1
+    content = flipped(out / "checkpoint.pth.tar")
     (out / "checkpoint.pth.tar").write_bytes(content)
     capsys.readouterr()
     run(images, out, "--lr", "1", "20")
-    assert f"resuming {out}/checkpoint.pth_previous1.tar at epoch 1 of 3" in capsys.readouterr().err
+    assert f"resuming {out}/checkpoint.pth_previous1.tar at epoch 2 of 3" in capsys.readouterr().err
     again = saved(out)
     torch.testing.assert_close(again["classifiers"], whole["classifiers"], rtol=0, atol=0)
     assert (again["epoch"], again["table"], results(out)) == (3, whole["table"], scores)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import TINY_RUN, write_images
+from runs import TINY_RUN, flipped, write_images
 from tensorboard.backend.event_processing import event_accumulator
 from training_runs import assert_identical, train
 
@@ -161,9 +161,8 @@ def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest
 def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: Path, damage: str) -> None:
     train(tmp_path, images)
     whole = checkpoint.load_file(tmp_path / "checkpoint.pth")
-    content = bytearray((tmp_path / "checkpoint.pth").read_bytes())
-    content[len(content) // 2] ^= 1
-    broken: bytes = {"truncated": bytes(content[: len(content) // 2]), "flipped": bytes(content), "empty": b""}[damage]
+    content = flipped(tmp_path / "checkpoint.pth")
+    broken = {"truncated": content[: len(content) // 2], "flipped": content, "empty": b""}[damage]
     (tmp_path / "checkpoint.pth").write_bytes(broken)
     left, foreign = tmp_path / f".checkpoint.pth{TEMPORARY}", tmp_path / ".notes.tmp"
     for file in (left, foreign):
