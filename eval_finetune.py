@@ -59,10 +59,8 @@ from ranges import (
     BATCH,
     BELOW_ONE,
     COUNT,
-    CROP_RATIO,
     EPOCHS,
     FACTOR,
-    PIXELS,
     SEED,
     SHARE,
     WARMUP,
@@ -118,8 +116,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--reprob", type=SHARE, default=0.25, help="probability of random erasing")
     switch("--model_ema", "validate an average of the weights too")
     add("--model_ema_decay", type=BELOW_ONE, default=0.9999, help="of that average; lower at the start")
-    add("--image_size", type=PIXELS, default=None, help="pixels of a side; default: MODEL.IMAGE_SIZE of the yaml")
-    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    flags.add_crop_flags(parser)
     add("--val_interpolation", choices=("bicubic", "bilinear"), default="bicubic", help="resize of validation images")
     add("--precision", choices=utils.PRECISIONS, default="auto", help="of the network; losses are always float32")
     add("--val_freq", type=COUNT, default=1, help="epochs between two validations; the last epoch always has one")

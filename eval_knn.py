@@ -41,7 +41,7 @@ from features import (
 )
 from flags import bool_flag
 from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
-from ranges import BATCH, COUNT, CROP_RATIO, PIXELS, SEED, TEMPERATURE, WORKERS
+from ranges import BATCH, COUNT, SEED, TEMPERATURE, WORKERS
 from results import add_results, claim_folder
 from utils import UsageError, logger
 
@@ -71,13 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_switch(parser, "--leave_one_out", "one labelled set: each image is judged by all others")
     add("--dump_features", default=None, help="folder without such files, to save features and labels to")
     add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
-    add(
-        "--image_size",
-        type=PIXELS,
-        default=None,
-        help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml",
-    )
-    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    flags.add_crop_flags(parser)
     flags.add_switch(parser, "--baselines", "score simple features too")
     add("--output_dir", default=None, help="folder for results.json")
     add("--seed", type=SEED, default=0, help="of random weights")

@@ -60,7 +60,7 @@ from features import (
 from models import Backbone
 from probe import Probe, Setting, json_number, load_classifier, probe_width, train_epoch, validate
 from progress import EpochMeter, RunLog
-from ranges import BATCH, BLOCKS, COUNT, CROP_RATIO, EPOCHS, PIXELS, SEED, WORKERS, integer, number
+from ranges import BATCH, BLOCKS, COUNT, EPOCHS, SEED, WORKERS, integer, number
 from results import has_other_results, write_results
 from utils import UsageError, logger
 
@@ -118,8 +118,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--linear_order", choices=("esvit", "dino"), default="esvit", help=words)
     switch("--cache_features", "another protocol: train on features of centre crops, computed once; takes minutes")
     add("--precision", choices=utils.PRECISIONS, default="fp32", help="of the network; classifiers are always float32")
-    add("--image_size", type=PIXELS, default=None, help="pixels of the crops; default: MODEL.IMAGE_SIZE of the yaml")
-    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    flags.add_crop_flags(parser)
     add("--seed", type=SEED, default=0, help="of classifiers, order and crops, and of random weights")
     add("--log_freq", type=COUNT, default=20, help="steps between two lines")
     add("--output_dir", default=".", help="folder for checkpoint.pth.tar, log.txt and results.json")

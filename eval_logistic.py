@@ -46,7 +46,7 @@ from features import (
 )
 from flags import bool_flag
 from models import Backbone
-from ranges import BATCH, BLOCKS, CROP_RATIO, EPOCHS, PIXELS, SEED, WORKERS, number
+from ranges import BATCH, BLOCKS, EPOCHS, SEED, WORKERS, number
 from results import add_results, claim_folder
 from utils import UsageError, logger
 
@@ -91,13 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--epochs", type=EPOCHS, default=1000, help="most iterations of the solver")
     flags.add_list_flag(parser)
     add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process")
-    add(
-        "--image_size",
-        type=PIXELS,
-        default=None,
-        help="pixels of the centre crop; default: MODEL.IMAGE_SIZE of the yaml",
-    )
-    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="centre crop as a share of the resized image (224 / 256)")
+    flags.add_crop_flags(parser)
     add("--output_dir", default=None, help="folder for results.json")
     add("--seed", type=SEED, default=0, help="of random weights")
     add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")

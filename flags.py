@@ -11,7 +11,7 @@ import re
 from typing import Any, NoReturn
 
 from config import PATCH_SIZE
-from ranges import Range, integer, number
+from ranges import CROP_RATIO, PIXELS, Range, integer, number
 from utils import UsageError
 
 
@@ -97,6 +97,13 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
         parser, "--zip_mode", "images in DIR/{train,val}.zip, named by DIR/{train,val}_map.txt (see data/zips.py)"
     )
     add_switch(parser, "--tsv_mode", "images in DIR/{train,val}.tsv, or a folder of tsv files (see data/tsv.py)")
+
+
+def add_crop_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the evaluation's center crop, the same in every script."""
+    add = parser.add_argument
+    add("--image_size", type=PIXELS, default=None, help="pixels of the crops; default: MODEL.IMAGE_SIZE of the yaml")
+    add("--crop_ratio", type=CROP_RATIO, default=0.875, help="center crop as a share of the resized image (224 / 256)")
 
 
 def add_list_flag(parser: argparse.ArgumentParser) -> None:
