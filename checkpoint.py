@@ -291,8 +291,9 @@ def load_network(
     ours = in_our_names(network, offered)
     tensors = {ours[name]: tensor for name, tensor in offered.items()}
     _fill_second_names(wanted, tensors, source)
-    beside = {part: [name for name in wanted if name.startswith(part)] for part in BESIDE}
-    fresh = tuple(part for part, names in beside.items() if names and not tensors.keys() & names) if new_parts else ()
+    in_file = [name for name in tensors if name in wanted or "last_layer." in name]  # also heads of another form
+    lacking = (part for part in BESIDE if not any(name.startswith(part) for name in in_file))
+    fresh = tuple(part for part in lacking if any(name.startswith(part) for name in wanted)) if new_parts else ()
     if isinstance(network, Backbone):
         network.follow(state.pos_resize)
     taken, misfits, resized = {}, [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ sys.path.insert(0, str(GOLDEN))  # fill.py: deterministic weights and inputs
 
 # TensorBoard reads files of one second in the order of their numbers, as text: with equally many digits that is theirs.
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
+
+# Whatever started the tests may ignore these (nohup, a job in the background); programs under test then would too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the networks are tiny, and several tests run side by side
 

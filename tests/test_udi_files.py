@@ -87,7 +87,7 @@ def test_a_published_file_loads_with_nothing_missing_and_nothing_unexpected(key:
     path = saved(theirs, tmp_path / "checkpoint.pth")
     whole = two_tokens(filled=False, beside=True)
     report = checkpoint.load_backbone(whole, path, key)
-    assert report == ("full checkpoint of UDI", key, len(theirs.state_dict()), 0, 0, ())
+    assert report == ("full checkpoint of UDI", key, len(theirs.state_dict()), 0, 0, (), ())
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(whole.state_dict()[name], tensor), name
     bare = two_tokens(filled=False)
