@@ -16,6 +16,7 @@ Origin: this project's own.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import random
 import signal
@@ -54,6 +55,7 @@ def start(folder: Path, images: Path, processes: int) -> list[int]:
         children.append(child)
         if child == 0:
             code = 1
+            atexit._clear()  # the temporary folder is its parent's to remove
             try:
                 silence = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(silence, 1)
