@@ -41,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
     parser = flags.Parser("main_esvit.py", description="EsViT pre-training")
     add = parser.add_argument
-    pretrain.add_network_flags(parser)
+    pretrain.add_student_teacher_flags(parser)
     add("--use_dense_prediction", type=bool_flag, default=False, help="add the region-matching task")
     words = "stochastic depth of the student; default: the yaml's"
     add("--drop_path", "--drop_path_rate", type=SHARE, default=None, help=words)

@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
     parser = flags.Parser("main_udi.py", description="UDI pre-training")
     add = parser.add_argument
-    pretrain.add_network_flags(parser)
+    pretrain.add_student_teacher_flags(parser)
     add(
         "--number_cls_token",
         type=int,

@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace, script: Script, device: torch.device) -> None
 # --------------------------------------------------------------------------- flags
 
 
-def add_network_flags(parser: argparse.ArgumentParser) -> None:
+def add_student_teacher_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of student and teacher."""
     add = parser.add_argument
     flags.add_network_flags(parser)

@@ -16,7 +16,7 @@ from test_losses import golden_loss, golden_outputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import chunked_loss
+import chunked_loss as chunked_module
 import utils
 from benchmarks.syncs import OperationCount
 from chunked_loss import Targets, Temperatures, chunked_cross_entropy
@@ -101,8 +101,8 @@ def test_equals_the_plain_form(
     monkeypatch: pytest.MonkeyPatch, regions: tuple[int, ...], images: int, mixup: str, rows: int
 ) -> None:
     """Both terms, and gradients of bottleneck vectors, gains and directions, whatever fits a chunk."""
-    monkeypatch.setattr(chunked_loss, "BLOCK_BYTES", rows * 2 * PROTOTYPES)  # half as many rows as a chunk has
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", rows * 4 * PROTOTYPES)
+    monkeypatch.setattr(chunked_module, "BLOCK_BYTES", rows * 2 * PROTOTYPES)  # half as many rows as a chunk has
+    monkeypatch.setattr(chunked_module, "CHUNK_BYTES", rows * 4 * PROTOTYPES)
     networks, loss = Networks(images, regions), region_loss(len(regions))
     weights = shares(images, len(regions), mixup)
     plain_terms, plain = value_and_gradients(networks, loss, False, weights)
@@ -267,7 +267,7 @@ def test_logits_are_widened_where_they_are_narrower_only(dtype: torch.dtype) -> 
     z, weight = torch.randn(1, 3, 2).to(dtype), torch.randn(5, 2).to(dtype)
     targets = Targets(torch.zeros(1, 3, 1, dtype=torch.long), torch.ones(1, 3, 1))
     factors = FactoredLogits(z, weight)
-    walk = chunked_loss._Walk(
+    walk = chunked_module._Walk(
         factors, factors, targets, torch.zeros(1, 5), Temperatures(1.0, 1.0), 2**20, (False, False)
     )
     assert (walk.widened_nK is None) == (dtype == torch.float32)
@@ -295,7 +295,7 @@ class Watch(TorchDispatchMode):
 
 def test_no_tensor_holds_all_logits_and_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     regions, rows_of_chunk = (16, 16, 4, 4), 20
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", rows_of_chunk * 4 * PROTOTYPES)
+    monkeypatch.setattr(chunked_module, "CHUNK_BYTES", rows_of_chunk * 4 * PROTOTYPES)
     networks, loss = Networks(4, regions), region_loss(len(regions))
     for factored, largest in ((False, 4 * sum(regions[:2]) * PROTOTYPES), (True, 2 * rows_of_chunk * PROTOTYPES)):
         with Watch() as watch:

@@ -14,7 +14,7 @@ import pytest
 from image_files import whole
 from tqdm import tqdm
 
-import data.tree
+from data import tree as tree_layout
 from data.datasets import build_dataset
 from data.once import cache_file
 from data.sources import Names
@@ -27,8 +27,8 @@ FOLDERS, PER_FOLDER = 3, 4
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An own cache folder, and trees of ten images on are large."""
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data.tree, "KEPT_FROM", 10)
-    monkeypatch.setattr(data.tree, "UNSETTLED", 0)
+    monkeypatch.setattr(tree_layout, "KEPT_FROM", 10)
+    monkeypatch.setattr(tree_layout, "UNSETTLED", 0)
     return tmp_path / "cache"
 
 
@@ -50,7 +50,7 @@ def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
         raise AssertionError("the tree was listed again")
 
-    monkeypatch.setattr(data.tree._Scan, "_look_into", fail)
+    monkeypatch.setattr(tree_layout._Scan, "_look_into", fail)
 
 
 def test_second_start_looks_at_folders_only(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +91,8 @@ def test_progress_bar_of_one_process_on_a_terminal(
 ) -> None:
     shown = io.StringIO()
     at_once = {"file": shown, "delay": 0, "mininterval": 0, "leave": True}
-    monkeypatch.setattr(data.tree, "tqdm", lambda **options: tqdm(**(options | at_once)))
-    monkeypatch.setattr(data.tree, "is_main_process", lambda: main)
+    monkeypatch.setattr(tree_layout, "tqdm", lambda **options: tqdm(**(options | at_once)))
+    monkeypatch.setattr(tree_layout, "is_main_process", lambda: main)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     assert list(find_images(tree)) == walked(tree)
     if terminal and main:
@@ -130,7 +130,7 @@ def test_changed_folder_is_seen(tree: Path, change: str) -> None:
 
 def test_folder_that_changed_a_moment_ago_is_not_believed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may change again without its time telling so."""
-    monkeypatch.setattr(data.tree, "UNSETTLED", 10**12)
+    monkeypatch.setattr(tree_layout, "UNSETTLED", 10**12)
     find_images(tree)
     forbid_listing(monkeypatch)
     with pytest.raises(AssertionError, match="listed again"):
@@ -138,7 +138,7 @@ def test_folder_that_changed_a_moment_ago_is_not_believed(tree: Path, monkeypatc
 
 
 def test_small_trees_are_not_kept(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.tree, "KEPT_FROM", FOLDERS * PER_FOLDER + 1)
+    monkeypatch.setattr(tree_layout, "KEPT_FROM", FOLDERS * PER_FOLDER + 1)
     assert list(find_images(tree)) == walked(tree)
     assert not cache.exists()
 
@@ -163,15 +163,15 @@ def test_cache_folder_that_cannot_be_written(tree: Path, tmp_path: Path, monkeyp
 
 
 def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
-    images = data.tree._Scan._images
+    images = tree_layout._Scan._images
 
-    def slow(scan: data.tree._Scan) -> Iterator[str]:
+    def slow(scan: tree_layout._Scan) -> Iterator[str]:
         for name in images(scan):
             time.sleep(0.03)
             yield name
         listed.put(os.getpid())
 
-    data.tree._Scan._images = slow  # type: ignore[method-assign,assignment]
+    tree_layout._Scan._images = slow  # type: ignore[method-assign,assignment]
     assert list(find_images(tree)) == walked(tree)
 
 
