@@ -31,30 +31,12 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 import data
-import files
-import flags
-import resume
 import utils
-from checkpoint import load_backbone
-from data import augment
-from data.datasets import Transform
-from data.lists import digest_of
-from engine import steps_per_epoch
-from features import add_token_flag, data_identity, evaluation_size, labelled_datasets, network_config
-from finetune import (
-    Accuracy,
-    Best,
-    FineTuner,
-    Progress,
-    Recipe,
-    linear_head,
-    projection_layers,
-    resume_run,
-    save_run,
-)
-from models import Backbone, build_model
-from progress import EpochMeter, RunLog
-from ranges import (
+from checkpoints import files
+from checkpoints.loading import load_backbone
+from config import arguments
+from config.arguments import add_token_flag
+from config.ranges import (
     ABOVE_ZERO,
     BATCH,
     BELOW_ONE,
@@ -68,7 +50,27 @@ from ranges import (
     integer,
     number,
 )
-from results import claim_folder, write_results
+from data.datasets import Transform
+from data.layouts.lists import digest_of
+from data.transforms import augment
+from distributed import collectives, launch
+from evaluation.features import data_identity, evaluation_size, labeled_datasets, network_config
+from evaluation.finetune import (
+    Accuracy,
+    Best,
+    FineTuner,
+    Progress,
+    Recipe,
+    linear_head,
+    projection_layers,
+    resume_run,
+    save_run,
+)
+from evaluation.results import claim_folder, write_results
+from models import Backbone, build_model
+from training import checkpointing
+from training.engine import steps_per_epoch
+from training.run_log import EpochMeter, RunLog
 from utils import UsageError, logger
 
 EVALUATION = "fine-tuning"  # how results.json tells whose it is
@@ -76,11 +78,11 @@ EVALUATION = "fine-tuning"  # how results.json tells whose it is
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = flags.Parser("eval_finetune.py", description="supervised fine-tuning of a backbone")
+    parser = arguments.Parser("eval_finetune.py", description="supervised fine-tuning of a backbone")
     add = parser.add_argument
-    switch = partial(flags.add_switch, parser)
-    flags.add_network_flags(parser)
-    flags.add_weights_flags(parser)
+    switch = partial(arguments.add_switch, parser)
+    arguments.add_network_flags(parser)
+    arguments.add_weights_flags(parser)
     add(
         "--drop_path", type=SHARE, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
     )
@@ -92,7 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="hidden layers of the checkpoint's projection head that are kept",
     )
     add("--init_scale", type=FACTOR, default=1.0, help="factor on the first weights of the linear layer")
-    flags.add_list_flag(parser)
+    arguments.add_list_flag(parser)
     switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
     add("--epochs", type=EPOCHS, default=100, help="passes over the training images")
     add("--warmup_epochs", type=WARMUP, default=5, help="epochs of the learning rate's warm-up")
@@ -111,12 +113,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mixup", type=FACTOR, default=0.8, help="alpha of mixup; 0: none")
     add("--cutmix", type=FACTOR, default=1.0, help="alpha of cutmix; 0: none")
     add("--smoothing", type=BELOW_ONE, default=0.1, help="of the labels")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of timm; empty: colour jitter instead")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of timm; empty: color jitter instead")
     add("--color_jitter", type=number(0, 2), default=0.4, help="where there is no --aa")
     add("--reprob", type=SHARE, default=0.25, help="probability of random erasing")
     switch("--model_ema", "validate an average of the weights too")
     add("--model_ema_decay", type=BELOW_ONE, default=0.9999, help="of that average; lower at the start")
-    flags.add_crop_flags(parser)
+    arguments.add_crop_flags(parser)
     add("--val_interpolation", choices=("bicubic", "bilinear"), default="bicubic", help="resize of validation images")
     add("--precision", choices=utils.PRECISIONS, default="auto", help="of the network; losses are always float32")
     add("--val_freq", type=COUNT, default=1, help="epochs between two validations; the last epoch always has one")
@@ -124,9 +126,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=SEED, default=0, help="of the head, order and views, and of random weights")
     add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    flags.add_layout_flags(parser)
+    arguments.add_layout_flags(parser)
     add("--output_dir", default=".", help="folder for checkpoint.pth, best.pth, log.txt and results.json")
-    flags.add_launch_flags(parser)
+    arguments.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -157,14 +159,14 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Transform:
-    """DeiT's augmentation from timm for colour images; random crops and flips for others.
+    """DeiT's augmentation from timm for color images; random crops and flips for others.
 
     Raises:
         UsageError: timm does not know the policy.
     """
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     if config.MODEL.SPEC.IN_CHANS != 3:
-        logger.info("RandAugment and erasing are for colour images: these get random crops and flips")
+        logger.info("RandAugment and erasing are for color images: these get random crops and flips")
         return augment.train_view(size, mean, std)
     try:
         view = create_transform(
@@ -182,18 +184,18 @@ def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Tra
         raise UsageError(
             f"timm does not take --aa {args.aa} ({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1, or none"
         ) from None
-    return augment.MultiCrop([augment.posterised_to_a_bit(view)])
+    return augment.MultiCrop([augment.posterized_to_a_bit(view)])
 
 
 def build_loaders(
     args: argparse.Namespace, config: CfgNode, device: torch.device, size: int
 ) -> tuple[DataLoader[data.Batch], DataLoader[data.Batch]]:
     """Shuffled and augmented training images, and validation images of which each process has its share; `size` pixels a side."""
-    augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
+    augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     val_transform = augment.eval_view(size, args.crop_ratio, mean, std, args.val_interpolation)
     transform = train_transform(args, config, size)
-    train, val = labelled_datasets(args, config, transform, val_transform, args.target_list_path)
+    train, val = labeled_datasets(args, config, transform, val_transform, args.target_list_path)
     pin = device.type == "cuda"
     return (
         data.build_train_loader(train, args.batch_size_per_gpu, args.num_workers, pin),
@@ -230,7 +232,7 @@ def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size:
 
 def make_recipe(args: argparse.Namespace, steps: int) -> Recipe:
     """The recipe of the command line, with the rate scaled to the batch of all processes."""
-    batch = args.batch_size_per_gpu * args.accum_iter * utils.get_world_size()
+    batch = args.batch_size_per_gpu * args.accum_iter * collectives.get_world_size()
     return Recipe(
         epochs=args.epochs,
         steps=steps,
@@ -312,19 +314,19 @@ def train(
     output_dir, recipe = Path(args.output_dir), tuner.recipe
     assert isinstance(train_loader.dataset, data.ImageDataset)
     assert isinstance(val_loader.dataset, data.ImageDataset)
-    batch = args.batch_size_per_gpu * recipe.accum_iter * utils.get_world_size()
+    batch = args.batch_size_per_gpu * recipe.accum_iter * collectives.get_world_size()
     images = len(train_loader.dataset)
     seen = progress.epochs * images + progress.steps * batch
-    with utils.failing_together(), files.usable(output_dir):
-        normalisation = config.INPUT.MEAN, config.INPUT.STD
-        log = RunLog(output_dir, recipe.epochs, args.log_freq, *normalisation, tuner.device, images, seen)
+    with collectives.failing_together(), files.usable(output_dir):
+        normalization = config.INPUT.MEAN, config.INPUT.STD
+        log = RunLog(output_dir, recipe.epochs, args.log_freq, *normalization, tuner.device, images, seen)
     tally = data.FailureTally(len(train_loader.dataset))
 
     def save_within(progress: Progress, meter: EpochMeter, steps: int) -> str:
         within = progress._replace(steps=steps, meter=meter.state())
         return save_run(output_dir, tuner, within, about, args, config)
 
-    with closing(log), resume.EndRequest(output_dir / resume.CHECKPOINT) as ending:
+    with closing(log), checkpointing.EndRequest(output_dir / checkpointing.CHECKPOINT) as ending:
         for epoch in range(progress.epochs, recipe.epochs):
             meter, done = EpochMeter(epoch, recipe.steps, images_per_step=batch), progress.steps
             if done:
@@ -338,7 +340,7 @@ def train(
             about_top5 = {"top5_is": ranked(tuner.classes).lower()} if tuner.classes < 5 else {}
             val = {name: row._asdict() for name, row in accuracies.items()}
             log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **about_top5)
-            if accuracies and utils.is_main_process():
+            if accuracies and collectives.is_main_process():
                 for name, row in accuracies.items():
                     print(
                         f"epoch {epoch}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
@@ -350,17 +352,17 @@ def train(
 
 def main(args: argparse.Namespace) -> None:
     """Fine-tune as the arguments say."""
-    device = utils.init_processes(args)
-    utils.setup_logging()
-    with resume.training_run(Path(args.output_dir) / resume.CHECKPOINT):
+    device = launch.init_processes(args)
+    collectives.setup_logging()
+    with checkpointing.training_run(Path(args.output_dir) / checkpointing.CHECKPOINT):
         _fine_tune(args, device)
 
 
 def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     precision = utils.resolve_precision(args.precision, device)
-    with utils.failing_together():
+    with collectives.failing_together():
         check_args(args)
-        flags.check_weights(args)
+        arguments.check_weights(args)
         config = network_config(args, args.drop_path)
         size = evaluation_size(args, config)
         loaders = build_loaders(args, config, device, size)
@@ -369,7 +371,7 @@ def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     train_set, val_set = (loader.dataset for loader in loaders)
     assert isinstance(train_set, data.ImageDataset)
     assert isinstance(val_set, data.ImageDataset)
-    utils.must_agree("numbers of images", [len(loader.dataset) for loader in loaders])
+    collectives.must_agree("numbers of images", [len(loader.dataset) for loader in loaders])
     classes = len(train_set.classes)
     about = {"--arch": args.arch, "--image_size": size, "--crop_ratio": args.crop_ratio, "--token": args.token}
     about |= {"--finetune_head_layer": args.finetune_head_layer, "--val_interpolation": args.val_interpolation}
@@ -377,26 +379,26 @@ def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     if args.target_list_path:
         about["digest of --target_list_path"] = digest_of(args.target_list_path)
     utils.seed_everything(args.seed)
-    with utils.failing_together():
+    with collectives.failing_together():
         network = build_network(args, config, classes, size)
         config = network.settled(config)
-    utils.seed_everything(args.seed + utils.get_rank())
+    utils.seed_everything(args.seed + collectives.get_rank())
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
-    with utils.failing_together(), files.usable(output_dir):
+    with collectives.failing_together(), files.usable(output_dir):
         progress = resume_run(output_dir, tuner, about, args)
-    utils.must_agree("checkpoints", (progress.epochs, progress.steps))
+    collectives.must_agree("checkpoints", (progress.epochs, progress.steps))
     if progress.epochs >= args.epochs:
         done = utils.counted(progress.epochs, "epoch")
         logger.info("%s has %s already, --epochs asks for %d: nothing to do", output_dir, done, args.epochs)
-        if utils.is_main_process():
+        if collectives.is_main_process():
             report(progress, val_set, about, args)
         return
-    with utils.failing_together(), files.usable(output_dir):
-        if utils.is_main_process():
-            resume.tidy(output_dir, progress.place)
+    with collectives.failing_together(), files.usable(output_dir):
+        if collectives.is_main_process():
+            checkpointing.tidy(output_dir, progress.place)
             files.save_provenance(output_dir, args, config)
     train(tuner, loaders, progress, about, args, config)
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -1,14 +1,14 @@
-"""Score frozen features with a weighted k-nearest-neighbour vote.
+"""Score frozen features with a weighted k-nearest-neighbor vote.
 
     python eval_knn.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth
     torchrun --nproc_per_node=8 eval_knn.py ...
 
 --data_path holds train/<class>/ and val/<class>/; with --leave_one_out it may be one folder of class folders, each image of which
-is judged by all others. With --baselines the same vote is also taken on raw pixels, on the mean and deviation of the colours,
+is judged by all others. With --baselines the same vote is also taken on raw pixels, on the mean and deviation of the colors,
 and on the untrained network. `results.json` in --output_dir keeps the accuracies, also those of each class.
 
 Memory: every process holds all features, 21 GB for 14 million images of width 384; --half stores and compares them in float16,
-in half of that. With --use_cuda False they stay in the CPU's memory. See neighbours.py for the search.
+in half of that. With --use_cuda False they stay in the CPU's memory. See evaluation/knn.py for the search.
 
 Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et al. (CVPR 2018); flags follow microsoft/esvit.
 """
@@ -24,25 +24,25 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 import data
-import files
-import flags
 import utils
-from checkpoint import load_tensor, save_file
-from data import augment
-from features import (
+from checkpoints import files
+from checkpoints.loading import load_tensor, save_file
+from config import arguments
+from config.arguments import add_token_flag, bool_flag
+from config.ranges import BATCH, COUNT, SEED, TEMPERATURE, WORKERS
+from data.transforms import augment
+from distributed import collectives, launch
+from evaluation.features import (
     FeatureFunction,
-    LabelledFeatures,
-    add_token_flag,
+    LabeledFeatures,
     evaluation_size,
     extract_features,
     frozen_backbone,
-    labelled_datasets,
+    labeled_datasets,
     network_config,
 )
-from flags import bool_flag
-from neighbours import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
-from ranges import BATCH, COUNT, SEED, TEMPERATURE, WORKERS
-from results import add_results, claim_folder
+from evaluation.knn import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
+from evaluation.results import add_results, claim_folder
 from utils import UsageError, logger
 
 EVALUATION = "k-NN"  # how results.json tells whose it is
@@ -51,34 +51,34 @@ DUMPED = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # with train or t
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = flags.Parser("eval_knn.py", description="k-NN on frozen features")
+    parser = arguments.Parser("eval_knn.py", description="k-NN on frozen features")
     add = parser.add_argument
-    flags.add_network_flags(parser)
+    arguments.add_network_flags(parser)
     add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process")
     add(
         "--nb_knn",
         type=COUNT,
         nargs="+",
         default=[10, 20, 100, 200],
-        help="numbers of neighbours; 20 usually works best",
+        help="numbers of neighbors; 20 usually works best",
     )
     add("--temperature", type=TEMPERATURE, default=0.07, help="of the vote's weights")
-    flags.add_weights_flags(parser)
+    arguments.add_weights_flags(parser)
     add_token_flag(parser)
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
-    flags.add_switch(parser, "--half", "store and compare features in float16")
+    arguments.add_switch(parser, "--half", "store and compare features in float16")
     add("--backend", default="torch", choices=BACKENDS, help="of the search; faiss has to be installed")
-    flags.add_switch(parser, "--leave_one_out", "one labelled set: each image is judged by all others")
+    arguments.add_switch(parser, "--leave_one_out", "one labeled set: each image is judged by all others")
     add("--dump_features", default=None, help="folder without such files, to save features and labels to")
     add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
-    flags.add_crop_flags(parser)
-    flags.add_switch(parser, "--baselines", "score simple features too")
+    arguments.add_crop_flags(parser)
+    arguments.add_switch(parser, "--baselines", "score simple features too")
     add("--output_dir", default=None, help="folder for results.json")
     add("--seed", type=SEED, default=0, help="of random weights")
     add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/, or see --leave_one_out")
-    flags.add_layout_flags(parser)
-    flags.add_launch_flags(parser)
+    arguments.add_layout_flags(parser)
+    arguments.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -87,11 +87,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def pixel_features(images_BCHW: Tensor) -> Tensor:
-    """The normalised pixels themselves."""
+    """The normalized pixels themselves."""
     return images_BCHW.flatten(1)
 
 
-def colour_features(images_BCHW: Tensor) -> Tensor:
+def color_features(images_BCHW: Tensor) -> Tensor:
     """Mean and standard deviation of each channel."""
     return torch.cat([images_BCHW.mean(dim=(2, 3)), images_BCHW.std(dim=(2, 3))], dim=1)
 
@@ -103,7 +103,7 @@ def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.d
         logger.warning("--random_weights: the network has random weights, the scores are those of an untrained one")
     if args.baselines:
         functions["raw pixels"] = pixel_features
-        functions["mean and deviation of colour"] = colour_features
+        functions["mean and deviation of color"] = color_features
         if args.pretrained_weights:
             functions["untrained network"] = frozen_backbone(args, config, "", device)
     return functions
@@ -127,8 +127,8 @@ def check_dump_folder(folder: str) -> None:
 
 def dump_features(folder: Path, split: Split) -> None:
     """Save features and labels of both sets under their published names; a set that is left out of in turn is saved once."""
-    for part, labelled in zip(("train", "test"), split if split.train is not split.val else split[:1]):
-        for kind, tensor in zip(DUMPED.values(), labelled):
+    for part, labeled in zip(("train", "test"), split if split.train is not split.val else split[:1]):
+        for kind, tensor in zip(DUMPED.values(), labeled):
             save_file(tensor.cpu(), folder / kind.format(part))
 
 
@@ -145,7 +145,7 @@ def load_features(folder: Path, keep_on: torch.device, dtype: torch.dtype, leave
             raise UsageError(
                 f"{folder} has {len(features_NC)} {part} features but {len(labels_N)} labels; dump them again"
             )
-        parts.append(LabelledFeatures(features_NC.to(keep_on, dtype), labels_N.to(keep_on)))
+        parts.append(LabeledFeatures(features_NC.to(keep_on, dtype), labels_N.to(keep_on)))
     widths = [part.features_NC.shape[1] for part in parts]
     if widths[0] != widths[-1]:
         raise UsageError(
@@ -162,8 +162,8 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.Image
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     transform = augment.eval_view(evaluation_size(args, config), args.crop_ratio, mean, std)
     if not args.leave_one_out:
-        return list(labelled_datasets(args, config, transform, transform))
-    augment.check_normalisation(mean, std, config.MODEL.SPEC.IN_CHANS)
+        return list(labeled_datasets(args, config, transform, transform))
+    augment.check_normalization(mean, std, config.MODEL.SPEC.IN_CHANS)
     in_chans = config.MODEL.SPEC.IN_CHANS
     layout = data.layout_of(args)
     images = data.build_dataset(
@@ -176,11 +176,11 @@ def extract_splits(
     args: argparse.Namespace, device: torch.device, keep_on: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, Split], Sequence[str], dict[str, object]]:
     """Extract all kinds of features of both sets; also returns the names of the classes, and what the features are of."""
-    with utils.failing_together():
+    with collectives.failing_together():
         config = network_config(args)
         datasets = build_datasets(args, config)
         functions = feature_functions(args, config, device)
-    utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
+    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     extracted = []
     for part, dataset in zip(("train", "val"), datasets):
         loader = data.build_eval_loader(
@@ -250,14 +250,14 @@ def check_args(args: argparse.Namespace) -> None:
     if args.backend == "faiss" and args.half:
         raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
     if not args.load_features:
-        flags.check_weights(args)
+        arguments.check_weights(args)
 
 
 def main(args: argparse.Namespace) -> None:
     """Extract (or load) features, vote, report."""
-    device = utils.init_processes(args)
-    utils.setup_logging()
-    with utils.failing_together():
+    device = launch.init_processes(args)
+    collectives.setup_logging()
+    with collectives.failing_together():
         check_args(args)
         if args.output_dir:
             claim_folder(args.output_dir, EVALUATION)
@@ -265,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
         score_features(args, device)
         return
     with files.sole_run(args.dump_features, "features", "--dump_features"):
-        with utils.failing_together():
+        with collectives.failing_together():
             check_dump_folder(args.dump_features)
         score_features(args, device)
 
@@ -277,12 +277,12 @@ def score_features(args: argparse.Namespace, device: torch.device) -> None:
     classes: Sequence[str] = ()
     about: dict[str, object] = {}
     if args.load_features:
-        with utils.failing_together():
+        with collectives.failing_together():
             splits = {"network": load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)}
     else:
         splits, classes, about = extract_splits(args, device, keep_on, dtype)
     dumping: UsageError | None = None
-    if args.dump_features and utils.is_main_process():
+    if args.dump_features and collectives.is_main_process():
         try:
             with files.usable(args.dump_features, "--dump_features"):
                 dump_features(Path(args.dump_features), splits["network"])
@@ -292,11 +292,11 @@ def score_features(args: argparse.Namespace, device: torch.device) -> None:
         name: knn_scores(split, args.nb_knn, args.temperature, args.leave_one_out, args.backend)
         for name, split in splits.items()
     }
-    if utils.is_main_process():
+    if collectives.is_main_process():
         report(scores, splits["network"], classes, about, args)
     if dumping is not None:
         raise dumping
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

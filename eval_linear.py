@@ -7,8 +7,8 @@
 --data_path holds train/<class>/ and val/<class>/. A classifier is trained for every pair of --lr and --n_last_blocks, all of them
 in one pass over the same features. One value each is the published protocol: the pooled tokens of the last n blocks concatenated,
 random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to --lr_min in steps of an epoch
-(to 0, epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the centre crop, the best epoch reported. --cache_features is
-another protocol: features of centre crops, computed once and kept in --output_dir until the run is finished. A killed run goes on
+(to 0, epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the center crop, the best epoch reported. --cache_features is
+another protocol: features of center crops, computed once and kept in --output_dir until the run is finished. A killed run goes on
 from `checkpoint.pth.tar` when its command is repeated; a signal or Ctrl-C saves it within the epoch at hand. Epochs count from 0.
 
 --train_aug strong is the augmentation with which UDI's networks were scored; `results.json` tells which one was used.
@@ -32,36 +32,34 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-import checkpoint
 import data
-import files
-import flags
-import restore
-import resume
-import stopping
 import utils
-from data import augment
-from features import (
+from checkpoints import files, loading
+from config import arguments
+from config.arguments import add_token_flag
+from config.ranges import BATCH, BLOCKS, COUNT, EPOCHS, SEED, WORKERS, integer, number
+from data.transforms import augment
+from distributed import collectives, launch
+from evaluation.features import (
     CachedFeatures,
     FeatureFunction,
     FeatureSource,
     ImageFeatures,
-    add_token_flag,
     block_features,
     data_identity,
     evaluation_size,
     extract_features,
     frozen_backbone,
-    labelled_datasets,
+    labeled_datasets,
     load_cached,
     network_config,
     tell_avgpool,
 )
+from evaluation.linear import Probe, Setting, json_number, load_classifier, probe_width, train_epoch, validate
+from evaluation.results import has_other_results, write_results
 from models import Backbone
-from probe import Probe, Setting, json_number, load_classifier, probe_width, train_epoch, validate
-from progress import EpochMeter, RunLog
-from ranges import BATCH, BLOCKS, COUNT, EPOCHS, SEED, WORKERS, integer, number
-from results import has_other_results, write_results
+from training import checkpointing, restore, stopping
+from training.run_log import EpochMeter, RunLog
 from utils import UsageError, logger
 
 
@@ -82,11 +80,11 @@ PROTOCOLS = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = flags.Parser("eval_linear.py", description="linear classifiers on frozen features")
+    parser = arguments.Parser("eval_linear.py", description="linear classifiers on frozen features")
     add = parser.add_argument
-    switch = partial(flags.add_switch, parser)
-    flags.add_network_flags(parser)
-    flags.add_weights_flags(parser)
+    switch = partial(arguments.add_switch, parser)
+    arguments.add_network_flags(parser)
+    arguments.add_weights_flags(parser)
     add_token_flag(parser)
     add(
         "--n_last_blocks", type=BLOCKS, nargs="+", default=[4], help="blocks whose tokens are the features, one or more"
@@ -116,16 +114,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--linear_weights", default="", help="file of --evaluate; default: checkpoint.pth.tar in --output_dir")
     words = "how its inputs lie with --avgpool_patchtokens: token, then mean region (esvit), or alternating (dino)"
     add("--linear_order", choices=("esvit", "dino"), default="esvit", help=words)
-    switch("--cache_features", "another protocol: train on features of centre crops, computed once; takes minutes")
+    switch("--cache_features", "another protocol: train on features of center crops, computed once; takes minutes")
     add("--precision", choices=utils.PRECISIONS, default="fp32", help="of the network; classifiers are always float32")
-    flags.add_crop_flags(parser)
+    arguments.add_crop_flags(parser)
     add("--seed", type=SEED, default=0, help="of classifiers, order and crops, and of random weights")
     add("--log_freq", type=COUNT, default=20, help="steps between two lines")
     add("--output_dir", default=".", help="folder for checkpoint.pth.tar, log.txt and results.json")
     add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    flags.add_layout_flags(parser)
-    flags.add_launch_flags(parser)
+    arguments.add_layout_flags(parser)
+    arguments.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -154,11 +152,11 @@ def feature_source(
         cached = []
         for label, dataset in zip(("train", "val"), datasets):
             loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, device.type == "cuda")
-            found = extract_features(loader, {"network": function}, device, torch.device("cpu"), label, normalise=False)
+            found = extract_features(loader, {"network": function}, device, torch.device("cpu"), label, normalize=False)
             cached.append(found["network"])
-        if utils.is_main_process():
+        if collectives.is_main_process():
             try:
-                checkpoint.save_file({"run": run, "features": [list(part) for part in cached]}, path)
+                loading.save_file({"run": run, "features": [list(part) for part in cached]}, path)
             except OSError as error:
                 logger.warning("cannot keep the features in %s (%s): they are computed again at a resume", path, error)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
@@ -172,11 +170,11 @@ def feature_source(
 def train(
     probe: Probe,
     source: FeatureSource,
-    start: resume.Place,
+    start: checkpointing.RunPosition,
     sums: Sequence[float],
     args: argparse.Namespace,
     log: RunLog,
-    ending: resume.EndRequest,
+    ending: checkpointing.EndRequest,
     run: dict[str, Any],
     classes: Sequence[str],
 ) -> None:
@@ -185,13 +183,13 @@ def train(
     `sums` are of the losses of the epoch's steps that are done. `run` is what makes a run the same, saved beside the
     classifiers, as the names of the classes are.
     """
-    batch = args.batch_size_per_gpu * utils.get_world_size()
+    batch = args.batch_size_per_gpu * collectives.get_world_size()
     about_run = {"run": run, "args": args, "classes": list(classes)}
 
     def save(meter: EpochMeter, steps: int, sums: list[float]) -> str:
         state = probe.state(meter.epoch - 1) | about_run
-        state["in_epoch"] = resume.in_epoch(steps, meter.state(), args) | {"losses": sums}
-        return resume.write(state, checkpoint_path(args)) if utils.is_main_process() else ""
+        state["in_epoch"] = checkpointing.in_epoch(steps, meter.state(), args) | {"losses": sums}
+        return checkpointing.write(state, checkpoint_path(args)) if collectives.is_main_process() else ""
 
     for epoch in range(start.epoch, args.epochs):
         meter = EpochMeter(epoch, source.steps, images_per_step=batch)
@@ -213,8 +211,8 @@ def train(
             about["acc5_is"] = f"top{args.num_labels}"
         log.finish_epoch(meter, **rows[probe.best], **every, **about)
         state = probe.state(epoch) | about_run
-        if utils.is_main_process():
-            ending.failure = resume.write(state, checkpoint_path(args))
+        if collectives.is_main_process():
+            ending.failure = checkpointing.write(state, checkpoint_path(args))
 
 
 # --------------------------------------------------------------------------- one run, one folder
@@ -229,14 +227,14 @@ def identity(
 ) -> dict[str, Any]:
     """What must be the same for a run to go on: everything that changes its numbers, by the name of the flag."""
     digest = hashlib.sha256(backbone.settled(config).dump().encode())
-    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(checkpoint.DERIVED)}
+    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(loading.DERIVED)}
     for name, tensor in weights.items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     flags = ["arch", "token", "train_aug", "lr", "lr_min", "n_last_blocks", "avgpool_patchtokens", "epochs"]
     flags += ["cache_features", "image_size", "crop_ratio", "seed", "num_labels"]
     return {f"--{name}": getattr(args, name) for name in flags} | {
-        "--batch_size_per_gpu times processes": args.batch_size_per_gpu * utils.get_world_size(),
+        "--batch_size_per_gpu times processes": args.batch_size_per_gpu * collectives.get_world_size(),
         "--precision": precision,
         **data_identity(*datasets),
         "digest of weights and config": digest.hexdigest()[:16],
@@ -248,28 +246,30 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / "checkpoint.pth.tar"
 
 
-def resume_run(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> tuple[resume.Place, list[float]]:
+def resume_run(
+    probe: Probe, args: argparse.Namespace, run: dict[str, Any]
+) -> tuple[checkpointing.RunPosition, list[float]]:
     """Continue from the newest whole `checkpoint.pth.tar` if there is any; returns where, and the epoch's sums of losses there.
 
     Raises:
         UsageError: all files are damaged or of another run, on all processes at once.
     """
-    place, sums = resume.Place(), [0.0] * len(probe.settings)
-    with utils.failing_together(), files.usable(args.output_dir):
-        found = resume.newest_whole(checkpoint_path(args))
+    place, sums = checkpointing.RunPosition(), [0.0] * len(probe.settings)
+    with collectives.failing_together(), files.usable(args.output_dir):
+        found = checkpointing.newest_whole(checkpoint_path(args))
         if found is not None:
             path, content, damaged = found
             with restore.reading("run", path):
-                resume.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
+                checkpointing.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
             probe.load_state(content, path)
-            steps, meter = resume.within_epoch(content, args, path)
-            place = resume.Place(int(content["epoch"]), steps, meter, damaged=damaged)
+            steps, meter = checkpointing.within_epoch(content, args, path)
+            place = checkpointing.RunPosition(int(content["epoch"]), steps, meter, damaged=damaged)
             if steps:
                 with restore.reading("in_epoch", path):
                     sums = [float(loss) for _, loss in zip(sums, content["in_epoch"]["losses"], strict=True)]
             if place.epoch < args.epochs:
                 logger.info("resuming %s at epoch %d of %d", path, place.epoch, args.epochs)
-    utils.must_agree("checkpoints", (place.epoch, place.steps))
+    collectives.must_agree("checkpoints", (place.epoch, place.steps))
     return place, sums
 
 
@@ -346,7 +346,7 @@ def claim_folder(args: argparse.Namespace) -> Path:
     """
     folder = files.make_output_dir(args.output_dir)
     with files.usable(folder):
-        begun = bool(resume.saved(checkpoint_path(args)))
+        begun = bool(checkpointing.saved(checkpoint_path(args)))
     strangers = {
         "a pre-training run (checkpoint.pth)": (folder / "checkpoint.pth").exists() and not begun,
         "other results (results.json)": (folder / "results.json").exists()
@@ -359,21 +359,21 @@ def claim_folder(args: argparse.Namespace) -> Path:
 
 
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
-    """Training images in random crops (centre crops where features are cached), validation images in centre crops.
+    """Training images in random crops (center crops where features are cached), validation images in center crops.
 
     Sets `num_labels` of the arguments to the number of classes unless it is given.
 
     Raises:
-        UsageError: no such data, more classes than --num_labels, or --train_aug strong for what is no colour image.
+        UsageError: no such data, more classes than --num_labels, or --train_aug strong for what is no color image.
     """
     if args.train_aug == "strong" and config.MODEL.SPEC.IN_CHANS != 3:
         raise UsageError(
-            f"--train_aug strong is for colour images, not for {config.MODEL.SPEC.IN_CHANS} channels; use --train_aug standard"
+            f"--train_aug strong is for color images, not for {config.MODEL.SPEC.IN_CHANS} channels; use --train_aug standard"
         )
     size, mean, std = evaluation_size(args, config), config.INPUT.MEAN, config.INPUT.STD
     val_transform = augment.eval_view(size, args.crop_ratio, mean, std)
     train_transform = val_transform if args.cache_features else TRAIN_VIEWS[args.train_aug](size, mean, std)
-    datasets = labelled_datasets(args, config, train_transform, val_transform)
+    datasets = labeled_datasets(args, config, train_transform, val_transform)
     classes = len(datasets[0].classes)
     if isinstance(args.num_labels, Inferred):
         if args.num_labels != classes:
@@ -409,7 +409,7 @@ def build_probe(args: argparse.Namespace, backbone: Backbone, num_labels: int, d
         raise UsageError(f"--n_last_blocks {wrong[0]} must lie in 1..{blocks}, the blocks of {args.arch}")
     settings = [Setting(lr, n) for n in args.n_last_blocks for lr in args.lr]
     widths = [probe_width(backbone, setting.n_last_blocks, args.avgpool_patchtokens) for setting in settings]
-    batch = args.batch_size_per_gpu * utils.get_world_size()
+    batch = args.batch_size_per_gpu * collectives.get_world_size()
     return Probe(settings, widths, num_labels, batch, args.epochs, device, args.seed, args.lr_min)
 
 
@@ -444,13 +444,13 @@ def load_trained(args: argparse.Namespace, backbone: Backbone, device: torch.dev
 
 
 def build_val(args: argparse.Namespace, config: CfgNode, classes: Sequence[str]) -> data.ImageDataset:
-    """Validation images in centre crops, numbered by `classes`, or in the order of their own where there are none.
+    """Validation images in center crops, numbered by `classes`, or in the order of their own where there are none.
 
     Raises:
         UsageError: no such data, more classes than outputs, or other ones.
     """
     mean, std, in_chans = config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS
-    augment.check_normalisation(mean, std, in_chans)
+    augment.check_normalization(mean, std, in_chans)
     view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, mean, std)
     layout = data.layout_of(args)
     val = data.build_dataset(args.data_path, "val", view, in_chans, args.seed, need_labels=True, layout=layout)
@@ -467,44 +467,44 @@ def build_val(args: argparse.Namespace, config: CfgNode, classes: Sequence[str])
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Score a trained classifier on the validation images and print what the published script prints."""
-    with utils.failing_together():
+    with collectives.failing_together():
         precision = utils.resolve_precision(args.precision, device)
         config = network_config(args)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
         tell_avgpool(args.avgpool_patchtokens, backbone)
         probe, classes = load_trained(args, backbone, device)
         val = build_val(args, config, classes)
-    utils.must_agree("numbers of images", len(val))
+    collectives.must_agree("numbers of images", len(val))
     function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
     source = ImageFeatures(function, val, val, args.batch_size_per_gpu, args.num_workers, device)  # nothing trains
     (score,) = validate(probe, source)
-    if utils.is_main_process():
+    if collectives.is_main_process():
         print(f"* Acc@1 {score.top1:.3f} Acc@{min(5, args.num_labels)} {score.top5:.3f} loss {score.loss:.3f}")
         print(f"Accuracy of the network on the {len(val)} test images: {score.top1:.1f}%")
 
 
 def main(args: argparse.Namespace) -> None:
     """Build everything, resume, train, report; or evaluate."""
-    device = utils.init_processes(args)
-    utils.setup_logging()
-    with resume.training_run(checkpoint_path(args)):
+    device = launch.init_processes(args)
+    collectives.setup_logging()
+    with checkpointing.training_run(checkpoint_path(args)):
         _probe(args, device)
 
 
 def _probe(args: argparse.Namespace, device: torch.device) -> None:
-    with utils.failing_together():
+    with collectives.failing_together():
         check_args(args)
-        flags.check_weights(args)
+        arguments.check_weights(args)
     if args.evaluate:
         evaluate(args, device)
         return
-    with utils.failing_together():
+    with collectives.failing_together():
         precision = utils.resolve_precision(args.precision, device)
         folder = claim_folder(args)
         config = network_config(args)
         datasets = build_datasets(args, config)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
-    utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
+    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     if not args.pretrained_weights:
         logger.warning("--random_weights: the scores are those of a network with random weights")
     tell_avgpool(args.avgpool_patchtokens, backbone)
@@ -512,26 +512,26 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
     run = identity(args, config, backbone, datasets, precision)
     start, sums = resume_run(probe, args, run)
     if start.epoch < args.epochs:
-        with utils.failing_together(), files.usable(folder):
-            if utils.is_main_process():
-                resume.tidy(folder, start)
+        with collectives.failing_together(), files.usable(folder):
+            if collectives.is_main_process():
+                checkpointing.tidy(folder, start)
                 files.save_provenance(folder, args, config)
         function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
         source = feature_source(args, function, datasets, device, run)
         images = source.training_images
-        seen = start.epoch * images + start.steps * args.batch_size_per_gpu * utils.get_world_size()
-        with utils.failing_together(), files.usable(folder):
-            normalisation = config.INPUT.MEAN, config.INPUT.STD
-            log = RunLog(folder, args.epochs, args.log_freq, *normalisation, device, images, seen)
+        seen = start.epoch * images + start.steps * args.batch_size_per_gpu * collectives.get_world_size()
+        with collectives.failing_together(), files.usable(folder):
+            normalization = config.INPUT.MEAN, config.INPUT.STD
+            log = RunLog(folder, args.epochs, args.log_freq, *normalization, device, images, seen)
     with stopping.StopVote():  # a signal after the last step takes no result away
         if start.epoch < args.epochs:
-            with closing(log), resume.EndRequest(checkpoint_path(args)) as ending:
+            with closing(log), checkpointing.EndRequest(checkpoint_path(args)) as ending:
                 train(probe, source, start, sums, args, log, ending, run, datasets[0].classes)
-        if utils.is_main_process():
+        if collectives.is_main_process():
             with files.usable(folder):
                 report(probe, args, run)
                 (folder / FEATURES).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -4,7 +4,7 @@
         --target_list_path 1percent.txt --output_dir OUT/logistic
     torchrun --nproc_per_node=8 eval_logistic.py ...                             # features in parallel, one process fits
 
---data_path holds train/<class>/ and val/<class>/. Features of centre crops, scaled to length 1, are computed once; for each value
+--data_path holds train/<class>/ and val/<class>/. Features of center crops, scaled to length 1, are computed once; for each value
 of --lr_lambd the whole problem is solved, without intercept:
 
     mean over the training images of the cross-entropy  +  lambda / 2 * squared norm of the weights
@@ -29,25 +29,25 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import data
-import flags
 import utils
-from data import augment
-from data.lists import digest_of
-from features import (
+from config import arguments
+from config.arguments import add_token_flag, bool_flag
+from config.ranges import BATCH, BLOCKS, EPOCHS, SEED, WORKERS, number
+from data.layouts.lists import digest_of
+from data.transforms import augment
+from distributed import collectives, launch
+from evaluation.features import (
     FeatureFunction,
-    LabelledFeatures,
-    add_token_flag,
+    LabeledFeatures,
     evaluation_size,
     extract_features,
     frozen_backbone,
-    labelled_datasets,
+    labeled_datasets,
     network_config,
     tell_avgpool,
 )
-from flags import bool_flag
+from evaluation.results import add_results, claim_folder
 from models import Backbone
-from ranges import BATCH, BLOCKS, EPOCHS, SEED, WORKERS, number
-from results import add_results, claim_folder
 from utils import UsageError, logger
 
 EVALUATION = "logistic regression"  # how results.json tells whose it is
@@ -67,10 +67,10 @@ class Score(NamedTuple):
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: published names where there are any, and this project's additions."""
-    parser = flags.Parser("eval_logistic.py", description="logistic regression on frozen features")
+    parser = arguments.Parser("eval_logistic.py", description="logistic regression on frozen features")
     add = parser.add_argument
-    flags.add_network_flags(parser)
-    flags.add_weights_flags(parser)
+    arguments.add_network_flags(parser)
+    arguments.add_weights_flags(parser)
     add_token_flag(parser)
     add("--n_last_blocks", type=BLOCKS, default=1, help="blocks whose tokens are the features")
     add(
@@ -89,15 +89,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--adjust_lambd", type=bool_flag, default=True, help="divide them by the number of training images")
     add("--epochs", type=EPOCHS, default=1000, help="most iterations of the solver")
-    flags.add_list_flag(parser)
+    arguments.add_list_flag(parser)
     add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process")
-    flags.add_crop_flags(parser)
+    arguments.add_crop_flags(parser)
     add("--output_dir", default=None, help="folder for results.json")
     add("--seed", type=SEED, default=0, help="of random weights")
     add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    flags.add_layout_flags(parser)
-    flags.add_launch_flags(parser)
+    arguments.add_layout_flags(parser)
+    arguments.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -113,10 +113,10 @@ def feature_function(backbone: Backbone, n_last_blocks: int, pooled: int) -> Fea
     return function
 
 
-def solve(train: LabelledFeatures, val: LabelledFeatures, lambd: float, adjust: bool, iterations: int) -> Score:
+def solve(train: LabeledFeatures, val: LabeledFeatures, lambd: float, adjust: bool, iterations: int) -> Score:
     """Fit one value and score it.
 
-    scikit-learn minimises C * sum of cross-entropies + squared norm / 2: C is 1 / (images * lambda). For two classes it has one row
+    scikit-learn minimizes C * sum of cross-entropies + squared norm / 2: C is 1 / (images * lambda). For two classes it has one row
     of weights, the difference of two whose squared norms are half of its own: C is twice that.
     """
     inverse = 1 / lambd if adjust else 1 / (len(train.labels_N) * lambd)
@@ -138,16 +138,16 @@ def solve(train: LabelledFeatures, val: LabelledFeatures, lambd: float, adjust: 
 
 def extract(
     args: argparse.Namespace, device: torch.device
-) -> tuple[list[LabelledFeatures], data.ImageDataset, dict[str, Any]]:
+) -> tuple[list[LabeledFeatures], data.ImageDataset, dict[str, Any]]:
     """Features of both parts, the training images, and what the features are of.
 
     Raises:
-        UsageError: images of one class, more blocks than the network has, or see `labelled_datasets` and `frozen_backbone`.
+        UsageError: images of one class, more blocks than the network has, or see `labeled_datasets` and `frozen_backbone`.
     """
-    with utils.failing_together():
+    with collectives.failing_together():
         config = network_config(args)
         view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
-        datasets = labelled_datasets(args, config, view, view, args.target_list_path)
+        datasets = labeled_datasets(args, config, view, view, args.target_list_path)
         present = len(np.unique(datasets[0].labels))
         if present < 2:
             raise UsageError(f"the training images are of {present} class; logistic regression needs two or more")
@@ -155,7 +155,7 @@ def extract(
         blocks = sum(backbone.stage_depths)
         if not 1 <= args.n_last_blocks <= blocks:
             raise UsageError(f"--n_last_blocks {args.n_last_blocks} must lie in 1..{blocks}, the blocks of {args.arch}")
-    utils.must_agree("numbers of images", [len(dataset) for dataset in datasets])
+    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     if not args.pretrained_weights:
         logger.warning("--random_weights: the scores are those of a network with random weights")
     tell_avgpool(args.avgpool_patchtokens == 2, backbone)
@@ -182,14 +182,14 @@ def extract(
 
 def main(args: argparse.Namespace) -> None:
     """Extract features, fit every value, report."""
-    device = utils.init_processes(args)
-    utils.setup_logging()
-    with utils.failing_together():
-        flags.check_weights(args)
+    device = launch.init_processes(args)
+    collectives.setup_logging()
+    with collectives.failing_together():
+        arguments.check_weights(args)
         if args.output_dir:
             claim_folder(args.output_dir, EVALUATION)
     (train, val), dataset, about = extract(args, device)
-    if not utils.is_main_process():
+    if not collectives.is_main_process():
         return
     classes = len(dataset.classes)
     ranked = f"Top{min(5, classes)}"
@@ -216,4 +216,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -9,7 +9,7 @@ the first one's size, each of whose values is an object (0 the background). --ou
 for each frame, which the official davis2017-evaluation scores. Regions are normed tokens of the last block without class tokens,
 of any architecture; see analysis/propagation.py for the rule.
 
-Frames are resized to --image_size on their shorter side, the longer one to a multiple of 64 below, and normalised as the network
+Frames are resized to --image_size on their shorter side, the longer one to a multiple of 64 below, and normalized as the network
 knows it (DINO's script divides red by 0.228 instead of 0.229).
 
 Origin: the protocol of DINO (Caron et al., ICCV 2021) on DAVIS (Pont-Tuset et al., 2017); UDI (Su and Ji, ECCV 2024) keeps it.
@@ -35,20 +35,21 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-import data
-import files
-import flags
 import utils
 from analysis.images import Scale, scale_of
 from analysis.propagation import Rule, follow, to_pixels, to_regions
-from data.augment import as_tensor
+from checkpoints import files
+from config import arguments
+from config.ranges import COUNT, PIXELS, SEED, TEMPERATURE, integer
 from data.datasets import reason_of
 from data.decode import ImageLike, UndeclaredRange, open_image, read_image
-from data.sources import read_file
-from data.tree import is_image_file
-from features import frozen_backbone, network_config
+from data.layouts.sources import read_file
+from data.layouts.tree import is_image_file
+from data.transforms import augment
+from data.transforms.augment import as_tensor
+from distributed import collectives, launch
+from evaluation.features import frozen_backbone, network_config
 from models import Backbone
-from ranges import COUNT, PIXELS, SEED, TEMPERATURE, integer
 from utils import UsageError, logger
 
 LONGER_SIDE_STEP = 64  # pixels
@@ -57,10 +58,10 @@ INDEXED = ("P", "L")  # modes of images whose values are labels
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of DINO's script where it has them."""
-    parser = flags.Parser("eval_video.py", description="follow the objects of a video's first frame")
+    parser = arguments.Parser("eval_video.py", description="follow the objects of a video's first frame")
     add = parser.add_argument
-    flags.add_network_flags(parser)
-    flags.add_weights_flags(parser)
+    arguments.add_network_flags(parser)
+    arguments.add_weights_flags(parser)
     add("--frames", required=True, help="folder with the images of one video")
     add("--first_mask", required=True, help="indexed PNG with the objects of the first image")
     add("--output_dir", required=True, help="folder for an indexed PNG of each image; none of them may be there yet")
@@ -130,7 +131,7 @@ def read_mask(path: str) -> Image.Image:
     """An image whose values are labels.
 
     Raises:
-        UsageError: no such file, one with colours, or one without objects.
+        UsageError: no such file, one with colors, or one without objects.
     """
     try:
         with open_image(io.BytesIO(read_file(path))) as opened:
@@ -139,7 +140,7 @@ def read_mask(path: str) -> Image.Image:
         raise UsageError(f"--first_mask {path} cannot be read ({reason_of(error)}); name an indexed PNG") from None
     if mask.mode not in INDEXED:
         raise UsageError(
-            f"--first_mask {path} has colours (mode {mask.mode}), not a label for each pixel; save it indexed"
+            f"--first_mask {path} has colors (mode {mask.mode}), not a label for each pixel; save it indexed"
         )
     if len(np.unique(np.asarray(mask))) < 2:
         raise UsageError(f"--first_mask {path} has one value everywhere; it has to mark an object")
@@ -198,7 +199,7 @@ def region_maps(backbone: Backbone, video: Video, scale: Scale, device: torch.de
         if size_of(frame) != video.size:
             raise UsageError(f"{path} is of another size than the first frame; frames of a video are of one size")
         pixels = TF.resize(as_tensor(frame), size, InterpolationMode.BILINEAR, antialias=True)
-        yield backbone.forward_feature_maps(scale.normalised(pixels).to(device))[0]
+        yield backbone.forward_feature_maps(scale.normalized(pixels).to(device))[0]
 
 
 def follow_objects(
@@ -241,11 +242,11 @@ def claim_outputs(folder: str, frames: Sequence[Path]) -> list[Path]:
 
 def main(args: argparse.Namespace) -> None:
     """Read, follow, write."""
-    utils.setup_logging()
+    collectives.setup_logging()
     device = utils.resolve_device(args.device)
-    flags.check_weights(args)
+    arguments.check_weights(args)
     config = network_config(args)
-    data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
+    augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS, config.INPUT.RANGE)
     with files.sole_run(args.output_dir, "masks"):
         write_masks(args, config, video, device)
@@ -261,7 +262,7 @@ def write_masks(args: argparse.Namespace, config: CfgNode, video: Video, device:
     rule = Rule(args.n_last_frames, args.size_mask_neighborhood, args.topk, args.temperature)
     masks = follow_objects(backbone, video, scale, rule, device)
     done = 0
-    with utils.telling_interrupt(lambda: f"after {done} of {len(written)} masks, which {args.output_dir} has"):
+    with launch.telling_interrupt(lambda: f"after {done} of {len(written)} masks, which {args.output_dir} has"):
         for path, mask in zip(written, tqdm(masks, total=len(written), disable=None)):
             with files.usable(args.output_dir):
                 files.write_new([path], partial(mask.save, format="png"))
@@ -270,4 +271,4 @@ def write_masks(args: argparse.Namespace, config: CfgNode, video: Video, device:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -15,7 +15,7 @@ attended to all class tokens in training.
 
 Names are changed and tensors written as they are: all of it is the CPU's work, there is no --device.
 
-All of them want images in RGB order, normalised as INPUT.MEAN and INPUT.STD say. timm's Swin has a LayerNorm eps of 1e-5, these
+All of them want images in RGB order, normalized as INPUT.MEAN and INPUT.STD say. timm's Swin has a LayerNorm eps of 1e-5, these
 networks 1e-6; for equal features to the last digit pass `norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)` to `create_model`.
 
 Origin: this project's own.
@@ -36,11 +36,11 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-import files
-import flags
-import utils
-from checkpoint import load_backbone, write_file
-from features import network_config
+from checkpoints import files
+from checkpoints.loading import load_backbone, write_file
+from config import arguments
+from distributed import collectives, launch
+from evaluation.features import network_config
 from models import Backbone, build_model
 from models.base import HEADS
 from utils import UsageError, logger
@@ -51,10 +51,10 @@ FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = flags.Parser("export.py", description="Export a backbone, on the CPU: there is no --device")
+    parser = arguments.Parser("export.py", description="Export a backbone, on the CPU: there is no --device")
     add = parser.add_argument
-    flags.add_network_flags(parser)
-    flags.add_weights_flags(parser, required=True)
+    arguments.add_network_flags(parser)
+    arguments.add_weights_flags(parser, required=True)
     add("--format", required=True, choices=FORMATS, help="what to write")
     add(
         "--class_tokens",
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError: an output that exists, has no folder or another ending than the format, or a network that does not fit.
     """
-    utils.setup_logging()
+    collectives.setup_logging()
     if os.path.lexists(args.output):
         raise UsageError(f"--output {args.output} exists already and is not overwritten; name another file")
     if not os.path.isdir(args.output.parent):
@@ -193,4 +193,4 @@ def write_onnx(backbone: Backbone, output: Path, image_size: tuple[int, ...], in
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

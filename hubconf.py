@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from checkpoint import load_backbone
+from checkpoints.loading import load_backbone
 from models import Backbone, build_model, load_arch_config
 from utils import UsageError
 

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 main_esvit.py ...                                                              # many
 
 Without --use_dense_prediction it is DINO's view-level task alone. A started run in --output_dir is continued. What every method
-shares (flags, data, optimiser, the story of a run) is in pretrain.py.
+shares (flags, data, optimizer, the story of a run) is in training/setup.py.
 
 Origin: EsViT (Li et al., ICLR 2022) and DINO (Caron et al., ICCV 2021); flags are those of microsoft/esvit.
 """
@@ -18,36 +18,35 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-import checkpoint
 import data
-import engine
-import flags
-import health
-import pretrain
-import utils
-from data import augment
-from data.crops import split_views
-from data.mixup import ViewMixup
-from flags import bool_flag
-from losses import TEACHER_VIEWS
-from losses import DINOLoss as DINOLoss
-from losses import RegionMatchingLoss as RegionMatchingLoss
+from checkpoints import loading
+from config import arguments
+from config.arguments import bool_flag
+from config.ranges import BELOW_ONE, FACTOR, SHARE, integer
+from data.transforms import augment
+from data.transforms.crops import split_views
+from data.transforms.mixup import ViewMixup
+from distributed import launch
+from losses.dino import DINOLoss as DINOLoss
+from losses.distillation import TEACHER_VIEWS
+from losses.region import RegionMatchingLoss as RegionMatchingLoss
 from models import Backbone, build_model, load_arch_config
-from ranges import BELOW_ONE, FACTOR, SHARE, integer
+from training import collapse, setup
+from training.step import Method
 from utils import UsageError, logger
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = flags.Parser("main_esvit.py", description="EsViT pre-training")
+    parser = arguments.Parser("main_esvit.py", description="EsViT pre-training")
     add = parser.add_argument
-    pretrain.add_student_teacher_flags(parser)
+    arguments.add_student_teacher_flags(parser)
     add("--use_dense_prediction", type=bool_flag, default=False, help="add the region-matching task")
     words = "stochastic depth of the student; default: the yaml's"
     add("--drop_path", "--drop_path_rate", type=SHARE, default=None, help=words)
-    pretrain.add_optimisation_flags(parser)
+    arguments.add_optimization_flags(parser)
 
-    pretrain.add_view_flags(parser)
+    arguments.add_view_flags(parser)
     add("--aug-opt", dest="aug_opt", default="dino_aug", choices=("dino_aug", "deit_aug"), help="augmentation policy")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of deit_aug")
     add("--train-interpolation", dest="train_interpolation", default="bicubic", help="of deit_aug")
@@ -62,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--cutmix", type=FACTOR, default=1.0, help="alpha, 0 for none")
     add(
         "--cutmix-minmax",
-        action=flags.Ascending,
+        action=arguments.Ascending,
         dest="cutmix_minmax",
         type=SHARE,
         nargs=2,
@@ -73,11 +72,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mixup-switch-prob", dest="mixup_switch_prob", type=SHARE, default=0.5, help="of cutmix, where both are on")
     add("--mixup-mode", dest="mixup_mode", default="batch", help="batch, pair or elem")
     add("--smoothing", type=BELOW_ONE, default=0.0, help="label smoothing of the mixed targets")
-    pretrain.add_run_flags(parser)
+    arguments.add_run_flags(parser)
     return parser
 
 
-class EsViT(engine.Method):
+class EsViT(Method):
     """Student, teacher and loss of EsViT, for the engine."""
 
     def __init__(
@@ -91,7 +90,7 @@ class EsViT(engine.Method):
 
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher sees the global views, the student all of them (mixed, if mixup is on)."""
-        with torch.no_grad(), health.inputs_of(self._heads() if self.watch else {}) as features:
+        with torch.no_grad(), collapse.inputs_of(self._heads() if self.watch else {}) as features:
             teacher_output = self.teacher(views[:TEACHER_VIEWS])
         self.criterion.accumulate_center(teacher_output)
         student_views, targets = (views, None) if self.mixup is None else self.mixup(views)
@@ -104,14 +103,14 @@ class EsViT(engine.Method):
 
     def _heads(self) -> dict[str, nn.Module]:
         """The teacher's heads by level."""
-        backbone = checkpoint.unwrap(self.teacher)
+        backbone = loading.unwrap(self.teacher)
         heads = {"view": backbone.head, "region": getattr(backbone, "head_dense", None)}
         return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
 
 
 def main(args: argparse.Namespace) -> None:
     """Pre-train as the arguments say."""
-    pretrain.run(args, pretrain.Script(check_args, load_config, build_views, build_method))
+    setup.run(args, setup.Script(check_args, load_config, build_views, build_method))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -120,7 +119,7 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    pretrain.check_args(args)
+    arguments.check_pretraining(args)
     if args.smoothing and args.use_mixup and args.use_dense_prediction:
         raise UsageError(
             "--smoothing mixes every image with every other, too much for regions; set it to 0 or turn regions off"
@@ -134,13 +133,13 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     return config
 
 
-def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.Finish | None]:
+def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.DeviceTransform | None]:
     """The augmentation policy that --aug-opt names: what workers do, and what is left to do on batches, if anything.
 
     Raises:
-        UsageError: images without colours for deit_aug, or see `augment.deit_views`.
+        UsageError: images without colors for deit_aug, or see `augment.deit_views`.
     """
-    crops, in_chans = pretrain.get_crops(args, config), config.MODEL.SPEC.IN_CHANS
+    crops, in_chans = setup.get_crops(args, config), config.MODEL.SPEC.IN_CHANS
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     backend = augment.choose_backend(args.aug_backend, args.aug_opt, in_chans)
     logger.info("views of %s by the backend %s", args.aug_opt, backend)
@@ -149,7 +148,7 @@ def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transfo
     if args.aug_opt == "dino_aug":
         return augment.dino_views(crops, in_chans, mean, std, args.color_jitter), None
     if in_chans != 3:
-        raise UsageError(f"--aug-opt deit_aug works on colour images, these have {in_chans} channels; use dino_aug")
+        raise UsageError(f"--aug-opt deit_aug works on color images, these have {in_chans} channels; use dino_aug")
     transform = augment.deit_views(
         crops,
         mean,
@@ -170,7 +169,7 @@ def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool
     network = build_model(
         args.arch, config, dense=args.use_dense_prediction, is_teacher=is_teacher, patch_size=args.patch_size
     )
-    head = pretrain.head_builder(args, network)
+    head = setup.head_builder(args, network)
     network.head = head()
     if network.dense:
         network.head_dense = head()
@@ -181,8 +180,8 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
     """Student, teacher as its copy, and the loss, on the device and wrapped for several processes."""
     student = build_network(args, config, is_teacher=False)
     teacher = build_network(args, config, is_teacher=True)
-    crops = pretrain.get_crops(args, config)
-    networks = pretrain.pair_networks(args, student, teacher, crops, device)
+    crops = setup.get_crops(args, config)
+    networks = setup.pair_networks(args, student, teacher, crops, device)
     loss = RegionMatchingLoss if args.use_dense_prediction else DINOLoss
     criterion = loss(
         args.out_dim,
@@ -225,4 +224,4 @@ def check_cut(args: argparse.Namespace, crops: augment.Crops) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -20,8 +20,8 @@ import torch
 from torch.distributed import run as torchrun
 
 import main_esvit
-import utils
-from ranges import integer
+from config.ranges import integer
+from distributed import launch
 from utils import UsageError
 
 SCRIPT = Path(__file__).with_name("main_esvit.py")
@@ -117,4 +117,4 @@ def main(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(sys.argv[1:]))
+    launch.run_script(lambda: main(sys.argv[1:]))

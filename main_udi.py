@@ -5,7 +5,7 @@
 
 The second class token learns from a blend of the teacher's patches, at the places that its own view shows, and its class token.
 Networks without class tokens (Swin, CvT, ViL, ResNet) learn views and patches with --number_cls_token 1: an extension, not UDI's
-own. A started run in --output_dir is continued. What every method shares is in pretrain.py.
+own. A started run in --output_dir is continued. What every method shares is in training/setup.py.
 
 Origin: UDI (Su and Ji, ECCV 2024); flags and defaults are those of ISL-CV/udi, which the help marks where they are not.
 """
@@ -13,29 +13,38 @@ Origin: UDI (Su and Ji, ECCV 2024); flags and defaults are those of ISL-CV/udi, 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import data
-import engine
-import flags
-import pretrain
-import utils
-from config import SPECS
-from data import geometry
-from data.recipe import FLIP
-from data.udi_views import DRAWINGS, PAIR_MODES, REFERENCES, Sampling, split_finished, udi_views
-from flags import bool_flag
-from losses import TEACHER_VIEWS
+from config import arguments
+from config.arguments import bool_flag
+from config.ranges import FACTOR, SHARE, TEMPERATURE, integer
+from config.schema import SPECS
+from data.transforms import geometry
+from data.transforms.recipe import FLIP
+from data.transforms.udi_views import (
+    DRAWINGS,
+    PAIR_MODES,
+    REFERENCES,
+    Correspondence,
+    Sampling,
+    split_finished,
+    udi_views,
+)
+from distributed import launch
+from losses.distillation import TEACHER_VIEWS
+from losses.udi import LEVELS, TARGET_MIXES, StudentLevels, TeacherLevels, UDILoss
 from models import Backbone, build_model, load_arch_config
+from models.outputs import LevelOutput
 from models.registry import config_name
-from models.srs import SRS, default_heads
-from ranges import FACTOR, SHARE, TEMPERATURE, integer
-from udi_levels import student_levels, student_weights, teacher_levels, teacher_weights
-from udi_losses import LEVELS, TARGET_MIXES, UDILoss
+from models.srs import SRS, bilinear_weights, default_heads, one_hot_weights
+from ops.logits import changed, split_rows
+from training import setup
+from training.step import Method
 from utils import UsageError
 
 # What the published script does by itself where others do something else.
@@ -48,9 +57,9 @@ PUBLISHED = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = flags.Parser("main_udi.py", description="UDI pre-training")
+    parser = arguments.Parser("main_udi.py", description="UDI pre-training")
     add = parser.add_argument
-    pretrain.add_student_teacher_flags(parser)
+    arguments.add_student_teacher_flags(parser)
     add(
         "--number_cls_token",
         type=int,
@@ -81,10 +90,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--local_patch", type=bool_flag, default=False, help="learn patches of local views too (added)")
     add("--level_weights", type=FACTOR, nargs=3, default=(1.0, 1.0, 1.0), help=f"of {', '.join(LEVELS)} (added)")
     add("--student_temp", type=TEMPERATURE, default=0.1, help="temperature of the student (added)")
-    add("--center_momentum", type=SHARE, default=0.9, help="EMA momentum of the centres (added)")
-    pretrain.add_optimisation_flags(parser)
+    add("--center_momentum", type=SHARE, default=0.9, help="EMA momentum of the centers (added)")
+    arguments.add_optimization_flags(parser)
 
-    pretrain.add_view_flags(parser)
+    arguments.add_view_flags(parser)
     add("--flip_prob", type=SHARE, default=FLIP, help="probability of the horizontal flip of a view (added)")
     add("--global_pair_mode", default="overlap", choices=PAIR_MODES, help="second global view; nested: paper (added)")
     add("--local_reference", default="intersection", choices=REFERENCES, help="what local views overlap (added)")
@@ -97,12 +106,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--local_sampling_window_size", type=integer(1, 1024), default=2, help="the same in local views")
     add("--srs_align", default="corners", choices=geometry.ALIGNMENTS, help="where in its cell a token stands (added)")
     add("--srs_drawing", default="image", choices=DRAWINGS, help="once for views of a size, for each, or never (added)")
-    pretrain.add_run_flags(parser)
+    arguments.add_run_flags(parser)
     parser.set_defaults(**PUBLISHED)
     return parser
 
 
-class UDI(engine.Method):
+class UDI(Method):
     """Student, teacher and loss of UDI, for the engine.
 
     Args:
@@ -158,7 +167,7 @@ class UDI(engine.Method):
 
 def main(args: argparse.Namespace) -> None:
     """Pre-train as the arguments say."""
-    pretrain.run(args, pretrain.Script(check_args, load_config, build_views, build_method))
+    setup.run(args, setup.Script(check_args, load_config, build_views, build_method))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -167,7 +176,7 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    pretrain.check_args(args)
+    arguments.check_pretraining(args)
     if not args.include_patch and args.number_cls_token > 1:
         raise UsageError(
             "--include_patch off leaves the second class token nothing to learn from; pass --number_cls_token 1 too"
@@ -199,14 +208,14 @@ def load_config(args: argparse.Namespace) -> CfgNode:
             f"yaml and overrides, or pass --number_cls_token {given}"
         )
     if config.MODEL.SPEC.IN_CHANS != 3:
-        raise UsageError(f"UDI's views are of colour images, MODEL.SPEC.IN_CHANS {config.MODEL.SPEC.IN_CHANS} is not 3")
+        raise UsageError(f"UDI's views are of color images, MODEL.SPEC.IN_CHANS {config.MODEL.SPEC.IN_CHANS} is not 3")
     args.aug_backend = "split"
     return config
 
 
-def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.Finish]:
-    """Crops of which workers also tell where they lie, and their colours."""
-    crops = pretrain.get_crops(args, config)
+def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.DeviceTransform]:
+    """Crops of which workers also tell where they lie, and their colors."""
+    crops = setup.get_crops(args, config)
     grid_of = token_grids(args, config)
     smallest = min(grid_of.values())
     sampling = Sampling(
@@ -226,7 +235,7 @@ def token_grids(args: argparse.Namespace, config: CfgNode) -> dict[int, int]:
 
     One on the meta device: shapes alone, no numbers.
     """
-    crops = pretrain.get_crops(args, config)
+    crops = setup.get_crops(args, config)
     sizes = {crops.global_size, *(size for number, size in zip(crops.local_numbers, crops.local_sizes) if number)}
     with torch.device("meta"):
         network = build_model(args.arch, config, patch_size=args.patch_size)
@@ -236,7 +245,7 @@ def token_grids(args: argparse.Namespace, config: CfgNode) -> dict[int, int]:
 def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool) -> Backbone:
     """A backbone with its head, or one a level, and what pools its patches at samples."""
     network = build_model(args.arch, config, is_teacher=is_teacher, patch_size=args.patch_size)
-    head = pretrain.head_builder(args, network)
+    head = setup.head_builder(args, network)
     levels = args.number_cls_token + args.include_patch
     network.head = head() if args.shared_head else nn.ModuleList(head() for _ in range(levels))
     if args.include_patch:
@@ -246,10 +255,10 @@ def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool
 
 def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device) -> UDI:
     """Student, teacher as its copy, and the loss, on the device and wrapped for several processes."""
-    crops = pretrain.get_crops(args, config)
+    crops = setup.get_crops(args, config)
     student = build_network(args, config, is_teacher=False)
     teacher = build_network(args, config, is_teacher=True)
-    networks = pretrain.pair_networks(args, student, teacher, crops, device, compiled="forward_blocks")
+    networks = setup.pair_networks(args, student, teacher, crops, device, compiled="forward_blocks")
     criterion = UDILoss(
         args.out_dim,
         crops.total,
@@ -269,5 +278,78 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
     return UDI(*networks, criterion, args.number_cls_token, grid_of, args.include_patch, args.local_patch)
 
 
+# --------------------------------------------------------------------------- into the networks
+
+
+def teacher_weights(found: Correspondence, grid: int) -> list[Tensor]:
+    """Of each teacher view (B, M + L m, N): at the samples of the other global view, then at those of all local ones."""
+    local = found.local_target_L2m2
+    places = [
+        torch.cat([found.target_2M2[:, 1 - view], local[:, :, view].flatten(1, 2)], dim=1)
+        for view in range(TEACHER_VIEWS)
+    ]
+    return [bilinear_weights(place_BS2, (grid, grid)) for place_BS2 in places]
+
+
+def student_weights(
+    found: Correspondence, sides: Sequence[int], grid_of: Mapping[int, int], local: bool
+) -> list[Tensor | None]:
+    """Of each view, whose side in pixels is given, (B, S, N) at its own samples; with `local` also of the local ones."""
+    tokens = [*found.tokens_2M.unbind(1), *found.local_tokens_Lm.unbind(1)]
+    return [
+        one_hot_weights(own, grid_of[side] ** 2) if local or view < TEACHER_VIEWS else None
+        for view, (own, side) in enumerate(zip(tokens, sides))
+    ]
+
+
+# --------------------------------------------------------------------------- out of the networks
+
+
+def teacher_levels(output: LevelOutput, found: Correspondence) -> TeacherLevels:
+    """Of both global views, sampled as `teacher_weights` says or not at all."""
+    batch, _, samples = found.valid_2M.shape
+    _, local_views, _, local_samples = found.local_valid_L2m.shape
+    levels = TeacherLevels(changed(output.token_logits[0], lambda x: x.unflatten(0, (TEACHER_VIEWS, batch))))
+    if output.sample_logits is None:
+        return levels
+    rows = changed(output.sample_logits, lambda x: x.unflatten(0, (TEACHER_VIEWS, batch, -1)))
+    levels = levels._replace(
+        patch_VBSK=changed(rows, lambda x: x[:, :, :samples].flip(0)), valid_VBS=found.valid_2M.transpose(0, 1)
+    )
+    if not local_views:
+        return levels
+    local_shape = (local_views, local_samples)
+    return levels._replace(
+        local_patch_LVBSK=changed(rows, lambda x: x[:, :, samples:].unflatten(2, local_shape).movedim(2, 0)),
+        local_valid_LVBS=found.local_valid_L2m.movedim(0, 2),
+    )
+
+
+def student_levels(output: LevelOutput, found: Correspondence) -> StudentLevels:
+    """Of all views, sampled as `student_weights` says or not at all."""
+    batch, _, samples = found.valid_2M.shape
+    tokens = [changed(rows, lambda x: x.unflatten(0, (-1, batch))) for rows in output.token_logits]
+    halves = [changed(rows, part) for rows in tokens for part in (_of_globals, _of_locals)]
+    levels = StudentLevels(*halves)
+    if output.sample_features is None:
+        return levels
+    of_globals = TEACHER_VIEWS * batch * samples
+    of_locals = len(output.sample_features) - of_globals
+    rows, local = split_rows(output.sample_logits, [of_globals, of_locals])
+    levels = levels._replace(patch_VBSK=changed(rows, lambda x: x.unflatten(0, (TEACHER_VIEWS, batch, samples))))
+    if not of_locals:
+        return levels
+    local_shape = (found.local_tokens_Lm.shape[1], batch, found.local_tokens_Lm.shape[2])
+    return levels._replace(local_patch_LBSK=changed(local, lambda x: x.unflatten(0, local_shape)))
+
+
+def _of_globals(rows: Tensor) -> Tensor:
+    return rows[:TEACHER_VIEWS]
+
+
+def _of_locals(rows: Tensor) -> Tensor:
+    return rows[TEACHER_VIEWS:]
+
+
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -26,8 +26,6 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 import data
-import files
-import flags
 import utils
 from analysis import attention, correspondence, pictures, plots, stereo
 from analysis import report as pages
@@ -45,12 +43,18 @@ from analysis.images import (
     saved_views,
     scale_of,
 )
-from data.augment import MultiCrop
-from features import add_token_flag, frozen_backbone, network_config
+from checkpoints import files
+from checkpoints.files import unused
+from config import arguments
+from config.arguments import add_token_flag
+from config.ranges import ABOVE_ZERO, BATCH, COUNT, MANY, PIXELS, SEED, WORKERS, integer, number
+from data.transforms import augment
+from data.transforms.augment import MultiCrop
+from distributed import collectives, launch
+from evaluation.features import frozen_backbone, network_config
+from evaluation.results import save_json, write_new
 from models import Backbone
-from progress import one_pass
-from ranges import ABOVE_ZERO, BATCH, COUNT, MANY, PIXELS, SEED, WORKERS, integer, number
-from results import save_json, unused, write_new
+from training.run_log import one_pass
 from utils import UsageError, logger
 
 LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
@@ -58,9 +62,11 @@ LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: names and defaults of the published script, and this project's additions."""
-    parser = flags.Parser("run_analysis.py", description="attention, correspondences and features of a frozen network")
+    parser = arguments.Parser(
+        "run_analysis.py", description="attention, correspondences and features of a frozen network"
+    )
     add = parser.add_argument
-    flags.add_network_flags(parser)
+    arguments.add_network_flags(parser)
     parser.set_defaults(patch_size=8)
     tasks = parser.add_argument_group("what to do, at least one of")
     for flag, words in {
@@ -69,11 +75,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         "measure_correspondence": "how often regions find their place in the flipped image, over a folder",
         "measure_stereo": "how well regions find their place in the other picture of a stereo pair",
         "vis_entropy": "mean entropy of each head's attention, over a folder",
-        "vis_features": "principal components of the region features as colours",
+        "vis_features": "principal components of the region features as colors",
         "report": "one HTML page with the run's curves, scores and pictures",
     }.items():
-        flags.add_switch(tasks, f"--{flag}", words)
-    flags.add_weights_flags(parser)
+        arguments.add_switch(tasks, f"--{flag}", words)
+    arguments.add_weights_flags(parser)
     add_token_flag(parser)
     add("--learning", default="ssl", choices=list(LEARNING), help="how the network was trained, as file names tell it")
     add("--image_path", default=None, help="image, or folder of images of which some are taken; default: --data_path")
@@ -81,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_images", type=COUNT, default=4, help="how many images of a folder are looked at")
     add("--image_size", type=PIXELS, default=None, help="shorter side in pixels; default: that of MODEL.IMAGE_SIZE")
     add("--query", type=number(0, MANY), nargs=2, metavar=("X", "Y"), default=None,
-        help="pixel of the image whose region looks; default: the class token where there is one, else the centre")  # fmt: skip
+        help="pixel of the image whose region looks; default: the class token where there is one, else the center")  # fmt: skip
     add(
         "--block",
         type=integer(-1000, 1000),
@@ -89,7 +95,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="block to look at, counted from the first (0) or from the last (-1)",
     )
     add("--threshold", type=ABOVE_ZERO, default=0.6, help="share of the attention that masks keep")
-    flags.add_switch(
+    arguments.add_switch(
         parser, "--use_saved_aug", "take the views that an earlier --vis_correspondence saved in --output_dir"
     )
     add("--output_dir", default=".", help="folder for pictures and figures")
@@ -98,8 +104,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size_per_gpu", type=BATCH, default=32, help="images per process")
     add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
     add("--data_path", default="", help="folder of images for what is measured over many")
-    flags.add_layout_flags(parser)
-    flags.add_launch_flags(parser)
+    arguments.add_layout_flags(parser)
+    arguments.add_launch_flags(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -259,12 +265,12 @@ def sum_over_folder(lab: Lab, label: str, transform: MultiCrop, measure: Callabl
         UsageError: no images, or more than 1 % of them cannot be read.
     """
     path = lab.args.data_path or lab.args.image_path
-    with utils.failing_together():
+    with collectives.failing_together():
         layout, value_range = lab.layout(path), lab.config.INPUT.RANGE
         dataset = data.build_dataset(
             path, "val", transform, lab.in_chans, lab.args.seed, layout=layout, value_range=value_range
         )
-    utils.must_agree("numbers of images", len(dataset))
+    collectives.must_agree("numbers of images", len(dataset))
     loader = data.build_eval_loader(
         dataset, lab.args.batch_size_per_gpu, lab.args.num_workers, pin_memory=lab.device.type == "cuda"
     )
@@ -280,9 +286,9 @@ def sum_over_folder(lab: Lab, label: str, transform: MultiCrop, measure: Callabl
             sums = measure([view.to(lab.device, non_blocking=True) for view in batch.views])
             total = sums if total is None else total + sums
     data.FailureTally(len(dataset)).add(failures, lab.device, incomplete)
-    width = max(utils.all_gather_objects(0 if total is None else len(total)))  # a process may have no image
+    width = max(collectives.all_gather_objects(0 if total is None else len(total)))  # a process may have no image
     total = torch.zeros(width) if total is None else total
-    return utils.all_reduce_sum(total.float().to(lab.device)).double().cpu()
+    return collectives.all_reduce_sum(total.float().to(lab.device)).double().cpu()
 
 
 def measure_correspondence(lab: Lab) -> None:
@@ -295,7 +301,7 @@ def measure_correspondence(lab: Lab) -> None:
 
     transform = flip_views(size, lab.in_chans, lab.scale.mean, lab.scale.std)
     score = correspondence.flip_score(sum_over_folder(lab, "correspondence", transform, measure).tolist())
-    if utils.is_main_process():
+    if collectives.is_main_process():
         print(
             f"correspondence under a flip, {utils.counted(score.images, 'image')}: accuracy {score.accuracy:.2f} %, "
             f"distance error {score.distance:.2f} pixels"
@@ -331,7 +337,7 @@ def vis_entropy(lab: Lab) -> None:
     """Entropy by layer and head, as a plot and as JSON."""
     by_head = uniform_bits(lab)
     values = mean_entropies(lab, [len(heads) for heads in by_head])
-    if utils.is_main_process():
+    if collectives.is_main_process():
         uniform = [heads[0] for heads in by_head]
         print("entropy of attention by block, in bits:", " ".join(f"{sum(heads) / len(heads):.3f}" for heads in values))
         png = plots.as_png(plots.entropy_plot(values, uniform, lab.backbone.stage_depths))
@@ -358,7 +364,7 @@ def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
     """The stereo measure for all kinds of features.
 
     Raises:
-        UsageError: a network that takes no colour images.
+        UsageError: a network that takes no color images.
     """
     if lab.in_chans != 3:
         raise UsageError(
@@ -369,7 +375,7 @@ def stereo_scores(lab: Lab) -> dict[str, stereo.StereoScore]:
     size = scale.size_for(pair.left.height, pair.left.width)
     pair = stereo.resized(pair, size)
     left, right = (
-        scale.normalised(data.augment.as_tensor(picture)).to(lab.device)  # at `size` already
+        scale.normalized(augment.as_tensor(picture)).to(lab.device)  # at `size` already
         for picture in (pair.left, pair.right)
     )
     networks = {"network": lab.backbone}
@@ -434,7 +440,7 @@ def picture_sections(lab: Lab, picture: Picture) -> Iterator[pages.Section]:
 
 def entropy_section(lab: Lab, found: Sequence[Picture]) -> pages.Section:
     """Mean entropy of the heads over the images of the report."""
-    images = torch.cat([centre_view(lab, picture) for picture in found]).to(lab.device)
+    images = torch.cat([center_view(lab, picture) for picture in found]).to(lab.device)
     values = [bits_BH.mean(dim=0).tolist() for bits_BH in attention.entropies(lab.backbone, images)]
     uniform = [heads[0] for heads in uniform_bits(lab)]
     drawn = plots.entropy_plot(values, uniform, lab.backbone.stage_depths)
@@ -445,7 +451,7 @@ def entropy_section(lab: Lab, found: Sequence[Picture]) -> pages.Section:
     return pages.Section("Entropy of attention", words, [pages.plot(drawn, f"{shown} above")])
 
 
-def centre_view(lab: Lab, picture: Picture) -> Tensor:
+def center_view(lab: Lab, picture: Picture) -> Tensor:
     """(1, C, H, W) of the size that all images can have."""
     transform = plain_view(lab.scale.size_for(*lab.config.MODEL.IMAGE_SIZE), lab.scale.mean, lab.scale.std)
     return transform(picture.pixels_CHW)[0].unsqueeze(0)
@@ -480,7 +486,7 @@ def check_args(args: argparse.Namespace) -> None:
     tasks = SHARED | ALONE
     if not any(getattr(args, task) for task in tasks):
         raise UsageError(f"nothing to do; pass at least one of {' '.join('--' + task for task in tasks)}")
-    flags.check_weights(args)
+    arguments.check_weights(args)
     if args.use_saved_aug and args.image_path2:
         raise UsageError("--use_saved_aug takes views of one image, --image_path2 a second one; leave one of them out")
     if args.query and args.token != "cls":
@@ -497,7 +503,7 @@ def check_args(args: argparse.Namespace) -> None:
 def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
     """Load the network and see at which scale it looks."""
     config = network_config(args)
-    data.augment.check_normalisation(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
+    augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     if args.token == "both":
         backbone.choose_token("cls")  # and the other in its turn, see `Lab.tokens`
@@ -507,12 +513,12 @@ def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
 
 def main(args: argparse.Namespace) -> None:
     """Do what was asked for, one task after the other."""
-    device = utils.init_processes(args)
-    utils.setup_logging()
-    with utils.failing_together():
+    device = launch.init_processes(args)
+    collectives.setup_logging()
+    with collectives.failing_together():
         check_args(args)
         lab = open_lab(args, device)
-    tasks = SHARED | (ALONE if utils.is_main_process() else {})
+    tasks = SHARED | (ALONE if collectives.is_main_process() else {})
     failures = [failure for name, task in tasks.items() if getattr(args, name) and (failure := run_task(task, lab))]
     if failures:
         raise UsageError("; ".join(dict.fromkeys(failures)))
@@ -528,4 +534,4 @@ def run_task(task: Callable[[Lab], None], lab: Lab) -> str:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

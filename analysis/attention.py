@@ -124,7 +124,7 @@ def head_maps(
         block: counted from the first.
         share: of the mass that the masks keep.
         point: x and y of the query in an image of `size` (height, width); None: the class or global token where the block
-            has maps of it, else the centre.
+            has maps of it, else the center.
 
     Raises:
         UsageError: the point is outside the image.

@@ -1,7 +1,7 @@
 """Which regions of two views belong together, by nothing but the cosine of their features.
 
 Shapes: B images, T and S regions of the two views, C channels.
-Origin: EsViT (Li et al., ICLR 2022) section 3.1 and its appendix; distances are between the centres of regions.
+Origin: EsViT (Li et al., ICLR 2022) section 3.1 and its appendix; distances are between the centers of regions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from models import Backbone
 
 Grid = tuple[int, int]
-CLIPPED = 0.02  # share of a principal component's values at each end that get the last colour
+CLIPPED = 0.02  # share of a principal component's values at each end that get the last color
 
 
 class RegionFeatures(NamedTuple):
@@ -63,8 +63,8 @@ def top_pairs(pairs: Pairs, count: int) -> Pairs:
     return Pairs(*(column.gather(-1, order) for column in pairs))
 
 
-def centres(grid: Grid, size: tuple[float, float]) -> Tensor:
-    """(T, 2) y and x, in pixels of an image of `size` (height, width), of the centres of a grid of regions."""
+def centers(grid: Grid, size: tuple[float, float]) -> Tensor:
+    """(T, 2) y and x, in pixels of an image of `size` (height, width), of the centers of a grid of regions."""
     y = (torch.arange(grid[0]) + 0.5) * size[0] / grid[0]
     x = (torch.arange(grid[1]) + 0.5) * size[1] / grid[1]
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
@@ -87,7 +87,7 @@ def flip_sums(first: RegionFeatures, second: RegionFeatures, size: tuple[int, in
     """(images, mean share of hits, mean pixels off) summed over a batch of views and their flipped counterparts."""
     pairs = top_pairs(nearest(first.regions_BTC, second.regions_BTC), count)
     truth = mirrored(first.grid).to(pairs.first_K.device)[pairs.first_K]
-    place = centres(first.grid, size).to(truth.device)
+    place = centers(first.grid, size).to(truth.device)
     off = (place[pairs.second_K] - place[truth]).norm(dim=-1)
     hits = (pairs.second_K == truth).float()
     sums = (len(off), hits.mean(dim=1).double().sum().item(), off.mean(dim=1).double().sum().item())
@@ -101,14 +101,14 @@ def flip_score(sums: Iterable[float]) -> FlipScore:
 
 
 @torch.no_grad()
-def principal_colours(regions_TC: Tensor) -> Tensor:
-    """The three strongest principal components of region features as colours (T, 3) in 0..1; a constant one is grey.
+def principal_colors(regions_TC: Tensor) -> Tensor:
+    """The three strongest principal components of region features as colors (T, 3) in 0..1; a constant one is gray.
 
     The sign of a component, which is free, is chosen so that its largest entry is positive. A few regions unlike all others do
     not take the contrast from the rest: the smallest and largest 2 % of a component are clipped.
     """
-    centred = regions_TC.double() - regions_TC.double().mean(dim=0)
-    left, strength, _ = torch.linalg.svd(centred, full_matrices=False)
+    centered = regions_TC.double() - regions_TC.double().mean(dim=0)
+    left, strength, _ = torch.linalg.svd(centered, full_matrices=False)
     components = F.pad(left * strength, (0, max(0, 3 - left.shape[1])))[:, :3]
     largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
     components = components * torch.where(largest < 0, -1.0, 1.0)

@@ -3,7 +3,7 @@
 Planes and masks have one value for each region of the image they are laid over. Plots with axes are in `analysis.plots`.
 
 Shapes: h x w grid of regions.
-Origin: this project's own; colour maps and letters are matplotlib's.
+Origin: this project's own; color maps and letters are matplotlib's.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from results import write_new
+from evaluation.results import write_new
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Size = tuple[int, int]  # height and width
 Point = tuple[float, float]  # x and y
 Box = tuple[int, int, int, int]  # top, left, bottom and right in regions, the last two not included
@@ -46,23 +46,23 @@ def enlarged(image: Image.Image, shorter_side: float) -> Image.Image:
 
 
 def faded(image: Image.Image, light: float) -> Image.Image:
-    """The image in grey, with a share of its brightness."""
+    """The image in gray, with a share of its brightness."""
     return image.convert("L").point([round(value * light) for value in range(256)]).convert("RGB")
 
 
 def heat(image: Image.Image, plane_hw: Tensor, strength: float = 0.7) -> Image.Image:
-    """Weights of regions in colours over the faded image, brightest where largest; no colour where a weight is 0."""
+    """Weights of regions in colors over the faded image, brightest where largest; no color where a weight is 0."""
     plane = plane_hw.double().numpy()
     largest = plane.max()
     share = plane / largest if largest > 0 else plane
-    colours = Image.fromarray(matplotlib.colormaps["inferno"](share, bytes=True)[..., :3])
+    colors = Image.fromarray(matplotlib.colormaps["inferno"](share, bytes=True)[..., :3])
     seen = Image.fromarray(np.where(share > 1e-6, round(255 * strength), 0).astype(np.uint8))
-    colours, seen = (layer.resize(image.size, Image.Resampling.NEAREST) for layer in (colours, seen))
-    return Image.composite(colours, faded(image, 0.6), seen)
+    colors, seen = (layer.resize(image.size, Image.Resampling.NEAREST) for layer in (colors, seen))
+    return Image.composite(colors, faded(image, 0.6), seen)
 
 
 def masked(image: Image.Image, mask_hw: Tensor) -> Image.Image:
-    """The image where the mask holds, dark and grey elsewhere."""
+    """The image where the mask holds, dark and gray elsewhere."""
     keep = Image.fromarray(mask_hw.numpy().astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(image, faded(image, 0.25), keep)
 
@@ -74,13 +74,13 @@ def on_image(box: Box, grid: Size, size: Size) -> tuple[int, int, int, int]:
     return round(left * x), round(top * y), round(right * x), round(bottom * y)
 
 
-def boxed(image: Image.Image, box: Box, grid: Size, colour: Colour = RED) -> Image.Image:
+def boxed(image: Image.Image, box: Box, grid: Size, color: Color = RED) -> Image.Image:
     """The image with a frame around some regions."""
     image = image.copy()
     left, top, right, bottom = on_image(box, grid, (image.height, image.width))
     draw = ImageDraw.Draw(image)
     draw.rectangle((left, top, right - 1, bottom - 1), outline=PAPER, width=4)
-    draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=colour, width=2)
+    draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=color, width=2)
     return image
 
 
@@ -134,8 +134,8 @@ def stacked(above: Image.Image, below: Image.Image, gap: int = 4) -> Image.Image
 # --------------------------------------------------------------------------- correspondence
 
 
-def rank_colour(rank: int, ranks: int) -> Colour:
-    """A colour of its own for every rank, counted from 0."""
+def rank_color(rank: int, ranks: int) -> Color:
+    """A color of its own for every rank, counted from 0."""
     red, green, blue = matplotlib.colormaps["turbo"](0.86 - 0.76 * rank / max(ranks - 1, 1))[:3]
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -166,7 +166,7 @@ def paired(
     lines = [(on_first(start), on_second(end)) for start, end in pairs]
     for rank in reversed(range(len(lines))):
         draw.line(lines[rank], fill=(0, 0, 0), width=5)
-        draw.line(lines[rank], fill=rank_colour(rank, len(lines)), width=3)
+        draw.line(lines[rank], fill=rank_color(rank, len(lines)), width=3)
     for mark in (on_first(marks[0]), on_second(marks[1])):
         _star(draw, _inside(mark, STAR, STAR, canvas))
     ranks_at: dict[Point, list[int]] = {}
@@ -174,7 +174,7 @@ def paired(
         for point in points:
             ranks_at.setdefault(point, []).append(rank)
     for point, ranks in ranks_at.items():
-        _badge(draw, point, " ".join(str(rank + 1) for rank in ranks), rank_colour(ranks[0], len(lines)), canvas)
+        _badge(draw, point, " ".join(str(rank + 1) for rank in ranks), rank_color(ranks[0], len(lines)), canvas)
     return canvas
 
 
@@ -184,13 +184,13 @@ def _inside(at: Point, reach_x: float, reach_y: float, canvas: Image.Image) -> P
     return x, y
 
 
-def _badge(draw: ImageDraw.ImageDraw, at: Point, text: str, colour: Colour, canvas: Image.Image) -> None:
-    """A number on its colour."""
+def _badge(draw: ImageDraw.ImageDraw, at: Point, text: str, color: Color, canvas: Image.Image) -> None:
+    """A number on its color."""
     reach = max(BADGE, font(14).getlength(text) / 2 + 6)
     x, y = _inside(at, reach, BADGE, canvas)
-    light = (299 * colour[0] + 587 * colour[1] + 114 * colour[2]) / 1000 > 110
+    light = (299 * color[0] + 587 * color[1] + 114 * color[2]) / 1000 > 110
     draw.rounded_rectangle(
-        (x - reach, y - BADGE, x + reach, y + BADGE), radius=BADGE, fill=colour, outline=PAPER, width=2
+        (x - reach, y - BADGE, x + reach, y + BADGE), radius=BADGE, fill=color, outline=PAPER, width=2
     )
     draw.text((x, y), text, fill=INK if light else PAPER, font=font(14), anchor="mm")
 

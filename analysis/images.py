@@ -22,13 +22,13 @@ from torchvision.transforms import functional as TF
 from yacs.config import CfgNode
 
 import data
-from checkpoint import load_file, write_file
-from data.augment import THIN, BrightnessContrast, MultiCrop, ViewTransform, as_tensor, middle_of_thin
+from checkpoints.files import numbered
+from checkpoints.loading import load_file, write_file
 from data.datasets import REPLACEMENT_TRIES, reason_of
 from data.decode import ImageLike, UndeclaredRange, decode_image
-from data.sources import Files, Source
+from data.layouts.sources import Files, Source
+from data.transforms.augment import THIN, BrightnessContrast, MultiCrop, ViewTransform, as_tensor, middle_of_thin
 from models import Backbone
-from results import numbered
 from utils import UsageError, counted, isolated_rng, logger
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -52,7 +52,7 @@ class Chosen(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """What a network takes: sides of whole regions, and the normalisation."""
+    """What a network takes: sides of whole regions, and the normalization."""
 
     shorter_side: int
     region: tuple[int, int]  # height and width of a last-stage region in pixels
@@ -65,7 +65,7 @@ class Scale(NamedTuple):
         sides = [max(1, round(side * factor / step)) * step for side, step in zip((height, width), self.region)]
         return sides[0], sides[1]
 
-    def normalised(self, pixels_CHW: Tensor) -> Tensor:
+    def normalized(self, pixels_CHW: Tensor) -> Tensor:
         """(1, C, H, W) as the network takes it."""
         return TF.normalize(pixels_CHW, list(self.mean), list(self.std)).unsqueeze(0)
 
@@ -170,12 +170,12 @@ def unique_names(files: Sequence[str]) -> list[str]:
 # --------------------------------------------------------------------------- views
 
 
-class RandomColours:
-    """Colour jitter and sometimes grey; brightness and contrast only where channels are no colours."""
+class RandomColors:
+    """Color jitter and sometimes gray; brightness and contrast only where channels are no colors."""
 
     def __init__(self, in_chans: int, strength: float = 0.4) -> None:
-        colours = transforms.ColorJitter(strength, strength, strength / 2, strength / 4)
-        jitter = colours if in_chans in (1, 3) else BrightnessContrast(strength)
+        colors = transforms.ColorJitter(strength, strength, strength / 2, strength / 4)
+        jitter = colors if in_chans in (1, 3) else BrightnessContrast(strength)
         steps = [transforms.RandomApply([jitter], p=0.8)]
         self.steps = transforms.Compose(steps + [transforms.RandomGrayscale(p=0.2)] if in_chans == 3 else steps)
 
@@ -193,7 +193,7 @@ class Views(NamedTuple):
 
 
 def random_views(picture: Picture, seed: int) -> Views:
-    """Two random crops of a picture, of its size, with a flip and colours; `seed` decides everything."""
+    """Two random crops of a picture, of its size, with a flip and colors; `seed` decides everything."""
     with isolated_rng(seed):
         views, told = [], []
         for _ in range(2):
@@ -203,7 +203,7 @@ def random_views(picture: Picture, seed: int) -> Views:
             )
             view = TF.resized_crop(picture.pixels_CHW, *box, size=list(size), interpolation=BICUBIC, antialias=True)
             flipped = random.random() < 0.5
-            view = RandomColours(len(view))(TF.hflip(view) if flipped else view)
+            view = RandomColors(len(view))(TF.hflip(view) if flipped else view)
             views.append(view.clamp(0, 1))
             top, left, height, width = box
             told.append(f"rows {top}-{top + height}, columns {left}-{left + width}{', flipped' if flipped else ''}")
@@ -261,21 +261,21 @@ def views_of_size(views: Views, scale: Scale) -> Views:
 
 
 def flip_views(size: tuple[int, int], in_chans: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
-    """The image, cut to `size` (height, width) from its centre, and its horizontal flip with jittered colours or grey."""
+    """The image, cut to `size` (height, width) from its center, and its horizontal flip with jittered colors or gray."""
 
     def view(extra: list[ViewTransform]) -> ViewTransform:
         return transforms.Compose([FillAndCrop(size), as_tensor, *extra, transforms.Normalize(mean, std)])
 
-    return MultiCrop([view([]), view([TF.hflip, RandomColours(in_chans)])])
+    return MultiCrop([view([]), view([TF.hflip, RandomColors(in_chans)])])
 
 
 def plain_view(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
-    """The image, cut to `size` (height, width) from its centre."""
+    """The image, cut to `size` (height, width) from its center."""
     return MultiCrop([transforms.Compose([FillAndCrop(size), as_tensor, transforms.Normalize(mean, std)])])
 
 
 class FillAndCrop:
-    """Resize an image so that it just covers `size` (height, width), and cut its centre."""
+    """Resize an image so that it just covers `size` (height, width), and cut its center."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size

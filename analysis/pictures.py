@@ -64,7 +64,7 @@ def attention_drawing(
     Returns:
         the drawing, zoomed to the query's window where that is small, and the single pictures of the whole image by file name.
     """
-    pixels_1CHW = scale.normalised(picture.pixels_CHW).to(device)
+    pixels_1CHW = scale.normalized(picture.pixels_CHW).to(device)
     maps = attention.head_maps(backbone, pixels_1CHW, block, share, query, picture.original_size)
     whole = _Layer(shown(picture.pixels_CHW), (0, 0, *maps.grid), maps.grid, maps.query_yx)
     zoomed = whole.zoomed(maps.seen)
@@ -147,10 +147,10 @@ def correspondence_drawing(
     """The `count` most similar pairs of regions joined by lines, stars on the regions most like their view."""
     views = views_of_size(views, scale)
     first, second = (
-        correspondence.region_features(backbone, scale.normalised(view).to(device)) for view in (views[0], views[1])
+        correspondence.region_features(backbone, scale.normalized(view).to(device)) for view in (views[0], views[1])
     )
     pairs = correspondence.top_pairs(correspondence.nearest(first.regions_BTC[0], second.regions_BTC[0]), count)
-    shares = [_centres(features.grid, (1.0, 1.0)) for features in (first, second)]
+    shares = [_centers(features.grid, (1.0, 1.0)) for features in (first, second)]
     found = list(zip(pairs.first_K.tolist(), pairs.second_K.tolist(), pairs.similarity_K.tolist()))
     most_like = [int(features.most_like_view) for features in (first, second)]
     image = draw.paired(
@@ -162,7 +162,7 @@ def correspondence_drawing(
         f"the {len(found)} most similar regions of {len(shares[0])}, by rank; star: the region most like its whole view"
     )
     sizes = [(view.shape[1], view.shape[2]) for view in (views[0], views[1])]
-    pixels = [_centres(features.grid, size) for features, size in zip((first, second), sizes)]
+    pixels = [_centers(features.grid, size) for features, size in zip((first, second), sizes)]
     record = {
         "views": views.made,
         "size_of_views": sizes,
@@ -175,19 +175,19 @@ def correspondence_drawing(
     return Drawing(about, [Panel(image, views.made)], record)
 
 
-def _centres(grid: correspondence.Grid, size: tuple[float, float]) -> list[draw.Point]:
-    return [(x, y) for y, x in correspondence.centres(grid, size).tolist()]
+def _centers(grid: correspondence.Grid, size: tuple[float, float]) -> list[draw.Point]:
+    return [(x, y) for y, x in correspondence.centers(grid, size).tolist()]
 
 
 # --------------------------------------------------------------------------- features
 
 
 def features_drawing(backbone: Backbone, picture: Picture, scale: Scale, device: torch.device) -> Drawing:
-    """The image beside its regions in the colours of their three strongest principal components."""
-    features = correspondence.region_features(backbone, scale.normalised(picture.pixels_CHW).to(device))
-    colours_TC = correspondence.principal_colours(features.regions_BTC[0].cpu())
+    """The image beside its regions in the colors of their three strongest principal components."""
+    features = correspondence.region_features(backbone, scale.normalized(picture.pixels_CHW).to(device))
+    colors_TC = correspondence.principal_colors(features.regions_BTC[0].cpu())
     image = draw.enlarged(shown(picture.pixels_CHW), 1.5 * TILE)
-    regions = shown(colours_TC.T.unflatten(1, features.grid)).resize(image.size, Image.Resampling.NEAREST)
+    regions = shown(colors_TC.T.unflatten(1, features.grid)).resize(image.size, Image.Resampling.NEAREST)
     rows, columns = features.grid
-    about = "regions alike in features are alike in colour: their three principal components"
+    about = "regions alike in features are alike in color: their three principal components"
     return Drawing(about, [Panel(image, picture.name), Panel(regions, f"{rows} x {columns} regions")], {})

@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3")
+COLORS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3")
 STYLE: Any = {  # whose type would be a list of 300 keys
     "font.family": "sans-serif",
     "font.size": 10,
@@ -50,9 +50,9 @@ def entropy_plot(values: Sequence[Sequence[float]], uniform: Sequence[float], de
         axes = figure.subplots()
         layers = range(len(values))
         at = [(layer, bits) for layer, heads in enumerate(values) for bits in heads]
-        axes.plot(*zip(*at), "o", color=COLOURS[0], alpha=0.65, markersize=6, markeredgecolor="white", label="head")
+        axes.plot(*zip(*at), "o", color=COLORS[0], alpha=0.65, markersize=6, markeredgecolor="white", label="head")
         means = [sum(heads) / len(heads) for heads in values]
-        axes.plot(layers, means, color=COLOURS[1], linewidth=2, label="mean of the heads")
+        axes.plot(layers, means, color=COLORS[1], linewidth=2, label="mean of the heads")
         axes.hlines(uniform, [x - 0.5 for x in layers], [x + 0.5 for x in layers], colors="#444444", linestyles="dashed",
                     linewidth=1, label="uniform attention")  # fmt: skip
         start = 0.0
@@ -77,9 +77,9 @@ def curve_plot(title: str, series: Mapping[str, Points]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 3.0), layout="constrained")
         axes = figure.subplots()
-        for colour, (name, points) in zip(COLOURS, series.items()):
+        for color, (name, points) in zip(COLORS, series.items()):
             marker = "o" if len(points) <= 25 else ""
-            axes.plot(*zip(*points), color=colour, marker=marker, markersize=4, linewidth=1.8, label=name)
+            axes.plot(*zip(*points), color=color, marker=marker, markersize=4, linewidth=1.8, label=name)
         axes.set(title=title, xlabel="epoch")
         axes.margins(x=0.03, y=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))

@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     temperature: float = 0.1
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Regions of a frame and what is known about them."""
 
     features_NC: Tensor  # of length 1
@@ -43,7 +43,7 @@ def near(grid: Grid, radius: int) -> Tensor:
     return (rows[:, None, :, None] & columns[:, None, :]).flatten(0, 1).flatten(1)
 
 
-def propagated(features_NC: Tensor, context: Iterable[Labelled], near_NN: Tensor, rule: Rule) -> Tensor:
+def propagated(features_NC: Tensor, context: Iterable[Labeled], near_NN: Tensor, rule: Rule) -> Tensor:
     """(N, K) the labels that the regions of a frame take from those of the context; frame by frame, so that one N x N is held."""
     best_Nk = features_NC.new_empty(len(features_NC), 0)
     labels_NkK: Tensor | None = None
@@ -66,17 +66,17 @@ def follow(maps: Iterable[Tensor], first_NK: Tensor, rule: Rule) -> Iterator[Ten
         maps: region features (C, h, w) of the frames in their order, all of one grid.
         first_NK: labels of the first frame's regions.
     """
-    first: Labelled | None = None
+    first: Labeled | None = None
     near_NN = torch.empty(0)
-    last: deque[Labelled] = deque(maxlen=rule.last_frames)
+    last: deque[Labeled] = deque(maxlen=rule.last_frames)
     for map_Chw in maps:
         features_NC = F.normalize(map_Chw.flatten(1).T, dim=1)
         if first is None:
-            first = Labelled(features_NC, first_NK)
+            first = Labeled(features_NC, first_NK)
             near_NN = near((map_Chw.shape[1], map_Chw.shape[2]), rule.radius).to(features_NC.device)
             continue
         labels_NK = propagated(features_NC, [first, *last], near_NN, rule)
-        last.append(Labelled(features_NC, labels_NK))
+        last.append(Labeled(features_NC, labels_NK))
         yield labels_NK
 
 

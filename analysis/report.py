@@ -20,9 +20,9 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
 from analysis import draw, plots
+from checkpoints.files import numbered, parse_json, read_text
 from data.decode import open_image
-from files import parse_json, read_text
-from results import newest, numbered, read_json
+from evaluation.results import newest, read_json
 from utils import UsageError, logger
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
@@ -51,7 +51,7 @@ LABELS = {  # keys of score files in words
     "train_images": "training images",
     "val_images": "validation images",
     "image_size": "image size in pixels",
-    "crop_ratio": "centre crop",
+    "crop_ratio": "center crop",
     "half": "half precision",
     "train_aug": "augmentation",
     "finetune_head_layer": "layers of the projection head",

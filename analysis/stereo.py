@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from analysis.correspondence import Grid, centres, nearest
+from analysis.correspondence import Grid, centers, nearest
 from data.decode import open_image
 from utils import UsageError
 
@@ -94,9 +94,9 @@ class TruePlaces(NamedTuple):
 
 
 def true_places(disparity_HW: Tensor, grid: Grid) -> TruePlaces:
-    """Where the centres of the left picture's regions are in the right one; those that leave the picture are not there."""
+    """Where the centers of the left picture's regions are in the right one; those that leave the picture are not there."""
     size = (disparity_HW.shape[0], disparity_HW.shape[1])
-    places_T2 = centres(grid, size)
+    places_T2 = centers(grid, size)
     places_T2[:, 1] -= region_disparity(disparity_HW, grid)
     regions_K = (places_T2[:, 1] >= 0).nonzero().squeeze(1)  # nan is not
     return TruePlaces(regions_K, places_T2[regions_K])
@@ -107,13 +107,13 @@ def stereo_score(
 ) -> StereoScore:
     """Match every region of the left picture to the whole right one and compare with the truth."""
     match_K = nearest(left_TC, right_TC).second_K[truth.regions_K]
-    off_K2 = centres(grid, size)[match_K] - truth.places_K2
+    off_K2 = centers(grid, size)[match_K] - truth.places_K2
     return _score(off_K2, grid, size)
 
 
 def chance_score(truth: TruePlaces, grid: Grid, size: tuple[int, int]) -> StereoScore:
     """What matching to any region of the right picture gives on average."""
-    off = centres(grid, size)[None] - truth.places_K2[:, None]
+    off = centers(grid, size)[None] - truth.places_K2[:, None]
     return _score(off.flatten(0, 1), grid, size)._replace(regions=len(truth.regions_K))
 
 

@@ -1,10 +1,11 @@
-"""Cost of the views of an image: the PIL pipeline against the split one (data/crops.py and data/photometric.py), both on this CPU.
+"""Cost of the views of an image: the PIL pipeline against the split one (data/transforms/crops.py and
+data/transforms/photometric.py), both on this CPU.
 
     python benchmarks/augment.py                    # under a minute
     python benchmarks/augment.py --rounds 20        # on a machine that others use
 
-Compared is the published multi-crop, 2 x 224 and 8 x 96 pixels with DINO's colours, from the bytes of a JPEG of 500 x 375 to
-normalised float views. The PIL pipeline does all of it in a loader worker. Of the split one the worker decodes, crops, resizes and
+Compared is the published multi-crop, 2 x 224 and 8 x 96 pixels with DINO's colors, from the bytes of a JPEG of 500 x 375 to
+normalized float views. The PIL pipeline does all of it in a loader worker. Of the split one the worker decodes, crops, resizes and
 flips; the rest happens in batches on the device that trains, which is this CPU here: the worst case.
 
 The JPEGs are the photographs of scikit-image and scikit-learn. The sides alternate, each round takes every photograph once, and the
@@ -27,16 +28,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ranges import COUNT, integer
+from config.ranges import COUNT, integer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from data.augment import dino_views
-from data.crops import split_views
 from data.decode import decode_image, open_image
 from data.demo import photographs
-from data.recipe import Crops
+from data.transforms.augment import dino_views
+from data.transforms.crops import split_views
+from data.transforms.recipe import Crops
+from distributed import launch
 
 SIZE = (500, 375)  # the average of ImageNet
 CROPS = Crops(224, (0.4, 1.0), (8,), (96,), (0.05, 0.4))
@@ -123,4 +125,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ranges import COUNT
+from config.ranges import COUNT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,12 +38,12 @@ import tarfile
 import torch
 from PIL import Image
 
-import utils
 from data.datasets import build_dataset
 from data.decode import ImageLike
-from data.once import CACHE_VARIABLE
-from data.shards import build_stream
-from data.tree import UNSETTLED
+from data.layouts.index_cache import CACHE_VARIABLE
+from data.layouts.shards import build_stream
+from data.layouts.tree import UNSETTLED
+from distributed import launch
 
 PER_FOLDER = 1000
 TARGET = 50  # MB of each further worker
@@ -219,4 +219,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

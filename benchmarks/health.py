@@ -20,13 +20,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ranges import COUNT
+from config.ranges import COUNT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
 from benchmarks.sides import add_sizes, build_step, make_crops
-from health import Level, Monitor
+from distributed import launch
+from losses.distillation import Level
+from training.collapse import Monitor
 
 TARGET = 0.02
 
@@ -71,4 +72,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

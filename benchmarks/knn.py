@@ -1,11 +1,11 @@
-"""Time and peak memory of the k-NN vote in chunks (neighbours.py) against the published way with one-hot votes.
+"""Time and peak memory of the k-NN vote in chunks (evaluation/knn.py) against the published way with one-hot votes.
 
     python benchmarks/knn.py                                                # the full size, some minutes
     python benchmarks/knn.py --keys 20000 --queries 500 --classes 100       # smaller; memory says little below full size
 
 Compared are the accuracies of all values of k together, from features that are there to printed numbers. The plain side does
 what the published scripts do for each k anew: similarities of a hundredth of the queries to all keys, the k best of them, and
-votes as a product with a one-hot tensor (queries, k, classes). The features are noisy class centres in the order of their
+votes as a product with a one-hot tensor (queries, k, classes). The features are noisy class centers in the order of their
 classes, as those of an image folder are; both sides read the same ones.
 
 Each side runs in a process of its own. Its peak memory is `ru_maxrss` at the end less what was resident when features and
@@ -29,13 +29,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ranges import COUNT
+from config.ranges import COUNT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from features import LabelledFeatures
-from neighbours import Split, knn_scores
+from distributed import launch
+from evaluation.features import LabeledFeatures
+from evaluation.knn import Split, knn_scores
 
 SIDES = ("plain", "chunked")
 PLAIN_CHUNKS = 100  # of the queries, as published
@@ -67,10 +68,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 def make_features(args: argparse.Namespace, folder: Path) -> None:
     """Write features and labels of keys and queries."""
     torch.manual_seed(0)
-    centres = torch.randn(args.classes, args.width)
+    centers = torch.randn(args.classes, args.width)
     for name, count in (("train", args.keys), ("val", args.queries)):
         labels = torch.randint(args.classes, (count,)).sort().values
-        features = F.normalize(centres[labels] + 4 * torch.randn(count, args.width), dim=-1)
+        features = F.normalize(centers[labels] + 4 * torch.randn(count, args.width), dim=-1)
         np.save(folder / f"{name}feat.npy", features.numpy())
         np.save(folder / f"{name}labels.npy", labels.numpy())
 
@@ -78,7 +79,7 @@ def make_features(args: argparse.Namespace, folder: Path) -> None:
 def load_split(folder: Path) -> Split:
     """What `make_features` wrote."""
     names = [[folder / f"{part}{kind}.npy" for kind in ("feat", "labels")] for part in ("train", "val")]
-    return Split(*(LabelledFeatures(*(torch.from_numpy(np.load(name)) for name in pair)) for pair in names))
+    return Split(*(LabeledFeatures(*(torch.from_numpy(np.load(name)) for name in pair)) for pair in names))
 
 
 def plain(split: Split, ks: list[int], classes: int) -> Accuracies:
@@ -118,7 +119,7 @@ def run_side(args: argparse.Namespace, folder: Path) -> None:
     """Measure one side and print its figures as JSON."""
     vote = {"plain": plain, "chunked": chunked}[args.side]
     split = load_split(folder)
-    vote(Split(*(LabelledFeatures(part.features_NC[:300], part.labels_N[:300]) for part in split)), [5], args.classes)
+    vote(Split(*(LabeledFeatures(part.features_NC[:300], part.labels_N[:300]) for part in split)), [5], args.classes)
     before = resident_mb()
     start, cpu_start = time.perf_counter(), time.process_time()
     accuracies = vote(split, args.nb_knn, args.classes)
@@ -180,4 +181,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

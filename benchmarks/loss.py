@@ -1,10 +1,10 @@
-"""Time and peak memory of the loss in chunks (chunked_loss.py) against the plain form that holds all logits.
+"""Time and peak memory of the loss in chunks (ops/chunked_cross_entropy.py) against the plain form that holds all logits.
 
     python benchmarks/loss.py                                        # the full size: minutes, and 9 GB for the plain side
     python benchmarks/loss.py --batch 4 --out_dim 16384 --dtypes float32
     python benchmarks/loss.py --dtypes float32 --skip_plain          # memory and time of the chunks alone
 
-Measured is what follows the bottleneck: prototypes of both heads, logits, matching, both losses, centres, and the backward to
+Measured is what follows the bottleneck: prototypes of both heads, logits, matching, both losses, centers, and the backward to
 bottleneck vectors and prototypes, for the views and regions that Swin-T has of 2 crops of 224 and 8 of 96 pixels. bfloat16 is
 autocast; on processors without instructions for it (AMX, AVX-512) it is emulated and takes many minutes. Below full size a chunk
 is not filled, and the growth says little.
@@ -34,14 +34,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ranges import COUNT
+from config.ranges import COUNT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from losses import RegionMatchingLoss
+from distributed import launch
+from losses.region import RegionMatchingLoss
 from models.heads import WeightNormLinear
-from outputs import MultiCropOutput
+from models.outputs import MultiCropOutput
 
 SIDES = ("plain", "chunked")
 REGIONS = (49, 49, *[9] * 8)  # of every view, last stage of Swin-T
@@ -86,7 +87,7 @@ def make_inputs(batch: int, regions_per_view: tuple[int, ...], student: bool) ->
 
 
 class Problem:
-    """Last layers of student and teacher, inputs and loss; `run` is one step without its optimiser."""
+    """Last layers of student and teacher, inputs and loss; `run` is one step without its optimizer."""
 
     def __init__(self, side: str, batch: int, out_dim: int, precision: str) -> None:
         torch.manual_seed(0)
@@ -114,7 +115,7 @@ class Problem:
         return loss
 
     def run(self) -> float:
-        """Forward, backward and centres; gradients are dropped."""
+        """Forward, backward and centers; gradients are dropped."""
         loss = self._forward()
         loss.backward()
         self.loss.update_center()
@@ -205,4 +206,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

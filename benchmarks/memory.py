@@ -5,7 +5,7 @@
     python benchmarks/memory.py --batch 8 --out_dim 4096
 
 Every storage that an operation of the second step makes or holds is counted from its birth to its death: parameters, gradients,
-optimiser, centres, what autograd keeps, and results on the way. The lean side's attention is that of the fused kernel of CUDA
+optimizer, centers, what autograd keeps, and results on the way. The lean side's attention is that of the fused kernel of CUDA
 (memory-efficient attention), the plain side's is spelled out; the loss walks blocks as on a CPU, on CUDA it holds some 0.2 GB
 more of each chunk. Not counted: the context and libraries of CUDA, scratch memory
 inside a kernel, fragmentation, images of the next batch; leave one or two GB for them. The largest batch is the line through two
@@ -33,14 +33,14 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import engine
 import main_esvit
-import optim
-import utils
 from benchmarks.plain import PlainStep
 from benchmarks.rows import ROWS
 from benchmarks.sides import add_sizes, build_step, make_crops
-from models.windows import forget_made
+from distributed import launch
+from ops.windows import clear_cached_tensors
+from training import optim
+from training.step import TrainStep
 
 GB = 1e9
 TARGETS = {"lean": 0.6, "checkpointed": 0.35}
@@ -106,7 +106,7 @@ def simulated() -> Iterator[FakeTensorMode]:
         ):
             yield mode
     finally:
-        forget_made()
+        clear_cached_tensors()
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
 
 
@@ -138,17 +138,17 @@ def peak_bytes(side: str, args: argparse.Namespace, batch: int, *, flags: tuple[
     return counter.peak
 
 
-def rebuilt(step: engine.TrainStep, *, plain: bool) -> engine.TrainStep:
-    """The same step with an optimiser on the parameters that the networks have now."""
+def rebuilt(step: TrainStep, *, plain: bool) -> TrainStep:
+    """The same step with an optimizer on the parameters that the networks have now."""
     assert isinstance(step.method, main_esvit.EsViT)
     optimizer = optim.build_optimizer("adamw", optim.param_groups(step.method.student))
     settings = (step.schedules, step.device, step.precision, step.clip_grad, step.freeze_last_layer)
-    new = engine.TrainStep(step.method, optimizer, *settings)
+    new = TrainStep(step.method, optimizer, *settings)
     return PlainStep(new, read=lambda tensor: 1.0) if plain else new
 
 
-def tensors_of(step: engine.TrainStep) -> Iterator[Tensor]:
-    """Parameters, buffers and the optimiser's state."""
+def tensors_of(step: TrainStep) -> Iterator[Tensor]:
+    """Parameters, buffers and the optimizer's state."""
     for module in (step.method.student, step.method.teacher, step.method.criterion):
         yield from module.parameters()
         yield from module.buffers()
@@ -197,4 +197,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

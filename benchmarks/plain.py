@@ -2,7 +2,7 @@
 
 It goes about a step as the published implementation does. Attention is spelled out on windows that are padded, rolled and copied,
 with shift masks built anew in every forward; layers are torch's own; losses hold all logits and go from pair of views to pair of
-views; old gradients are dropped when the new ones come; gradients are clipped with one reading a parameter; the optimiser goes
+views; old gradients are dropped when the new ones come; gradients are clipped with one reading a parameter; the optimizer goes
 from tensor to tensor, the teacher from parameter to parameter; the host reads every loss.
 
 Origin: this project's own; it restates the update of DINO (Caron et al., ICCV 2021) and the windows of Swin Transformer (Liu et
@@ -20,16 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import engine
-import optim
 import utils
-from losses import TEACHER_VIEWS, DINOLoss, RegionMatchingLoss, at_least_float32
-from models.attention import pairwise_bias
-from models.mlp import Mlp
+from losses.dino import DINOLoss
+from losses.distillation import TEACHER_VIEWS, at_least_float32
+from losses.region import RegionMatchingLoss
+from models.outputs import MultiCropOutput
 from models.swin import SwinBlock, WindowAttention
-from models.windows import Cut, cut_windows, join_windows, padded_grid, window_partition
-from outputs import MultiCropOutput
-from products import Linear
+from ops.attention import pairwise_bias
+from ops.linear import Linear
+from ops.mlp import Mlp
+from ops.windows import WindowPartition, join_windows, padded_grid, partition_windows, window_partition
+from training import optim
+from training.step import MicroBatch, TrainStep
 
 Loss = TypeVar("Loss", bound=DINOLoss)
 
@@ -39,10 +41,10 @@ class PlainSwinBlock(SwinBlock):
 
     def attend(self, x_BHWC: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
         """Pad, shift, cut into windows, attend, and all of it back."""
-        attn, cut = self.attn, Cut(self.window, self.shift)
+        attn, cut = self.attn, WindowPartition(self.window, self.shift)
         assert isinstance(attn, WindowAttention)
         grid = (x_BHWC.shape[1], x_BHWC.shape[2])
-        windows = cut_windows(x_BHWC, cut)  # (B * windows, N, C)
+        windows = partition_windows(x_BHWC, cut)  # (B * windows, N, C)
         count, tokens, channels = windows.shape
         q, k, v = attn.qkv(windows).view(count, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -56,8 +58,8 @@ class PlainSwinBlock(SwinBlock):
         return join_windows(attn.proj_drop(attn.proj(x)), cut, grid), maps if attention else None
 
 
-def plain_shift_mask(grid: tuple[int, int], cut: Cut) -> Tensor:
-    """(windows, N, N): -100 between tokens that were not neighbours before the shift; made on the host."""
+def plain_shift_mask(grid: tuple[int, int], cut: WindowPartition) -> Tensor:
+    """(windows, N, N): -100 between tokens that were not neighbors before the shift; made on the host."""
     bands = (slice(0, -cut.window), slice(-cut.window, -cut.shift), slice(-cut.shift, None))
     regions = torch.zeros(1, *grid, 1)
     for number, (rows, columns) in enumerate((rows, columns) for rows in bands for columns in bands):
@@ -137,22 +139,22 @@ def make_plain_loss(loss: Loss) -> Loss:
     return loss
 
 
-class PlainStep(engine.TrainStep):
+class PlainStep(TrainStep):
     """An update in which the host decides everything; takes the place of a `TrainStep` on the same method.
 
     Args:
-        step: what to do the plain way; its optimiser is not used.
+        step: what to do the plain way; its optimizer is not used.
         read: a number of a tensor; replaced where tensors have no values.
     """
 
-    def __init__(self, step: engine.TrainStep, read: Callable[[Tensor], float] = Tensor.item) -> None:
+    def __init__(self, step: TrainStep, read: Callable[[Tensor], float] = Tensor.item) -> None:
         optimizer = torch.optim.AdamW(optim.param_groups(step.method.student), lr=0.0, foreach=False, fused=False)
         settings = (step.device, step.precision, step.clip_grad, step.freeze_last_layer)
         super().__init__(step.method, optimizer, step.schedules, *settings)
         self.read = read
 
     def __call__(
-        self, micro_batches: Sequence[engine.MicroBatch], iteration: int, epoch: int, watch: bool = False
+        self, micro_batches: Sequence[MicroBatch], iteration: int, epoch: int, watch: bool = False
     ) -> dict[str, Tensor]:
         """One update.
 
@@ -172,7 +174,7 @@ class PlainStep(engine.TrainStep):
         return scalars | {"skipped": torch.zeros(())}
 
     def _accumulate_gradients(
-        self, micro_batches: Sequence[engine.MicroBatch], epoch: int, watch: bool = False
+        self, micro_batches: Sequence[MicroBatch], epoch: int, watch: bool = False
     ) -> dict[str, Tensor]:
         (views,) = micro_batches
         assert not callable(views)

@@ -24,19 +24,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ranges import COUNT
+from config.ranges import COUNT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import Tensor, nn
 
-import sharding
-import utils
 from benchmarks.memory import GB, peak_bytes
 from benchmarks.sides import add_sizes, build_step
+from distributed import fsdp, launch
 from models import Backbone
 
-WHAT = ("networks and optimiser", "with activations", "with checkpointed ones", "sent")
+WHAT = ("networks and optimizer", "with activations", "with checkpointed ones", "sent")
 
 
 class Sizes(NamedTuple):
@@ -48,7 +47,7 @@ class Sizes(NamedTuple):
     heads: int
     rest: int
     largest_units: tuple[int, int]
-    centres: int
+    centers: int
 
     @property
     def state(self) -> int:
@@ -64,7 +63,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def measure(student: Backbone, criterion: nn.Module) -> Sizes:
     """Count a network in the units in which it would be gathered."""
     heads = [head for head in (student.head, student.head_dense) if head is not None]
-    units = sorted(bytes_of(unit.parameters()) for unit in sharding.units(student))
+    units = sorted(bytes_of(unit.parameters()) for unit in fsdp.units(student))
     parameters, in_heads = bytes_of(student.parameters()), sum(bytes_of(head.parameters()) for head in heads)
     return Sizes(
         parameters=parameters,
@@ -73,13 +72,13 @@ def measure(student: Backbone, criterion: nn.Module) -> Sizes:
         heads=in_heads,
         rest=parameters - sum(units),
         largest_units=(units[-1], units[-2]),
-        centres=bytes_of(criterion.buffers()),
+        centers=bytes_of(criterion.buffers()),
     )
 
 
 def memory_ddp(sizes: Sizes, world: int) -> float:
     """Bytes of a process without activations; gradients lie in the buckets of their exchange."""
-    return sizes.state + sizes.centres
+    return sizes.state + sizes.centers
 
 
 def memory_fsdp(sizes: Sizes, world: int) -> float:
@@ -87,20 +86,20 @@ def memory_fsdp(sizes: Sizes, world: int) -> float:
     if world == 1:
         return memory_ddp(sizes, world)
     gathered = sizes.rest + sum(sizes.largest_units) + sizes.largest_units[0]
-    return sizes.state / world + gathered + sizes.centres
+    return sizes.state / world + gathered + sizes.centers
 
 
 def sent_ddp(sizes: Sizes, world: int, crop_sizes: int) -> float:
-    """Bytes that a process sends in a step: gradients and centres, all-reduced."""
-    return 2 * (world - 1) / world * (sizes.trainable + sizes.centres)
+    """Bytes that a process sends in a step: gradients and centers, all-reduced."""
+    return 2 * (world - 1) / world * (sizes.trainable + sizes.centers)
 
 
 def sent_fsdp(sizes: Sizes, world: int, crop_sizes: int) -> float:
-    """Bytes that a process sends in a step: gathered parameters of student and teacher, scattered gradients, centres."""
+    """Bytes that a process sends in a step: gathered parameters of student and teacher, scattered gradients, centers."""
     student = 2 * (crop_sizes * sizes.blocks + sizes.heads + sizes.rest)
     frozen = sizes.parameters - sizes.trainable  # gains of the prototypes
     gradients = crop_sizes * sizes.blocks + sizes.heads + sizes.rest - frozen
-    return (world - 1) / world * (student + sizes.parameters + gradients + 2 * sizes.centres)
+    return (world - 1) / world * (student + sizes.parameters + gradients + 2 * sizes.centers)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -129,10 +128,10 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"student {sizes.parameters / GB:.2f} GB (blocks {sizes.blocks / GB:.2f}, heads {sizes.heads / GB:.2f}, "
         f"rest {sizes.rest / GB:.2f}), teacher the same; gradients {sizes.trainable / GB:.2f} GB, moments "
-        f"{2 * sizes.trainable / GB:.2f} GB, centres {sizes.centres / 1e6:.2f} MB"
+        f"{2 * sizes.trainable / GB:.2f} GB, centers {sizes.centers / 1e6:.2f} MB"
     )
     extra = {
-        side: peak_bytes(side, args, args.batch, arch=args.arch) - sizes.state - sizes.centres
+        side: peak_bytes(side, args, args.batch, arch=args.arch) - sizes.state - sizes.centers
         for side in ("lean", "checkpointed")
     }
     print(
@@ -149,4 +148,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -15,16 +15,16 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from ranges import COUNT, integer
+from config.ranges import COUNT, integer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import engine
 import main_esvit
-import pretrain
 import utils
 from benchmarks.plain import PlainStep, make_plain, make_plain_loss
 from models import load_arch_config
+from training import setup
+from training.step import TrainStep
 
 SIDES = ("timm", "plain", "lean")
 GLOBAL_SIZE, LOCAL_SIZE = 224, 96
@@ -54,7 +54,7 @@ def build_step(
     precision: str = "fp32",
     flags: tuple[str, ...] = (),
     overrides: tuple[str, ...] = (),
-) -> engine.TrainStep:
+) -> TrainStep:
     """The lean or the plain step as main_esvit.py would build it from `flags`, past the first epoch's frozen prototypes."""
     sizes = ["--batch_size_per_gpu", args.batch, "--out_dim", args.out_dim, "--local_crops_number", args.local_crops]
     plain = ["--plain_loss", "on"] if side == "plain" else []
@@ -64,7 +64,7 @@ def build_step(
     config = load_arch_config(options.arch, options.cfg, options.opts)
     torch.manual_seed(0)
     method = main_esvit.build_method(options, config, CPU)
-    step = pretrain.build_step(options, method, 100, CPU, precision)
+    step = setup.build_step(options, method, 100, CPU, precision)
     if side == "plain":
         make_plain(method.student)
         make_plain(method.teacher)

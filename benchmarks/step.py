@@ -4,7 +4,7 @@
     python benchmarks/step.py --precisions fp32 --compile      # a fourth side: lean with --compile
     python benchmarks/step.py --scaling --batch 2 --out_dim 8192   # also how the lean step grows with batch, K and local crops
 
-A step is everything between two batches: teacher, student, both losses, backward, clipping, optimiser, centres, teacher's average.
+A step is everything between two batches: teacher, student, both losses, backward, clipping, optimizer, centers, teacher's average.
 timm's side is the floor: its Swin-T on the same crops, a forward of the teacher on the two global ones, forward and backward of the
 student on all, without heads, loss and update. bf16 is autocast; on processors without instructions for it (AMX, AVX-512) it is
 emulated and says nothing.
@@ -30,12 +30,13 @@ from pathlib import Path
 
 import torch
 
-from ranges import COUNT
+from config.ranges import COUNT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks.sides import CPU, SIDES, add_sizes, build_step, build_timm, make_crops
+from distributed import launch
 
 COMPILED = "compiled"
 WARM_UP_STEPS = 3
@@ -156,4 +157,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

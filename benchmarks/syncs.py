@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ranges import integer
+from config.ranges import integer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
 from benchmarks.sides import add_sizes, build_step, make_crops
-from progress import EpochMeter
+from distributed import launch
+from training.run_log import EpochMeter
 
 WAITING_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal"}
 VIEWS = {
@@ -177,4 +177,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -26,12 +26,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ranges import COUNT
+from config.ranges import COUNT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks.rows import ROWS, Row
+from distributed import launch
 from models import Backbone, build_model, load_arch_config
 
 SIZE = 224
@@ -121,4 +122,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -3,10 +3,10 @@ from data.datasets import ImageDataset as ImageDataset
 from data.datasets import Transform as Transform
 from data.datasets import build_dataset as build_dataset
 from data.datasets import layout_of as layout_of
+from data.layouts.shards import ShardStream as ShardStream
+from data.layouts.shards import build_stream as build_stream
 from data.loader import Batch as Batch
+from data.loader import DeviceTransform as DeviceTransform
 from data.loader import FailureTally as FailureTally
-from data.loader import Finish as Finish
 from data.loader import build_eval_loader as build_eval_loader
 from data.loader import build_train_loader as build_train_loader
-from data.shards import ShardStream as ShardStream
-from data.shards import build_stream as build_stream

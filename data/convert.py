@@ -32,19 +32,19 @@ import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
-import files
-import flags
-import utils
+from checkpoints import files
+from checkpoints.files import read_text
+from config import arguments
+from config.ranges import COUNT
 from data.datasets import LAYOUTS, layout_of
 from data.decode import open_image
-from data.remote import check_here
-from data.sources import UNLABELLED, Files, Listing, Source, check_inside
-from data.tars import SIZES
-from data.tree import EXTENSIONS
-from data.tsv import TsvLines, label_names
-from data.zips import ZipMembers
-from files import read_text
-from ranges import COUNT
+from data.layouts.remote import check_here
+from data.layouts.sources import UNLABELED, Files, Listing, Source, check_inside
+from data.layouts.tars import SIZES
+from data.layouts.tree import EXTENSIONS
+from data.layouts.tsv import TsvLines, label_names
+from data.layouts.zips import ZipMembers
+from distributed import collectives, launch
 from utils import UsageError, counted, logger
 
 SPLITS = ("train", "val")
@@ -226,18 +226,18 @@ class FolderWriter(Writer):
 
 def get_args_parser() -> argparse.ArgumentParser:
     """From where to where."""
-    parser = flags.Parser("python -m data.convert", description="images into zip, tsv or shards, and back")
+    parser = arguments.Parser("python -m data.convert", description="images into zip, tsv or shards, and back")
     parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
     parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
     parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"), help="layout of DEST")
     parser.add_argument("--shard_images", type=COUNT, default=5000, help="images of a shard")
-    flags.add_layout_flags(parser)
+    arguments.add_layout_flags(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Convert all splits of the source."""
-    utils.setup_logging()
+    collectives.setup_logging()
     layout = layout_of(args)
     listings = {split: list_split(args.data_path, layout, split) for split in find_splits(args.data_path, layout)}
     numbers, names = number_classes(list(listings.values()))
@@ -262,7 +262,7 @@ def convert(
         Stopped: Ctrl-C.
     """
     done = 0
-    interrupted = utils.telling_interrupt(
+    interrupted = launch.telling_interrupt(
         lambda: f"after {counted(done, 'image')}, of which nothing is left in {args.dest}"
     )
     with interrupted, files.usable(args.dest, "DEST"), contextlib.ExitStack() as stack:
@@ -349,7 +349,7 @@ def items_of(source: Source, label_N: np.ndarray, root: Path, split: str) -> Ite
             raise UsageError(f"{source.name(i)} cannot be read ({error}); repair or remove it") from None
         suffix = kind_of(content, source.name(i))
         name = names[i] if names else f"{i:09}.{suffix}"
-        yield Item(name, suffix, content, None if label_N[i] == UNLABELLED else int(label_N[i]))
+        yield Item(name, suffix, content, None if label_N[i] == UNLABELED else int(label_N[i]))
 
 
 def own_names(source: Source, root: Path) -> list[str]:
@@ -406,4 +406,4 @@ def write_small_files(writers: Sequence[Writer], names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(lambda: main(get_args_parser().parse_args()))

@@ -1,12 +1,12 @@
 """What is wrong with an image file that its decoder passes over in silence, and what is right that it refuses.
 
-A decoder fills what is missing with grey or black and says nothing. Where the file itself tells, it is an error here:
+A decoder fills what is missing with gray or black and says nothing. Where the file itself tells, it is an error here:
 
     PNG     a chunk of pixels that differs from its checksum; a file without an end
     JPEG    data that end before the last row, or go on in zeros after it; scans that are announced and never come
     WebP    data that end in zeros
 
-The other way round, remarks in a PNG (texts, colour profiles) may be large or damaged: they are no pixels and left out.
+The other way round, remarks in a PNG (texts, color profiles) may be large or damaged: they are no pixels and left out.
 What no file tells: BMP, PPM and plain TIFF whose rows are zeros; a JPEG that lacks less than its last 16 rows or its finest scan.
 
 Origin: this project's own, after ISO 10918-1 (JPEG), ISO 15948 (PNG) and RFC 9649 (WebP).

@@ -1,4 +1,4 @@
-"""Labelled or unlabelled images as samples: what a data path holds, seen through a transform.
+"""Labeled or unlabeled images as samples: what a data path holds, seen through a transform.
 
     dataset = build_dataset("photos/", "train", transform)                   # class folders, loose files or a text file of paths
     dataset = build_dataset("imagenet/", "train", transform, layout="zip")   # train.zip with train_map.txt
@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.decode import ImageLike, UndeclaredRange, decode_image
-from data.folders import list_files
-from data.published import list_openimages, list_webvision
-from data.remote import check_here, is_remote
-from data.sources import UNLABELLED, Listing, MultiLabels, Source
-from data.tars import holds_shards, list_tars
-from data.tsv import list_tsv
-from data.zips import list_zip
+from data.layouts.folders import list_files
+from data.layouts.published import list_openimages, list_webvision
+from data.layouts.remote import check_here, is_remote
+from data.layouts.sources import UNLABELED, Listing, MultiLabels, Source
+from data.layouts.tars import holds_shards, list_tars
+from data.layouts.tsv import list_tsv
+from data.layouts.zips import list_zip
 from utils import UsageError, isolated_rng
 
 REPLACEMENT_TRIES = 20
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
     """One image, seen through the transform."""
 
     views: list[Tensor]  # each (C, H, W); empty when no replacement could be read either
-    label: int | Tensor  # UNLABELLED without classes; (classes,) 0 and 1 where an image has several
+    label: int | Tensor  # UNLABELED without classes; (classes,) 0 and 1 where an image has several
     image_index: int  # of the image asked for
     failures: tuple[str, ...]  # "name: reason" (no ": " in it) of every unreadable image on the way
 
@@ -131,13 +131,13 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
                 try:
                     image = self._image(chosen)
                 except UndeclaredRange as error:
-                    return Sample([], UNLABELLED, index, (*failures, Refusal(f"{name} {error}")))
+                    return Sample([], UNLABELED, index, (*failures, Refusal(f"{name} {error}")))
                 except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
                     failures.append(f"{name}: {reason_of(error)}")
                     chosen = int(np.random.randint(len(self)))
                     continue
                 return Sample(self.transform(image), self._label(chosen), index, tuple(failures))
-        return Sample([], UNLABELLED, index, tuple(failures))
+        return Sample([], UNLABELED, index, tuple(failures))
 
     def _image(self, index: int) -> ImageLike:
         """Read at the second try where the first one fails, as a disk or network may for a moment."""
@@ -200,7 +200,8 @@ def build_dataset(
 
     With the layout `files` it may be a folder with a sub-folder named `split` (then that one counts), a folder of class
     folders, a flat or nested folder without classes, or a text file with one path a line, relative to the file itself;
-    see data/folders.py. The other layouts are told in data/zips.py, data/tsv.py, data/tars.py and data/published.py.
+    see data/layouts/folders.py. The other layouts are told in data/layouts/zips.py, data/layouts/tsv.py, data/layouts/tars.py
+    and data/layouts/published.py.
 
     Args:
         split: `train` or `val`.

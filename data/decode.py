@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.damage import PNG, check_jpeg, check_webp, essential_png
-from data.sources import read_file
+from data.layouts.sources import read_file
 from utils import UsageError
 
 ImageLike = Image.Image | Tensor
@@ -134,7 +134,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _read_tiff(content: bytes, in_chans: int) -> Image.Image | Stored:
-    """By Pillow what is of 8 bits and has colours, by tifffile everything else that it can unpack."""
+    """By Pillow what is of 8 bits and has colors, by tifffile everything else that it can unpack."""
     try:
         image = open_image(io.BytesIO(content))
     except (UnidentifiedImageError, OSError, SyntaxError):
@@ -205,7 +205,7 @@ def _turned(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """On white where it is transparent; the colour stored there is mostly black and never meant to be seen."""
+    """On white where it is transparent; the color stored there is mostly black and never meant to be seen."""
     if image.mode not in TRANSPARENT and "transparency" not in image.info:
         return image
     image = image.convert("RGBA")
@@ -264,7 +264,7 @@ def _to_tensor(stored: Stored, channels: Sequence[int], value_range: Sequence[fl
 
 
 def _to_pil(stored: Stored, in_chans: int, value_range: Sequence[float]) -> Image.Image:
-    """To an 8-bit image, grey or of three colours as it is stored."""
+    """To an 8-bit image, gray or of three colors as it is stored."""
     pixels_CHW = _to_tensor(stored, (in_chans, 4 - in_chans), value_range)
     pixels: np.ndarray = (pixels_CHW * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

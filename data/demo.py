@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from config.arguments import Parser
 from data.decode import open_image
-from flags import Parser
-from utils import UsageError, run_script
+from distributed.launch import run_script
+from utils import UsageError
 
 # name of the class -> file inside the package
 SKIMAGE = {

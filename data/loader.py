@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from data.chunks import ChunkSampler, processes_per_node
 from data.datasets import ImageDataset, Refusal, Sample
-from data.shards import ShardLoader, ShardStream
+from data.layouts.shards import ShardLoader, ShardStream
+from data.samplers import ChunkSampler, processes_per_node
 from data.workers import SteadyLoader, usable_workers
-from utils import UsageError, all_gather_objects, all_reduce_sum, counted, get_rank, get_world_size, logger
+from distributed.collectives import all_gather_objects, all_reduce_sum, get_rank, get_world_size
+from utils import UsageError, counted, logger
 
 MAX_FAILED_SHARE = 0.01
 LISTED_FAILURES = 10
 
 
-Finish = Callable[[Sequence[Tensor], torch.device], list[Tensor]]
+DeviceTransform = Callable[[Sequence[Tensor], torch.device], list[Tensor]]
 
 
 class Batch(NamedTuple):
@@ -36,7 +37,7 @@ class Batch(NamedTuple):
     labels_B: Tensor  # (B, classes) where an image may have several
     indices_B: Tensor
     failures: list[str]
-    finish: Finish | None = None  # what is left to do on the device
+    finish: DeviceTransform | None = None  # what is left to do on the device
 
     def views_on(self, device: torch.device) -> list[Tensor]:
         """The finished views on `device`, which is not waited for."""
@@ -45,7 +46,7 @@ class Batch(NamedTuple):
         return [view.to(device, non_blocking=True) for view in self.views]
 
 
-def collate(samples: Sequence[Sample], finish: Finish | None = None, finish_here: bool = False) -> Batch:
+def collate(samples: Sequence[Sample], finish: DeviceTransform | None = None, finish_here: bool = False) -> Batch:
     """Stack samples view by view; without any view if one of them could not be read at all.
 
     `finish` makes the views of what the transform gave: in this process, or later where the batch is used.
@@ -75,12 +76,12 @@ def build_train_loader(
     num_workers: int,
     pin_memory: bool,
     drop_last: bool = True,
-    finish: Finish | None = None,
+    finish: DeviceTransform | None = None,
     sampler: str = "distributed",
 ) -> DataLoader[Batch]:
     """Shuffled batches; the last incomplete one of an epoch is left out.
 
-    `sampler`: `distributed` mixes all images, `chunk` those that lie beside each other (data/chunks.py). A stream of shards
+    `sampler`: `distributed` mixes all images, `chunk` those that lie beside each other (data/samplers.py). A stream of shards
     brings its own order, and takes no `chunk`.
 
     Without `drop_last` every image comes in every epoch; first ones come again where the processes' shares would differ.

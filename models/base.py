@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from yacs.config import CfgNode
 
 from models.interop import Converter
+from models.outputs import LevelOutput, MultiCropOutput
 from models.resize import resize_square_table
-from models.windows import Cut, real_tokens, window_plane
-from outputs import LevelOutput, MultiCropOutput, split_rows
+from ops.logits import split_rows
+from ops.windows import WindowPartition, real_tokens, window_plane
 from utils import UsageError
 
 # What the names of tensors begin with that a method puts beside a backbone: heads, and what pools patches at samples.
@@ -55,7 +56,7 @@ class BlockOutput(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Normalised features of the last stage."""
+    """Normalized features of the last stage."""
 
     view_BC: Tensor
     regions_BTC: Tensor
@@ -142,7 +143,7 @@ class Backbone(nn.Module, ABC):
         return tokens_BNC.mean(dim=1)
 
     def summary_tokens(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-        """The normalised tokens (B, 1, C) that stand for the view, of the last block's: the view feature, unless there are more."""
+        """The normalized tokens (B, 1, C) that stand for the view, of the last block's: the view feature, unless there are more."""
         return self.pool(self.norm(tokens_BNC), num_prefix_tokens)[:, None]
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
@@ -304,7 +305,7 @@ class Backbone(nn.Module, ABC):
         """The block of that number, the first one being 0."""
         return [block for stage in range(len(self.stage_depths)) for block in self.stage_blocks(stage)][number]
 
-    def cut_of(self, output: BlockOutput) -> Cut | None:
+    def cut_of(self, output: BlockOutput) -> WindowPartition | None:
         """How the grid was cut for the maps of a block; None where every token attends to every token."""
         return None
 
@@ -355,7 +356,7 @@ class Backbone(nn.Module, ABC):
         """View output of one batch, or of a list of crops in its order.
 
         Args:
-            crops: (B, C, H, W), or a list of such tensors; neighbours of one size go through the stages together.
+            crops: (B, C, H, W), or a list of such tensors; neighbors of one size go through the stages together.
             weights: of each crop of a list, those of its samples over its patches (B, S, N), or None for none: asks for levels.
             class_tokens: how many of them go through the head then.
 
@@ -450,7 +451,7 @@ class ResidualBlock(nn.Module):
         self.mlp = mlp
 
     def attend(self, x: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Attention of normalised tokens, with the maps if asked for."""
+        """Attention of normalized tokens, with the maps if asked for."""
         return self.attn(x, attention=attention)
 
     def forward(self, x: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:

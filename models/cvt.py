@@ -20,12 +20,19 @@ from timm.layers import DropPath, LayerNormFp32, QuickGELU
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
 from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, grid_tokens
-from models.mlp import activated_linear
 from models.registry import register
-from models.windows import Cut, cut_windows, join_windows, pad_to_windows, relative_position_index, shift_mask
-from products import linear
+from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
+from ops.linear import linear
+from ops.mlp import activated_linear
+from ops.windows import (
+    WindowPartition,
+    join_windows,
+    pad_to_windows,
+    partition_windows,
+    relative_position_index,
+    shift_mask,
+)
 from utils import UsageError
 
 LayerNorm = partial(LayerNormFp32, eps=1e-5)
@@ -99,13 +106,13 @@ class ConvAttention(nn.Module):
         mask = None
         if cut.shift:
             mask = shift_mask((qkv.shape[1], qkv.shape[2]), cut.window, cut.shift, qkv.device)
-        windows, maps = self.attend_windows(cut_windows(qkv, cut), self.bias(cut.window, mask), attention)
+        windows, maps = self.attend_windows(partition_windows(qkv, cut), self.bias(cut.window, mask), attention)
         return self.drop(self.proj_out(join_windows(windows, cut, grid))), maps
 
-    def cut_of(self, grid: tuple[int, int]) -> Cut:
+    def cut_of(self, grid: tuple[int, int]) -> WindowPartition:
         """The window and the shift for a grid."""
         window = min(self.window, *grid)
-        return Cut(window, window // 2 if self.shifts and window < min(grid) else 0)
+        return WindowPartition(window, window // 2 if self.shifts and window < min(grid) else 0)
 
     def bias(self, window: int, mask: Tensor | None) -> Tensor | None:
         """What is added to the logits, (1 or windows, heads, N, N): relative position bias, shift mask, both, or nothing.
@@ -150,7 +157,7 @@ class FeedForward(nn.Module):
 
 
 class PreNorm(nn.Module):
-    """A norm, and a function of what it normalised."""
+    """A norm, and a function of what it normalized."""
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
@@ -158,7 +165,7 @@ class PreNorm(nn.Module):
         self.fn = fn
 
     def forward(self, x_BHWC: Tensor, *args: bool) -> Any:
-        """What the function makes of the normalised tokens."""
+        """What the function makes of the normalized tokens."""
         return self.fn(self.norm(x_BHWC), *args)
 
 
@@ -282,7 +289,7 @@ class CvT(Backbone):
         """See `Backbone.tokens`."""
         return grid_tokens(x_BHWC)
 
-    def cut_of(self, output: BlockOutput) -> Cut:
+    def cut_of(self, output: BlockOutput) -> WindowPartition:
         """See `Backbone.cut_of`."""
         return self.block_at(output.block)[0].fn.cut_of(output.grid)
 

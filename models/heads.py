@@ -1,4 +1,4 @@
-"""The projection head of self-distillation: an MLP to a bottleneck, L2 normalisation, weight-normalised prototypes.
+"""The projection head of self-distillation: an MLP to a bottleneck, L2 normalization, weight-normalized prototypes.
 
 Origin: DINO (Caron et al., ICCV 2021) section 3.1 and appendix; state-dict keys are the published ones.
 """
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import init_linear_weights
-from outputs import FactoredLogits
-from products import Linear
+from ops.linear import Linear
+from ops.logits import FactoredLogits
 
 
 class WeightNormLinear(nn.Module):
@@ -90,7 +90,7 @@ class DINOHead(nn.Module):
     def forward(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor | FactoredLogits:
         """(rows, in_dim) to logits (rows, K), multiplied unless `factored`.
 
-        `parts` are numbers of consecutive rows that BatchNorm normalises apart: levels of features are no one distribution.
+        `parts` are numbers of consecutive rows that BatchNorm normalizes apart: levels of features are no one distribution.
         """
         apart = self.use_bn and parts is not None
         hidden = torch.cat([self.mlp(part) for part in x.split(list(parts or ()))]) if apart else self.mlp(x)

@@ -16,7 +16,8 @@ from typing import NamedTuple, Protocol
 
 from yacs.config import CfgNode
 
-from config import PATCH_SIZE, SPECS, SavedConfig, load_config
+from config.loading import SavedConfig, load_config
+from config.schema import PATCH_SIZE, SPECS
 from models.base import Backbone
 from utils import UsageError, logger
 

@@ -21,7 +21,7 @@ def resize_grid(
     """A table (h * w, C) over a `grid` of h x w positions, made to cover the `wanted` grid; bicubic, in float32.
 
     Args:
-        rule: `size` samples at the centres of the wanted grid; `scale` is DINO's and UDI's, which passes the scale factors
+        rule: `size` samples at the centers of the wanted grid; `scale` is DINO's and UDI's, which passes the scale factors
             (wanted + 0.1) / grid and samples a little nearer to the first position (weights trained so want it so).
         always: also where the grids agree, which `scale` does not leave as it is.
     """

@@ -17,9 +17,9 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from models.attention import attend, join_heads, split_heads
 from models.base import Backbone, init_linear_weights
-from products import Linear
+from ops.attention import attend, join_heads, split_heads
+from ops.linear import Linear
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)

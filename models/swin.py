@@ -19,14 +19,14 @@ from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.attention import attend, drop_rate, pairwise_bias
 from models.base import Backbone, BlockOutput, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
 from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
-from models.mlp import Mlp
 from models.registry import register
-from models.window_heads import to_grid, to_windows
-from models.windows import Cut, pad_to_windows, padded_grid, relative_position_index, shift_mask
-from products import Linear
+from ops.attention import attend, drop_rate, pairwise_bias
+from ops.linear import Linear
+from ops.mlp import Mlp
+from ops.window_gather import to_grid, to_windows
+from ops.windows import WindowPartition, pad_to_windows, padded_grid, relative_position_index, shift_mask
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -57,7 +57,7 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, x_BHWC: Tensor, cut: Cut, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BHWC: Tensor, cut: WindowPartition, attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """Attend inside windows of a grid; (B, H, W, C) as it went in.
 
         Args:
@@ -93,11 +93,11 @@ class SwinBlock(ResidualBlock):
 
     def attend(self, x_BHWC: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
         """See `ResidualBlock.attend`."""
-        return self.attn(x_BHWC, Cut(self.window, self.shift), attention)
+        return self.attn(x_BHWC, WindowPartition(self.window, self.shift), attention)
 
 
 class PatchMerging(nn.Module):
-    """Join 2 x 2 neighbours into one token of twice the channels; odd sides are padded with zeros."""
+    """Join 2 x 2 neighbors into one token of twice the channels; odd sides are padded with zeros."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -206,10 +206,10 @@ class SwinTransformer(Backbone):
         """See `Backbone.tokens`."""
         return grid_tokens(x_BHWC)
 
-    def cut_of(self, output: BlockOutput) -> Cut:
+    def cut_of(self, output: BlockOutput) -> WindowPartition:
         """See `Backbone.cut_of`."""
         block = self.block_at(output.block)
-        return Cut(block.window, block.shift)
+        return WindowPartition(block.window, block.shift)
 
     def timm_name(self, name: str) -> str:
         """See `Backbone.timm_name`."""

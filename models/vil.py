@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, init_linear_weights
-from models.mlp import Mlp
 from models.registry import register
 from models.resize import resize_grid
 from models.vil_arch import StageSpec, parse_arch
 from models.vil_attention import BiasedAttention, ChunkAttention, FullAttention, random_parameter
-from models.windows import Cut
+from ops.mlp import Mlp
+from ops.windows import WindowPartition
 from utils import UsageError
 
 CONFIGS = "experiments/imagenet/vil/{}.yaml"
@@ -132,7 +132,7 @@ class MlpHalf(nn.Module):
 
 
 class Block(NamedTuple):
-    """Two neighbours of a stage's list that make one block."""
+    """Two neighbors of a stage's list that make one block."""
 
     attention: AttentionHalf
     mlp: MlpHalf
@@ -209,10 +209,10 @@ class VisionLongformer(Backbone):
         """See `Backbone.tokens`; the global tokens are the prefix."""
         return x
 
-    def cut_of(self, output: BlockOutput) -> Cut | None:
+    def cut_of(self, output: BlockOutput) -> WindowPartition | None:
         """The chunks of the queries, whose keys lie in the chunks around theirs too."""
         attn = self.block_at(output.block).attention.attn
-        return Cut(attn.window) if isinstance(attn, ChunkAttention) else None
+        return WindowPartition(attn.window) if isinstance(attn, ChunkAttention) else None
 
     def plane_of_query(self, maps: Tensor, output: BlockOutput, query_yx: tuple[int, int] | None) -> Tensor:
         """See `Backbone.plane_of_query`."""
@@ -231,7 +231,7 @@ class VisionLongformer(Backbone):
         return tokens_BNC[:, 0] if num_prefix_tokens and not self.avg_pool else tokens_BNC.mean(dim=1)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Training that draws neighbours (MODE above 0) sees all nine chunks once VIL_MODE_SWITCH of the epochs are over.
+        """Training that draws neighbors (MODE above 0) sees all nine chunks once VIL_MODE_SWITCH of the epochs are over.
 
         The reference reads that key and never uses it. Nothing is remembered: the epoch alone decides, after a resume too.
         """

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ranges import integer
+from config.ranges import integer
 from utils import UsageError
 
 REQUIRED = "hdn"

@@ -1,7 +1,7 @@
-"""The two kinds of attention of ViL: over neighbouring chunks with global tokens, and over everything.
+"""The two kinds of attention of ViL: over neighboring chunks with global tokens, and over everything.
 
 Shapes: B images, N tokens (the g global ones first, then the regions row by row), C channels, H heads, D channels of a head,
-Q queries, w x w regions of a chunk, K chunks of a neighbourhood.
+Q queries, w x w regions of a chunk, K chunks of a neighborhood.
 Origin: Vision Longformer (Zhang et al., ICCV 2021) section 3.2, conventions of EsViT (Li et al., ICLR 2022).
 """
 
@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.attention import attend, join_heads, pairwise_bias, split_heads
 from models.resize import resize_grid
 from models.vil_arch import StageSpec
-from models.windows import (
-    Cut,
+from ops.attention import attend, join_heads, pairwise_bias, split_heads
+from ops.linear import Linear
+from ops.windows import (
+    WindowPartition,
+    cached_tensors,
     join_windows,
-    made_once,
-    neighbour_position_index,
+    neighbor_position_index,
     pad_to_windows,
     relative_position_index,
     window_partition,
     window_reverse,
 )
-from products import Linear
 
-# A chunk and its eight neighbours, row by row: how many chunks down and to the right each of them lies.
+# A chunk and its eight neighbors, row by row: how many chunks down and to the right each of them lies.
 OFFSETS = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
 ALL = tuple(range(len(OFFSETS)))
 OWN = OFFSETS.index((0, 0))
@@ -37,10 +37,10 @@ OWN = OFFSETS.index((0, 0))
 
 # --------------------------------------------------------------------------- chunks
 
-Neighbours = tuple[int, ...] | Tensor  # numbers of OFFSETS: known ones, or (K,) on the device where one is drawn
+Neighbors = tuple[int, ...] | Tensor  # numbers of OFFSETS: known ones, or (K,) on the device where one is drawn
 
 
-def draw_neighbours(device: torch.device) -> Tensor:
+def draw_neighbors(device: torch.device) -> Tensor:
     """The own chunk and one of the other eight, each as likely: (2,).
 
     It stays on the device, so that the host need not wait for it and torch.compile finds one graph for all that can be drawn. The
@@ -51,29 +51,29 @@ def draw_neighbours(device: torch.device) -> Tensor:
     return F.pad(drawn + (drawn >= OWN), (1, 0), value=OWN)
 
 
-def neighbourhoods(chunks: Tensor, neighbours: Neighbours) -> list[Tensor]:
-    """For each neighbour the chunks (B, rows, columns, ...) moved so that it lies where its chunk was; borders wrap around."""
+def neighborhoods(chunks: Tensor, neighbors: Neighbors) -> list[Tensor]:
+    """For each neighbor the chunks (B, rows, columns, ...) moved so that it lies where its chunk was; borders wrap around."""
     rows, columns = chunks.shape[1:3]
-    if isinstance(neighbours, Tensor):  # the own chunk stays where it is
-        down, right = neighbours[1] // 3 - 1, neighbours[1] % 3 - 1
+    if isinstance(neighbors, Tensor):  # the own chunk stays where it is
+        down, right = neighbors[1] // 3 - 1, neighbors[1] % 3 - 1
         row = (torch.arange(rows, device=chunks.device) + down) % rows
         column = (torch.arange(columns, device=chunks.device) + right) % columns
         return [chunks, chunks.index_select(1, row).index_select(2, column)]
     wrapped = torch.cat([chunks[:, -1:], chunks, chunks[:, :1]], dim=1)
     wrapped = torch.cat([wrapped[:, :, -1:], wrapped, wrapped[:, :, :1]], dim=2)
-    starts = [(1 + OFFSETS[i][0], 1 + OFFSETS[i][1]) for i in neighbours]
+    starts = [(1 + OFFSETS[i][0], 1 + OFFSETS[i][1]) for i in neighbors]
     return [wrapped[:, top : top + rows, left : left + columns] for top, left in starts]
 
 
-def of_neighbours(keys: Tensor, neighbours: Neighbours) -> Tensor:
-    """What belongs to the keys of `neighbours` (..., K * w * w), of what belongs to those of all nine (..., 9 * w * w)."""
+def of_neighbors(keys: Tensor, neighbors: Neighbors) -> Tensor:
+    """What belongs to the keys of `neighbors` (..., K * w * w), of what belongs to those of all nine (..., 9 * w * w)."""
     by_chunk = keys.unflatten(-1, (len(OFFSETS), -1))
-    if isinstance(neighbours, Tensor):
-        return by_chunk.index_select(-2, neighbours).flatten(-2)
-    return keys if neighbours == ALL else torch.cat([by_chunk.select(-2, i) for i in neighbours], dim=-1)
+    if isinstance(neighbors, Tensor):
+        return by_chunk.index_select(-2, neighbors).flatten(-2)
+    return keys if neighbors == ALL else torch.cat([by_chunk.select(-2, i) for i in neighbors], dim=-1)
 
 
-@made_once
+@cached_tensors
 def hidden_keys(grid: tuple[int, int], window: int, exact: int, device: torch.device) -> Tensor:
     """Which regions of all nine chunks a query must not see: (chunks, w * w or 1, 9 * w * w), True where hidden.
 
@@ -156,7 +156,7 @@ class ChunkAttention(BiasedAttention):
     """
 
     def __init__(self, stage: StageSpec, msvit: CfgNode, proj_drop: float) -> None:
-        super().__init__(stage, neighbour_position_index(stage.window), (4 * stage.window - 1) ** 2)
+        super().__init__(stage, neighbor_position_index(stage.window), (4 * stage.window - 1) ** 2)
         dim = stage.dim
         self.window = stage.window
         self.exact = msvit.SW_EXACT
@@ -173,7 +173,7 @@ class ChunkAttention(BiasedAttention):
         """(B, N, C) to the same shape, with the maps (B * chunks, H, w * w, g + K * w * w) of the regions if asked for.
 
         Queries of a map are those of its chunk, padding included; keys are the global tokens, then the chunks of the
-        neighbourhood in the order of `OFFSETS` (the own one first where one is drawn). The rows of global queries are left out.
+        neighborhood in the order of `OFFSETS` (the own one first where one is drawn). The rows of global queries are left out.
         """
         x, maps = self._attend_from_regions(x_BNC, grid, attention)
         if self.num_global:
@@ -187,16 +187,16 @@ class ChunkAttention(BiasedAttention):
         (row, y), (column, x) = (divmod(at, window) for at in query_yx)
         of_query = maps.unflatten(0, (-1, rows, columns))[:, row, column, :, y * window + x, self.num_global :]
         plane = maps.new_zeros(len(of_query), rows, columns, window**2, self.num_heads)
-        for (down, right), weights in zip((OFFSETS[i] for i in self._neighbours()), of_query.split(window**2, dim=-1)):
+        for (down, right), weights in zip((OFFSETS[i] for i in self._neighbors()), of_query.split(window**2, dim=-1)):
             plane[:, (row + down) % rows, (column + right) % columns] += weights.transpose(1, 2)
-        return join_windows(plane.flatten(0, 2), Cut(window), grid).permute(0, 3, 1, 2)
+        return join_windows(plane.flatten(0, 2), WindowPartition(window), grid).permute(0, 3, 1, 2)
 
     def _attend_from_regions(
         self, x_BNC: Tensor, grid: tuple[int, int], attention: bool
     ) -> tuple[Tensor, Tensor | None]:
         g, heads, window = self.num_global, self.num_heads, self.window
         drawing = self.mode > 0 and self.training
-        neighbours: Neighbours = draw_neighbours(x_BNC.device) if drawing else self._neighbours()
+        neighbors: Neighbors = draw_neighbors(x_BNC.device) if drawing else self._neighbors()
         kv = self.kv(x_BNC)
         (q,) = split_heads(self._cut(self.query(x_BNC[:, g:]), grid), 1, heads)  # (B, rows, columns, H, w * w, D)
         rows, columns = q.shape[1:3]
@@ -205,9 +205,9 @@ class ChunkAttention(BiasedAttention):
             split_heads(kv[:, :g], 2, heads), split_heads(self._cut(kv[:, g:], grid), 2, heads)
         ):
             of_globals = of_globals[:, None, None].expand(-1, rows, columns, -1, -1, -1)
-            gathered = torch.cat([of_globals, *neighbourhoods(of_chunks, neighbours)], dim=-2)
+            gathered = torch.cat([of_globals, *neighborhoods(of_chunks, neighbors)], dim=-2)
             keys_and_values.append(gathered.flatten(1, 2))  # (B, chunks, H, g + K * w * w, D)
-        bias = self._bias(grid, neighbours, x_BNC.device)
+        bias = self._bias(grid, neighbors, x_BNC.device)
         x, maps = attend(q.flatten(1, 2), *keys_and_values, bias=bias, attention=attention)
         x = window_reverse(join_heads(x).flatten(0, 1), window, (rows * window, columns * window))
         x = self.proj(x[:, : grid[0], : grid[1]].flatten(1, 2))
@@ -220,7 +220,7 @@ class ChunkAttention(BiasedAttention):
         x, _ = attend(q, k, v, bias=bias)
         return self.proj_global(join_heads(x))
 
-    def _neighbours(self) -> tuple[int, ...]:
+    def _neighbors(self) -> tuple[int, ...]:
         """The chunks that regions see in calls that draw none."""
         return (OWN,) if self.mode < 0 else ALL
 
@@ -230,13 +230,13 @@ class ChunkAttention(BiasedAttention):
         rows, columns = x_BHWC.shape[1] // self.window, x_BHWC.shape[2] // self.window
         return window_partition(x_BHWC, self.window).unflatten(0, (-1, rows, columns))
 
-    def _bias(self, grid: tuple[int, int], neighbours: Neighbours, device: torch.device) -> Tensor:
+    def _bias(self, grid: tuple[int, int], neighbors: Neighbors, device: torch.device) -> Tensor:
         """(chunks, H, w * w or 1, g + K * w * w): relative positions, and minus infinity at hidden keys."""
-        hidden_regions = of_neighbours(hidden_keys(grid, self.window, self.exact, device), neighbours)
+        hidden_regions = of_neighbors(hidden_keys(grid, self.window, self.exact, device), neighbors)
         hidden = F.pad(hidden_regions, (self.num_global, 0)).unsqueeze(1)
         if not self.relative:
             return torch.where(hidden, -torch.inf, 0.0).expand(-1, self.num_heads, -1, -1)
-        index = of_neighbours(self.relative_position_index, neighbours)
+        index = of_neighbors(self.relative_position_index, neighbors)
         bias = self.bias_of_regions(pairwise_bias(self.local_relative_position_bias_table, index))
         return torch.where(hidden, -torch.inf, bias)
 
@@ -295,6 +295,6 @@ class FullAttention(BiasedAttention):
         return F.interpolate(bias.unsqueeze(0), size=(regions, regions), mode="bicubic", align_corners=False).squeeze(0)
 
 
-@made_once
+@cached_tensors
 def _full_index(grid: tuple[int, int], device: torch.device) -> Tensor:
     return relative_position_index(grid).to(device)

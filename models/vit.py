@@ -20,13 +20,13 @@ from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.attention import attend, drop_rate, join_heads, split_heads
 from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_linear_weights
 from models.interop import Converter, vit_to_detectron2, vit_to_timm
-from models.mlp import Mlp
 from models.registry import register
 from models.resize import RULES, resize_pos_embed
-from products import Linear
+from ops.attention import attend, drop_rate, join_heads, split_heads
+from ops.linear import Linear
+from ops.mlp import Mlp
 from utils import UsageError, logger
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How often regions find their place in the flipped and recoloured image, over a folder: the paper's accuracy and distance error.
+# How often regions find their place in the flipped and recolored image, over a folder: the paper's accuracy and distance error.
 #   bash scripts/analysis_measure_correspondence.sh ARCH CHECKPOINT IMAGES OUT [flags of run_analysis.py]
 #   GPUS=4 bash scripts/analysis_measure_correspondence.sh swin_tiny /runs/swin_tiny/checkpoint.pth /data/imagenet OUT
 # IMAGES is ImageNet (its validation images are taken) or any folder of images. OUT gets correspondence.json.

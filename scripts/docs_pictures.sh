@@ -30,7 +30,7 @@ HOME=$WORK "$BROWSER" --headless --no-sandbox --disable-gpu --disable-quic --no-
     --screenshot="$WORK/pictures/report.png" "file://$(realpath "$RUN")/analysis/report.html" 2>/dev/null >&2
 
 "$PYTHON" - "$WORK/pictures" "$OUT" <<'END'
-"""Shrink the pictures until each is below 150 KB: to 256 colours, then to fewer pixels."""
+"""Shrink the pictures until each is below 150 KB: to 256 colors, then to fewer pixels."""
 import io, pathlib, sys
 from PIL import Image
 

@@ -4,7 +4,7 @@
 #   GPUS=4 bash scripts/eval_knn.sh swin_tiny /data/imagenet /runs/swin_tiny/checkpoint.pth /runs/swin_tiny
 #   bash scripts/eval_knn.sh swin_tiny /data/imagenet_zips ... --zip_mode
 #   bash scripts/eval_knn.sh deit_small ... -- MODEL.SPEC.NUM_CLS_TOKENS 2 MODEL.SPEC.POS_RESIZE scale       UDI's ViT-S: 75.6 %
-# The vote of 10, 20, 100 and 200 neighbours with temperature 0.07; 20 is the published one. Neither the number of GPUs nor the
+# The vote of 10, 20, 100 and 200 neighbors with temperature 0.07; 20 is the published one. Neither the number of GPUs nor the
 # batch changes the scores. OUT gets results.json. Flags given at the end win over those here.
 USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_knn.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

@@ -4,9 +4,9 @@
 #   GPUS=2 bash scripts/pretrain.sh swin_tiny /data/imagenet /runs/swin_tiny                  batch 512 = 2 x 64 x 4 accumulated
 #   GPUS=8 PER_GPU=128 BATCH=1024 bash scripts/pretrain.sh swin_tiny ...                      batch 1024 in one go
 #   bash scripts/pretrain.sh vil_2262 ... --use_dense_prediction False                        views only
-# The learning rate follows the batch by itself: --lr is for 256 images (0.0005), the optimiser gets lr x BATCH / 256, so a batch
+# The learning rate follows the batch by itself: --lr is for 256 images (0.0005), the optimizer gets lr x BATCH / 256, so a batch
 # of 256 runs at 0.0005, 512 at 0.001, 1024 at 0.002. Accumulated micro-batches count as one batch in the step, its schedules and
-# its centre; BatchNorm, where a network has it, sees one micro-batch at a time. Flags given at the end win over those here.
+# its center; BatchNorm, where a network has it, sees one micro-batch at a time. Flags given at the end win over those here.
 USAGE="ARCH IMAGENET OUT [flags of main_esvit.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 take "$@"

@@ -12,12 +12,11 @@ import torch
 from conftest import GOLDEN
 from torch import Tensor
 
-import engine
 import main_esvit
 import main_udi
-import pretrain
-import resume
-from data.udi_views import Correspondence
+from data.transforms.udi_views import Correspondence
+from training import checkpointing, setup
+from training.step import TrainStep
 
 GENUINE = GOLDEN / "genuine"
 NAMES = sorted(path.stem for path in GENUINE.glob("*.pth"))
@@ -65,17 +64,17 @@ class GenuineRun:
         self.args: argparse.Namespace = self.script.get_args_parser().parse_args([*SMALL_HEADS, *further, *words])
         self.config = self.script.load_config(self.args)
 
-    def build_step(self) -> engine.TrainStep:
+    def build_step(self) -> TrainStep:
         """Networks, loss and optimizer as a new run has them."""
         self.script.check_args(self.args)
         method = self.script.build_method(self.args, self.config, torch.device("cpu"))
-        return pretrain.build_step(self.args, method, STEPS, torch.device("cpu"), "fp32")
+        return setup.build_step(self.args, method, STEPS, torch.device("cpu"), "fp32")
 
-    def resume_in(self, folder: Path, path: Path | None = None) -> tuple[engine.TrainStep, resume.Place]:
+    def resume_in(self, folder: Path, path: Path | None = None) -> tuple[TrainStep, checkpointing.RunPosition]:
         """A step that goes on from the program's own file, laid as checkpoint.pth into `folder`."""
         shutil.copy(path or self.path, folder / "checkpoint.pth")
         step = self.build_step()
-        return step, resume.resume_run(folder, step, self.args)
+        return step, checkpointing.resume_run(folder, step, self.args)
 
     def batch(self, iteration: int) -> list[Any]:
         """The views of a step, for UDI with the places that its own augmentation drew."""
@@ -90,7 +89,7 @@ class GenuineRun:
         of_global, of_local = (g["valid"], g["target"]), (g["local_valid"], g["local_target"])
         return [*crops, *Correspondence(tokens, *of_global, local_tokens, *of_local)]
 
-    def go_on(self, step: engine.TrainStep, epoch: int, epochs: int) -> list[dict[str, float]]:
+    def go_on(self, step: TrainStep, epoch: int, epochs: int) -> list[dict[str, float]]:
         """Train to the end of the run; what each step gives."""
         told = []
         for number in range(epoch, epochs):

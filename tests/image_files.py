@@ -23,7 +23,7 @@ def whole(image: ImageLike) -> list[Tensor]:
     return [image if isinstance(image, Tensor) else TF.to_tensor(image)]
 
 
-def write_grey(path: Path, value: int, size: tuple[int, int] = (4, 6)) -> Path:
+def write_gray(path: Path, value: int, size: tuple[int, int] = (4, 6)) -> Path:
     """An image filled with one value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full(size, value, dtype=np.uint8)).save(path)

@@ -32,10 +32,10 @@ os.chdir(ROOT)
 import torch  # noqa: E402
 from runs import TINY_RUN, TINY_SWIN, free_port, write_images  # noqa: E402
 
-import files  # noqa: E402
 import main_esvit  # noqa: E402
-import resume  # noqa: E402
-import utils  # noqa: E402
+from checkpoints import files  # noqa: E402
+from distributed import launch  # noqa: E402
+from training import checkpointing  # noqa: E402
 
 EPOCHS = 12
 
@@ -63,12 +63,12 @@ def start(folder: Path, images: Path, processes: int) -> list[int]:
                 if processes > 1:
                     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                utils.run_script(lambda: train(folder, images))
+                launch.run_script(lambda: train(folder, images))
                 code = 0
             except SystemExit as end:
                 code = int(str(end.code))
             except KeyboardInterrupt:  # before `run_script` takes it
-                code = utils.INTERRUPTED
+                code = launch.INTERRUPTED
             finally:
                 os._exit(code)
     return children
@@ -81,7 +81,7 @@ def wait(children: list[int]) -> list[int]:
 
 def place(folder: Path) -> tuple[int, int]:
     """Epoch and step of the newest whole checkpoint; (0, 0) before the first."""
-    found = resume.newest_whole(folder / resume.CHECKPOINT)
+    found = checkpointing.newest_whole(folder / checkpointing.CHECKPOINT)
     if found is None:
         return 0, 0
     content = found[1]
@@ -137,14 +137,14 @@ def main(kills: int, seed: int, processes: int, number: signal.Signals, rivals: 
             now = place(killed)
             assert now >= reached, f"the run fell back from {reached} to {now}"
             reached = now
-            if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == utils.INTERRUPTED:
+            if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == launch.INTERRUPTED:
                 assert os.WIFSIGNALED(status) == (number == signal.SIGKILL), status
                 done += 1
             else:  # all epochs were done before the kill: begin anew
                 assert os.WEXITSTATUS(status) == 0
                 killed, reached = killed.with_name(f"killed{done}"), (0, 0)
         assert not any(wait(start(killed, images, processes)))
-        ends = [torch.load(run / resume.CHECKPOINT, weights_only=False) for run in (alone, killed)]
+        ends = [torch.load(run / checkpointing.CHECKPOINT, weights_only=False) for run in (alone, killed)]
         differing = [key for key in ends[0].keys() - {"args"} if not same(ends[0][key], ends[1][key])]
         assert not differing, f"the killed run ends with another {', '.join(differing)}"
         lines = [len((run / "log.txt").read_text().splitlines()) for run in (alone, killed)]

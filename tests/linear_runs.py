@@ -8,15 +8,15 @@ from typing import Any
 
 from runs import TINY_SWIN, write_images
 
-import checkpoint
 import eval_linear
+from checkpoints import loading
 
 SWIN = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml"]
 QUICK = ["--device", "cpu", "--num_workers", "0", "--epochs", "3", "--batch_size_per_gpu", "5", "--n_last_blocks", "2"]
 
 
-def write_colours(root: Path) -> Path:
-    """Three classes of different colours: 12 training and 6 validation images."""
+def write_colors(root: Path) -> Path:
+    """Three classes of different colors: 12 training and 6 validation images."""
     for seed, (split, count) in enumerate((("train", 4), ("val", 2))):
         write_images(root / split, count, classes=3, seed=seed)
     return root
@@ -33,7 +33,7 @@ def run(images: Path, out: Path, *flags: str, **changed: Any) -> None:
 
 
 def saved(out: Path) -> dict[str, Any]:
-    return checkpoint.load_file(out / "checkpoint.pth.tar")
+    return loading.load_file(out / "checkpoint.pth.tar")
 
 
 def log_lines(out: Path) -> list[dict[str, Any]]:

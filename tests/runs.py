@@ -76,14 +76,14 @@ TINY_UDI = [
 
 
 def write_images(root: Path, count: int, size: int = 40, classes: int = 0, seed: int = 0) -> Path:
-    """Write noisy one-coloured PNG files: flat, or `count` in each of `classes` folders with a colour of their own."""
+    """Write noisy one-colored PNG files: flat, or `count` in each of `classes` folders with a color of their own."""
     rng = np.random.default_rng(seed)
     for label in range(max(classes, 1)):
         folder = root / f"class{label}" if classes else root
         folder.mkdir(parents=True, exist_ok=True)
-        colour = np.random.default_rng(label + 100).uniform(40, 215, 3)
+        color = np.random.default_rng(label + 100).uniform(40, 215, 3)
         for number in range(count):
-            pixels = colour + rng.normal(0, 25, (size, size, 3))
+            pixels = color + rng.normal(0, 25, (size, size, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:03}.png")
     return root
 

@@ -24,14 +24,14 @@ from runs import TINY_RUN  # noqa: E402
 from small_networks import SMALL  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import checkpoint  # noqa: E402
-import engine  # noqa: E402
 import main_esvit  # noqa: E402
-import pretrain  # noqa: E402
-import sharding  # noqa: E402
 import utils  # noqa: E402
-from config import load_config  # noqa: E402
+from checkpoints import loading  # noqa: E402
+from config.loading import load_config  # noqa: E402
+from distributed import collectives, fsdp, launch  # noqa: E402
 from models import Backbone  # noqa: E402
+from training import setup  # noqa: E402
+from training.step import Method  # noqa: E402
 
 CPU = torch.device("cpu")
 assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -40,7 +40,7 @@ FLAGS += ["--batch_size_per_gpu", "2", "--epochs", "1"]
 FLAGS += ["--accum_iter", "2", "--use_mixup", "on", "--freeze_last_layer", "0", "--clip_grad", "0.3"]
 FLAGS += ["--momentum_teacher", "0.9", "--optimizer", "sgd", "--lr", "10"]
 DRAWN = ("MODEL.SPEC.DROP_PATH_RATE", "0.1")
-OVERRIDES = {"swin": DRAWN, "vit": DRAWN, "vil": (*DRAWN, "MODEL.SPEC.MSVIT.MODE", "1")}  # and one neighbour of nine
+OVERRIDES = {"swin": DRAWN, "vit": DRAWN, "vil": (*DRAWN, "MODEL.SPEC.MSVIT.MODE", "1")}  # and one neighbor of nine
 GOOD, BAD = 0.0, 1.0
 SCALE = 1.0  # of fp16: gradients of so small a head are large themselves
 
@@ -48,7 +48,7 @@ SCALE = 1.0  # of fp16: gradients of so small a head are large themselves
 def views(spoilt: bool) -> list[Tensor]:
     """A micro-batch from the random state at hand."""
     made = [torch.randn(2, 3, size, size) for size in (64, 64, 32)]
-    if spoilt and utils.get_rank() == utils.get_world_size() - 1:
+    if spoilt and collectives.get_rank() == collectives.get_world_size() - 1:
         made[0][0, 0, 0, 0] = torch.nan
     return made
 
@@ -60,34 +60,34 @@ def train(arch: str, precision: str, *flags: str) -> tuple[list[dict[str, float]
     args = main_esvit.get_args_parser().parse_args([*line, *small.overrides, *OVERRIDES[arch]])
     utils.seed_everything(0)
     method = main_esvit.build_method(args, load_config(None, args.opts), CPU)
-    step = pretrain.build_step(args, method, 6, CPU, precision)
+    step = setup.build_step(args, method, 6, CPU, precision)
     step.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=step.scaler.is_enabled())
     method.start_epoch(0, 1)
     scalars, features = [], []
     for iteration, expected in enumerate((GOOD, BAD, GOOD)):
-        utils.seed_everything(100 * iteration + utils.get_rank())
+        utils.seed_everything(100 * iteration + collectives.get_rank())
         told = step([views(spoilt=expected == BAD and part == 1) for part in range(2)], iteration, 0, watch=True)
         scalars.append({name: value.item() for name, value in told.items()})
         scalars[-1]["scale"] = step.scaler.get_scale()
         assert scalars[-1]["skipped"] == expected, scalars[-1]
         if iteration == 1:
             features = features_of(method)
-    noted = getattr(checkpoint.unwrap(method.teacher), "_get_fsdp_state", lambda: None)()
+    noted = getattr(loading.unwrap(method.teacher), "_get_fsdp_state", lambda: None)()
     assert noted is None or not noted._comm_ctx.post_forward_order
     networks = {"student": method.student, "teacher": method.teacher}
-    state = {name: sharding.whole_state(network) for name, network in networks.items()}
+    state = {name: fsdp.whole_state(network) for name, network in networks.items()}
     state["student"] = {name.removeprefix("module."): value for name, value in state["student"].items()}
-    return scalars, state | {"centres": copy.deepcopy(method.criterion.state_dict())}, features
+    return scalars, state | {"centers": copy.deepcopy(method.criterion.state_dict())}, features
 
 
-def features_of(method: engine.Method) -> list[Tensor]:
+def features_of(method: Method) -> list[Tensor]:
     """Of each network; process r computes them r times."""
     found = []
-    for network in (checkpoint.unwrap(method.student), checkpoint.unwrap(method.teacher)):
+    for network in (loading.unwrap(method.student), loading.unwrap(method.teacher)):
         assert isinstance(network, Backbone)
-        with sharding.gathered(network), torch.no_grad():
+        with fsdp.gathered(network), torch.no_grad():
             network.eval()
-            for _ in range(utils.get_rank() + 1):
+            for _ in range(collectives.get_rank() + 1):
                 features = network.forward_features(torch.ones(1, 3, 64, 64)).view_BC
             network.train()
             found.append(features)
@@ -96,14 +96,14 @@ def features_of(method: engine.Method) -> list[Tensor]:
 
 def main() -> None:
     """Compare."""
-    utils.init_processes(main_esvit.get_args_parser().parse_args(["--device", "cpu"]))
+    launch.init_processes(main_esvit.get_args_parser().parse_args(["--device", "cpu"]))
     for arch, precision in (("swin", "fp32"), ("vit", "fp16"), ("vil", "fp32")):
         whole, shards = train(arch, precision), train(arch, precision, "--fsdp")
         for one, two in zip(whole[0], shards[0], strict=True):
             assert one.keys() == two.keys()
             assert_close(torch.tensor([*two.values()]), torch.tensor([*one.values()]))
         assert_close(shards[2], whole[2])
-        if utils.is_main_process():
+        if collectives.is_main_process():
             for part, tensors in whole[1].items():
                 assert tensors.keys() == shards[1][part].keys()
                 for name, value in tensors.items():
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    launch.run_script(main)

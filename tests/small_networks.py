@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from config import load_config
+from config.loading import load_config
 from models import Backbone, build_model
 
 

@@ -37,10 +37,11 @@ from analysis.images import (
     unique_names,
     views_of_size,
 )
-from config import load_config
-from data.augment import MultiCrop
+from checkpoints.files import unused
+from config.loading import load_config
+from data.transforms.augment import MultiCrop
+from evaluation.results import newest, read_json, save_json
 from models.base import BlockOutput
-from results import newest, read_json, save_json, unused
 from utils import UsageError
 
 # --------------------------------------------------------------------------- attention
@@ -91,7 +92,7 @@ def test_heads_are_ranked_by_entropy_and_keep_their_numbers() -> None:
     assert sorted(maps.heads) == [0, 1]
     torch.testing.assert_close(maps.planes_Hhw, planes[maps.heads])
     assert maps.entropies_H.tolist() == sorted(maps.entropies_H.tolist())
-    assert attention.head_maps(network, image, 0, 0.6).query_yx == (8, 8)  # the centre of 16 x 16
+    assert attention.head_maps(network, image, 0, 0.6).query_yx == (8, 8)  # the center of 16 x 16
 
 
 def test_padding_does_not_count_in_the_entropy() -> None:
@@ -167,16 +168,16 @@ def test_the_region_most_like_its_view() -> None:
     assert RegionFeatures(view, regions, (2, 2)).most_like_view.tolist() == [2]
 
 
-def test_principal_colours_follow_the_strongest_directions() -> None:
+def test_principal_colors_follow_the_strongest_directions() -> None:
     along = torch.linspace(-1, 1, 101)
     features = torch.stack([10 * along, torch.zeros(101), 3 * along.square()], dim=1)
-    colours = correspondence.principal_colours(features)
+    colors = correspondence.principal_colors(features)
     expected = ((along + 0.96) / 1.92).clamp(0, 1)  # two at each end of 101 are clipped
-    torch.testing.assert_close(colours[:, 0] if colours[0, 0] < 0.5 else 1 - colours[:, 0], expected)
-    assert colours.amin(0).tolist()[:2] == [0.0, 0.0]
-    assert colours.amax(0).tolist()[:2] == [1.0, 1.0]
-    assert (colours[:, 2] == 0.5).all()  # nothing is left for a third one
-    assert (correspondence.principal_colours(torch.ones(5, 2)) == 0.5).all()
+    torch.testing.assert_close(colors[:, 0] if colors[0, 0] < 0.5 else 1 - colors[:, 0], expected)
+    assert colors.amin(0).tolist()[:2] == [0.0, 0.0]
+    assert colors.amax(0).tolist()[:2] == [1.0, 1.0]
+    assert (colors[:, 2] == 0.5).all()  # nothing is left for a third one
+    assert (correspondence.principal_colors(torch.ones(5, 2)) == 0.5).all()
 
 
 # --------------------------------------------------------------------------- stereo
@@ -195,7 +196,7 @@ def test_a_shifted_texture_is_found_where_the_disparity_says() -> None:
     assert wrong.within_one < 20
     chance = stereo.chance_score(truth, grid, size)
     assert chance.regions == 28
-    assert 100 * 4 / 32 < chance.within_one < 100 * 9 / 32  # neighbours of a region: 4 in a corner, 9 inside
+    assert 100 * 4 / 32 < chance.within_one < 100 * 9 / 32  # neighbors of a region: 4 in a corner, 9 inside
 
 
 def test_regions_without_disparity_do_not_count() -> None:
@@ -303,18 +304,18 @@ def test_results_never_overwrite_each_other(tmp_path: Path) -> None:
 
 def test_heat_is_bright_where_weights_are_large_and_leaves_the_picture_where_they_are_none() -> None:
     image = Image.new("RGB", (8, 4), (200, 100, 50))
-    grey = draw.faded(image, 0.6).getpixel((0, 0))
-    assert isinstance(grey, tuple)
-    assert grey[0] == grey[1] == grey[2] == round(0.6 * 124)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50
+    gray = draw.faded(image, 0.6).getpixel((0, 0))
+    assert isinstance(gray, tuple)
+    assert gray[0] == gray[1] == gray[2] == round(0.6 * 124)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50
     plane = torch.zeros(2, 4)
-    assert (np.asarray(draw.heat(image, plane)) == grey).all()
+    assert (np.asarray(draw.heat(image, plane)) == gray).all()
     plane[1, 3], plane[1, 2] = 0.01, 0.005
-    colours = np.asarray(draw.heat(image, plane, strength=1.0))
-    assert (colours[:2] == grey).all()
-    assert (colours[2:, :4] == grey).all()
+    colors = np.asarray(draw.heat(image, plane, strength=1.0))
+    assert (colors[:2] == gray).all()
+    assert (colors[2:, :4] == gray).all()
     ends = [[round(255 * c) for c in matplotlib.colormaps["inferno"](share)[:3]] for share in (0.5, 1.0)]
-    np.testing.assert_allclose(colours[2:, 4:6].astype(int), np.broadcast_to(ends[0], (2, 2, 3)), atol=1)
-    np.testing.assert_allclose(colours[2:, 6:].astype(int), np.broadcast_to(ends[1], (2, 2, 3)), atol=1)
+    np.testing.assert_allclose(colors[2:, 4:6].astype(int), np.broadcast_to(ends[0], (2, 2, 3)), atol=1)
+    np.testing.assert_allclose(colors[2:, 6:].astype(int), np.broadcast_to(ends[1], (2, 2, 3)), atol=1)
 
 
 def test_masks_and_frames() -> None:
@@ -334,11 +335,11 @@ def test_lines_join_the_pairs_and_bear_their_ranks() -> None:
     image = Image.new("RGB", (200, 100), (128, 128, 128))
     drawn = draw.paired((image, image), [((0.1, 0.9), (0.9, 0.9)), ((0.1, 0.2), (0.9, 0.2))], ((0.5, 0.5), (0.5, 0.0)))
     assert drawn.size == (416, 100)
-    assert drawn.getpixel((100, 90)) == draw.rank_colour(0, 2)
-    assert drawn.getpixel((300, 20)) == draw.rank_colour(1, 2)
+    assert drawn.getpixel((100, 90)) == draw.rank_color(0, 2)
+    assert drawn.getpixel((300, 20)) == draw.rank_color(1, 2)
     assert drawn.getpixel((100, 50)) == draw.YELLOW
     assert drawn.getpixel((316, 15)) == draw.YELLOW  # moved into the picture
-    assert len({draw.rank_colour(rank, 10) for rank in range(10)}) == 10
+    assert len({draw.rank_color(rank, 10) for rank in range(10)}) == 10
 
 
 def test_a_point_of_several_pairs_bears_all_their_ranks() -> None:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from models import attention, few_keys
-from models.attention import attend
+from ops import attention, cpu_attention
+from ops.attention import attend
 
 BIASES = {
     "none": None,
@@ -101,10 +101,10 @@ def test_what_compilers_are_told_of_the_results_is_true(shape: tuple[int, ...] |
     sizes = [2, 3, 5, 7]
     checks = ("test_schema", "test_faketensor")
     given = (q, k, v, bias[0] if bias else None, 0.7, sizes)
-    torch.library.opcheck(few_keys._few_keys, given, test_utils=checks)
-    x, maps = few_keys._few_keys(*given)
+    torch.library.opcheck(cpu_attention._few_keys, given, test_utils=checks)
+    x, maps = cpu_attention._few_keys(*given)
     kept = (torch.ones_like(x), q, k, v, maps, 0.7, sizes, list(shape or ()), torch.float32)
-    torch.library.opcheck(few_keys._few_keys_backward, kept, test_utils=checks)
+    torch.library.opcheck(cpu_attention._few_keys_backward, kept, test_utils=checks)
 
 
 def test_many_keys_go_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models import Backbone
 from models.base import BlockOutput
-from models.windows import Cut, cut_windows, join_windows, real_tokens, window_plane
+from ops.windows import WindowPartition, join_windows, partition_windows, real_tokens, window_plane
 
 BATCH = 2
 
@@ -89,7 +89,7 @@ def test_planes_are_the_weights_that_make_the_output(name: str, grid: tuple[int,
 def test_a_plane_is_zero_outside_its_window_and_sums_to_one() -> None:
     network = small_network("swin").eval()
     plain, shifted = network.forward_blocks(torch.randn(1, 3, 64, 64), 4, attention=True)[:2]
-    assert (network.cut_of(plain), network.cut_of(shifted)) == (Cut(4, 0), Cut(4, 2))
+    assert (network.cut_of(plain), network.cut_of(shifted)) == (WindowPartition(4, 0), WindowPartition(4, 2))
     for output, rows, columns in ((plain, (4, 8), (8, 12)), (shifted, (2, 6), (10, 14))):
         plane = network.attention_plane(output, (5, 11))
         torch.testing.assert_close(plane.sum((2, 3)), torch.ones(1, plane.shape[1]))
@@ -100,17 +100,19 @@ def test_a_plane_is_zero_outside_its_window_and_sums_to_one() -> None:
     assert float(corner[:, :, :2, :2].sum((2, 3)).min()) > 1 - 1e-6
 
 
-@pytest.mark.parametrize("cut", [Cut(4), Cut(4, 2), Cut(3, 1), Cut(1)], ids=str)
+@pytest.mark.parametrize(
+    "cut", [WindowPartition(4), WindowPartition(4, 2), WindowPartition(3, 1), WindowPartition(1)], ids=str
+)
 @pytest.mark.parametrize("grid", [(8, 8), (5, 10), (2, 9)], ids=str)
-def test_cutting_is_undone(cut: Cut, grid: tuple[int, int]) -> None:
+def test_cutting_is_undone(cut: WindowPartition, grid: tuple[int, int]) -> None:
     x = torch.randn(BATCH, *grid, 3)
-    assert torch.equal(join_windows(cut_windows(x, cut), cut, grid), x)
+    assert torch.equal(join_windows(partition_windows(x, cut), cut, grid), x)
     assert int(real_tokens(cut, grid).sum()) == math.prod(grid)
 
 
 def test_an_impulse_stays_where_it_is() -> None:
     """A map whose query gives all weight to itself is an impulse at the query, wherever that is."""
-    cut, grid = Cut(4, 2), (6, 11)
+    cut, grid = WindowPartition(4, 2), (6, 11)
     windows = len(real_tokens(cut, grid))
     maps = torch.eye(16).expand(BATCH * windows, 3, 16, 16)
     for y in range(grid[0]):

@@ -13,8 +13,8 @@ from runs import TINY_RUN, TINY_SWIN, write_images
 from torch import Tensor
 
 import main_esvit
-import resume
-from checkpoint import load_file
+from checkpoints.loading import load_file
+from training import checkpointing
 from utils import UsageError
 
 
@@ -37,14 +37,14 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.slow
-def test_auto_is_split_and_both_show_normalised_views(folder: Path, tmp_path: Path) -> None:
+def test_auto_is_split_and_both_show_normalized_views(folder: Path, tmp_path: Path) -> None:
     students = {name: train(folder, tmp_path / name, "--aug_backend", name) for name in ("auto", "split", "pil")}
     assert same(students["auto"], students["split"])
     assert not same(students["auto"], students["pil"])
     pictures = {name: np.asarray(Image.open(tmp_path / name / "crops.png")).astype(float) for name in students}
     assert np.array_equal(pictures["auto"], pictures["split"])
     assert pictures["pil"].shape == pictures["split"].shape
-    # The global views; their normalisation is undone in the picture, so their mean is that of the images.
+    # The global views; their normalization is undone in the picture, so their mean is that of the images.
     rows = slice(2, 2 * 34)
     assert pictures["split"][rows].mean() == pytest.approx(pictures["pil"][rows].mean(), abs=25)
     assert 60 < pictures["split"][rows].mean() < 200
@@ -58,13 +58,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     """Bit for bit, with a worker that stays over the epochs of the whole run and is started anew in the other."""
     flags = ("--aug_backend", "split", "--num_workers", "1")
     whole = train(folder, tmp_path / "whole", *flags)
-    save = resume.save_run
+    save = checkpointing.save_run
 
     def save_and_stop(*args: Any, **settings: Any) -> None:
         save(*args, **settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resume, "save_run", save_and_stop)
+    monkeypatch.setattr(checkpointing, "save_run", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "halves", *flags)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The views: their number, order, shape, normalisation and probabilities; each operation against a simple oracle."""
+"""The views: their number, order, shape, normalization and probabilities; each operation against a simple oracle."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms
 
-from data.augment import (
+from data.decode import ImageLike
+from data.transforms.augment import (
     BrightnessContrast,
     Crops,
     GaussianBlur,
     MultiCrop,
     Solarize,
     check_crops,
-    check_normalisation,
+    check_normalization,
     choose_backend,
     deit_views,
     dino_views,
     eval_view,
-    posterised_to_a_bit,
+    posterized_to_a_bit,
     train_view,
 )
-from data.decode import ImageLike
 from utils import UsageError
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
@@ -122,12 +122,12 @@ def test_multi_crop_gives_each_transform_the_image_itself() -> None:
     assert all(torch.equal(v, image * factor) for v, factor in zip(views, (1.0, 2.0, 3.0)))
 
 
-# --------------------------------------------------------------------------- normalisation
+# --------------------------------------------------------------------------- normalization
 
 
 @pytest.mark.parametrize("levels", [(64,), (64, 64, 64), (10, 30, 50, 70, 90)])
-def test_dino_views_normalise_each_channel(levels: tuple[int, ...]) -> None:
-    """A constant image below the solarisation threshold goes through crops, blur and jitter of strength 0 unchanged."""
+def test_dino_views_normalize_each_channel(levels: tuple[int, ...]) -> None:
+    """A constant image below the solarization threshold goes through crops, blur and jitter of strength 0 unchanged."""
     in_chans = len(levels)
     mean = [0.1 * (c + 1) for c in range(in_chans)]
     std = [0.2 + 0.05 * c for c in range(in_chans)]
@@ -141,7 +141,7 @@ def test_dino_views_normalise_each_channel(levels: tuple[int, ...]) -> None:
             torch.testing.assert_close(view, expected.expand_as(view), rtol=0, atol=2e-5)
 
 
-def test_deit_views_normalise_each_channel() -> None:
+def test_deit_views_normalize_each_channel() -> None:
     image = Image.new("RGB", (50, 40), (255, 255, 255))
     settings = {**DEIT, "auto_augment": None, "color_jitter": 0.0, "erase_prob": 0.0}
     expected = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD)])[:, None, None]
@@ -168,7 +168,7 @@ def test_dino_probabilities() -> None:
         assert jitter.hue == (-0.1, 0.1)
 
 
-def test_many_channels_have_brightness_and_contrast_for_colour_jitter() -> None:
+def test_many_channels_have_brightness_and_contrast_for_color_jitter() -> None:
     for view in dino_views(CROPS, 5, [0.5] * 5, [0.25] * 5, 0.3).view_transforms:
         steps = steps_of(view)
         assert transforms.RandomGrayscale not in steps
@@ -205,8 +205,8 @@ def test_solarize_inverts_from_half_of_the_range_on() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = np.where(levels < 128, levels, 255 - levels)
     assert np.array_equal(np.asarray(Solarize(1.0)(Image.fromarray(levels))), expected)
-    colour = Solarize(1.0)(Image.fromarray(np.stack([levels] * 3, axis=2)))
-    assert np.array_equal(np.asarray(colour), np.stack([expected] * 3, axis=2))
+    color = Solarize(1.0)(Image.fromarray(np.stack([levels] * 3, axis=2)))
+    assert np.array_equal(np.asarray(color), np.stack([expected] * 3, axis=2))
     tensor = Solarize(1.0)(torch.from_numpy(levels).float().expand(5, 16, 16) / 255)
     assert isinstance(tensor, Tensor)
     torch.testing.assert_close(tensor, torch.from_numpy(expected).float().expand(5, 16, 16) / 255)
@@ -269,7 +269,7 @@ def test_brightness_contrast_stays_in_range_and_at_strength_zero_does_nothing() 
 
 @pytest.mark.parametrize("clean", [False, True])
 def test_erasing_spares_the_first_view_on_request(clean: bool) -> None:
-    """White, no colour change: what is erased is exactly 0 after normalisation, all else is not."""
+    """White, no color change: what is erased is exactly 0 after normalization, all else is not."""
     image = Image.new("RGB", (50, 40), (255, 255, 255))
     settings = {**DEIT, "auto_augment": None, "color_jitter": 0.0, "erase_prob": 1.0, "erase_mode": "const"}
     views = deit_views(CROPS, MEAN, STD, **{**settings, "clean_first_view": clean})(image)
@@ -417,7 +417,7 @@ def test_eval_view_of_other_channels(in_chans: int) -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 5])
-def test_train_view_is_a_normalised_crop_flipped_half_the_time(in_chans: int) -> None:
+def test_train_view_is_a_normalized_crop_flipped_half_the_time(in_chans: int) -> None:
     """Against torchvision's crop with its published defaults, drawn from the same generator."""
     image, mean, std = noise_image(in_chans, 20, 30), [0.5] * in_chans, [0.25] * in_chans
     pixels = image if isinstance(image, Tensor) else transforms.functional.to_tensor(image)
@@ -480,29 +480,29 @@ def test_crops_that_work() -> None:
         ((), (), 0),
     ],
 )
-def test_normalisation_that_does_not_fit_names_the_keys(
+def test_normalization_that_does_not_fit_names_the_keys(
     mean: Sequence[float], std: Sequence[float], in_chans: int
 ) -> None:
     with pytest.raises(UsageError, match=rf"{in_chans} channels need {in_chans} values in INPUT\.MEAN .* INPUT\.STD"):
-        check_normalisation(mean, std, in_chans)
+        check_normalization(mean, std, in_chans)
 
 
-def test_normalisation_that_fits() -> None:
-    check_normalisation(MEAN, STD, 3)
-    check_normalisation([0.5], [1e-3], 1)
-    check_normalisation([0.0] * 5, [1.0] * 5, 5)
+def test_normalization_that_fits() -> None:
+    check_normalization(MEAN, STD, 3)
+    check_normalization([0.5], [1e-3], 1)
+    check_normalization([0.0] * 5, [1.0] * 5, 5)
 
 
-def test_the_strongest_posterising_keeps_a_bit() -> None:
+def test_the_strongest_posterizing_keeps_a_bit() -> None:
     """timm asks for none at magnitude 10, which some draws around 9 reach and Pillow refuses; other levels stay timm's."""
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     for policy in ("rand-m10-inc1", "rand-m0", "v0"):
-        view = posterised_to_a_bit(create_transform(16, is_training=True, auto_augment=policy))
+        view = posterized_to_a_bit(create_transform(16, is_training=True, auto_augment=policy))
         step = next(step for step in view.transforms if hasattr(step, "ops") or hasattr(step, "policy"))
         policies = getattr(step, "policy", None) or [step.ops]
-        posterising = [op for some in policies for op in some if op.name.startswith("Posterize")]
-        assert posterising
-        for operation in posterising:
+        posterizing = [op for some in policies for op in some if op.name.startswith("Posterize")]
+        assert posterizing
+        for operation in posterizing:
             operation.prob, operation.magnitude_std = 1.0, 0.0
             kept = len(np.unique(np.asarray(operation(image))))
             plain = operation.level_fn.args[0](operation.magnitude, {})[0]

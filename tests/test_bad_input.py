@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from image_files import encoded, whole, write_tsv
 from PIL import Image
 
-from data import published
 from data.datasets import LAYOUTS, ImageDataset, Sample, build_dataset
 from data.decode import decode_image
+from data.layouts import published
+from data.layouts.shards import build_stream
+from data.layouts.tsv import index_lines
 from data.loader import build_train_loader
-from data.shards import build_stream
-from data.tsv import index_lines
 from utils import UsageError
 
-GOOD = 200  # grey value of the readable images
+GOOD = 200  # gray value of the readable images
 FUZZ = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -86,7 +86,7 @@ def streamed(root: Path) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.image_index)
 
 
-def colour_of(sample: Sample) -> list[int]:
+def color_of(sample: Sample) -> list[int]:
     return [round(float(value)) for value in sample.views[0].mean((1, 2)) * 255]
 
 
@@ -108,14 +108,14 @@ def transparent(kind: str, mode: str = "RGBA") -> bytes:
     return save(Image.new("RGBA", (9, 7), (0, 0, 0, 0)).convert(mode), kind)
 
 
-EXPECTED: dict[str, tuple[bytes, tuple[int, int, int], int]] = {  # bytes, colour, tolerance
+EXPECTED: dict[str, tuple[bytes, tuple[int, int, int], int]] = {  # bytes, color, tolerance
     "cmyk.jpg": (save(Image.new("CMYK", (9, 7), (0, 255, 255, 0)), "JPEG"), (255, 0, 0), 4),
     "palette.png": (palette(), RED, 0),
     "sixteen.png": (sixteen_bit(), (128, 128, 128), 0),
-    "grey.jpg": (save(Image.new("L", (9, 7), 77), "JPEG"), (77, 77, 77), 1),
+    "gray.jpg": (save(Image.new("L", (9, 7), 77), "JPEG"), (77, 77, 77), 1),
     "bits.png": (save(Image.new("1", (9, 7), 1), "PNG"), (255, 255, 255), 0),
     "alpha.png": (transparent("PNG"), (255, 255, 255), 0),
-    "grey_alpha.png": (transparent("PNG", "LA"), (255, 255, 255), 0),
+    "gray_alpha.png": (transparent("PNG", "LA"), (255, 255, 255), 0),
     "half.png": (save(Image.new("RGBA", (9, 7), (0, 0, 0, 128)), "PNG"), (127, 127, 127), 1),
     "opaque.png": (save(Image.new("RGBA", (9, 7), (*RED, 255)), "PNG"), RED, 0),
     "key.png": (save(Image.new("RGB", (9, 7), (0, 0, 0)), "PNG", transparency=(0, 0, 0)), (255, 255, 255), 0),
@@ -137,10 +137,10 @@ def test_unusual_images_are_what_a_person_sees(tmp_path: Path, layout: str) -> N
     samples = [dataset[i] for i in range(len(dataset))]
     for found in (samples, streamed(root)) if layout == "shards" else (samples,):
         for sample, (name, _) in zip(found, images, strict=True):
-            _, colour, tolerance = EXPECTED[name]
+            _, color, tolerance = EXPECTED[name]
             assert sample.failures == (), name
             assert sample.label == 0 or layout == "openimages_v4"
-            assert all(abs(a - b) <= tolerance for a, b in zip(colour_of(sample), colour)), (name, colour_of(sample))
+            assert all(abs(a - b) <= tolerance for a, b in zip(color_of(sample), color)), (name, color_of(sample))
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED.keys() - {"array.png"}))
@@ -221,7 +221,7 @@ def test_bad_images_are_named_and_replaced(tmp_path: Path, layout: str) -> None:
     root = write_layout(tmp_path, layout, images)
     dataset = build(root, layout)
     for sample in [dataset[i] for i in range(40)] + (streamed(root) if layout == "shards" else []):
-        assert colour_of(sample)[:2] == [GOOD, GOOD]
+        assert color_of(sample)[:2] == [GOOD, GOOD]
         if sample.image_index < len(bad):
             name, _, reason = sample.failures[0].partition(": ")
             assert name.endswith(place_of(sample.image_index, images[sample.image_index][0], root, layout))
@@ -243,7 +243,7 @@ PICTURES = {
     places=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=8),
 )
 def test_damaged_bytes_end_nothing(kind: str, cut: float, places: list[tuple[float, int]]) -> None:
-    """Any damage gives an image that is whole, or an error; a cut file is never filled up with black or grey."""
+    """Any damage gives an image that is whole, or an error; a cut file is never filled up with black or gray."""
     content = bytearray(PICTURES[kind])
     for place, value in places:
         content[int(place * len(content))] = value
@@ -277,7 +277,7 @@ def check_run(root: Path, layout: str) -> None:
         return
     for i in range(len(dataset)):
         sample = dataset[i]
-        assert sample.views == [] or colour_of(sample)[:2] == [GOOD, GOOD]
+        assert sample.views == [] or color_of(sample)[:2] == [GOOD, GOOD]
         assert sample.failures == () or all(": " in failure for failure in sample.failures)
 
 
@@ -313,7 +313,7 @@ def test_damaged_containers_end_no_run(
             (root / "sizes.json").write_text(json.dumps({"train-0.tar": 4}))
             samples = streamed(root)
             assert len(samples) == 4
-            assert all(sample.views == [] or colour_of(sample)[:2] == [GOOD, GOOD] for sample in samples)
+            assert all(sample.views == [] or color_of(sample)[:2] == [GOOD, GOOD] for sample in samples)
         check_run(root, layout)
 
 
@@ -344,7 +344,7 @@ def test_archive_that_would_lead_outside(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="is no path of an image inside"):
         build(root, "zip")
     root = write_layout(tmp_path / "b", "shards", [(name, good(0))])
-    assert colour_of(streamed(root)[0])[:2] == [GOOD, GOOD]
+    assert color_of(streamed(root)[0])[:2] == [GOOD, GOOD]
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(root / "train-0.tar", "a") as tar:

@@ -16,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from benchmarks import dataset, memory, sides, step, syncs, throughput
 from benchmarks.plain import PlainRegionLoss, PlainSwinBlock
 from benchmarks.rows import ROWS
-from data.once import CACHE_VARIABLE
-from engine import TrainStep
-from models.mlp import Mlp
+from data.layouts.index_cache import CACHE_VARIABLE
 from models.swin import SwinBlock
-from models.window_heads import routes
-from models.windows import Cut
-from products import Linear
-from progress import EpochMeter
+from ops.linear import Linear
+from ops.mlp import Mlp
+from ops.window_gather import routes
+from ops.windows import WindowPartition
+from training.run_log import EpochMeter
+from training.step import TrainStep
 
 TINY = argparse.Namespace(batch=2, out_dim=32, local_crops=2)
 FLAGS = ("--cfg", "experiments/demo/swin_micro.yaml", "--head_hidden_dim", "16", "--head_bottleneck_dim", "8")
@@ -124,7 +124,7 @@ def test_throughput_compares_networks_that_compute_the_same(backward: bool) -> N
 
 def test_nothing_of_a_simulation_is_kept() -> None:
     """A mask or a route without values would be taken by the next network of its size."""
-    size = (9, 13), Cut(3, 1), 2, torch.device("cpu")
+    size = (9, 13), WindowPartition(3, 1), 2, torch.device("cpu")
     with memory.simulated():
         assert isinstance(routes(*size).to_grid, FakeTensor)
     kept = routes(*size).to_grid

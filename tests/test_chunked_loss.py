@@ -1,4 +1,4 @@
-"""The loss in chunks against the plain form: value, gradients, centres, memory, and a training with either."""
+"""The loss in chunks against the plain form: value, gradients, centers, memory, and a training with either."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from test_losses import golden_loss, golden_outputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import chunked_loss as chunked_module
 import utils
 from benchmarks.syncs import OperationCount
-from chunked_loss import Targets, Temperatures, chunked_cross_entropy
-from losses import DINOLoss, RegionMatchingLoss
+from losses.dino import DINOLoss
+from losses.region import RegionMatchingLoss
 from models.heads import WeightNormLinear
-from outputs import FactoredLogits, MultiCropOutput
+from models.outputs import MultiCropOutput
+from ops import chunked_cross_entropy as chunked_module
+from ops.chunked_cross_entropy import Targets, Temperatures, chunked_cross_entropy
+from ops.logits import FactoredLogits
 
 PROTOTYPES, CHANNELS = 37, 8
 LAYERS = ("view", "region")
@@ -191,7 +193,7 @@ def test_equals_the_equation_in_float64(rows: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mixup", ["none", "two"])
 def test_autocast_is_as_close_to_float32_as_the_plain_form(dtype: torch.dtype, mixup: str) -> None:
-    """Values, gradients (scaled as for float16) and centres: errors at most those of the plain form and a little."""
+    """Values, gradients (scaled as for float16) and centers: errors at most those of the plain form and a little."""
     regions, scale = (9, 9, 4, 4), 4096.0
     networks, loss = Networks(4, regions), region_loss(len(regions))
     weights = shares(4, len(regions), mixup)
@@ -308,7 +310,7 @@ def test_no_tensor_holds_all_logits_and_nothing_waits_for_the_device(monkeypatch
 
 @pytest.mark.parametrize("flags", [[], ["--use_mixup", "on"], ["--norm_last_layer", "off"]], ids=" ".join)
 def test_training_is_that_of_the_plain_loss(flags: list[str]) -> None:
-    """Losses, centres and weights of both networks after some steps."""
+    """Losses, centers and weights of both networks after some steps."""
     methods = []
     losses: list[list[float]] = []
     for plain in ("off", "on"):

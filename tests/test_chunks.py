@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from image_files import whole, write_grey
+from image_files import whole, write_gray
 from torch.utils.data import DataLoader
 
-from data.chunks import ChunkSampler, processes_per_node
 from data.datasets import build_dataset
 from data.loader import Batch, build_train_loader, set_epoch
+from data.samplers import ChunkSampler, processes_per_node
 from utils import UsageError
 
 GRID = [
@@ -84,7 +84,7 @@ def test_pure_function_of_seed_and_epoch() -> None:
 
 
 def test_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.chunks.get_world_size", lambda: 8)
+    monkeypatch.setattr("data.samplers.get_world_size", lambda: 8)
     for variable in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
         monkeypatch.delenv(variable, raising=False)
     assert processes_per_node() == 8
@@ -101,7 +101,7 @@ def test_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_with_chunks(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(11):
-        write_grey(tmp_path / f"{i:02}.png", i)
+        write_gray(tmp_path / f"{i:02}.png", i)
     monkeypatch.setattr("data.loader.ChunkSampler", partial(ChunkSampler, chunk=4))
     loader: DataLoader[Batch] = build_train_loader(
         build_dataset(tmp_path, "train", whole), 3, workers, pin_memory=False, sampler="chunk"

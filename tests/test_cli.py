@@ -21,10 +21,10 @@ import main_esvit_mnodes
 import main_udi
 import run_analysis
 import utils
+from distributed.launch import run_script as run_as_script
 from models.registry import register
 from models.swin import build_swin
 from utils import UsageError
-from utils import run_script as run_as_script
 
 # The published command line: names and defaults that must never change.
 PUBLISHED = {

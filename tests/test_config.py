@@ -12,7 +12,7 @@ import torch.distributed.run
 from conftest import ROOT
 from yacs.config import CfgNode
 
-from config import load_config
+from config.loading import load_config
 from models import build_model
 from utils import UsageError
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from image_files import whole, write_grey, write_tsv
+from image_files import whole, write_gray, write_tsv
 from runs import write_images
 
 from data import convert
@@ -34,7 +34,7 @@ def folders(tmp_path: Path) -> Path:
     """Twelve training images of three classes; four of validation, whose first class is the training set's second."""
     write_images(tmp_path / "folders" / "train", 4, size=8, classes=3)
     for label in (1, 2):
-        write_grey(tmp_path / "folders" / "val" / f"class{label}" / "grey.png", label)
+        write_gray(tmp_path / "folders" / "val" / f"class{label}" / "gray.png", label)
         (tmp_path / "folders" / "val" / f"class{label}" / "damaged.jpg").write_bytes(b"no image %d" % label)
     return tmp_path / "folders"
 
@@ -86,7 +86,7 @@ def test_names_of_classes_that_are_not_text(tmp_path: Path, layout: str) -> None
     """Folders are called by bytes, which need not be UTF-8."""
     names = [os.fsdecode(b"caf\xe9"), "tea"]
     for number, name in enumerate(names):
-        write_grey(tmp_path / "images/train" / name / "1.png", number)
+        write_gray(tmp_path / "images/train" / name / "1.png", number)
     there = run(tmp_path / "images", tmp_path / "there", layout)
     back = run(there, tmp_path / "back", "files", layout)
     assert tree_of(back) == tree_of(tmp_path / "images")
@@ -94,7 +94,7 @@ def test_names_of_classes_that_are_not_text(tmp_path: Path, layout: str) -> None
 
 
 def test_back_without_labels_and_with_a_name_that_is_no_folder(tmp_path: Path) -> None:
-    png = write_grey(tmp_path / "a.png", 1).read_bytes()
+    png = write_gray(tmp_path / "a.png", 1).read_bytes()
     plain = run(write_tsv(tmp_path / "plain.tsv", [("a", "", png)]), tmp_path / "plain", "files", "tsv")
     assert [str(path.relative_to(plain)) for path in plain.rglob("*.*")] == ["train/000000000.png"]
     named = write_tsv(tmp_path / "named.tsv", [("a", "either/or", png), ("b", "cat", png)])
@@ -122,8 +122,8 @@ def test_order_and_names(folders: Path, tmp_path: Path) -> None:
 
 
 def test_index_and_sizes_that_are_written_are_those_that_are_found(folders: Path, tmp_path: Path) -> None:
-    from data.tars import count_images, find_shards
-    from data.tsv import index_lines
+    from data.layouts.tars import count_images, find_shards
+    from data.layouts.tsv import index_lines
 
     tsv = run(folders, tmp_path / "tsv", "tsv") / "train.tsv"
     assert tsv.with_suffix(".lineidx").read_text() == "".join(f"{n}\n" for n in index_lines(tsv))
@@ -154,7 +154,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
 
 def test_numbers_stay_numbers(tmp_path: Path) -> None:
     """Labels 7 and 900 are not renumbered."""
-    png = write_grey(tmp_path / "a.png", 1).read_bytes()
+    png = write_gray(tmp_path / "a.png", 1).read_bytes()
     tsv = write_tsv(tmp_path / "tsv" / "train.tsv", [("a", "900", png), ("b", "7", png)])
     for layout in ("zip", "shards"):
         assert content(run(tsv, tmp_path / layout, layout, "tsv"), layout, "train") == [(png, 7), (png, 900)]
@@ -163,7 +163,7 @@ def test_numbers_stay_numbers(tmp_path: Path) -> None:
 
 def test_names_that_only_look_like_numbers_stay_apart(tmp_path: Path) -> None:
     for name in ("1", "01", "10"):
-        write_grey(tmp_path / "folders" / "train" / name / "a.png", int(name) * 20)
+        write_gray(tmp_path / "folders" / "train" / name / "a.png", int(name) * 20)
     there = run(tmp_path / "folders", tmp_path / "there", "tsv")
     assert (there / "classes.txt").read_text() == "01\n1\n10\n"
     assert tree_of(run(there, tmp_path / "back", "files", "tsv")) == tree_of(tmp_path / "folders")

@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from data.augment import MultiCrop, dino_views
-from data.crops import ByteCrops, split_views
 from data.datasets import ImageDataset, build_dataset
-from data.photometric import DRAWS
-from data.recipe import ASPECT, Crops, View, dino_recipe
+from data.transforms.augment import MultiCrop, dino_views
+from data.transforms.crops import ByteCrops, split_views
+from data.transforms.photometric import DRAWS
+from data.transforms.recipe import ASPECT, Crops, View, dino_recipe
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
 VIEWS = dino_recipe(CROPS, 0.4).views
@@ -74,7 +74,7 @@ def boxes(crops: Tensor) -> Tensor:
 
 
 def test_distribution_of_the_boxes_is_that_of_the_pil_backend() -> None:
-    """Width, height, centres and flips, by the distance of their distributions; 1.63 is exceeded by one in a hundred."""
+    """Width, height, centers and flips, by the distance of their distributions; 1.63 is exceeded by one in a hundred."""
     torch.manual_seed(0)
     pixels = np.zeros((200, 250, 3), dtype=np.uint8)
     pixels[:, :, 0], pixels[:, :, 1] = np.arange(250), np.arange(200)[:, None]
@@ -124,7 +124,7 @@ def test_crops_and_draws_depend_on_seed_epoch_and_index(folder: Path) -> None:
 
 
 def test_any_file_that_can_be_read(tmp_path: Path) -> None:
-    """Palette, transparency, CMYK, 16 bits and arrays become the colours that the PIL backend sees."""
+    """Palette, transparency, CMYK, 16 bits and arrays become the colors that the PIL backend sees."""
     pixels = np.full((40, 50, 3), (200, 100, 50), dtype=np.uint8)
     image = Image.fromarray(pixels)
     image.save(tmp_path / "0.png")

@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import load_config
+from config.loading import load_config
 from models import Backbone, build_model
 from models.cvt import ConvAttention, CvT
 from utils import UsageError

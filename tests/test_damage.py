@@ -50,7 +50,7 @@ def save(image: Image.Image, kind: str) -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_half_a_photograph_is_named(name: str, kind: str) -> None:
-    """Cut; cut and closed; with zeros in the place of the rest, and closed."""
+    """WindowPartition; cut and closed; with zeros in the place of the rest, and closed."""
     whole = save(photograph(name), kind)
     half, end = len(whole) // 2, b"\xff\xd9"
     zeros = whole[:half] + bytes(len(whole) - half)
@@ -62,11 +62,11 @@ def test_half_a_photograph_is_named(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_even_images_are_whole(kind: str) -> None:
-    """Their data may well end in zeros, and their last rows are of one colour."""
-    for colour in ((255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 40)):
-        framed = Image.new("RGB", (330, 500), colour)
+    """Their data may well end in zeros, and their last rows are of one color."""
+    for color in ((255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 40)):
+        framed = Image.new("RGB", (330, 500), color)
         framed.paste(photograph("astronaut.png"), (15, 20))
-        for image in (Image.new("RGB", (500, 500), colour), Image.new("L", (1600, 30)), framed, framed.convert("L")):
+        for image in (Image.new("RGB", (500, 500), color), Image.new("L", (1600, 30)), framed, framed.convert("L")):
             content = save(image, kind)
             assert (pixels_of(content) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
 

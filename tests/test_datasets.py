@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from image_files import NOISE, encoded, whole, write_grey
+from image_files import NOISE, encoded, whole, write_gray
 from PIL import Image
 from torch import Tensor
 
 from data.datasets import REPLACEMENT_TRIES, ImageDataset, build_dataset
 from data.decode import ImageLike
-from data.sources import UNLABELLED, Files
+from data.layouts.sources import UNLABELED, Files
 from utils import isolated_rng
 
 
@@ -57,7 +57,7 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_file_is_replaced_and_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(DAMAGED[name])
-    write_grey(tmp_path / "zz.png", 50)
+    write_gray(tmp_path / "zz.png", 50)
     dataset = build_dataset(tmp_path, "train", whole)
     sample = dataset[0]
     assert sample.image_index == 0
@@ -89,7 +89,7 @@ def test_damaged_tiff_of_many_channels_is_replaced(tmp_path: Path) -> None:
 
 def test_file_that_vanishes_is_replaced(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        write_grey(tmp_path / name, 9)
+        write_gray(tmp_path / name, 9)
     dataset = build_dataset(tmp_path, "train", whole)
     (tmp_path / "a.png").unlink()
     sample = dataset[0]
@@ -101,7 +101,7 @@ def test_nothing_readable_gives_no_view(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     sample = build_dataset(tmp_path, "train", whole)[1]
-    assert (sample.views, sample.label, sample.image_index) == ([], UNLABELLED, 1)
+    assert (sample.views, sample.label, sample.image_index) == ([], UNLABELED, 1)
     assert len(sample.failures) == REPLACEMENT_TRIES
     assert set(sample.failures) <= {f"{tmp_path / name}: the file is empty" for name in ("a.png", "b.png")}
     assert sample.failures[0].startswith(str(tmp_path / "b.png"))
@@ -111,7 +111,7 @@ def test_error_of_the_transform_is_no_failure_of_the_file(tmp_path: Path) -> Non
     def broken(image: ImageLike) -> list[Tensor]:
         raise ValueError("a mistake in the transform")
 
-    write_grey(tmp_path / "a.png", 0)
+    write_gray(tmp_path / "a.png", 0)
     with pytest.raises(ValueError, match="a mistake in the transform"):
         build_dataset(tmp_path, "train", broken)[0]
 
@@ -119,16 +119,16 @@ def test_error_of_the_transform_is_no_failure_of_the_file(tmp_path: Path) -> Non
 # --------------------------------------------------------------------------- randomness
 
 
-def classes_of_grey(root: Path, count: int) -> Path:
+def classes_of_gray(root: Path, count: int) -> Path:
     """Class folders 0 .. count - 1, the image in folder i filled with i; image 0 is damaged."""
     for i in range(count):
-        write_grey(root / f"{i}" / "image.png", i)
+        write_gray(root / f"{i}" / "image.png", i)
     (root / "0" / "image.png").write_bytes(b"")
     return root
 
 
 def test_replacement_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
-    root = classes_of_grey(tmp_path, 10)
+    root = classes_of_gray(tmp_path, 10)
     chosen: dict[tuple[int, int], int] = {}
     for seed in range(4):
         for epoch in range(4):
@@ -149,11 +149,11 @@ def test_replacement_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
 
 
 def test_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
-    paths = [str(write_grey(tmp_path / f"{i}.png", 0)) for i in range(3)]
+    paths = [str(write_gray(tmp_path / f"{i}.png", 0)) for i in range(3)]
     seen: dict[tuple[int, int, int], tuple[float, ...]] = {}
     for seed in (0, 1):
         for epoch in (0, 1):
-            dataset = ImageDataset(Files(paths), [0, 0, 0], ("grey",), only_draws, seed=seed)
+            dataset = ImageDataset(Files(paths), [0, 0, 0], ("gray",), only_draws, seed=seed)
             dataset.epoch = epoch
             for index in (2, 0, 1):
                 seen[seed, epoch, index] = tuple(dataset[index].views[0].tolist())
@@ -165,8 +165,8 @@ def test_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63])
 def test_unusual_seeds(tmp_path: Path, seed: int) -> None:
-    dataset = ImageDataset(Files([str(write_grey(tmp_path / "0.png", 0))]), [0], ("grey",), only_draws, seed=seed)
-    usual = ImageDataset(Files([str(tmp_path / "0.png")]), [0], ("grey",), only_draws)
+    dataset = ImageDataset(Files([str(write_gray(tmp_path / "0.png", 0))]), [0], ("gray",), only_draws, seed=seed)
+    usual = ImageDataset(Files([str(tmp_path / "0.png")]), [0], ("gray",), only_draws)
     assert torch.equal(dataset[0].views[0], dataset[0].views[0])
     assert not torch.equal(dataset[0].views[0], usual[0].views[0])
 
@@ -174,7 +174,7 @@ def test_unusual_seeds(tmp_path: Path, seed: int) -> None:
 def test_reading_leaves_the_global_generators_alone(tmp_path: Path) -> None:
     random.seed(1)
     expected = draws(), draws()
-    dataset = build_dataset(classes_of_grey(tmp_path, 3), "train", only_draws)
+    dataset = build_dataset(classes_of_gray(tmp_path, 3), "train", only_draws)
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(1)

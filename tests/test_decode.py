@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from image_files import NOISE, write_grey
+from image_files import NOISE, write_gray
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from data.decode import RASTER, UndeclaredRange, read_image
 
 
 def levels(path: Path, in_chans: int) -> list[int]:
-    """The distinct grey levels of a decoded image, which must be the same in each channel."""
+    """The distinct gray levels of a decoded image, which must be the same in each channel."""
     image = read_image(str(path), in_chans)
     assert isinstance(image, Image.Image)
     assert image.mode == {1: "L", 3: "RGB"}[in_chans]
@@ -26,22 +26,22 @@ def levels(path: Path, in_chans: int) -> list[int]:
     return [int(level) for level in np.unique(pixels)]
 
 
-def test_colour_and_grey_files(tmp_path: Path) -> None:
+def test_color_and_gray_files(tmp_path: Path) -> None:
     pixels = np.zeros((4, 6, 3), dtype=np.uint8)
     pixels[:, :] = (200, 100, 50)
-    Image.fromarray(pixels).save(tmp_path / "colour.png")
-    grey = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)  # ITU-R 601
-    colour = read_image(str(tmp_path / "colour.png"), 3)
-    assert isinstance(colour, Image.Image)
-    assert colour.getpixel((5, 3)) == (200, 100, 50)
-    assert levels(tmp_path / "colour.png", 1) == [grey]
-    assert levels(write_grey(tmp_path / "grey.png", 77), 3) == [77]
-    assert levels(tmp_path / "grey.png", 1) == [77]
+    Image.fromarray(pixels).save(tmp_path / "color.png")
+    gray = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)  # ITU-R 601
+    color = read_image(str(tmp_path / "color.png"), 3)
+    assert isinstance(color, Image.Image)
+    assert color.getpixel((5, 3)) == (200, 100, 50)
+    assert levels(tmp_path / "color.png", 1) == [gray]
+    assert levels(write_gray(tmp_path / "gray.png", 77), 3) == [77]
+    assert levels(tmp_path / "gray.png", 1) == [77]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "1"])
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_any_mode_becomes_grey_or_colour(tmp_path: Path, mode: str, in_chans: int) -> None:
+def test_any_mode_becomes_gray_or_color(tmp_path: Path, mode: str, in_chans: int) -> None:
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
     Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(path)
     assert levels(path, in_chans) == [255]
@@ -49,7 +49,7 @@ def test_any_mode_becomes_grey_or_colour(tmp_path: Path, mode: str, in_chans: in
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_sixteen_bit_grey_is_scaled(tmp_path: Path, suffix: str, in_chans: int) -> None:
+def test_sixteen_bit_gray_is_scaled(tmp_path: Path, suffix: str, in_chans: int) -> None:
     pixels = np.repeat(np.array([[0, 256, 16384, 32640, 32768, 65535]], dtype=np.uint16), 3, axis=0)
     path = tmp_path / f"deep.{suffix}"
     if suffix == "pgm":
@@ -61,9 +61,9 @@ def test_sixteen_bit_grey_is_scaled(tmp_path: Path, suffix: str, in_chans: int) 
 
 @pytest.mark.parametrize("suffix", ["tif", "npy"])
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_floating_grey_from_zero_to_one(tmp_path: Path, suffix: str, in_chans: int) -> None:
+def test_floating_gray_from_zero_to_one(tmp_path: Path, suffix: str, in_chans: int) -> None:
     pixels = np.repeat(np.array([[0.0, 0.25, 0.5, 1.0]], dtype=np.float32), 3, axis=0)
-    path = tmp_path / f"grey.{suffix}"
+    path = tmp_path / f"gray.{suffix}"
     if suffix == "tif":
         tifffile.imwrite(path, pixels)
     else:
@@ -81,7 +81,7 @@ def test_floating_grey_from_zero_to_one(tmp_path: Path, suffix: str, in_chans: i
     ],
 )
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_npy_as_grey_or_colour(tmp_path: Path, dtype: type, value: float, level: int, in_chans: int) -> None:
+def test_npy_as_gray_or_color(tmp_path: Path, dtype: type, value: float, level: int, in_chans: int) -> None:
     np.save(tmp_path / "image.npy", np.full((4, 6, in_chans), value, dtype=dtype))
     assert levels(tmp_path / "image.npy", in_chans) == [level]
 
@@ -221,14 +221,14 @@ def test_floats_may_exceed_their_range_by_rounding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_an_array_of_another_number_of_colours_is_converted(tmp_path: Path, in_chans: int) -> None:
+def test_an_array_of_another_number_of_colors_is_converted(tmp_path: Path, in_chans: int) -> None:
     stored = np.full((4, 6, 4 - in_chans), 77, dtype=np.uint8)
     assert levels(Path(store(tmp_path, "npy", stored)), in_chans) == [77]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint16])
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_tiff_of_deep_colours(tmp_path: Path, dtype: type, in_chans: int) -> None:
+def test_tiff_of_deep_colors(tmp_path: Path, dtype: type, in_chans: int) -> None:
     """Pillow has no mode for most of them."""
     white = 65535 if dtype is np.uint16 else 1
     pixels: np.ndarray = np.zeros((4, 6, 3), dtype=dtype)

@@ -86,13 +86,13 @@ def test_smallest_squares(columns: tuple[int, int], height: int) -> None:
         assert 0 <= top < bottom <= height
 
 
-def test_crops_take_their_colour_from_their_part_alone(one_photograph: Path) -> None:
+def test_crops_take_their_color_from_their_part_alone(one_photograph: Path) -> None:
     demo.write_demo_data(one_photograph)
-    for part, colour in (("train", (255, 0, 0)), ("val", (0, 0, 255))):
+    for part, color in (("train", (255, 0, 0)), ("val", (0, 0, 255))):
         files = list((one_photograph / part / "picture").iterdir())
         assert len(files) == FEW[part]
         for file in files:
-            assert (np.asarray(Image.open(file)) == colour).all(), file
+            assert (np.asarray(Image.open(file)) == color).all(), file
 
 
 def test_folders_counts_and_sizes(written: Path) -> None:

@@ -25,17 +25,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from training_runs import train
 
-import checkpoint
 import eval_knn
 import export
-import finetune
-import progress
-import resume
 import run_analysis
-import utils
+from checkpoints import loading
 from data import convert
+from distributed import collectives
+from evaluation import finetune
 from models import build_model, load_arch_config
-from progress import EpochMeter, RunLog
+from training import checkpointing, run_log
+from training.run_log import EpochMeter, RunLog
 from utils import UsageError
 
 REFUSALS = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -147,15 +146,15 @@ def test_run_survives_a_disk_that_refuses_for_a_while(
     images: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
 ) -> None:
     """From the second to the third epoch of five: the checkpoint of the first stays, `log.txt` lacks nothing in the end."""
-    due = resume.Saver.due
+    due = checkpointing.Saver.due
     seen = []
 
-    def refuse(self: resume.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+    def refuse(self: checkpointing.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
         seen.append(steps)
         if len(seen) == 3:  # two steps an epoch
             fill(disk) if trouble == "full" else cover_read_only(disk)
         if len(seen) == 7:
-            found = resume.newest_whole(disk / "checkpoint.pth")
+            found = checkpointing.newest_whole(disk / "checkpoint.pth")
             assert found is not None
             assert (found[0].name, found[1]["epoch"], found[2]) == ("checkpoint.pth", 1, ())
             lines = len((disk / "log.txt").read_text().splitlines())
@@ -165,13 +164,13 @@ def test_run_survives_a_disk_that_refuses_for_a_while(
             (disk / "ballast").unlink(missing_ok=True)
         return due(self, steps, moved, wishes)
 
-    monkeypatch.setattr(resume.Saver, "due", refuse)
+    monkeypatch.setattr(checkpointing.Saver, "due", refuse)
     train(disk, images, "--epochs", "5", "--saveckp_freq", "0")
     told = capsys.readouterr().err
     assert told.count("its last whole checkpoint stays, and the next saving is tried") == 2
     assert told.count(f"cannot write to {disk}") == 1
     assert "Traceback" not in told
-    assert checkpoint.load_file(disk / "checkpoint.pth")["epoch"] == 5
+    assert loading.load_file(disk / "checkpoint.pth")["epoch"] == 5
     assert [json.loads(line)["epoch"] for line in (disk / "log.txt").open()] == [0, 1, 2, 3, 4]
     points = [point.step for point in EventAccumulator(str(disk)).Reload().Scalars("step/loss")]
     kept = [4, 8, 36, 40]  # images seen
@@ -195,9 +194,9 @@ def test_end_that_cannot_be_saved_is_told(
         with pytest.raises(UsageError, match=rf"end of the run is not saved \(.*{os.strerror(code)}"):
             RUNS[script](images, out)
     (path,) = (path for path in out.glob("checkpoint.pth*") if "previous" not in path.name)
-    first = checkpoint.load_file(path)["epoch"]
+    first = loading.load_file(path)["epoch"]
     RUNS[script](images, out)
-    assert checkpoint.load_file(path)["epoch"] > first == 1
+    assert loading.load_file(path)["epoch"] > first == 1
     assert not list(out.glob(".*"))
 
 
@@ -297,17 +296,17 @@ def test_folder_that_vanishes_is_told_with_what_was_in_it(
     images: Path, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After its first saving, with its checkpoint: as a mount does."""
-    out, write = tmp_path / "out", resume.write
+    out, write = tmp_path / "out", checkpointing.write
 
     def write_and_lose(state: Any, path: Path, *rest: Any, **more: Any) -> str:
-        lost = path in resume._seen
+        lost = path in checkpointing._seen
         if lost:
             shutil.rmtree(out, ignore_errors=True)
         failure = write(state, path, *rest, **more)
         assert bool(failure) == lost
         return failure
 
-    monkeypatch.setattr(resume, "write", write_and_lose)
+    monkeypatch.setattr(checkpointing, "write", write_and_lose)
     monkeypatch.setattr(finetune, "write", write_and_lose)
     with pytest.raises(
         UsageError, match=r"end of the run is not saved .*unless the checkpoint that was in .*/out is back"
@@ -329,7 +328,7 @@ def one_epoch(log: RunLog, epoch: int) -> None:
 def test_lines_wait_for_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`log.txt` on a full device: told once; what waits is written with the next line, and named where there is none."""
     (tmp_path / "log.txt").symlink_to("/dev/full")
-    utils.setup_logging()
+    collectives.setup_logging()
     log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     for epoch in range(2):
         one_epoch(log, epoch)
@@ -372,7 +371,7 @@ def test_tensorboard_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its thread ends without a traceback; the next epoch that can draws in a new file."""
-    utils.setup_logging()
+    collectives.setup_logging()
     log = RunLog(tmp_path, epochs=4, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     one_epoch(log, 0)
 
@@ -401,13 +400,13 @@ def test_picture_of_crops_is_whole_or_absent(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    utils.setup_logging()
+    collectives.setup_logging()
     views = [torch.zeros(2, 3, 64, 64)]
     for refused in (True, False):
         log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5] * 3, std=[0.5] * 3, device=CPU, images=2)
         with monkeypatch.context() as patch:
             if refused:
-                patch.setattr(progress, "save_image", full)
+                patch.setattr(run_log, "save_image", full)
             log.crops_once(views)
         log.close()
         assert not list(tmp_path.glob(".*"))

@@ -13,7 +13,7 @@ import torch.distributed.run
 from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, free_port, run_script, start_script, write_images
 
-import checkpoint
+from checkpoints import loading
 
 pytestmark = pytest.mark.slow
 SAME_RUN = [
@@ -37,7 +37,7 @@ def losses_of(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("dense", ["on", "off"])
 def test_several_processes_equal_one(tmp_path: Path, dense: str) -> None:
-    """Losses, centres and weights; the images are read from disk by the real loader, 17 of them so that one is left over.
+    """Losses, centers and weights; the images are read from disk by the real loader, 17 of them so that one is left over.
 
     SGD, because Adam divides rounding errors of tiny gradients by their own size.
     """
@@ -49,7 +49,7 @@ def test_several_processes_equal_one(tmp_path: Path, dense: str) -> None:
         flags += ["--output_dir", str(tmp_path / run)]
         result = run_script("main_esvit.py", *SAME_RUN, *flags, *no_drop_path, processes=processes)
         assert result.returncode == 0, result.stderr
-    one, *others = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in runs)
+    one, *others = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in runs)
     for run, many in zip(list(runs)[1:], others):
         assert losses_of(tmp_path / run) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
         for part in ("dino_loss", "student", "teacher"):
@@ -84,7 +84,7 @@ def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) == 2
     for name, rows in (("trainfeat", 15), ("testfeat", 9), ("trainlabels", 15), ("testlabels", 9)):
-        one, two = (checkpoint.load_tensor(tmp_path / run / f"{name}.pth") for run in ("one", "two"))
+        one, two = (loading.load_tensor(tmp_path / run / f"{name}.pth") for run in ("one", "two"))
         assert len(one) == rows
         torch.testing.assert_close(one, two)
 
@@ -112,7 +112,7 @@ def test_accumulation_and_batch_norm_heads_resume_on_two_processes(tmp_path: Pat
                 "main_esvit.py", *flags, *flat, "--output_dir", str(tmp_path / run), *TINY_SWIN, processes=2
             )
             assert result.returncode == 0, result.stderr
-    whole, parts = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    whole, parts = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
     assert all(key.startswith("module.") for key in whole["teacher"])  # wrapped, as published for BatchNorm networks
     for part in ("student", "teacher", "dino_loss"):
         for name, value in whole[part].items():
@@ -144,7 +144,7 @@ def test_srun_variables_make_a_group(tmp_path: Path) -> None:
     processes = [start_script("main_esvit.py", *flags, env=shared | rank) for rank in ranks]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
+    assert loading.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
     assert errors[1].count("epoch 0/1") == 0  # only the main process tells
 
 
@@ -153,14 +153,14 @@ def test_rows_are_gathered_from_processes_without_any(tmp_path: Path) -> None:
     script.write_text(
         "import argparse, sys, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import utils\n"
+        "from distributed import collectives, launch\n"
         "def main():\n"
-        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', dist_timeout=1, local_rank=None))\n"
-        "    rows = torch.zeros(0) if utils.get_rank() else torch.tensor([[1, 2], [3, 4]])\n"
-        "    assert torch.cat([part.view(-1, 2) for part in utils.all_gather_rows(rows)]).tolist() == [[1, 2], [3, 4]]\n"
-        "    utils.must_agree('numbers', 3)\n"
-        "    utils.must_agree('ranks', utils.get_rank())\n"
-        "utils.run_script(main)\n"
+        "    launch.init_processes(argparse.Namespace(device='cpu', dist_url='env://', dist_timeout=1, local_rank=None))\n"
+        "    rows = torch.zeros(0) if collectives.get_rank() else torch.tensor([[1, 2], [3, 4]])\n"
+        "    assert torch.cat([part.view(-1, 2) for part in collectives.all_gather_rows(rows)]).tolist() == [[1, 2], [3, 4]]\n"
+        "    collectives.must_agree('numbers', 3)\n"
+        "    collectives.must_agree('ranks', collectives.get_rank())\n"
+        "launch.run_script(main)\n"
     )
     result = run_script(str(script), processes=2)
     assert "gather.py: error: the processes see different ranks ([0, 1])" in result.stderr
@@ -203,6 +203,7 @@ PARTS = """
 import sys, torch
 sys.path.insert(0, ROOT)
 import main_esvit, utils
+from distributed import collectives, launch
 from models import load_arch_config
 args = main_esvit.get_args_parser().parse_args(sys.argv[1:])
 
@@ -219,11 +220,11 @@ def backward(method, rank):
     return loss.item()
 
 def main():
-    utils.init_processes(args)
-    world, rank = utils.get_world_size(), utils.get_rank()
+    launch.init_processes(args)
+    world, rank = collectives.get_world_size(), collectives.get_rank()
     method = build()
     loss = backward(method, rank)
-    losses = utils.all_gather_objects(loss)
+    losses = collectives.all_gather_objects(loss)
     theirs = {name.removeprefix("module."): p.grad for name, p in method.student.named_parameters()}
     torch.distributed.destroy_process_group()
     sums, alone = {}, []
@@ -238,7 +239,7 @@ def main():
     for name, grad in sums.items():
         torch.testing.assert_close(theirs[name], grad, rtol=1e-4, atol=1e-6, msg=name)
     print("equal", len(sums))
-utils.run_script(main)
+launch.run_script(main)
 """
 
 
@@ -258,9 +259,11 @@ def test_gradients_are_means_over_processes(tmp_path: Path, what: str, processes
 DYING = """
 import os, pathlib, signal, sys
 sys.path.insert(0, ROOT)
-import data.datasets, engine, main_esvit, utils
+import data.datasets, main_esvit
+from distributed import launch
+from training.step import TrainStep
 marker, how = pathlib.Path(os.environ["MARKER"]), os.environ["HOW"]
-step, sample = engine.TrainStep.__call__, data.datasets.ImageDataset.__getitem__
+step, sample = TrainStep.__call__, data.datasets.ImageDataset.__getitem__
 
 def die(epoch):
     if epoch == 1 and os.environ["RANK"] == os.environ.get("VICTIM", "1") and not marker.exists():
@@ -279,8 +282,8 @@ def dying_sample(self, index):
 if "worker" in how:
     data.datasets.ImageDataset.__getitem__ = dying_sample
 else:
-    engine.TrainStep.__call__ = dying_step
-utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
+    TrainStep.__call__ = dying_step
+launch.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
 """
 
 
@@ -402,8 +405,8 @@ def test_two_nodes_equal_two_processes(tmp_path: Path) -> None:
 
 
 def equal_checkpoints(one: Path, other: Path) -> None:
-    """The same weights and centres of two processes, bit for bit."""
-    ours, theirs = (checkpoint.load_file(folder / "checkpoint.pth") for folder in (one, other))
+    """The same weights and centers of two processes, bit for bit."""
+    ours, theirs = (loading.load_file(folder / "checkpoint.pth") for folder in (one, other))
     assert (ours["world_size"], ours["epoch"]) == (theirs["world_size"], theirs["epoch"])
     assert ours["world_size"] == 2
     for part in ("student", "teacher", "dino_loss"):
@@ -423,7 +426,7 @@ def test_mpi_variables_make_a_group(tmp_path: Path) -> None:
     processes = [start_script("main_esvit.py", *flags, env=shared | place) for place in places]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
+    assert loading.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
 
 
 # Process 1 is done while an exchange goes on that it does not wait for; its end holds the interpreter's lock until that is over.
@@ -436,16 +439,17 @@ if os.environ["RANK"] == "1":  # what is registered first is called last
 sys.path.insert(0, ROOT)
 import torch, torch.distributed as dist
 import utils
+from distributed import collectives, launch
 args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=1, local_rank=None)
 kept = []
 
 def main():
-    utils.init_processes(args)
+    launch.init_processes(args)
     kept.append(dist.group.WORLD)  # as the meshes of sharded networks do
-    while utils.get_rank() == 0 and not ending.exists():
+    while collectives.get_rank() == 0 and not ending.exists():
         time.sleep(0.01)
     work = dist.all_reduce(torch.ones(1), async_op=True)
-    if utils.get_rank() == 0:
+    if collectives.get_rank() == 0:
         work.wait()
         return
     print("not flushed", end="")
@@ -453,7 +457,7 @@ def main():
         raise utils.UsageError("told")
     if HOW == "error":
         raise RuntimeError("shown")
-utils.run_script(main)
+launch.run_script(main)
 """
 
 

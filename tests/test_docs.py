@@ -16,8 +16,8 @@ import main_esvit
 from benchmarks import dataset
 from data import convert
 from data.datasets import build_dataset, layout_of
-from data.shards import PAUSES
-from data.tree import EXTENSIONS
+from data.layouts.shards import PAUSES
+from data.layouts.tree import EXTENSIONS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

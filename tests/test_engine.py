@@ -15,13 +15,12 @@ from fill import fill_, tensor
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 from torch import Tensor
 
-import engine
 import main_esvit
-import optim
-import pretrain
 from data.loader import Batch
 from models import load_arch_config
-from progress import RunLog
+from training import engine, optim, setup
+from training.run_log import RunLog
+from training.step import TrainStep
 from utils import UsageError
 
 CPU = torch.device("cpu")
@@ -77,15 +76,15 @@ TRAJECTORY = [
 ]
 
 
-def build(command_line: Sequence[str], steps: int) -> tuple[main_esvit.EsViT, engine.TrainStep]:
+def build(command_line: Sequence[str], steps: int) -> tuple[main_esvit.EsViT, TrainStep]:
     args = main_esvit.get_args_parser().parse_args(list(command_line))
     config = load_arch_config(args.arch, args.cfg, args.opts)
     torch.manual_seed(0)
     method = main_esvit.build_method(args, config, CPU)
-    return method, pretrain.build_step(args, method, steps * args.accum_iter, CPU, "fp32")
+    return method, setup.build_step(args, method, steps * args.accum_iter, CPU, "fp32")
 
 
-def tiny(*extra: str, steps: int = 4) -> tuple[main_esvit.EsViT, engine.TrainStep]:
+def tiny(*extra: str, steps: int = 4) -> tuple[main_esvit.EsViT, TrainStep]:
     return build([*TINY_RUN, *extra, "--seed", "0", *TINY_SWIN[:-1], "0.0"], steps)
 
 
@@ -119,7 +118,7 @@ def test_golden_trajectory() -> None:
 
 
 def test_accumulated_micro_batches_equal_one_batch() -> None:
-    """Losses, centres and weights of 2 micro-batches of 2 images are those of one batch of 4."""
+    """Losses, centers and weights of 2 micro-batches of 2 images are those of one batch of 4."""
     whole_method, whole = tiny("--batch_size_per_gpu", "4")
     parts_method, parts = tiny("--batch_size_per_gpu", "2", "--accum_iter", "2")
     assert list(whole.schedules.lr) == list(parts.schedules.lr)
@@ -185,7 +184,7 @@ def test_prototypes_are_frozen_in_the_first_epoch() -> None:
     assert not torch.equal(weights, before)
 
 
-def everything(method: main_esvit.EsViT, step: engine.TrainStep) -> dict[str, Tensor]:
+def everything(method: main_esvit.EsViT, step: TrainStep) -> dict[str, Tensor]:
     """All tensors that a step may change."""
     networks = {"student": method.student, "teacher": method.teacher, "criterion": method.criterion}
     tensors = {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
@@ -202,7 +201,7 @@ def spoiled(views: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("first", [0, 1], ids=["bad first step", "bad second step"])
 @pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
 def test_bad_step_in_the_middle_leaves_no_trace(optimizer: str, first: int) -> None:
-    """Weights, moments, step counters, running statistics and centres end bit for bit as without that step."""
+    """Weights, moments, step counters, running statistics and centers end bit for bit as without that step."""
     flags = ["--optimizer", optimizer, "--use_bn_in_head", "on", "--momentum_teacher", "0.5"]
     (clean_method, clean), (method, step) = tiny(*flags), tiny(*flags)
     for i in range(3):
@@ -235,11 +234,11 @@ def test_two_processes_skip_together(tmp_path: Path) -> None:
     script.write_text(
         "import argparse, sys, torch\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import utils\n"
+        "from distributed import collectives, launch\n"
         "from test_engine import everything, random_views, spoiled, tiny\n"
         "def main():\n"
-        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', dist_timeout=1, local_rank=None))\n"
-        "    rank = utils.get_rank()\n"
+        "    launch.init_processes(argparse.Namespace(device='cpu', dist_url='env://', dist_timeout=1, local_rank=None))\n"
+        "    rank = collectives.get_rank()\n"
         "    method, step = tiny()\n"
         "    assert step([random_views(4, rank)], 0, 1)['skipped'] == 0\n"
         "    before = everything(method, step)\n"
@@ -248,8 +247,8 @@ def test_two_processes_skip_together(tmp_path: Path) -> None:
         "    after = everything(method, step)\n"
         "    assert all(torch.equal(before[name], after[name]) for name in before | after)\n"
         "    assert step([random_views(4, rank)], 1, 1)['skipped'] == 0\n"
-        "    utils.must_agree('weights', [value.tolist() for value in everything(method, step).values()])\n"
-        "utils.run_script(main)\n"
+        "    collectives.must_agree('weights', [value.tolist() for value in everything(method, step).values()])\n"
+        "launch.run_script(main)\n"
     )
     result = run_script(str(script), processes=2)
     assert result.returncode == 0, result.stderr
@@ -264,8 +263,8 @@ def test_step_is_skipped_when_another_process_is_not_finite(monkeypatch: pytest.
     method, step = tiny()
     before = [parameter.detach().clone() for parameter in method.student.parameters()]
     with monkeypatch.context() as patch:
-        patch.setattr("utils.get_world_size", lambda: 2)
-        patch.setattr("utils.all_reduce_sum", with_a_bad_process)
+        patch.setattr("distributed.collectives.get_world_size", lambda: 2)
+        patch.setattr("distributed.collectives.all_reduce_sum", with_a_bad_process)
         assert step([random_views(4, 0)], 0, 1)["skipped"] == 1.0
     assert all(torch.equal(a, b) for a, b in zip(before, method.student.parameters()))
     assert step([random_views(4, 0)], 0, 1)["skipped"] == 0.0
@@ -275,7 +274,7 @@ def test_many_bad_steps_end_the_run_with_a_diagnosis(tmp_path: Path) -> None:
     _, step = tiny("--max_bad_steps", "2", "--output_dir", str(tmp_path))
     good, bad = {"loss": 1.0, "skipped": 0.0}, {"loss": math.nan, "skipped": 1.0}
     step.check([bad, good, bad], last_iteration=2)
-    assert step.bad_steps.in_a_row == 1
+    assert step.nonfinite.in_a_row == 1
     step.check([good, bad], last_iteration=4)
     with pytest.raises(FloatingPointError, match=r"2 steps in a row .*--precision fp32"):
         step.check([bad], last_iteration=3)  # they may lie on both sides of a reading

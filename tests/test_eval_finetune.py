@@ -17,13 +17,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from training_runs import assert_identical
 
-import checkpoint
 import eval_finetune
-import finetune
-from config import load_config
-from data.augment import eval_view
+from checkpoints import loading
+from config.loading import load_config
 from data.loader import Batch
-from finetune import layer_depths, param_groups
+from data.transforms.augment import eval_view
+from evaluation import finetune
+from evaluation.finetune import layer_depths, param_groups
 from models import Backbone, build_model, load_arch_config
 from utils import UsageError
 
@@ -57,7 +57,7 @@ def results(output_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of different colours, 12 training and 9 validation images."""
+    """Three classes of different colors, 12 training and 9 validation images."""
     root = tmp_path_factory.mktemp("images")
     for seed, (split, count) in enumerate((("train", 4), ("val", 3))):
         write_images(root / split, count, classes=CLASSES, seed=seed)
@@ -148,12 +148,12 @@ def test_learns_and_leaves_everything_behind(images: Path, tmp_path: Path, capsy
     best = max((line["val"][name]["top1"], -line["epoch"]) for line in lines for name in line["val"])
     assert (found["top1"], found["epoch"]) == (best[0], -best[1])
 
-    content = checkpoint.load_file(tmp_path / "best.pth")
+    content = loading.load_file(tmp_path / "best.pth")
     assert content["model"]["head.weight"].shape == (CLASSES, 24)
     config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
     backbone = build_model("swin", config)
-    checkpoint.load_backbone(backbone, tmp_path / "best.pth")  # for the other evaluations, which need no --cfg then
-    saved = checkpoint.saved_config(tmp_path / "best.pth")
+    loading.load_backbone(backbone, tmp_path / "best.pth")  # for the other evaluations, which need no --cfg then
+    saved = loading.saved_config(tmp_path / "best.pth")
     assert saved is not None
     assert saved.text == config.dump()
     assert torch.equal(backbone.state_dict()["norm.weight"], content["model"]["norm.weight"])
@@ -202,14 +202,14 @@ def test_every_weight_of_every_architecture_is_trained(name: str, images: Path, 
     flags = ["--pretrained_weights", str(tmp_path / "pretrained.pth"), "--warmup_epochs", "0", "--model_ema"]
     flags += ["--batch_size_per_gpu", "2", "--accum_iter", "2", "--grad_checkpointing"]
     small_run(name, images, tmp_path / "run", *flags, *([] if name == "resnet" else ["--drop_path", "0.1"]))
-    content = checkpoint.load_file(tmp_path / "run" / "checkpoint.pth")
+    content = loading.load_file(tmp_path / "run" / "checkpoint.pth")
     for key, tensor in before.items():
         if key not in WITHOUT_EFFECT:
             assert not torch.equal(content["model"][key], tensor), key
             assert not torch.equal(content["ema"][key], content["model"][key]), key
     assert torch.isfinite(torch.cat([tensor.flatten().float() for tensor in content["model"].values()])).all()
     tuned = small_network(name)
-    checkpoint.load_backbone(tuned, tmp_path / "run" / "best.pth")  # for the other evaluations
+    loading.load_backbone(tuned, tmp_path / "run" / "best.pth")  # for the other evaluations
 
 
 def test_starts_from_the_weights_and_not_from_others(images: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_starts_from_the_weights_and_not_from_others(images: Path, tmp_path: Pat
     run(
         images, tmp_path / "run", "--pretrained_weights", str(tmp_path / "pretrained.pth"), "--lr", "0", "--min_lr", "0"
     )
-    tuned = checkpoint.load_file(tmp_path / "run" / "checkpoint.pth")["model"]
+    tuned = loading.load_file(tmp_path / "run" / "checkpoint.pth")["model"]
     for name, tensor in weights.items():
         assert torch.equal(tuned[name], tensor), name
 
@@ -236,7 +236,7 @@ class Killed(Exception):
 def test_resuming_equals_never_having_stopped(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
-    """Bit for bit: weights, average, optimiser, best accuracy and random states."""
+    """Bit for bit: weights, average, optimizer, best accuracy and random states."""
     flags = [*flags, "--batch_size_per_gpu", "2"]
     run(images, tmp_path / "whole", *flags)
     save = finetune.save_run
@@ -250,7 +250,7 @@ def test_resuming_equals_never_having_stopped(
         with pytest.raises(Killed):
             run(images, tmp_path / "parts", *flags)
     run(images, tmp_path / "parts", *flags)
-    whole, parts = (checkpoint.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    whole, parts = (loading.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     assert whole["epoch"] == 2
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
@@ -262,10 +262,10 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: 
     """The last epoch is trained again to the same bits; the damaged file and the line of that epoch are kept aside."""
     out = tmp_path / "run"
     run(images, out, *PLAIN)
-    whole, scores = checkpoint.load_file(out / "checkpoint.pth"), results(out)
+    whole, scores = loading.load_file(out / "checkpoint.pth"), results(out)
     (out / "checkpoint.pth").write_bytes(b"damaged")
     run(images, out, *PLAIN)
-    again = checkpoint.load_file(out / "checkpoint.pth")
+    again = loading.load_file(out / "checkpoint.pth")
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
     assert results(out) == scores
@@ -319,13 +319,13 @@ def test_best_is_kept_and_the_first_of_equals() -> None:
     assert best == finetune.Best("ema", 1, 40.0, 95.0)
 
 
-def test_grey_images(tmp_path: Path) -> None:
+def test_gray_images(tmp_path: Path) -> None:
     """One channel: random crops and flips without RandAugment."""
     for seed, split in enumerate(("train", "val")):
         write_images(tmp_path / "images" / split, 2, classes=2, seed=seed)
-    grey = ["MODEL.SPEC.IN_CHANS", "1", "INPUT.MEAN", "[0.5]", "INPUT.STD", "[0.25]"]
+    gray = ["MODEL.SPEC.IN_CHANS", "1", "INPUT.MEAN", "[0.5]", "INPUT.STD", "[0.25]"]
     eval_finetune.main(
-        eval_finetune.get_args_parser().parse_args([*command(tmp_path / "images", tmp_path / "run"), *grey])
+        eval_finetune.get_args_parser().parse_args([*command(tmp_path / "images", tmp_path / "run"), *gray])
     )
     assert results(tmp_path / "run")["classes"] == 2
 
@@ -463,7 +463,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
-    """Neither weights nor average nor optimiser, after a step that did."""
+    """Neither weights nor average nor optimizer, after a step that did."""
     recipe = finetune.Recipe(1, 4, 0.1, 0.0, 0, 1.0, 0.05, 0, 0, 0, 0, 1, 0.9)
     tuner = finetune.FineTuner(with_head("swin"), recipe, CLASSES, torch.device("cpu"), "fp32")
     batch = Batch([torch.randn(2, 3, 64, 64)], torch.tensor([0, 1]), torch.arange(2), [])

@@ -18,32 +18,31 @@ from runs import TINY_SWIN, write_images
 from torch import Tensor
 
 import eval_knn
-import features
-import neighbours
-from features import LabelledFeatures
-from neighbours import KnnScore, Split, knn_scores, nearest
+from evaluation import features, knn
+from evaluation.features import LabeledFeatures
+from evaluation.knn import KnnScore, Split, knn_scores, nearest
 from utils import UsageError
 
 
 def random_split(train: int, val: int, classes: int, seed: int = 0) -> Split:
     generator = torch.Generator().manual_seed(seed)
 
-    def labelled(count: int) -> LabelledFeatures:
+    def labeled(count: int) -> LabeledFeatures:
         features = F.normalize(torch.randn(count, 8, generator=generator), dim=-1)
-        return LabelledFeatures(features, torch.randint(classes, (count,), generator=generator))
+        return LabeledFeatures(features, torch.randint(classes, (count,), generator=generator))
 
-    return Split(labelled(train), labelled(val))
+    return Split(labeled(train), labeled(val))
 
 
 def split_of_ties(train: int, val: int, classes: int) -> Split:
     """Sixteen directions with halves as entries, so that products are exact and most of them are equal to others."""
     generator = torch.Generator().manual_seed(1)
 
-    def labelled(count: int) -> LabelledFeatures:
+    def labeled(count: int) -> LabeledFeatures:
         signs = torch.randint(2, (count, 4), generator=generator) - 0.5
-        return LabelledFeatures(signs, torch.randint(classes, (count,), generator=generator))
+        return LabeledFeatures(signs, torch.randint(classes, (count,), generator=generator))
 
-    return Split(labelled(train), labelled(val))
+    return Split(labeled(train), labeled(val))
 
 
 def slow_scores(split: Split, k: int, temperature: float, leave_one_out: bool = False) -> KnnScore:
@@ -73,7 +72,7 @@ def assert_equal_scores(score: KnnScore, expected: KnnScore) -> None:
 
 @pytest.mark.parametrize("classes", [2, 10, 1200])
 def test_vote_equals_the_formula(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(neighbours.CHUNKS, "cpu", (7, 11))  # no divisors of the 40 and 60 images
+    monkeypatch.setitem(knn.CHUNKS, "cpu", (7, 11))  # no divisors of the 40 and 60 images
     split = random_split(60, 40, classes)
     scores = knn_scores(split, [5, 1, 20, 5], 0.07)
     assert [score.k for score in scores] == [5, 1, 20, 5]
@@ -85,7 +84,7 @@ def test_vote_equals_the_formula(classes: int, monkeypatch: pytest.MonkeyPatch) 
 def test_ties_and_duplicates_are_broken_the_same_way_whatever_the_chunks(
     chunks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(neighbours.CHUNKS, "cpu", chunks)
+    monkeypatch.setitem(knn.CHUNKS, "cpu", chunks)
     split = split_of_ties(60, 40, 7)
     similarity = split.val.features_NC @ split.train.features_NC.T
     assert len(similarity.unique()) == 5  # 2400 pairs
@@ -105,9 +104,9 @@ def test_keys_that_come_in_rising_order() -> None:
 
 
 def test_top5_counts_classes_that_got_a_vote() -> None:
-    """Labels that no neighbour has are not among the first five, however few classes have votes."""
-    train = LabelledFeatures(torch.eye(4), torch.tensor([4, 5, 5, 6]))
-    val = LabelledFeatures(torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0], [0.8, 0.6, 0, 0]]), torch.tensor([4, 0, 5]))
+    """Labels that no neighbor has are not among the first five, however few classes have votes."""
+    train = LabeledFeatures(torch.eye(4), torch.tensor([4, 5, 5, 6]))
+    val = LabeledFeatures(torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0], [0.8, 0.6, 0, 0]]), torch.tensor([4, 0, 5]))
     one, two = knn_scores(Split(train, val), [1, 2], 0.07)
     assert (one.top1, one.top5) == pytest.approx((100 / 3, 100 / 3))
     assert (two.top1, two.top5) == pytest.approx((100 / 3, 200 / 3))
@@ -118,23 +117,23 @@ def test_top5_counts_classes_that_got_a_vote() -> None:
 @pytest.mark.parametrize("chunks", [(1, 1), (3, 7), (64, 64)], ids=str)
 @pytest.mark.parametrize("make", [split_of_ties, random_split])
 def test_leave_one_out(make: object, chunks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(neighbours.CHUNKS, "cpu", chunks)
+    monkeypatch.setitem(knn.CHUNKS, "cpu", chunks)
     only = make(30, 1, 4).train  # type: ignore[operator]
     for score in knn_scores(Split(only, only), [1, 5, 29], 0.2, leave_one_out=True):
         assert_equal_scores(score, slow_scores(Split(only, only), score.k, 0.2, leave_one_out=True))
 
 
 def test_leave_one_out_of_a_pair_and_of_one() -> None:
-    pair = LabelledFeatures(torch.eye(2), torch.tensor([0, 1]))
+    pair = LabeledFeatures(torch.eye(2), torch.tensor([0, 1]))
     assert knn_scores(Split(pair, pair), [5], 0.07, leave_one_out=True)[0].top1 == 0.0  # each has the other's label
-    one = LabelledFeatures(torch.eye(1), torch.tensor([0]))
+    one = LabeledFeatures(torch.eye(1), torch.tensor([0]))
     with pytest.raises(UsageError, match="two images"):
         knn_scores(Split(one, one), [1], 0.07, leave_one_out=True)
 
 
 def test_half_precision_votes_like_the_rounded_features() -> None:
     split = random_split(60, 40, 10)
-    half = Split(*(LabelledFeatures(features.half(), labels) for features, labels in split))
+    half = Split(*(LabeledFeatures(features.half(), labels) for features, labels in split))
     assert_equal_scores(knn_scores(half, [5], 0.07)[0], slow_scores(half, 5, 0.07))
 
 
@@ -143,15 +142,15 @@ def photographs(size: int = 4) -> Split:
     pictures = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.page()]
     patches, labels = [], []
     for label, picture in enumerate(pictures):
-        grey = torch.from_numpy(np.ascontiguousarray(picture if picture.ndim == 2 else picture.mean(axis=2))).float()
-        cut = grey[::2, ::2].unfold(0, size, 9).unfold(1, size, 9).reshape(-1, size * size)
-        patches.append((cut / 32).round() + 1)  # few grey levels: flat patches are all alike
+        gray = torch.from_numpy(np.ascontiguousarray(picture if picture.ndim == 2 else picture.mean(axis=2))).float()
+        cut = gray[::2, ::2].unfold(0, size, 9).unfold(1, size, 9).reshape(-1, size * size)
+        patches.append((cut / 32).round() + 1)  # few gray levels: flat patches are all alike
         labels.append(torch.full((len(cut),), label))
     features, of = F.normalize(torch.cat(patches), dim=-1), torch.cat(labels)
     order = torch.randperm(len(of), generator=torch.Generator().manual_seed(0))[:1000]
     features, of = features[order], of[order]
     features, of = torch.cat([features, features[:300]]), torch.cat([of, (of[:300] + 1) % 4])
-    return Split(LabelledFeatures(features[200:], of[200:]), LabelledFeatures(features[:200], of[:200]))
+    return Split(LabeledFeatures(features[200:], of[200:]), LabeledFeatures(features[:200], of[:200]))
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True], ids=["split", "leave one out"])
@@ -166,23 +165,23 @@ def test_faiss_gives_the_same_votes(leave_one_out: bool, make: Any) -> None:
     assert knn_scores(split, ks, 0.07, leave_one_out, "faiss") == knn_scores(split, ks, 0.07, leave_one_out)
 
 
-def test_faiss_gives_the_same_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faiss_gives_the_same_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of equal ones included; what has no ties is not searched a second time."""
     pytest.importorskip("faiss")
     split = photographs()
     queries, keys = split.val.features_NC, split.train.features_NC
     sorted_similarity = (queries @ keys.T).sort(dim=1, descending=True).values[:, :21]
-    tied = (sorted_similarity.diff(dim=1) > -neighbours.TIE).any(dim=1)
+    tied = (sorted_similarity.diff(dim=1) > -knn.TIE).any(dim=1)
     assert 20 < tied.sum() < 200
     searched: list[int] = []
 
-    def counted(queries_QC: Tensor, *args: Any) -> neighbours.Neighbours:
+    def counted(queries_QC: Tensor, *args: Any) -> knn.Neighbors:
         searched.append(len(queries_QC))
         return nearest(queries_QC, *args)
 
     plain = nearest(queries, keys, 20)
-    monkeypatch.setattr(neighbours, "nearest", counted)
-    found = neighbours.nearest_faiss(queries, keys, 20)
+    monkeypatch.setattr(knn, "nearest", counted)
+    found = knn.nearest_faiss(queries, keys, 20)
     assert torch.equal(found.index_Qk, plain.index_Qk)
     torch.testing.assert_close(found.similarity_Qk, plain.similarity_Qk, rtol=0, atol=1e-6)
     assert searched == [pytest.approx(int(tied.sum()), abs=5)]
@@ -191,16 +190,16 @@ def test_faiss_gives_the_same_neighbours(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_faiss_is_given_the_keys_once_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same memory for every chunk of queries, so that nothing is converted again."""
     pytest.importorskip("faiss")
-    monkeypatch.setattr(neighbours, "FAISS_QUERIES", 7)
+    monkeypatch.setattr(knn, "FAISS_QUERIES", 7)
     split = random_split(60, 40, 10)
     strided = Split(split.train._replace(features_NC=split.train.features_NC.T.contiguous().T), split.val)
-    search, seen = neighbours.nearest_faiss, []
+    search, seen = knn.nearest_faiss, []
 
-    def counted(queries_QC: Tensor, keys_NC: Tensor, *args: Any) -> neighbours.Neighbours:
+    def counted(queries_QC: Tensor, keys_NC: Tensor, *args: Any) -> knn.Neighbors:
         seen.append((len(queries_QC), keys_NC.data_ptr(), keys_NC.is_contiguous()))
         return search(queries_QC, keys_NC, *args)
 
-    monkeypatch.setattr(neighbours, "nearest_faiss", counted)
+    monkeypatch.setattr(knn, "nearest_faiss", counted)
     assert knn_scores(strided, [5], 0.07, backend="faiss") == knn_scores(split, [5], 0.07)
     assert [count for count, _, _ in seen] == [7, 7, 7, 7, 7, 5]
     assert {place[1:] for place in seen} == {(seen[0][1], True)}
@@ -208,15 +207,15 @@ def test_faiss_is_given_the_keys_once_as_they_are(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("row", [0, 6, 7, 59])
 def test_numbers_that_are_not_finite_are_found_in_every_chunk(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "CHECKED_ROWS", 7)
+    monkeypatch.setattr(knn, "CHECKED_ROWS", 7)
     train, val = random_split(60, 4, 3)
-    half = LabelledFeatures(train.features_NC.half(), train.labels_N)
+    half = LabeledFeatures(train.features_NC.half(), train.labels_N)
     half.features_NC[row, 3] = torch.inf
     with pytest.raises(UsageError, match="not finite"):
         knn_scores(Split(half, val._replace(features_NC=val.features_NC.half())), [1], 0.07)
 
 
-def test_own_neighbours_are_always_right() -> None:
+def test_own_neighbors_are_always_right() -> None:
     train = random_split(30, 1, 30).train
     train = train._replace(labels_N=torch.arange(30))
     assert knn_scores(Split(train, train), [1], 0.07) == [KnnScore(1, 100.0, 100.0, dict.fromkeys(range(30), 100.0))]
@@ -234,7 +233,7 @@ def test_k_beyond_the_set_is_clamped_with_a_warning(
 
 def test_impossible_votes() -> None:
     split = random_split(6, 4, 3)
-    empty = LabelledFeatures(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long))
+    empty = LabeledFeatures(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long))
     with pytest.raises(UsageError, match="at least one training and one validation"):
         knn_scores(Split(split.train, empty), [1], 0.07)
     with pytest.raises(UsageError, match="must be positive"):
@@ -260,7 +259,7 @@ def run(images: Path, *flags: str) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Three classes of different colours; fewer than 100 validation images and fewer than five classes."""
+    """Three classes of different colors; fewer than 100 validation images and fewer than five classes."""
     for seed, (split, count) in enumerate((("train", 4), ("val", 2))):
         write_images(tmp_path / "images" / split, count, classes=3, seed=seed)
     return tmp_path / "images"
@@ -275,8 +274,8 @@ def test_small_sets_and_baselines(images: Path, tmp_path: Path, capsys: pytest.C
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (record["evaluation"], record["top5_is"]) == ("k-NN", "top3")
     scores = record["scores"]
-    assert scores["mean and deviation of colour"]["1"]["top1"] == 100.0  # the classes are colours
-    assert set(scores) == {"network", "raw pixels", "mean and deviation of colour"}
+    assert scores["mean and deviation of color"]["1"]["top1"] == 100.0  # the classes are colors
+    assert set(scores) == {"network", "raw pixels", "mean and deviation of color"}
     for row in (row for rows in scores.values() for row in rows.values()):
         assert list(row["per_class"]) == ["class0", "class1", "class2"]
         assert row["top1"] == pytest.approx(sum(row["per_class"].values()) / 3)  # classes of two images each
@@ -312,7 +311,7 @@ def test_leave_one_out_of_a_folder_without_a_split(
     printed = capsys.readouterr().out
     assert "k-NN of 12 images, each among the 11 others, 3 classes:" in printed
     assert sorted(path.name for path in (tmp_path / "features").iterdir()) == ["trainfeat.pth", "trainlabels.pth"]
-    only = LabelledFeatures(*(torch.load(tmp_path / "features" / f"train{kind}.pth") for kind in ("feat", "labels")))
+    only = LabeledFeatures(*(torch.load(tmp_path / "features" / f"train{kind}.pth") for kind in ("feat", "labels")))
     assert only.labels_N.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     scores = json.loads((tmp_path / "results.json").read_text())["scores"]["network"]
     for k in (1, 2):
@@ -412,10 +411,12 @@ def test_processes_that_see_different_images_stop(images: Path, monkeypatch: pyt
     def other_sees_less(value: Any) -> list[Any]:
         return [value, [12, 5] if value == [12, 6] else value]
 
-    monkeypatch.setattr("utils.all_gather_objects", other_sees_less)
+    monkeypatch.setattr("distributed.collectives.all_gather_objects", other_sees_less)
     with pytest.raises(UsageError, match="different numbers of images"):
         run(images)
-    monkeypatch.setattr("utils.all_gather_objects", lambda value: [value, "no such disk" if value is None else value])
+    monkeypatch.setattr(
+        "distributed.collectives.all_gather_objects", lambda value: [value, "no such disk" if value is None else value]
+    )
     with pytest.raises(UsageError, match=r"^no such disk$"):
         run(images)
 
@@ -436,7 +437,7 @@ def test_random_weights_are_named(images: Path, capsys: pytest.CaptureFixture[st
             r"the same 18 images for training and validation.*DIR/{train,val}.*--leave_one_out",
         ),
     ],
-    ids=["no val", "classes", "unlabelled", "no split"],
+    ids=["no val", "classes", "unlabeled", "no split"],
 )
 def test_data_that_cannot_be_scored(images: Path, prepare: object, words: str) -> None:
     prepare(images)  # type: ignore[operator]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from linear_runs import QUICK, SWIN, log_lines, results, run, saved, write_colours
+from linear_runs import QUICK, SWIN, log_lines, results, run, saved, write_colors
 from runs import TINY_SWIN, run_script, write_images
 from small_networks import ARCHITECTURES, SMALL, small_network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,13 +18,13 @@ from torch import Tensor
 
 import data
 import eval_linear
-from config import load_config
-from data import augment
-from features import CachedFeatures, FeatureSource, LabelledFeatures
+from config.loading import load_config
+from data.transforms import augment
+from evaluation.features import CachedFeatures, FeatureSource, LabeledFeatures
+from evaluation.linear import Probe, Setting, load_classifier, probe_width, validate
 from models import build_model
-from probe import Probe, Setting, load_classifier, probe_width, validate
-from progress import EpochMeter
-from resume import EndRequest
+from training.checkpointing import EndRequest
+from training.run_log import EpochMeter
 from utils import UsageError
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return write_colours(tmp_path / "images")
+    return write_colors(tmp_path / "images")
 
 
 # --------------------------------------------------------------------------- the protocol, written out
@@ -68,7 +68,7 @@ class ByHand:
 
 
 def frozen_features(n: int, images: Path, epoch: int | None) -> tuple[Tensor, Tensor]:
-    """Features and labels of a part: random crops of an epoch of the training set, or centre crops of all (None)."""
+    """Features and labels of a part: random crops of an epoch of the training set, or center crops of all (None)."""
     torch.manual_seed(0)
     config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
     network = build_model("swin", config, is_teacher=True).eval()
@@ -117,7 +117,7 @@ def test_one_value_equals_the_protocol_written_out(images: Path, tmp_path: Path,
     assert all(("NOT the published" in line.get("protocol", "")) == cached for line in lines)
 
 
-def test_colours_are_learnt(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_colors_are_learned(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(images, tmp_path / "out", "--lr", "20", "--epochs", "8")
     printed = capsys.readouterr().out
     assert "published protocol (random resized crops): 6 validation and 12 training images, 3 classes" in printed
@@ -200,14 +200,14 @@ def test_diverging_classifier_leaves_the_others_alone(images: Path, tmp_path: Pa
 class Given(FeatureSource):
     """Validation batches as they are given."""
 
-    def __init__(self, batches: list[LabelledFeatures]) -> None:
+    def __init__(self, batches: list[LabeledFeatures]) -> None:
         self.batches, self.steps = batches, 0
         self.validation_images = sum(len(batch.labels_N) for batch in batches)
 
-    def training(self, *_: object) -> Iterator[LabelledFeatures]:
+    def training(self, *_: object) -> Iterator[LabeledFeatures]:
         raise NotImplementedError
 
-    def validation(self) -> Iterator[LabelledFeatures]:
+    def validation(self) -> Iterator[LabeledFeatures]:
         return iter(self.batches)
 
 
@@ -216,7 +216,7 @@ def test_scores_are_counts_over_images(classes: int) -> None:
     """Batches of different sizes weigh by their images."""
     probe = Probe([Setting(1.0, 1), Setting(1.0, 2)], [3, 5], classes, 256, 1, CPU, seed=0)
     features, labels = torch.randn(11, 5), torch.randint(classes, (11,))
-    batches = [LabelledFeatures(f, y) for f, y in zip(features.split(4), labels.split(4))]
+    batches = [LabeledFeatures(f, y) for f, y in zip(features.split(4), labels.split(4))]
     for score, classifier, width in zip(validate(probe, Given(batches)), probe.classifiers.each, (3, 5)):
         assert isinstance(classifier.linear, torch.nn.Linear)
         logits = features[:, 5 - width :] @ classifier.linear.weight.T + classifier.linear.bias
@@ -228,12 +228,12 @@ def test_scores_are_counts_over_images(classes: int) -> None:
 
 @pytest.mark.parametrize(("images", "world"), [(7, 2), (1, 2), (9, 4), (3, 4)])
 def test_cached_shares_cover_the_validation_set_once(images: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.get_world_size", lambda: world)
-    some = LabelledFeatures(torch.randn(5, 2), torch.arange(5))
-    val = LabelledFeatures(torch.randn(images, 2), torch.arange(images))
+    monkeypatch.setattr("distributed.collectives.get_world_size", lambda: world)
+    some = LabeledFeatures(torch.randn(5, 2), torch.arange(5))
+    val = LabeledFeatures(torch.randn(images, 2), torch.arange(images))
     seen = []
     for rank in range(world):
-        monkeypatch.setattr("utils.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("distributed.collectives.get_rank", lambda rank=rank: rank)
         seen += [y for batch in CachedFeatures(some, val, 2, CPU, 0).validation() for y in batch.labels_N.tolist()]
     assert sorted(seen) == list(range(images))
 
@@ -245,11 +245,11 @@ def test_shares_of_an_epoch_hold_every_image_once(
     images: int, batch: int, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In steps of `batch` times `world` images, as one process with that batch sees them."""
-    monkeypatch.setattr("utils.get_world_size", lambda: world)
-    some = LabelledFeatures(torch.randn(images, 2), torch.arange(images))
+    monkeypatch.setattr("distributed.collectives.get_world_size", lambda: world)
+    some = LabeledFeatures(torch.randn(images, 2), torch.arange(images))
     steps: dict[int, list[int]] = {}
     for rank in range(world):
-        monkeypatch.setattr("utils.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("distributed.collectives.get_rank", lambda rank=rank: rank)
         source = CachedFeatures(some, some, batch, CPU, seed=0)
         meter = EpochMeter(3, source.steps, batch * world)
         for step, part in enumerate(source.training(3, meter, EndRequest(Path("checkpoint.pth.tar")))):

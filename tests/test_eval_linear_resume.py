@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from linear_runs import log_lines, results, run, saved, write_colours
+from linear_runs import log_lines, results, run, saved, write_colors
 from runs import TINY_SWIN, flipped
 
 import eval_linear
-from config import load_config
-from features import FeatureSource, extract_features
+from config.loading import load_config
+from evaluation.features import FeatureSource, extract_features
+from evaluation.linear import Probe, Score, validate
 from models import build_model
-from probe import Probe, Score, validate
 from utils import UsageError
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return write_colours(tmp_path / "images")
+    return write_colors(tmp_path / "images")
 
 
 def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:

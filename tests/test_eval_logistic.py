@@ -16,16 +16,16 @@ from torch import Tensor
 
 import eval_logistic
 from eval_logistic import solve
-from features import LabelledFeatures
+from evaluation.features import LabeledFeatures
 from models import Backbone
 from utils import UsageError
 
 
-def clusters(images: int, classes: int, seed: int) -> LabelledFeatures:
+def clusters(images: int, classes: int, seed: int) -> LabeledFeatures:
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, 6, generator=torch.Generator().manual_seed(9))
+    centers = torch.randn(classes, 6, generator=torch.Generator().manual_seed(9))
     labels = torch.arange(images) % classes
-    return LabelledFeatures(F.normalize(centres[labels] + torch.randn(images, 6, generator=generator), dim=1), labels)
+    return LabeledFeatures(F.normalize(centers[labels] + torch.randn(images, 6, generator=generator), dim=1), labels)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -75,9 +75,9 @@ def test_features_go_in_as_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tokens, the mean of the patches after both class tokens, or both; scaled to length 1."""
-    seen: list[LabelledFeatures] = []
+    seen: list[LabeledFeatures] = []
 
-    def remember(train: LabelledFeatures, *rest: object) -> eval_logistic.Score:
+    def remember(train: LabeledFeatures, *rest: object) -> eval_logistic.Score:
         seen.append(train)
         return eval_logistic.Score(1.0, 50.0, 100.0, 3, False)
 

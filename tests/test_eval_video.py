@@ -21,14 +21,14 @@ from torch import Tensor
 import eval_video
 from analysis import propagation
 from analysis.images import Scale
-from analysis.propagation import Labelled, Rule, follow, near, propagated, to_pixels, to_regions
+from analysis.propagation import Labeled, Rule, follow, near, propagated, to_pixels, to_regions
 from utils import UsageError
 
 PALETTE = [0, 0, 0, 200, 30, 30, 30, 200, 30, *[7] * 753]
 SQUARES = {
     1: ((60, 200, 60), 3, 4, 2),
     2: ((220, 60, 40), 9, 12, -1),
-}  # label -> colour, row, first column, columns a frame
+}  # label -> color, row, first column, columns a frame
 
 
 def place(label: int, frame: int) -> tuple[slice, slice]:
@@ -53,8 +53,8 @@ def write_video(folder: Path, frames: int, pixels: int = 8) -> Path:
     (folder / "frames").mkdir(parents=True)
     for frame in range(frames):
         picture, labels = background.copy(), truth(frame, pixels)
-        for label, (colour, *_) in SQUARES.items():
-            picture[labels == label] = colour
+        for label, (color, *_) in SQUARES.items():
+            picture[labels == label] = color
         Image.fromarray(picture).save(folder / f"frames/{frame + 8}.png")
     mask = Image.fromarray(truth(0, pixels))
     mask.putpalette(PALETTE)
@@ -70,8 +70,8 @@ def overlap(found: np.ndarray, wanted: np.ndarray, label: int) -> float:
 # --------------------------------------------------------------------------- the rule
 
 
-def dinos(features: Tensor, context: list[Labelled], grid: tuple[int, int], rule: Rule) -> Tensor:
-    """As DINO's script has it: exponentials of all regions, zero outside the neighbourhood and below the k-th largest."""
+def dinos(features: Tensor, context: list[Labeled], grid: tuple[int, int], rule: Rule) -> Tensor:
+    """As DINO's script has it: exponentials of all regions, zero outside the neighborhood and below the k-th largest."""
     rows, columns = grid
     close = torch.zeros(rows, columns, rows, columns)
     for i in range(rows):
@@ -92,7 +92,7 @@ def dinos(features: Tensor, context: list[Labelled], grid: tuple[int, int], rule
 @pytest.mark.parametrize("frames", [1, 3])
 def test_the_rule_is_dinos(radius: int, top: int, frames: int) -> None:
     grid, rule = (5, 7), Rule(radius=radius, top=min(top, frames * 35))
-    made = [Labelled(F.normalize(torch.randn(35, 6), dim=1), torch.rand(35, 4)) for _ in range(frames + 1)]
+    made = [Labeled(F.normalize(torch.randn(35, 6), dim=1), torch.rand(35, 4)) for _ in range(frames + 1)]
     found = propagated(made[0].features_NC, made[1:], near(grid, radius), rule)
     assert torch.allclose(found, dinos(made[0].features_NC, made[1:], grid, rule), atol=1e-5)
 
@@ -108,7 +108,7 @@ def test_no_radius_is_the_whole_frame() -> None:
 def test_the_first_frame_and_the_last_ones_give_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[float]] = []
 
-    def remember(features: Tensor, context: list[Labelled], *rest: object) -> Tensor:
+    def remember(features: Tensor, context: list[Labeled], *rest: object) -> Tensor:
         seen.append([frame.features_NC[0, 0].item() for frame in context])
         return torch.ones(1, 1)
 
@@ -158,7 +158,7 @@ def run(folder: Path, *flags: str, name: str = "vit", extra: tuple[str, ...] = (
 
 @pytest.mark.parametrize("tokens", ["1", "2"])
 def test_masks_follow_the_squares(tokens: str, tmp_path: Path) -> None:
-    """A ViT of random weights, with one class token or two, already tells these colours apart; what stands still does not."""
+    """A ViT of random weights, with one class token or two, already tells these colors apart; what stands still does not."""
     folder = write_video(tmp_path, 6)
     two = ("MODEL.SPEC.NUM_CLS_TOKENS", tokens)
     network = small_network("vit", *two)
@@ -211,7 +211,7 @@ def test_sizes_are_dinos(size: tuple[int, int], shorter: int, region: int, expec
         ("one frame", "has 1 image; a video has two or more"),
         ("twins", "several images of one name"),
         ("no mask", "mask.png cannot be read .*; name an indexed PNG"),
-        ("colours", r"has colours \(mode RGB\), not a label for each pixel"),
+        ("colors", r"has colors \(mode RGB\), not a label for each pixel"),
         ("size", r"is of 20 x 14 pixels, 8.png of 160 x 112; take the mask of the first frame"),
         ("empty", "has one value everywhere"),
         ("damaged", r"cannot read the frame .*9.png .*; repair or remove it"),
@@ -231,7 +231,7 @@ def test_mistakes(what: str, words: str, tmp_path: Path) -> None:
         frame.with_suffix(".jpg").write_bytes(frame.read_bytes())
     elif what == "no mask":
         mask.unlink()
-    elif what == "colours":
+    elif what == "colors":
         Image.open(mask).convert("RGB").save(mask)
     elif what == "size":
         Image.fromarray(truth(0)).save(mask)

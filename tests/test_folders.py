@@ -9,11 +9,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from image_files import whole, write_grey
+from image_files import whole, write_gray
 
-import data.folders
 from data.datasets import ImageDataset, build_dataset
-from data.sources import UNLABELLED
+from data.layouts import folders
+from data.layouts.sources import UNLABELED
 from utils import UsageError
 
 
@@ -33,7 +33,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_class_folders(tmp_path: Path) -> None:
     for name in ("zebra/b.png", "ant/c.JPG", "zebra/deep/a.png", "ant/notes.txt"):
-        write_grey((tmp_path / name).with_suffix(".png"), 0).rename(tmp_path / name)
+        write_gray((tmp_path / name).with_suffix(".png"), 0).rename(tmp_path / name)
     dataset = build_dataset(tmp_path, "train", whole)
     assert dataset.classes == ("ant", "zebra")
     assert names(dataset, tmp_path) == ["ant/c.JPG", "zebra/b.png", "zebra/deep/a.png"]
@@ -45,7 +45,7 @@ def test_class_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_folder_of_splits(tmp_path: Path, split: str) -> None:
     for name in ("train/ant/1.png", "train/bee/2.png", "val/ant/3.png", "val/bee/4.png"):
-        write_grey(tmp_path / name, 0)
+        write_gray(tmp_path / name, 0)
     dataset = build_dataset(tmp_path, split, whole, need_labels=True)
     expected = {"train": ["train/ant/1.png", "train/bee/2.png"], "val": ["val/ant/3.png", "val/bee/4.png"]}
     assert names(dataset, tmp_path) == expected[split]
@@ -53,32 +53,32 @@ def test_folder_of_splits(tmp_path: Path, split: str) -> None:
 
 
 def test_split_itself_as_data_path(tmp_path: Path) -> None:
-    write_grey(tmp_path / "train/ant/1.png", 0)
+    write_gray(tmp_path / "train/ant/1.png", 0)
     assert build_dataset(tmp_path / "train", "train", whole).classes == ("ant",)
 
 
 @pytest.mark.parametrize("files", [["b.png", "a.png"], ["loose.png", "ant/1.png"]])
 def test_loose_images_have_no_label(tmp_path: Path, files: list[str]) -> None:
     for name in files:
-        write_grey(tmp_path / name, 0)
+        write_gray(tmp_path / name, 0)
     dataset = build_dataset(str(tmp_path), "train", whole)
     assert names(dataset, tmp_path) == sorted(files)
     assert dataset.classes == ()
-    assert [dataset[i].label for i in range(2)] == [UNLABELLED, UNLABELLED]
+    assert [dataset[i].label for i in range(2)] == [UNLABELED, UNLABELED]
 
 
 def test_train_folder_without_classes(tmp_path: Path) -> None:
     for name in ("train/1.png", "train/2.png", "other/3.png"):
-        write_grey(tmp_path / name, 0)
+        write_gray(tmp_path / name, 0)
     dataset = build_dataset(tmp_path, "train", whole)
     assert names(dataset, tmp_path) == ["train/1.png", "train/2.png"]
-    assert dataset.labels.tolist() == [UNLABELLED, UNLABELLED]
+    assert dataset.labels.tolist() == [UNLABELED, UNLABELED]
 
 
 def test_text_file_of_paths(tmp_path: Path) -> None:
-    elsewhere = write_grey(tmp_path / "elsewhere/3.png", 3)
+    elsewhere = write_gray(tmp_path / "elsewhere/3.png", 3)
     for name in ("lists/1.png", "pictures/two words.png"):
-        write_grey(tmp_path / name, 0)
+        write_gray(tmp_path / name, 0)
     listing = tmp_path / "lists/images.txt"
     listing.write_text(f"# my photographs\n1.png\n\n  ../pictures/two words.png  \n{elsewhere}\n")
     dataset = build_dataset(listing, "train", whole)
@@ -87,12 +87,12 @@ def test_text_file_of_paths(tmp_path: Path) -> None:
         tmp_path / "pictures/two words.png",
         elsewhere,
     ]
-    assert dataset.labels.tolist() == [UNLABELLED] * 3
+    assert dataset.labels.tolist() == [UNLABELED] * 3
     assert dataset[2].views[0].mean() == pytest.approx(3 / 255)
 
 
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:
-    write_grey(tmp_path / "disk/1.png", 0)
+    write_gray(tmp_path / "disk/1.png", 0)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/ant").symlink_to(tmp_path / "disk")
     dataset = build_dataset(tmp_path / "data", "train", whole)
@@ -100,13 +100,13 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
 
 
 def test_link_that_leads_back_adds_no_image_twice(tmp_path: Path) -> None:
-    write_grey(tmp_path / "data/ant/1.png", 0)
+    write_gray(tmp_path / "data/ant/1.png", 0)
     (tmp_path / "data/ant/back").symlink_to(tmp_path / "data")
     assert names(build_dataset(tmp_path / "data", "train", whole), tmp_path) == ["data/ant/1.png"]
 
 
 def test_names_outside_ascii(tmp_path: Path) -> None:
-    write_grey(tmp_path / "Käfer/größe 1.png", 7)
+    write_gray(tmp_path / "Käfer/größe 1.png", 7)
     dataset = build_dataset(tmp_path, "train", whole)
     assert dataset.classes == ("Käfer",)
     assert dataset[0].views[0].mean() == pytest.approx(7 / 255)
@@ -144,7 +144,7 @@ def test_no_data_path(layout: str) -> None:
 
 
 def test_list_that_names_missing_files(tmp_path: Path) -> None:
-    write_grey(tmp_path / "1.png", 0)
+    write_gray(tmp_path / "1.png", 0)
     (tmp_path / "images.txt").write_text("1.png\n2.png\n3.png\n")
     with pytest.raises(UsageError, match=r"names 2 paths that are no file, the first is .*2\.png; paths are relative"):
         build_dataset(tmp_path / "images.txt", "train", whole)
@@ -152,9 +152,9 @@ def test_list_that_names_missing_files(tmp_path: Path) -> None:
 
 def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing between them is named when it is read."""
-    monkeypatch.setattr(data.folders, "CHECKED_PATHS", 3)
+    monkeypatch.setattr(folders, "CHECKED_PATHS", 3)
     for i in (0, 1, 2, 3, 4, 6, 7):
-        write_grey(tmp_path / f"{i}.png", i)
+        write_gray(tmp_path / f"{i}.png", i)
     listing = tmp_path / "images.txt"
     listing.write_text("".join(f"{i}.png\n" for i in range(8)))
     dataset = build_dataset(listing, "train", whole)
@@ -168,7 +168,7 @@ def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pyt
 
 def test_image_as_data_path(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"1\.png is not text"):
-        build_dataset(write_grey(tmp_path / "1.png", 200), "train", whole)
+        build_dataset(write_gray(tmp_path / "1.png", 200), "train", whole)
 
 
 # --------------------------------------------------------------------------- what is no image
@@ -176,8 +176,8 @@ def test_image_as_data_path(tmp_path: Path) -> None:
 
 def test_only_regular_files_with_names_of_images_count(tmp_path: Path, warnings: list[str]) -> None:
     """Not what macOS hides beside images, folders, pipes, sockets and devices, nor links to them; what they hold is told once."""
-    write_grey(tmp_path / "data/1.png", 1)
-    write_grey(tmp_path / "data/album.jpg/2.png", 2)
+    write_gray(tmp_path / "data/1.png", 1)
+    write_gray(tmp_path / "data/album.jpg/2.png", 2)
     for name in ("._1.png", ".hidden.jpg", "notes.txt", "a.gif", "B.GIF", "c.avif", "train.tar.gz"):
         (tmp_path / "data" / name).write_bytes(b"no image")
     os.mkfifo(tmp_path / "data/pipe.jpg")
@@ -194,8 +194,8 @@ def test_only_regular_files_with_names_of_images_count(tmp_path: Path, warnings:
 @pytest.mark.parametrize("name", ["pipe.png", "device.png", "folder.png"])
 def test_what_is_no_file_is_neither_waited_for_nor_read_for_ever(tmp_path: Path, name: str) -> None:
     """A list that names it is refused; where it takes a file's place later, it is named and replaced."""
-    write_grey(tmp_path / "1.png", 9)
-    write_grey(tmp_path / name, 0)
+    write_gray(tmp_path / "1.png", 9)
+    write_gray(tmp_path / name, 0)
     (tmp_path / "images.txt").write_text(f"1.png\n{name}\n")
     listed = build_dataset(tmp_path / "images.txt", "train", whole)
     (tmp_path / name).unlink()
@@ -212,7 +212,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_read_for_ever(tmp_path: Path,
 
 
 def test_a_file_too_large_for_an_image_is_named_unread(tmp_path: Path) -> None:
-    write_grey(tmp_path / "1.png", 9)
+    write_gray(tmp_path / "1.png", 9)
     with (tmp_path / "2.png").open("wb") as file:
         file.truncate(2**40)  # sparse
     assert str(2**40) in build_dataset(tmp_path, "train", whole)[1].failures[0]
@@ -226,8 +226,8 @@ def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scandir(path)
 
-    write_grey(tmp_path / "open/1.png", 0)
-    write_grey(tmp_path / "secret/2.png", 0)
+    write_gray(tmp_path / "open/1.png", 0)
+    write_gray(tmp_path / "secret/2.png", 0)
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UsageError, match=r"/secret cannot be read \(Permission denied\)"):
         build_dataset(tmp_path, "train", whole)
@@ -237,7 +237,7 @@ def test_lists_as_other_programs_write_them(tmp_path: Path, warnings: list[str])
     """With a byte-order mark, Windows's line ends, names that are no UTF-8, and files that are no images, which are counted."""
     strange = os.fsdecode(b"gr\xf6\xdfe.png")
     for number, name in enumerate(("1.png", strange, "._1.png", "list.csv")):
-        shutil.copy(write_grey(tmp_path / "grey.png", number), tmp_path / name)
+        shutil.copy(write_gray(tmp_path / "gray.png", number), tmp_path / name)
     content = "\r\n".join(("1.png", strange, "._1.png", "list.csv", ""))
     (tmp_path / "images.txt").write_bytes(b"\xef\xbb\xbf" + os.fsencode(content))
     found = build_dataset(tmp_path / "images.txt", "train", whole)
@@ -247,7 +247,7 @@ def test_lists_as_other_programs_write_them(tmp_path: Path, warnings: list[str])
 
 
 def test_labels_that_are_needed_but_missing(tmp_path: Path) -> None:
-    write_grey(tmp_path / "flat/1.png", 0)
+    write_gray(tmp_path / "flat/1.png", 0)
     (tmp_path / "images.txt").write_text("flat/1.png\n")
     for path in ("flat", "images.txt"):
         with pytest.raises(UsageError, match="images without a class"):
@@ -255,7 +255,7 @@ def test_labels_that_are_needed_but_missing(tmp_path: Path) -> None:
 
 
 def test_split_that_is_needed_but_missing(tmp_path: Path) -> None:
-    write_grey(tmp_path / "train/ant/1.png", 0)
+    write_gray(tmp_path / "train/ant/1.png", 0)
     with pytest.raises(UsageError, match="no folder 'val' beside the other one"):
         build_dataset(tmp_path, "val", whole, need_labels=True)
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT
 from runs import clean_environment
 
-import flags
 import utils
-from ranges import SHARE
+from config import arguments
+from config.ranges import SHARE
 from tools import fuzz_cli
 
 
@@ -44,7 +44,7 @@ def script() -> ModuleType:
     module = ModuleType("behave")
 
     def get_args_parser() -> argparse.ArgumentParser:
-        parser = flags.Parser("behave.py", "")
+        parser = arguments.Parser("behave.py", "")
         parser.add_argument("--how")
         parser.add_argument("--share", type=SHARE)
         return parser

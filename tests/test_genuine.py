@@ -18,10 +18,9 @@ from conftest import relative_error
 from genuine_runs import GENUINE, NAMES, STEPS, GenuineRun, probe_images
 from torch import nn
 
-import checkpoint
-import layouts
-import resume
+from checkpoints import layouts, loading
 from models import build_model
+from training import checkpointing
 from utils import UsageError
 
 FEATURES, LOSS, WEIGHTS = 1e-5, 1e-5, 1e-4  # largest relative errors
@@ -40,7 +39,7 @@ def assert_same_numbers(run: GenuineRun, told: list[dict[str, float]], network: 
     for key in [key for key in run.golden if key.startswith("terms/")]:
         np.testing.assert_allclose([step[key.removeprefix("terms/")] for step in told], run.golden[key], rtol=LOSS)
     theirs = after(run, who)
-    published = checkpoint.load_file(run.path)[who]
+    published = loading.load_file(run.path)[who]
     names = layouts.parameter_names(network, published)
     ours = dict(network.named_parameters())
     compared = {name.removeprefix("module."): ours[our_name] for name, our_name in names.items() if our_name}
@@ -57,7 +56,7 @@ def test_features(name: str, key: str) -> None:
     network = build_model(run.args.arch, run.config, is_teacher=True, patch_size=run.args.patch_size).eval()
     if run.program == "udi":
         network.choose_token("both")
-    report = checkpoint.load_backbone(network, run.path, key)
+    report = loading.load_backbone(network, run.path, key)
     own = network.state_dict().items()
     assert report.matched == sum(t.numel() > 0 and not name.endswith(layouts.DERIVED) for name, t in own)
     with torch.no_grad():
@@ -99,7 +98,7 @@ def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
     """`--pretrained_weights_ckpt` continues at the file's epoch with its moments and centers, as resuming in place does."""
     run = GenuineRun("esvit_swin_vr", "--pretrained_weights_ckpt", str(GENUINE / "esvit_swin_vr.pth"))
     step = run.build_step()
-    place = resume.continue_run(run.path, step, run.args)
+    place = checkpointing.continue_run(run.path, step, run.args)
     assert (place.epoch, place.is_new) == (2, False)
     told = run.go_on(step, place.epoch, 3)
     np.testing.assert_allclose([numbers["loss"] for numbers in told], run.golden["loss"][:STEPS], rtol=LOSS)
@@ -110,9 +109,9 @@ def test_our_file_of_a_genuine_run_holds_the_names(tmp_path: Path) -> None:
     run = GenuineRun("dino_vit")
     step, place = run.resume_in(tmp_path)
     run.go_on(step, 2, 3)
-    assert resume.save_run(tmp_path, step, resume.Place(3), 0, run.args, run.config) == ""
+    assert checkpointing.save_run(tmp_path, step, checkpointing.RunPosition(3), 0, run.args, run.config) == ""
     whole = run.go_on(step, 3, 4)
-    content = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    content = loading.load_file(tmp_path / "checkpoint.pth")
     groups = content["optimizer"]["param_groups"]
     student = dict(step.method.student.named_parameters())
     assert sorted(name for group in groups for name in group["param_names"]) == sorted(student)
@@ -140,8 +139,8 @@ def rewritten(path: Path, old: bytes, new: bytes, out: Path) -> Path:
 def test_older_spelling_of_numpy(tmp_path: Path) -> None:
     """Files written with numpy 1 name the constructor of its scalars otherwise; floats of all sizes occur."""
     old = rewritten(GENUINE / "dino_vit.pth", b"numpy._core.multiarray", b"numpy.core.multiarray", tmp_path / "old.pth")
-    group = checkpoint.load_file(old)["optimizer"]["param_groups"][0]
-    assert group["lr"] == checkpoint.load_file(GENUINE / "dino_vit.pth")["optimizer"]["param_groups"][0]["lr"]
+    group = loading.load_file(old)["optimizer"]["param_groups"][0]
+    assert group["lr"] == loading.load_file(GENUINE / "dino_vit.pth")["optimizer"]["param_groups"][0]["lr"]
     values = [
         np.float16(0.5),
         np.float32(0.1),
@@ -152,7 +151,7 @@ def test_older_spelling_of_numpy(tmp_path: Path) -> None:
         np.bool_(True),
     ]
     torch.save({"values": values}, tmp_path / "scalars.pth")
-    read = checkpoint.load_file(tmp_path / "scalars.pth")["values"]
+    read = loading.load_file(tmp_path / "scalars.pth")["values"]
     assert [(value.dtype, value) for value in read] == [(value.dtype, value) for value in values]
 
 
@@ -184,7 +183,7 @@ def test_nothing_else_of_numpy_or_python_is_read(
 ) -> None:
     torch.save({"teacher": {}, "args": argparse.Namespace(x=value)}, tmp_path / "file.pth")
     with pytest.raises(UsageError, match=r"file\.pth"):
-        checkpoint.load_file(tmp_path / "file.pth")
+        loading.load_file(tmp_path / "file.pth")
     assert "executed" not in capsys.readouterr().out
 
 
@@ -194,9 +193,9 @@ def test_cut_anywhere(share: float, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth").write_bytes(content[: int(share * len(content))])
     run = GenuineRun("dino_vit")
     with pytest.raises(UsageError, match=r"checkpoint\.pth"):
-        checkpoint.load_file(tmp_path / "checkpoint.pth")
+        loading.load_file(tmp_path / "checkpoint.pth")
     with pytest.raises(UsageError, match=r"checkpoint\.pth"):
-        resume.resume_run(tmp_path, run.build_step(), run.args)
+        checkpointing.resume_run(tmp_path, run.build_step(), run.args)
 
 
 def change(content: dict[str, Any], where: str, value: Any) -> None:
@@ -255,11 +254,11 @@ WRONG = [
 )
 def test_wrong_fields_are_named(where: str, value: Any, named: str, tmp_path: Path) -> None:
     run = GenuineRun("dino_vit")
-    content = checkpoint.load_file(run.path)
+    content = loading.load_file(run.path)
     change(content, where, value)
     torch.save(content, tmp_path / "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with pytest.raises(UsageError, match=named):
-        resume.resume_run(tmp_path, run.build_step(), run.args)
+        checkpointing.resume_run(tmp_path, run.build_step(), run.args)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
     assert (tmp_path / "checkpoint.pth").read_bytes() == before

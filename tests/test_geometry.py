@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from data.geometry import (
+from data.transforms.geometry import (
     Rect,
     coordinates,
     inside,
@@ -70,7 +70,7 @@ def test_equal_crops_project_onto_themselves_inside_the_border() -> None:
         assert torch.allclose(projection.target_S2[projection.valid_S], expected[projection.valid_S], atol=1e-5)
 
 
-def test_centred_tokens_of_equal_crops_are_all_valid() -> None:
+def test_centered_tokens_of_equal_crops_are_all_valid() -> None:
     projection = project(torch.arange(36), HALF, HALF, 6, 6, "centers")
     assert bool(projection.valid_S.all())
     assert torch.allclose(projection.target_S2[:, 1], torch.arange(36) % 6 + 0.0, atol=1e-5)

@@ -16,15 +16,15 @@ from conftest import golden_arrays, relative_error
 from golden_udi import CASES, loss_inputs, network_crops, network_weights
 from torch import Tensor
 
-import checkpoint
 import main_udi
-import pretrain
-from data import geometry
-from data.udi_views import Correspondence
+from checkpoints import loading
+from data.transforms import geometry
+from data.transforms.udi_views import Correspondence
+from losses.udi import StudentLevels, TeacherLevels, UDILoss
+from main_udi import student_levels, student_weights, teacher_levels, teacher_weights
 from models.srs import one_hot_weights
-from outputs import FactoredLogits, StudentLevels, TeacherLevels, multiplied
-from udi_levels import student_levels, student_weights, teacher_levels, teacher_weights
-from udi_losses import UDILoss
+from ops.logits import FactoredLogits, materialize
+from training import setup
 
 # Largest difference by largest value. All is computed in float64; some of the golden arrays are stored as float32 (6e-8).
 LOSS, GEOMETRY, NETWORK = 1e-6, 2e-5, 1e-5
@@ -78,8 +78,8 @@ def targets(loss: UDILoss, x: dict[str, Tensor], epoch: int) -> dict[str, Tensor
     plus_loc = loss.mixed_logits(x["t_loc"], x["W"], x["t_cls"].expand(len(x["t_loc"]), -1, -1, -1))
     return {
         "cls": loss.teacher_probs(other_VBK, loss.center, epoch),
-        "plus": loss.teacher_probs(multiplied(plus), loss.center_plus, epoch),
-        "plus_loc": loss.teacher_probs(multiplied(plus_loc), loss.center_plus, epoch),
+        "plus": loss.teacher_probs(materialize(plus), loss.center_plus, epoch),
+        "plus_loc": loss.teacher_probs(materialize(plus_loc), loss.center_plus, epoch),
         "patch": loss.teacher_probs(x["t_pat"], loss.center_patch, epoch)[:, :, :4],
     }
 
@@ -176,7 +176,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
         "teacher": published_state(keys, made["seed"] + 1),
     }
     for key, network in (("student", method.student), ("teacher", method.teacher)):
-        checkpoint.load_network(network.double(), checkpoint.network_state(content, key, "golden"), "golden")
+        loading.load_network(network.double(), loading.network_state(content, key, "golden"), "golden")
     method.criterion.double()
     return Case(name, args, method, sorted(key for key in keys if key.startswith(("backbone.", "head.0."))))
 
@@ -184,8 +184,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 @torch.no_grad()
 def test_tokens_attention_pooling_and_logits(case: Case) -> None:
     crops, found = case.batch(0)
-    student: Any = checkpoint.unwrap(case.method.student).eval()
-    teacher: Any = checkpoint.unwrap(case.method.teacher).eval()
+    student: Any = loading.unwrap(case.method.student).eval()
+    teacher: Any = loading.unwrap(case.method.teacher).eval()
     ours: dict[str, Tensor] = {}
     for name, images in (("global", crops[0]), ("local", crops[2])):
         last = student.forward_blocks(images)[-1]
@@ -201,11 +201,11 @@ def test_tokens_attention_pooling_and_logits(case: Case) -> None:
     sides, grid_of = [crop.shape[-1] for crop in crops], case.method.grid_of
     of_student: Any = student_levels(student(crops, student_weights(found, sides, grid_of, False), 2), found)
     of_teacher: Any = teacher_levels(teacher(crops[:2], teacher_weights(found, grid_of[sides[0]])), found)
-    ours["student_cls"], ours["student_plus"] = multiplied(of_student.cls_VBK), multiplied(of_student.plus_VBK)
-    ours["student_plus_loc"] = multiplied(of_student.local_plus_LBK)
-    ours["student_patch"] = multiplied(of_student.patch_VBSK) * valid_VBS1
-    ours["teacher_cls"] = multiplied(of_teacher.cls_VBK)
-    ours["teacher_patch"] = multiplied(of_teacher.patch_VBSK) * valid_VBS1
+    ours["student_cls"], ours["student_plus"] = materialize(of_student.cls_VBK), materialize(of_student.plus_VBK)
+    ours["student_plus_loc"] = materialize(of_student.local_plus_LBK)
+    ours["student_patch"] = materialize(of_student.patch_VBSK) * valid_VBS1
+    ours["teacher_cls"] = materialize(of_teacher.cls_VBK)
+    ours["teacher_patch"] = materialize(of_teacher.patch_VBSK) * valid_VBS1
     assert isinstance(of_student.plus_VBK, FactoredLogits) is not case.args.plain_loss
     prefix = f"net/{case.name}/"
     arrays = {key.removeprefix(prefix) for key in GOLDEN if key.startswith(prefix)}
@@ -225,7 +225,7 @@ def our_name(name: str) -> str:
 def test_two_epochs_of_training(case: Case) -> None:
     """Mean losses, centers and both networks after each epoch: clipping, frozen prototypes, schedules, moving average."""
     steps = CASES["net"][case.name]["steps"]
-    step = pretrain.build_step(case.args, case.method, steps, torch.device("cpu"), "fp32")
+    step = setup.build_step(case.args, case.method, steps, torch.device("cpu"), "fp32")
     for epoch in range(2):
         scalars = []
         for i in range(steps):
@@ -235,7 +235,7 @@ def test_two_epochs_of_training(case: Case) -> None:
         assert relative_error(means, case.golden(f"epoch{epoch}/means")) < NETWORK
         assert relative_error(centers_of(case.method.criterion), case.golden(f"epoch{epoch}/center")) < NETWORK
         for who, network in (("student", case.method.student), ("teacher", case.method.teacher)):
-            state = checkpoint.unwrap(network).state_dict()
+            state = loading.unwrap(network).state_dict()
             tensors = {name: state[our_name(name)] for name in case.names}
             norms = torch.stack([t.norm() for t in tensors.values()])
             middles = torch.stack([t.flatten()[t.numel() // 2] for t in tensors.values()])

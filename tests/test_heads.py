@@ -1,4 +1,4 @@
-"""The projection head: published keys, normalisation and the frozen gain."""
+"""The projection head: published keys, normalization and the frozen gain."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.heads import DINOHead, WeightNormLinear
-from outputs import FactoredLogits
+from ops.logits import FactoredLogits
 
 
 @pytest.mark.parametrize("use_bn", [False, True])
@@ -77,7 +77,7 @@ def test_factored_logits_multiply_to_the_plain_ones(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in head.parameters())
 
 
-def test_batch_norm_normalises_parts_apart() -> None:
+def test_batch_norm_normalizes_parts_apart() -> None:
     """As the parts one by one would be; without BatchNorm parts change nothing."""
     parts = [torch.randn(5, 8), 3 + torch.randn(7, 8)]
     for use_bn in (True, False):

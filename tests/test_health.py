@@ -16,12 +16,13 @@ from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 from test_engine import everything, random_views, spoiled, tiny
 from torch import Tensor
 
-import health
 import main_esvit
 from benchmarks import syncs
-from health import Level, Monitor
-from outputs import FactoredLogits
-from progress import EpochMeter
+from losses.distillation import Level, spread
+from ops.logits import FactoredLogits
+from training import collapse
+from training.collapse import Monitor
+from training.run_log import EpochMeter
 
 
 def random_level(rows: int = 70, prototypes: int = 40, factored: bool = False) -> Level:
@@ -35,7 +36,7 @@ def random_level(rows: int = 70, prototypes: int = 40, factored: bool = False) -
 @pytest.mark.parametrize("factored", [False, True])
 def test_measures_equal_slow_ones(factored: bool) -> None:
     level = random_level(factored=factored)
-    found = {name: value.item() for name, value in health.measure(level).items()}
+    found = {name: value.item() for name, value in collapse.measure(level).items()}
     student, teacher = (
         np.asarray(each.product() if isinstance(each, FactoredLogits) else each, dtype=np.float64) for each in level[:2]
     )
@@ -68,17 +69,17 @@ def slow_rank(features: np.ndarray) -> float:
 def test_effective_rank_equals_that_of_singular_values(rows: int, channels: int, rank: int) -> None:
     spectrum = torch.logspace(0, -3, rank)
     features = torch.randn(rows, rank) * spectrum @ torch.randn(rank, channels) + 5
-    assert health.effective_rank(features).item() == pytest.approx(slow_rank(features.double().numpy()), rel=3e-3)
+    assert collapse.effective_rank(features).item() == pytest.approx(slow_rank(features.double().numpy()), rel=3e-3)
 
 
 def test_effective_rank_without_any_spread_is_one_and_unknown_of_nan() -> None:
-    assert health.effective_rank(torch.ones(5, 7)) == 1
-    assert torch.isnan(health.effective_rank(torch.full((5, 7), math.nan)))
+    assert collapse.effective_rank(torch.ones(5, 7)) == 1
+    assert torch.isnan(collapse.effective_rank(torch.full((5, 7), math.nan)))
 
 
 def test_spread_covers_evenly_without_doubles() -> None:
-    assert health.spread(10, 5, torch.device("cpu")).tolist() == [0, 2, 4, 6, 8]
-    assert health.spread(3, 5, torch.device("cpu")).tolist() == [0, 1, 2]
+    assert spread(10, 5, torch.device("cpu")).tolist() == [0, 2, 4, 6, 8]
+    assert spread(3, 5, torch.device("cpu")).tolist() == [0, 1, 2]
 
 
 # --------------------------------------------------------------------------- warnings
@@ -141,7 +142,7 @@ def test_each_collapse_is_told_alone_with_its_cures(cause: str, words: str, capl
     assert not told
     told, _ = warnings_of(cause, 39, caplog)
     assert len(told) == 3
-    assert all(words in sentence and health.CURES[cause] in sentence for sentence in told)
+    assert all(words in sentence and collapse.CURES[cause] in sentence for sentence in told)
 
 
 def test_nothing_is_told_of_healthy_outputs_nor_of_the_warm_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -224,7 +225,7 @@ def test_diagnosis_names_terms_tensors_and_images_and_keeps_them(tmp_path: Path)
         assert [view["not_finite"] for view in kept["view_statistics"][0]] == [0, 0, 1, 0]
         assert torch.equal(kept["views"][0], views[0])
         assert [one["iteration"] for one in kept["steps"]] == [0, 1]
-        step.bad_steps.in_a_row, step.bad_steps._recent = 0, []
+        step.nonfinite.in_a_row, step.nonfinite._recent = 0, []
 
 
 @pytest.mark.slow
@@ -235,23 +236,23 @@ def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
     script.write_text(
         "import argparse, sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import utils\n"
-        "from progress import EpochMeter\n"
+        "from distributed import collectives, launch\n"
+        "from training.run_log import EpochMeter\n"
         "from test_engine import random_views, spoiled, tiny\n"
         "def main():\n"
-        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
+        "    launch.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
         f"    method, step = tiny('--max_bad_steps', '2', '--output_dir', {str(tmp_path)!r})\n"
         "    meter = EpochMeter(0, 2, 4)\n"
-        "    views = random_views(4, utils.get_rank())\n"
-        "    if utils.get_rank() and sys.argv[1] == 'images':\n"
+        "    views = random_views(4, collectives.get_rank())\n"
+        "    if collectives.get_rank() and sys.argv[1] == 'images':\n"
         "        views = spoiled(views)\n"
-        "    elif utils.get_rank():\n"
+        "    elif collectives.get_rank():\n"
         "        terms = method.criterion.terms\n"
         "        method.criterion.terms = lambda *a: terms(*a) | {'region_loss': terms(*a)['region_loss'] * float('inf')}\n"
         "    for i in range(2):\n"
         "        meter.update(step([views], i, 1, watch=i == 1))\n"
         "    step.check(meter.read(), 1, lambda: views)\n"
-        "utils.run_script(main)\n"
+        "launch.run_script(main)\n"
     )
     result = run_script(str(script), what, processes=2, timeout=60)
     assert result.returncode != 0
@@ -277,15 +278,15 @@ def test_monitor_of_two_processes(tmp_path: Path) -> None:
     script.write_text(
         "import argparse, json, pathlib, sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import utils\n"
+        "from distributed import collectives, launch\n"
         "from test_engine import random_views, tiny\n"
         "def main():\n"
-        "    utils.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
+        "    launch.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
         "    _, step = tiny()\n"
-        "    scalars = step([random_views(4, utils.get_rank())], 0, 1, watch=True)\n"
-        f"    path = pathlib.Path({str(tmp_path)!r}) / f'{{utils.get_rank()}}.json'\n"
+        "    scalars = step([random_views(4, collectives.get_rank())], 0, 1, watch=True)\n"
+        f"    path = pathlib.Path({str(tmp_path)!r}) / f'{{collectives.get_rank()}}.json'\n"
         "    path.write_text(json.dumps({name: value.item() for name, value in scalars.items()}))\n"
-        "utils.run_script(main)\n"
+        "launch.run_script(main)\n"
     )
     result = run_script(str(script), processes=2)
     assert result.returncode == 0, result.stderr
@@ -322,7 +323,7 @@ def run(tmp_path: Path, name: str, *flags: str) -> tuple[list[dict[str, float]],
 
 
 def test_same_seed_gives_the_same_log_and_a_score_changes_nothing(tmp_path: Path) -> None:
-    """A folder without a split is scored by leaving one out; its colours tell the two classes apart."""
+    """A folder without a split is scored by leaving one out; its colors tell the two classes apart."""
     (first, weights), (second, _) = run(tmp_path, "a"), run(tmp_path, "b")
     assert first == second
     assert first != run(tmp_path, "c", "--seed", "1")[0]

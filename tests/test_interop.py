@@ -19,10 +19,10 @@ from runs import run_script
 from small_networks import SMALL, small_network
 from torch import Tensor, nn
 
-import checkpoint
 import export
 import hubconf
-from config import load_config
+from checkpoints import loading
+from config.loading import load_config
 from models import Backbone
 from models.heads import DINOHead
 from models.interop import resnet_to_detectron2, swin_to_detectron2, swin_to_mmdet
@@ -41,7 +41,7 @@ TIMM: dict[str, Callable[[], nn.Module]] = {
 
 
 def random_network(name: str, *overrides: str, dense: bool = False) -> Backbone:
-    """A small network whose norms, biases and tables are not what the initialisation leaves them."""
+    """A small network whose norms, biases and tables are not what the initialization leaves them."""
     network = small_network(name, *overrides, dense=dense).eval()
     fill_(network.state_dict())
     return network
@@ -68,7 +68,7 @@ def test_timm_files_load_and_give_timms_features(name: str, wrapped: bool, tmp_p
     fill_(theirs.state_dict())
     state = theirs.state_dict() | {"head.fc.weight": torch.zeros(10, 24), "head.fc.bias": torch.zeros(10)}
     ours = small_network(name).eval()
-    report = checkpoint.load_backbone(ours, save({"model": state} if wrapped else state, tmp_path / "timm.pth"))
+    report = loading.load_backbone(ours, save({"model": state} if wrapped else state, tmp_path / "timm.pth"))
     images = torch.randn(2, 3, 64, 64)
     assert relative_error(ours(images), theirs(images)) < 1e-4
     assert report.key == ("model" if wrapped else None)
@@ -84,7 +84,7 @@ def test_full_checkpoints_of_this_project_and_of_dino(name: str, prefix: str, tm
         ("module." if key.startswith("head") else prefix) + key: value for key, value in saved.state_dict().items()
     }
     path = save({"teacher": state, "student": {}, "epoch": 1}, tmp_path / "checkpoint.pth")
-    report = checkpoint.load_backbone(loaded, path)
+    report = loading.load_backbone(loaded, path)
     assert (report.layout, report.key) == ("full checkpoint", "teacher")
     saved.head = nn.Identity()
     assert_same_tensors(saved, loaded)
@@ -93,12 +93,12 @@ def test_full_checkpoints_of_this_project_and_of_dino(name: str, prefix: str, tm
 def test_old_files_with_masks_and_a_linear_head(tmp_path: Path) -> None:
     saved, loaded = random_network("swin"), small_network("swin")
     extra = {"layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16), "head.weight": torch.zeros(5, 24)}
-    report = checkpoint.load_backbone(loaded, save(saved.state_dict() | extra, tmp_path / "old.pth"))
+    report = loading.load_backbone(loaded, save(saved.state_dict() | extra, tmp_path / "old.pth"))
     assert_same_tensors(saved, loaded)
     assert report.left_out == 1  # the head; what the architecture computes itself does not count
 
 
-def test_parametrised_weight_norm(tmp_path: Path) -> None:
+def test_parametrized_weight_norm(tmp_path: Path) -> None:
     head, loaded = nn.Module(), nn.Module()
     head.head, loaded.head = (
         DINOHead(6, 8, hidden_dim=5, bottleneck_dim=4),
@@ -108,24 +108,24 @@ def test_parametrised_weight_norm(tmp_path: Path) -> None:
     last = "head.last_layer."
     for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
         state[f"{last}parametrizations.weight.{new}"] = state.pop(last + old)
-    checkpoint.load_network(loaded, checkpoint.network_state(state, "teacher", "x"), "x")
+    loading.load_network(loaded, loading.network_state(state, "teacher", "x"), "x")
     assert_same_tensors(head, loaded)
 
 
 def test_safetensors_load(tmp_path: Path) -> None:
     saved, loaded = random_network("vit"), small_network("vit")
     safetensors.torch.save_file(saved.state_dict(), tmp_path / "net.safetensors")
-    assert checkpoint.load_backbone(loaded, tmp_path / "net.safetensors").layout == "bare state dict"
+    assert loading.load_backbone(loaded, tmp_path / "net.safetensors").layout == "bare state dict"
     assert_same_tensors(saved, loaded)
     (tmp_path / "net.safetensors").write_bytes(b"not at all")
     with pytest.raises(UsageError, match="no safetensors file or is damaged"):
-        checkpoint.load_backbone(loaded, tmp_path / "net.safetensors")
+        loading.load_backbone(loaded, tmp_path / "net.safetensors")
 
 
 def test_another_window_resizes_the_tables(tmp_path: Path) -> None:
     saved = random_network("swin")
     loaded = small_network("swin", "MODEL.SPEC.WINDOW_SIZE", "8", "MODEL.SPEC.DEPTHS", "[2,2]")
-    report = checkpoint.load_backbone(loaded, save(saved.state_dict(), tmp_path / "w4.pth"))
+    report = loading.load_backbone(loaded, save(saved.state_dict(), tmp_path / "w4.pth"))
     assert report.resized == 4
     name = "layers.0.blocks.0.attn.relative_position_bias_table"
     plane = saved.get_parameter(name).detach().view(1, 7, 7, 1).permute(0, 3, 1, 2)
@@ -137,7 +137,7 @@ def test_another_window_resizes_the_tables(tmp_path: Path) -> None:
 def test_another_image_size_resizes_the_position_embedding(tmp_path: Path) -> None:
     """The network of the larger size computes what the one of the file computes on images of that size."""
     saved, loaded = random_network("vit"), small_network("vit", "MODEL.IMAGE_SIZE", "[96,64]").eval()
-    report = checkpoint.load_backbone(loaded, save(saved.state_dict(), tmp_path / "64.pth"))
+    report = loading.load_backbone(loaded, save(saved.state_dict(), tmp_path / "64.pth"))
     assert report.resized == 1
     images = torch.randn(2, 3, 96, 64)
     torch.testing.assert_close(loaded(images), saved(images))
@@ -155,9 +155,9 @@ def test_less_than_a_full_match_is_an_error_unless_allowed(
         r"2 tensors are missing \(blocks.0.norm1.weight, norm.bias\), 1 unexpected \(what.is.this\).*--allow_partial"
     )
     with pytest.raises(UsageError, match=words):
-        checkpoint.load_backbone(loaded, path)
+        loading.load_backbone(loaded, path)
     assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
-    report = checkpoint.load_backbone(loaded, path, allow_partial=True)
+    report = loading.load_backbone(loaded, path, allow_partial=True)
     assert report.matched == len(state)
     assert report.left_out == 1
     assert torch.equal(loaded.blocks[1].norm1.weight, saved.blocks[1].norm1.weight)  # type: ignore[union-attr, index]
@@ -174,8 +174,8 @@ def test_sizes_that_are_not_square(
     size = ["MODEL.IMAGE_SIZE", str(list(before))]
     saved, loaded = random_network(name, *size), small_network(name, "MODEL.IMAGE_SIZE", str(list(after)))
     config = load_config(None, [*SMALL[name].overrides, *size]).dump()
-    path = save({"teacher": checkpoint.prefixed(saved.state_dict()), "config": config}, tmp_path / "checkpoint.pth")
-    assert checkpoint.load_backbone(loaded, path).resized == tables
+    path = save({"teacher": loading.prefixed(saved.state_dict()), "config": config}, tmp_path / "checkpoint.pth")
+    assert loading.load_backbone(loaded, path).resized == tables
     if name == "vit":
         images = torch.randn(2, 3, *after)
         torch.testing.assert_close(loaded.eval()(images), saved(images))
@@ -191,9 +191,9 @@ def test_sizes_that_are_not_square(
 def test_what_vil_shares_must_be_equal_in_the_file_or_given_once(tmp_path: Path) -> None:
     untied, tied = random_network("vil", "MODEL.SPEC.MSVIT.SHARE_W", "False"), small_network("vil")
     with pytest.raises(UsageError, match=r"different tensors for .*query.* shares; set MODEL.SPEC.MSVIT.SHARE_W False"):
-        checkpoint.load_backbone(tied, save(untied.state_dict(), tmp_path / "untied.pth"))
+        loading.load_backbone(tied, save(untied.state_dict(), tmp_path / "untied.pth"))
     once = {name: value for name, value in random_network("vil").state_dict().items() if "_global." not in name}
-    checkpoint.load_backbone(tied, save(once, tmp_path / "once.pth"))
+    loading.load_backbone(tied, save(once, tmp_path / "once.pth"))
     assert all(torch.equal(value, once[name]) for name, value in tied.state_dict().items() if name in once)
 
 
@@ -212,21 +212,21 @@ def test_what_vil_shares_must_be_equal_in_the_file_or_given_once(tmp_path: Path)
 def test_the_remedy_fits_the_misfit(name: str, override: tuple[str, str], words: str, tmp_path: Path) -> None:
     path = save(random_network(name, *override).state_dict(), tmp_path / "other.pth")
     with pytest.raises(UsageError, match=f"tensors? of another shape .*; {words}"):
-        checkpoint.load_backbone(small_network(name), path)
+        loading.load_backbone(small_network(name), path)
 
 
 @pytest.mark.parametrize("content", [{"teacher": None, "student": {}}, {"teacher": 3}, {1: 2}, {}])
 def test_files_without_a_network(content: dict[object, object], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no tensors of a network"):
-        checkpoint.load_backbone(small_network("vit"), save(content, tmp_path / "odd.pth"))
+        loading.load_backbone(small_network("vit"), save(content, tmp_path / "odd.pth"))
 
 
 def test_another_architecture_is_refused_even_in_part(tmp_path: Path) -> None:
     path = save(random_network("resnet").state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(UsageError, match=r"another network: .* tensors are missing"):
-        checkpoint.load_backbone(small_network("swin"), path)
+        loading.load_backbone(small_network("swin"), path)
     with pytest.raises(UsageError, match="not one tensor"):
-        checkpoint.load_backbone(small_network("swin"), path, allow_partial=True)
+        loading.load_backbone(small_network("swin"), path, allow_partial=True)
 
 
 # --------------------------------------------------------------------------- export
@@ -255,9 +255,7 @@ def test_backbone_files_come_back(name: str, target: str, tmp_path: Path) -> Non
     """Also with ViL's tensors of two names, which safetensors does not take."""
     saved, loaded = random_network(name), small_network(name)
     path = exported(saved, target, tmp_path)
-    checkpoint.load_backbone(
-        loaded, path.rename(tmp_path / f"net.{'safetensors' if target == 'safetensors' else 'pth'}")
-    )
+    loading.load_backbone(loaded, path.rename(tmp_path / f"net.{'safetensors' if target == 'safetensors' else 'pth'}"))
     assert_same_tensors(saved, loaded)
 
 
@@ -349,7 +347,7 @@ def test_what_a_library_has_not_is_refused(name: str, target: str, tmp_path: Pat
 def test_the_script(tmp_path: Path) -> None:
     """The command line writes a file that timm reads, and never writes over one."""
     network = random_network("resnet")
-    weights = save({"teacher": checkpoint.prefixed(network.state_dict()), "student": {}}, tmp_path / "checkpoint.pth")
+    weights = save({"teacher": loading.prefixed(network.state_dict()), "student": {}}, tmp_path / "checkpoint.pth")
     command = ["--arch", "resnet18", "--pretrained_weights", str(weights), "--format", "timm"]
     command += ["--output", str(tmp_path / "timm.pth")]
     done = run_script("export.py", *command)

@@ -10,8 +10,8 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-import optim
-from lars import LARS
+from training import optim
+from training.lars import LARS
 
 MOMENTUM, ETA = 0.9, 0.001
 

@@ -18,8 +18,9 @@ import torch
 from conftest import ROOT
 from runs import free_port
 
-import utils
-from utils import Place, UsageError, place_of_process
+from distributed import launch
+from distributed.launch import ProcessInfo, process_info
+from utils import UsageError
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 PMI = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
@@ -29,37 +30,43 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*(name for names in utils.LAUNCHERS.values() for name in names), "MASTER_ADDR", "MASTER_PORT"]:
+    for name in [*(name for names in launch.LAUNCHERS.values() for name in names), "MASTER_ADDR", "MASTER_PORT"]:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
     ("env", "place"),
     [
-        ({}, Place(0, 1, 0)),
-        (TORCHRUN, Place(3, 4, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 0)),
-        (OPEN_MPI, Place(5, 8, 1)),
-        (PMI, Place(2, 4, 0)),
-        (SLURM, Place(1, 2, 1)),
-        (OPEN_MPI | TORCHRUN, Place(3, 4, 2)),  # torchrun started by mpirun
-        (OPEN_MPI | SLURM, Place(5, 8, 1)),  # mpirun that starts itself through srun
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"} | SLURM, Place(1, 2, 1)),  # srun --mpi=pmi2
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Place(0, 1, 0)),  # a batch script
-        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, Place(0, 1, 0)),
+        ({}, ProcessInfo(0, 1, 0)),
+        (TORCHRUN, ProcessInfo(3, 4, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, ProcessInfo(1, 2, 0)),
+        (OPEN_MPI, ProcessInfo(5, 8, 1)),
+        (PMI, ProcessInfo(2, 4, 0)),
+        (SLURM, ProcessInfo(1, 2, 1)),
+        (OPEN_MPI | TORCHRUN, ProcessInfo(3, 4, 2)),  # torchrun started by mpirun
+        (OPEN_MPI | SLURM, ProcessInfo(5, 8, 1)),  # mpirun that starts itself through srun
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"} | SLURM, ProcessInfo(1, 2, 1)),  # srun --mpi=pmi2
+        (
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"},
+            ProcessInfo(0, 1, 0),
+        ),  # a batch script
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+            ProcessInfo(0, 1, 0),
+        ),
     ],
 )
-def test_place(env: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_place(env: dict[str, str], place: ProcessInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in env.items():
         monkeypatch.setenv(name, text)
-    assert place_of_process() == place
+    assert process_info() == place
 
 
 def test_old_launchers_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place_of_process(3) == Place(0, 1, 3)
+    assert process_info(3) == ProcessInfo(0, 1, 3)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert place_of_process(1) == Place(1, 2, 1)
+    assert process_info(1) == ProcessInfo(1, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +81,7 @@ def test_variables_that_cannot_be(env: dict[str, str], words: str, monkeypatch: 
     for name, text in env.items():
         monkeypatch.setenv(name, text)
     with pytest.raises(UsageError, match=words):
-        place_of_process()
+        process_info()
 
 
 @pytest.mark.parametrize("env", [OPEN_MPI, PMI, SLURM, TORCHRUN])
@@ -83,7 +90,7 @@ def test_meeting_place_is_needed(env: dict[str, str], monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, text)
     args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=1.0, local_rank=None)
     with pytest.raises(UsageError, match=r"processes need a place to meet: .*\(MASTER_PORT not set\)"):
-        utils.init_processes(args)
+        launch.init_processes(args)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -95,13 +102,15 @@ def test_processes_that_do_not_come(rank: int, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         UsageError, match=rf"process {rank} of 2 did not meet all others at 127.0.0.1:\d+ within 0.02 min"
     ):
-        utils.init_processes(args)
+        launch.init_processes(args)
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
 def test_timeout_that_is_none(minutes: float) -> None:
     with pytest.raises(UsageError, match="must be minutes above 0"):
-        utils.init_processes(argparse.Namespace(device="cpu", dist_timeout=minutes, dist_url="env://", local_rank=None))
+        launch.init_processes(
+            argparse.Namespace(device="cpu", dist_timeout=minutes, dist_url="env://", local_rank=None)
+        )
 
 
 def test_restarted_workers_do_not_read_what_the_dead_wrote() -> None:
@@ -111,7 +120,7 @@ def test_restarted_workers_do_not_read_what_the_dead_wrote() -> None:
     seen: list[str] = []
     for world in (3, 2, 3, 1):
         with ThreadPoolExecutor(world) as pool:
-            parts = [pool.submit(utils._unread_part, agent, rank, world, minute) for rank in reversed(range(world))]
+            parts = [pool.submit(launch._unread_part, agent, rank, world, minute) for rank in reversed(range(world))]
             stores = [part.result() for part in parts]
         assert not any(store.check(["address of 0"]) for store in stores)
         stores[-1].set("address of 0", f"here, in start {len(seen)}")
@@ -123,7 +132,7 @@ def test_process_of_a_start_that_does_not_answer() -> None:
     agent = torch.distributed.HashStore()  # type: ignore[attr-defined]
     for rank in (0, 1):
         with pytest.raises(torch.distributed.DistStoreError, match="did not answer"):
-            utils._unread_part(agent, rank, 2, datetime.timedelta(seconds=0.05))
+            launch._unread_part(agent, rank, 2, datetime.timedelta(seconds=0.05))
 
 
 # --------------------------------------------------------------------------- SLURM

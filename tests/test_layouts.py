@@ -13,10 +13,9 @@ from fill import fill_
 from small_networks import SMALL, small_network
 from torch import Tensor, nn
 
-import checkpoint
 import export
-import layouts
-from config import load_config
+from checkpoints import layouts, loading
+from config.loading import load_config
 from models import Backbone, build_model
 from models.heads import DINOHead
 from models.srs import SRS
@@ -82,7 +81,7 @@ def test_a_dino_file_brings_dinos_positions(
     )
     ours = build_model("vit", config, patch_size=16).eval()
     with caplog.at_level(logging.INFO, "esvit"):
-        checkpoint.load_backbone(ours, path)
+        loading.load_backbone(ours, path)
     assert "POS_RESIZE" in caplog.text
     grid = (size[0] // 16, size[1] // 16)
     table = theirs.get_parameter("pos_embed")
@@ -106,7 +105,7 @@ def rule_after(content: object, tmp_path: Path, *overrides: str) -> str:
         safetensors.torch.save_file(dict(content["safetensors"]), path)
     else:
         path = save(content, tmp_path / "file.pth")
-    checkpoint.load_backbone(network, path)
+    loading.load_backbone(network, path)
     return str(network.pos_resize)
 
 
@@ -155,7 +154,7 @@ def test_words_before_names(name: str, prefix: str) -> None:
     state = dict(theirs.state_dict())
     for content in (prefixed(prefix, state), {"student": prefixed(prefix, state)}):
         nn.init.zeros_(next(ours.parameters()))
-        report = checkpoint.load_network(ours, checkpoint.network_state(content, "student", "x"), "x")
+        report = loading.load_network(ours, loading.network_state(content, "student", "x"), "x")
         assert_loaded(ours, state)
         assert report.left_out == 0
 
@@ -164,7 +163,7 @@ def test_words_of_torch_inside_names(tmp_path: Path) -> None:
     """A part of a network that was compiled or wrapped."""
     theirs, ours = filled(small_network("vit")), small_network("vit")
     state = {name.replace("blocks.", "blocks._orig_mod."): tensor for name, tensor in theirs.state_dict().items()}
-    checkpoint.load_backbone(ours, save(prefixed("module.", state), tmp_path / "net.pth"))
+    loading.load_backbone(ours, save(prefixed("module.", state), tmp_path / "net.pth"))
     assert_loaded(ours, dict(theirs.state_dict()))
 
 
@@ -190,7 +189,7 @@ def test_of_two_networks_the_key_says_which(
     path = save({"model": content, "epoch": 3}, tmp_path / "file.pth")
     for key, wanted, word in (("teacher", second, "momentum"), ("student", first, "online")):
         network = small_network(name)
-        report = checkpoint.load_backbone(network, path, key)
+        report = loading.load_backbone(network, path, key)
         assert_loaded(network, wanted)
         assert word in str(report)
         assert report.left_out == len(beside) + 1
@@ -216,7 +215,7 @@ def test_of_two_networks_the_key_says_which(
 def test_what_others_train_beside_a_backbone_is_left_out_and_listed(beside: tuple[str, ...], tmp_path: Path) -> None:
     theirs, ours = filled(small_network("vit")), small_network("vit")
     content = dict(theirs.state_dict()) | {name: torch.ones(2) for name in beside}
-    report = checkpoint.load_backbone(ours, save({"model": content}, tmp_path / "file.pth"))
+    report = loading.load_backbone(ours, save({"model": content}, tmp_path / "file.pth"))
     assert_loaded(ours, dict(theirs.state_dict()))
     assert report.left_out == len(beside)
     for name in beside:
@@ -231,7 +230,7 @@ def test_foreign_networks_are_refused_with_the_first_names(prefix: str, tmp_path
     with pytest.raises(
         UsageError, match=r"42 tensors are missing .cls_token, pos_embed, .*2 unexpected .*self_attention"
     ):
-        checkpoint.load_backbone(ours, save(state, tmp_path / "file.pth"))
+        loading.load_backbone(ours, save(state, tmp_path / "file.pth"))
     assert_loaded(ours, before)
 
 
@@ -242,7 +241,7 @@ def test_cvt_has_its_table_under_another_name(tmp_path: Path) -> None:
     }
     assert state.keys() != theirs.state_dict().keys()
     state["stage0.1.layers.0.0.fn.rel_pos_idx"] = torch.zeros(16, 16, dtype=torch.long)
-    assert checkpoint.load_backbone(ours, save({"teacher": state}, tmp_path / "cvt.pth")).left_out == 0
+    assert loading.load_backbone(ours, save({"teacher": state}, tmp_path / "cvt.pth")).left_out == 0
     assert_loaded(ours, dict(theirs.state_dict()))
 
 
@@ -272,11 +271,11 @@ def test_what_udis_extraction_script_writes(prefix: str, tmp_path: Path) -> None
     assert {"backbone.cls_token", "attn.qkv.weight", "norm1.bias"} <= extracted.keys()
     path = save(extracted, tmp_path / "backbone.pth")
     ours = small_network("vit", "MODEL.SPEC.NUM_CLS_TOKENS", "2")
-    assert checkpoint.load_backbone(ours, path).left_out == 8
+    assert loading.load_backbone(ours, path).left_out == 8
     assert ours.pos_resize == "scale"
     assert_loaded(ours, dict(network.state_dict()))
     ours.srs = SRS(24, 2)
-    assert checkpoint.load_backbone(ours, path).left_out == 0
+    assert loading.load_backbone(ours, path).left_out == 0
     assert_loaded(ours, dict(network.state_dict()))
 
 

@@ -10,7 +10,7 @@ import pytest
 from runs import write_images, zip_folders
 
 import data
-from data.lists import digest_of, keep_listed
+from data.layouts.lists import digest_of, keep_listed
 from utils import UsageError
 
 

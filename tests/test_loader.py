@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from data.crops import split_views
 from data.datasets import ImageDataset, Sample, build_dataset
 from data.decode import ImageLike
+from data.layouts.shards import build_stream
+from data.layouts.sources import UNLABELED
 from data.loader import (
     Batch,
     EveryNth,
@@ -31,10 +32,9 @@ from data.loader import (
     collate,
     set_epoch,
 )
-from data.photometric import DRAWS, Photometric
-from data.recipe import Crops
-from data.shards import build_stream
-from data.sources import UNLABELLED
+from data.transforms.crops import split_views
+from data.transforms.photometric import DRAWS, Photometric
+from data.transforms.recipe import Crops
 from data.workers import usable_workers
 from utils import UsageError
 
@@ -43,11 +43,11 @@ CPU = torch.device("cpu")
 
 
 def value_and_noise(image: ImageLike) -> list[Tensor]:
-    """Two views: the grey value of the image, and numbers from every generator."""
+    """Two views: the gray value of the image, and numbers from every generator."""
     assert isinstance(image, Image.Image)
-    grey = float(np.asarray(image).mean())
+    gray = float(np.asarray(image).mean())
     return [
-        torch.full((1, 2, 2), grey),
+        torch.full((1, 2, 2), gray),
         torch.tensor([random.random(), float(np.random.rand()), float(torch.rand(()))]),
     ]
 
@@ -105,10 +105,10 @@ def test_collate_stacks_view_by_view() -> None:
 
 
 def test_collate_without_a_view_of_one_image_has_no_view() -> None:
-    unread = Sample([], UNLABELLED, 7, ("a.png: gone",))
+    unread = Sample([], UNLABELED, 7, ("a.png: gone",))
     batch = collate([sample(0), unread])
     assert batch.views == []
-    assert batch.labels_B.tolist() == [100, UNLABELLED]
+    assert batch.labels_B.tolist() == [100, UNLABELED]
     assert batch.indices_B.tolist() == [0, 7]
     assert batch.failures == ["a.png: gone"]
 
@@ -139,7 +139,7 @@ def test_batch_ships_bytes_and_is_finished_where_it_is_used() -> None:
 def test_finished_batch_without_a_view_of_one_image_has_no_view() -> None:
     samples, finish = split_samples()
     for here in (False, True):
-        batch = collate([*samples, Sample([], UNLABELLED, 7, ("a.png: gone",))], finish, here)
+        batch = collate([*samples, Sample([], UNLABELED, 7, ("a.png: gone",))], finish, here)
         assert batch.views == []
         assert batch.views_on(CPU) == []
 

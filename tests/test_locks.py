@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import files
-import locks
-import utils
+from checkpoints import files, locks
+from distributed import collectives
 from utils import UsageError
 
 HELD: list[object] = []
@@ -86,7 +85,7 @@ def test_second_run_is_refused_and_told_of_the_first(tmp_path: Path, owner: int)
 
 
 def test_dead_owner_gives_way_at_once_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    utils.setup_logging()
+    collectives.setup_logging()
     child = forked(lambda: hold(tmp_path))
     bury(child)
     begun = time.monotonic()
@@ -122,7 +121,7 @@ def test_owner_on_another_host_is_watched(
     tmp_path: Path, alive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As long as a lock says: if it is touched, its owner lives."""
-    utils.setup_logging()
+    collectives.setup_logging()
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
         child = forked(lambda: hold(tmp_path))

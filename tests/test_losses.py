@@ -14,10 +14,12 @@ from fill import tensor
 from torch import Tensor
 
 import main_esvit
-from losses import DINOLoss, RegionMatchingLoss, teacher_temperature_schedule
-from matching import mixup_sources
+from losses.dino import DINOLoss
+from losses.distillation import teacher_temperature_schedule
+from losses.matching import mixup_sources
+from losses.region import RegionMatchingLoss
 from models import MultiCropOutput
-from outputs import FactoredLogits
+from ops.logits import FactoredLogits
 from utils import UsageError
 
 TOLERANCE = 1e-5
@@ -239,7 +241,7 @@ def test_center_of_micro_batches_is_that_of_the_batch() -> None:
 
 @pytest.mark.parametrize("factored", [False, True])
 def test_center_of_weighted_rows(factored: bool) -> None:
-    """The weighted mean over micro-batches, of which one may have no weight; without any the centre stays as it is."""
+    """The weighted mean over micro-batches, of which one may have no weight; without any the center stays as it is."""
     loss = DINOLoss(11, 2, 0.04, 0.04, 0, 1)
     loss.center.normal_()
     before, bottleneck, prototypes = loss.center.clone(), torch.randn(12, 3), torch.randn(11, 3)

@@ -11,10 +11,10 @@ from runs import TINY_VIT
 from torch import Tensor, nn
 from udi_runs import TINY_NETWORKS, Made, parsed
 
-import checkpoint
 import main_udi
-from data.udi_views import Correspondence, split_finished
-from losses import DINOLoss
+from checkpoints import loading
+from data.transforms.udi_views import Correspondence, split_finished
+from losses.dino import DINOLoss
 from models.srs import SRS, bilinear_weights, default_heads, one_hot_weights
 from models.vit import VisionTransformer
 
@@ -22,7 +22,7 @@ from models.vit import VisionTransformer
 
 
 def encoded(network: Any, crop: Tensor) -> tuple[Tensor, Tensor]:
-    """Both class tokens, normalised, and the patches before the last norm, by the blocks alone."""
+    """Both class tokens, normalized, and the patches before the last norm, by the blocks alone."""
     x = network.enter_stage(0, crop)
     for block in network.blocks:
         x, _ = block(x)
@@ -30,9 +30,9 @@ def encoded(network: Any, crop: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def expected_loss(method: main_udi.UDI, batch: Sequence[Tensor], alpha: float) -> dict[str, float]:
-    """Every pair of a view's samples and another view by itself, images one by one; centres are zero."""
+    """Every pair of a view's samples and another view by itself, images one by one; centers are zero."""
     crops, found = split_finished(batch)
-    student, teacher = checkpoint.unwrap(method.student), checkpoint.unwrap(method.teacher)
+    student, teacher = loading.unwrap(method.student), loading.unwrap(method.teacher)
     assert isinstance(student, VisionTransformer)
     assert isinstance(teacher, VisionTransformer)
     teacher_temp = method.criterion.teacher_temp(1)
@@ -200,7 +200,7 @@ def test_grids_are_those_that_the_networks_make(network: str) -> None:
 
 
 def test_without_a_valid_patch_a_step_is_applied() -> None:
-    """The patches' level is 0, the second token learns the class token's targets, and the centre of patches stays."""
+    """The patches' level is 0, the second token learns the class token's targets, and the center of patches stays."""
     made = Made("--local_patch", "on")
     batch = made.batch()
     crops, found = split_finished(batch)

@@ -20,12 +20,12 @@ from runs import TINY_RUN, TINY_SWIN, TINY_UDI, TINY_VIT, run_script, start_scri
 from training_runs import assert_identical
 from udi_runs import TINY_NETWORKS, parsed, run
 
-import checkpoint
 import eval_knn
 import main_esvit
 import main_udi
-import resume
+from checkpoints import loading
 from models import build_model, load_arch_config
+from training import checkpointing
 from utils import UsageError
 
 
@@ -40,7 +40,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder(images: Path, tmp_path: Path) -> None:
     """What is saved, with one head; it is a backbone to everything that reads checkpoints."""
     run(tmp_path, images, "--saveckp_freq", "1")
-    content = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    content = loading.load_file(tmp_path / "checkpoint.pth")
     assert {"student", "teacher", "optimizer", "epoch", "args", "udi_loss"} <= content.keys()
     assert "dino_loss" not in content
     assert content["udi_loss"].keys() == {"center", "center_plus", "center_patch"}
@@ -53,9 +53,7 @@ def test_run_folder(images: Path, tmp_path: Path) -> None:
     assert content["student"].keys() == {f"module.{name}" for name in content["teacher"]}
     assert (config.MODEL.SPEC.NUM_CLS_TOKENS, config.MODEL.SPEC.POS_RESIZE) == (2, "scale")
     of_backbone = {name: content["teacher"][name] for name in backbone.state_dict()}
-    assert checkpoint.load_network(backbone, checkpoint.network_state(of_backbone, "", ""), "").matched == len(
-        of_backbone
-    )
+    assert loading.load_network(backbone, loading.network_state(of_backbone, "", ""), "").matched == len(of_backbone)
     lines = [json.loads(line) for line in (tmp_path / "log.txt").open()]
     assert [line["epoch"] for line in lines] == [0, 1]
     terms = {
@@ -89,9 +87,9 @@ def test_going_on_is_as_if_never_stopped(
 ) -> None:
     """Two steps an epoch, a SIGTERM in the first or after it: everything that is saved ends bit for bit the same."""
     run(tmp_path / "whole", images)
-    due = resume.Saver.due
+    due = checkpointing.Saver.due
 
-    def signalled(self: resume.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+    def signalled(self: checkpointing.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
         saved = (tmp_path / "parts" / "checkpoint.pth").exists()
         if (steps == 1 and moved) if where == "within an epoch" else (steps == 0 and saved):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -99,12 +97,12 @@ def test_going_on_is_as_if_never_stopped(
         return due(self, steps, moved, wishes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume.Saver, "due", signalled)
+        patch.setattr(checkpointing.Saver, "due", signalled)
         run(tmp_path / "parts", images)
-    stopped = checkpoint.load_file(tmp_path / "parts" / "checkpoint.pth")
+    stopped = loading.load_file(tmp_path / "parts" / "checkpoint.pth")
     assert (stopped["epoch"], stopped.get("in_epoch", {}).get("steps")) == ((0, 1) if where[0] == "w" else (1, None))
     run(tmp_path / "parts", images)
-    whole, parts = (checkpoint.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    whole, parts = (loading.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     assert whole["epoch"] == 2
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
@@ -123,7 +121,7 @@ def test_a_run_of_another_method_is_not_gone_on_with(images: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--target_mix", "probs", "--local_patch", "on"]], ids=["UDI", "probs"])
 def test_two_processes_equal_one(tmp_path: Path, flags: list[str]) -> None:
-    """Losses, centres and both networks; each process draws random numbers of its own. SGD: see test_distributed.py."""
+    """Losses, centers and both networks; each process draws random numbers of its own. SGD: see test_distributed.py."""
     images = write_images(tmp_path / "images", 17)
     common = [*TINY_UDI, "--optimizer", "sgd", "--lr", "1.0", "--clip_grad", "0.3", "--momentum_teacher", "0.9"]
     common += ["--drop_path_rate", "0", "--data_path", str(images), *flags]
@@ -131,7 +129,7 @@ def test_two_processes_equal_one(tmp_path: Path, flags: list[str]) -> None:
         own = ["--batch_size_per_gpu", batch, "--output_dir", str(tmp_path / name)]
         result = run_script("main_udi.py", *common, *own, *TINY_VIT, processes=processes)
         assert result.returncode == 0, result.stderr
-    one, two = (checkpoint.load_file(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
+    one, two = (loading.load_file(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
     logs = [[json.loads(line) for line in (tmp_path / name / "log.txt").open()] for name in ("one", "two")]
     for name in ("train_loss", "train_g_pch", "train_l_mcl"):
         assert [line[name] for line in logs[0]] == pytest.approx([line[name] for line in logs[1]], rel=1e-5)
@@ -152,7 +150,7 @@ def test_shards_equal_whole_networks(tmp_path: Path) -> None:
             "main_udi.py", *common, *flags, "--output_dir", str(tmp_path / name), *TINY_VIT, processes=2
         )
         assert result.returncode == 0, result.stderr
-        runs.append(checkpoint.load_file(tmp_path / name / "checkpoint.pth"))
+        runs.append(loading.load_file(tmp_path / name / "checkpoint.pth"))
     for part in ("udi_loss", "student", "teacher"):
         assert runs[0][part].keys() == runs[1][part].keys()
         for name, value in runs[0][part].items():
@@ -233,7 +231,7 @@ def test_class_tokens_of_the_config_are_those_of_the_flag(where: str, given: int
 
 def test_images_of_other_channels_are_refused(images: Path, tmp_path: Path) -> None:
     five = ["MODEL.SPEC.IN_CHANS", "5", "INPUT.MEAN", "[0,0,0,0,0]", "INPUT.STD", "[1,1,1,1,1]"]
-    with pytest.raises(UsageError, match=r"of colour images, MODEL\.SPEC\.IN_CHANS 5 is not 3"):
+    with pytest.raises(UsageError, match=r"of color images, MODEL\.SPEC\.IN_CHANS 5 is not 3"):
         run(tmp_path, images, network=[*TINY_VIT, *five])
 
 
@@ -257,12 +255,12 @@ def test_the_last_line_names_the_results_and_a_command_that_scores_them(
 ) -> None:
     """Also where nothing was left to do; not where a signal has stopped the run."""
     for seed, part in enumerate(("train", "val")):
-        write_images(tmp_path / "labelled images" / part, 3, classes=2, seed=seed)
+        write_images(tmp_path / "labeled images" / part, 3, classes=2, seed=seed)
     out = tmp_path / "a run"
     one_epoch = ("--epochs", "1", "--warmup_teacher_temp_epochs", "0")
     told = []
     for _ in range(2):
-        run(out, tmp_path / "labelled images" / "train", *one_epoch)
+        run(out, tmp_path / "labeled images" / "train", *one_epoch)
         *_, before, last = capsys.readouterr().err.strip().splitlines()
         told.append(last)
     assert told[0] == told[1]
@@ -271,13 +269,13 @@ def test_the_last_line_names_the_results_and_a_command_that_scores_them(
         f"the run is done: {out} has checkpoint.pth, log.txt and the curves (tensorboard --logdir '{out}')"
     )
     _, _, command = told[0].partition(": python eval_knn.py ")
-    words = [word.replace("IMAGES", str(tmp_path / "labelled images")) for word in shlex.split(command)]
+    words = [word.replace("IMAGES", str(tmp_path / "labeled images")) for word in shlex.split(command)]
     assert words[:4] == ["--arch", "vit", "--patch_size", "4"]
     eval_knn.main(eval_knn.get_args_parser().parse_args([*words, "--num_workers", "0", "--device", "cpu"]))
     assert json.loads((out / "results.json").read_text())["pretrained_weights"] == str(out / "checkpoint.pth")
-    monkeypatch.setattr(resume.Saver, "wishes", lambda self: [1.0, 0.0])
+    monkeypatch.setattr(checkpointing.Saver, "wishes", lambda self: [1.0, 0.0])
     capsys.readouterr()
-    run(tmp_path / "stopped", tmp_path / "labelled images" / "train", *one_epoch)
+    run(tmp_path / "stopped", tmp_path / "labeled images" / "train", *one_epoch)
     told = capsys.readouterr().err.strip().splitlines()
     assert told[-1].endswith("the same command continues the run")
 
@@ -308,7 +306,7 @@ def test_every_flag_is_read(script: Any, images: Path, tmp_path: Path) -> None:
         args = script.get_args_parser().parse_args(line, namespace=Watched())
         Watched.read.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "save_file", lambda state, path: path.write_bytes(b""))
+            patch.setattr(loading, "save_file", lambda state, path: path.write_bytes(b""))
             script.main(args)
         read |= Watched.read
     # Read where there are several processes, shards or a folder for k-NN; or, of the loader, under another name.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from matching import match_regions, match_views, mixup_sources, unmixed
-from outputs import MultiCropOutput
+from losses.matching import match_regions, match_views, mixup_sources, unmixed
+from models.outputs import MultiCropOutput
 
 
 def views_of(features: list[Tensor]) -> MultiCropOutput:

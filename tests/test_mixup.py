@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.mixup import ViewMixup
+from data.transforms.mixup import ViewMixup
 from utils import UsageError
 
 IMAGES = 6

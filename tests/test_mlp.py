@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from models import mlp as mlp_module
-from models.mlp import Mlp, activated_linear
+from ops import mlp as mlp_module
+from ops.mlp import Mlp, activated_linear
 
 WIDTH, HIDDEN = 6, 24
 

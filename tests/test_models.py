@@ -10,10 +10,11 @@ from conftest import relative_error
 from small_networks import ARCHITECTURES, SMALL, small_network
 from torch import Tensor, nn
 
-from config import load_config
-from models import Backbone, MultiCropOutput, build_model, list_models, mlp
+from config.loading import load_config
+from models import Backbone, MultiCropOutput, build_model, list_models
 from models.heads import DINOHead
 from models.registry import config_name, default_config
+from ops import mlp
 from utils import UsageError
 
 NAMES = list_models()
@@ -227,7 +228,7 @@ MICRO = {
     ),
     "vil": ("MODEL.SPEC.MSVIT.ARCH", "l1,h1,d12,n1,s1,g1,p4,f4,a0_l2,h2,d24,n1,s0,g1,p2,f4,a0"),
 }
-# ViL as its yaml trains it: each call draws a neighbouring chunk.
+# ViL as its yaml trains it: each call draws a neighboring chunk.
 TRAINED = {"vil": ["MODEL.SPEC.MSVIT.MODE", "1"]}
 
 

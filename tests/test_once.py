@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
-import locks
-from data.once import arrays_once, cache_file, make_once, state_of
+from checkpoints import locks
+from data.layouts.index_cache import arrays_once, cache_file, make_once, state_of
 from utils import UsageError
 
 

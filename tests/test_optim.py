@@ -11,7 +11,7 @@ import torch
 from conftest import golden_json
 from torch import nn
 
-import optim
+from training import optim
 from utils import UsageError
 
 
@@ -89,7 +89,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_fused_optimiser_is_the_plain_one_to_rounding(name: str) -> None:
+def test_fused_optimizer_is_the_plain_one_to_rounding(name: str) -> None:
     """Ten steps, the fifth of which is held back by each in its own way."""
     ours, plain = random_model(), random_model()
     optimizer = optim.build_optimizer(name, optim.param_groups(ours))
@@ -107,7 +107,7 @@ def test_other_devices_have_what_torch_chooses() -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_state_of_a_plain_optimiser_goes_on_fused(name: str) -> None:
+def test_state_of_a_plain_optimizer_goes_on_fused(name: str) -> None:
     """As in checkpoints from elsewhere; the settings of how to compute are not taken over from them."""
     ours, plain = random_model(), random_model()
     before = PLAIN[name](optim.param_groups(plain))

@@ -1,4 +1,4 @@
-"""Colours in batches: each operation against Pillow and torchvision, the drawn parameters, and independence of the batch."""
+"""Colors in batches: each operation against Pillow and torchvision, the drawn parameters, and independence of the batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from data import photometric
-from data.augment import GaussianBlur, Solarize, dino_views
-from data.crops import ByteCrops, split_views
-from data.photometric import (
+from data.transforms import photometric
+from data.transforms.augment import GaussianBlur, Solarize, dino_views
+from data.transforms.crops import ByteCrops, split_views
+from data.transforms.photometric import (
     BLENDS,
     BOXES,
     CORNER,
@@ -26,14 +26,14 @@ from data.photometric import (
     HUE_ROUND,
     NEUTRAL,
     ORDERS,
-    Colours,
+    Colors,
     Photometric,
     blur_matrices,
     box_weights,
-    draw_colours,
+    draw_colors,
     make_plan,
 )
-from data.recipe import BLUR_RADIUS, Crops, dino_recipe
+from data.transforms.recipe import BLUR_RADIUS, Crops, dino_recipe
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
 RECIPE = dino_recipe(CROPS, 0.4)
@@ -43,7 +43,7 @@ LARGEST = 1 - 2**-24  # that torch.rand gives
 
 
 def photograph(size: int = 48) -> Image.Image:
-    """A face with a flag and black: all colours and a large range."""
+    """A face with a flag and black: all colors and a large range."""
     return Image.fromarray(photographs.astronaut()[:400, 60:460]).resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -56,26 +56,26 @@ def batch(*images: Image.Image) -> Tensor:
     return torch.stack([TF.pil_to_tensor(image) for image in images]).float()
 
 
-def colours(images: int, **fields: Any) -> Colours:
+def colors(images: int, **fields: Any) -> Colors:
     """Parameters that change nothing but what is given."""
     nothing = {
         "order": torch.zeros(images, dtype=torch.int64),
         "factors": NEUTRAL.expand(images, 4),
-        "grey": torch.zeros(images, dtype=torch.bool),
+        "gray": torch.zeros(images, dtype=torch.bool),
         "radius": torch.zeros(images),
         "solarize": torch.zeros(images, dtype=torch.bool),
     }
-    return Colours(**{**nothing, **fields})
+    return Colors(**{**nothing, **fields})
 
 
-def with_factor(operation: int, values: list[float]) -> Colours:
+def with_factor(operation: int, values: list[float]) -> Colors:
     factors = NEUTRAL.repeat(len(values), 1)
     factors[:, operation] = torch.tensor(values)
-    return colours(len(values), factors=factors, order=torch.arange(len(values)) % 24)
+    return colors(len(values), factors=factors, order=torch.arange(len(values)) % 24)
 
 
-def apply_colours(x_NCHW: Tensor, given: Colours) -> Tensor:
-    return photometric.apply_colours(x_NCHW, make_plan(given, CPU))
+def apply_colors(x_NCHW: Tensor, given: Colors) -> Tensor:
+    return photometric.apply_colors(x_NCHW, make_plan(given, CPU))
 
 
 ADJUST: list[Callable[..., Any]] = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
@@ -88,8 +88,8 @@ FACTORS = [[0.0, 0.6, 0.9, 1.0, 1.3, 1.4, 3.0]] * 3 + [[-0.5, -0.1, -0.03, 0.0, 
 @pytest.mark.parametrize("image", [photograph(), noise()], ids=["photograph", "noise"])
 @pytest.mark.parametrize("operation", range(4), ids=["brightness", "contrast", "saturation", "hue"])
 def test_factors_as_in_torchvision(operation: int, image: Image.Image) -> None:
-    """In float: up to torchvision's rounded weights of grey, a thousandth of a level times the factor."""
-    ours = apply_colours(batch(*[image] * 7), with_factor(operation, FACTORS[operation]))
+    """In float: up to torchvision's rounded weights of gray, a thousandth of a level times the factor."""
+    ours = apply_colors(batch(*[image] * 7), with_factor(operation, FACTORS[operation]))
     for value, result in zip(FACTORS[operation], ours):
         expected = ADJUST[operation](batch(image)[0] / 255, value) * 255
         torch.testing.assert_close(result, expected, rtol=0, atol=0.06)
@@ -97,19 +97,19 @@ def test_factors_as_in_torchvision(operation: int, image: Image.Image) -> None:
 
 @pytest.mark.parametrize("operation", range(3), ids=["brightness", "contrast", "saturation"])
 def test_factors_as_in_pillow(operation: int) -> None:
-    """Pillow truncates to whole levels, and rounds the mean and the grey level before it weights them."""
+    """Pillow truncates to whole levels, and rounds the mean and the gray level before it weights them."""
     for image in (photograph(), noise()):
-        ours = apply_colours(batch(*[image] * 7), with_factor(operation, FACTORS[operation]))
+        ours = apply_colors(batch(*[image] * 7), with_factor(operation, FACTORS[operation]))
         for value, result in zip(FACTORS[operation], ours):
             difference = result - TF.pil_to_tensor(ADJUST[operation](image, value))
             assert difference.abs().max() <= 1 + 0.51 * abs(1 - value)
 
 
 def test_hue_as_in_pillow_up_to_its_eight_bits() -> None:
-    """Pillow keeps hue and saturation in 8 bits, so that a saturated colour is off by several levels, equally to both sides."""
+    """Pillow keeps hue and saturation in 8 bits, so that a saturated color is off by several levels, equally to both sides."""
     image = photograph()
     values = [-0.1, -0.04, 0.07, 0.1]
-    ours = apply_colours(batch(*[image] * 4), with_factor(photometric.HUE, values))
+    ours = apply_colors(batch(*[image] * 4), with_factor(photometric.HUE, values))
     for value, result in zip(values, ours):
         difference = result - TF.pil_to_tensor(TF.adjust_hue(image, value))
         assert difference.abs().mean() < 1.5
@@ -117,10 +117,10 @@ def test_hue_as_in_pillow_up_to_its_eight_bits() -> None:
         assert difference.abs().max() < 8
 
 
-def test_hue_of_grey_and_pure_colours() -> None:
+def test_hue_of_gray_and_pure_colors() -> None:
     levels = torch.tensor([[0, 0, 0], [9, 9, 9], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 100, 0]])
     x = levels.T.float().view(1, 3, 1, 7).repeat(2, 1, 1, 1)
-    turned = apply_colours(x, with_factor(photometric.HUE, [1 / 3, -1 / 6]))
+    turned = apply_colors(x, with_factor(photometric.HUE, [1 / 3, -1 / 6]))
     third = torch.tensor([[0, 0, 0], [9, 9, 9], [255, 255, 255], [0, 255, 0], [0, 0, 255], [255, 0, 0], [0, 200, 100]])
     sixth_back = torch.tensor(
         [[0, 0, 0], [9, 9, 9], [255, 255, 255], [255, 0, 255], [255, 255, 0], [0, 255, 255], [200, 0, 100]]
@@ -134,7 +134,7 @@ def test_every_order_of_the_jitter_as_in_torchvision() -> None:
     low, high = torch.tensor([0.4, 0.4, 0.2, -0.3]), torch.tensor([1.6, 1.6, 1.8, 0.3])
     factors = low + (high - low) * torch.rand(24, 4, generator=generator)
     image = photograph()
-    ours = apply_colours(batch(*[image] * 24), colours(24, order=torch.arange(24), factors=factors))
+    ours = apply_colors(batch(*[image] * 24), colors(24, order=torch.arange(24), factors=factors))
     for order, values, result in zip(ORDERS.tolist(), factors.tolist(), ours):
         expected = batch(image)[0] / 255
         for operation in order:
@@ -149,10 +149,10 @@ def test_orders_are_all_permutations() -> None:
         assert order == [*others[:before], photometric.HUE, *others[before:]]
 
 
-def test_grey_as_in_pillow() -> None:
+def test_gray_as_in_pillow() -> None:
     for image in (photograph(), noise()):
         x = batch(image, image)
-        result = apply_colours(x.clone(), colours(2, grey=torch.tensor([False, True])))
+        result = apply_colors(x.clone(), colors(2, gray=torch.tensor([False, True])))
         torch.testing.assert_close(result[0], x[0], rtol=0, atol=0)
         expected = TF.pil_to_tensor(TF.to_grayscale(image, num_output_channels=3)).float()
         torch.testing.assert_close(result[1], expected, rtol=0, atol=0.502)
@@ -160,7 +160,7 @@ def test_grey_as_in_pillow() -> None:
 
 def test_solarize_as_in_pillow() -> None:
     image = noise()
-    result = apply_colours(batch(image, image), colours(2, solarize=torch.tensor([True, False])))
+    result = apply_colors(batch(image, image), colors(2, solarize=torch.tensor([True, False])))
     torch.testing.assert_close(result, batch(ImageOps.solarize(image), image), rtol=0, atol=0)
 
 
@@ -171,7 +171,7 @@ RADII = [0.1, 0.3, 0.5, 0.9, 1.0, 1.3, 1.7, 2.0]
 def test_blur_as_in_pillow(size: int) -> None:
     """Pillow rounds six times on the way: three levels on noise; the border as in the middle."""
     image = noise(size)
-    ours = apply_colours(batch(*[image] * 8), colours(8, radius=torch.tensor(RADII)))
+    ours = apply_colors(batch(*[image] * 8), colors(8, radius=torch.tensor(RADII)))
     for radius, result in zip(RADII, ours):
         expected = TF.pil_to_tensor(image.filter(ImageFilter.GaussianBlur(radius)))
         assert (result - expected).abs().max() <= 3.3
@@ -180,7 +180,7 @@ def test_blur_as_in_pillow(size: int) -> None:
 
 def test_blur_of_a_photograph_as_in_pillow() -> None:
     image = photograph(64)
-    ours = apply_colours(batch(*[image] * 8), colours(8, radius=torch.tensor(RADII)))
+    ours = apply_colors(batch(*[image] * 8), colors(8, radius=torch.tensor(RADII)))
     for radius, result in zip(RADII, ours):
         assert (result - TF.pil_to_tensor(image.filter(ImageFilter.GaussianBlur(radius)))).abs().mean() < 0.7
 
@@ -206,23 +206,23 @@ def test_blur_matrices_are_three_boxes_with_a_repeated_border(size: int) -> None
 
 
 def test_chain_as_in_pillow() -> None:
-    """All at once, in the order of the recipe: jitter, grey, blur, solarisation."""
+    """All at once, in the order of the recipe: jitter, gray, blur, solarization."""
     image = photograph()
     factors = torch.tensor([[0.7, 1.3, 0.9, 0.06], [1.2, 0.8, 1.1, -0.05]])
-    given = colours(
+    given = colors(
         2,
         order=torch.tensor([5, 17]),
         factors=factors,
-        grey=torch.tensor([False, True]),
+        gray=torch.tensor([False, True]),
         radius=torch.tensor([1.5, 0.4]),
         solarize=torch.tensor([True, True]),
     )
-    ours = apply_colours(batch(image, image), given)
+    ours = apply_colors(batch(image, image), given)
     for i in range(2):
         expected = image
         for operation in ORDERS[given.order[i]].tolist():
             expected = ADJUST[operation](expected, float(factors[i, operation]))
-        expected = TF.to_grayscale(expected, 3) if given.grey[i] else expected
+        expected = TF.to_grayscale(expected, 3) if given.gray[i] else expected
         expected = ImageOps.solarize(expected.filter(ImageFilter.GaussianBlur(float(given.radius[i]))))
         difference = ours[i] - TF.pil_to_tensor(expected)
         assert difference.abs().mean() < 2.5  # four operations that truncate
@@ -241,26 +241,26 @@ def uniform_distance(values: Tensor, low: float, high: float) -> float:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> Colours:
-    return draw_colours(torch.rand(20_000, 5, DRAWS, generator=torch.Generator().manual_seed(3)), RECIPE)
+def drawn() -> Colors:
+    return draw_colors(torch.rand(20_000, 5, DRAWS, generator=torch.Generator().manual_seed(3)), RECIPE)
 
 
 def share(chosen: Tensor) -> Tensor:
     return chosen.float().mean(dim=0)
 
 
-def test_probabilities(drawn: Colours) -> None:
+def test_probabilities(drawn: Colors) -> None:
     """DINO, appendix; four standard deviations of 20,000 draws are at most 0.0142."""
     jittered = (drawn.factors != NEUTRAL).any(dim=-1)
-    expected = {"jitter": [0.8] * 5, "grey": [0.2] * 5, "blur": [1, 0.1, 0.5, 0.5, 0.5], "solarize": [0, 0.2, 0, 0, 0]}
-    found = {"jitter": jittered, "grey": drawn.grey, "blur": drawn.radius > 0, "solarize": drawn.solarize}
+    expected = {"jitter": [0.8] * 5, "gray": [0.2] * 5, "blur": [1, 0.1, 0.5, 0.5, 0.5], "solarize": [0, 0.2, 0, 0, 0]}
+    found = {"jitter": jittered, "gray": drawn.gray, "blur": drawn.radius > 0, "solarize": drawn.solarize}
     for name, shares in expected.items():
         torch.testing.assert_close(share(found[name]), torch.tensor(shares), rtol=0, atol=0.0142, msg=name)
     assert share(drawn.radius > 0)[0] == 1
     assert share(drawn.solarize)[[0, 2, 3, 4]].sum() == 0
 
 
-def test_factors_and_radii_are_uniform_in_their_ranges(drawn: Colours) -> None:
+def test_factors_and_radii_are_uniform_in_their_ranges(drawn: Colors) -> None:
     """A distance of 1.63 is exceeded by one in a hundred."""
     for view in range(5):
         factors = drawn.factors[:, view]
@@ -271,7 +271,7 @@ def test_factors_and_radii_are_uniform_in_their_ranges(drawn: Colours) -> None:
         assert uniform_distance(radii[radii > 0], 0.1, 2.0) < 1.63
 
 
-def test_orders_are_uniform(drawn: Colours) -> None:
+def test_orders_are_uniform(drawn: Colors) -> None:
     """Chi-square with 23 degrees of freedom: 41.6 is exceeded by one in a hundred."""
     counts = torch.bincount(drawn.order.flatten(), minlength=24).double()
     assert len(counts) == 24
@@ -279,9 +279,9 @@ def test_orders_are_uniform(drawn: Colours) -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 41.6
 
 
-def test_parameters_are_independent(drawn: Colours) -> None:
+def test_parameters_are_independent(drawn: Colors) -> None:
     """Of each other within a view, and between views."""
-    columns = [drawn.order, *drawn.factors.unbind(-1), drawn.grey, drawn.solarize, drawn.radius]
+    columns = [drawn.order, *drawn.factors.unbind(-1), drawn.gray, drawn.solarize, drawn.radius]
     table = torch.stack([column[:, view].double() for column in columns for view in (1, 2)])
     table = table[table.std(dim=1) > 0]
     correlations = torch.corrcoef(table) - torch.eye(len(table))
@@ -291,24 +291,24 @@ def test_parameters_are_independent(drawn: Colours) -> None:
 
 def test_smallest_and_largest_draws() -> None:
     lowest, highest = (
-        draw_colours(torch.zeros(1, 5, DRAWS), RECIPE),
-        draw_colours(torch.full((1, 5, DRAWS), LARGEST), RECIPE),
+        draw_colors(torch.zeros(1, 5, DRAWS), RECIPE),
+        draw_colors(torch.full((1, 5, DRAWS), LARGEST), RECIPE),
     )
     assert (lowest.order == 0).all()
     assert (highest.order == 23).all()
     torch.testing.assert_close(lowest.factors[0, 0], torch.tensor([0.6, 0.6, 0.8, -0.1]))
-    assert (lowest.grey & (lowest.radius > 0) == torch.ones(1, 5, dtype=torch.bool)).all()
+    assert (lowest.gray & (lowest.radius > 0) == torch.ones(1, 5, dtype=torch.bool)).all()
     torch.testing.assert_close(lowest.radius[0], torch.full((5,), 0.1))
-    assert not highest.grey.any()
+    assert not highest.gray.any()
     assert highest.radius[0].tolist() == pytest.approx([2.0, 0, 0, 0, 0])
     assert (highest.factors == NEUTRAL).all()
 
 
-def test_strength_zero_changes_no_colour() -> None:
-    still = draw_colours(torch.rand(100, 5, DRAWS), dino_recipe(CROPS, 0.0))
+def test_strength_zero_changes_no_color() -> None:
+    still = draw_colors(torch.rand(100, 5, DRAWS), dino_recipe(CROPS, 0.0))
     torch.testing.assert_close(still.factors, NEUTRAL.expand(100, 5, 4), rtol=0, atol=0)
     x = batch(noise())
-    torch.testing.assert_close(apply_colours(x.clone(), colours(1)), x, rtol=0, atol=0)
+    torch.testing.assert_close(apply_colors(x.clone(), colors(1)), x, rtol=0, atol=0)
 
 
 # --------------------------------------------------------------------------- against the PIL operations over many draws
@@ -325,7 +325,7 @@ def pil_operation(name: str) -> Callable[[Image.Image], Image.Image]:
         "saturation": transforms.ColorJitter(saturation=jitter.saturation),
         "hue": transforms.ColorJitter(hue=jitter.hue),
         "jitter": transforms.ColorJitter(*jitter),
-        "grey": transforms.RandomGrayscale(p=1.0),
+        "gray": transforms.RandomGrayscale(p=1.0),
         "blur": GaussianBlur(1.0),
         "solarize": Solarize(1.0),
     }
@@ -333,30 +333,30 @@ def pil_operation(name: str) -> Callable[[Image.Image], Image.Image]:
     return operation
 
 
-def split_operation(name: str) -> Colours:
+def split_operation(name: str) -> Colors:
     """The same step alone, `MANY` times, with parameters as they are drawn."""
     draws = torch.rand(MANY, 5, DRAWS, generator=torch.Generator().manual_seed(5))
     draws[..., 0] = 0  # jittered
-    full = draw_colours(draws, RECIPE)
-    full = Colours(*(field[:, 0] for field in full))
+    full = draw_colors(draws, RECIPE)
+    full = Colors(*(field[:, 0] for field in full))
     factors = NEUTRAL.repeat(MANY, 1)
     names = ["brightness", "contrast", "saturation", "hue"]
     for i in range(4) if name == "jitter" else [names.index(name)] if name in names else []:
         factors[:, i] = full.factors[:, i]
     yes = torch.ones(MANY, dtype=torch.bool)
     fields: dict[str, Tensor] = {"order": full.order, "factors": factors}
-    fields |= {"grey": {"grey": yes}, "solarize": {"solarize": yes}, "blur": {"radius": full.radius}}.get(name, {})
-    return colours(MANY, **fields)
+    fields |= {"gray": {"gray": yes}, "solarize": {"solarize": yes}, "blur": {"radius": full.radius}}.get(name, {})
+    return colors(MANY, **fields)
 
 
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue", "jitter", "grey", "blur", "solarize"])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue", "jitter", "gray", "blur", "solarize"])
 def test_distribution_of_an_operation_is_that_of_pillow(name: str) -> None:
     """Mean, variance and histogram of all pixels, and mean and deviation of the images' own means and variances."""
     random.seed(0)
     image = photograph(24)
     operation = pil_operation(name)
     pil = torch.stack([TF.pil_to_tensor(operation(image)) for _ in range(MANY)]).float()
-    split = apply_colours(batch(image).repeat(MANY, 1, 1, 1), split_operation(name))
+    split = apply_colors(batch(image).repeat(MANY, 1, 1, 1), split_operation(name))
     means = [x.mean(dim=(0, 2, 3)) for x in (pil, split)]
     torch.testing.assert_close(means[1], means[0], rtol=0, atol=2.5)  # Pillow truncates; four operations of jitter most
     deviations = [x.std(dim=(0, 2, 3)) for x in (pil, split)]
@@ -371,7 +371,7 @@ def test_distribution_of_an_operation_is_that_of_pillow(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("view", [0, 1, 2])
 def test_distribution_of_a_whole_view_is_that_of_the_pil_backend(view: int) -> None:
-    """Crops, flips and colours of both backends on one photograph: moments and histogram over many draws."""
+    """Crops, flips and colors of both backends on one photograph: moments and histogram over many draws."""
     random.seed(0)
     torch.manual_seed(0)
     image = photograph()
@@ -408,7 +408,7 @@ def test_views_in_order() -> None:
     assert all(view.dtype == torch.float32 for view in views)
 
 
-def test_colours_do_not_depend_on_the_rest_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colors_do_not_depend_on_the_rest_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on how many images are taken at once: bit for bit."""
     parts, finish = samples(9)
     together = finish(stacked(parts), CPU)
@@ -430,8 +430,8 @@ def test_the_crops_stay_as_they_are() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
-def test_normalisation_of_each_channel() -> None:
-    """A constant image below the threshold of solarisation, jitter of strength 0 and no grey: nothing else happens."""
+def test_normalization_of_each_channel() -> None:
+    """A constant image below the threshold of solarization, jitter of strength 0 and no gray: nothing else happens."""
     levels = (10, 60, 120)
     crops, finish = split_views(CROPS, MEAN, STD, 0.0)
     parts = stacked([crops(Image.new("RGB", (50, 40), levels)) for _ in range(4)])

@@ -11,7 +11,7 @@ from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-import products
+from ops import linear
 
 here = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN's linear layer"
@@ -20,19 +20,19 @@ here = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "ENOUGH", 1)
+    monkeypatch.setattr(linear, "ENOUGH", 1)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of what oneDNN multiplies."""
-    seen, onednn = [], products._onednn
+    seen, onednn = [], linear._onednn
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         seen.append(x.shape)
         return onednn(x, weight, bias)
 
-    monkeypatch.setattr(products, "_onednn", counted)
+    monkeypatch.setattr(linear, "_onednn", counted)
     return seen
 
 
@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 @pytest.mark.parametrize(("width", "out"), [(5, 3), (3, 5), (1, 1)])
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 4), (1,)], ids=str)
 def test_layer_and_gradients(shape: tuple[int, ...], width: int, out: int, bias: bool, calls: list[torch.Size]) -> None:
-    layer = products.Linear(width, out, bias=bias)
+    layer = linear.Linear(width, out, bias=bias)
     exact = nn.Linear(width, out, bias=bias).double()
     exact.load_state_dict(layer.state_dict())
     x = torch.randn(*shape, width, requires_grad=True)
@@ -59,7 +59,7 @@ def test_layer_and_gradients(shape: tuple[int, ...], width: int, out: int, bias:
 
 @here
 def test_only_wanted_gradients_are_computed(calls: list[torch.Size]) -> None:
-    layer = products.Linear(3, 4).requires_grad_(False)
+    layer = linear.Linear(3, 4).requires_grad_(False)
     x = torch.randn(2, 3, requires_grad=True)
     layer(x).sum().backward()
     assert len(calls) == 2
@@ -71,11 +71,11 @@ def test_only_wanted_gradients_are_computed(calls: list[torch.Size]) -> None:
 
 @pytest.mark.parametrize("case", ["small", "float64", "autocast", "mixed"])
 def test_everything_else_is_torchs_own(case: str, monkeypatch: pytest.MonkeyPatch, calls: list[torch.Size]) -> None:
-    layer, theirs = products.Linear(3, 4), nn.Linear(3, 4)
+    layer, theirs = linear.Linear(3, 4), nn.Linear(3, 4)
     theirs.load_state_dict(layer.state_dict())
     x = torch.randn(2, 3)
     if case == "small":
-        monkeypatch.setattr(products, "ENOUGH", 2 * 3 * 4 + 1)
+        monkeypatch.setattr(linear, "ENOUGH", 2 * 3 * 4 + 1)
     if case == "float64":
         layer, theirs, x = layer.double(), theirs.double(), x.double()
     if case == "mixed":
@@ -91,15 +91,15 @@ def test_everything_else_is_torchs_own(case: str, monkeypatch: pytest.MonkeyPatc
 @here
 def test_matrices(calls: list[torch.Size]) -> None:
     a, b = torch.randn(4, 6), torch.randn(6, 5)
-    torch.testing.assert_close(products.product(a, b), a @ b)
+    torch.testing.assert_close(linear.product(a, b), a @ b)
     for grad in (torch.randn(4, 5), torch.randn(4, 9)):
-        torch.testing.assert_close(products.weight_gradient(grad, a), grad.T @ a)
+        torch.testing.assert_close(linear.weight_gradient(grad, a), grad.T @ a)
     assert len(calls) == 3
 
 
 @here
 def test_a_compiled_layer_takes_them_and_an_exported_one_does_not() -> None:
-    layer = products.Linear(3, 4)
+    layer = linear.Linear(3, 4)
     x = torch.randn(2, 3, requires_grad=True)
     targets: list[str] = []
 

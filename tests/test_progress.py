@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from progress import EpochMeter, RunLog
+from training.run_log import EpochMeter, RunLog
 from utils import logger
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
 
 
 def test_picture_shows_the_crops(tmp_path: Path) -> None:
-    """Rows are views and columns images; normalisation is undone and small views are centred on white."""
+    """Rows are views and columns images; normalization is undone and small views are centered on white."""
     log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5, 0.0, 0.0], std=[0.5, 1.0, 1.0], device=CPU, images=2)
     red, black = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), torch.tensor([-1.0, 0.0, 0.0]).view(1, 3, 1, 1)
     large = torch.cat([red, black]).expand(2, 3, 8, 8)

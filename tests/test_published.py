@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import encoded, whole, write_grey, write_tsv
+from image_files import encoded, whole, write_gray, write_tsv
 from PIL import Image
 
 from data.datasets import ImageDataset, Sample, build_dataset
@@ -15,7 +15,7 @@ from data.loader import build_eval_loader, collate
 from utils import UsageError
 
 
-def grey(value: int) -> bytes:
+def gray(value: int) -> bytes:
     return encoded(lambda buffer: Image.new("L", (4, 3), value).save(buffer, "PNG"))
 
 
@@ -29,7 +29,7 @@ def levels(dataset: ImageDataset) -> list[int]:
 @pytest.fixture
 def webvision(tmp_path: Path) -> Path:
     for number, name in enumerate(["google/q1/a.png", "google/q2/b c.png", "flickr/q1/d.png"]):
-        write_grey(tmp_path / name, 10 * number + 10)
+        write_gray(tmp_path / name, 10 * number + 10)
     (tmp_path / "info").mkdir()
     (tmp_path / "info" / "train_filelist_google.txt").write_text("google/q2/b c.png 11\ngoogle/q1/a.png 4\n")
     (tmp_path / "info" / "train_filelist_flickr.txt").write_text("flickr/q1/d.png 4\n\n")
@@ -76,7 +76,7 @@ def test_image_that_webvision_lists_but_has_not(webvision: Path) -> None:
 @pytest.fixture
 def openimages(tmp_path: Path) -> Path:
     """Four images, of which the index takes three, one of them twice."""
-    tsv = write_tsv(tmp_path / "train.tsv", [(f"k{i}", "", grey(10 * i + 10)) for i in range(4)])
+    tsv = write_tsv(tmp_path / "train.tsv", [(f"k{i}", "", gray(10 * i + 10)) for i in range(4)])
     begins = [0]
     for line in tsv.read_bytes().splitlines(keepends=True):
         begins.append(begins[-1] + len(line))
@@ -98,10 +98,10 @@ def test_openimages(openimages: Path) -> None:
     assert dataset.classes == ("/m/a", "/m/b", "/m/c")
     batches = list(build_eval_loader(dataset, 3, 0, pin_memory=False))
     assert [batch.labels_B.tolist() for batch in batches] == [[[1, 0, 1], [1, 0, 0], [1, 0, 1]], [[0, 0, 0]]]
-    unlabelled = build(openimages, need_labels=False)
-    assert levels(unlabelled) == [30, 10, 30, 40]
-    assert [unlabelled[i].label for i in range(4)] == [-1] * 4
-    assert unlabelled.source.name(1) == f"{openimages}/train.tsv at byte 0"
+    unlabeled = build(openimages, need_labels=False)
+    assert levels(unlabeled) == [30, 10, 30, 40]
+    assert [unlabeled[i].label for i in range(4)] == [-1] * 4
+    assert unlabeled.source.name(1) == f"{openimages}/train.tsv at byte 0"
 
 
 def test_unreadable_image_among_several_labels(openimages: Path) -> None:

@@ -19,7 +19,6 @@ import torch.distributed.run
 from conftest import ROOT
 from runs import caught_recipe, clean_environment, free_port, write_images
 
-import checkpoint
 import eval_finetune
 import eval_knn
 import eval_linear
@@ -27,6 +26,7 @@ import main_esvit
 import main_esvit_mnodes
 import main_udi
 import run_analysis
+from checkpoints import loading
 from models import build_model, load_arch_config
 
 PRETRAIN = (
@@ -206,7 +206,7 @@ def check_run(out: Path, name: str, processes: int) -> None:
     assert [line["epoch"] for line in lines] == [0, 1]
     assert all(0 < line["train_loss"] < 2 * math.log(32) for line in lines)
     assert max(line["train_lr"] for line in lines) <= 0.0005 * 4 * processes / 256
-    saved = checkpoint.load_file(out / "checkpoint.pth")
+    saved = loading.load_file(out / "checkpoint.pth")
     args, wanted = saved["args"], parsed(name)
     same = ("arch", "cfg", "teacher_temp", "norm_last_layer", "use_dense_prediction", "aug_opt")
     assert {key: getattr(args, key) for key in same} == {key: getattr(wanted, key) for key in same}

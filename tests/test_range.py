@@ -14,8 +14,8 @@ from runs import TINY_RUN, TINY_SWIN, TINY_UDI, TINY_VIT, run_script
 import eval_knn
 import main_esvit
 import main_udi
-from checkpoint import load_file
-from config import load_config
+from checkpoints.loading import load_file
+from config.loading import load_config
 from utils import UsageError
 
 RANGE = ["INPUT.RANGE", "[0, 4000]"]

@@ -20,8 +20,9 @@ import main_esvit
 import main_esvit_mnodes
 import main_udi
 import run_analysis
-from config import RANGES, SCHEMA, SPECS, load_config
-from ranges import Range, integer, number
+from config.loading import load_config
+from config.ranges import Range, integer, number
+from config.schema import RANGES, SCHEMA, SPECS
 from tools import fuzz_cli
 from utils import UsageError
 

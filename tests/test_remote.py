@@ -15,13 +15,13 @@ import fsspec
 import pytest
 from image_files import whole
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
-from test_shards import COUNTS, IMAGES, grey, indices, loader_of, one_epoch, write_tar
+from test_shards import COUNTS, IMAGES, gray, indices, loader_of, one_epoch, write_tar
 
-import data.shards
 import main_esvit
+from data.layouts import shards
+from data.layouts.remote import open_stream
+from data.layouts.shards import build_stream
 from data.loader import Batch
-from data.remote import open_stream
-from data.shards import build_stream
 from utils import UsageError
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="http is fetched by curl")
@@ -78,7 +78,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.shards, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(shards, "PAUSES", (0.01, 0.01))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -87,7 +87,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     """Image i of all is filled with i."""
     number = 0
     for name, count in zip(NAMES, COUNTS):
-        write_tar(tmp_path / name, [(f"k{i:03}.png", grey(i, 32)) for i in range(number, number + count)])
+        write_tar(tmp_path / name, [(f"k{i:03}.png", gray(i, 32)) for i in range(number, number + count)])
         number += count
     (tmp_path / "sizes.json").write_text(json.dumps(dict(zip(NAMES, COUNTS))))
     with Server(tmp_path) as server:
@@ -184,7 +184,7 @@ def test_one_that_is_reachable_is_enough(server: Server) -> None:
 
 def test_an_outage_ends_an_epoch_soon(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read any more: batches without views come at once, not after every shard has been tried."""
-    monkeypatch.setattr(data.shards, "TRIED_SHARDS", 2)
+    monkeypatch.setattr(shards, "TRIED_SHARDS", 2)
     stream = build_stream(server.pattern, whole, buffer=1)
     server.status = dict.fromkeys(NAMES, 404)
     server.requests.clear()
@@ -197,7 +197,7 @@ def test_an_outage_ends_an_epoch_soon(server: Server, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("sizes", ["{", "[]", '{"train-000.tar": -1}'])
 def test_sizes_that_are_none_are_told(server: Server, sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("data.shards.logger.warning", lambda message, *values: told.append(message % values))
+    monkeypatch.setattr("data.layouts.shards.logger.warning", lambda message, *values: told.append(message % values))
     (server.folder / "sizes.json").write_text(sizes)
     with pytest.raises(UsageError, match=r"no sizes\.json beside them tells it"):
         build_stream(server.pattern, whole)

@@ -259,7 +259,7 @@ def test_facts_of_a_table_are_words_and_those_that_are_not_set_are_left_out() ->
     record = {"train_aug": None, "crop_ratio": 0.875, "train_images": 1281167, "half": False, "acc5_is": "top3"}
     page = Page(pages.table(record | {"table": [{"best_acc5": 50.0}]}))
     assert page.words == [
-        "centre crop: 0.875; training images: 1281167; half precision: no",
+        "center crop: 0.875; training images: 1281167; half precision: no",
         *("best top-3, %", "1.", "50.00"),
     ]
     assert Page(pages.table({"top5_is": "top5", "x": {"top5": 1.5}})).words == ["top-5, %", "x", "1.50"]
@@ -384,6 +384,6 @@ def test_a_screenshot_of_the_report_is_no_blank_page(full_report: Path, tmp_path
     with Image.open(shot) as image:
         assert image.size == (1280, 3500)
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    coloured = (pixels.max(axis=2) - pixels.min(axis=2) > 60).mean()
-    assert 0.05 < coloured < 0.8  # plots and photographs on white
+    colored = (pixels.max(axis=2) - pixels.min(axis=2) > 60).mean()
+    assert 0.05 < colored < 0.8  # plots and photographs on white
     assert (pixels[:40] == 255).all()

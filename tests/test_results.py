@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-import results
-from results import Written, add_results, newest, numbered, save_json, unused, write_results
+from checkpoints.files import numbered, unused
+from evaluation import results
+from evaluation.results import Written, add_results, newest, save_json, write_results
 from utils import UsageError
 
 

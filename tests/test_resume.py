@@ -18,14 +18,13 @@ from runs import TINY_RUN, flipped, write_images
 from tensorboard.backend.event_processing import event_accumulator
 from training_runs import assert_identical, train
 
-import checkpoint
-import engine
-import health
 import main_esvit
-import resume
+from checkpoints import loading
+from checkpoints.files import TEMPORARY
 from data import convert
-from files import TEMPORARY
 from models import Backbone
+from training import checkpointing, collapse
+from training.step import TrainStep
 from utils import UsageError, logger, resolve_precision
 
 
@@ -35,16 +34,16 @@ class Killed(Exception):
 
 def train_until(epochs: int, monkeypatch: pytest.MonkeyPatch, output_dir: Path, images: Path, *extra: str) -> None:
     """Train, and die right after the checkpoint of epoch `epochs` was written."""
-    save = resume.save_run
+    save = checkpointing.save_run
 
-    def save_and_die(output_dir: Path, step: engine.TrainStep, place: resume.Place, *rest: Any) -> str:
+    def save_and_die(output_dir: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
         failure = save(output_dir, step, place, *rest)
         if place.epoch == epochs:
             raise Killed
         return failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "save_run", save_and_die)
+        patch.setattr(checkpointing, "save_run", save_and_die)
         with pytest.raises(Killed):
             train(output_dir, images, *extra)
 
@@ -64,30 +63,30 @@ LAYOUTS = {"files": [], "chunk": ["--sampler", "chunk"], "zip": ["--zip_mode"], 
 def test_stopping_within_an_epoch_changes_nothing(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, workers: str
 ) -> None:
-    """A signal within an epoch: weights, optimiser, centres, random states and `log.txt` are those of one run."""
+    """A signal within an epoch: weights, optimizer, centers, random states and `log.txt` are those of one run."""
     data = images
     if layout in {"zip", "tsv", "shards"}:
         data = tmp_path / "data"
-        labelled = write_images(tmp_path / "images", 3, classes=3)
-        words = [str(labelled), str(data), "--to", layout, "--shard_images", "5"]
+        labeled = write_images(tmp_path / "images", 3, classes=3)
+        words = [str(labeled), str(data), "--to", layout, "--shard_images", "5"]
         convert.main(convert.get_args_parser().parse_args(words))
     flags = [*LAYOUTS[layout], "--use_mixup", "on", "--num_workers", workers, "--batch_size_per_gpu", "2"]
     train(tmp_path / "whole", data, *flags)
-    due = resume.Saver.due
+    due = checkpointing.Saver.due
 
-    def signalled(self: resume.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+    def signalled(self: checkpointing.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
         if steps == 1 and moved:
             os.kill(os.getpid(), signal.SIGTERM)
             wishes = [self.wishes()[0], 0.0]
         return due(self, steps, moved, wishes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume.Saver, "due", signalled)
+        patch.setattr(checkpointing.Saver, "due", signalled)
         train(tmp_path / "parts", data, *flags)
-    stopped = checkpoint.load_file(tmp_path / "parts" / "checkpoint.pth")
+    stopped = loading.load_file(tmp_path / "parts" / "checkpoint.pth")
     assert (stopped["epoch"], stopped["in_epoch"]["steps"], stopped["in_epoch"]["images"]) == (0, 1, 2)
     train(tmp_path / "parts", data, *flags)
-    whole, parts = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    whole, parts = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
     logs = [
@@ -105,19 +104,19 @@ def test_saving_by_the_clock(images: Path, tmp_path: Path, monkeypatch: pytest.M
     """--save_every_minutes 2 where 50 seconds pass before a step: before every third of an epoch's nine, and after the epoch."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    wishes, save_run = resume.Saver.wishes, resume.save_run
+    wishes, save_run = checkpointing.Saver.wishes, checkpointing.save_run
     places: list[tuple[int, int]] = []
 
-    def tick(self: resume.Saver) -> list[float]:
+    def tick(self: checkpointing.Saver) -> list[float]:
         now[0] += 50
         return wishes(self)
 
-    def noted(output_dir: Path, step: engine.TrainStep, place: resume.Place, *rest: Any) -> str:
+    def noted(output_dir: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
         places.append((place.epoch, place.steps))
         return save_run(output_dir, step, place, *rest)
 
-    monkeypatch.setattr(resume.Saver, "wishes", tick)
-    monkeypatch.setattr(resume, "save_run", noted)
+    monkeypatch.setattr(checkpointing.Saver, "wishes", tick)
+    monkeypatch.setattr(checkpointing, "save_run", noted)
     train(tmp_path, images, "--save_every_minutes", "2", "--batch_size_per_gpu", "1", "--saveckp_freq", "0")
     assert places == [(0, 2), (0, 5), (0, 8), (1, 0), (1, 2), (1, 5), (1, 8), (2, 0)]
 
@@ -136,16 +135,16 @@ def test_what_is_drawn_again_is_not_drawn_twice(images: Path, tmp_path: Path, mo
 def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """A cause that lasted three readings before a stop is told two readings after it."""
-    monkeypatch.setattr(health, "LEAST_RANK", 1e9)  # every reading is a collapse
+    monkeypatch.setattr(collapse, "LEAST_RANK", 1e9)  # every reading is a collapse
     flags = ["--batch_size_per_gpu", "2", "--use_dense_prediction", "off"]  # four readings an epoch
     counts: list[int] = []
-    check = health.Monitor.check
+    check = collapse.Monitor.check
 
-    def counted(self: health.Monitor, *args: Any, **kwargs: Any) -> None:
+    def counted(self: collapse.Monitor, *args: Any, **kwargs: Any) -> None:
         check(self, *args, **kwargs)
         counts.append(self.state()["view/rank"])
 
-    monkeypatch.setattr(health.Monitor, "check", counted)
+    monkeypatch.setattr(collapse.Monitor, "check", counted)
     train_until(1, monkeypatch, tmp_path, images, *flags)
     assert counts == [1, 2, 3, 4]
     assert "have lost rank" not in capsys.readouterr().err
@@ -160,7 +159,7 @@ def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: Path, damage: str) -> None:
     train(tmp_path, images)
-    whole = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    whole = loading.load_file(tmp_path / "checkpoint.pth")
     content = flipped(tmp_path / "checkpoint.pth")
     broken = {"truncated": content[: len(content) // 2], "flipped": content, "empty": b""}[damage]
     (tmp_path / "checkpoint.pth").write_bytes(broken)
@@ -169,7 +168,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: 
         file.write_text("of a saving that did not end; of somebody else")
     train(tmp_path, images)
     assert (left.exists(), foreign.exists()) == (False, True)
-    again = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    again = loading.load_file(tmp_path / "checkpoint.pth")
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
     assert (tmp_path / "checkpoint.pth.damaged").read_bytes() == broken
@@ -194,22 +193,22 @@ def test_weights_that_are_not_finite_end_the_run_and_the_last_checkpoint_stays(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
 ) -> None:
     """At the end of the second epoch; the same command then goes on from the first."""
-    save = resume.Saver.save
+    save = checkpointing.Saver.save
 
-    def spoil(self: resume.Saver, place: resume.Place, images: int = 0) -> None:
+    def spoil(self: checkpointing.Saver, place: checkpointing.RunPosition, images: int = 0) -> None:
         if place.epoch == 2:
             next(getattr(self.step.method, network).parameters()).data.view(-1)[3] = float("nan")
         save(self, place, images)
 
     flags = ("--saveckp_freq", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(resume.Saver, "save", spoil)
+        patch.setattr(checkpointing.Saver, "save", spoil)
         with pytest.raises(FloatingPointError, match=rf"{network}\..* is not finite"):
             train(tmp_path, images, *flags)
     assert sorted(file.name for file in tmp_path.glob("*.pth")) == ["checkpoint.pth", "checkpoint0000.pth"]
-    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
+    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
     train(tmp_path, images, *flags)
-    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
+    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
 @pytest.mark.parametrize("what", ["folder", "fifo", "link to nothing", "unreadable"])
@@ -218,7 +217,7 @@ def test_checkpoint_that_is_no_file_gives_way_to_the_one_before(
 ) -> None:
     """It is kept under another name; without one before, nothing is begun anew in its place."""
     train(tmp_path, images)
-    whole = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    whole = loading.load_file(tmp_path / "checkpoint.pth")
     path, opened = tmp_path / "checkpoint.pth", Path.open
     path.unlink()
     if what == "folder":
@@ -239,7 +238,7 @@ def test_checkpoint_that_is_no_file_gives_way_to_the_one_before(
         monkeypatch.setattr(Path, "read_bytes", lambda self: opened(self, "rb").read())
         monkeypatch.setattr(Path, "open", refuse)
     train(tmp_path, images)
-    again = checkpoint.load_file(path)
+    again = loading.load_file(path)
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
     assert os.path.lexists(tmp_path / "checkpoint.pth.damaged")
@@ -262,12 +261,12 @@ def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(loading, "save_file", full)
         with pytest.raises(UsageError, match=r"end of the run is not saved .*No space left"):
             train(tmp_path, images)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     train(tmp_path, images)
-    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
+    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
 def test_kept_checkpoint_that_fails_alone_is_told_alone(
@@ -278,25 +277,25 @@ def test_kept_checkpoint_that_fails_alone_is_told_alone(
     told = [line for line in capsys.readouterr().err.splitlines() if "cannot" in line]
     assert len(told) == 1
     assert told[0].startswith("cannot keep checkpoint0000.pth (")
-    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
+    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
 
 
 def test_checkpoint_that_is_gone_is_told_and_written_again(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As of a mount that is no longer there, whose place is an empty folder."""
-    save = resume.save_run
+    save = checkpointing.save_run
 
-    def save_and_lose(output_dir: Path, step: engine.TrainStep, place: resume.Place, *rest: Any) -> str:
+    def save_and_lose(output_dir: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
         failure = save(output_dir, step, place, *rest)
         if place.epoch == 1:
             (output_dir / "checkpoint.pth").unlink()
         return failure
 
-    monkeypatch.setattr(resume, "save_run", save_and_lose)
+    monkeypatch.setattr(checkpointing, "save_run", save_and_lose)
     train(tmp_path, images)
     assert capsys.readouterr().err.count("has no checkpoint.pth any more, which was there") == 1
-    assert checkpoint.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
+    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
 @pytest.mark.parametrize(
@@ -315,11 +314,11 @@ def test_checkpoint_that_is_gone_is_told_and_written_again(
 def test_two_steps_resume_two_steps_is_four_steps(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
-    """Bit for bit: weights of both networks, optimiser, centres, random states; and the losses logged."""
+    """Bit for bit: weights of both networks, optimizer, centers, random states; and the losses logged."""
     train(tmp_path / "whole", images, *flags)
     train_until(1, monkeypatch, tmp_path / "parts", images, *flags)
     train(tmp_path / "parts", images, *flags)
-    whole, parts = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    whole, parts = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
     assert whole["epoch"] == 2
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
@@ -333,7 +332,7 @@ def test_two_steps_resume_two_steps_is_four_steps(
 def test_run_folder(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Everything a run leaves behind, with the published keys; starting it again changes nothing."""
     train(tmp_path, images, "--precision", "auto")
-    content = checkpoint.load_file(tmp_path / "checkpoint.pth")
+    content = loading.load_file(tmp_path / "checkpoint.pth")
     assert content["args"].precision == resolve_precision("auto", torch.device("cpu"))
     assert content["args"].aug_backend == "split"  # what auto stood for
     assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"} <= content.keys()
@@ -377,8 +376,8 @@ def test_changed_arguments_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         "lr": 0.1,
     }
     saved = {"num_workers": 10, "device": "cuda", "log_freq": 10, "lr": 0.1}
-    resume._report_changes(now, saved)
-    resume._report_changes(now, now | {"log_freq": 1})
+    checkpointing._report_changes(now, saved)
+    checkpointing._report_changes(now, now | {"log_freq": 1})
     assert caplog.messages == [
         "arguments differ from those of the resumed run: "
         "aug_backend pil -> split; device cuda -> cpu; num_workers 10 -> 2"
@@ -392,14 +391,14 @@ def test_training_improves_on_its_own_start(images: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("in_chans", [1, 5])
-def test_grey_and_many_channel_images_train(tmp_path: Path, in_chans: int) -> None:
+def test_gray_and_many_channel_images_train(tmp_path: Path, in_chans: int) -> None:
     (tmp_path / "images").mkdir()
     for i in range(8):
         np.save(tmp_path / "images" / f"{i}.npy", np.random.default_rng(i).random((40, 36, in_chans), dtype=np.float32))
     per_channel = str([0.5] * in_chans)
     overrides = ["MODEL.SPEC.IN_CHANS", str(in_chans), "INPUT.MEAN", per_channel, "INPUT.STD", per_channel]
     train(tmp_path / "run", tmp_path / "images", overrides=overrides)
-    content = checkpoint.load_file(tmp_path / "run" / "checkpoint.pth")
+    content = loading.load_file(tmp_path / "run" / "checkpoint.pth")
     assert content["teacher"]["patch_embed.proj.weight"].shape == (12, in_chans, 4, 4)
     assert content["epoch"] == 2
     assert (tmp_path / "run" / "crops.png").is_file()
@@ -434,7 +433,7 @@ def test_resuming_another_run_is_refused(images: Path, tmp_path: Path, flags: li
 
 
 @pytest.mark.parametrize("often", [[], ["--save_every_steps", "1"]], ids=["after an epoch", "within one"])
-def test_drawn_neighbours_of_vil_resume_bit_for_bit(
+def test_drawn_neighbors_of_vil_resume_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: list[str]
 ) -> None:
     """Which chunk a call of ViL draws, and when it stops drawing, is as if the run had never ended."""
@@ -466,18 +465,18 @@ def test_drawn_neighbours_of_vil_resume_bit_for_bit(
         main_esvit.main(main_esvit.get_args_parser().parse_args(args))
 
     run("whole")
-    save = resume.save_run
+    save = checkpointing.save_run
 
     def save_and_die(*args: Any) -> str:
         save(*args)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "save_run", save_and_die)
+        patch.setattr(checkpointing, "save_run", save_and_die)
         with pytest.raises(Killed):
             run("halves")
     run("halves")
-    whole, halves = (checkpoint.load_file(tmp_path / folder / "checkpoint.pth") for folder in ("whole", "halves"))
+    whole, halves = (loading.load_file(tmp_path / folder / "checkpoint.pth") for folder in ("whole", "halves"))
     for network in ("student", "teacher"):
         assert all(torch.equal(value, halves[network][name]) for name, value in whole[network].items())
 

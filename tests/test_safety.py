@@ -22,7 +22,7 @@ FORBIDDEN = {
     ),  # --data_path alone says what is fetched, by curl
     *("joblib.load", "pandas.read_pickle", "subprocess.getoutput", "subprocess.getstatusoutput"),
 }
-ALLOWED = {"data/remote.py": 1}  # calls: --data_path 'pipe:COMMAND' is a shell command, which the user types
+ALLOWED = {"data/layouts/remote.py": 1}  # calls: --data_path 'pipe:COMMAND' is a shell command, which the user types
 EXTRACTS = {"extractall", "extract", "unpack_archive"}  # of tar and zip files: members are read, never unpacked
 
 
@@ -57,7 +57,13 @@ def dangers(source: str) -> Iterator[str]:
 
 def test_sources_are_found() -> None:
     names = {str(path.relative_to(ROOT)) for path in SOURCES}
-    assert {"checkpoint.py", "config.py", "data/tars.py", "models/base.py", "benchmarks/knn.py"} <= names
+    assert {
+        "checkpoints/loading.py",
+        "config/loading.py",
+        "data/layouts/tars.py",
+        "models/base.py",
+        "benchmarks/knn.py",
+    } <= names
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

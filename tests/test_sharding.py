@@ -12,12 +12,12 @@ from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 from small_networks import small_network
 from torch import nn
 
-import checkpoint
 import main_esvit
-import optim
-import sharding
 from benchmarks.scaling import Sizes, memory_ddp, memory_fsdp, sent_ddp, sent_fsdp
+from checkpoints import loading
+from distributed import fsdp
 from models.heads import DINOHead
+from training import optim
 from utils import UsageError
 
 # The schedules depend on --epochs: flat, a shorter first part is the same run.
@@ -30,7 +30,7 @@ def train(out: Path, images: Path, *flags: str, processes: int = 2, batch: int =
     line += ["--data_path", str(images), "--output_dir", str(out), *TINY_SWIN[:-1], "0.0"]
     result = run_script("main_esvit.py", *line, processes=processes)
     assert result.returncode == 0, result.stderr
-    return checkpoint.load_file(out / "checkpoint.pth")
+    return loading.load_file(out / "checkpoint.pth")
 
 
 def losses_of(run: Path) -> list[float]:
@@ -43,7 +43,7 @@ def knn_of(run: Path) -> list[dict[str, float]]:
 
 
 def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
-    """Networks and centres, under the same names in the same order."""
+    """Networks and centers, under the same names in the same order."""
     for part in ("student", "teacher", "dino_loss"):
         assert list(one[part]) == list(two[part])
         for name, value in one[part].items():
@@ -62,11 +62,11 @@ def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> 
     ids=str,
 )
 def test_shards_equal_whole_networks(tmp_path: Path, flags: list[str]) -> None:
-    """Losses, weights, centres and teacher after two epochs; the files have the same layout."""
+    """Losses, weights, centers and teacher after two epochs; the files have the same layout."""
     images = write_images(tmp_path / "images", 17)
-    if "--accum_iter" in flags:  # nine labelled images: one process has three batches of them, the other two
-        labelled = write_images(tmp_path / "labelled", 3, classes=3)
-        flags = ["--knn_every", "1", "--knn_data_path", str(labelled), *flags]
+    if "--accum_iter" in flags:  # nine labeled images: one process has three batches of them, the other two
+        labeled = write_images(tmp_path / "labeled", 3, classes=3)
+        flags = ["--knn_every", "1", "--knn_data_path", str(labeled), *flags]
     flags = ["--momentum_teacher", "0.9", *flags]
     whole = train(tmp_path / "whole", images, *flags)
     shards = train(tmp_path / "shards", images, "--fsdp", *flags)
@@ -81,7 +81,7 @@ def test_shards_equal_whole_networks(tmp_path: Path, flags: list[str]) -> None:
 
 @pytest.mark.slow
 def test_every_architecture_beside_its_whole_self() -> None:
-    """Mixup, micro-batches, drawn neighbours of ViL, fp16 and its scaler, and a step that one process alone finds not finite."""
+    """Mixup, micro-batches, drawn neighbors of ViL, fp16 and its scaler, and a step that one process alone finds not finite."""
     result = run_script("tests/side_by_side.py", processes=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["swin, fp32: equal", "vit, fp16: equal", "vil, fp32: equal"]
@@ -123,15 +123,15 @@ def test_what_does_not_go_with_shards_is_refused(flags: list[str]) -> None:
 def test_one_process_is_refused() -> None:
     network: Any = DINOHead(4, 8)
     with pytest.raises(UsageError, match="this run has one; use torchrun, or leave --fsdp out"):
-        sharding.shard_networks(network, network, torch.device("cpu"))
+        fsdp.shard_networks(network, network, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["cvt", "resnet", "head"])
 def test_batch_norm_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.get_world_size", lambda: 2)
+    monkeypatch.setattr("distributed.collectives.get_world_size", lambda: 2)
     network: Any = DINOHead(4, 8, use_bn=True) if name == "head" else small_network(name)
     with pytest.raises(UsageError, match="--fsdp takes no network or head with BatchNorm"):
-        sharding.shard_networks(network, network, torch.device("cpu"))
+        fsdp.shard_networks(network, network, torch.device("cpu"))
 
 
 def test_whole_tensors_pass_as_they_are() -> None:
@@ -139,17 +139,17 @@ def test_whole_tensors_pass_as_they_are() -> None:
     optimizer = optim.build_optimizer("adamw", optim.param_groups(network))
     network(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    state = sharding.whole_state(network)
+    state = fsdp.whole_state(network)
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
-    assert sharding.whole_state(optimizer)["state"].keys() == optimizer.state_dict()["state"].keys()
-    assert sharding.placed_like(network.weight, state["weight"]) is state["weight"]
+    assert fsdp.whole_state(optimizer)["state"].keys() == optimizer.state_dict()["state"].keys()
+    assert fsdp.placed_like(network.weight, state["weight"]) is state["weight"]
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    torch.testing.assert_close(sharding.norms(gradients), torch.stack([g.norm() for g in gradients]))
+    torch.testing.assert_close(fsdp.norms(gradients), torch.stack([g.norm() for g in gradients]))
 
 
 def test_plan_by_hand() -> None:
-    """A network of 10 bytes in blocks, 6 in heads (1 of them frozen) and 2 elsewhere, centres of 3, on four processes."""
-    sizes = Sizes(parameters=18, trainable=17, blocks=10, heads=6, rest=2, largest_units=(6, 5), centres=3)
+    """A network of 10 bytes in blocks, 6 in heads (1 of them frozen) and 2 elsewhere, centers of 3, on four processes."""
+    sizes = Sizes(parameters=18, trainable=17, blocks=10, heads=6, rest=2, largest_units=(6, 5), centers=3)
     assert memory_ddp(sizes, 4) == 18 + 18 + 17 + 2 * 17 + 3
     assert memory_fsdp(sizes, 4) == (18 + 18 + 17 + 2 * 17) / 4 + (2 + 6 + 5) + 6 + 3
     assert memory_fsdp(sizes, 1) == memory_ddp(sizes, 1)

@@ -20,22 +20,22 @@ from PIL import Image
 from runs import TINY_RUN, TINY_SWIN
 from torch.utils.data import DataLoader
 
-import checkpoint
-import data.tars
 import main_esvit
+from checkpoints import loading
 from data import convert
 from data.datasets import build_dataset
+from data.layouts import tars
+from data.layouts.remote import is_remote
+from data.layouts.shards import ShardStream, Span, build_stream, plan_spans, read_span
+from data.layouts.tars import count_images, find_shards, holds_shards, is_image, names_in, split_name
 from data.loader import Batch, build_train_loader, set_epoch
-from data.remote import is_remote
-from data.shards import ShardStream, Span, build_stream, plan_spans, read_span
-from data.tars import count_images, find_shards, holds_shards, is_image, names_in, split_name
 from utils import UsageError
 
 COUNTS = (5, 1, 7, 4, 6)  # images of the shards
 IMAGES = sum(COUNTS)
 
 
-def grey(value: int, size: int = 4) -> bytes:
+def gray(value: int, size: int = 4) -> bytes:
     return encoded(lambda buffer: Image.new("L", (size, size), value).save(buffer, "PNG"))
 
 
@@ -56,7 +56,7 @@ def shards(tmp_path: Path) -> Path:
     for shard, count in enumerate(COUNTS):
         members = []
         for _ in range(count):
-            members += [(f"k{number:03}.png", grey(number, 32)), (f"k{number:03}.cls", str(number % 3).encode())]
+            members += [(f"k{number:03}.png", gray(number, 32)), (f"k{number:03}.cls", str(number % 3).encode())]
             number += 1
         write_tar(tmp_path / "shards" / f"train-{shard:03}.tar", members)
     return tmp_path / "shards"
@@ -206,7 +206,7 @@ def test_patterns_and_folders(shards: Path, tmp_path: Path) -> None:
 def test_only_what_was_typed_is_opened_by_a_shell(tmp_path: Path) -> None:
     """A file whose name looks like a pipe is a file: a folder's shards are never given to the library's opener."""
     folder = tmp_path / "pipe:touch pwned"
-    write_tar(folder / "train-0.tar", [("a.png", grey(1))])
+    write_tar(folder / "train-0.tar", [("a.png", gray(1))])
     assert not is_remote(str(folder))
     assert [b.failures for b in one_epoch(loader_of(build_stream(str(folder), whole), 1), 0)] == [[]]
 
@@ -267,7 +267,7 @@ def test_shard_that_is_not_whole(shards: Path, damage: str) -> None:
         path.unlink()
         path.symlink_to(shards / "nowhere")
     elif damage == "short":
-        write_tar(path, [(f"k{i:03}.png", grey(i, 32)) for i in range(6, 9)])
+        write_tar(path, [(f"k{i:03}.png", gray(i, 32)) for i in range(6, 9)])
     else:
         path.write_bytes({"empty": b"", "cut": content[: 512 * 9 + 100], "no tar": b"x" * 3000}[damage])
     read_whole = {"short": 3, "cut": 2}.get(damage, 0)
@@ -288,7 +288,7 @@ def test_a_later_begin_gets_the_same_stand_ins(shards: Path, damage: str, worker
             path.write_bytes(b"x" * 3000)
         elif damage == "images":
             first = sum(COUNTS[:number])
-            damaged = {first + i: grey(first + i, 32)[: 20 if (first + i) % 3 else None] for i in range(COUNTS[number])}
+            damaged = {first + i: gray(first + i, 32)[: 20 if (first + i) % 3 else None] for i in range(COUNTS[number])}
             write_tar(path, [(f"k{i:03}.png", content) for i, content in damaged.items()])
     (shards / "sizes.json").write_text(sizes)
     stream = build_stream(str(shards), whole, buffer=3)
@@ -306,7 +306,7 @@ def test_a_later_begin_gets_the_same_stand_ins(shards: Path, damage: str, worker
 
 
 def test_wrong_label_is_named(shards: Path) -> None:
-    write_tar(shards / "train-001.tar", [("k005.png", grey(5, 32)), ("k005.cls", b"-7")])
+    write_tar(shards / "train-001.tar", [("k005.png", gray(5, 32)), ("k005.cls", b"-7")])
     failures, _ = failures_of(shards)
     (failure,) = failures
     assert failure.startswith(f"{shards}/train-001.tar@/k005.png: its label the label '-7' is not a whole number")
@@ -315,12 +315,12 @@ def test_wrong_label_is_named(shards: Path) -> None:
 def test_labels_are_optional_and_other_members_are_passed_over(tmp_path: Path) -> None:
     members = [
         ("a.json", b"{}"),
-        ("a.png", grey(3)),
+        ("a.png", gray(3)),
         ("b.txt", b"no image"),
-        ("d/c.png", grey(4)),
-        ("../../e.png", grey(5)),
+        ("d/c.png", gray(4)),
+        ("../../e.png", gray(5)),
     ]
-    write_tar(tmp_path / "train-0.tar", [*members, ("/abs/f.png", grey(6))])
+    write_tar(tmp_path / "train-0.tar", [*members, ("/abs/f.png", gray(6))])
     stream = build_stream(str(tmp_path), whole)
     assert len(stream) == 4
     batches = one_epoch(loader_of(stream, 1), 0)
@@ -415,7 +415,7 @@ def test_tars_at_any_place(shards: Path) -> None:
     assert dataset.labels.tolist() == [i % 3 for i in range(IMAGES)]
     assert [round(float(dataset[i].views[0].max()) * 255) for i in range(IMAGES)] == list(range(IMAGES))
     assert dataset.source.name(6) == f"{shards}/train-002.tar@/k006.png"
-    write_tar(shards / "train-001.tar", [("k005.png", grey(5, 32))])
+    write_tar(shards / "train-001.tar", [("k005.png", gray(5, 32))])
     with pytest.raises(UsageError, match=r"train-001\.tar@/k005\.png has no label; evaluation needs"):
         build_dataset(shards, "train", whole, need_labels=True, layout="shards")
     assert build_dataset(shards, "train", whole, layout="shards").labels.tolist() == [-1] * IMAGES
@@ -429,7 +429,7 @@ def test_large_shards_are_looked_through_once(shards: Path, tmp_path: Path, monk
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     listed = build_dataset(shards, "train", whole, need_labels=True, layout="shards")
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(data.tars, "KEPT_FROM", 1)
+    monkeypatch.setattr(tars, "KEPT_FROM", 1)
     names = find_shards(str(shards), "train")
     with pytest.MonkeyPatch.context() as forbid:
         for _ in range(2):
@@ -438,9 +438,9 @@ def test_large_shards_are_looked_through_once(shards: Path, tmp_path: Path, monk
             assert again.labels.tolist() == listed.labels.tolist()
             assert [again.source.name(i) for i in range(IMAGES)] == [listed.source.name(i) for i in range(IMAGES)]
             assert [again.source.read(i) for i in range(IMAGES)] == [listed.source.read(i) for i in range(IMAGES)]
-            forbid.setattr(data.tars, "tar_members", lambda path: pytest.fail("looked through again"))
+            forbid.setattr(tars, "tar_members", lambda path: pytest.fail("looked through again"))
     write_tar(
-        Path(names[1]), [("k005.png", grey(5, 32)), ("k005.cls", b"0"), ("more.png", grey(5)), ("more.cls", b"x")]
+        Path(names[1]), [("k005.png", gray(5, 32)), ("k005.cls", b"0"), ("more.png", gray(5)), ("more.cls", b"x")]
     )
     assert count_images(names) == [COUNTS[0], 2, *COUNTS[2:]]
     for _ in range(2):
@@ -452,7 +452,7 @@ def test_large_shards_are_looked_through_once(shards: Path, tmp_path: Path, monk
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
 def test_links_are_named_and_hidden_files_are_not_images(tmp_path: Path, kind: bytes) -> None:
     """Counted, streamed and looked up alike."""
-    write_tar(tmp_path / "train-0.tar", [("._a.png", b"of macOS"), ("a.png", grey(3)), ("a.cls", b"1")])
+    write_tar(tmp_path / "train-0.tar", [("._a.png", b"of macOS"), ("a.png", gray(3)), ("a.cls", b"1")])
     with tarfile.open(tmp_path / "train-0.tar", "a") as tar:
         link = tarfile.TarInfo("b.png")
         link.type, link.linkname = kind, "a.png"
@@ -493,7 +493,7 @@ def test_names_of_a_pattern_are_counted_as_they_are_written_out(pattern: str, na
     "content", [f'{{"train-0.tar": {10**14}}}', "[" * 10**5, '{"train-0.tar": true}', "[1]", "9" * 5000]
 )
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path, content: str) -> None:
-    write_tar(tmp_path / "train-0.tar", [("a.png", grey(3))])
+    write_tar(tmp_path / "train-0.tar", [("a.png", gray(3))])
     (tmp_path / "sizes.json").write_text(content)
     with pytest.raises(UsageError, match=r"sizes\.json cannot be used") as caught:
         build_stream(str(tmp_path), whole)
@@ -509,5 +509,5 @@ def test_pretraining_repeats(shards: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         command = [*TINY_RUN, "--data_path", f"{shards}/train-{{000..004}}.tar", "--output_dir", str(tmp_path / name)]
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--epochs", "1", "--seed", "0", *TINY_SWIN]))
-        students.append(checkpoint.load_file(tmp_path / name / "checkpoint.pth")["student"])
+        students.append(loading.load_file(tmp_path / name / "checkpoint.pth")["student"])
     torch.testing.assert_close(students[1], students[0], rtol=0, atol=0)

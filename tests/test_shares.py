@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, clean_environment, free_port, run_script, write_images
 
-import checkpoint
+from checkpoints import loading
 from data import convert
-from data.chunks import ChunkSampler
+from data.samplers import ChunkSampler
 
 pytestmark = pytest.mark.slow
 IMAGES, BATCH, EPOCHS, CHUNK = 16, 4, 2, 3  # images; of a batch over all processes; epochs; images of a chunk, at most
@@ -27,13 +27,15 @@ NO_DROP_PATH = [*TINY_SWIN[:-1], "0.0"]
 RECORDING = """
 import functools, os, pathlib, sys
 sys.path.insert(0, ROOT)
-import data.loader, engine, main_esvit, utils
+import data.loader, main_esvit
+from distributed import collectives, launch
+from training import engine
 args = main_esvit.get_args_parser().parse_args()
 in_groups = engine.in_groups
 
 def recording(batches, size):
     for group in in_groups(batches, size):
-        with open(f"{args.output_dir}.seen.{utils.get_rank()}", "a") as file:
+        with open(f"{args.output_dir}.seen.{collectives.get_rank()}", "a") as file:
             print(*(int(i) for batch in group for i in batch.indices_B), file=file)
         yield group
 
@@ -53,7 +55,7 @@ data.loader.ChunkSampler = functools.partial(data.loader.ChunkSampler, chunk=CHU
 if "SEEN" in os.environ:
     lines = pathlib.Path(os.environ["SEEN"]).read_text().splitlines()
     data.loader._train_sampler = lambda *arguments: Replay(lines)
-utils.run_script(lambda: main_esvit.main(args))
+launch.run_script(lambda: main_esvit.main(args))
 """
 
 
@@ -95,7 +97,7 @@ def check_same_result(one: Path, other: Path) -> None:
     """Losses and weights; up to rounding, since sums are taken in another order."""
     ours, theirs = ([json.loads(line)["train_loss"] for line in (run / "log.txt").open()] for run in (one, other))
     assert ours == pytest.approx(theirs, rel=1e-5)
-    one_state, other_state = (checkpoint.load_file(run / "checkpoint.pth") for run in (one, other))
+    one_state, other_state = (loading.load_file(run / "checkpoint.pth") for run in (one, other))
     for part in ("student", "teacher", "dino_loss"):
         for name, value in one_state[part].items():
             torch.testing.assert_close(other_state[part][name], value, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")

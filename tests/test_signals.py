@@ -14,18 +14,16 @@ import pytest
 import test_eval_finetune as finetune_runs
 import torch
 from conftest import ROOT
-from linear_runs import write_colours
+from linear_runs import write_colors
 from runs import TINY_SWIN, run_script
 from training_runs import assert_identical, train
 
-import checkpoint
 import data
 import eval_knn
-import features
-import finetune
-import progress
-import stopping
-import utils
+from checkpoints import loading
+from distributed import collectives, launch
+from evaluation import features, finetune
+from training import run_log, stopping
 from utils import Stopped, UsageError
 
 Run = Callable[..., None]
@@ -39,19 +37,19 @@ SIGNALS = {signal.SIGTERM: 0, signal.SIGUSR1: 0, signal.SIGHUP: 129, signal.SIGI
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return write_colours(tmp_path / "images")
+    return write_colors(tmp_path / "images")
 
 
 def signalled_at(patch: pytest.MonkeyPatch, epoch: int, number: signal.Signals) -> None:
     """The process gets a signal after the first step of an epoch."""
-    update = progress.EpochMeter.update
+    update = run_log.EpochMeter.update
 
-    def signalled(self: progress.EpochMeter, scalars: Any) -> None:
+    def signalled(self: run_log.EpochMeter, scalars: Any) -> None:
         update(self, scalars)
         if (self.epoch, self.done) == (epoch, 1):
             os.kill(os.getpid(), number)
 
-    patch.setattr(progress.EpochMeter, "update", signalled)
+    patch.setattr(run_log.EpochMeter, "update", signalled)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -71,11 +69,11 @@ def test_a_signal_saves_the_run_within_the_epoch(
                 run(images, tmp_path / "parts", *flags)
             assert end.value.code == SIGNALS[number]
         assert signal.getsignal(number) == before
-        saved = checkpoint.load_file(tmp_path / "parts" / file)
+        saved = loading.load_file(tmp_path / "parts" / file)
         assert (saved["epoch"], saved["in_epoch"]["steps"]) == (epoch, 1)
     run(images, tmp_path / "parts", *flags)
     run(images, tmp_path / "whole", *flags)
-    whole, parts = (checkpoint.load_file(tmp_path / name / file) for name in ("whole", "parts"))
+    whole, parts = (loading.load_file(tmp_path / name / file) for name in ("whole", "parts"))
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
     assert linear_runs.results(tmp_path / "whole") == linear_runs.results(tmp_path / "parts")
@@ -163,11 +161,11 @@ def test_interrupted_pretraining_is_saved_and_has_a_code_of_its_own(
         with pytest.raises(Stopped) as end:
             pretrain_run(images, tmp_path / "parts")
     assert end.value.code == SIGNALS[number]
-    content = checkpoint.load_file(tmp_path / "parts" / "checkpoint.pth")
+    content = loading.load_file(tmp_path / "parts" / "checkpoint.pth")
     assert (content["epoch"], content["in_epoch"]["steps"]) == (0, 1)
     for name in ("parts", "whole"):
         pretrain_run(images, tmp_path / name)
-    whole, parts = (checkpoint.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    whole, parts = (loading.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
 
@@ -235,7 +233,7 @@ def test_interrupt_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit) as end:
-            utils.run_script(interrupted)
+            launch.run_script(interrupted)
     finally:
         signal.signal(signal.SIGINT, before)
     assert end.value.code == 130
@@ -244,10 +242,10 @@ def test_interrupt_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_end_that_was_asked_for_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     def stop() -> None:
-        utils.setup_logging()
+        collectives.setup_logging()
         raise Stopped("the sentence")
 
-    utils.run_script(stop)  # no exit code
+    launch.run_script(stop)  # no exit code
     assert capsys.readouterr().err == "the sentence\n"
 
 
@@ -255,10 +253,10 @@ def test_the_log_of_a_fine_tuning_that_fails_is_closed(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The line of the first epoch, which the disk refused at first, is written at the end."""
-    write, step = progress.RunLog._write_lines, finetune.FineTuner.step
+    write, step = run_log.RunLog._write_lines, finetune.FineTuner.step
     refused: list[bool] = []
 
-    def refuses_once(self: progress.RunLog) -> None:
+    def refuses_once(self: run_log.RunLog) -> None:
         if not refused:
             refused.append(True)
             raise OSError("no space")
@@ -269,7 +267,7 @@ def test_the_log_of_a_fine_tuning_that_fails_is_closed(
             raise FloatingPointError("the loss is nan")
         return step(self, batches, iteration)
 
-    monkeypatch.setattr(progress.RunLog, "_write_lines", refuses_once)
+    monkeypatch.setattr(run_log.RunLog, "_write_lines", refuses_once)
     monkeypatch.setattr(finetune.FineTuner, "step", diverges)
     with pytest.raises(FloatingPointError):
         finetune_runs.run(images, tmp_path / "out")
@@ -280,14 +278,16 @@ def test_the_log_of_a_fine_tuning_that_fails_is_closed(
 SIGNALLED = """
 import os, signal, sys
 sys.path[:0] = [ROOT]
-import SCRIPT, progress, utils
-update = progress.EpochMeter.update
+import SCRIPT
+from distributed import collectives, launch
+from training import run_log
+update = run_log.EpochMeter.update
 def signalled(self, scalars):
     update(self, scalars)
-    if utils.get_rank() == 1 and (self.epoch, self.done) == (1, 1):
+    if collectives.get_rank() == 1 and (self.epoch, self.done) == (1, 1):
         os.kill(os.getpid(), signal.SIGUSR1)
-progress.EpochMeter.update = signalled
-utils.run_script(lambda: SCRIPT.main(SCRIPT.get_args_parser().parse_args()))
+run_log.EpochMeter.update = signalled
+launch.run_script(lambda: SCRIPT.main(SCRIPT.get_args_parser().parse_args()))
 """
 
 

@@ -20,7 +20,7 @@ from runs import TINY_RUN, TINY_SWIN, clean_environment, free_port, run_script, 
 from test_resume import LAYOUTS
 from training_runs import assert_identical
 
-import checkpoint
+from checkpoints import loading
 from data import convert
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def test_signal_ends_a_run_that_is_saved(tmp_path: Path, number: signal.Signals,
     assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert errors.count("the same command continues the run") == 1
-    content = checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")
+    content = loading.load_file(tmp_path / "out" / "checkpoint.pth")
     assert 0 < content["epoch"] < 500
 
 
@@ -66,9 +66,11 @@ def test_second_interrupt_ends_at_once_and_the_folder_is_free_again(tmp_path: Pa
     hanging.write_text(
         "import sys, time\n"
         f"sys.path[:0] = [{str(ROOT)!r}]\n"
-        "import engine, main_esvit, utils\n"
-        "engine.TrainStep.__call__ = lambda *_, **__: (print('hangs', flush=True), time.sleep(600))\n"
-        "utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))\n"
+        "import main_esvit\n"
+        "from distributed import launch\n"
+        "from training.step import TrainStep\n"
+        "TrainStep.__call__ = lambda *_, **__: (print('hangs', flush=True), time.sleep(600))\n"
+        "launch.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))\n"
     )
     flags = [*TINY_RUN, "--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--epochs", "1"]
     process = start_script(str(hanging), *flags, *TINY_SWIN, env={})
@@ -91,16 +93,18 @@ def test_second_interrupt_ends_at_once_and_the_folder_is_free_again(tmp_path: Pa
 STOPPED = """
 import os, pathlib, signal, sys
 sys.path[:0] = [ROOT]
-import main_esvit, resume, utils
-wishes, marker, asked = resume.Saver.wishes, pathlib.Path(MARKER), []
+import main_esvit
+from distributed import collectives, launch
+from training import checkpointing
+wishes, marker, asked = checkpointing.Saver.wishes, pathlib.Path(MARKER), []
 def signalled(self):
     asked.append(1)
-    if utils.get_rank() == 1 and len(asked) == 7 and not marker.exists():
+    if collectives.get_rank() == 1 and len(asked) == 7 and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGUSR1)
     return wishes(self)
-resume.Saver.wishes = signalled
-utils.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
+checkpointing.Saver.wishes = signalled
+launch.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
 """
 
 
@@ -121,9 +125,9 @@ def test_signal_to_one_of_two_processes_saves_both(tmp_path: Path, layout: str, 
         assert result.returncode == 0, result.stderr
         if script == str(stopped):
             assert result.stderr.count("stopped 1 step into epoch 1 and saved in") == 1
-            within = checkpoint.load_file(tmp_path / run / "checkpoint.pth")
+            within = loading.load_file(tmp_path / run / "checkpoint.pth")
             assert (within["epoch"], within["in_epoch"]["steps"], within["in_epoch"]["images"]) == (1, 1, 2 * batch)
-    parts, whole = (checkpoint.load_file(tmp_path / run / "checkpoint.pth") for run in ("parts", "whole"))
+    parts, whole = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("parts", "whole"))
     assert whole["epoch"] == 2
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
@@ -154,7 +158,7 @@ def test_signal_to_torchrun_saves(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert errors.count("the same command continues the run") == 1, errors
     assert "SIGKILL" not in errors
-    within = checkpoint.load_file(tmp_path / "out" / "checkpoint.pth")
+    within = loading.load_file(tmp_path / "out" / "checkpoint.pth")
     assert 0 < within["epoch"] < 5000
 
 
@@ -187,26 +191,28 @@ def test_same_seed_gives_the_same_log_in_another_process(tmp_path: Path) -> None
 
 
 def test_two_processes_crop_one_picture_differently(tmp_path: Path) -> None:
-    """All images are the same one: what differs between views is how they were cut and coloured."""
+    """All images are the same one: what differs between views is how they were cut and colored."""
     (picture,) = write_images(tmp_path / "images", 1).iterdir()
     for i in range(1, 8):
         shutil.copy(picture, picture.with_name(f"{i:03}.png"))
-    script = tmp_path / "crops.py"
+    script = tmp_path / "data/transforms/crops.py"
     script.write_text(
         "import pathlib, sys, torch\n"
         f"sys.path[:0] = [{str(ROOT)!r}]\n"
-        "import main_esvit, pretrain, utils\n"
+        "import main_esvit\n"
+        "from distributed import collectives, launch\n"
+        "from training import setup\n"
         "from data.loader import set_epoch\n"
         "from models import load_arch_config\n"
         "def main():\n"
         "    args = main_esvit.get_args_parser().parse_args()\n"
-        "    device = utils.init_processes(args)\n"
+        "    device = launch.init_processes(args)\n"
         "    config = load_arch_config(args.arch, args.cfg, args.opts)\n"
-        "    loader = pretrain.build_loader(args, config, *main_esvit.build_views(args, config), device)\n"
+        "    loader = setup.build_loader(args, config, *main_esvit.build_views(args, config), device)\n"
         "    set_epoch(loader, 0)\n"
-        "    views = utils.all_gather_objects([batch.views_on(device) for batch in loader])\n"
-        "    torch.save(views, pathlib.Path(args.output_dir) / f'{utils.get_rank()}.pth')\n"
-        "utils.run_script(main)\n"
+        "    views = collectives.all_gather_objects([batch.views_on(device) for batch in loader])\n"
+        "    torch.save(views, pathlib.Path(args.output_dir) / f'{collectives.get_rank()}.pth')\n"
+        "launch.run_script(main)\n"
     )
     seen = []
     for run in ("a", "b"):
@@ -232,7 +238,7 @@ def test_another_number_of_processes_goes_on_at_the_same_images(tmp_path: Path) 
     # 32 images: 4 steps of 2 x 4; the file after 3 of them stays, as the one before that of the epoch's end.
     result = run_script("main_esvit.py", *flags, "--epochs", "1", *TINY_SWIN, processes=2)
     assert result.returncode == 0, result.stderr
-    within = checkpoint.load_file(tmp_path / "out" / "checkpoint_previous1.pth")
+    within = loading.load_file(tmp_path / "out" / "checkpoint_previous1.pth")
     assert (within["epoch"], within["in_epoch"]["steps"], within["in_epoch"]["images"]) == (0, 3, 24)
     (tmp_path / "out" / "checkpoint_previous1.pth").replace(tmp_path / "out" / "checkpoint.pth")
     result = run_script("main_esvit.py", *flags, "--epochs", "1", *TINY_SWIN)

@@ -11,9 +11,9 @@ from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from config import load_config
+from config.loading import load_config
 from models import Backbone, build_model
-from models.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
+from ops.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
 from utils import UsageError
 
 TINY = ["MODEL.IMAGE_SIZE", "[64, 64]", "MODEL.SPEC.DIM_EMBED", "12", "MODEL.SPEC.DEPTHS", "[2, 2]"]

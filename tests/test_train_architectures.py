@@ -15,14 +15,14 @@ import torch
 from conftest import ROOT, relative_error
 from torch import Tensor, nn
 
-import checkpoint
 import eval_knn
 import export
 import main_esvit
-import pretrain
 import utils
+from checkpoints import loading
 from data import demo
 from models import build_model, load_arch_config
+from training import setup
 
 ARCHITECTURES = {
     "swin": ("swin", "swin_micro"),
@@ -89,7 +89,7 @@ def test_two_epochs_then_knn(
     utils.seed_everything(args.seed)
     untrained = main_esvit.build_network(args, config, is_teacher=False).state_dict()  # what the run started from
     backbone = build_model(args.arch, config, patch_size=8)
-    report = checkpoint.load_backbone(backbone, tmp_path / "checkpoint.pth")
+    report = loading.load_backbone(backbone, tmp_path / "checkpoint.pth")
     assert report.left_out >= 8  # the heads
     assert all(not torch.equal(value, untrained[name]) for name, value in backbone.named_parameters() if value.ndim > 1)
 
@@ -107,9 +107,9 @@ def test_trained_exported_and_read_by_timm(photographs: Path, tmp_path: Path) ->
         img_size=64, embed_dim=48, depths=(2, 2, 2), num_heads=(3, 6, 12), window_size=4, num_classes=0,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     ).eval()  # fmt: skip
-    theirs.load_state_dict(checkpoint.load_file(tmp_path / "timm.pth"), strict=True)
+    theirs.load_state_dict(loading.load_file(tmp_path / "timm.pth"), strict=True)
     ours = build_model("swin", load_arch_config("swin", command[3])).eval()
-    checkpoint.load_backbone(ours, tmp_path / "checkpoint.pth")
+    loading.load_backbone(ours, tmp_path / "checkpoint.pth")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(theirs(images), ours(images)) < 1e-4
@@ -118,7 +118,7 @@ def test_trained_exported_and_read_by_timm(photographs: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("regions", ["off", "on"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fitting_one_batch_lowers_the_loss(architecture: str, regions: str) -> None:
-    """With a fixed teacher and centre the student of every architecture fits its targets."""
+    """With a fixed teacher and center the student of every architecture fits its targets."""
     flags = [
         *SMALL_RUN,
         "--epochs",
@@ -134,7 +134,7 @@ def test_fitting_one_batch_lowers_the_loss(architecture: str, regions: str) -> N
     config = load_arch_config(args.arch, args.cfg)
     method = main_esvit.build_method(args, config, torch.device("cpu"))
     method.criterion.center_momentum = 1.0  # the targets stay as they are
-    step = pretrain.build_step(args, method, 10, torch.device("cpu"), "fp32")
+    step = setup.build_step(args, method, 10, torch.device("cpu"), "fp32")
     views: list[Tensor] = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16)]
     losses = [step([views], i, 0)["loss"] for i in range(16)]
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])

@@ -14,11 +14,11 @@ import pytest
 from image_files import whole
 from tqdm import tqdm
 
-from data import tree as tree_layout
 from data.datasets import build_dataset
-from data.once import cache_file
-from data.sources import Names
-from data.tree import find_images
+from data.layouts import tree as tree_layout
+from data.layouts.index_cache import cache_file
+from data.layouts.sources import Names
+from data.layouts.tree import _Scan, find_images
 
 FOLDERS, PER_FOLDER = 3, 4
 
@@ -163,15 +163,15 @@ def test_cache_folder_that_cannot_be_written(tree: Path, tmp_path: Path, monkeyp
 
 
 def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
-    images = tree_layout._Scan._images
+    images = _Scan._images
 
-    def slow(scan: tree_layout._Scan) -> Iterator[str]:
+    def slow(scan: _Scan) -> Iterator[str]:
         for name in images(scan):
             time.sleep(0.03)
             yield name
         listed.put(os.getpid())
 
-    tree_layout._Scan._images = slow  # type: ignore[method-assign,assignment]
+    _Scan._images = slow  # type: ignore[method-assign,assignment]
     assert list(find_images(tree)) == walked(tree)
 
 

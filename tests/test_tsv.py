@@ -14,11 +14,12 @@ from image_files import encoded, whole, write_tsv
 from PIL import Image
 from runs import TINY_RUN, TINY_SWIN, write_images
 
-import checkpoint
-import data.once
-from data import tsv as tsv_layout
 import main_esvit
+from checkpoints import loading
 from data.datasets import ImageDataset, build_dataset
+from data.layouts import index_cache
+from data.layouts import tsv as tsv_layout
+from data.layouts.tsv import index_lines, line_offsets
 from data.loader import build_eval_loader
 from utils import UsageError
 
@@ -27,7 +28,7 @@ PER_CLASS = 4
 IMAGES = CLASSES * PER_CLASS
 
 
-def grey(value: int) -> bytes:
+def gray(value: int) -> bytes:
     return encoded(lambda buffer: Image.new("L", (4, 3), value).save(buffer, "PNG"))
 
 
@@ -108,8 +109,8 @@ def test_index_is_made_beside_the_file(tsv: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_index_of_a_folder_that_cannot_be_written(tsv: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It goes to the cache folder; where that cannot be written either it is made in memory."""
-    expected = tsv_layout.index_lines(tsv).tolist()
-    real = data.once.make_once
+    expected = index_lines(tsv).tolist()
+    real = index_cache.make_once
     refused: list[Path] = []
 
     def refuse(path: Path, write: object) -> bool:
@@ -121,13 +122,13 @@ def test_index_of_a_folder_that_cannot_be_written(tsv: Path, monkeypatch: pytest
 
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tsv_layout, "make_once", beside_refused)
-    assert tsv_layout.line_offsets(tsv).tolist() == expected
+    assert line_offsets(tsv).tolist() == expected
     (kept,) = (tmp_path / "cache").iterdir()
     assert [int(line) for line in kept.read_text().split()] == expected
-    write_tsv(tsv, [("a", "0", grey(1))])  # another file of that name has an index of its own
-    assert tsv_layout.line_offsets(tsv).tolist() == [0]
+    write_tsv(tsv, [("a", "0", gray(1))])  # another file of that name has an index of its own
+    assert line_offsets(tsv).tolist() == [0]
     monkeypatch.setattr(tsv_layout, "make_once", refuse)
-    assert tsv_layout.line_offsets(tsv).tolist() == [0]
+    assert line_offsets(tsv).tolist() == [0]
     assert os.listdir(tsv.parent) == ["train.tsv"]
 
 
@@ -157,7 +158,7 @@ def test_labels_of_a_large_file_are_read_once(tsv: Path, tmp_path: Path, monkeyp
     tsv.with_suffix(".linelist").write_text("9\n0\n")
     assert build(tsv).labels.tolist() == [1, 0]
     tsv.with_suffix(".lineidx").unlink()
-    write_tsv(tsv, [("a", "x", grey(1)), *[("b", "y", grey(2))] * 9])
+    write_tsv(tsv, [("a", "x", gray(1)), *[("b", "y", gray(2))] * 9])
     assert build(tsv).classes == ("x", "y")
 
 
@@ -199,8 +200,8 @@ def test_index_that_does_not_fit(tsv: Path, change: str) -> None:
 def test_folder_of_files_with_a_labelmap(tmp_path: Path) -> None:
     """As ImageNet-22K: the order of the map counts, not that of the names; label files hold no image."""
     root = tmp_path / "22k"
-    write_tsv(root / "b.tsv", [("k3", json.dumps([{"class": "n2", "conf": 1}]), grey(30))])
-    write_tsv(root / "a.tsv", [("k1", '["n1"]', grey(10)), ("k2", "n3", grey(20))])
+    write_tsv(root / "b.tsv", [("k3", json.dumps([{"class": "n2", "conf": 1}]), gray(30))])
+    write_tsv(root / "a.tsv", [("k1", '["n1"]', gray(10)), ("k2", "n3", gray(20))])
     (root / "a.label.tsv").write_text("k1\tn9\n")
     (root / "labelmap_22k_reorder.txt").write_text("n3\tthird\nn9\nn1\nn2\n")
     dataset = build(root)
@@ -208,9 +209,9 @@ def test_folder_of_files_with_a_labelmap(tmp_path: Path) -> None:
     assert dataset.labels.tolist() == [2, 0, 3]
     assert [int(dataset[i].views[0][0, 0, 0] * 255) for i in range(3)] == [10, 20, 30]
     assert [dataset.source.name(i) for i in (1, 2)] == [f"{root}/a.tsv line 2", f"{root}/b.tsv line 1"]
-    write_tsv(root / "c.tsv", [("k4", "n7", grey(40))])
+    write_tsv(root / "c.tsv", [("k4", "n7", gray(40))])
     assert f"{root}/c.tsv line 1: the label 'n7' is none of the 4 classes" in error_of(root)
-    write_tsv(root / "c.tsv", [("k4", "4", grey(40))])
+    write_tsv(root / "c.tsv", [("k4", "4", gray(40))])
     assert "the label '4' is none of the 4 classes" in error_of(root)
     assert len(build(root, need_labels=False)) == 4
     (root / "labelmap_22k_reorder.txt").write_text("n1\nn2\nn1\n")
@@ -230,7 +231,7 @@ def test_names_in_a_label_column(column: str, names: list[str]) -> None:
 
 
 def test_numbers_without_a_labelmap_count_in_their_order(tmp_path: Path) -> None:
-    tsv = write_tsv(tmp_path / "train.tsv", [(name, name, grey(1)) for name in ("10", "9", "200", "9")])
+    tsv = write_tsv(tmp_path / "train.tsv", [(name, name, gray(1)) for name in ("10", "9", "200", "9")])
     assert build(tsv).classes == ("9", "10", "200")
     assert build(tsv).labels.tolist() == [1, 0, 2, 0]
 
@@ -239,7 +240,7 @@ def test_numbers_without_a_labelmap_count_in_their_order(tmp_path: Path) -> None
     ("label", "words"), [("", "line 2 has 0 labels"), ('["a", "b"]', "line 2 has 2 labels, one is needed")]
 )
 def test_lines_without_one_label(tmp_path: Path, label: str, words: str) -> None:
-    tsv = write_tsv(tmp_path / "train.tsv", [("a", "a", grey(1)), ("b", label, grey(2))])
+    tsv = write_tsv(tmp_path / "train.tsv", [("a", "a", gray(1)), ("b", label, gray(2))])
     assert words in error_of(tsv)
     assert build(tsv, need_labels=False)[1].failures == ()
 
@@ -296,5 +297,5 @@ def test_pretraining_on_tsv_and_folders_is_equal(folders: Path, tsv: Path, tmp_p
     for name, flags in {"a": [str(folders)], "b": [str(tsv.parent), "--tsv_mode", "--dataset", "imagenet22k"]}.items():
         command = [*TINY_RUN, "--data_path", *flags, "--output_dir", str(tmp_path / name), "--epochs", "1"]
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--seed", "0", *TINY_SWIN]))
-        students.append(checkpoint.load_file(tmp_path / name / "checkpoint.pth")["student"])
+        students.append(loading.load_file(tmp_path / name / "checkpoint.pth")["student"])
     torch.testing.assert_close(students[1], students[0], rtol=0, atol=0)

@@ -16,10 +16,10 @@ from runs import run_script
 from small_networks import small_network
 from torch import Tensor, nn
 
-import checkpoint
 import export
 import hubconf
-from config import load_config
+from checkpoints import loading
+from config.loading import load_config
 from models import Backbone
 from models.heads import DINOHead
 from models.srs import SRS
@@ -56,7 +56,7 @@ def published(network: Backbone, prefix: str = "") -> dict[str, Tensor]:
 
 
 def saved(network: Backbone, path: Path) -> Path:
-    """A file as published, with its Namespace and centres."""
+    """A file as published, with its Namespace and centers."""
     content = {
         "student": published(network, "module."),
         "teacher": published(network),
@@ -86,12 +86,12 @@ def test_a_published_file_loads_with_nothing_missing_and_nothing_unexpected(key:
     theirs = two_tokens(beside=True)
     path = saved(theirs, tmp_path / "checkpoint.pth")
     whole = two_tokens(filled=False, beside=True)
-    report = checkpoint.load_backbone(whole, path, key)
+    report = loading.load_backbone(whole, path, key)
     assert report == ("full checkpoint of UDI", key, len(theirs.state_dict()), 0, 0, (), ())
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(whole.state_dict()[name], tensor), name
     bare = two_tokens(filled=False)
-    report = checkpoint.load_backbone(bare, path, key)
+    report = loading.load_backbone(bare, path, key)
     assert (report.matched, report.left_out) == (len(bare.state_dict()), len(theirs.state_dict()) - report.matched)
     images = torch.randn(2, 3, 64, 64)
     theirs.head = nn.Identity()
@@ -100,13 +100,13 @@ def test_a_published_file_loads_with_nothing_missing_and_nothing_unexpected(key:
 
 def test_files_of_this_project_load_with_what_lies_beside_the_backbone(tmp_path: Path) -> None:
     theirs, bare = two_tokens(beside=True), two_tokens(filled=False)
-    content = {"student": checkpoint.prefixed(theirs.state_dict()), "teacher": theirs.state_dict(), "epoch": 1}
-    checkpoint.save_file(content, tmp_path / "checkpoint.pth")
+    content = {"student": loading.prefixed(theirs.state_dict()), "teacher": theirs.state_dict(), "epoch": 1}
+    loading.save_file(content, tmp_path / "checkpoint.pth")
     for key in ("teacher", "student"):
-        checkpoint.load_backbone(bare, tmp_path / "checkpoint.pth", key)
+        loading.load_backbone(bare, tmp_path / "checkpoint.pth", key)
         assert torch.equal(bare.state_dict()["cls_token"], theirs.state_dict()["cls_token"])
         whole = two_tokens(filled=False, beside=True)
-        checkpoint.load_backbone(whole, tmp_path / "checkpoint.pth", key)
+        loading.load_backbone(whole, tmp_path / "checkpoint.pth", key)
         assert torch.equal(whole.state_dict()["srs.qkv.weight"], theirs.state_dict()["srs.qkv.weight"])
 
 
@@ -115,7 +115,7 @@ def refusal(network: Backbone, state: dict[str, Tensor], tmp_path: Path) -> str:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     torch.save({"teacher": state, "student": {}}, tmp_path / "file.pth")
     with pytest.raises(UsageError) as caught:
-        checkpoint.load_backbone(network, tmp_path / "file.pth")
+        loading.load_backbone(network, tmp_path / "file.pth")
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     return str(caught.value)
 
@@ -146,10 +146,10 @@ def test_heads_that_differ_are_not_taken_for_one(tmp_path: Path) -> None:
     assert "8 tensors are missing (head.mlp.0.weight, " in refusal(two_tokens(beside=True), state, tmp_path)
     several = two_tokens(filled=False, beside=True)
     several.head = nn.ModuleList(DINOHead(24, 16, hidden_dim=12, bottleneck_dim=8) for _ in range(3))
-    report = checkpoint.load_backbone(several, tmp_path / "file.pth")
+    report = loading.load_backbone(several, tmp_path / "file.pth")
     assert (report.matched, report.left_out) == (len(several.state_dict()), 0)
     assert torch.equal(several.state_dict()["head.2.mlp.0.bias"], state["head.2.mlp.0.bias"])
-    assert checkpoint.load_backbone(two_tokens(), tmp_path / "file.pth").left_out == 3 * 8 + 8
+    assert loading.load_backbone(two_tokens(), tmp_path / "file.pth").left_out == 3 * 8 + 8
 
 
 # --------------------------------------------------------------------------- export
@@ -178,7 +178,7 @@ def test_timm_computes_the_same_with_both_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs.forward_features(images), tokens, rtol=1e-4, atol=1e-4)  # type: ignore[operator]
     torch.testing.assert_close(theirs(images), ours(images), rtol=1e-4, atol=1e-4)
     again = two_tokens(filled=False)
-    checkpoint.load_backbone(again, tmp_path / "timm.pth")
+    loading.load_backbone(again, tmp_path / "timm.pth")
     assert torch.equal(again(images), ours(images))
 
 
@@ -199,7 +199,7 @@ def test_fewer_tokens_are_exported_with_their_positions_and_the_change_is_told(
     assert all(torch.equal(state[name], whole.state_dict()[name]) for name in others)
     if kept:
         single: nn.Module = small_network("vit").eval()
-        checkpoint.load_backbone(single, tmp_path / "net.pth")
+        loading.load_backbone(single, tmp_path / "net.pth")
     else:
         single = timms(class_token=False, global_pool="avg", fc_norm=False)
         single.load_state_dict(state, strict=True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import health
-from losses import DINOLoss
-from outputs import FactoredLogits, StudentLevels, TeacherLevels
-from udi_losses import UDILoss
+from losses.dino import DINOLoss
+from losses.udi import StudentLevels, TeacherLevels, UDILoss
+from ops.logits import FactoredLogits
+from training import collapse
 from utils import UsageError
 
 B, L, K, M, m = 2, 2, 5, 4, 3
@@ -83,7 +83,7 @@ def factored_example(shared: bool = True) -> tuple[StudentLevels, TeacherLevels]
     )  # fmt: skip
 
 
-def multiplied(levels: Any) -> Any:
+def materialize(levels: Any) -> Any:
     return type(levels)(*(x.product() if isinstance(x, FactoredLogits) else x for x in levels))
 
 
@@ -91,11 +91,11 @@ def multiplied(levels: Any) -> Any:
 @pytest.mark.parametrize("shared", [False, True], ids=["three heads", "one head"])
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 def test_factored_logits_give_the_numbers_of_whole_ones(mix: str, shared: bool, fall_back: bool) -> None:
-    """Terms, gradients and centres: patches are averaged before the last layer, and chunks never hold all logits."""
+    """Terms, gradients and centers: patches are averaged before the last layer, and chunks never hold all logits."""
     student, teacher = factored_example(shared)
     leaves = [t for x in student if isinstance(x, FactoredLogits) for t in x]
     outcomes = []
-    for change in (lambda x: x, multiplied):
+    for change in (lambda x: x, materialize):
         loss = criterion(mix)
         loss.fall_back = fall_back
         terms = loss.terms(change(student), change(teacher), 0)
@@ -156,14 +156,14 @@ def test_the_monitor_sees_what_the_terms_compare() -> None:
     features = {name: torch.randn(4, 3) for name in ("cls", "cls+", "patch")}
     levels = loss.levels(student, teacher, 0, features)
     for name, term in (("cls", "g_cl"), ("cls+", "g_mcl")):
-        measured = health.measure(levels[name])
+        measured = collapse.measure(levels[name])
         found = float(measured["kl"] + measured["teacher_entropy"])
         assert found == pytest.approx(float(terms[term]), abs=1e-6)
         assert levels[name].term == term
     valid = int(teacher.valid_VBS.sum())  # type: ignore[union-attr]
     patch = levels["patch"]
     patch = patch._replace(student_logits=patch.student_logits[:valid], teacher_logits=patch.teacher_logits[:valid])  # type: ignore[arg-type]
-    measured = health.measure(patch)
+    measured = collapse.measure(patch)
     assert float(measured["kl"] + measured["teacher_entropy"]) == pytest.approx(float(terms["g_pch"]), abs=1e-6)
 
 
@@ -191,8 +191,8 @@ def test_a_process_without_a_valid_patch_does_not_count_in_the_mean(
     name, field = ("l_pch", "local_valid_LVBS") if local else ("g_pch", "valid_VBS")
     expected = criterion().terms(student, teacher, 0)[name]
     valid = getattr(teacher, field)
-    monkeypatch.setattr("udi_losses.get_world_size", lambda: 2)
-    monkeypatch.setattr("udi_losses.all_reduce_sum", lambda _: valid.sum())
+    monkeypatch.setattr("losses.udi.get_world_size", lambda: 2)
+    monkeypatch.setattr("losses.udi.all_reduce_sum", lambda _: valid.sum())
     terms = [criterion().terms(student, teacher._replace(**{field: own}), 0)[name] for own in (valid, 0 * valid)]
     assert float(terms[1]) == 0
     assert float(sum(terms)) / 2 == pytest.approx(float(expected), abs=1e-10)

@@ -20,14 +20,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-import checkpoint
 import data
 import eval_finetune
 import eval_knn
 import eval_linear
 import eval_logistic
 import run_analysis
-from data import augment
+from checkpoints import loading
+from data.transforms import augment
 from models import Backbone
 from models.heads import DINOHead
 from utils import UsageError
@@ -118,7 +118,7 @@ def test_results_go_where_asked_and_not_beside_the_weights(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
 
 
-def analyse(folder: Path, out: Path, *flags: str, tokens: tuple[str, ...] = TWO) -> None:
+def analyze(folder: Path, out: Path, *flags: str, tokens: tuple[str, ...] = TWO) -> None:
     paths = [
         "--pretrained_weights",
         str(folder / "checkpoint.pth"),
@@ -143,7 +143,7 @@ def analyse(folder: Path, out: Path, *flags: str, tokens: tuple[str, ...] = TWO)
 @torch.no_grad()
 def test_attention_is_drawn_from_either_token(folder: Path, tmp_path: Path) -> None:
     """`both` leaves two drawings whose entropies are those of rows 0 and 1 of the last block's maps, over the patches alone."""
-    analyse(folder, tmp_path, "--vis_attention", "--vis_correspondence", "--token", "both")
+    analyze(folder, tmp_path, "--vis_attention", "--vis_correspondence", "--token", "both")
     pixels = TF.to_tensor(TF.resize(Image.open(folder / "images/val/class1/000.png"), [64, 64], BICUBIC)).clamp(0, 1)
     images = TF.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
     maps = network().forward_selfattention(images)
@@ -157,9 +157,9 @@ def test_attention_is_drawn_from_either_token(folder: Path, tmp_path: Path) -> N
         assert (tmp_path / f"vit_ssl_000_{name}.png").exists()
     assert (tmp_path / "vit_ssl_000_correspondence.png").exists()
     with pytest.raises(UsageError, match=r"--query looks from a region, --token both from a class token"):
-        analyse(folder, tmp_path, "--vis_attention", "--token", "both", "--query", "3", "3")
+        analyze(folder, tmp_path, "--vis_attention", "--token", "both", "--query", "3", "3")
     with pytest.raises(UsageError, match="--token both needs a network with two class tokens"):
-        analyse(folder, tmp_path, "--vis_attention", "--token", "both", tokens=())
+        analyze(folder, tmp_path, "--vis_attention", "--token", "both", tokens=())
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ STILL = ["--epochs", "1", "--warmup_epochs", "0", "--lr", "0", "--min_lr", "0", 
 
 def tuned(out: Path) -> dict[str, Tensor]:
     """The weights that a fine-tuning left."""
-    model: dict[str, Tensor] = checkpoint.load_file(out / "checkpoint.pth")["model"]
+    model: dict[str, Tensor] = loading.load_file(out / "checkpoint.pth")["model"]
     return model
 
 
@@ -205,13 +205,13 @@ def test_fine_tuning_stands_on_layers_of_the_projection_head(folder: Path, tmp_p
     """With a rate of 0 they are those of the checkpoint; a run goes on, and its best weights load as a backbone."""
     flags = [*STILL, "--pretrained_weights", str(folder / "with_head.pth"), "--finetune_head_layer", "2"]
     run(eval_finetune, folder, tmp_path / "out", *flags)
-    before, after = checkpoint.load_file(folder / "with_head.pth")["teacher"], tuned(tmp_path / "out")
+    before, after = loading.load_file(folder / "with_head.pth")["teacher"], tuned(tmp_path / "out")
     for theirs, ours in {"head.mlp.0": "head.0", "head.mlp.2": "head.2"}.items():
         for kind in ("weight", "bias"):
             assert torch.equal(after[f"{ours}.{kind}"], before[f"{theirs}.{kind}"])
     assert after["head.4.weight"].shape == (3, 12)
     assert run(eval_finetune, folder, tmp_path / "out", *flags, "--epochs", "2")["epochs"] == 2
-    assert checkpoint.load_backbone(network(), tmp_path / "out/best.pth").left_out == 6
+    assert loading.load_backbone(network(), tmp_path / "out/best.pth").left_out == 6
     with pytest.raises(UsageError, match=r"belongs to another run .*--finetune_head_layer 2 -> 1"):
         run(eval_finetune, folder, tmp_path / "out", *flags, "--finetune_head_layer", "1")
 
@@ -256,8 +256,8 @@ def test_layers_that_are_not_there_are_not_made_up(flags: list[str], words: str,
 # --------------------------------------------------------------------------- the strong view
 
 
-def test_the_strong_view_is_random_normalised_and_erased() -> None:
-    """A quarter of the views has an erased rectangle, whose noise leaves the range of normalised pixels."""
+def test_the_strong_view_is_random_normalized_and_erased() -> None:
+    """A quarter of the views has an erased rectangle, whose noise leaves the range of normalized pixels."""
     view = augment.strong_view(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     views = torch.stack([view(Image.new("RGB", (50, 40), (128, 128, 128)))[0] for _ in range(400)])
     assert views.shape == (400, 3, 32, 32)

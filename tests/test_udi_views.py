@@ -1,4 +1,4 @@
-"""UDI's views: what leaves a worker, how often colours change, and that samples and targets show the same pixels."""
+"""UDI's views: what leaves a worker, how often colors change, and that samples and targets show the same pixels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from data import geometry
-from data.recipe import Crops
-from data.udi_views import BLUR_DRAW, REFERENCES, SOLARIZE_DRAW, Correspondence, Sampling, _colour_draws, udi_views
+from data.transforms import geometry
+from data.transforms.recipe import Crops
+from data.transforms.udi_views import (
+    BLUR_DRAW,
+    REFERENCES,
+    SOLARIZE_DRAW,
+    Correspondence,
+    Sampling,
+    _color_draws,
+    udi_views,
+)
 from utils import UsageError
 
 CROPS = Crops(112, (0.25, 1.0), (3,), (48,), (0.05, 0.25))
@@ -47,8 +55,8 @@ def test_samples_and_their_targets_show_the_same_pixels(mode: str, drawing: str)
     ]  # fmt: skip
 
 
-def test_blur_and_solarisation_come_as_often_as_published() -> None:
-    draws = _colour_draws(20000)
+def test_blur_and_solarization_come_as_often_as_published() -> None:
+    draws = _color_draws(20000)
     assert float((draws[:, BLUR_DRAW] < 0.5).float().mean()) == pytest.approx(0.425, abs=0.015)
     assert float((draws[:, SOLARIZE_DRAW] < 0.5).float().mean()) == pytest.approx(0.10, abs=0.01)
 

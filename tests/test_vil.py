@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from config import load_config
+from config.loading import load_config
 from models import Backbone, build_model
 from models.vil import PatchEmbedding
 from models.vil_arch import StageSpec, parse_arch
 from models.vil_attention import ALL, OFFSETS, OWN, ChunkAttention, FullAttention
-from models.windows import neighbour_position_index
+from ops.windows import neighbor_position_index
 from utils import UsageError
 
 ARCH = "l1,h1,d12,n2,s1,g1,p4,f3,a0_l2,h2,d24,n2,s0,g0,p2,f3,a0"
@@ -100,7 +100,7 @@ def test_malformed_string(text: str, words: str) -> None:
 
 
 def slow_chunk_attention(
-    attn: ChunkAttention, x_NC: Tensor, grid: tuple[int, int], neighbours: tuple[int, ...]
+    attn: ChunkAttention, x_NC: Tensor, grid: tuple[int, int], neighbors: tuple[int, ...]
 ) -> Tensor:
     """The definition, token by token, for one image."""
     g, heads, window, dim = attn.num_global, attn.num_heads, attn.window, x_NC.shape[1]
@@ -113,7 +113,7 @@ def slow_chunk_attention(
         for i in range(g):
             keys.append(i)
             biases.append(attn.g2l_relative_position_bias[1, :, i] if attn.relative else torch.zeros(heads))
-        for n in neighbours:
+        for n in neighbors:
             top = (row // window + OFFSETS[n][0]) * window
             left = (column // window + OFFSETS[n][1]) * window
             for r, c in itertools.product(range(top, top + window), range(left, left + window)):
@@ -174,7 +174,7 @@ def test_global_tokens_shared_weights_and_absolute_positions(num_global: int, ab
 
 
 @torch.no_grad()
-def test_training_draws_each_neighbour_and_evaluation_sees_all() -> None:
+def test_training_draws_each_neighbor_and_evaluation_sees_all() -> None:
     attn, grid = chunk_attention(STAGE, MSVIT + "MODE", "1"), (6, 9)
     x = torch.randn(1, 1 + math.prod(grid), 8)
     torch.testing.assert_close(attn(x, grid)[0][0], slow_chunk_attention(attn, x[0], grid, ALL))
@@ -210,13 +210,13 @@ def test_drawing_is_traced_into_one_graph(backend: str) -> None:
         outputs += [parameter.grad.clone() for parameter in attn.parameters() if parameter.grad is not None]
     torch.testing.assert_close(found[compiled], found[attn])
     distinct = {tuple(output.flatten()[:40].tolist()) for output in found[attn][:24]}
-    assert len(distinct) > 4  # of the eight neighbours
+    assert len(distinct) > 4  # of the eight neighbors
     assert counter.frame_count == 1
 
 
-def test_neighbour_position_index_counts_offsets() -> None:
+def test_neighbor_position_index_counts_offsets() -> None:
     window = 2
-    index = neighbour_position_index(window)
+    index = neighbor_position_index(window)
     for query, (n, (down, right)), key in itertools.product(range(4), enumerate(OFFSETS), range(4)):
         row = query // window - (down * window + key // window)
         column = query % window - (right * window + key % window)
@@ -353,7 +353,7 @@ def test_mode_switch_follows_the_epoch() -> None:
         assert all(torch.allclose(output, all_nine, atol=1e-5) for output in outputs) == (epoch == 3)
 
 
-def test_blocks_that_are_recomputed_see_the_neighbour_that_was_drawn() -> None:
+def test_blocks_that_are_recomputed_see_the_neighbor_that_was_drawn() -> None:
     network = network_of(ARCH, MSVIT + "MODE", "1", spread=True)
     images, gradients = torch.randn(1, 3, 64, 64), []
     for network.grad_checkpointing in (False, True):

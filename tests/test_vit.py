@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from small_networks import small_network
 
+from evaluation.linear import probe_width
 from models.resize import resize_grid
-from probe import probe_width
 from utils import UsageError
 
 TWO = ("MODEL.SPEC.NUM_CLS_TOKENS", "2")

@@ -7,30 +7,32 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain import make_plain
-from config import load_config
+from config.loading import load_config
 from models import build_model
-from models.window_heads import to_grid, to_windows
-from models.windows import Cut, cut_windows, join_windows
+from ops.window_gather import to_grid, to_windows
+from ops.windows import WindowPartition, join_windows, partition_windows
 
 SIZES = [
-    ((8, 8), Cut(4)),
-    ((8, 8), Cut(4, 2)),
-    ((5, 7), Cut(4)),
-    ((5, 7), Cut(4, 2)),
-    ((3, 3), Cut(7)),
-    ((6, 9), Cut(3, 1)),
+    ((8, 8), WindowPartition(4)),
+    ((8, 8), WindowPartition(4, 2)),
+    ((5, 7), WindowPartition(4)),
+    ((5, 7), WindowPartition(4, 2)),
+    ((3, 3), WindowPartition(7)),
+    ((6, 9), WindowPartition(3, 1)),
 ]
 
 
-def step_by_step(tokens_BHWC: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut, num_heads: int) -> Tensor:
+def step_by_step(
+    tokens_BHWC: Tensor, weight: Tensor, bias: Tensor | None, cut: WindowPartition, num_heads: int
+) -> Tensor:
     """Pad with zeros before the projection, which makes its bias of them; (3, B * windows, heads, N, D)."""
-    qkv = torch.nn.functional.linear(cut_windows(tokens_BHWC, cut), weight, bias)
+    qkv = torch.nn.functional.linear(partition_windows(tokens_BHWC, cut), weight, bias)
     return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("grid", "cut"), SIZES, ids=str)
-def test_values_and_gradients_of_both_ways(grid: tuple[int, int], cut: Cut, with_bias: bool) -> None:
+def test_values_and_gradients_of_both_ways(grid: tuple[int, int], cut: WindowPartition, with_bias: bool) -> None:
     tokens = torch.randn(2, *grid, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(18, 6, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(18, dtype=torch.float64, requires_grad=True) if with_bias else None
@@ -53,8 +55,8 @@ def test_values_and_gradients_of_both_ways(grid: tuple[int, int], cut: Cut, with
 
 def test_groups_of_a_shifted_bias_hold_the_windows_of_one_image() -> None:
     qkv = torch.randn(2, 8, 8, 12)
-    by_head = to_windows(qkv, None, Cut(4, 2), 2, bias_groups=2)
-    by_window = to_windows(qkv, None, Cut(4, 2), 2, bias_groups=8)
+    by_head = to_windows(qkv, None, WindowPartition(4, 2), 2, bias_groups=2)
+    by_window = to_windows(qkv, None, WindowPartition(4, 2), 2, bias_groups=8)
     for a, b in zip(by_head, by_window):
         assert a.shape == (8, 2, 16, 2)
         assert torch.equal(a.flatten(0, 1), b.flatten(0, 1))

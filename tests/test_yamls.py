@@ -19,7 +19,8 @@ from timm.layers import DropPath
 
 import main_esvit
 import main_udi
-from config import ALIASES, NAME_ALIASES, ONLY_CHOICES, load_config
+from config.loading import load_config
+from config.schema import ALIASES, NAME_ALIASES, ONLY_CHOICES
 from models import build_model, load_arch_config
 
 YAMLS = sorted((ROOT / "experiments").rglob("*.yaml"))
@@ -138,7 +139,7 @@ def test_every_published_row_has_a_yaml_with_its_figures(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vil_2262", "vil_2262_100ep"])
-def test_published_vil_draws_neighbours_to_the_end(name: str) -> None:
+def test_published_vil_draws_neighbors_to_the_end(name: str) -> None:
     msvit = load_config(ROOT / f"experiments/imagenet/vil/{name}.yaml").MODEL.SPEC.MSVIT
     assert (msvit.MODE, msvit.VIL_MODE_SWITCH) == (1, 1.0)
 

@@ -16,16 +16,16 @@ import torch
 from image_files import whole
 from runs import TINY_RUN, TINY_SWIN, write_images, zip_folders
 
-import checkpoint
-import data.zips
 import eval_finetune
 import eval_knn
 import eval_linear
 import main_esvit
+from checkpoints import loading
 from data.datasets import ImageDataset, build_dataset
+from data.layouts import zips
+from data.layouts.sources import Names, OwnFile
+from data.layouts.zips import check_readable
 from data.loader import build_eval_loader
-from data.sources import Names, OwnFile
-from data.zips import check_readable
 from utils import UsageError
 
 CLASSES = 3
@@ -148,7 +148,7 @@ def test_directory_of_a_large_zip_is_read_once(zipped: Path, tmp_path: Path, mon
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     small = build(zipped)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(data.zips, "KEPT_FROM", 1)
+    monkeypatch.setattr(zips, "KEPT_FROM", 1)
     with pytest.MonkeyPatch.context() as forbid:
         for _ in range(2):
             large = build(zipped)
@@ -156,7 +156,7 @@ def test_directory_of_a_large_zip_is_read_once(zipped: Path, tmp_path: Path, mon
             assert large.classes == small.classes
             assert [large.source.name(i) for i in range(12)] == [small.source.name(i) for i in range(12)]
             assert [large.source.read(i) for i in range(12)] == [small.source.read(i) for i in range(12)]
-            forbid.setattr(data.zips, "read_map", lambda *files: pytest.fail("read again"))
+            forbid.setattr(zips, "read_map", lambda *files: pytest.fail("read again"))
     change(zipped / "train_map.txt", "/class0/000.png\t0", "/class0/000.png\t2")
     assert build(zipped).labels.tolist() == [2, *small.labels.tolist()[1:]]
     with zipfile.ZipFile(zipped / "train.zip", "w") as archive:
@@ -403,7 +403,7 @@ def test_pretraining_on_zips_and_folders_is_equal(both: dict[str, list[str]], tm
     for name, flags in both.items():
         command = [*TINY_RUN, *flags, "--output_dir", str(tmp_path / name), "--epochs", "1", "--seed", "0", *TINY_SWIN]
         main_esvit.main(main_esvit.get_args_parser().parse_args(command))
-        students.append(checkpoint.load_file(tmp_path / name / "checkpoint.pth")["student"])
+        students.append(loading.load_file(tmp_path / name / "checkpoint.pth")["student"])
     torch.testing.assert_close(students[1], students[0], rtol=0, atol=0)
 
 

@@ -13,7 +13,7 @@ from runs import TINY_UDI, TINY_VIT
 from torch import Tensor
 
 import main_udi
-import pretrain
+from training import setup
 
 CPU = torch.device("cpu")
 TINY_NETWORKS = {
@@ -49,7 +49,7 @@ class Made:
         self.transform, self.finish = main_udi.build_views(self.args, self.config)
         torch.manual_seed(0)
         self.method = main_udi.build_method(self.args, self.config, CPU)
-        self.step = pretrain.build_step(self.args, self.method, 10, CPU, "fp32")
+        self.step = setup.build_step(self.args, self.method, 10, CPU, "fp32")
 
     def batch(self, images: int = 4, seed: int = 0) -> list[Tensor]:
         """Finished views of photographs that are noise, and their correspondences."""

@@ -40,15 +40,15 @@ import eval_linear
 import eval_logistic
 import eval_video
 import export
-import flags
 import main_esvit
 import main_esvit_mnodes
 import main_udi
 import run_analysis
-import utils
-from config import SCHEMA, SPECS
+from config import arguments
+from config.ranges import COUNT, SEED, Range, number
+from config.schema import SCHEMA, SPECS
 from data import convert
-from ranges import COUNT, SEED, Range, number
+from distributed import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = (
@@ -174,7 +174,7 @@ def values_for(action: argparse.Action) -> Iterator[tuple[str, ...]]:
     elif action.choices is not None:
         singles = ("", "nonsense", *map(str, action.choices))
     else:
-        singles = BOOLEANS if action.type is flags.bool_flag else TEXTS
+        singles = BOOLEANS if action.type is arguments.bool_flag else TEXTS
     for value in singles:
         yield (value,) * (action.nargs if isinstance(action.nargs, int) else 1)
 
@@ -265,7 +265,7 @@ def run_case(case: Case, seconds: float, out: Path) -> tuple[str, str]:
 def exit_code(case: Case) -> int:
     """Run a case as a script runs, and give the code that it would end with."""
     try:
-        utils.run_script(lambda: start(case))
+        launch.run_script(lambda: start(case))
     except SystemExit as ended:
         return int(ended.code or 0)
     except BaseException:  # whatever it is, it is what this program looks for
@@ -333,7 +333,7 @@ def prepare(folder: Path) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Which cases, and how long each may run."""
-    parser = flags.Parser("python -m tools.fuzz_cli", description="wrong values for every flag and config key")
+    parser = arguments.Parser("python -m tools.fuzz_cli", description="wrong values for every flag and config key")
     parser.add_argument("--share", type=number(0, 1, above_low=True), default=1.0, help="of the cases, drawn by --seed")
     parser.add_argument("--seed", type=SEED, default=0, help="of the draw")
     parser.add_argument("--only", default="", help="script whose cases count")

@@ -1,0 +1,1 @@
+"""Where images are stored: folders, lists, zips, tsv files, tar shards, published collections, remote files."""

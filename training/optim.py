@@ -1,0 +1,242 @@
+"""Parameter groups, schedules, the optimizers, gradient clipping and the teacher's moving average.
+
+Whether a step counts is known on the device alone (`applied`, a boolean scalar tensor): nothing here makes the host wait for it,
+apart from the optimizers that `step_where` names.
+
+Origin: DINO (Caron et al., ICCV 2021), implementation details; EsViT (Li et al., ICLR 2022) appendix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distributed import fsdp
+from training.lars import LARS
+from utils import UsageError, counted, logger
+
+OPTIMIZERS = ("adamw", "sgd", "lars")
+FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW and SGD have a fused kernel that a flag on the device can hold back
+# What each optimizer keeps of a parameter, and whether it has the parameter's shape; else it is one number.
+MOMENTS: dict[type[torch.optim.Optimizer], dict[str, bool]] = {
+    torch.optim.AdamW: {"step": False, "exp_avg": True, "exp_avg_sq": True},
+    torch.optim.SGD: {"momentum_buffer": True},
+    LARS: {"mu": True},
+}
+
+
+def param_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Split the trainable parameters into two named groups: with weight decay, and (1-d tensors and biases) without."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = split_by_decay(parameters)
+    decayed, plain = ({"params": [parameters[name] for name in group], "param_names": group} for group in names)
+    return [decayed, plain | {"weight_decay": 0.0}]
+
+
+def split_by_decay(parameters: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Names of the parameters that weight decay acts on, and of the others: 1-d tensors and biases."""
+    plain = {name for name, parameter in parameters.items() if parameter.ndim == 1 or name.endswith(".bias")}
+    return [name for name in parameters if name not in plain], [name for name in parameters if name in plain]
+
+
+def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW, SGD with momentum 0.9 or LARS; learning rate and weight decay are set by the schedules of each step.
+
+    AdamW and SGD are fused where that exists (`FUSED_DEVICES`), elsewhere as torch chooses (None; False would choose the slowest).
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = all(parameter.device.type in FUSED_DEVICES for parameter in parameters) or None
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+    if name == "sgd":
+        fused = None if fsdp.is_sharded(parameters) else fused  # torch has no such kernel for shards
+        return _with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused))
+    if name == "lars":
+        return LARS(groups)
+    raise UsageError(f"unknown optimizer '{name}'; choose one of {', '.join(OPTIMIZERS)}")
+
+
+def cosine_schedule(
+    base_value: float,
+    final_value: float,
+    epochs: int,
+    niter_per_ep: int,
+    warmup_epochs: int = 0,
+    start_warmup_value: float = 0.0,
+) -> np.ndarray:
+    """One value for each iteration: a linear warm-up that includes its end point, then half a cosine to `final_value`.
+
+    Raises:
+        UsageError: a warm-up longer than the training.
+    """
+    if warmup_epochs > epochs:
+        raise UsageError(
+            f"{warmup_epochs} warm-up epochs do not fit in {counted(epochs, 'epoch')}; lower --warmup_epochs"
+        )
+    warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * niter_per_ep)
+    remaining = epochs * niter_per_ep - len(warmup)
+    progress = np.arange(remaining) / max(remaining, 1)
+    cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * progress))
+    return np.concatenate([warmup, cosine])
+
+
+def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let each parameter's momentum start at zero: the same numbers as none, and a first step can be held back."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        for parameter in group["params"]:
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def named_moments(state: Any, names: Sequence[Sequence[str]] | None, source: str) -> dict[str, dict[str, Any]]:
+    """The moments of a saved optimizer by the names of its parameters; empty for a parameter that was never updated.
+
+    Args:
+        state: a state dict of an optimizer, whose moments are numbered by position.
+        names: of each group's parameters in their order, for files that do not hold them (`param_names`).
+        source: how messages name the file.
+
+    Raises:
+        UsageError: no state dict of an optimizer, or one of another number of parameters.
+    """
+    try:
+        groups, moments = state["param_groups"], state["state"]
+        names = [group["param_names"] for group in groups] if "param_names" in groups[0] else names
+        positions = [list(group["params"]) for group in groups]
+        found = {number: dict(moments.get(number, {})) for group in positions for number in group}
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError):
+        raise UsageError(f"{source} holds no state of an optimizer under 'optimizer'; use another file") from None
+    sizes = [len(group) for group in positions]
+    if names is None or [len(group) for group in names] != sizes:
+        expected = "" if names is None else f", not of {' and '.join(str(len(group)) for group in names)}"
+        raise UsageError(
+            f"{source} has an optimizer of {' and '.join(map(str, sizes))} parameters in its groups{expected}; use another file"
+        )
+    return {str(n): found[i] for group, numbers in zip(names, positions) for n, i in zip(group, numbers)}
+
+
+def load_own_moments(optimizer: torch.optim.Optimizer, state: Any, source: str) -> None:
+    """Load moments that an optimizer with the same groups has saved, by name, or by position where they have none; see there.
+
+    Raises:
+        UsageError: see `named_moments` and `load_moments`; moments of a parameter that is not trained, or none of one that is.
+    """
+    names = [group["param_names"] for group in optimizer.param_groups]
+    moments = named_moments(state, names, source)
+    if other := moments.keys() ^ {name for group in names for name in group}:
+        raise UsageError(f"{source} trained other parameters ({min(other)} is one); choose another --output_dir")
+    load_moments(optimizer, moments, source)
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer,
+    moments: Mapping[str, Mapping[str, Any]],
+    source: str,
+    skip_misfits: bool = False,
+) -> None:
+    """Give each parameter the saved moments of its name; without any it starts afresh.
+
+    Settings of the groups stay: schedules set them at each step, or they are constants of this project. `skip_misfits` lets those
+    parameters start afresh, with a warning, whose moments would be an error.
+
+    Raises:
+        UsageError: moments of another kind of optimizer, or of another shape, with the name of the parameter.
+    """
+    named = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])]
+    wanted, fitted = MOMENTS[type(optimizer)], {}
+    for number, (name, parameter) in enumerate(named):
+        saved = {key: value for key, value in moments.get(name, {}).items() if value is not None}
+        if "mu" in wanted and "momentum_buffer" in saved:  # LARS as this project had it from timm
+            saved["mu"] = saved.pop("momentum_buffer")
+        try:
+            if saved and saved.keys() != wanted.keys():
+                raise UsageError(
+                    f"{source} has the moments {', '.join(map(str, saved))} of {name}, {type(optimizer).__name__} has "
+                    f"{', '.join(wanted)}; was --optimizer the same?"
+                )
+            if saved:
+                fitted[number] = {
+                    k: _fitted(v, parameter, wanted[k], f"{source}: {k} of {name}") for k, v in saved.items()
+                }
+        except UsageError as misfit:
+            if not skip_misfits:
+                raise
+            logger.warning("%s; --allow_partial lets it start afresh", misfit)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": fitted})
+    _with_momentum(optimizer)
+
+
+def _fitted(value: Any, parameter: Tensor, has_shape: bool, what: str) -> Tensor:
+    """A moment where and as its parameter is stored, whose shape it `has`; else it counts steps."""
+    shape = parameter.shape if has_shape else torch.Size()
+    tensor = torch.as_tensor(value) if isinstance(value, Tensor | int | float) else None
+    if tensor is None or tensor.shape != shape or tensor.is_complex():
+        found = f"is a {type(value).__name__}" if tensor is None else f"has shape {tuple(tensor.shape)}"
+        raise UsageError(f"{what} {found}, this run wants shape {tuple(shape)}; use another file")
+    return _laid_out_like(parameter, fsdp.placed_like(parameter, tensor)) if has_shape else tensor.float()
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment in the memory format of its parameter, which fused optimizers take for granted."""
+    if value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+@torch.no_grad()
+def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """Step the optimizer where `applied` is true; elsewhere no parameter, moment or step counter changes.
+
+    Fused optimizers and LARS read the flag on the device (`found_inf`). SGD on shards, and AdamW and SGD outside `FUSED_DEVICES`,
+    do not: the host reads it, one wait a step.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif applied.item():
+        optimizer.step()
+
+
+@torch.no_grad()
+def clip_each_gradient(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale each parameter's gradient down to its own norm `max_norm` (0: leave it).
+
+    Returns:
+        the norm of each gradient before it was scaled, in the order of the parameters that have one, on the device.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = fsdp.norms(gradients)
+    if max_norm > 0:
+        torch._foreach_mul_(fsdp.local(gradients), (max_norm / (norms + 1e-6)).clamp_(max=1.0).unbind())
+    return norms
+
+
+def drop_last_layer_gradients(model: nn.Module) -> None:
+    """Freeze the prototypes for this step: forget the gradient of every `last_layer` parameter."""
+    for name, parameter in model.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, applied: Tensor) -> None:
+    """teacher <- momentum teacher + (1 - momentum) student where `applied`, for parameters, not for buffers."""
+    teacher_params, student_params = (fsdp.local(list(net.parameters())) for net in (teacher, student))
+    share = applied.float() * (1 - momentum)
+    if share.device.type == "cpu":
+        torch._foreach_lerp_(teacher_params, student_params, [share] * len(teacher_params))
+        return
+    # One factor for all, as a tensor: a list of factors would be a kernel for each parameter on CUDA.
+    moves = torch._foreach_sub(student_params, teacher_params)
+    torch._foreach_mul_(moves, share)
+    torch._foreach_add_(teacher_params, moves)
