@@ -98,7 +98,7 @@ class EsViT(Method):
         student_output = self.student(student_views)
         terms = self.criterion.terms(student_output, teacher_output, epoch, targets, mixed_from)
         if self.watch is not None:
-            self.watch(self.criterion.levels(student_output, teacher_output, epoch, features))
+            self.watch(self.criterion.monitored_levels(student_output, teacher_output, epoch, features))
         return self.criterion.total(terms), terms if len(terms) > 1 else {}
 
     def _heads(self) -> dict[str, nn.Module]:

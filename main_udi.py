@@ -161,7 +161,7 @@ class UDI(Method):
         if self.watch is not None:
             tokens, patches = teacher_output.token_features, teacher_output.sample_features
             features = {"cls": tokens[:, 0], "cls+": tokens[:, -1], "patch": patches}
-            self.watch(self.criterion.levels(student, teacher, epoch, features))
+            self.watch(self.criterion.monitored_levels(student, teacher, epoch, features))
         return self.criterion.total(terms), terms
 
 

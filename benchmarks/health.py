@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.sides import add_sizes, build_step, make_crops
 from distributed import launch
-from losses.distillation import Level
+from losses.distillation import MonitoredLevel
 from training.collapse import Monitor
 
 TARGET = 0.02
@@ -46,7 +46,7 @@ class _Timed(Monitor):
 
     seconds = 0.0
 
-    def measure(self, levels: Mapping[str, Level]) -> dict[str, Tensor]:
+    def measure(self, levels: Mapping[str, MonitoredLevel]) -> dict[str, Tensor]:
         started = time.perf_counter()
         result = super().measure(levels)
         self.seconds += time.perf_counter() - started

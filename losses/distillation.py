@@ -1,17 +1,14 @@
-"""The objective: teacher temperature, center, the view loss and the loss of matched regions.
+"""Self-distillation: what the objectives of DINO, EsViT and UDI share.
 
-    loss = criterion(student_output, teacher_output, epoch)   # pure: changes no state
-    criterion.accumulate_center(teacher_output)               # of each micro-batch
-    criterion.update_center()                                 # once a step, over all processes
+    loss = criterion(student_output, teacher_output, epoch)   # changes no state
+    criterion.accumulate_center(teacher_output)               # after each micro-batch
+    criterion.update_center()                                 # once per step, over all processes
 
-Logits come multiplied, or as `FactoredLogits`; then the same numbers are computed in chunks (ops/chunked_cross_entropy.py).
-Which regions are
-compared is found by losses/matching.py.
+`SelfDistillation` owns the temperatures, the centers and the cross-entropy. Logits are tensors, or `FactoredLogits` whose
+cross-entropy is computed in chunks without ever holding all of them (ops/chunked_cross_entropy.py).
 
-Shapes: B images, V student views, Q = 2 teacher views, T regions of a student view, U regions of a teacher view, K prototypes,
-D channels of the bottleneck, P images that a student image is mixed from, 1 without mixup. Rows of the inputs
-are ordered view, image (, region).
-Origin: DINO (Caron et al., ICCV 2021) section 3.1; EsViT (Li et al., ICLR 2022) section 3.2, equations 2-4.
+Shapes: G groups, S student rows and R teacher rows of a group, N rows, K prototypes, C channels.
+Origin: DINO (Caron et al., ICCV 2021), section 3.1.
 """
 
 from __future__ import annotations
@@ -26,24 +23,24 @@ from torch import Tensor, nn
 
 from distributed.collectives import start_all_reduce_sum
 from ops.chunked_cross_entropy import Targets, Temperatures, chunked_cross_entropy
-from ops.logits import FactoredLogits, Logits
+from ops.logits import FactoredLogits, Logits, materialize
 from utils import UsageError
 
 TEACHER_VIEWS = 2
+MONITORED_ROWS = 256  # of each level, at most
 
 
 def teacher_temperature_schedule(
     warmup_teacher_temp: float, teacher_temp: float, warmup_teacher_temp_epochs: int, nepochs: int
 ) -> np.ndarray:
-    """The teacher's temperature of each epoch: a linear warm-up that ends at `teacher_temp`, then constant (DINO, appendix).
+    """Return the teacher temperature of each epoch: a linear warmup to `teacher_temp`, then constant (DINO, appendix).
 
     Raises:
-        UsageError: a warm-up longer than the training, or a temperature that is not positive.
+        UsageError: The warmup is longer than the training, or a temperature is not positive.
     """
     if warmup_teacher_temp_epochs > nepochs:
         raise UsageError(
-            f"the teacher temperature warms up for {warmup_teacher_temp_epochs} epochs, the run has {nepochs}; "
-            "lower --warmup_teacher_temp_epochs"
+            f"warmup_teacher_temp_epochs {warmup_teacher_temp_epochs} exceeds the {nepochs} epochs of the run; lower it"
         )
     if min(warmup_teacher_temp, teacher_temp) <= 0:
         raise UsageError(f"teacher temperatures must be positive, not {warmup_teacher_temp} and {teacher_temp}")
@@ -52,19 +49,22 @@ def teacher_temperature_schedule(
 
 
 class SelfDistillation(nn.Module):
-    """What objectives of self-distillation share: temperatures, centers over all processes, and probabilities.
+    """Base class of the objectives: temperatures, centers that are synchronized over processes, and the cross-entropy.
 
     Args:
-        out_dim: number of prototypes K.
-        ncrops: student views V; the first two are the teacher's.
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs: the teacher's temperature schedule.
-        student_temp: the student's temperature.
-        center_momentum: EMA momentum of the center.
+        out_dim: Number of prototypes K.
+        ncrops: Number of student views V; the teacher sees the first two.
+        warmup_teacher_temp: Teacher temperature at the start.
+        teacher_temp: Teacher temperature after its warmup.
+        warmup_teacher_temp_epochs: Length of that warmup.
+        nepochs: Number of epochs of the run.
+        student_temp: Student temperature.
+        center_momentum: EMA momentum of the centers.
 
-    State: `center` (1, K), in the state dict under the published name.
+    The state dict holds `center` (1, K) under its published name.
 
     Raises:
-        UsageError: fewer views than the teacher's, or see `teacher_temperature_schedule`.
+        UsageError: There are fewer views than the teacher needs, or the schedule is invalid.
     """
 
     center: Tensor
@@ -82,72 +82,87 @@ class SelfDistillation(nn.Module):
     ) -> None:
         super().__init__()
         if ncrops < TEACHER_VIEWS:
-            raise UsageError(f"the loss compares at least {TEACHER_VIEWS} views, not {ncrops}")
+            raise UsageError(f"the loss needs at least {TEACHER_VIEWS} views, not {ncrops}")
         self.ncrops = ncrops
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.teacher_temp_schedule = teacher_temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
-        # Of this step, by name of a center: (1, K + 1) of each micro-batch, the weighted sum of its logits and the sum of the
-        # weights, on their way to the sum over all processes.
-        self._sums: dict[str, list[Callable[[], Tensor]]] = {}
+        # By name of a center, for each micro-batch of the step: an asynchronous all-reduce of (1, K + 1), the weighted sum of
+        # the logits and the sum of the weights.
+        self._pending: dict[str, list[Callable[[], Tensor]]] = {}
         self._add_center("center", out_dim)
 
-    # ----------------------------------------------------------------- center
+    # ----------------------------------------------------------------- centers
 
     def _add_center(self, name: str, out_dim: int) -> None:
         self.register_buffer(name, torch.zeros(1, out_dim))
 
     @torch.no_grad()
     def _accumulate(self, name: str, logits: Logits, weights_N: Tensor | None = None) -> None:
-        """Add N rows to the next center `name`, each with its weight, not negative, or 1.
+        """Add the rows of `logits` (N, K), each with a weight >= 0 (default 1), to the next center `name`.
 
-        Their sum over all processes is begun here and not waited for: it goes on while the student computes.
+        Starts an all-reduce that overlaps with the student's forward.
         """
-        total_1K = sum_of_rows(logits, weights_N)
-        weight = (
-            total_1K.new_full((), count_rows(logits))
-            if weights_N is None
-            else at_least_float32(weights_N).sum().to(total_1K)
-        )
-        sums = torch.cat([total_1K, weight.view(1, 1)], dim=1)
-        self._sums.setdefault(name, []).append(start_all_reduce_sum(sums))
+        sum_1K = _sum_rows(logits, weights_N)
+        weight = sum_1K.new_tensor(count_rows(logits)) if weights_N is None else weights_N.to(sum_1K).sum()
+        self._pending.setdefault(name, []).append(start_all_reduce_sum(torch.cat([sum_1K, weight.view(1, 1)], dim=1)))
 
     @torch.no_grad()
     def update_center(self, applied: Tensor | None = None) -> None:
-        """Move each center towards the weighted mean of what was accumulated, over all processes; one without weight stays.
+        """Move each center towards the weighted mean of the accumulated rows; a center without weight stays.
 
-        `applied`, a boolean scalar on the device, is false for a step that is skipped: then no center changes.
+        Args:
+            applied: Boolean scalar on the device; False, for a step that is skipped, leaves every center unchanged.
         """
-        for name, started in self._sums.items():
-            sums = torch.stack([wait() for wait in started]).sum(dim=0)
+        for name, pending in self._pending.items():
+            sums = torch.stack([wait() for wait in pending]).sum(dim=0)
             center, moves = getattr(self, name), sums[:, -1:] > 0
             moved = center.lerp(sums[:, :-1] / sums[:, -1:], 1 - self.center_momentum)
             center.copy_(torch.where(moves if applied is None else moves & applied, moved, center))
-        self._sums.clear()
+        self._pending.clear()
 
-    # ----------------------------------------------------------------- probabilities
+    # ----------------------------------------------------------------- cross-entropy
 
     def teacher_temp(self, epoch: int) -> float:
-        """The teacher's temperature in `epoch`."""
+        """Return the teacher temperature of `epoch`."""
         return float(self.teacher_temp_schedule[epoch])
 
     def teacher_probs(self, logits: Tensor, center: Tensor, epoch: int) -> Tensor:
-        """Centered and sharpened probabilities, without gradient."""
+        """Return the centered and sharpened probabilities, detached."""
         return F.softmax((at_least_float32(logits.detach()) - center) / self.teacher_temp(epoch), dim=-1)
 
     def student_log_probs(self, logits: Tensor) -> Tensor:
-        """Log-probabilities at the student's temperature, in float32."""
+        """Return log-probabilities at the student temperature."""
         return F.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
 
-    def _chunked(
-        self, student: FactoredLogits, teacher: FactoredLogits, targets: Targets, center: Tensor, epoch: int
-    ) -> Tensor:
-        temperatures = Temperatures(self.student_temp, self.teacher_temp(epoch))
-        return chunked_cross_entropy(student, teacher, targets, center, temperatures)
+    def cross_entropy(self, student: Logits, teacher: Logits, targets: Targets, center: Tensor, epoch: int) -> Tensor:
+        """Return the weighted sum of cross-entropies between student rows and the teacher rows that are their targets.
 
-    def _level(
+            sum over g, s, m of weights[g, s, m] * H(teacher_probs[g, rows[g, s, m]], student_probs[g, s])
+
+        Args:
+            student: Logits (G, S, K).
+            teacher: Logits (G, R, K), without gradient.
+            targets: Row numbers and weights (G, S, M).
+            center: The teacher's center (1, K).
+            epoch: Epoch that determines the teacher temperature.
+        """
+        if isinstance(student, FactoredLogits) and isinstance(teacher, FactoredLogits):
+            teacher = teacher._replace(bottleneck=teacher.bottleneck.to(student.bottleneck.dtype))
+            temperatures = Temperatures(self.student_temp, self.teacher_temp(epoch))
+            return chunked_cross_entropy(student, teacher, targets, center, temperatures)
+        log_probs_GSK = self.student_log_probs(materialize(student))
+        probs_GRK = self.teacher_probs(materialize(teacher), center, epoch)
+        group_G1 = torch.arange(len(probs_GRK), device=center.device)[:, None]
+        loss = center.new_zeros(())
+        for rows_GS, weights_GS in zip(targets.rows_GSM.unbind(-1), targets.weights_GSM.unbind(-1)):
+            # A sum over K, not a matrix product: over 65536 prototypes its rounding error is ten times smaller.
+            loss = loss - (weights_GS * (probs_GRK[group_G1, rows_GS] * log_probs_GSK).sum(dim=-1)).sum()
+        return loss
+
+    def _monitored(
         self,
         student: Logits,
         student_N: Tensor,
@@ -157,10 +172,31 @@ class SelfDistillation(nn.Module):
         epoch: int,
         features: Tensor,
         term: str = "",
-    ) -> Level:
-        """Those rows for the collapse monitor."""
-        rows = take_rows(student, student_N), take_rows(teacher, teacher_N)
-        return Level(*rows, center, self.student_temp, self.teacher_temp(epoch), features, term)
+    ) -> MonitoredLevel:
+        """Select rows for the collapse monitor."""
+        rows = _take_rows(student, student_N), _take_rows(teacher, teacher_N)
+        return MonitoredLevel(*rows, center, self.student_temp, self.teacher_temp(epoch), features, term)
+
+
+class MonitoredLevel(NamedTuple):
+    """Sampled rows of one level of the outputs (views, regions, ...) for the collapse monitor.
+
+    Row i of the teacher is a target of row i of the student.
+    """
+
+    student_logits: Logits  # (N, K)
+    teacher_logits: Logits  # (N, K)
+    center: Tensor  # (1, K), subtracted from the teacher logits
+    student_temp: float
+    teacher_temp: float
+    features: Tensor  # (any number, C), from the teacher's backbone
+    term: str = ""  # the loss term of this level; empty for `<level>_loss`, or the whole loss where that is not logged
+
+
+def evenly_spaced(count: int, wanted: int, device: torch.device) -> Tensor:
+    """Return up to `wanted` evenly spaced integers of range(count): a sample without random numbers."""
+    wanted = min(count, wanted)
+    return torch.arange(wanted, device=device) * count // wanted
 
 
 def count_rows(logits: Logits) -> int:
@@ -168,59 +204,28 @@ def count_rows(logits: Logits) -> int:
     return len(logits.bottleneck) if isinstance(logits, FactoredLogits) else len(logits)
 
 
-def sum_of_rows(logits: Logits, weights_N: Tensor | None) -> Tensor:
-    """(1, K) in float32, weighted; the sum of products is the product of the sum."""
-    if not isinstance(logits, FactoredLogits):
-        return weighted_rows(logits, weights_N).sum(dim=0, keepdim=True)
-    with torch.autocast(logits.prototypes.device.type, enabled=False):
-        sum_1C = weighted_rows(logits.bottleneck, weights_N).sum(dim=0, keepdim=True)
-        return F.linear(sum_1C, logits.prototypes.to(sum_1C.dtype))
-
-
-def weighted_rows(rows_NC: Tensor, weights_N: Tensor | None) -> Tensor:
-    """Multiply each row by its weight, in at least float32."""
-    rows_NC = at_least_float32(rows_NC)
-    return rows_NC if weights_N is None else rows_NC * weights_N.to(rows_NC.dtype)[:, None]
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """In float32, or in float64 if it has that."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def check_views(logits: Logits, views: int, who: str) -> None:
-    """Raise a ValueError unless the rows are a multiple of the number of views."""
+    """Raise a ValueError unless the number of rows is a multiple of the number of views."""
     if count_rows(logits) % views:
         raise ValueError(f"{count_rows(logits)} rows of {who} logits are not a multiple of the {views} views")
 
 
-ROWS = 256  # of each level, at most
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float32, or unchanged in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-class Level(NamedTuple):
-    """Rows of one level of a method's outputs; row i of the student learns from row i of the teacher."""
-
-    student_logits: Logits  # (N, K)
-    teacher_logits: Logits  # (N, K)
-    center: Tensor  # (1, K), subtracted from the teacher's
-    student_temp: float
-    teacher_temp: float
-    features: Tensor  # (any number, C), of the teacher's backbone
-    # Of the loss that compares these rows; by default `NAME_loss`, and the whole loss where that is not logged.
-    term: str = ""
+def _sum_rows(logits: Logits, weights_N: Tensor | None) -> Tensor:
+    """Return the weighted sum (1, K) of the rows in float32; factored logits are summed before the product."""
+    if not isinstance(logits, FactoredLogits):
+        rows_NC = at_least_float32(logits)
+        return (rows_NC if weights_N is None else rows_NC * weights_N.to(rows_NC)[:, None]).sum(dim=0, keepdim=True)
+    with torch.autocast(logits.prototypes.device.type, enabled=False):
+        sum_1C = _sum_rows(logits.bottleneck, weights_N)
+        return F.linear(sum_1C, logits.prototypes.to(sum_1C.dtype))
 
 
-# --------------------------------------------------------------------------- rows to look at
-
-
-def spread(count: int, wanted: int, device: torch.device) -> Tensor:
-    """Up to `wanted` of the numbers 0 .. count - 1, evenly spaced: a sample that needs no random number."""
-    wanted = min(count, wanted)
-    return torch.arange(wanted, device=device) * count // wanted
-
-
-def take_rows(logits: Logits, rows_N: Tensor) -> Logits:
-    """Those rows, without gradient."""
+def _take_rows(logits: Logits, rows_N: Tensor) -> Logits:
     if isinstance(logits, FactoredLogits):
         return FactoredLogits(logits.bottleneck.detach()[rows_N], logits.prototypes.detach())
     return logits.detach()[rows_N]

@@ -1,4 +1,4 @@
-"""Region matching: of which teacher region a student region learns, in which of the images that its own is mixed from.
+"""Region matching: the most similar teacher region of each student region, in every image that its image is mixed from.
 
 Shapes: B images, V student views, T regions of a student view, U regions of a teacher view, C channels of the backbone, P images
 that a student image is mixed from, 1 without mixup.
@@ -20,12 +20,12 @@ from models.outputs import MultiCropOutput, by_view
 class Sources(NamedTuple):
     """The images that each student image is mixed from."""
 
-    images_PB: Tensor  # numbers of teacher images
-    weights_VPB: Tensor  # their shares in every view; 0 where an image has fewer than P
+    images_PB: Tensor  # indices of teacher images
+    weights_VPB: Tensor  # their shares in each view; 0 where an image is mixed from fewer than P
 
 
 class Match(NamedTuple):
-    """For the regions of one student view, those of one teacher view in image `source` of `Sources`."""
+    """The matches of the regions of one student view in one teacher view of the `source`-th images of `Sources`."""
 
     student_view: int
     teacher_view: int
@@ -35,15 +35,17 @@ class Match(NamedTuple):
     regions_BT: Tensor
 
 
-def unmixed(views: int, batch: int, device: torch.device) -> Sources:
-    """Every image by itself."""
+def unmixed_sources(views: int, batch: int, device: torch.device) -> Sources:
+    """Return the sources without mixup: every image itself."""
     return Sources(torch.arange(batch, device=device)[None], torch.ones(views, 1, batch, device=device))
 
 
 def mixup_sources(targets_mixup: Sequence[Tensor], mixed_from: int | None = None) -> Sources:
-    """What `targets_mixup` (of each view teacher image by student image, (B, B)) says, without waiting for the device.
+    """Return the sources of mixed images, without a device synchronization.
 
-    P is `mixed_from`, over all views no image may have more, or B.
+    Args:
+        targets_mixup: For each view the share (B, B) of teacher image (row) in student image (column).
+        mixed_from: P, an upper bound of the number of images that one is mixed from over all views; None for B.
     """
     weights_VBB = torch.stack([weights_BB.float() for weights_BB in targets_mixup])
     views, batch, _ = weights_VBB.shape
@@ -55,7 +57,7 @@ def mixup_sources(targets_mixup: Sequence[Tensor], mixed_from: int | None = None
 def match_views(
     student: MultiCropOutput, teacher: MultiCropOutput, sources: Sources, mixed: bool = True
 ) -> Iterator[Match]:
-    """The matches of all pairs of different views, found on backbone features; `mixed`: not every image by itself."""
+    """Yield the matches of all pairs of different views, found on backbone features; not `mixed`: `sources` are unmixed."""
     student_views, teacher_views = (
         [_directions(view) for view in by_view(output.region_features, output)] for output in (student, teacher)
     )
@@ -69,7 +71,7 @@ def match_views(
 
 
 def match_regions(student_features_BTC: Tensor, teacher_features_BUC: Tensor) -> Tensor:
-    """(B, T) index of the teacher region with the highest cosine to each student region (EsViT equation 4)."""
+    """Return (B, T): the index of the teacher region with the highest cosine similarity (EsViT, equation 4)."""
     return _nearest(_directions(student_features_BTC), _directions(teacher_features_BUC))
 
 

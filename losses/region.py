@@ -1,8 +1,14 @@
-"""TODO."""
+"""The loss of EsViT: the view-level loss of DINO and region matching.
+
+Shapes: B images, V student views, Q = 2 teacher views, T regions of a student view, U regions of a teacher view, S and R regions of
+all views of an image, K prototypes, P images that a student image is mixed from (1 without mixup). Rows of the inputs are ordered
+view, image, region.
+Origin: EsViT (Li et al., ICLR 2022), section 3.2, equations 2-4.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -10,17 +16,28 @@ import torch
 from torch import Tensor
 
 from losses.dino import DINOLoss
-from losses.distillation import ROWS, TEACHER_VIEWS, Level, check_views, count_rows, spread
-from losses.matching import Match, Sources, match_regions, match_views, unmixed
+from losses.distillation import (
+    MONITORED_ROWS,
+    TEACHER_VIEWS,
+    MonitoredLevel,
+    check_views,
+    count_rows,
+    evenly_spaced,
+)
+from losses.matching import Sources, match_regions, match_views, unmixed_sources
 from models.outputs import MultiCropOutput, by_view
 from ops.chunked_cross_entropy import Targets
-from ops.logits import FactoredLogits, materialize
+from ops.logits import changed
 
 
 class RegionMatchingLoss(DINOLoss):
-    """0.5 L_V + 0.5 L_R, with every student region matched to its most similar teacher region.
+    """0.5 L_V + 0.5 L_R: every student region learns from the most similar region of each teacher view.
 
-    Arguments as for `DINOLoss`. State: `center` and `center_grid`, (1, K) each.
+        for q in teacher views, v in student views, q != v, region t of v:
+            u = argmax cosine(student_features[v][t], teacher_features[q])
+            loss += H(softmax((teacher[q][u] - center_grid) / teacher_temp), softmax(student[v][t] / student_temp))
+
+    Arguments: as `DINOLoss`. The state dict holds `center` and `center_grid`, (1, K) each.
     """
 
     center_grid: Tensor
@@ -30,108 +47,78 @@ class RegionMatchingLoss(DINOLoss):
         super().__init__(out_dim, *args, **kwargs)
         self._add_center("center_grid", out_dim)
 
-    def accumulate_center(self, teacher_output: MultiCropOutput) -> None:  # type: ignore[override]
-        """Add a micro-batch of teacher logits, of views and of regions, to the next centers."""
-        self._accumulate("center", teacher_output.view_logits)
-        self._accumulate("center_grid", teacher_output.region_logits)
+    def _terms(
+        self, student_output: Any, teacher_output: Any, epoch: int, sources: Sources | None
+    ) -> dict[str, Tensor]:
+        student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
+        # Regions first: they need more temporary memory, and the gradients computed with each loss are kept.
+        region_loss = self.region_loss(student, teacher, epoch, sources)
+        view_loss = self.view_loss(student.view_logits, teacher.view_logits, epoch, sources)
+        return {"view_loss": view_loss, "region_loss": region_loss}
 
     def region_loss(
-        self,
-        student: MultiCropOutput,
-        teacher: MultiCropOutput,
-        epoch: int,
-        sources: Sources | None = None,
+        self, student: MultiCropOutput, teacher: MultiCropOutput, epoch: int, sources: Sources | None = None
     ) -> Tensor:
-        """L_R: cross-entropy of each student region and its match, mean over regions, images and pairs of different views.
+        """Return L_R, the mean over regions, images and pairs of different views.
 
-        With mixup a region is matched in every image that its image was mixed from, and its targets are mixed accordingly.
+        With mixup a region is matched in every image that its image is mixed from, weighted by that image's share.
         """
         _check_regions(student, self.ncrops, "student")
         _check_regions(teacher, TEACHER_VIEWS, "teacher")
         batch, images = count_rows(teacher.view_logits) // TEACHER_VIEWS, count_rows(student.view_logits) // self.ncrops
         if images != batch:
-            raise ValueError(f"{images} images of the student and {batch} of the teacher do not fit each other")
-        mixed, sources = sources is not None, sources or unmixed(self.ncrops, batch, teacher.region_features.device)
-        matches = list(match_views(student, teacher, sources, mixed))
-        if isinstance(student.region_logits, FactoredLogits) and isinstance(teacher.region_logits, FactoredLogits):
-            return self._chunked_region_loss(student, teacher, epoch, sources, matches)
-        student_views = by_view(materialize(student.region_logits), student)
-        teacher_views = by_view(materialize(teacher.region_logits), teacher)
-        log_probs = [self.student_log_probs(logits_BTK) for logits_BTK in student_views]
-        probs = [self.teacher_probs(logits_BUK, self.center_grid, epoch) for logits_BUK in teacher_views]
-        loss = self.center_grid.new_zeros(())
-        for match in matches:
-            images_B1 = match.images_B[:, None]
-            targets_BTK = probs[match.teacher_view][images_B1, match.regions_BT]
-            cross_entropy_BT = -(targets_BTK * log_probs[match.student_view]).sum(dim=-1)
-            loss = loss + (match.weights_B * cross_entropy_BT.mean(dim=1)).mean()
-        return loss / self._pairs
-
-    def _chunked_region_loss(
-        self, student: MultiCropOutput, teacher: MultiCropOutput, epoch: int, sources: Sources, matches: Sequence[Match]
-    ) -> Tensor:
-        """Groups are student images: the regions of all their views, and those of the teacher's views that they are mixed from."""
-        student_BSD = torch.cat(by_view(student.region_logits.bottleneck, student), dim=1)
-        teacher_views = by_view(teacher.region_logits.bottleneck, teacher)
-        teacher_BRD = torch.cat(
-            [view_BUD[images_B] for images_B in sources.images_PB for view_BUD in teacher_views], dim=1
+            raise ValueError(f"the student has {images} images and the teacher {batch}")
+        mixed, sources = sources is not None, sources or unmixed_sources(self.ncrops, batch, self.center.device)
+        # A group is a student image: the regions of all its views, and those of the teacher views that it is mixed from.
+        student_BSK = changed(student.region_logits, lambda rows: torch.cat(by_view(rows, student), dim=1))
+        teacher_BRK = changed(
+            teacher.region_logits,
+            lambda rows: torch.cat(
+                [view[images_B] for images_B in sources.images_PB for view in by_view(rows, teacher)], dim=1
+            ),
         )
-        starts = list(accumulate(student.regions_per_view, initial=0))
-        teacher_starts = list(accumulate(teacher.regions_per_view, initial=0))
-        batch, regions, _ = student_BSD.shape
-        columns = TEACHER_VIEWS * len(sources.images_PB)
-        targets = Targets(
-            student_BSD.new_zeros(batch, regions, columns, dtype=torch.long),
-            student_BSD.new_zeros(batch, regions, columns, dtype=torch.float32),
-        )
-        for match in matches:
+        starts, teacher_starts = (list(accumulate(output.regions_per_view, initial=0)) for output in (student, teacher))
+        rows_BSM = sources.images_PB.new_zeros(batch, starts[-1], TEACHER_VIEWS * len(sources.images_PB))
+        weights_BSM = torch.zeros_like(rows_BSM, dtype=torch.float32)
+        for match in match_views(student, teacher, sources, mixed):
             v, q, p = match.student_view, match.teacher_view, match.source
-            place = (slice(None), slice(starts[v], starts[v + 1]), p * TEACHER_VIEWS + q)
-            targets.rows_GSM[place] = match.regions_BT + (p * teacher_starts[-1] + teacher_starts[q])
-            targets.weights_GSM[place] = match.weights_B[:, None] / student.regions_per_view[v]
-        student_logits = student.region_logits._replace(bottleneck=student_BSD)
-        teacher_logits = teacher.region_logits._replace(bottleneck=teacher_BRD)
-        return self._chunked(student_logits, teacher_logits, targets, self.center_grid, epoch) / (batch * self._pairs)
+            block = slice(None), slice(starts[v], starts[v + 1]), p * TEACHER_VIEWS + q
+            rows_BSM[block] = match.regions_BT + (p * teacher_starts[-1] + teacher_starts[q])
+            weights_BSM[block] = match.weights_B[:, None] / student.regions_per_view[v]
+        targets = Targets(rows_BSM, weights_BSM)
+        return self.cross_entropy(student_BSK, teacher_BRK, targets, self.center_grid, epoch) / (batch * self._pairs)
 
-    def levels(
+    def accumulate_center(self, teacher_output: MultiCropOutput) -> None:  # type: ignore[override]
+        """Add the teacher logits of a micro-batch, of views and of regions, to the next centers."""
+        self._accumulate("center", teacher_output.view_logits)
+        self._accumulate("center_grid", teacher_output.region_logits)
+
+    def monitored_levels(
         self, student_output: Any, teacher_output: Any, epoch: int, features: Mapping[str, Tensor]
-    ) -> dict[str, Level]:
-        """As for views; also regions of the second view, with their matches in the first."""
+    ) -> dict[str, MonitoredLevel]:
+        """Sample rows for the collapse monitor: views as in `DINOLoss`, and regions of the second view with their matches."""
         student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
         first, regions = student.regions_per_view[:TEACHER_VIEWS]
-        of_teacher = teacher.regions_per_view[0]
+        teacher_regions = teacher.regions_per_view[0]
         batch = count_rows(teacher.view_logits) // TEACHER_VIEWS
-        images_B1 = spread(batch, ROWS // 8, self.center.device)[:, None]
-        some_1T = spread(regions, ROWS // len(images_B1), self.center.device)[None]
-        student_BT = batch * first + images_B1 * regions + some_1T
-        all_1U = torch.arange(of_teacher, device=self.center.device)
-        matches_BT = match_regions(
-            student.region_features[student_BT], teacher.region_features[images_B1 * of_teacher + all_1U]
-        )
-        teacher_N = (images_B1 * of_teacher + matches_BT).flatten()
+        images_B1 = evenly_spaced(batch, MONITORED_ROWS // 8, self.center.device)[:, None]
+        sampled_1T = evenly_spaced(regions, MONITORED_ROWS // len(images_B1), self.center.device)[None]
+        student_BT = batch * first + images_B1 * regions + sampled_1T
+        teacher_BU = images_B1 * teacher_regions + torch.arange(teacher_regions, device=self.center.device)
+        matches_BT = match_regions(student.region_features[student_BT], teacher.region_features[teacher_BU])
+        teacher_N = (images_B1 * teacher_regions + matches_BT).flatten()
         logits = student.region_logits, student_BT.flatten(), teacher.region_logits, teacher_N
         return {
-            "view": self._view_level(student.view_logits, teacher.view_logits, epoch, features["view"]),
-            "region": self._level(*logits, self.center_grid, epoch, features["region"]),
+            "view": self._monitored_views(student.view_logits, teacher.view_logits, epoch, features["view"]),
+            "region": self._monitored(*logits, self.center_grid, epoch, features["region"]),
         }
-
-    def _terms(
-        self, student_output: Any, teacher_output: Any, epoch: int, sources: Sources | None
-    ) -> dict[str, Tensor]:
-        student, teacher = MultiCropOutput(*student_output), MultiCropOutput(*teacher_output)
-        # First: it needs more room, and gradients stay.
-        region_loss = self.region_loss(student, teacher, epoch, sources)
-        view_loss = self.view_loss(student.view_logits, teacher.view_logits, epoch, sources)
-        return {"view_loss": view_loss, "region_loss": region_loss}
 
 
 def _check_regions(output: MultiCropOutput, views: int, who: str) -> None:
     check_views(output.view_logits, views, who)
     if len(output.regions_per_view) != views:
         raise ValueError(f"regions_per_view has {len(output.regions_per_view)} entries, the {who} has {views} views")
-    rows, expected = (
-        count_rows(output.region_logits),
-        count_rows(output.view_logits) // views * sum(output.regions_per_view),
-    )
+    rows = count_rows(output.region_logits)
+    expected = count_rows(output.view_logits) // views * sum(output.regions_per_view)
     if expected != rows or expected != len(output.region_features):
         raise ValueError(f"the {who} has {rows} region rows, its views add up to {expected}")

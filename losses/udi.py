@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from distributed.collectives import all_reduce_sum, get_world_size
-from losses.distillation import ROWS, TEACHER_VIEWS, Level, SelfDistillation, at_least_float32, spread
+from losses.distillation import (
+    MONITORED_ROWS,
+    TEACHER_VIEWS,
+    MonitoredLevel,
+    SelfDistillation,
+    at_least_float32,
+    evenly_spaced,
+)
 from ops.chunked_cross_entropy import Targets
 from ops.logits import FactoredLogits, Logits, changed, materialize
 from utils import UsageError
@@ -110,11 +117,11 @@ class UDILoss(SelfDistillation):
         views, batch = _shape(cls_VBK)
         flipped = self._numbers(views).flip(0)[:, None]
         terms = {
-            "g_cl": self._cross_entropy(_per_image(views_VBK), teacher, self._even(flipped, batch), self.center, epoch)
+            "g_cl": self.cross_entropy(_per_image(views_VBK), teacher, self._even(flipped, batch), self.center, epoch)
         }
         if _shape(local_LBK)[0]:
             both = self._numbers(views).expand(_shape(local_LBK)[0], -1)
-            terms["l_cl"] = self._cross_entropy(
+            terms["l_cl"] = self.cross_entropy(
                 _per_image(local_LBK), teacher, self._even(both, batch), self.center, epoch
             )
         return terms
@@ -145,7 +152,7 @@ class UDILoss(SelfDistillation):
         rows_GS1 = self._numbers(valid_GS.shape[1]).expand_as(valid_GS)[..., None]
         targets = Targets(rows_GS1, _shares(valid_GS)[..., None])
         compared = _flat(student.patch_VBSK, 2), _flat(teacher.patch_VBSK, 2)
-        terms = {"g_pch": self._cross_entropy(*compared, targets, self.center_patch, epoch)}
+        terms = {"g_pch": self.cross_entropy(*compared, targets, self.center_patch, epoch)}
         if student.local_patch_LBSK is not None and _shape(student.local_patch_LBSK)[0]:
             assert teacher.local_patch_LVBSK is not None
             assert teacher.local_valid_LVBS is not None
@@ -155,23 +162,8 @@ class UDILoss(SelfDistillation):
             targets = Targets(columns_SV.expand_as(valid_GSV), _shares(valid_GSV))
             patches = changed(teacher.local_patch_LVBSK, lambda x: x.movedim(1, 2).flatten(2, 3).flatten(0, 1))
             compared = _flat(student.local_patch_LBSK, 2), patches
-            terms["l_pch"] = self._cross_entropy(*compared, targets, self.center_patch, epoch)
+            terms["l_pch"] = self.cross_entropy(*compared, targets, self.center_patch, epoch)
         return terms
-
-    def _cross_entropy(
-        self, student_GRK: Logits, teacher_GRK: Logits, targets: Targets, center: Tensor, epoch: int
-    ) -> Tensor:
-        """Sum over groups and student rows of the weighted cross-entropies with the group's teacher rows that `targets` names."""
-        if isinstance(student_GRK, FactoredLogits) and isinstance(teacher_GRK, FactoredLogits):
-            bottleneck = teacher_GRK.bottleneck.to(student_GRK.bottleneck.dtype)
-            return self._chunked(student_GRK, teacher_GRK._replace(bottleneck=bottleneck), targets, center, epoch)
-        log_probs_GSK = self.student_log_probs(materialize(student_GRK))
-        probs_GRK = self.teacher_probs(materialize(teacher_GRK), center, epoch)
-        group_G1 = self._numbers(len(probs_GRK))[:, None]
-        loss = center.new_zeros(())
-        for rows_GS, weights_GS in zip(targets.rows_GSM.unbind(-1), targets.weights_GSM.unbind(-1)):
-            loss = loss - (weights_GS * (probs_GRK[group_G1, rows_GS] * log_probs_GSK).sum(dim=-1)).sum()
-        return loss
 
     def _numbers(self, count: int) -> Tensor:
         return torch.arange(count, device=self.center.device)
@@ -203,7 +195,7 @@ class UDILoss(SelfDistillation):
         mixed_XYBK = self.mixed_logits(patches, valid, changed(cls_VBK, lambda x: x[views_XY]))
         columns_XY = self._numbers(views_XY.numel()).view_as(views_XY)
         targets = self._even(columns_XY, _shape(cls_VBK)[1])
-        return self._cross_entropy(
+        return self.cross_entropy(
             _per_image(student_XBK), _per_image(_flat(mixed_XYBK, 2)), targets, self.center_plus, epoch
         )
 
@@ -220,9 +212,9 @@ class UDILoss(SelfDistillation):
         rows_XM = self._numbers(pairs * samples).view(len(views_XY), -1)
         targets = Targets(rows_XM.expand(batch, -1, -1), weights_BXYS.flatten(2))
         rows = changed(patches, lambda x: x.movedim(2, 0).flatten(1, 3))
-        of_patches = self._cross_entropy(student, rows, targets, self.center_patch, epoch)
+        of_patches = self.cross_entropy(student, rows, targets, self.center_patch, epoch)
         targets = Targets(views_XY.expand(batch, -1, -1), (1 - alpha_BXY) / (batch * pairs))
-        return of_patches + self._cross_entropy(student, _per_image(cls_VBK), targets, self.center, epoch)
+        return of_patches + self.cross_entropy(student, _per_image(cls_VBK), targets, self.center, epoch)
 
     # ----------------------------------------------------------------- centers
 
@@ -251,30 +243,30 @@ class UDILoss(SelfDistillation):
 
     # ----------------------------------------------------------------- what is watched
 
-    def levels(
+    def monitored_levels(
         self, student: StudentLevels, teacher: TeacherLevels, epoch: int, features: Mapping[str, Tensor]
-    ) -> dict[str, Level]:
+    ) -> dict[str, MonitoredLevel]:
         """Some rows of the outputs for the collapse monitor: of the global views, by level `cls`, `cls+` and `patch`.
 
         `features`: of the teacher's backbone, by level.
         """
         views, batch = _shape(teacher.cls_VBK)
-        images_N = spread(batch, ROWS // views, self.center.device)
+        images_N = evenly_spaced(batch, MONITORED_ROWS // views, self.center.device)
         here_N, there_N = torch.cat([images_N, batch + images_N]), torch.cat([batch + images_N, images_N])
         cls = _flat(student.cls_VBK, 2), here_N, _flat(teacher.cls_VBK, 2), there_N
-        found = {"cls": self._level(*cls, self.center, epoch, features["cls"], "g_cl")}
+        found = {"cls": self._monitored(*cls, self.center, epoch, features["cls"], "g_cl")}
         if teacher.patch_VBSK is None or teacher.valid_VBS is None:
             return found
         if student.plus_VBK is not None:
             patches, valid, beside = self._pairs_with_patches(teacher)[0]
             mixed = _flat(self.mixed_logits(patches, valid, beside), 2)
             plus = _flat(student.plus_VBK, 2), here_N, mixed, here_N
-            found["cls+"] = self._level(*plus, self.center_plus, epoch, features["cls+"], "g_mcl")
+            found["cls+"] = self._monitored(*plus, self.center_plus, epoch, features["cls+"], "g_mcl")
         if student.patch_VBSK is not None:
             valid_first = teacher.valid_VBS.flatten().float().argsort(descending=True, stable=True)
-            some_N = valid_first[:ROWS]
+            some_N = valid_first[:MONITORED_ROWS]
             patch = _flat(student.patch_VBSK, 3), some_N, _flat(teacher.patch_VBSK, 3), some_N
-            found["patch"] = self._level(*patch, self.center_patch, epoch, features["patch"], "g_pch")
+            found["patch"] = self._monitored(*patch, self.center_patch, epoch, features["patch"], "g_pch")
         return found
 
 

@@ -260,7 +260,7 @@ def test_rows_that_do_not_fit_the_views() -> None:
         loss(student._replace(view_logits=view._replace(bottleneck=view.bottleneck[:-1])), teacher, 0)
     with pytest.raises(ValueError, match="region rows"):
         loss(student._replace(region_logits=view), teacher, 0)
-    with pytest.raises(ValueError, match="do not fit each other"):
+    with pytest.raises(ValueError, match="the student has 2 images"):
         loss(Networks(2, (4, 4, 1, 1)).outputs(True)[0], teacher, 0)
 
 

@@ -18,17 +18,17 @@ from torch import Tensor
 
 import main_esvit
 from benchmarks import syncs
-from losses.distillation import Level, spread
+from losses.distillation import MonitoredLevel, evenly_spaced
 from ops.logits import FactoredLogits
 from training import collapse
 from training.collapse import Monitor
 from training.run_log import EpochMeter
 
 
-def random_level(rows: int = 70, prototypes: int = 40, factored: bool = False) -> Level:
+def random_level(rows: int = 70, prototypes: int = 40, factored: bool = False) -> MonitoredLevel:
     factors = [FactoredLogits(torch.randn(rows, 6), torch.randn(prototypes, 6)) for _ in range(2)]
     logits = factors if factored else [each.product() for each in factors]
-    return Level(
+    return MonitoredLevel(
         logits[0], logits[1], torch.randn(1, prototypes), 0.1, 0.5, torch.randn(90, 12) * torch.arange(1.0, 13.0)
     )
 
@@ -78,14 +78,14 @@ def test_effective_rank_without_any_spread_is_one_and_unknown_of_nan() -> None:
 
 
 def test_spread_covers_evenly_without_doubles() -> None:
-    assert spread(10, 5, torch.device("cpu")).tolist() == [0, 2, 4, 6, 8]
-    assert spread(3, 5, torch.device("cpu")).tolist() == [0, 1, 2]
+    assert evenly_spaced(10, 5, torch.device("cpu")).tolist() == [0, 2, 4, 6, 8]
+    assert evenly_spaced(3, 5, torch.device("cpu")).tolist() == [0, 1, 2]
 
 
 # --------------------------------------------------------------------------- warnings
 
 
-def collapsed(cause: str, rows: int = 64, prototypes: int = 32) -> Level:
+def collapsed(cause: str, rows: int = 64, prototypes: int = 32) -> MonitoredLevel:
     teacher, features = torch.randn(rows, prototypes), torch.randn(rows, 12)
     if cause == "entropy":
         teacher = 50 * torch.eye(prototypes)[:1].expand(rows, -1)
@@ -93,7 +93,7 @@ def collapsed(cause: str, rows: int = 64, prototypes: int = 32) -> Level:
         features = torch.randn(1, 12) + 1e-4 * torch.randn(rows, 12)
     if cause == "rank":
         features = torch.randn(rows, 1) @ torch.randn(1, 12)
-    return Level(torch.randn(rows, prototypes), teacher, torch.zeros(1, prototypes), 1.0, 1.0, features)
+    return MonitoredLevel(torch.randn(rows, prototypes), teacher, torch.zeros(1, prototypes), 1.0, 1.0, features)
 
 
 def warnings_of(
@@ -185,7 +185,7 @@ def test_watched_rows_are_pairs_of_the_loss() -> None:
     views = random_views(4, 0)
     student, teacher = method.student(views), method.teacher(views[:2])
     features: dict[str, Tensor] = {"view": torch.zeros(8, 3), "region": torch.zeros(8, 3)}
-    level = method.criterion.levels(student, teacher, 0, features)["region"]
+    level = method.criterion.monitored_levels(student, teacher, 0, features)["region"]
     first, second = student.regions_per_view[:2]
     rows = [4 * first + i for i in range(4 * second)]
     matches = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losses.matching import match_regions, match_views, mixup_sources, unmixed
+from losses.matching import match_regions, match_views, mixup_sources, unmixed_sources
 from models.outputs import MultiCropOutput
 
 
@@ -21,7 +21,7 @@ def views_of(features: list[Tensor]) -> MultiCropOutput:
 def test_matches_of_all_views_are_those_of_each_pair(mixed: bool) -> None:
     views, teacher_views = ([torch.randn(3, regions, 5) for regions in sides] for sides in ((16, 16, 4), (16, 16)))
     weights = [torch.rand(3, 3).softmax(0) for _ in range(3)]
-    sources = mixup_sources(weights) if mixed else unmixed(3, 3, torch.device("cpu"))
+    sources = mixup_sources(weights) if mixed else unmixed_sources(3, 3, torch.device("cpu"))
     matches = list(match_views(views_of(views), views_of(teacher_views), sources, mixed))
     pairs = {(match.student_view, match.teacher_view) for match in matches}
     assert pairs == {(0, 1), (1, 0), (2, 0), (2, 1)}

@@ -154,7 +154,7 @@ def test_the_monitor_sees_what_the_terms_compare() -> None:
     loss = criterion()
     terms = loss.terms(student, teacher, 0)
     features = {name: torch.randn(4, 3) for name in ("cls", "cls+", "patch")}
-    levels = loss.levels(student, teacher, 0, features)
+    levels = loss.monitored_levels(student, teacher, 0, features)
     for name, term in (("cls", "g_cl"), ("cls+", "g_mcl")):
         measured = collapse.measure(levels[name])
         found = float(measured["kl"] + measured["teacher_entropy"])

@@ -1,6 +1,6 @@
 """Is the run collapsing? Numbers about the outputs of a step, measured on the device, and warnings in words.
 
-In the last step of a log interval a method shows a few rows of each level of its outputs (`Level`: views, regions, ...);
+In the last step of a log interval a method shows a few rows of each level of its outputs (`MonitoredLevel`: views, regions, ...);
 `Monitor.measure` turns them into scalars that travel with the losses, and `Monitor.check` judges them once they have been read.
 Nothing here draws a random number, changes a tensor of the step or makes the host wait.
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.distillation import ROWS, Level, spread, take_rows
+from losses.distillation import MONITORED_ROWS, MonitoredLevel, _take_rows, evenly_spaced
 from ops.logits import FactoredLogits, Logits, materialize
 from utils import logger
 
@@ -63,7 +63,7 @@ def inputs_of(heads: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 # --------------------------------------------------------------------------- what is measured
 
 
-def measure(level: Level) -> dict[str, Tensor]:
+def measure(level: MonitoredLevel) -> dict[str, Tensor]:
     """Scalars on the device.
 
     `teacher_entropy`: mean entropy of the teacher's probabilities, in nats, 0 .. ln K.
@@ -75,10 +75,10 @@ def measure(level: Level) -> dict[str, Tensor]:
     rows = _length(level.teacher_logits)
     entropies, divergences, best = [], [], []
     for block in torch.arange(rows, device=level.center.device).split(BLOCK):
-        teacher_NK = (materialize(take_rows(level.teacher_logits, block)).float() - level.center) / level.teacher_temp
+        teacher_NK = (materialize(_take_rows(level.teacher_logits, block)).float() - level.center) / level.teacher_temp
         log_p_NK = F.log_softmax(teacher_NK, dim=-1)
         log_q_NK = F.log_softmax(
-            materialize(take_rows(level.student_logits, block)).float() / level.student_temp, dim=-1
+            materialize(_take_rows(level.student_logits, block)).float() / level.student_temp, dim=-1
         )
         p_NK = log_p_NK.exp()
         entropies.append(-torch.xlogy(p_NK, p_NK).sum(dim=-1))
@@ -86,7 +86,7 @@ def measure(level: Level) -> dict[str, Tensor]:
         best.append(teacher_NK.argmax(dim=-1))
     used_K = level.center.new_zeros(level.center.shape[-1]).scatter_(0, torch.cat(best), 1.0)
     features_NC = level.features.detach()
-    features_NC = features_NC[spread(len(features_NC), ROWS, features_NC.device)].float()
+    features_NC = features_NC[evenly_spaced(len(features_NC), MONITORED_ROWS, features_NC.device)].float()
     channels = features_NC.shape[1]
     return {
         "teacher_entropy": torch.cat(entropies).mean(),
@@ -143,7 +143,7 @@ class Monitor:
         self._streaks: dict[tuple[str, str], int] = {}
 
     @torch.no_grad()
-    def measure(self, levels: Mapping[str, Level]) -> dict[str, Tensor]:
+    def measure(self, levels: Mapping[str, MonitoredLevel]) -> dict[str, Tensor]:
         """Scalars on the device, by `level/name`; see the function of this name."""
         scalars: dict[str, Tensor] = {}
         for name, level in levels.items():

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from checkpoints import loading
 from distributed import collectives, fsdp
-from losses.distillation import Level
+from losses.distillation import MonitoredLevel
 from models.base import Backbone, batch_norms
 from training import optim
 from training.collapse import Monitor
@@ -44,7 +44,7 @@ class Method(ABC):
     criterion: SelfDistillation
     criterion_key: str = "dino_loss"
     tasks: str
-    watch: Callable[[Mapping[str, Level]], None] | None = None
+    watch: Callable[[Mapping[str, MonitoredLevel]], None] | None = None
 
     @abstractmethod
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
