@@ -326,7 +326,7 @@ def train(
         within = progress._replace(steps=steps, meter=meter.state())
         return save_run(output_dir, tuner, within, about, args, config)
 
-    with closing(log), checkpointing.EndRequest(output_dir / checkpointing.CHECKPOINT) as ending:
+    with closing(log), checkpointing.StopRequest(output_dir / checkpointing.CHECKPOINT) as ending:
         for epoch in range(progress.epochs, recipe.epochs):
             meter, done = EpochMeter(epoch, recipe.steps, images_per_step=batch), progress.steps
             if done:
@@ -395,7 +395,7 @@ def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
         return
     with collectives.failing_together(), files.usable(output_dir):
         if collectives.is_main_process():
-            checkpointing.tidy(output_dir, progress.place)
+            checkpointing.clean_up(output_dir, progress.place)
             files.save_provenance(output_dir, args, config)
     train(tuner, loaders, progress, about, args, config)
 

@@ -174,7 +174,7 @@ def train(
     sums: Sequence[float],
     args: argparse.Namespace,
     log: RunLog,
-    ending: checkpointing.EndRequest,
+    ending: checkpointing.StopRequest,
     run: dict[str, Any],
     classes: Sequence[str],
 ) -> None:
@@ -262,9 +262,8 @@ def resume_run(
             with restore.reading("run", path):
                 checkpointing.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
             probe.load_state(content, path)
-            steps, meter = checkpointing.within_epoch(content, args, path)
-            place = checkpointing.RunPosition(int(content["epoch"]), steps, meter, damaged=damaged)
-            if steps:
+            place = checkpointing.position_of(content, path, args)._replace(damaged=damaged)
+            if place.steps:
                 with restore.reading("in_epoch", path):
                     sums = [float(loss) for _, loss in zip(sums, content["in_epoch"]["losses"], strict=True)]
             if place.epoch < args.epochs:
@@ -514,7 +513,7 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
     if start.epoch < args.epochs:
         with collectives.failing_together(), files.usable(folder):
             if collectives.is_main_process():
-                checkpointing.tidy(folder, start)
+                checkpointing.clean_up(folder, start)
                 files.save_provenance(folder, args, config)
         function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
         source = feature_source(args, function, datasets, device, run)
@@ -523,9 +522,9 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
         with collectives.failing_together(), files.usable(folder):
             normalization = config.INPUT.MEAN, config.INPUT.STD
             log = RunLog(folder, args.epochs, args.log_freq, *normalization, device, images, seen)
-    with stopping.StopVote():  # a signal after the last step takes no result away
+    with stopping.StopSignals():  # a signal after the last step takes no result away
         if start.epoch < args.epochs:
-            with closing(log), checkpointing.EndRequest(checkpoint_path(args)) as ending:
+            with closing(log), checkpointing.StopRequest(checkpoint_path(args)) as ending:
                 train(probe, source, start, sums, args, log, ending, run, datasets[0].classes)
         if collectives.is_main_process():
             with files.usable(folder):

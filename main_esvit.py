@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import data
+import utils
 from checkpoints import loading
 from config import arguments
 from config.arguments import bool_flag
@@ -26,12 +29,13 @@ from config.ranges import BELOW_ONE, FACTOR, SHARE, integer
 from data.transforms import augment
 from data.transforms.crops import split_views
 from data.transforms.mixup import ViewMixup
-from distributed import launch
+from distributed import collectives, launch
+from evaluation import knn_callback
 from losses.dino import DINOLoss as DINOLoss
 from losses.distillation import TEACHER_VIEWS
 from losses.region import RegionMatchingLoss as RegionMatchingLoss
 from models import Backbone, build_model, load_arch_config
-from training import collapse, setup
+from training import checkpointing, collapse, engine, setup
 from training.step import Method
 from utils import UsageError, logger
 
@@ -90,15 +94,15 @@ class EsViT(Method):
 
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher sees the global views, the student all of them (mixed, if mixup is on)."""
-        with torch.no_grad(), collapse.inputs_of(self._heads() if self.watch else {}) as features:
+        with torch.no_grad(), collapse.record_inputs(self._heads() if self.monitor else {}) as features:
             teacher_output = self.teacher(views[:TEACHER_VIEWS])
         self.criterion.accumulate_center(teacher_output)
         student_views, targets = (views, None) if self.mixup is None else self.mixup(views)
         mixed_from = None if self.mixup is None else self.mixup.mixed_from
         student_output = self.student(student_views)
         terms = self.criterion.terms(student_output, teacher_output, epoch, targets, mixed_from)
-        if self.watch is not None:
-            self.watch(self.criterion.monitored_levels(student_output, teacher_output, epoch, features))
+        if self.monitor is not None:
+            self.monitor(self.criterion.monitored_levels(student_output, teacher_output, epoch, features))
         return self.criterion.total(terms), terms if len(terms) > 1 else {}
 
     def _heads(self) -> dict[str, nn.Module]:
@@ -109,8 +113,40 @@ class EsViT(Method):
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pre-train as the arguments say."""
-    setup.run(args, setup.Script(check_args, load_config, build_views, build_method))
+    """Pre-train, or resume the run in --output_dir."""
+    device = launch.init_processes(args)
+    collectives.setup_logging()
+    output_dir = Path(args.output_dir)
+    with checkpointing.training_run(output_dir / checkpointing.CHECKPOINT):
+        args.precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
+        with collectives.failing_together():
+            check_args(args)
+            config = load_config(args)
+            loader = setup.build_loader(args, config, *build_views(args, config), device)
+            knn_images = knn_callback.load_images(args, config, setup.get_crops(args, config).global_size)
+        images = len(loader.dataset)  # type: ignore[arg-type]
+        collectives.must_agree("numbers of images", images)
+
+        utils.seed_everything(args.seed)  # the same weights on all processes
+        method = build_method(args, config, device)  # student, teacher and loss
+        utils.seed_everything(args.seed + collectives.get_rank())
+        step = setup.build_step(args, method, len(loader), device, args.precision)  # optimizer and schedules
+
+        position = setup.resume(args, step)
+        if position.epoch >= args.epochs:
+            logger.info("%s has %s already, nothing to do", output_dir, utils.counted(position.epoch, "epoch"))
+            setup.log_end(args)
+            return
+        log = setup.open_log(args, config, images, position, device)
+        setup.log_run(args, method, loader, device)
+        evaluate = knn_callback.build_knn_probe(args, method.student, method.teacher, knn_images, device)
+        config = setup.config_of(method, config)
+        with checkpointing.Saver(output_dir, step, args, config) as saver, closing(log):
+            finished = engine.train(step, loader, args.epochs, args.accum_iter, log, saver, position, evaluate)
+    if finished:
+        setup.log_end(args)
+    elif saver.code:
+        raise utils.Stopped(code=saver.code)
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import data
+import utils
 from config import arguments
 from config.arguments import bool_flag
 from config.ranges import FACTOR, SHARE, TEMPERATURE, integer
@@ -35,7 +38,8 @@ from data.transforms.udi_views import (
     split_finished,
     udi_views,
 )
-from distributed import launch
+from distributed import collectives, launch
+from evaluation import knn_callback
 from losses.distillation import TEACHER_VIEWS
 from losses.udi import LEVELS, TARGET_MIXES, StudentLevels, TeacherLevels, UDILoss
 from models import Backbone, build_model, load_arch_config
@@ -43,9 +47,9 @@ from models.outputs import LevelOutput
 from models.registry import config_name
 from models.srs import SRS, bilinear_weights, default_heads, one_hot_weights
 from ops.logits import changed, split_rows
-from training import setup
+from training import checkpointing, engine, setup
 from training.step import Method
-from utils import UsageError
+from utils import UsageError, logger
 
 # What the published script does by itself where others do something else.
 PUBLISHED = {
@@ -158,16 +162,48 @@ class UDI(Method):
         self.criterion.accumulate_center(teacher)
         student = student_levels(self.student(crops, of_student, self.class_tokens), found)
         terms = self.criterion.terms(student, teacher, epoch)
-        if self.watch is not None:
+        if self.monitor is not None:
             tokens, patches = teacher_output.token_features, teacher_output.sample_features
             features = {"cls": tokens[:, 0], "cls+": tokens[:, -1], "patch": patches}
-            self.watch(self.criterion.monitored_levels(student, teacher, epoch, features))
+            self.monitor(self.criterion.monitored_levels(student, teacher, epoch, features))
         return self.criterion.total(terms), terms
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pre-train as the arguments say."""
-    setup.run(args, setup.Script(check_args, load_config, build_views, build_method))
+    """Pre-train, or resume the run in --output_dir."""
+    device = launch.init_processes(args)
+    collectives.setup_logging()
+    output_dir = Path(args.output_dir)
+    with checkpointing.training_run(output_dir / checkpointing.CHECKPOINT):
+        args.precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
+        with collectives.failing_together():
+            check_args(args)
+            config = load_config(args)
+            loader = setup.build_loader(args, config, *build_views(args, config), device)
+            knn_images = knn_callback.load_images(args, config, setup.get_crops(args, config).global_size)
+        images = len(loader.dataset)  # type: ignore[arg-type]
+        collectives.must_agree("numbers of images", images)
+
+        utils.seed_everything(args.seed)  # the same weights on all processes
+        method = build_method(args, config, device)  # student, teacher and loss
+        utils.seed_everything(args.seed + collectives.get_rank())
+        step = setup.build_step(args, method, len(loader), device, args.precision)  # optimizer and schedules
+
+        position = setup.resume(args, step)
+        if position.epoch >= args.epochs:
+            logger.info("%s has %s already, nothing to do", output_dir, utils.counted(position.epoch, "epoch"))
+            setup.log_end(args)
+            return
+        log = setup.open_log(args, config, images, position, device)
+        setup.log_run(args, method, loader, device)
+        evaluate = knn_callback.build_knn_probe(args, method.student, method.teacher, knn_images, device)
+        config = setup.config_of(method, config)
+        with checkpointing.Saver(output_dir, step, args, config) as saver, closing(log):
+            finished = engine.train(step, loader, args.epochs, args.accum_iter, log, saver, position, evaluate)
+    if finished:
+        setup.log_end(args)
+    elif saver.code:
+        raise utils.Stopped(code=saver.code)
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -285,7 +285,7 @@ def sum_over_folder(lab: Lab, label: str, transform: MultiCrop, measure: Callabl
                 break
             sums = measure([view.to(lab.device, non_blocking=True) for view in batch.views])
             total = sums if total is None else total + sums
-    data.FailureTally(len(dataset)).add(failures, lab.device, incomplete)
+    data.FailureTally(len(dataset)).exchange(failures, lab.device, incomplete)
     width = max(collectives.all_gather_objects(0 if total is None else len(total)))  # a process may have no image
     total = torch.zeros(width) if total is None else total
     return collectives.all_reduce_sum(total.float().to(lab.device)).double().cpu()

@@ -58,11 +58,11 @@ def main(args: argparse.Namespace) -> None:
     step = build_step("lean", args)
     step.monitor = monitor = _Timed()
     crops = make_crops(args.batch, args.local_crops)
-    step([crops], 0, 0, watch=True)
+    step([crops], 0, 0, monitor=True)
     plain, cost = [], []
     for i in range(1, args.repeats + 1):
         before, started = monitor.seconds, time.perf_counter()
-        step([crops], i, 0, watch=True)
+        step([crops], i, 0, monitor=True)
         cost.append(monitor.seconds - before)
         plain.append(time.perf_counter() - started - cost[-1])
     one, more = statistics.median(plain), statistics.median(cost)

@@ -170,7 +170,7 @@ class PlainStep(TrainStep):
             optim.drop_last_layer_gradients(self.method.student)
         self.optimizer.step()
         self._move_teacher(float(self.schedules.momentum[iteration]))
-        self.method.finish_step(torch.ones((), dtype=torch.bool, device=self.device))
+        self.method.criterion.update_center(torch.ones((), dtype=torch.bool, device=self.device))
         return scalars | {"skipped": torch.zeros(())}
 
     def _accumulate_gradients(

@@ -37,17 +37,23 @@ _held: dict[Path, SoftFileLease] = {}  # this process's locks, by their folders
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name of its own beside `path` to write to; after the block it is on the disk and moved to `path`, else removed.
+def whole_file(path: Path, before_replacing: Callable[[], None] | None = None) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; after the block the file is synced to disk and replaces `path`.
+
+    Args:
+        path: The file to write.
+        before_replacing: Called when the new file is on the disk and the old one still in its place.
 
     Raises:
-        UsageError: another run has taken over the folder from this one, see `sole_run`.
+        UsageError: Another run has taken over the folder.
     """
     check_held(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
         yield temporary
         _sync(temporary)
+        if before_replacing is not None:
+            before_replacing()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

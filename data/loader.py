@@ -192,11 +192,11 @@ def build_eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, 
 
 
 class FailureTally:
-    """Counts the files that could not be read in a pass, over all processes; above a share of 1 % of the data the run stops.
+    """Counts the unreadable files of an epoch over all processes; the run stops if they exceed 1 % of the data.
 
     Args:
-        images: number of images in the data set.
-        seen: path and reason of files that the run has met before in this pass.
+        images: Number of images of the dataset.
+        seen: Unreadable files of this epoch so far, with the reason.
     """
 
     def __init__(self, images: int, seen: Mapping[str, str] | None = None) -> None:
@@ -205,25 +205,30 @@ class FailureTally:
         self._told = set(self.seen)
 
     def start_pass(self) -> None:
-        """Forget the files of the pass before: those that are still damaged will be met again, and others read well by now."""
+        """Forget the files of the previous epoch, which are read again."""
         self.seen = {}
 
-    def add(
-        self, failures: list[str], device: torch.device, incomplete: bool = False, wishes: Sequence[float] = ()
+    def exchange(
+        self, failures: list[str], device: torch.device, incomplete: bool = False, votes: Sequence[float] = ()
     ) -> list[float]:
-        """Take in the failures of some batches; every process must call this at the same places.
+        """Exchange unreadable files and votes between processes, with one all-reduce; called by all processes before each step.
 
-        `incomplete` says that one of the batches has no views: nothing readable could take a damaged file's place.
-        `wishes` travel with the numbers of failures; their sums over all processes are returned.
+        Args:
+            failures: Unreadable files of this process's batches, `path: reason`.
+            device: Device of the all-reduce; the CPU avoids a synchronization with the GPU.
+            incomplete: Whether a batch has no views because no readable image could replace a damaged one.
+            votes: Votes of this process, such as to stop or to save.
+
+        Returns:
+            The sums of the votes over all processes.
 
         Raises:
-            UsageError: more than 1 % of the files failed, a batch is incomplete, or a file is refused (see `Refusal`); on all
-                processes at once, with the list.
+            UsageError: More than 1 % of the files failed, a batch is incomplete, or a file is refused; on all processes.
         """
-        counts = all_reduce_sum(torch.tensor([float(len(failures)), float(incomplete), *wishes], device=device))
-        failed, incomplete_batches, *granted = counts.tolist()
+        counts = all_reduce_sum(torch.tensor([float(len(failures)), float(incomplete), *votes], device=device))
+        failed, incomplete_batches, *sums = counts.tolist()
         if failed == 0:
-            return granted
+            return sums
         everywhere = [failure for part in all_gather_objects(failures) for failure in part]
         refusal = next((failure for failure in everywhere if isinstance(failure, Refusal)), None)
         if refusal is not None:
@@ -242,4 +247,4 @@ class FailureTally:
                 f"{len(self.seen)} of {self.images} images cannot be read, {why}; remove or repair them: {listed}"
                 + (f"; and {more} more" if more > 0 else "")
             )
-        return granted
+        return sums

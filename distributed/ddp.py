@@ -1,9 +1,9 @@
-"""TODO."""
+"""Student and teacher under DistributedDataParallel."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,9 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distributed import collectives
 from models.base import batch_norms
 
-if TYPE_CHECKING:
-    pass
-# What DistributedDataParallel calls the exchange of buffers before a forward; torch 2.14 renamed it.
+# The option that synchronizes buffers before a forward, renamed in torch 2.14.
 SYNC_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -21,13 +19,11 @@ SYNC_BUFFERS = (
 )
 
 
-# --------------------------------------------------------------------------- the loop
-
-
 def wrap_networks(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Wrap the networks for several processes; with one process they come back as they are.
+    """Wrap student and teacher for several processes; with one process return them unchanged.
 
-    Networks with BatchNorm share their statistics over processes on CUDA, and the teacher is wrapped too, as published.
+    The teacher is wrapped only if the networks have BatchNorm, whose statistics are then shared over processes on CUDA, as in the
+    published implementation.
     """
     if not collectives.is_distributed():
         return student, teacher

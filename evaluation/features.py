@@ -33,7 +33,7 @@ from data.loader import set_epoch
 from data.transforms import augment
 from distributed import collectives
 from models import Backbone, build_model, load_arch_config
-from training.checkpointing import EndRequest
+from training.checkpointing import StopRequest
 from training.run_log import EpochMeter, one_pass
 from utils import UsageError, logger
 
@@ -213,7 +213,7 @@ def extract_features(
                 parts[name].append((F.normalize(features_BC, dim=-1) if normalize else features_BC).to(keep_on, dtype))
             labels.append(batch.labels_B)
             indices.append(batch.indices_B)
-    data.FailureTally(len(loader.dataset)).add(failures, device, incomplete)  # type: ignore[arg-type]
+    data.FailureTally(len(loader.dataset)).exchange(failures, device, incomplete)  # type: ignore[arg-type]
     order_N = torch.cat(list(_exchange(indices, device, keep_on))).argsort(stable=True)
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=keep_on)  # of what all processes give, in the data set's order
@@ -306,13 +306,13 @@ class FeatureSource(ABC):
         return LabeledFeatures(*(part[:own] for part in batch))
 
     @abstractmethod
-    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest, done: int = 0) -> Iterator[LabeledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: StopRequest, done: int = 0) -> Iterator[LabeledFeatures]:
         """This process's share of a shuffled epoch, in which over all processes each image comes exactly once.
 
         The first `done` steps are left out. `meter` counts the time spent waiting for the others.
 
         Raises:
-            Stopped: somebody asked for it, see `EndRequest.end_if`.
+            Stopped: somebody asked for it, see `StopRequest.stop_if`.
         """
 
     @abstractmethod
@@ -351,13 +351,13 @@ class ImageFeatures(FeatureSource):
         images, labels = (t.to(self.device, non_blocking=True) for t in (batch.views[0], batch.labels_B))
         return LabeledFeatures(self.function(images), labels)
 
-    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest, done: int = 0) -> Iterator[LabeledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: StopRequest, done: int = 0) -> Iterator[LabeledFeatures]:
         """See `FeatureSource.training`."""
         set_epoch(self.train_loader, epoch, skipped_batches=done)
         self.train_tally.start_pass()
         for step, batch in enumerate(meter.timed(self.train_loader), done):
-            (wished,) = self.train_tally.add(batch.failures, self.device, not batch.views, ending.wishes())
-            ending.end_if(wished, epoch, step)
+            (stop_votes,) = self.train_tally.exchange(batch.failures, self.device, not batch.views, ending.votes())
+            ending.stop_if(stop_votes, epoch, step)
             yield self.once(step, self._features(batch))
 
     def validation(self) -> Iterator[LabeledFeatures]:
@@ -371,7 +371,7 @@ class ImageFeatures(FeatureSource):
             if incomplete:
                 break
             yield self._features(batch)
-        self.val_tally.add(failures, self.device, incomplete)
+        self.val_tally.exchange(failures, self.device, incomplete)
 
 
 class CachedFeatures(FeatureSource):
@@ -398,12 +398,12 @@ class CachedFeatures(FeatureSource):
         self.steps = len(self.loader)
         self.training_images, self.validation_images = len(train_set.labels_N), len(val_set.labels_N)
 
-    def training(self, epoch: int, meter: EpochMeter, ending: EndRequest, done: int = 0) -> Iterator[LabeledFeatures]:
+    def training(self, epoch: int, meter: EpochMeter, ending: StopRequest, done: int = 0) -> Iterator[LabeledFeatures]:
         """See `FeatureSource.training`; asked every `ASKED_EVERY` steps."""
         self.order.set_epoch(epoch)
         for step, (features, labels) in islice(enumerate(meter.timed(self.loader)), done, None):
             if step % ASKED_EVERY == 0:
-                ending.end_if(collectives.all_reduce_sum(torch.tensor(ending.wishes())).item(), epoch, step)
+                ending.stop_if(collectives.all_reduce_sum(torch.tensor(ending.votes())).item(), epoch, step)
             yield self.once(step, LabeledFeatures(features.to(self.device), labels.to(self.device)))
 
     def validation(self) -> Iterator[LabeledFeatures]:

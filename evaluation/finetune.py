@@ -35,13 +35,12 @@ from distributed.ddp import SYNC_BUFFERS
 from models.base import HEADS, Backbone, batch_norms
 from training import optim
 from training.checkpointing import (
-    EndRequest,
     RunPosition,
+    StopRequest,
     check_same_run,
-    continue_from,
     in_epoch,
     newest_whole,
-    within_epoch,
+    position_of,
     write,
 )
 from training.restore import reading
@@ -281,7 +280,7 @@ class FineTuner:
         meter: EpochMeter,
         log: RunLog,
         tally: FailureTally,
-        ending: EndRequest,
+        ending: StopRequest,
         done: int = 0,
     ) -> None:
         """All updates of an epoch, but for those that are `done`.
@@ -289,7 +288,7 @@ class FineTuner:
         Raises:
             UsageError: more than 1 % of the images cannot be read.
             FloatingPointError: see `step`.
-            Stopped: see `EndRequest.end_if`.
+            Stopped: see `StopRequest.stop_if`.
         """
         set_epoch(loader, epoch, skipped_batches=done * self.recipe.accum_iter)
         tally.start_pass()
@@ -300,8 +299,8 @@ class FineTuner:
             for i, batches in enumerate(in_groups(meter.timed(loader), self.recipe.accum_iter), done):
                 failures = [failure for batch in batches for failure in batch.failures]
                 incomplete = not all(batch.views for batch in batches)
-                (wished,) = tally.add(failures, self.device, incomplete, ending.wishes())
-                ending.end_if(wished, epoch, i)
+                (stop_votes,) = tally.exchange(failures, self.device, incomplete, ending.votes())
+                ending.stop_if(stop_votes, epoch, i)
                 iteration = epoch * self.recipe.steps + i
                 meter.update(self.step(batches, iteration))
                 show(lr=max(group["lr"] for group in self.optimizer.param_groups))
@@ -332,7 +331,7 @@ class FineTuner:
                     logits_BL = network(images)
                 best = logits_BL.float().topk(min(5, self.classes)).indices.cpu() == batch.labels_B[:, None]
                 hits[name] += torch.stack([best[:, :1].sum(), best.sum()])
-        FailureTally(len(loader.dataset)).add(failures, self.device, incomplete)  # type: ignore[arg-type]
+        FailureTally(len(loader.dataset)).exchange(failures, self.device, incomplete)  # type: ignore[arg-type]
         images_of_all = sum(collectives.all_gather_objects(seen))
         accuracies = {}
         for name, own in hits.items():
@@ -454,5 +453,5 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
     with reading("best", path):
         saved = content["best"]
         best = Best(str(saved["network"]), int(saved["epoch"]), float(saved["top1"]), float(saved["top5"]))
-    steps, meter = within_epoch(content, args, path)
-    return Progress(continue_from(content, args, path), best, last, damaged, steps, meter)
+    place = position_of(content, path, args)
+    return Progress(place.epoch, best, last, damaged, place.steps, place.meter)

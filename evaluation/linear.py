@@ -21,7 +21,7 @@ from distributed import collectives
 from evaluation.features import FeatureSource
 from models import Backbone
 from training import optim, restore
-from training.checkpointing import EndRequest
+from training.checkpointing import StopRequest
 from training.run_log import EpochMeter, RunLog
 from utils import UsageError, logger
 
@@ -256,7 +256,7 @@ def train_epoch(
     epoch: int,
     meter: EpochMeter,
     log: RunLog,
-    ending: EndRequest,
+    ending: StopRequest,
     save: Callable[[int, list[float]], str],
     done: int = 0,
     sums: Sequence[float] = (),
@@ -270,7 +270,7 @@ def train_epoch(
 
     Raises:
         FloatingPointError: no classifier has a finite loss any more, on all processes at once.
-        Stopped: see `EndRequest.end_if`.
+        Stopped: see `StopRequest.stop_if`.
     """
     losses_S: Any = 0.0
     if done:

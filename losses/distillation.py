@@ -174,7 +174,7 @@ class SelfDistillation(nn.Module):
         term: str = "",
     ) -> MonitoredLevel:
         """Select rows for the collapse monitor."""
-        rows = _take_rows(student, student_N), _take_rows(teacher, teacher_N)
+        rows = take_rows(student, student_N), take_rows(teacher, teacher_N)
         return MonitoredLevel(*rows, center, self.student_temp, self.teacher_temp(epoch), features, term)
 
 
@@ -225,7 +225,8 @@ def _sum_rows(logits: Logits, weights_N: Tensor | None) -> Tensor:
         return F.linear(sum_1C, logits.prototypes.to(sum_1C.dtype))
 
 
-def _take_rows(logits: Logits, rows_N: Tensor) -> Logits:
+def take_rows(logits: Logits, rows_N: Tensor) -> Logits:
+    """Return the rows with the given indices, detached."""
     if isinstance(logits, FactoredLogits):
         return FactoredLogits(logits.bottleneck.detach()[rows_N], logits.prototypes.detach())
     return logits.detach()[rows_N]

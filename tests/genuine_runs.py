@@ -74,7 +74,7 @@ class GenuineRun:
         """A step that goes on from the program's own file, laid as checkpoint.pth into `folder`."""
         shutil.copy(path or self.path, folder / "checkpoint.pth")
         step = self.build_step()
-        return step, checkpointing.resume_run(folder, step, self.args)
+        return step, checkpointing.resume_run(folder / checkpointing.CHECKPOINT, step.load_state_dict, self.args)
 
     def batch(self, iteration: int) -> list[Any]:
         """The views of a step, for UDI with the places that its own augmentation drew."""

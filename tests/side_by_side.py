@@ -66,7 +66,7 @@ def train(arch: str, precision: str, *flags: str) -> tuple[list[dict[str, float]
     scalars, features = [], []
     for iteration, expected in enumerate((GOOD, BAD, GOOD)):
         utils.seed_everything(100 * iteration + collectives.get_rank())
-        told = step([views(spoilt=expected == BAD and part == 1) for part in range(2)], iteration, 0, watch=True)
+        told = step([views(spoilt=expected == BAD and part == 1) for part in range(2)], iteration, 0, monitor=True)
         scalars.append({name: value.item() for name, value in told.items()})
         scalars[-1]["scale"] = step.scaler.get_scale()
         assert scalars[-1]["skipped"] == expected, scalars[-1]

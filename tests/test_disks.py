@@ -149,7 +149,7 @@ def test_run_survives_a_disk_that_refuses_for_a_while(
     due = checkpointing.Saver.due
     seen = []
 
-    def refuse(self: checkpointing.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+    def refuse(self: checkpointing.Saver, steps: int, moved: bool, votes: Sequence[float]) -> bool:
         seen.append(steps)
         if len(seen) == 3:  # two steps an epoch
             fill(disk) if trouble == "full" else cover_read_only(disk)
@@ -162,7 +162,7 @@ def test_run_survives_a_disk_that_refuses_for_a_while(
             if trouble == "read-only":
                 subprocess.run(["umount", disk], check=True)
             (disk / "ballast").unlink(missing_ok=True)
-        return due(self, steps, moved, wishes)
+        return due(self, steps, moved, votes)
 
     monkeypatch.setattr(checkpointing.Saver, "due", refuse)
     train(disk, images, "--epochs", "5", "--saveckp_freq", "0")
@@ -299,7 +299,7 @@ def test_folder_that_vanishes_is_told_with_what_was_in_it(
     out, write = tmp_path / "out", checkpointing.write
 
     def write_and_lose(state: Any, path: Path, *rest: Any, **more: Any) -> str:
-        lost = path in checkpointing._seen
+        lost = path in checkpointing._known
         if lost:
             shutil.rmtree(out, ignore_errors=True)
         failure = write(state, path, *rest, **more)

@@ -23,7 +23,7 @@ from data.transforms import augment
 from evaluation.features import CachedFeatures, FeatureSource, LabeledFeatures
 from evaluation.linear import Probe, Setting, load_classifier, probe_width, validate
 from models import build_model
-from training.checkpointing import EndRequest
+from training.checkpointing import StopRequest
 from training.run_log import EpochMeter
 from utils import UsageError
 
@@ -252,7 +252,7 @@ def test_shares_of_an_epoch_hold_every_image_once(
         monkeypatch.setattr("distributed.collectives.get_rank", lambda rank=rank: rank)
         source = CachedFeatures(some, some, batch, CPU, seed=0)
         meter = EpochMeter(3, source.steps, batch * world)
-        for step, part in enumerate(source.training(3, meter, EndRequest(Path("checkpoint.pth.tar")))):
+        for step, part in enumerate(source.training(3, meter, StopRequest(Path("checkpoint.pth.tar")))):
             steps.setdefault(step, []).extend(part.labels_N.tolist())
     assert sorted(label for step in steps.values() for label in step) == list(range(images))
     assert [len(step) for step in steps.values()] == [source.images_of(step) for step in steps]

@@ -8,6 +8,7 @@ import argparse
 import json
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
     """`--pretrained_weights_ckpt` continues at the file's epoch with its moments and centers, as resuming in place does."""
     run = GenuineRun("esvit_swin_vr", "--pretrained_weights_ckpt", str(GENUINE / "esvit_swin_vr.pth"))
     step = run.build_step()
-    place = checkpointing.continue_run(run.path, step, run.args)
+    place = checkpointing.continue_run(run.path, partial(step.load_state_dict, extend=True), run.args)
     assert (place.epoch, place.is_new) == (2, False)
     told = run.go_on(step, place.epoch, 3)
     np.testing.assert_allclose([numbers["loss"] for numbers in told], run.golden["loss"][:STEPS], rtol=LOSS)
@@ -195,7 +196,7 @@ def test_cut_anywhere(share: float, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"checkpoint\.pth"):
         loading.load_file(tmp_path / "checkpoint.pth")
     with pytest.raises(UsageError, match=r"checkpoint\.pth"):
-        checkpointing.resume_run(tmp_path, run.build_step(), run.args)
+        checkpointing.resume_run(tmp_path / checkpointing.CHECKPOINT, run.build_step().load_state_dict, run.args)
 
 
 def change(content: dict[str, Any], where: str, value: Any) -> None:
@@ -259,6 +260,6 @@ def test_wrong_fields_are_named(where: str, value: Any, named: str, tmp_path: Pa
     torch.save(content, tmp_path / "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with pytest.raises(UsageError, match=named):
-        checkpointing.resume_run(tmp_path, run.build_step(), run.args)
+        checkpointing.resume_run(tmp_path / checkpointing.CHECKPOINT, run.build_step().load_state_dict, run.args)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
     assert (tmp_path / "checkpoint.pth").read_bytes() == before

@@ -142,7 +142,7 @@ def test_each_collapse_is_told_alone_with_its_cures(cause: str, words: str, capl
     assert not told
     told, _ = warnings_of(cause, 39, caplog)
     assert len(told) == 3
-    assert all(words in sentence and collapse.CURES[cause] in sentence for sentence in told)
+    assert all(words in sentence and collapse.FIXES[cause] in sentence for sentence in told)
 
 
 def test_nothing_is_told_of_healthy_outputs_nor_of_the_warm_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -161,7 +161,7 @@ def test_watching_changes_no_bit(flags: tuple[str, ...]) -> None:
     for one, watch in ((step, False), (watched, True)):
         torch.manual_seed(3)
         np.random.seed(3)
-        losses = [one([random_views(4, i), random_views(4, 9 + i)], i, 1, watch=watch) for i in range(2)]
+        losses = [one([random_views(4, i), random_views(4, 9 + i)], i, 1, monitor=watch) for i in range(2)]
         levels = {name.split("/")[0] for name in losses[-1] if "/" in name}
         assert levels == (({"view"} if "off" in flags else {"view", "region"}) if watch else set())
         if watch:
@@ -173,9 +173,9 @@ def test_watching_changes_no_bit(flags: tuple[str, ...]) -> None:
 def test_a_watched_step_never_waits() -> None:
     _, step = tiny()
     meter = EpochMeter(0, 2, 4)
-    meter.update(step([random_views(4, 0)], 0, 1, watch=True))
+    meter.update(step([random_views(4, 0)], 0, 1, monitor=True))
     views = random_views(4, 1)
-    assert not syncs.count(lambda: meter.update(step([views], 1, 1, watch=True))).waits
+    assert not syncs.count(lambda: meter.update(step([views], 1, 1, monitor=True))).waits
     assert sum(syncs.count(lambda: step.check(meter.read(), 1)).waits.values()) == 1
 
 
@@ -250,7 +250,7 @@ def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
         "        terms = method.criterion.terms\n"
         "        method.criterion.terms = lambda *a: terms(*a) | {'region_loss': terms(*a)['region_loss'] * float('inf')}\n"
         "    for i in range(2):\n"
-        "        meter.update(step([views], i, 1, watch=i == 1))\n"
+        "        meter.update(step([views], i, 1, monitor=i == 1))\n"
         "    step.check(meter.read(), 1, lambda: views)\n"
         "launch.run_script(main)\n"
     )
@@ -283,7 +283,7 @@ def test_monitor_of_two_processes(tmp_path: Path) -> None:
         "def main():\n"
         "    launch.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
         "    _, step = tiny()\n"
-        "    scalars = step([random_views(4, collectives.get_rank())], 0, 1, watch=True)\n"
+        "    scalars = step([random_views(4, collectives.get_rank())], 0, 1, monitor=True)\n"
         f"    path = pathlib.Path({str(tmp_path)!r}) / f'{{collectives.get_rank()}}.json'\n"
         "    path.write_text(json.dumps({name: value.item() for name, value in scalars.items()}))\n"
         "launch.run_script(main)\n"
@@ -294,7 +294,7 @@ def test_monitor_of_two_processes(tmp_path: Path) -> None:
     assert found == other
 
     def alone(views: list[Tensor]) -> dict[str, float]:
-        return {name: value.item() for name, value in tiny()[1]([views], 0, 1, watch=True).items()}
+        return {name: value.item() for name, value in tiny()[1]([views], 0, 1, monitor=True).items()}
 
     halves = [random_views(4, rank) for rank in (0, 1)]
     union, each = alone([torch.cat(pair) for pair in zip(*halves)]), [alone(half) for half in halves]

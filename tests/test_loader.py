@@ -361,8 +361,8 @@ def test_tally_counts_each_path_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.logger.warning", lambda message, *values: warnings.append(message % values))
     tally = FailureTally(images=200)
     for _ in range(5):
-        tally.add(failures_of(1, 2, 1), CPU)
-        tally.add([], CPU)
+        tally.exchange(failures_of(1, 2, 1), CPU)
+        tally.exchange([], CPU)
     assert tally.seen == {"1.png": "the file is empty", "2.png": "the file is empty"}
     assert len(warnings) == 2
     assert "1.png (the file is empty)" in warnings[0]
@@ -372,22 +372,22 @@ def test_tally_counts_each_path_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("percents", [1, 2, 3, 7, 29, 57])
 def test_tally_stops_above_one_percent_not_at_it(percents: int) -> None:
     tally = FailureTally(images=100 * percents)
-    tally.add(failures_of(*range(percents)), CPU)
+    tally.exchange(failures_of(*range(percents)), CPU)
     with pytest.raises(UsageError, match=f"{percents + 1} of {100 * percents} images cannot be read, more than 1 %"):
-        tally.add(failures_of(percents), CPU)
+        tally.exchange(failures_of(percents), CPU)
 
 
 def test_tally_stops_at_the_first_failure_of_a_small_set() -> None:
     with pytest.raises(UsageError, match=r"1 of 99 images cannot be read.*0\.png \(the file is empty\)"):
-        FailureTally(images=99).add(failures_of(0), CPU)
+        FailureTally(images=99).exchange(failures_of(0), CPU)
 
 
 def test_tally_lists_what_failed() -> None:
     with pytest.raises(UsageError) as caught:
-        FailureTally(images=100).add(failures_of(3, 5), CPU)
+        FailureTally(images=100).exchange(failures_of(3, 5), CPU)
     assert str(caught.value).endswith("3.png (the file is empty); 5.png (the file is empty)")
     with pytest.raises(UsageError, match=r"9\.png \(the file is empty\); and 3 more$") as caught:
-        FailureTally(images=100).add(failures_of(*range(13)), CPU)
+        FailureTally(images=100).exchange(failures_of(*range(13)), CPU)
     assert "10.png" not in str(caught.value)
 
 
@@ -398,7 +398,7 @@ def test_tally_knows_files_apart_whose_folder_has_a_colon(tmp_path: Path) -> Non
         (folder / name).touch()
     unreadable = build_dataset(tmp_path, "train", value_and_noise)
     with pytest.raises(UsageError, match=r"2 of 150 images.*1\.png.*2\.png"):
-        FailureTally(images=150).add(collate([unreadable[0], unreadable[1]]).failures, CPU)
+        FailureTally(images=150).exchange(collate([unreadable[0], unreadable[1]]).failures, CPU)
 
 
 def test_tally_counts_those_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +408,7 @@ def test_tally_counts_those_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     tally = FailureTally(images=100, seen={"0.png": "gone"})
     for epoch in range(1, 5):
         tally.start_pass()
-        tally.add(failures_of(epoch % 3), CPU)
+        tally.exchange(failures_of(epoch % 3), CPU)
         assert tally.seen == {f"{epoch % 3}.png": "the file is empty"}
     assert len(warnings) == 2  # that of 0.png came in the run's earlier part
 
@@ -449,7 +449,7 @@ def test_undeclared_range_ends_a_run_at_the_first_image(tmp_path: Path, workers:
     batch = next(iter(loader))
     assert batch.views == []
     with pytest.raises(UsageError, match=r"^[^ ]*\d\.npy has int64 values from 10\d to 10\d.*INPUT\.RANGE"):
-        FailureTally(10**6).add(batch.failures, CPU, not batch.views)
+        FailureTally(10**6).exchange(batch.failures, CPU, not batch.views)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])

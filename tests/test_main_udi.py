@@ -162,7 +162,7 @@ def test_every_combination_learns(flags: list[str], plain: str) -> None:
     moved(made.method.teacher)
     before = [parameter.detach().clone() for parameter in made.method.student.parameters()]
     batch = made.batch(made.args.batch_size_per_gpu)
-    scalars = [made.step([batch], i, 1, watch=True) for i in range(8)]
+    scalars = [made.step([batch], i, 1, monitor=True) for i in range(8)]
     losses = [float(s["loss"]) for s in scalars]
     assert losses[-1] < 0.95 * losses[0]
     after = dict(made.method.student.named_parameters())

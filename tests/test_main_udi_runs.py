@@ -89,12 +89,12 @@ def test_going_on_is_as_if_never_stopped(
     run(tmp_path / "whole", images)
     due = checkpointing.Saver.due
 
-    def signalled(self: checkpointing.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+    def signalled(self: checkpointing.Saver, steps: int, moved: bool, votes: Sequence[float]) -> bool:
         saved = (tmp_path / "parts" / "checkpoint.pth").exists()
         if (steps == 1 and moved) if where == "within an epoch" else (steps == 0 and saved):
             os.kill(os.getpid(), signal.SIGTERM)
-            wishes = [self.wishes()[0], 0.0]
-        return due(self, steps, moved, wishes)
+            votes = [self.votes()[0], 0.0]
+        return due(self, steps, moved, votes)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpointing.Saver, "due", signalled)
@@ -273,7 +273,7 @@ def test_the_last_line_names_the_results_and_a_command_that_scores_them(
     assert words[:4] == ["--arch", "vit", "--patch_size", "4"]
     eval_knn.main(eval_knn.get_args_parser().parse_args([*words, "--num_workers", "0", "--device", "cpu"]))
     assert json.loads((out / "results.json").read_text())["pretrained_weights"] == str(out / "checkpoint.pth")
-    monkeypatch.setattr(checkpointing.Saver, "wishes", lambda self: [1.0, 0.0])
+    monkeypatch.setattr(checkpointing.Saver, "votes", lambda self: [1.0, 0.0])
     capsys.readouterr()
     run(tmp_path / "stopped", tmp_path / "labeled images" / "train", *one_epoch)
     told = capsys.readouterr().err.strip().splitlines()

@@ -74,11 +74,11 @@ def test_stopping_within_an_epoch_changes_nothing(
     train(tmp_path / "whole", data, *flags)
     due = checkpointing.Saver.due
 
-    def signalled(self: checkpointing.Saver, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
+    def signalled(self: checkpointing.Saver, steps: int, moved: bool, votes: Sequence[float]) -> bool:
         if steps == 1 and moved:
             os.kill(os.getpid(), signal.SIGTERM)
-            wishes = [self.wishes()[0], 0.0]
-        return due(self, steps, moved, wishes)
+            votes = [self.votes()[0], 0.0]
+        return due(self, steps, moved, votes)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpointing.Saver, "due", signalled)
@@ -104,18 +104,18 @@ def test_saving_by_the_clock(images: Path, tmp_path: Path, monkeypatch: pytest.M
     """--save_every_minutes 2 where 50 seconds pass before a step: before every third of an epoch's nine, and after the epoch."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    wishes, save_run = checkpointing.Saver.wishes, checkpointing.save_run
+    votes, save_run = checkpointing.Saver.votes, checkpointing.save_run
     places: list[tuple[int, int]] = []
 
     def tick(self: checkpointing.Saver) -> list[float]:
         now[0] += 50
-        return wishes(self)
+        return votes(self)
 
     def noted(output_dir: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
         places.append((place.epoch, place.steps))
         return save_run(output_dir, step, place, *rest)
 
-    monkeypatch.setattr(checkpointing.Saver, "wishes", tick)
+    monkeypatch.setattr(checkpointing.Saver, "votes", tick)
     monkeypatch.setattr(checkpointing, "save_run", noted)
     train(tmp_path, images, "--save_every_minutes", "2", "--batch_size_per_gpu", "1", "--saveckp_freq", "0")
     assert places == [(0, 2), (0, 5), (0, 8), (1, 0), (1, 2), (1, 5), (1, 8), (2, 0)]
@@ -142,7 +142,7 @@ def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest
 
     def counted(self: collapse.Monitor, *args: Any, **kwargs: Any) -> None:
         check(self, *args, **kwargs)
-        counts.append(self.state()["view/rank"])
+        counts.append(self.state_dict()["view/rank"])
 
     monkeypatch.setattr(collapse.Monitor, "check", counted)
     train_until(1, monkeypatch, tmp_path, images, *flags)
@@ -197,6 +197,7 @@ def test_weights_that_are_not_finite_end_the_run_and_the_last_checkpoint_stays(
 
     def spoil(self: checkpointing.Saver, place: checkpointing.RunPosition, images: int = 0) -> None:
         if place.epoch == 2:
+            assert isinstance(self.step, TrainStep)
             next(getattr(self.step.method, network).parameters()).data.view(-1)[3] = float("nan")
         save(self, place, images)
 

@@ -174,11 +174,11 @@ def test_ignored_signals_stay_ignored() -> None:
     """As `nohup` and a script's `&` set them; others are taken, and given back."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stopping.StopVote() as vote:
+        with stopping.StopSignals() as vote:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert vote.wishes() == [0.0]
+            assert vote.votes() == [0.0]
             os.kill(os.getpid(), signal.SIGTERM)
-            assert vote.wishes() == [1.0]
+            assert vote.votes() == [1.0]
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
@@ -194,7 +194,7 @@ def test_the_sum_of_votes_tells_the_strongest(votes: dict[int, int]) -> None:
     for code, count in votes.items():
         for _ in range(count):
             total += stopping.VOTES[code]
-    assert stopping.code_of(total.item()) == max(votes)
+    assert stopping.exit_code(total.item()) == max(votes)
 
 
 def test_interrupted_features_tell_how_far_they_were(

@@ -96,14 +96,14 @@ sys.path[:0] = [ROOT]
 import main_esvit
 from distributed import collectives, launch
 from training import checkpointing
-wishes, marker, asked = checkpointing.Saver.wishes, pathlib.Path(MARKER), []
+votes, marker, asked = checkpointing.Saver.votes, pathlib.Path(MARKER), []
 def signalled(self):
     asked.append(1)
     if collectives.get_rank() == 1 and len(asked) == 7 and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGUSR1)
-    return wishes(self)
-checkpointing.Saver.wishes = signalled
+    return votes(self)
+checkpointing.Saver.votes = signalled
 launch.run_script(lambda: main_esvit.main(main_esvit.get_args_parser().parse_args()))
 """
 

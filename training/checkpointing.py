@@ -1,98 +1,91 @@
-"""A run survives: what is saved of it and when, and how it goes on, to the bit as if it had never stopped.
+"""Checkpointing and bit-exact resume, for pre-training, fine-tuning and the linear probe.
 
-    with Saver(output_dir, step, args, config) as saver:          # signals now ask for an end
-        engine.train(step, loader, epochs, accum_iter, log, saver, resume_run(output_dir, step, args))
+    with Saver(output_dir, step, args, config) as saver:          # stop signals become votes
+        engine.train(step, loader, epochs, accum_iter, log, saver, resume_run(path, step.load_state_dict, args))
 
-`checkpoint.pth` appears whole or not at all; the file before it becomes `checkpoint_previous1.pth`, and so on. At every moment at
-least one of them is whole. Within an epoch `epoch` is the one that goes on, and `in_epoch` says how far it is.
-
-Origin: this project's own.
+`checkpoint.pth` is written whole or not at all; the previous one becomes `checkpoint_previous1.pth`, and so on, so that at least
+one whole checkpoint exists at any moment. A checkpoint within an epoch holds that epoch as `epoch` and its position as `in_epoch`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from torch import nn
+from typing import Any, NamedTuple, Protocol
 
 import utils
 from checkpoints import files, loading
-from distributed import collectives, fsdp
-from models.base import Backbone
+from distributed import collectives
 from training import restore, stopping
 from training.run_log import EpochMeter
 from utils import Stopped, UsageError, logger
 
-if TYPE_CHECKING:
-    from training.step import TrainStep
-
 CHECKPOINT = "checkpoint.pth"
-# Change no number of a run:
-LAUNCH_FLAGS = {"dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last"}
-LAUNCH_FLAGS |= {
-    "gpu",
-    "rank",
-    "world_size",
-    "pretrained_weights_ckpt",
-    "init_weights",
-    "allow_partial",
-}  # how it was started
-LAUNCH_FLAGS |= {"max_bad_steps", "knn_every", "knn_data_path", "fsdp", "dist_timeout"}
-# What a run did whose saved arguments do not have the flag yet, where that is not what a new run does by itself.
-BEFORE_THE_FLAG = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
+# Arguments that may change at a resume without a warning: they change no number of the run.
+LAUNCH_ARGUMENTS = {
+    *("dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last", "max_bad_steps"),
+    *("gpu", "rank", "world_size", "pretrained_weights_ckpt", "init_weights", "allow_partial"),
+    *("knn_every", "knn_data_path", "fsdp", "dist_timeout"),
+}
+# Behavior of runs saved before an argument existed, where it differs from today's default.
+BEFORE_THE_ARGUMENT = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
 
-_seen: set[Path] = set()  # checkpoints that this process has found or written
+_known: set[Path] = set()  # checkpoints that this process has read or written
 
 
 class RunPosition(NamedTuple):
-    """How far a run is."""
+    """How far a run has come."""
 
-    epoch: int = 0  # the one to go on with
-    steps: int = 0  # of it that are done
-    meter: Mapping[str, Any] = {}  # what its `EpochMeter` has measured
-    unreadable: Mapping[str, str] = {}  # files met so far, and why
+    epoch: int = 0  # the current one
+    steps: int = 0  # finished steps of that epoch
+    meter: Mapping[str, Any] = {}  # state of that epoch's `EpochMeter`
+    unreadable: Mapping[str, str] = {}  # unreadable files so far, and why
     is_new: bool = False
-    damaged: tuple[Path, ...] = ()  # files that were passed by to get here
+    damaged: tuple[Path, ...] = ()  # checkpoints that were skipped because they are damaged
 
 
-# --------------------------------------------------------------------------- saving
+class Stateful(Protocol):
+    """What `Saver` saves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; a collective operation, whose result counts on the main process."""
 
 
 @contextlib.contextmanager
 def training_run(path: Path) -> Iterator[None]:
-    """Hold the folder of a run, whose checkpoint is at `path`, against other runs.
-
-    A signal that no `EndRequest` takes, before the first step, ends it at once.
+    """Lock the folder of the checkpoint at `path` for one training run.
 
     Raises:
-        UsageError: see `files.sole_run`.
-        Stopped: a signal came.
+        UsageError: Another run holds the folder, or it cannot be written.
+        Stopped: A signal arrived before the first step.
     """
-    ending = stopping.ending_at_once(lambda: f"before the first step; the same command {_goes_on(path)}")
-    with ending, files.sole_run(path.parent, "training"):
+    at_once = stopping.stop_at_once(lambda: f"before the first step; the same command {_on_restart(path)}")
+    with at_once, files.sole_run(path.parent, "training"):
         yield
 
 
-class EndRequest(stopping.StopVote):
-    """The signals of a run that saves itself: they are asked for between its steps.
+# --------------------------------------------------------------------------- when to save
 
-    On leaving without an error it says whether the last state of the run is on the disk.
+
+class StopRequest(stopping.StopSignals):
+    """Stop signals of a run that saves itself between its steps.
+
+    Leaving the context without an error raises a `UsageError` if the last save failed.
 
     Args:
-        path: of the run's checkpoint.
+        path: The run's checkpoint.
 
     Attributes:
-        failure: why the last saving by this process did not work, empty where it did; None before the first.
-        save_within: saves the run so many steps into the epoch at hand, on all processes at once, and says why that failed.
+        failure: Why the last save on this process failed, empty if it did not; None before the first save.
+        save_within: Saves the run after so many steps of the current epoch, on all processes, and returns why that failed.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__("saving and ending")
+        super().__init__("saving and stopping")
         self.path = path
         self.failure: str | None = None
         self.save_within: Callable[[int], str] | None = None
@@ -100,194 +93,142 @@ class EndRequest(stopping.StopVote):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         super().__exit__(kind)
         if kind is None:
-            end_saved(self.failure, self.path)
+            check_saved(self.failure, self.path)
 
-    def end_if(self, wished: float, epoch: int, steps: int) -> None:
-        """Save and end all processes, `steps` steps into `epoch`, if any of them wished it.
+    def stop_if(self, stop_votes: float, epoch: int, steps: int) -> None:
+        """Save and stop on all processes, after `steps` steps of `epoch`, if any process voted for it.
 
         Raises:
-            Stopped: one did.
-            UsageError: one did, and the run could not be saved, see `end_saved`.
+            Stopped: The run is saved.
+            UsageError: The run could not be saved.
         """
-        if not wished:
+        if not stop_votes:
             return
         if steps and self.save_within is not None:
             self.failure = self.save_within(steps)
-        end_saved(self.failure, self.path)
+        check_saved(self.failure, self.path)
         where = f"{utils.counted(steps, 'step')} into epoch {epoch}, and saved" if steps else f"before epoch {epoch}"
-        raise Stopped(f"stopped by a signal {where}; the same command {_goes_on(self.path)}", stopping.code_of(wished))
+        raise Stopped(
+            f"stopped by a signal {where}; the same command {_on_restart(self.path)}", stopping.exit_code(stop_votes)
+        )
 
 
-class Saver(EndRequest):
-    """Decides when a run is saved, on all processes alike, and saves it.
+class Saver(StopRequest):
+    """Decides, on all processes alike, when a pre-training run is saved, and saves it.
 
     Args:
-        args: `save_every_steps`, `save_every_minutes`, `saveckp_freq` and `keep_last` say how often and how many.
-        config: of the network, to be kept with it.
+        output_dir: Folder of the checkpoints.
+        step: The training step.
+        args: `save_every_steps`, `save_every_minutes`, `saveckp_freq` and `keep_last`.
+        config: Config of the network, saved with it.
 
     Attributes:
-        stopping: all processes know that the run is to end.
-        code: the exit code that was asked for with it.
+        stopping: Whether all processes are about to stop.
+        code: The exit code that goes with it.
     """
 
-    def __init__(self, output_dir: Path, step: TrainStep, args: Any, config: Any) -> None:
+    def __init__(self, output_dir: Path, step: Stateful, args: Any, config: Any) -> None:
         super().__init__(output_dir / CHECKPOINT)
-        self.output_dir = output_dir
-        self.step = step
-        self.args, self.config = args, config
+        self.step, self.args, self.config = step, args, config
         self.stopping = False
         self.code = 0
         self._saved_at = time.monotonic()
 
-    def wishes(self) -> list[float]:
-        """This process's: to end the run, and to save it by the clock, which the main process reads."""
+    def votes(self) -> list[float]:
+        """Return the votes of this process: to stop, and (the main process only) to save because time is up."""
         minutes = self.args.save_every_minutes
         late = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
-        return [*super().wishes(), float(late and collectives.is_main_process())]
+        return [*super().votes(), float(late and collectives.is_main_process())]
 
-    def due(self, steps: int, moved: bool, wishes: Sequence[float]) -> bool:
-        """Whether to save now, `steps` steps into the epoch, as the sums of all processes' `wishes` say.
+    def due(self, steps: int, moved: bool, votes: Sequence[float]) -> bool:
+        """Return whether to save now.
 
-        `moved`: at least one of the steps was made here.
+        Args:
+            steps: Finished steps of the epoch.
+            moved: Whether at least one of them was made since the start or resume.
+            votes: Sums over all processes of `votes()`.
         """
-        end, late = wishes
-        self.stopping = end > 0
+        stop_votes, save_votes = votes
+        self.stopping = stop_votes > 0
         if self.stopping:
-            self.code = stopping.code_of(end)
+            self.code = stopping.exit_code(stop_votes)
         every = self.args.save_every_steps
-        return self.stopping or (moved and (late > 0 or bool(every and steps % every == 0)))
+        return self.stopping or (moved and (save_votes > 0 or bool(every and steps % every == 0)))
 
-    def save(self, place: RunPosition, images: int = 0) -> None:
-        """Save the run, on all processes at once; where that is not possible say so and let the run go on.
+    def save(self, position: RunPosition, images: int = 0) -> None:
+        """Save the run, a collective operation; if the disk refuses, warn and continue.
 
-        `images`: of the epoch that all processes have seen.
+        Args:
+            position: Position of the run.
+            images: Images of the epoch that all processes have seen.
         """
-        self.failure = save_run(self.output_dir, self.step, place, images, self.args, self.config)
+        self.failure = save_run(self.path, self.step, position, images, self.args, self.config)
         self._saved_at = time.monotonic()
         if self.stopping and not self.failure:
             logger.warning(
                 "stopped %s into epoch %d and saved in %s; the same command continues the run",
-                utils.counted(place.steps, "step"),
-                place.epoch,
-                self.output_dir,
+                utils.counted(position.steps, "step"),
+                position.epoch,
+                self.path.parent,
             )
 
 
-def save_run(output_dir: Path, step: TrainStep, place: RunPosition, images: int, args: Any, config: Any) -> str:
-    """Write `checkpoint.pth`, and of every `args.saveckp_freq`th epoch from 0 on (0: none) `checkpoint{epoch:04}.pth`.
+# --------------------------------------------------------------------------- saving
 
-    All processes call this; the main one writes.
+
+def save_run(path: Path, step: Stateful, position: RunPosition, images: int, args: Any, config: Any) -> str:
+    """Write `checkpoint.pth`, and keep it as `checkpoint{epoch:04}.pth` after every `args.saveckp_freq`-th epoch (0: never).
+
+    All processes call this; the main process writes.
 
     Returns:
-        why `checkpoint.pth` could not be written, see `write`.
-
-    Raises:
-        FloatingPointError: see `checkpoint.check_finite`.
+        Why `checkpoint.pth` could not be written; empty on success.
     """
     rng_of_rank = collectives.all_gather_objects(utils.get_rng_state())
-    method = step.method
-    owners = (method.student, method.teacher, step.optimizer)
-    student, teacher, optimizer = (fsdp.whole_state(owner) for owner in owners)
-    loading.check_finite(student=student, teacher=teacher, **{method.criterion_key: method.criterion.state_dict()})
+    state = step.state_dict()
     if not collectives.is_main_process():
         return ""
-    state = {
-        "student": loading.prefixed(student),
-        "teacher": teacher,
-        "optimizer": optimizer,
-        "epoch": place.epoch,
+    state |= {
+        "epoch": position.epoch,
         "args": args,
-        method.criterion_key: method.criterion.state_dict(),
-        "fp16_scaler": step.scaler.state_dict() if step.scaler.is_enabled() else None,
-        "config": None if config is None else _settled(method.student, config).dump(),
+        "config": None if config is None else config.dump(),
         "rng": rng_of_rank,
         "world_size": collectives.get_world_size(),
-        "bad_steps_in_a_row": step.nonfinite.in_a_row,
-        "monitor": step.monitor.state(),
-        "unreadable": dict(place.unreadable),
+        "unreadable": dict(position.unreadable),
     }
-    if place.steps:
-        state["in_epoch"] = {"steps": place.steps, "images": images, "meter": dict(place.meter)}
-    failure = write(state, output_dir / CHECKPOINT, args.keep_last)
-    finished = place.epoch - 1
-    if args.saveckp_freq and not place.steps and finished % args.saveckp_freq == 0:
-        kept = output_dir / f"checkpoint{finished:04}.pth"
-        try:
-            loading.save_file(state, kept)
-        except OSError as error:
-            logger.warning("cannot keep %s (%s); the run goes on without it", kept.name, _in_one_line(error))
+    if position.steps:
+        state["in_epoch"] = {"steps": position.steps, "images": images, "meter": dict(position.meter)}
+    failure = write(state, path, args.keep_last)
+    finished = position.epoch - 1
+    if not failure and args.saveckp_freq and not position.steps and finished % args.saveckp_freq == 0:
+        _keep(path, path.with_name(f"checkpoint{finished:04}.pth"))
     return failure
 
 
-def _settled(network: nn.Module, config: Any) -> Any:
-    """See `Backbone.settled`."""
-    backbone = loading.unwrap(network)
-    return backbone.settled(config) if isinstance(backbone, Backbone) else config
-
-
 def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
-    """Write the checkpoint at `path`, whole, and keep `keep` of those before it; where that fails say so, and let the run go on.
+    """Write a checkpoint whole and keep the `keep` previous ones; if the disk refuses, warn and leave them as they are.
 
     Returns:
-        why it could not be written, and the files are what they were; empty where it was.
+        Why it could not be written; empty on success.
     """
-    gone = path in _seen and not os.path.exists(path)
+    gone = path in _known and not os.path.exists(path)
     if gone:
-        logger.warning(
-            "%s has no %s any more, which was there: was it moved, or is its disk no longer mounted?",
-            *(path.parent, path.name),
-        )
+        logger.warning("%s has disappeared: was it moved, or is its disk no longer mounted?", path)
     try:
-        with files.whole_file(path) as temporary:
-            loading.save_file(state, temporary)  # which is on the disk before the others step back
-            _step_back(path, keep)
+        with files.whole_file(path, before_replacing=lambda: _rotate(path, keep)) as temporary:
+            loading.write_file(state, temporary)
     except OSError as error:
-        failure = _in_one_line(error)
-        stays = "its last whole checkpoint stays" if os.path.exists(path) else "there is no whole checkpoint yet"
-        stays = "the checkpoint that was there is gone" if gone else stays
-        logger.warning("cannot save the run (%s); %s, and the next saving is tried", failure, stays)
+        failure = _one_line(error)
+        remains = "the last whole checkpoint remains" if os.path.exists(path) else "there is no whole checkpoint yet"
+        remains = "the previous checkpoint has disappeared" if gone else remains
+        logger.warning("cannot save the run (%s); %s; the next save will try again", failure, remains)
         return failure
-    _seen.add(path)
+    _known.add(path)
     return ""
 
 
-def end_saved(failure: str | None, path: Path) -> None:
-    """At the end of a run, whose checkpoint is at `path`: stop on all processes if the main one's last `write` failed.
-
-    Raises:
-        UsageError: it did.
-    """
-    with collectives.failing_together():
-        if failure:
-            raise UsageError(
-                f"the end of the run is not saved ({failure}); make room in {path.parent} and start it again, "
-                f"it {_goes_on(path)}"
-            )
-
-
-def _goes_on(path: Path) -> str:
-    """What a run does when it is started again, by what there is of the checkpoint at `path`."""
-    with contextlib.suppress(OSError):  # a disk that is gone does not tell
-        if not saved(path) and path in _seen:
-            return (
-                f"begins anew, unless the checkpoint that was in {path.parent} is back there: was its disk unmounted?"
-            )
-        if not saved(path):
-            return "begins anew"
-    return f"goes on from the last whole checkpoint in {path.parent}"
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def previous(path: Path, number: int) -> Path:
-    """The checkpoint `number` savings before the one at `path`; 0 is that itself."""
-    return path.with_name(f"{path.stem}_previous{number}{path.suffix}") if number else path
-
-
-def _step_back(path: Path, keep: int) -> None:
-    """Each file becomes the one before and the last is gone; the newest keeps its own name too, until the next one takes it."""
+def _rotate(path: Path, keep: int) -> None:
+    """Rename each previous checkpoint to the one before it; the newest keeps its name as well until it is replaced."""
     if not keep or not path.exists():
         return
     for number in range(keep - 1, 0, -1):
@@ -296,58 +237,114 @@ def _step_back(path: Path, keep: int) -> None:
     previous(path, 1).unlink(missing_ok=True)
     try:
         os.link(path, previous(path, 1))
-    except OSError:  # a disk without links: for a moment there is no newest one
+    except OSError:  # a file system without hard links: for a moment the newest has only its new name
         os.replace(path, previous(path, 1))
 
 
-# --------------------------------------------------------------------------- going on
+def _keep(path: Path, kept: Path) -> None:
+    """Keep the checkpoint at `path` under a second name as well."""
+    try:
+        with files.whole_file(kept) as temporary:
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
+    except OSError as error:
+        logger.warning("cannot keep %s (%s); the run continues without it", kept.name, _one_line(error))
 
 
-def resume_run(output_dir: Path, step: TrainStep, args: Any) -> RunPosition:
-    """Continue from the newest whole checkpoint of `output_dir`, if there is any.
+def check_saved(failure: str | None, path: Path) -> None:
+    """Stop on all processes if the main process's last `write` failed.
 
     Raises:
-        UsageError: all files are damaged, or of another network, optimizer or number of prototypes.
+        UsageError: It did.
     """
-    found = newest_whole(output_dir / CHECKPOINT)
+    with collectives.failing_together():
+        if failure:
+            raise UsageError(
+                f"the end of the run is not saved ({failure}); free some space in {path.parent} and start it again, "
+                f"it {_on_restart(path)}"
+            )
+
+
+def _on_restart(path: Path) -> str:
+    """Return what a restarted run does, given the checkpoints at `path`."""
+    with contextlib.suppress(OSError):
+        if not saved(path):
+            lost = f", unless the checkpoint that was in {path.parent} is back: was its disk unmounted?"
+            return "starts from the beginning" + (lost if path in _known else "")
+    return f"continues from the last whole checkpoint in {path.parent}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def previous(path: Path, number: int) -> Path:
+    """Return the name of the checkpoint that was saved `number` saves before the one at `path`; 0 is `path` itself."""
+    return path.with_name(f"{path.stem}_previous{number}{path.suffix}") if number else path
+
+
+# --------------------------------------------------------------------------- resuming
+
+
+def resume_run(path: Path, load: Callable[[dict[str, Any], Path], None], args: Any) -> RunPosition:
+    """Load the newest whole checkpoint at `path` and return its position; a new position if there is no checkpoint.
+
+    Args:
+        path: The checkpoint, beside its previous ones.
+        load: Takes the content and the path of the file, such as `TrainStep.load_state_dict`.
+        args: Arguments of this run.
+
+    Raises:
+        UsageError: All files are damaged, or the content does not fit this run.
+    """
+    found = newest_whole(path)
     if found is None:
         return RunPosition(is_new=True)
-    path, content, damaged = found
-    return _restore(path, content, step, args)._replace(damaged=damaged)
+    source, content, damaged = found
+    load(content, source)
+    return position_of(content, source, args)._replace(damaged=damaged)
 
 
-def continue_run(path: Path, step: TrainStep, args: Any) -> RunPosition:
-    """Continue the run that wrote `path` with this one's networks and loss, at its epoch and on the same schedule.
-
-    Whole heads and centers that the file lacks start fresh (a view-level run goes on with regions, say), with `args.allow_partial`
-    also whatever else does not fit.
+def continue_run(path: Path, load: Callable[[dict[str, Any], Path], None], args: Any) -> RunPosition:
+    """Continue, in a new folder, the run that wrote the full checkpoint at `path`: at its epoch and on the same schedule.
 
     Raises:
-        UsageError: no full checkpoint, one of another network or optimizer, or one that has all of `args.epochs` behind it.
+        UsageError: It is no full checkpoint, does not fit this run, or has finished all of `args.epochs`.
     """
     content = loading.load_file(path)
     restore.check_fields(content, path)
-    place = _restore(path, content, step, args, extend=True)
-    if place.epoch >= args.epochs:
+    load(content, path)
+    position = position_of(content, path, args)
+    if position.epoch >= args.epochs:
         raise UsageError(
-            f"checkpoint '{path}' has {utils.counted(place.epoch, 'epoch')} already, --epochs {args.epochs} leaves none to train; "
-            "raise --epochs, or pass --init_weights FILE to start a new schedule"
+            f"checkpoint '{path}' has {utils.counted(position.epoch, 'epoch')} already, --epochs {args.epochs} leaves none to "
+            "train; raise --epochs, or pass --init_weights FILE to start a new schedule"
         )
-    return place
+    return position
 
 
-def _restore(path: Path, content: dict[str, Any], step: TrainStep, args: Any, extend: bool = False) -> RunPosition:
-    """Give `step` and the generators of random numbers the state that a checkpoint holds; `extend`: see `restore`."""
-    restore.restore(path, content, step, args, extend)
-    steps, meter = within_epoch(content, args, path)
-    return RunPosition(continue_from(content, args, path), steps, meter, content.get("unreadable", {}))
+def position_of(content: Mapping[str, Any], path: Path, args: Any) -> RunPosition:
+    """Return the position that a checkpoint holds; restore the random states and report changed arguments."""
+    steps, meter = _within_epoch(content, args, path)
+    with restore.reading("args", path):
+        _report_changes(vars(args), vars(content.get("args") or args))
+    if content.get("rng"):
+        _restore_rng(content["rng"], path)
+    if content["epoch"] < args.epochs:
+        logger.info("resuming %s at epoch %d", path, content["epoch"])
+    return RunPosition(int(content["epoch"]), steps, meter, content.get("unreadable", {}))
 
 
 def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | None:
-    """The newest whole one of the checkpoint at `path` and those before it, with its content and the damaged ones passed by.
+    """Read the newest whole checkpoint at `path`.
+
+    Returns:
+        Its path, its content and the damaged files that were skipped; None if there is no file.
 
     Raises:
-        DamagedError: there are files, and none of them is whole.
+        DamagedError: There are files, and all are damaged.
     """
     damaged: list[Path] = []
     for candidate in saved(path):
@@ -358,9 +355,9 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
             damaged.append(candidate)
             continue
         restore.check_fields(content, candidate)
-        _seen.add(path)
+        _known.add(path)
         if candidate != path:
-            logger.warning("going on from the checkpoint before, %s", candidate)
+            logger.warning("resuming from the previous checkpoint, %s", candidate)
         return candidate, content, tuple(damaged)
     if damaged:
         raise loading.DamagedError(
@@ -371,20 +368,20 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
 
 
 def saved(path: Path) -> list[Path]:
-    """The checkpoint at `path` and those before it, the newest first, as far as there are any."""
+    """Return the existing checkpoint at `path` and its previous ones, newest first."""
     numbers = [int(n) for file in path.parent.glob(f"{path.stem}_previous*{path.suffix}")
                if (n := file.stem.removeprefix(f"{path.stem}_previous")).isdecimal()]  # fmt: skip
     return [file for file in (previous(path, number) for number in [0, *sorted(numbers)]) if files.is_there(file)]
 
 
 def check_same_run(saved: Mapping[str, Any] | None, now: Mapping[str, Any], source: str) -> None:
-    """Stop unless a saved run was made with what this one is made with, both by the name of the flag; None: it does not say.
+    """Compare what identifies a saved run with this run, by name of the flag; None is accepted with a warning.
 
     Raises:
-        UsageError: naming what differs.
+        UsageError: Something differs.
     """
     if saved is None:
-        logger.warning("%s does not say what it was made with; it is taken for a part of this run", source)
+        logger.warning("%s does not record its settings; it is taken as a checkpoint of this run", source)
         return
     changed = [f"{key} {old} -> {now.get(key)}" for key, old in saved.items() if old != now.get(key)]
     if changed:
@@ -394,103 +391,83 @@ def check_same_run(saved: Mapping[str, Any] | None, now: Mapping[str, Any], sour
 
 
 def in_epoch(steps: int, meter: Mapping[str, Any], args: Any) -> dict[str, Any]:
-    """What a checkpoint within an epoch says of it, for `within_epoch`."""
-    return {"steps": steps, "images": steps * _images_of_step(args), "meter": dict(meter)}
+    """Return the `in_epoch` field of a checkpoint after `steps` steps of an epoch."""
+    return {"steps": steps, "images": steps * _images_per_step(args), "meter": dict(meter)}
 
 
-def within_epoch(content: Mapping[str, Any], args: Any, path: Path) -> tuple[int, Mapping[str, Any]]:
-    """The steps of the epoch that a checkpoint has behind it, and what its `EpochMeter` had measured.
-
-    Raises:
-        UsageError: values of other types.
-    """
-    saved_in = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
+def _within_epoch(content: Mapping[str, Any], args: Any, path: Path) -> tuple[int, Mapping[str, Any]]:
+    """Return the finished steps of the epoch, converted to this run's batch size (rounded down), and the meter's state."""
+    position = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
     with restore.reading("in_epoch", path):
-        steps, meter = _steps_of(saved_in, args), saved_in["meter"]
-        EpochMeter(0, 1, 1).go_on_from(meter, steps)  # one that cannot go on is told now
-    return steps, meter
+        batch = _images_per_step(args)
+        steps, repeated = divmod(position["images"], batch)
+        EpochMeter(0, 1, 1).go_on_from(position["meter"], steps)  # fails here if it cannot be continued
+        if steps != position["steps"]:
+            logger.warning(
+                "%d images of the epoch are done, %s of %d images now instead of %d; %d images are repeated, and the run is not "
+                "bit-identical to an uninterrupted one",
+                *(position["images"], utils.counted(steps, "step"), batch, position["steps"], repeated),
+            )
+        elif steps:
+            logger.info("%s of the epoch are done", utils.counted(steps, "step"))
+        return steps, position["meter"]
 
 
-def _images_of_step(args: Any) -> int:
+def _images_per_step(args: Any) -> int:
     return int(args.batch_size_per_gpu * getattr(args, "accum_iter", 1) * collectives.get_world_size())
 
 
-def _steps_of(in_epoch: Mapping[str, Any], args: Any) -> int:
-    """How many steps of this run have seen the images that the saved one has, rounded down."""
-    batch = _images_of_step(args)
-    steps, left = divmod(in_epoch["images"], batch)
-    if steps != in_epoch["steps"]:
-        logger.warning(
-            "%d images of the epoch are seen, which make %s of %d images now, not %d; %d of them come again, and what follows is "
-            "not to the bit what the saved run would have done",
-            *(in_epoch["images"], utils.counted(steps, "step"), batch, in_epoch["steps"], left),
-        )
-    elif steps:
-        logger.info("%s of the epoch done already", utils.counted(steps, "step"))
-    return steps
-
-
-def continue_from(content: dict[str, Any], args: Any, path: Path) -> int:
-    """The end of every resume: report changed arguments, restore the random states, say and return the epoch to start with."""
-    with restore.reading("args", path):
-        _report_changes(vars(args), vars(content.get("args") or args))
-    rng_of_rank = content.get("rng") or []
+def _restore_rng(rng_of_rank: Sequence[dict[str, Any]], path: Path) -> None:
+    """Restore this rank's random state, if the world size is that of the checkpoint."""
     if len(rng_of_rank) == collectives.get_world_size():
         with restore.reading("rng", path):
             utils.set_rng_state(rng_of_rank[collectives.get_rank()])
-    elif not rng_of_rank:
-        logger.info("%s holds no random states (another program wrote it): they start afresh", path)
     else:
         logger.warning(
-            "the run was saved by %s and goes on with %d: random numbers start afresh",
+            "the run was saved by %s and continues with %d; random states start fresh",
             *(utils.counted(len(rng_of_rank), "process", "processes"), collectives.get_world_size()),
         )
-    if content["epoch"] < args.epochs:
-        logger.info("resuming %s at epoch %d", path, content["epoch"])
-    return int(content["epoch"])
 
 
 def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Say which arguments differ from those of the run that is continued, or from what it did before they existed."""
-    before = BEFORE_THE_FLAG | before
-    names = sorted((now.keys() & before.keys()) - LAUNCH_FLAGS)
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if _differ(now[name], before[name])]
+    """Warn about arguments that differ from those of the resumed run."""
+
+    def listed(value: Any) -> list[Any]:  # a value equals a list of it, and tuples equal lists
+        return list(value) if isinstance(value, list | tuple) else [value]
+
+    before = BEFORE_THE_ARGUMENT | before
+    names = sorted((now.keys() & before.keys()) - LAUNCH_ARGUMENTS)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in names if listed(now[name]) != listed(before[name])]
     if changed:
         logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))
 
 
-def _differ(now: Any, before: Any) -> bool:
-    """Whether two values of a flag differ; one value and a list of it, and lists and tuples, are the same."""
-    lists = [list(value) if isinstance(value, list | tuple) else [value] for value in (now, before)]
-    return bool(lists[0] != lists[1])
+def clean_up(output_dir: Path, position: RunPosition) -> None:
+    """Clean the folder of a run before it continues; the main process calls this.
 
-
-def tidy(output_dir: Path, place: RunPosition) -> None:
-    """Before a run goes on: what a killed one left half done is taken out of the way. The main process calls this.
-
-    Temporary files are removed, damaged checkpoints get the suffix `.damaged` (so that no whole one gives way to them), and lines
-    of `log.txt` about epochs that are trained again go to `log_repeated.txt`.
+    Temporary files are removed, damaged checkpoints get the suffix `.damaged` (so that no whole one is rotated out for them), and
+    lines of `log.txt` about epochs that are trained again move to `log_repeated.txt`.
     """
     for file in output_dir.glob(f".*{files.TEMPORARY}"):
-        logger.warning("removing %s, which a saving left that did not end", file)
+        logger.warning("removing %s, left by an interrupted save", file)
         file.unlink(missing_ok=True)
-    for file in place.damaged:
+    for file in position.damaged:
         os.replace(file, files.unused(file.with_name(file.name + ".damaged")))
-        _seen.discard(file)  # nobody else took it away
+        _known.discard(file)
     log = output_dir / "log.txt"
     if not log.exists():
         return
-    lines = log.read_bytes().splitlines(keepends=True)  # which need not be text: a disk may have damaged one
-    again = [line for line in lines if _is_repeated(line, place.epoch)]
-    if again:
-        with (output_dir / "log_repeated.txt").open("ab") as repeated:
-            repeated.writelines(line.rstrip(b"\n") + b"\n" for line in again)
+    lines = log.read_bytes().splitlines(keepends=True)  # bytes: a damaged line need not be text
+    repeated = [line for line in lines if _is_repeated(line, position.epoch)]
+    if repeated:
+        with (output_dir / "log_repeated.txt").open("ab") as moved:
+            moved.writelines(line.rstrip(b"\n") + b"\n" for line in repeated)
         with files.whole_file(log) as temporary:
-            temporary.write_bytes(b"".join(line for line in lines if not _is_repeated(line, place.epoch)))
+            temporary.write_bytes(b"".join(line for line in lines if not _is_repeated(line, position.epoch)))
 
 
 def _is_repeated(line: bytes, epoch: int) -> bool:
-    """Whether a line is about `epoch` or a later one, or was never written to its end."""
+    """Return whether a line of `log.txt` is about `epoch` or a later one, or is incomplete."""
     try:
         return bool(files.parse_json(line)["epoch"] >= epoch)
     except (ValueError, LookupError, TypeError):

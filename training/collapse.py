@@ -1,12 +1,12 @@
-"""Is the run collapsing? Numbers about the outputs of a step, measured on the device, and warnings in words.
+"""Collapse monitor: statistics of the outputs, and warnings with suggested fixes.
 
-In the last step of a log interval a method shows a few rows of each level of its outputs (`MonitoredLevel`: views, regions, ...);
-`Monitor.measure` turns them into scalars that travel with the losses, and `Monitor.check` judges them once they have been read.
-Nothing here draws a random number, changes a tensor of the step or makes the host wait.
+In the last step of a log interval a method passes sampled rows of each level of its outputs (views, regions, ...) to
+`Monitor.measure`, whose scalars are logged with the losses; `Monitor.check` judges them once they have been read. The monitor draws
+no random numbers and changes no tensor of the step.
 
 Shapes: N rows, K prototypes, C channels.
-Origin: effective rank after Roy & Vetterli (EUSIPCO 2007); deviation of normalized features after SimSiam (Chen & He, CVPR 2021);
-the plateau of the loss at ln K and its cures as in DINO (Caron et al., ICCV 2021) section 5.3 and its README.
+Origin: effective rank after Roy & Vetterli (EUSIPCO 2007); standard deviation of normalized features after SimSiam (Chen & He,
+CVPR 2021); the plateau of the loss at ln K and its fixes after DINO (Caron et al., ICCV 2021), section 5.3 and its README.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.distillation import MONITORED_ROWS, MonitoredLevel, _take_rows, evenly_spaced
-from ops.logits import FactoredLogits, Logits, materialize
+from losses.distillation import MONITORED_ROWS, MonitoredLevel, count_rows, evenly_spaced, take_rows
+from ops.logits import materialize
 from utils import logger
 
-BLOCK = 64  # rows whose logits are held at once
-PATIENCE = 5  # readings in a row before a warning; it comes again each time the cause has lasted twice as long
-PLATEAU = 1e-3  # distance of the loss from ln K, as a share of it
-LEAST_ENTROPY = 0.01  # of the teacher, as a share of ln K
+BLOCK = 64  # rows whose logits are materialized at once
+PATIENCE = 5  # consecutive readings before a warning, which is repeated each time the cause has lasted twice as long
+PLATEAU = 1e-3  # distance of the loss from ln K, relative to ln K
+LEAST_ENTROPY = 0.01  # of the teacher, relative to ln K
 LEAST_STD, LEAST_RANK = 0.01, 2.0
-# Where `effective_rank` looks at the spectrum: steps of 2 in ln(eigenvalue / sum of them), errors below 0.1 %.
-NODES = range(-26, 27, 2)
 
-CURES = {
+FIXES = {
     "plateau": "keep the teacher sharper (--teacher_temp, --warmup_teacher_temp 0.04 or lower), use a longer --warmup_epochs or a "
     "lower --lr, a larger batch (--accum_iter), and --norm_last_layer True",
     "entropy": "make the teacher softer (a higher --teacher_temp), lower --lr, freeze the prototypes longer "
@@ -43,8 +41,8 @@ CURES = {
 
 
 @contextlib.contextmanager
-def inputs_of(heads: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Fills a dictionary with what each head is given in the block: the features of the backbone."""
+def record_inputs(heads: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Record the input of each head inside the block: the features of the backbone."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, inputs: tuple[Any, ...]) -> None:
@@ -60,25 +58,24 @@ def inputs_of(heads: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-# --------------------------------------------------------------------------- what is measured
-
-
 def measure(level: MonitoredLevel) -> dict[str, Tensor]:
-    """Scalars on the device.
+    """Return scalars on the device.
 
-    `teacher_entropy`: mean entropy of the teacher's probabilities, in nats, 0 .. ln K.
-    `kl`: mean divergence of the student's probabilities from them, in nats.
-    `prototypes_used`: prototypes that are some row's most probable one, as a share of the most there could be, min(N, K).
-    `feature_std`: mean deviation of the channels of features of length 1, times sqrt(C): 0 where all are alike, 1 at most.
-    `feature_rank`: their effective rank, 1 .. min(N - 1, C).
+    Returns:
+        `teacher_entropy`: mean entropy of the teacher's probabilities in nats, 0 to ln K.
+        `kl`: mean KL divergence of the student's probabilities from the teacher's, in nats.
+        `prototypes_used`: number of prototypes that are the most probable one of some row, relative to min(N, K).
+        `feature_std`: mean standard deviation of the channels of normalized features, times sqrt(C): 0 if all rows are equal,
+            at most 1.
+        `feature_rank`: effective rank of the features, 1 to min(N - 1, C).
     """
-    rows = _length(level.teacher_logits)
+    rows = count_rows(level.teacher_logits)
     entropies, divergences, best = [], [], []
     for block in torch.arange(rows, device=level.center.device).split(BLOCK):
-        teacher_NK = (materialize(_take_rows(level.teacher_logits, block)).float() - level.center) / level.teacher_temp
+        teacher_NK = (materialize(take_rows(level.teacher_logits, block)).float() - level.center) / level.teacher_temp
         log_p_NK = F.log_softmax(teacher_NK, dim=-1)
         log_q_NK = F.log_softmax(
-            materialize(_take_rows(level.student_logits, block)).float() / level.student_temp, dim=-1
+            materialize(take_rows(level.student_logits, block)).float() / level.student_temp, dim=-1
         )
         p_NK = log_p_NK.exp()
         entropies.append(-torch.xlogy(p_NK, p_NK).sum(dim=-1))
@@ -98,53 +95,28 @@ def measure(level: MonitoredLevel) -> dict[str, Tensor]:
 
 
 def effective_rank(features_NC: Tensor) -> Tensor:
-    """exp of the entropy of s / sum s, s being the singular values of the centered features; 1 where all rows are equal.
-
-    Solvers of eigenvalues make the host wait for a GPU. With eigenvalues l = s^2 of the Gram matrix G, of trace 1, and
-    g(u) = tr G (G + u)^-1, both sums that the entropy needs are integrals over x = ln u, which a few Cholesky factors give:
-
-        sum s = 1/pi int g(u) sqrt(u) dx          sum s ln l = 1/pi int g(u) sqrt(u) x dx
-    """
+    """Return exp of the entropy of s / sum(s), with s the singular values of the centered features; 1 if all rows are equal."""
     dtype = torch.float32 if features_NC.device.type == "mps" else torch.float64
-    centered_NC = features_NC.to(dtype) - features_NC.to(dtype).mean(dim=0)
-    gram = centered_NC @ centered_NC.T if len(centered_NC) <= centered_NC.shape[1] else centered_NC.T @ centered_NC
-    total = gram.diagonal().sum()
-    size, device = len(gram), gram.device
-    gram = gram / total.clamp_min(torch.finfo(dtype).tiny)
-    eye = torch.eye(size, dtype=dtype, device=device)
-    x_n = torch.arange(NODES.start, NODES.stop, NODES.step, dtype=dtype, device=device)
-    u_n = x_n.exp()
-    factors, _ = torch.linalg.cholesky_ex(gram + u_n[:, None, None] * eye)
-    inverses = torch.linalg.solve_triangular(factors, eye.expand_as(factors), upper=False)
-    g_n = (size - u_n * inverses.square().sum(dim=(1, 2))).clamp_min(0)
-    weighted_n = g_n * u_n.sqrt() * (NODES.step / math.pi)
-    sum_s, sum_s_ln_s = weighted_n.sum(), (weighted_n * x_n).sum() / 2
-    rank = (sum_s.log() - sum_s_ln_s / sum_s).exp()
-    return torch.where(total > 0, rank, torch.where(total == 0, torch.ones_like(rank), total)).float()
-
-
-def _length(logits: Logits) -> int:
-    return len(logits.bottleneck if isinstance(logits, FactoredLogits) else logits)
+    features_NC = features_NC.to(dtype)
+    s = torch.linalg.svdvals(features_NC - features_NC.mean(dim=0))
+    p = s / s.sum().clamp_min(torch.finfo(dtype).tiny)
+    return torch.special.entr(p).sum().exp().float()
 
 
 # --------------------------------------------------------------------------- the monitor
 
 
 class Monitor:
-    """Measures levels of outputs, and warns in words of what stays wrong.
-
-    A warning comes after `PATIENCE` readings in a row with its cause, and again each time that has lasted twice as long; a reading
-    without the cause starts the count anew.
-    """
+    """Measures levels of outputs, and warns when something has been wrong for several consecutive readings."""
 
     def __init__(self) -> None:
-        self.prototypes: dict[str, int] = {}  # K of each level that was measured
-        self.terms: dict[str, str] = {}  # of the loss, by level
+        self.prototypes: dict[str, int] = {}  # K of each measured level
+        self.terms: dict[str, str] = {}  # loss term of each level
         self._streaks: dict[tuple[str, str], int] = {}
 
     @torch.no_grad()
     def measure(self, levels: Mapping[str, MonitoredLevel]) -> dict[str, Tensor]:
-        """Scalars on the device, by `level/name`; see the function of this name."""
+        """Return the scalars of all levels, named `level/scalar`."""
         scalars: dict[str, Tensor] = {}
         for name, level in levels.items():
             self.prototypes[name] = level.center.shape[-1]
@@ -154,19 +126,19 @@ class Monitor:
         return scalars
 
     def check(self, scalars: Mapping[str, float], warmed_up: bool) -> None:
-        """Judge the numbers of a step that have been read; `warmed_up`: the learning rate has seen its highest value."""
+        """Judge scalars that have been read; `warmed_up`: the learning rate has passed its maximum."""
         for name, prototypes in self.prototypes.items():
             if f"{name}/kl" in scalars and not scalars.get("skipped"):
                 term = self.terms[name]
                 for cause, sentence in _symptoms(name, term, scalars, math.log(prototypes), warmed_up).items():
                     self._count((name, cause), sentence)
 
-    def state(self) -> dict[str, int]:
-        """How many readings in a row had each cause, by `level/cause`: for a run that goes on in another process."""
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of consecutive readings with each cause, named `level/cause`."""
         return {"/".join(cause): streak for cause, streak in self._streaks.items()}
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Take over what `state` gave."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Load the result of `state_dict`."""
         self._streaks = {
             (level, cause): int(n) for name, n in state.items() for level, _, cause in [name.rpartition("/")]
         }
@@ -175,27 +147,27 @@ class Monitor:
         streak = self._streaks[cause] = self._streaks.get(cause, 0) + 1 if sentence else 0
         times = streak // PATIENCE
         if streak and streak % PATIENCE == 0 and times & (times - 1) == 0:
-            logger.warning("%s for %d readings in a row; %s", sentence, streak, CURES[cause[1]])
+            logger.warning("%s for %d consecutive readings; %s", sentence, streak, FIXES[cause[1]])
 
 
 def _symptoms(
     name: str, term: str, scalars: Mapping[str, float], ln_k: float, warmed_up: bool
 ) -> dict[str, str | None]:
-    """What is wrong with a level, by cause; None where nothing is."""
+    """Return a sentence for each cause that applies to a level, and None for the others."""
     term = term if term in scalars else "loss"
     loss = scalars[term]
     entropy, std, rank = (scalars[f"{name}/{key}"] for key in ("teacher_entropy", "feature_std", "feature_rank"))
     used = scalars[f"{name}/prototypes_used"]
     plateau = warmed_up and abs(loss - ln_k) < PLATEAU * ln_k
     return {
-        "plateau": f"{term} {loss:.3f} stays at ln K = {ln_k:.3f}: student and teacher see all prototypes alike, nothing is learned"
+        "plateau": f"{term} {loss:.3f} stays at ln K = {ln_k:.3f}: all prototypes are equally likely, nothing is learned"
         if plateau
         else None,
-        "entropy": f"the entropy of the teacher's {name} outputs is {entropy:.3f} of {ln_k:.3f}, {used:.1%} of the prototypes "
-        "that could be in use are: the outputs collapse to few prototypes"
+        "entropy": f"the entropy of the teacher's {name} outputs is {entropy:.3f} of {ln_k:.3f} and {used:.1%} of the prototypes "
+        "are used: the outputs collapse to few prototypes"
         if entropy < LEAST_ENTROPY * ln_k
         else None,
-        "std": f"the {name} features hardly differ (deviation {std:.4f}): they collapse to one vector"
+        "std": f"the {name} features are nearly constant (standard deviation {std:.4f}): they collapse to one vector"
         if std < LEAST_STD
         else None,
         "rank": f"the {name} features have lost rank (effective rank {rank:.2f}): they collapse to a line"

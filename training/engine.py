@@ -1,17 +1,9 @@
-"""The loop that every method shares: the step with accumulation, clipping and EMA, and the loop around it.
-
-A method brings its networks and a function from a batch to a loss (`Method`); nothing here knows which method it is.
-`TrainStep` is one update; `train` is the loop over epochs around it. A step never makes the host wait for the device: whether it
-is finite is decided and acted upon there, and its numbers are read once a log interval.
-
-Origin: the order of an update is DINO's (Caron et al., ICCV 2021).
-"""
+"""The training loop over epochs and steps, shared by every method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,21 +13,17 @@ from data.loader import Batch, FailureTally, in_groups, set_epoch
 from distributed import collectives
 from training.checkpointing import RunPosition, Saver
 from training.run_log import EpochMeter, RunLog
+from training.step import TrainStep, Views
 from utils import UsageError
 
-if TYPE_CHECKING:
-    pass
-from training.step import TrainStep, Views
-
-# What processes tell each other about files goes past the device, which would have to be waited for.
-HOST = torch.device("cpu")
+HOST = torch.device("cpu")  # for collectives that must not synchronize with the GPU
 
 
 def steps_per_epoch(batches: int, accum_iter: int) -> int:
-    """Optimizer steps of an epoch; micro-batches that do not fill one are left out.
+    """Return the optimizer steps of an epoch; micro-batches that do not fill a step are dropped.
 
     Raises:
-        UsageError: not even one.
+        UsageError: There is not even one step.
     """
     if batches < accum_iter:
         raise UsageError(
@@ -53,17 +41,26 @@ def train(
     log: RunLog,
     saver: Saver,
     start: RunPosition,
-    probe: Callable[[int], dict[str, float]] | None = None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
 ) -> bool:
-    """Train from `start` to the last of `epochs`, log each step and each epoch with what `probe(epoch)` measures, and save after
-    each epoch and where `saver` asks for it.
+    """Train from `start` to the end of the last epoch.
+
+    Args:
+        step: The training step.
+        loader: Batches of the training images.
+        epochs: Number of epochs of the run.
+        accum_iter: Micro-batches per optimizer step.
+        log: Logs steps and epochs.
+        saver: Saves the run after each epoch, and within an epoch when it is due.
+        start: Position of the run.
+        evaluate: Called after each epoch; returns scores to log.
 
     Returns:
-        whether the run is done; else a signal has stopped it, and what it did is saved.
+        Whether the run is finished; otherwise a signal has stopped it, and it is saved.
 
     Raises:
-        UsageError: more than 1 % of the images cannot be read.
-        FloatingPointError: see `TrainStep.check`; raised when the log interval ends in which it happened.
+        UsageError: More than 1 % of the images cannot be read.
+        FloatingPointError: Too many consecutive steps were not finite; raised at the end of the log interval.
     """
     steps = steps_per_epoch(len(loader), accum_iter)
     tally = FailureTally(len(loader.dataset), start.unreadable)  # type: ignore[arg-type]
@@ -80,26 +77,26 @@ def train(
             for i, micro_batches in enumerate(in_groups(meter.timed(loader), accum_iter), done):
                 failures = [failure for batch in micro_batches for failure in batch.failures]
                 incomplete = not all(batch.views for batch in micro_batches)
-                wishes = tally.add(failures, HOST, incomplete, saver.wishes())
+                votes = tally.exchange(failures, HOST, incomplete, saver.votes())
                 iteration = epoch * steps + i
-                if saver.due(i, i > done, wishes):
+                if saver.due(i, i > done, votes):
                     step.check(meter.read(), iteration - 1)
                     saver.save(RunPosition(epoch, i, meter.state(), tally.seen), images=i * meter.images_per_step)
                     if saver.stopping:
                         return False
-                views = [partial(_finished_views, batch, step, log) for batch in micro_batches]
-                meter.update(step(views, iteration, epoch, watch=log.due(meter, ahead=1)))
+                views = [partial(_load_views, batch, step, log) for batch in micro_batches]
+                meter.update(step(views, iteration, epoch, monitor=log.due(meter, ahead=1)))
                 if log.due(meter):
                     step.check(meter.read(), iteration, views[-1])
                 show(lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration]))
         meter.stop()
-        probed = {} if probe is None else probe(epoch)
-        log.finish_epoch(meter, unreadable_images=len(tally.seen), **probed)
+        scores = {} if evaluate is None else evaluate(epoch)
+        log.finish_epoch(meter, unreadable_images=len(tally.seen), **scores)
         saver.save(RunPosition(epoch + 1, unreadable=tally.seen))
     return True
 
 
-def _finished_views(batch: Batch, step: TrainStep, log: RunLog) -> Views:
+def _load_views(batch: Batch, step: TrainStep, log: RunLog) -> Views:
     views = batch.views_on(step.device)
     log.crops_once(step.method.images(views))
     return views

@@ -1,7 +1,7 @@
-"""Give a training step the state that a checkpoint holds: networks, centers, and the optimizer's moments by name.
+"""Restore the parts of a training state from a checkpoint: networks, centers, and the optimizer's moments by parameter name.
 
-Files of EsViT, DINO and UDI number their moments by position, in the order of the student's keys in that file; this project's own
-hold the names (`param_names`). Where everything must fit and where heads may start fresh is the caller's choice.
+Checkpoints of EsViT, DINO and UDI index their moments by position, in the order of the student's keys in that file; those of this
+project hold parameter names (`param_names`).
 
 Origin: the layout of the files is that of DINO and microsoft/esvit.
 """
@@ -12,19 +12,17 @@ import argparse
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from checkpoints import layouts, loading
 from training import optim
 from utils import UsageError, logger
 
-if TYPE_CHECKING:
-    from training.step import Method, TrainStep
-
-# What checkpoints of pre-training, of fine-tuning and of linear probes hold under the names that are read again.
+# Types of the fields that are read from checkpoints of pre-training, fine-tuning and linear probes.
 FIELDS: dict[str, tuple[type, ...]] = {
     "student": (Mapping,),
     "teacher": (Mapping,),
@@ -51,16 +49,12 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "diverged": (list,),
     "run": (Mapping, type(None)),
 }
-LOSSES = ("dino_loss", "udi_loss")  # where methods keep their centers
-GAIN = "last_layer.weight_g"  # of the prototypes, which --norm_last_layer freezes
+CRITERION_KEYS = ("dino_loss", "udi_loss")  # fields that hold the centers
+GAIN = "last_layer.weight_g"  # of the prototypes; frozen by --norm_last_layer
 
 
 def check_fields(content: Mapping[str, Any], path: Path) -> None:
-    """Stop on a checkpoint one of whose fields is of another type than programs write.
-
-    Raises:
-        UsageError: naming the first such field.
-    """
+    """Raise a `UsageError` for the first field of a checkpoint whose type is wrong."""
     for name, types in FIELDS.items():
         value = content.get(name)
         if name in content and (not isinstance(value, types) or isinstance(value, bool)):
@@ -69,16 +63,12 @@ def check_fields(content: Mapping[str, Any], path: Path) -> None:
                 f"checkpoint '{path}' holds a {type(value).__name__} under '{name}', not {wanted}; use another file"
             )
     if content.get("epoch", 0) < 0:
-        raise UsageError(f"checkpoint '{path}' is at epoch {content['epoch']}, which is below 0; use another file")
+        raise UsageError(f"checkpoint '{path}' has epoch {content['epoch']}, which is below 0; use another file")
 
 
 @contextlib.contextmanager
 def reading(field: str, path: Path) -> Iterator[None]:
-    """A block that takes over what a checkpoint holds under `field`.
-
-    Raises:
-        UsageError: it is not what this project writes there.
-    """
+    """Turn errors of a block that reads the field `field` of a checkpoint into a `UsageError` that names it."""
     try:
         yield
     except UsageError:
@@ -86,55 +76,44 @@ def reading(field: str, path: Path) -> Iterator[None]:
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"checkpoint '{path}' cannot be used: its '{field}' is not as training writes it ({reason}); use another file"
+            f"checkpoint '{path}' cannot be used: its field '{field}' is invalid ({reason}); use another file"
         ) from None
 
 
-def restore(path: Path, content: Mapping[str, Any], step: TrainStep, args: Any, extend: bool = False) -> None:
-    """Load a checkpoint's networks, centers, moments and loss scale into `step`.
+def load_networks(
+    path: Path, content: Mapping[str, Any], networks: Mapping[str, nn.Module], extend: bool, allow_partial: bool
+) -> tuple[str, ...]:
+    """Load `networks`, student and teacher by their field.
 
     Args:
-        path: how messages name the file.
-        content: of the file, whose fields are checked.
-        step: partly changed where an error is raised.
-        args: of this run: `optimizer`, and with `extend` `allow_partial`.
-        extend: heads and centers that the file lacks as a whole start fresh, with `args.allow_partial` also what else does not
-            fit; otherwise everything must be there.
-
-    Raises:
-        UsageError: what is missing or does not fit, by name.
-    """
-    source, method = f"checkpoint '{path}'", step.method
-    partial = extend and args.allow_partial
-    needed = {"student", "teacher", "epoch", *(() if partial else ("optimizer",))}
-    absent = (needed if extend else needed | {method.criterion_key}) - content.keys()
-    if absent:
-        other = " (another method made it)" if absent == {method.criterion_key} else ""
-        remedy = "pass --init_weights FILE to start a new schedule from it" if extend else "choose another --output_dir"
-        raise UsageError(f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}{other}; {remedy}")
-    for network, key in ((method.student, "student"), (method.teacher, "teacher")):
-        state = loading.network_state(content, key, path)
-        report = loading.load_network(network, state, source, new_parts=extend, allow_partial=partial)
-    fresh = [part.rstrip(".") for part in report.fresh] + _restore_centers(path, content, method, extend)
-    _restore_moments(path, content, step, args, report.fresh, extend)
-    if extend:
-        logger.info("%s goes on%s", source, f"; {', '.join(fresh)} start fresh" if fresh else "")
-    with reading("fp16_scaler", path):
-        if step.scaler.is_enabled() and content.get("fp16_scaler"):
-            step.scaler.load_state_dict(content["fp16_scaler"])
-    step.nonfinite.in_a_row = content.get("bad_steps_in_a_row", 0)
-    with reading("monitor", path):
-        step.monitor.load_state(content.get("monitor", {}))
-
-
-def _restore_centers(path: Path, content: Mapping[str, Any], method: Method, extend: bool) -> list[str]:
-    """Load the centers of the loss; with `extend` those that the file lacks stay, also where another method wrote it.
+        path: Path of the checkpoint, for messages.
+        content: Its content.
+        networks: Networks by the field that holds their state dict.
+        extend: Whole heads that the file lacks start fresh.
+        allow_partial: Load what fits.
 
     Returns:
-        names of those that stay.
+        Prefixes of the parts of the last network that start fresh.
+
+    Raises:
+        UsageError: A tensor is missing or does not fit.
     """
-    criterion, key = method.criterion, method.criterion_key
-    key = next((k for k in (key, *LOSSES) if k in content), key)
+    fresh: tuple[str, ...] = ()
+    for key, network in networks.items():
+        state = loading.network_state(content, key, path)
+        fresh = loading.load_network(
+            network, state, f"checkpoint '{path}'", new_parts=extend, allow_partial=allow_partial
+        ).fresh
+    return fresh
+
+
+def load_centers(path: Path, content: Mapping[str, Any], criterion: nn.Module, key: str, extend: bool) -> list[str]:
+    """Load the centers of the loss from the field `key`, or from another method's where the file lacks it.
+
+    Returns:
+        Names of the centers that the file lacks and that start fresh; only with `extend`.
+    """
+    key = next((k for k in (key, *CRITERION_KEYS) if k in content), key)
     with reading(key, path):
         centers = layouts.criterion_state(content.get(key, {}))
         for name, center in centers.items():
@@ -148,37 +127,46 @@ def _restore_centers(path: Path, content: Mapping[str, Any], method: Method, ext
     return fresh
 
 
-def _restore_moments(
-    path: Path, content: Mapping[str, Any], step: TrainStep, args: Any, fresh: tuple[str, ...], extend: bool
+def load_moments(
+    path: Path,
+    content: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    student: nn.Module,
+    fresh: tuple[str, ...],
+    extend: bool,
+    allow_partial: bool,
 ) -> None:
-    """Give each trained parameter the moments of its name; parts that are `fresh` have none."""
-    source, partial = f"checkpoint '{path}'", extend and args.allow_partial
-    saved_with = getattr(content.get("args"), "optimizer", args.optimizer)
-    if saved_with != args.optimizer and not partial:
+    """Load the optimizer's moments by parameter name; parameters with a prefix in `fresh` have none.
+
+    Raises:
+        UsageError: The file was made with another optimizer, or trained other parameters.
+    """
+    source, name = f"checkpoint '{path}'", type(optimizer).__name__.lower()
+    saved_name = getattr(content.get("args"), "optimizer", name)
+    if saved_name != name and not allow_partial:
         raise UsageError(
-            f"{source} was made with --optimizer {saved_with}, not {args.optimizer}; pass that, or choose another --output_dir"
+            f"{source} was made with --optimizer {saved_name}, not {name}; pass that, or choose another --output_dir"
         )
-    if saved_with != args.optimizer or "optimizer" not in content:
-        logger.warning("%s has no moments for --optimizer %s; they start fresh", source, args.optimizer)
+    if saved_name != name or "optimizer" not in content:
+        logger.warning("%s has no moments for --optimizer %s; they start fresh", source, name)
         return
     with reading("optimizer", path):
-        names = _names_of_positions(content, loading.unwrap(step.method.student))
-        moments = optim.named_moments(content["optimizer"], names, source)
-    trained = [name for group in step.optimizer.param_groups for name in group["param_names"]]
+        moments = optim.named_moments(content["optimizer"], _names_by_position(content, student), source)
+    trained = [name for group in optimizer.param_groups for name in group["param_names"]]
     missing = [name for name in trained if name not in moments and not (fresh and name.startswith(fresh))]
     more = [name for name in moments if name not in trained and (not extend or name.endswith(GAIN))]
-    if (missing or more) and not partial:
+    if (missing or more) and not allow_partial:
         which = f"did not train {missing[0]}, as this run does" if missing else f"trained {more[0]}, unlike this run"
         remedy = "was --norm_last_layer the same?" if (missing or more)[0].endswith(GAIN) else "use another file"
         raise UsageError(f"{source} {which}; {remedy}")
-    optim.load_moments(step.optimizer, moments, source, skip_misfits=partial)
+    optim.load_moments(optimizer, moments, source, skip_misfits=allow_partial)
 
 
-def _names_of_positions(content: Mapping[str, Any], student: nn.Module) -> list[list[str]] | None:
-    """Names of the parameters that a file's optimizer numbers, in two groups, by the order of the file's own student.
+def _names_by_position(content: Mapping[str, Any], student: nn.Module) -> list[list[str]] | None:
+    """Return the names of the parameters that a file's optimizer indexes, in two groups, in the order of the file's student.
 
-    They are this project's, or the file's where this network lacks the parameter. Gains of prototypes are left out where they were
-    frozen. None: the file's groups are of other sizes.
+    Names are this project's, or the file's where this network lacks the parameter. Frozen gains of prototypes are left out. None
+    if the sizes of the file's groups are others.
     """
     ours = layouts.parameter_names(student, content["student"])
     found = {our_name or name: content["student"][name] for name, our_name in ours.items()}

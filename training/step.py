@@ -1,11 +1,18 @@
-"""TODO."""
+"""One training step: what a method supplies, and the update that every method shares.
+
+A step never synchronizes with the device: whether it is finite is decided and acted upon there, and its scalars are read once per
+log interval.
+
+Origin: the order of an update is that of DINO (Caron et al., ICCV 2021).
+"""
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,28 +22,27 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from checkpoints import loading
 from distributed import collectives, fsdp
-from losses.distillation import MonitoredLevel
+from losses.distillation import MonitoredLevel, SelfDistillation
 from models.base import Backbone, batch_norms
-from training import optim
+from training import optim, restore
 from training.collapse import Monitor
 from training.nonfinite import NonFiniteSteps
+from utils import UsageError, logger
 
-if TYPE_CHECKING:
-    from losses.distillation import SelfDistillation
 Views = Sequence[Tensor]
 MicroBatch = Views | Callable[[], Views]
 
 
 class Method(ABC):
-    """What a self-distillation method gives the engine.
+    """A self-distillation method.
 
     Attributes:
-        student, teacher: networks with the same parameters in the same order; either may be wrapped for several processes.
-        criterion: the loss, whose centers have seen the teacher's outputs after `compute_loss`.
-        criterion_key: what checkpoints call its state dict.
-        tasks: what is learned, in the words of the log.
-        watch: set where outputs are to be watched for a collapse; then `compute_loss` calls it with its levels
-        (training/collapse.py).
+        student: Network that is trained; it and the teacher may be wrapped for several processes.
+        teacher: Network with the same parameters in the same order.
+        criterion: The loss; `compute_loss` adds the teacher's outputs to its centers.
+        criterion_key: Field of the checkpoint that holds the state of the loss.
+        tasks: What is learned, for the log.
+        monitor: If set, `compute_loss` calls it with the levels of its outputs (training/collapse.py).
     """
 
     student: nn.Module
@@ -44,30 +50,26 @@ class Method(ABC):
     criterion: SelfDistillation
     criterion_key: str = "dino_loss"
     tasks: str
-    watch: Callable[[Mapping[str, MonitoredLevel]], None] | None = None
+    monitor: Callable[[Mapping[str, MonitoredLevel]], None] | None = None
 
     @abstractmethod
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch of views, and further scalars to log."""
+        """Return the loss of one micro-batch of views, and further scalars to log."""
 
     def images(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The images among what `compute_loss` takes: all of it, unless a method's views come with more."""
+        """Return the images among the inputs of `compute_loss`."""
         return views
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Before each epoch, for networks whose attention depends on the progress of training."""
+        """Tell the networks the progress of training, on which the attention of some depends."""
         for network in (self.student, self.teacher):
             backbone = loading.unwrap(network)
             if isinstance(backbone, Backbone):
                 backbone.start_epoch(epoch, epochs)
 
-    def finish_step(self, applied: Tensor) -> None:
-        """After the last micro-batch: move the centers where the step is `applied`, a boolean scalar on the device."""
-        self.criterion.update_center(applied)
-
 
 class Schedules(NamedTuple):
-    """One value for each optimizer step."""
+    """Values of each optimizer step."""
 
     lr: np.ndarray
     weight_decay: np.ndarray
@@ -75,14 +77,17 @@ class Schedules(NamedTuple):
 
 
 class TrainStep:
-    """One update, in the published order: schedules, loss, backward, clipping, frozen prototypes, optimizer, teacher.
+    """One update: schedules, loss, backward, clipping, frozen prototypes, optimizer, teacher, centers.
 
     Args:
-        method, optimizer, schedules: see there; weight decay applies to parameter group 0 only.
-        device, precision: where and in what the networks compute (`fp32`, `bf16` or `fp16`); losses are float32.
-        clip_grad: largest norm of each parameter's gradient, 0 for none.
-        freeze_last_layer: epochs during which the prototypes stay as they are.
-        nonfinite: counts those that are not finite.
+        method: The method, with its networks and loss.
+        optimizer: Optimizer of the student; weight decay applies to its first parameter group only.
+        schedules: Learning rate, weight decay and teacher momentum of each step.
+        device: Device of the networks.
+        precision: `fp32`, `bf16` or `fp16` for the networks; losses are computed in float32.
+        clip_grad: Largest norm of each parameter's gradient; 0 disables clipping.
+        freeze_last_layer: Number of epochs during which the prototypes are frozen.
+        nonfinite: Counter of steps that are not finite.
     """
 
     def __init__(
@@ -108,22 +113,28 @@ class TrainStep:
         self.nonfinite = nonfinite or NonFiniteSteps()
         self.monitor = Monitor()
 
-    def __call__(
-        self, micro_batches: Sequence[MicroBatch], iteration: int, epoch: int, watch: bool = False
-    ) -> dict[str, Tensor]:
-        """Update on micro-batches of views that count as one batch.
+    # ----------------------------------------------------------------- the update
 
-        What is a function gives its views when it is their turn, and they are forgotten after their backward.
+    def __call__(
+        self, micro_batches: Sequence[MicroBatch], iteration: int, epoch: int, monitor: bool = False
+    ) -> dict[str, Tensor]:
+        """Update student, teacher and centers.
+
+        Args:
+            micro_batches: Views of each micro-batch, or functions that make them when they are needed.
+            iteration: Number of the optimizer step in the run.
+            epoch: Number of the epoch.
+            monitor: Also return the statistics of the collapse monitor for the last micro-batch.
 
         Returns:
-            scalars on the device, to be read later: `loss` and the method's, means over micro-batches and processes, and
-            `skipped`: 1.0 where a loss or gradient was not finite; then no process has changed a parameter, a moment, a step
-            counter, a running statistic or a center. With `watch` also what `Monitor.measure` gives for the last micro-batch.
+            Scalars on the device: `loss` and those of the method, averaged over micro-batches and processes, and `skipped`, 1.0
+            if a loss or gradient was not finite; then parameters, moments, step counters, running statistics and centers are
+            unchanged on all processes.
         """
         student, teacher = self.method.student, self.method.teacher
         self._set_schedules(iteration)
         self.statistics.keep()
-        scalars = self._accumulate_gradients(micro_batches, epoch, watch)
+        scalars = self._accumulate_gradients(micro_batches, epoch, monitor)
         self.scaler.unscale_(self.optimizer)
         norms = optim.clip_each_gradient(student, self.clip_grad)
         means = self._mean_over_processes(scalars, torch.isfinite(norms).all())
@@ -137,19 +148,61 @@ class TrainStep:
         fsdp.forget_forwards(teacher)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.finish_step(applied)
+        self.method.criterion.update_center(applied)
         self.statistics.restore_unless(applied)
         return means | {"skipped": 1 - applied.float()}
+
+    def _set_schedules(self, iteration: int) -> None:
+        for i, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = float(self.schedules.lr[iteration])
+            if i == 0:
+                group["weight_decay"] = float(self.schedules.weight_decay[iteration])
+
+    def _accumulate_gradients(
+        self, micro_batches: Sequence[MicroBatch], epoch: int, monitor: bool
+    ) -> dict[str, Tensor]:
+        """Run forward and backward of every micro-batch; gradients are synchronized after the last one only."""
+        student = self.method.student
+        scalars: dict[str, Tensor] = {}
+        monitored: dict[str, Tensor] = {}
+        for i, micro_batch in enumerate(micro_batches):
+            views = micro_batch() if callable(micro_batch) else micro_batch
+            last = i == len(micro_batches) - 1
+            no_sync = isinstance(student, DistributedDataParallel) and not last
+            if monitor and last:
+                self.method.monitor = lambda levels: monitored.update(self.monitor.measure(levels))
+            fsdp.exchange_gradients(student, wanted=last)
+            with student.no_sync() if no_sync else contextlib.nullcontext():  # type: ignore[operator]
+                with utils.autocast(self.device, self.precision):
+                    loss, extra = self.method.compute_loss(views, epoch)
+                self.scaler.scale(loss / len(micro_batches)).backward()
+            del views  # before the next ones are made
+            for name, value in {"loss": loss, **extra}.items():
+                scalars[name] = scalars.get(name, 0) + value.detach().float() / len(micro_batches)
+        self.method.monitor = None
+        return scalars | monitored
+
+    def _mean_over_processes(self, scalars: dict[str, Tensor], gradients_finite: Tensor) -> dict[str, Tensor]:
+        """Return the means of the scalars, and `finite`: 1.0 if all losses and gradients of all processes are finite."""
+        finite = gradients_finite & torch.isfinite(scalars["loss"])
+        stacked = torch.stack([*scalars.values(), finite.float()])
+        means = collectives.all_reduce_sum(stacked) / collectives.get_world_size()
+        return dict(zip([*scalars, "finite"], means.unbind()))
+
+    # ----------------------------------------------------------------- after a log interval
 
     def check(
         self, steps: Sequence[dict[str, float]], last_iteration: int, last_views: Callable[[], Views] | None = None
     ) -> None:
-        """Tell of skipped steps and of a collapse in the last steps, whose scalars have been read; end a run that only skips.
+        """Report skipped steps and signs of a collapse.
 
-        `last_views` gives the views of the last micro-batch, for the diagnosis.
+        Args:
+            steps: Scalars of the last steps, as read from the device.
+            last_iteration: Number of the last of them.
+            last_views: Returns the views of the last micro-batch, for the diagnosis.
 
         Raises:
-            FloatingPointError: too many skipped steps in a row, on all processes at once; see `NonFiniteSteps.end`.
+            FloatingPointError: Too many consecutive steps were skipped; on all processes.
         """
         for iteration, scalars in enumerate(steps, last_iteration + 1 - len(steps)):
             if self.nonfinite.count(scalars, iteration):
@@ -162,50 +215,73 @@ class TrainStep:
         if steps:
             self.monitor.check(steps[-1], warmed_up=last_iteration > int(self.schedules.lr.argmax()))
 
-    def _set_schedules(self, iteration: int) -> None:
-        for i, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = float(self.schedules.lr[iteration])
-            if i == 0:
-                group["weight_decay"] = float(self.schedules.weight_decay[iteration])
+    # ----------------------------------------------------------------- checkpoints
 
-    def _accumulate_gradients(
-        self, micro_batches: Sequence[MicroBatch], epoch: int, watch: bool = False
-    ) -> dict[str, Tensor]:
-        """Backward through every micro-batch; gradients are exchanged between processes after the last one only."""
-        student = self.method.student
-        scalars: dict[str, Tensor] = {}
-        watched: dict[str, Tensor] = {}
-        for i, micro_batch in enumerate(micro_batches):
-            views = micro_batch() if callable(micro_batch) else micro_batch
-            last = i == len(micro_batches) - 1
-            wait = isinstance(student, DistributedDataParallel) and not last
-            self.method.watch = (
-                (lambda levels: watched.update(self.monitor.measure(levels))) if watch and last else None
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state under the published names, with whole tensors on the main process; a collective operation.
+
+        Raises:
+            FloatingPointError: A weight is not finite.
+        """
+        method = self.method
+        owners = (method.student, method.teacher, self.optimizer)
+        student, teacher, optimizer = (fsdp.whole_state(owner) for owner in owners)
+        criterion = method.criterion.state_dict()
+        loading.check_finite(student=student, teacher=teacher, **{method.criterion_key: criterion})
+        return {
+            "student": loading.prefixed(student),
+            "teacher": teacher,
+            "optimizer": optimizer,
+            method.criterion_key: criterion,
+            "fp16_scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "bad_steps_in_a_row": self.nonfinite.in_a_row,
+            "monitor": self.monitor.state_dict(),
+        }
+
+    def load_state_dict(
+        self, content: Mapping[str, Any], path: Path, *, extend: bool = False, allow_partial: bool = False
+    ) -> None:
+        """Load the content of a checkpoint, this project's or a published one; an error leaves the state partly loaded.
+
+        Args:
+            content: Content of the file, with checked fields.
+            path: Its path, for messages.
+            extend: Let heads and centers that the file lacks as a whole start fresh.
+            allow_partial: With `extend`, load what fits of everything.
+
+        Raises:
+            UsageError: Something is missing or does not fit.
+        """
+        method, source = self.method, f"checkpoint '{path}'"
+        allow_partial = extend and allow_partial
+        needed = {"student", "teacher", "epoch", *(() if allow_partial else ("optimizer",))}
+        absent = (needed if extend else needed | {method.criterion_key}) - content.keys()
+        if absent:
+            other = " (another method made it)" if absent == {method.criterion_key} else ""
+            remedy = (
+                "pass --init_weights FILE to start a new schedule from it" if extend else "choose another --output_dir"
             )
-            fsdp.exchange_gradients(student, wanted=last)
-            with student.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
-                with utils.autocast(self.device, self.precision):
-                    loss, extra = self.method.compute_loss(views, epoch)
-                self.scaler.scale(loss / len(micro_batches)).backward()
-            del views  # the next ones are made now
-            for name, value in {"loss": loss, **extra}.items():
-                scalars[name] = scalars.get(name, 0) + value.detach().float() / len(micro_batches)
-        self.method.watch = None
-        return scalars | watched
-
-    def _mean_over_processes(self, scalars: dict[str, Tensor], gradients_finite: Tensor) -> dict[str, Tensor]:
-        """Means of the scalars, and `finite`: 1.0 where all losses and gradients of all processes are."""
-        finite = gradients_finite & torch.isfinite(scalars["loss"])
-        stacked = torch.stack([*scalars.values(), finite.float()])
-        means = collectives.all_reduce_sum(stacked) / collectives.get_world_size()
-        return dict(zip([*scalars, "finite"], means.unbind()))
+            raise UsageError(f"{source} cannot be resumed, it has no {', '.join(sorted(absent))}{other}; {remedy}")
+        networks = {"student": method.student, "teacher": method.teacher}
+        fresh = restore.load_networks(path, content, networks, extend, allow_partial)
+        fresh_centers = restore.load_centers(path, content, method.criterion, method.criterion_key, extend)
+        student = loading.unwrap(method.student)
+        restore.load_moments(path, content, self.optimizer, student, fresh, extend, allow_partial)
+        if extend:
+            names = [*(part.rstrip(".") for part in fresh), *fresh_centers]
+            logger.info("continuing %s%s", source, f"; {', '.join(names)} start fresh" if names else "")
+        if not content.get("rng"):
+            logger.info("%s holds no random states (another program wrote it); they start fresh", source)
+        with restore.reading("fp16_scaler", path):
+            if self.scaler.is_enabled() and content.get("fp16_scaler"):
+                self.scaler.load_state_dict(content["fp16_scaler"])
+        self.nonfinite.in_a_row = content.get("bad_steps_in_a_row", 0)
+        with restore.reading("monitor", path):
+            self.monitor.load_state_dict(content.get("monitor", {}))
 
 
 class RunningStatistics:
-    """The running statistics of BatchNorm, which a forward changes: kept, to be put back where the step is skipped.
-
-    Networks without BatchNorm cost nothing here.
-    """
+    """Running statistics of BatchNorm layers, which are restored when a step is skipped."""
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         buffers = [buffer for network in networks for norm in batch_norms(network) for buffer in norm.buffers()]
@@ -216,11 +292,11 @@ class RunningStatistics:
         self._kept: dict[torch.dtype, Tensor] = {}
 
     def keep(self) -> None:
-        """Remember them as they are now."""
+        """Copy the current statistics."""
         self._kept = {dtype: torch.cat(parts) for dtype, parts in self._flat.items()}
 
     def restore_unless(self, applied: Tensor) -> None:
-        """Put back what was kept where `applied` is false."""
+        """Restore the copied statistics where `applied`, a boolean scalar on the device, is False."""
         for dtype, parts in self._flat.items():
             right = torch.where(applied, torch.cat(parts), self._kept.pop(dtype))
             torch._foreach_copy_(parts, right.split([len(part) for part in parts]))

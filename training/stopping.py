@@ -1,7 +1,4 @@
-"""Signals that ask a run to end: which they are, with which code it then ends, and how processes tell each other.
-
-Origin: this project's own.
-"""
+"""Graceful stop: the signals that ask a run to stop, the exit codes, and the votes by which all ranks stop at the same step."""
 
 from __future__ import annotations
 
@@ -15,19 +12,20 @@ from typing import TypeVar
 from distributed.collectives import is_main_process
 from utils import Stopped
 
-# Schedulers ask with the first two; a run that has saved itself then is done. A closed terminal and Ctrl-C give the shell's codes.
+# Exit codes by signal. Schedulers send the first two, and a run that has saved itself has then succeeded; a closed terminal and
+# Ctrl-C exit with the shell's codes.
 CODES = {getattr(signal, name): code
          for name, code in (("SIGTERM", 0), ("SIGUSR1", 0), ("SIGHUP", 129), ("SIGINT", 130)) if hasattr(signal, name)}  # fmt: skip
-# What a process adds to the sum of all for a code; fewer than 4096 processes of one never make up another.
+# Vote of one process by exit code; the sum over up to 4096 processes still tells the codes apart.
 VOTES = {0: 1.0, 129: 2.0**12, 130: 2.0**24}
 
 Handler = Callable[[int, FrameType | None], None]
-Self = TypeVar("Self", bound="StopVote")
+Self = TypeVar("Self", bound="StopSignals")
 
 
 @contextlib.contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Let `handler` take the signals in the block; those that are ignored stay so: `nohup`, the background of a script."""
+    """Install `handler` for the stop signals inside the block; signals that are ignored (`nohup`) stay ignored."""
     before = {number: signal.getsignal(number) for number in CODES}
     for number, old in before.items():
         if old != signal.SIG_IGN:
@@ -40,51 +38,48 @@ def handling(handler: Handler) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ending_at_once(words: Callable[[], str]) -> Iterator[None]:
-    """A signal in the block ends this process at once, in a sentence whose second half `words` gives."""
+def stop_at_once(message: Callable[[], str]) -> Iterator[None]:
+    """Raise `Stopped` with `message()` when a signal arrives inside the block."""
 
-    def end(number: int, _frame: FrameType | None) -> None:
-        raise Stopped(f"stopped by a signal {words()}", CODES[number])
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Stopped(f"stopped by a signal {message()}", CODES[number])
 
-    with handling(end):
+    with handling(stop):
         yield
 
 
-class StopVote:
-    """As a context it takes the signals, which then ask for an end instead of ending the process; the second Ctrl-C ends it.
+class StopSignals:
+    """Context manager that turns stop signals into votes; a second Ctrl-C ends the process at once.
 
     Args:
-        then: what follows the step at hand, in words.
-
-    Attributes:
-        asked: this process was, by how much its vote says; 0 where it was not.
+        then: What follows the current step, for the message that Ctrl-C prints.
     """
 
-    def __init__(self, then: str = "ending") -> None:
-        self.asked = 0.0
+    def __init__(self, then: str = "stopping") -> None:
+        self.vote = 0.0
         self._then = then
         self._handling: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
     def __enter__(self: Self) -> Self:
-        self._handling = handling(self._ask)
+        self._handling = handling(self._receive)
         self._handling.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._handling.__exit__(None, None, None)
 
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        self.asked = max(self.asked, VOTES[CODES[number]])
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.vote = max(self.vote, VOTES[CODES[number]])
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the process waits for others, in no Python code
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # works also while the process waits inside a collective
             if is_main_process():
                 os.write(2, f"\nfinishing this step, then {self._then}; Ctrl-C again ends at once\n".encode())
 
-    def wishes(self) -> list[float]:
-        """This process's: to end the run. What all processes wish is the sum, in which other numbers travel too."""
-        return [self.asked]
+    def votes(self) -> list[float]:
+        """Return the votes of this process, to be summed over all processes: to stop."""
+        return [self.vote]
 
 
-def code_of(votes: float) -> int:
-    """The exit code that the sum of all processes' wishes asks for."""
-    return max(code for code, vote in VOTES.items() if votes >= vote)
+def exit_code(stop_votes: float) -> int:
+    """Return the exit code for a positive sum of stop votes."""
+    return max(code for code, vote in VOTES.items() if stop_votes >= vote)
