@@ -36,8 +36,8 @@ def train_until(epochs: int, monkeypatch: pytest.MonkeyPatch, output_dir: Path, 
     """Train, and die right after the checkpoint of epoch `epochs` was written."""
     save = checkpointing.save_run
 
-    def save_and_die(output_dir: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
-        failure = save(output_dir, step, place, *rest)
+    def save_and_die(path: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
+        failure = save(path, step, place, *rest)
         if place.epoch == epochs:
             raise Killed
         return failure
@@ -111,9 +111,9 @@ def test_saving_by_the_clock(images: Path, tmp_path: Path, monkeypatch: pytest.M
         now[0] += 50
         return votes(self)
 
-    def noted(output_dir: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
+    def noted(path: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
         places.append((place.epoch, place.steps))
-        return save_run(output_dir, step, place, *rest)
+        return save_run(path, step, place, *rest)
 
     monkeypatch.setattr(checkpointing.Saver, "votes", tick)
     monkeypatch.setattr(checkpointing, "save_run", noted)
@@ -152,7 +152,7 @@ def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest
     assert counts == [1, 2, 3, 4, 5, 6, 7, 8]
     told = capsys.readouterr().err
     assert told.count("the view features have lost rank") == 1
-    assert "for 5 readings in a row" in told
+    assert "for 5 consecutive readings" in told
     assert "checkpoint.pth at epoch 1\n" in told
 
 
@@ -262,7 +262,7 @@ def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "save_file", full)
+        patch.setattr(loading, "write_file", full)
         with pytest.raises(UsageError, match=r"end of the run is not saved .*No space left"):
             train(tmp_path, images)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
@@ -287,15 +287,15 @@ def test_checkpoint_that_is_gone_is_told_and_written_again(
     """As of a mount that is no longer there, whose place is an empty folder."""
     save = checkpointing.save_run
 
-    def save_and_lose(output_dir: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
-        failure = save(output_dir, step, place, *rest)
+    def save_and_lose(path: Path, step: TrainStep, place: checkpointing.RunPosition, *rest: Any) -> str:
+        failure = save(path, step, place, *rest)
         if place.epoch == 1:
-            (output_dir / "checkpoint.pth").unlink()
+            path.unlink()
         return failure
 
     monkeypatch.setattr(checkpointing, "save_run", save_and_lose)
     train(tmp_path, images)
-    assert capsys.readouterr().err.count("has no checkpoint.pth any more, which was there") == 1
+    assert capsys.readouterr().err.count("checkpoint.pth has disappeared") == 1
     assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 

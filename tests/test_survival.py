@@ -243,6 +243,6 @@ def test_another_number_of_processes_goes_on_at_the_same_images(tmp_path: Path) 
     (tmp_path / "out" / "checkpoint_previous1.pth").replace(tmp_path / "out" / "checkpoint.pth")
     result = run_script("main_esvit.py", *flags, "--epochs", "1", *TINY_SWIN)
     assert result.returncode == 0, result.stderr
-    assert "24 images of the epoch are seen, which make 6 steps of 4 images now, not 3" in result.stderr
-    assert "saved by 2 processes and goes on with 1:" in result.stderr
+    assert "24 images of the epoch are done, 6 steps of 4 images now instead of 3" in result.stderr
+    assert "saved by 2 processes and continues with 1;" in result.stderr
     assert [json.loads(line)["epoch"] for line in (tmp_path / "out" / "log.txt").open()] == [0]

@@ -95,12 +95,17 @@ def measure(level: MonitoredLevel) -> dict[str, Tensor]:
 
 
 def effective_rank(features_NC: Tensor) -> Tensor:
-    """Return exp of the entropy of s / sum(s), with s the singular values of the centered features; 1 if all rows are equal."""
+    """Return exp of the entropy of s / sum(s), with s the singular values of the centered features.
+
+    It is 1 if all rows are equal, and NaN if a feature is not finite.
+    """
     dtype = torch.float32 if features_NC.device.type == "mps" else torch.float64
     features_NC = features_NC.to(dtype)
-    s = torch.linalg.svdvals(features_NC - features_NC.mean(dim=0))
+    finite = features_NC.isfinite().all()
+    centered_NC = torch.where(finite, features_NC - features_NC.mean(dim=0), 0.0)  # the solver refuses other values
+    s = torch.linalg.svdvals(centered_NC)
     p = s / s.sum().clamp_min(torch.finfo(dtype).tiny)
-    return torch.special.entr(p).sum().exp().float()
+    return torch.where(finite, torch.special.entr(p).sum().exp(), torch.nan).float()
 
 
 # --------------------------------------------------------------------------- the monitor
