@@ -262,7 +262,7 @@ def write_masks(args: argparse.Namespace, config: CfgNode, video: Video, device:
     rule = Rule(args.n_last_frames, args.size_mask_neighborhood, args.topk, args.temperature)
     masks = follow_objects(backbone, video, scale, rule, device)
     done = 0
-    with launch.telling_interrupt(lambda: f"after {done} of {len(written)} masks, which {args.output_dir} has"):
+    with launch.stop_on_interrupt(lambda: f"after {done} of {len(written)} masks, which {args.output_dir} has"):
         for path, mask in zip(written, tqdm(masks, total=len(written), disable=None)):
             with files.usable(args.output_dir):
                 files.write_new([path], partial(mask.save, format="png"))

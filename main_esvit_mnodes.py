@@ -94,7 +94,7 @@ def _meeting_place(nodes: int, env: Mapping[str, str]) -> list[str]:
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
     if absent:
         raise UsageError(
-            f"{nodes} nodes need a place to meet: set MASTER_ADDR to the host of node 0 and MASTER_PORT to a free port there "
+            f"{nodes} nodes need a rendezvous: set MASTER_ADDR to the host of node 0 and MASTER_PORT to a free port there "
             f"({' and '.join(absent)} not set)"
         )
     port = env["MASTER_PORT"]

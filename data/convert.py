@@ -262,7 +262,7 @@ def convert(
         Stopped: Ctrl-C.
     """
     done = 0
-    interrupted = launch.telling_interrupt(
+    interrupted = launch.stop_on_interrupt(
         lambda: f"after {counted(done, 'image')}, of which nothing is left in {args.dest}"
     )
     with interrupted, files.usable(args.dest, "DEST"), contextlib.ExitStack() as stack:

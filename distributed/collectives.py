@@ -1,4 +1,4 @@
-"""TODO."""
+"""Collective operations, which return their input when there is only one process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from utils import UsageError, logger
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """A `UsageError` that one process meets inside the block is raised by all of them, so that none waits for the others.
+    """Raise a `UsageError` of one process inside the block on all processes, so that none waits for the others.
 
-    The block must hold no collective operation.
+    The block must contain no collective operation.
 
     Raises:
-        UsageError: that of the first process, by rank, that met one.
+        UsageError: The error of the lowest rank that raised one.
     """
     message = None
     try:
@@ -35,11 +35,7 @@ def failing_together() -> Iterator[None]:
 
 
 def must_agree(what: str, value: Any) -> None:
-    """Stop on all processes unless they see the same `value`.
-
-    Raises:
-        UsageError: naming `what` and the values.
-    """
+    """Raise a `UsageError` on all processes unless they all have the same `value`, described by `what`."""
     values = all_gather_objects(value)
     if any(other != values[0] for other in values):
         raise UsageError(
@@ -48,36 +44,36 @@ def must_agree(what: str, value: Any) -> None:
 
 
 def is_distributed() -> bool:
-    """Whether this process belongs to a group."""
+    """Return whether this process belongs to a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """This process's rank, 0 without a group."""
+    """Return the rank of this process, 0 without a group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
-    """The number of processes, 1 without a group."""
+    """Return the number of processes, 1 without a group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process prints and writes."""
+    """Return whether this process has rank 0, which logs and writes files."""
     return get_rank() == 0
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all processes, in place; returns it."""
+    """Sum `tensor` over all processes in place, and return it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begin to sum `tensor` over all processes, in place; returns what waits for the sum and gives it.
+    """Start to sum `tensor` over all processes in place; return a function that waits for the sum and returns it.
 
-    On CUDA it is the device that waits, not the host.
+    On CUDA the device waits, not the host.
     """
     work = dist.all_reduce(tensor, async_op=True) if is_distributed() else None
 
@@ -90,7 +86,7 @@ def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """`value` of every process, in rank order, on every process."""
+    """Return `value` of every process, in rank order."""
     if not is_distributed():
         return [value]
     gathered: list[Any] = [None] * get_world_size()
@@ -99,11 +95,11 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def all_gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
-    """`rows` (n_r, ...) of every process in rank order; the counts n_r may differ, nothing is padded or lost."""
+    """Return `rows` (n_r, ...) of every process in rank order, without padding; the counts n_r may differ."""
     if not is_distributed():
         return [rows]
     shapes = all_gather_objects((len(rows), tuple(rows.shape[1:]), rows.dtype))
-    longest, row_shape, dtype = max(shapes, key=lambda shape: shape[0])  # a process without rows takes the others' word
+    longest, row_shape, dtype = max(shapes, key=lambda shape: shape[0])  # of a process that has rows
     padded = torch.zeros(longest, *row_shape, dtype=dtype, device=rows.device)
     padded[: len(rows)] = rows.reshape(len(rows), *row_shape)
     gathered = [torch.empty_like(padded) for _ in shapes]

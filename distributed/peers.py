@@ -1,9 +1,7 @@
-"""Which process is missing when an exchange between processes fails: what gloo tells is an address, or that time is up.
+"""Find out which process is missing when a collective operation fails; gloo reports an address or a timeout only.
 
-Each process tells its number and host when it joins. When an exchange fails, each that is still there leaves a sign in the store
-where they met, waits a moment for the others' signs, and knows the missing ones; the first of those that are there tells.
-
-Origin: this project's own.
+Each process registers its rank and host when it joins. When a collective fails, each live process signs in the rendezvous store,
+waits for the signatures of the others, and so learns which are missing; the live process with the lowest rank reports them.
 """
 
 from __future__ import annotations
@@ -17,77 +15,75 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-ANSWER_WITHIN = 5.0  # seconds that the others have to leave their sign
-GLOO = re.compile("gloo/transport/|pair closure|onnection closed by peer")  # in the errors of an exchange on a CPU
-TIME_IS_UP = re.compile("timed out|timeout", re.IGNORECASE)
+ANSWER_WITHIN = 5.0  # seconds to wait for the signatures of other processes
+GLOO = re.compile("gloo/transport/|pair closure|onnection closed by peer")  # in errors of gloo collectives
+TIMED_OUT = re.compile("timed out|timeout", re.IGNORECASE)
 
 
 class _Group(NamedTuple):
-    """What this process knows of all."""
+    """The registered process group."""
 
     store: Any
     rank: int
     world: int
-    minutes: float  # of --dist_timeout
-    first: str  # who process 0 is, whose end may be that of the store
+    minutes: float  # --dist_timeout
+    first: str  # description of process 0, which may host the store
 
 
 _group: _Group | None = None
 
 
-def introduce(store: Any, rank: int, world: int, minutes: float) -> None:
-    """Tell the others who this process is; all do so once, when they join. `minutes` are those of --dist_timeout."""
+def register(store: Any, rank: int, world: int, minutes: float) -> None:
+    """Register this process with the others; all processes call this once. `minutes` is --dist_timeout."""
     global _group
     store.set(f"process {rank}", f"process {rank} of {world} (pid {os.getpid()} on {socket.gethostname()})")
     _group = _Group(store, rank, world, minutes, store.get("process 0").decode())
 
 
 def explain(error: BaseException) -> str | None:
-    """The sentence to tell instead of the traceback of a failed exchange: who is missing, and the likely cause.
+    """Describe a failed collective operation: which processes are missing, and the likely cause.
 
     Returns:
-        None where `error` is something else; an empty text where another process tells.
+        The sentence to print instead of a traceback; None if `error` is something else, empty if another process reports it.
     """
     if _group is None or not (isinstance(error, dist.DistError) or GLOO.search(str(error))):
         return None
     missing: list[list[str]] = []
-    asking = threading.Thread(target=lambda: missing.append(_missing(_group)), daemon=True)
-    asking.start()
-    asking.join(2 * ANSWER_WITHIN)  # a store on a host that is lost does not answer at all
-    if missing and missing[0] == [_OTHER_TELLS]:
+    query = threading.Thread(target=lambda: missing.append(_missing(_group)), daemon=True)
+    query.start()
+    query.join(2 * ANSWER_WITHIN)  # a store on a lost host does not answer
+    if missing and missing[0] == [_REPORTED_BY_OTHER]:
         return ""
     names = " and ".join(missing[0] if missing else [_group.first])
-    again = "then start the same command again"
+    again = "then repeat the command"
     if not names:
         reason = " ".join(str(error).split())[:300]
-        return (
-            f"an exchange between the processes failed although all are there ({reason}); see to the network, {again}"
-        )
-    if TIME_IS_UP.search(str(error)):
+        return f"a collective operation failed although all processes are alive ({reason}); check the network, {again}"
+    if TIMED_OUT.search(str(error)):
         return (
             f"{names} did not answer within the {_group.minutes:g} minutes of --dist_timeout: it is stopped or hangs; "
-            f"see to it, or raise --dist_timeout, {again}"
+            f"check it, or raise --dist_timeout, {again}"
         )
     return (
-        f"{names} is gone: unless an error of its own is told, it was killed, most likely because memory ran out, or its node "
-        f"was lost; see to that, {again}"
+        f"{names} is gone: unless it has printed an error, it was killed, most likely because memory ran out, or its node "
+        f"was lost; fix that, {again}"
     )
 
 
-_OTHER_TELLS = "another process tells"
+_REPORTED_BY_OTHER = "reported by another process"
 
 
 def _missing(group: _Group) -> list[str]:
-    """Leave a sign, and name the processes that do not; or only say that another one tells."""
+    """Sign, and return the processes that do not; or `_REPORTED_BY_OTHER` if a live process has a lower rank."""
     try:
-        group.store.set(f"sign of {group.rank}", "here")
+        group.store.set(f"signature of {group.rank}", "here")
         deadline = time.monotonic() + ANSWER_WITHIN
         here = {group.rank}
         while len(here) < group.world and time.monotonic() < deadline:
             time.sleep(0.05)
-            here |= {rank for rank in set(range(group.world)) - here if group.store.check([f"sign of {rank}"])}
+            here |= {rank for rank in set(range(group.world)) - here if group.store.check([f"signature of {rank}"])}
         if min(here) < group.rank:
-            return [_OTHER_TELLS]
+            return [_REPORTED_BY_OTHER]
         return [group.store.get(f"process {rank}").decode() for rank in range(group.world) if rank not in here]
-    except RuntimeError:  # the store has gone with the process that held it
+    except RuntimeError:  # the store went with the process that hosted it
         return [group.first]

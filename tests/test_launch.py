@@ -89,7 +89,7 @@ def test_meeting_place_is_needed(env: dict[str, str], monkeypatch: pytest.Monkey
     for name, text in (env | {"MASTER_ADDR": "127.0.0.1"}).items():
         monkeypatch.setenv(name, text)
     args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=1.0, local_rank=None)
-    with pytest.raises(UsageError, match=r"processes need a place to meet: .*\(MASTER_PORT not set\)"):
+    with pytest.raises(UsageError, match=r"processes need a rendezvous: .*\(MASTER_PORT not set\)"):
         launch.init_processes(args)
 
 
@@ -100,7 +100,7 @@ def test_processes_that_do_not_come(rank: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=0.02, local_rank=None)
     with pytest.raises(
-        UsageError, match=rf"process {rank} of 2 did not meet all others at 127.0.0.1:\d+ within 0.02 min"
+        UsageError, match=rf"process {rank} of 2 did not reach all others at 127.0.0.1:\d+ within 0.02 min"
     ):
         launch.init_processes(args)
 
@@ -120,7 +120,7 @@ def test_restarted_workers_do_not_read_what_the_dead_wrote() -> None:
     seen: list[str] = []
     for world in (3, 2, 3, 1):
         with ThreadPoolExecutor(world) as pool:
-            parts = [pool.submit(launch._unread_part, agent, rank, world, minute) for rank in reversed(range(world))]
+            parts = [pool.submit(launch._fresh_store, agent, rank, world, minute) for rank in reversed(range(world))]
             stores = [part.result() for part in parts]
         assert not any(store.check(["address of 0"]) for store in stores)
         stores[-1].set("address of 0", f"here, in start {len(seen)}")
@@ -132,7 +132,7 @@ def test_process_of_a_start_that_does_not_answer() -> None:
     agent = torch.distributed.HashStore()  # type: ignore[attr-defined]
     for rank in (0, 1):
         with pytest.raises(torch.distributed.DistStoreError, match="did not answer"):
-            launch._unread_part(agent, rank, 2, datetime.timedelta(seconds=0.05))
+            launch._fresh_store(agent, rank, 2, datetime.timedelta(seconds=0.05))
 
 
 # --------------------------------------------------------------------------- SLURM

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoints.files import check_held, whole_file
 from distributed.collectives import is_main_process
-from distributed.launch import telling_interrupt
+from distributed.launch import stop_on_interrupt
 from utils import UsageError, logger, peak_memory_mb
 
 CROP_GRID_IMAGES = 8
@@ -49,7 +49,7 @@ def one_pass(loader: DataLoader[Any], label: str) -> Iterator[Iterator[Any]]:
             yield batch
             done += 1
 
-    with telling_interrupt(lambda: f"{label}: {done} of {len(loader)} batches were done, nothing of them is kept"):
+    with stop_on_interrupt(lambda: f"{label}: {done} of {len(loader)} batches were done, nothing of them is kept"):
         yield counted()
 
 
