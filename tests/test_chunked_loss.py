@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from conftest import golden_arrays, relative_error
 from fill import tensor
-from test_engine import random_views, tiny
-from test_losses import golden_loss, golden_outputs
+from golden_losses import golden_loss, golden_outputs
+from step_runs import random_views, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -13,17 +13,15 @@ import torch
 from conftest import ROOT, golden_json
 from fill import fill_, tensor
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
+from step_runs import build, everything, random_views, spoiled, tiny
 from torch import Tensor
 
 import main_esvit
 from data.loader import Batch
-from models import load_arch_config
-from training import engine, optim, setup
+from training import engine, optim
 from training.run_log import RunLog
-from training.step import TrainStep
 from utils import UsageError
 
-CPU = torch.device("cpu")
 TRAJECTORY = [
     "--arch",
     "swin",
@@ -74,23 +72,6 @@ TRAJECTORY = [
     "MODEL.SPEC.DROP_PATH_RATE",
     "0.0",
 ]
-
-
-def build(command_line: Sequence[str], steps: int) -> tuple[main_esvit.EsViT, TrainStep]:
-    args = main_esvit.get_args_parser().parse_args(list(command_line))
-    config = load_arch_config(args.arch, args.cfg, args.opts)
-    torch.manual_seed(0)
-    method = main_esvit.build_method(args, config, CPU)
-    return method, setup.build_step(args, method, steps * args.accum_iter, CPU, "fp32")
-
-
-def tiny(*extra: str, steps: int = 4) -> tuple[main_esvit.EsViT, TrainStep]:
-    return build([*TINY_RUN, *extra, "--seed", "0", *TINY_SWIN[:-1], "0.0"], steps)
-
-
-def random_views(images: int, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(images, 3, size, size, generator=generator) for size in (32, 32, 16, 16)]
 
 
 def test_golden_trajectory() -> None:
@@ -184,20 +165,6 @@ def test_prototypes_are_frozen_in_the_first_epoch() -> None:
     assert not torch.equal(weights, before)
 
 
-def everything(method: main_esvit.EsViT, step: TrainStep) -> dict[str, Tensor]:
-    """All tensors that a step may change."""
-    networks = {"student": method.student, "teacher": method.teacher, "criterion": method.criterion}
-    tensors = {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
-    for number, state in step.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-    return {name: value.clone() for name, value in tensors.items()}
-
-
-def spoiled(views: list[Tensor]) -> list[Tensor]:
-    views[2][0, 0, 0, 0] = float("nan")
-    return views
-
-
 @pytest.mark.parametrize("first", [0, 1], ids=["bad first step", "bad second step"])
 @pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
 def test_bad_step_in_the_middle_leaves_no_trace(optimizer: str, first: int) -> None:
@@ -235,7 +202,7 @@ def test_two_processes_skip_together(tmp_path: Path) -> None:
         "import argparse, sys, torch\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         "from distributed import collectives, launch\n"
-        "from test_engine import everything, random_views, spoiled, tiny\n"
+        "from step_runs import everything, random_views, spoiled, tiny\n"
         "def main():\n"
         "    launch.init_processes(argparse.Namespace(device='cpu', dist_url='env://', dist_timeout=1, local_rank=None))\n"
         "    rank = collectives.get_rank()\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
-from test_engine import everything, random_views, spoiled, tiny
+from step_runs import everything, random_views, spoiled, tiny
 from torch import Tensor
 
 import main_esvit
@@ -238,7 +238,7 @@ def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         "from distributed import collectives, launch\n"
         "from training.run_log import EpochMeter\n"
-        "from test_engine import random_views, spoiled, tiny\n"
+        "from step_runs import random_views, spoiled, tiny\n"
         "def main():\n"
         "    launch.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
         f"    method, step = tiny('--max_bad_steps', '2', '--output_dir', {str(tmp_path)!r})\n"
@@ -279,7 +279,7 @@ def test_monitor_of_two_processes(tmp_path: Path) -> None:
         "import argparse, json, pathlib, sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         "from distributed import collectives, launch\n"
-        "from test_engine import random_views, tiny\n"
+        "from step_runs import random_views, tiny\n"
         "def main():\n"
         "    launch.init_processes(argparse.Namespace(device='cpu', dist_url='env://', local_rank=None, dist_timeout=1))\n"
         "    _, step = tiny()\n"

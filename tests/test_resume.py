@@ -16,7 +16,7 @@ import pytest
 import torch
 from runs import TINY_RUN, flipped, write_images
 from tensorboard.backend.event_processing import event_accumulator
-from training_runs import assert_identical, train
+from training_runs import LAYOUTS, assert_identical, train
 
 import main_esvit
 from checkpoints import loading
@@ -51,11 +51,6 @@ def train_until(epochs: int, monkeypatch: pytest.MonkeyPatch, output_dir: Path, 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"), 9)
-
-
-# Two shards and a buffer smaller than what a worker reads; two chunks cannot be had of so few images.
-LAYOUTS = {"files": [], "chunk": ["--sampler", "chunk"], "zip": ["--zip_mode"], "tsv": ["--tsv_mode"],
-           "shards": ["--shuffle_buffer", "3"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

@@ -17,8 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, clean_environment, free_port, run_script, start_script, write_images
-from test_resume import LAYOUTS
-from training_runs import assert_identical
+from training_runs import LAYOUTS, assert_identical
 
 from checkpoints import loading
 from data import convert

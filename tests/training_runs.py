@@ -32,3 +32,8 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
             assert_identical(x, y, f"{where}/{i}")
     else:
         assert a == b, where
+
+
+# Two shards and a buffer smaller than what a worker reads; two chunks cannot be had of so few images.
+LAYOUTS = {"files": [], "chunk": ["--sampler", "chunk"], "zip": ["--zip_mode"], "tsv": ["--tsv_mode"],
+           "shards": ["--shuffle_buffer", "3"]}  # fmt: skip
