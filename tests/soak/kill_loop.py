@@ -1,9 +1,9 @@
 """Kill a run at random moments, start it again each time, and compare its end with that of a run left alone.
 
-    python tests/kill_loop.py --kills 50
-    python tests/kill_loop.py --kills 50 --processes 2       # of which one is killed; the other gets SIGTERM, as from torchrun
-    python tests/kill_loop.py --kills 50 --signal INT        # Ctrl-C instead: all processes get it, and end with code 130
-    python tests/kill_loop.py --kills 50 --rivals 2          # each start is one of so many at the same time in the same folder
+    python tests/soak/kill_loop.py --kills 50
+    python tests/soak/kill_loop.py --kills 50 --processes 2       # of which one is killed; the other gets SIGTERM, as from torchrun
+    python tests/soak/kill_loop.py --kills 50 --signal INT        # Ctrl-C instead: all processes get it, and end with code 130
+    python tests/soak/kill_loop.py --kills 50 --rivals 2          # each start is one of so many at the same time in the same folder
 
 The run saves after every step, so that many kills come while it saves; that is seen by the temporary file they leave. Of rivals
 one trains, and the others end with code 2. The program prints how many these were, and ends with code 1 unless every start found
@@ -25,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.chdir(ROOT)
 

@@ -1,6 +1,6 @@
 """Train each architecture as whole networks and spread over the processes of torchrun, and compare all their numbers.
 
-    torchrun --nproc_per_node=2 tests/side_by_side.py
+    torchrun --nproc_per_node=2 tests/soak/side_by_side.py
 
 Mixup, two micro-batches a step, and a step in the middle that only the last process finds not finite. Prints a line for each
 architecture; the first difference ends all processes with code 1.
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
