@@ -1,11 +1,10 @@
-"""Supervised fine-tuning of a backbone: learning rates by depth, one update, one epoch, validation, saving and resuming.
+"""Supervised fine-tuning of a backbone: layer-wise learning rate decay, training, validation and checkpoints.
 
-What timm has comes from there: the parameter groups of layer-wise decay, mixup and cutmix, the losses, the cosine schedule and
-the average of the weights. The command line is eval_finetune.py.
+Parameter groups, mixup and cutmix, losses, cosine schedule and weight averaging are those of timm.
 
-Shapes: B images, C channels, L classes.
+Shapes: B images, L classes.
 Origin: layer-wise decay of BEiT (Bao et al., ICLR 2022) as used for Swin by SimMIM (Xie et al., CVPR 2022); recipe of DeiT
-(Touvron et al., ICML 2021); all through timm.
+(Touvron et al., ICML 2021).
 """
 
 from __future__ import annotations
@@ -50,35 +49,35 @@ from utils import UsageError
 
 CHECKPOINT = "checkpoint.pth"
 BEST = "best.pth"
-STATE = ("model", "optimizer", "epoch", "best", "finetuning")  # keys without which nothing is resumed
+STATE = ("model", "optimizer", "epoch", "best", "finetuning")  # keys that a resumed checkpoint must have
 
 
-# --------------------------------------------------------------------------- learning rates by depth
+# --------------------------------------------------------------------------- layer-wise learning rate decay
 
 
 def layer_depths(network: Backbone) -> dict[str, int]:
-    """How deep each parameter lies: 0 before the first block, 1 .. n in the blocks, n + 1 after the last one (norm and heads).
+    """Return the depth of each parameter: 0 before the first block, 1 .. n in the blocks, n + 1 for the last norm and the head.
 
-    What leads from one stage to the next (merging, patch embedding) has the depth of the block before it.
+    Layers between two stages (patch merging or embedding) have the depth of the block before them.
     """
-    number_of: dict[int, int] = {}  # id of a parameter -> its block, counted from 1
+    block_of: dict[int, int] = {}  # id of a parameter -> number of its block, from 1
     blocks = [block for stage in range(len(network.stage_depths)) for block in network.stage_blocks(stage)]
     for number, block in enumerate(blocks, start=1):
         for part in [block] if isinstance(block, nn.Module) else list(block):
-            number_of |= {id(parameter): number for parameter in part.parameters()}
-    depths, passed = {}, 0
+            block_of |= {id(parameter): number for parameter in part.parameters()}
+    depths, depth = {}, 0
     for name, parameter in network.named_parameters():
         if name.startswith(HEADS):
             depths[name] = len(blocks) + 1
             continue
-        passed = number_of.get(id(parameter), passed)
-        after_all = passed == len(blocks) and id(parameter) not in number_of
-        depths[name] = len(blocks) + 1 if after_all else passed
+        depth = block_of.get(id(parameter), depth)
+        after_blocks = depth == len(blocks) and id(parameter) not in block_of
+        depths[name] = len(blocks) + 1 if after_blocks else depth
     return depths
 
 
-class _ByDepth(nn.Module):
-    """A network as timm's grouping asks for it: with its parameters' names, and a depth for each name."""
+class _DepthGroups(nn.Module):
+    """Adapter of a network to timm's `param_groups_layer_decay`."""
 
     def __init__(self, network: Backbone) -> None:
         super().__init__()
@@ -86,14 +85,14 @@ class _ByDepth(nn.Module):
         self.depths = {f"network.{name}": depth for name, depth in layer_depths(network).items()}
 
     def group_matcher(self, coarse: bool) -> Any:
-        """From a name to its depth."""
+        """Return the function from parameter names to depths."""
         return self.depths.__getitem__
 
 
 def param_groups(network: Backbone, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups whose `lr_scale` is layer_decay ** (deepest - depth); biases, norms and positions are without weight decay."""
-    plain = [f"network.{name}" for name in network.no_weight_decay()]
-    groups = param_groups_layer_decay(_ByDepth(network), weight_decay, plain, layer_decay=layer_decay)
+    """Return groups with `lr_scale` = layer_decay ** (deepest - depth), and no weight decay of biases, norms and positions."""
+    no_decay = [f"network.{name}" for name in network.no_weight_decay()]
+    groups = param_groups_layer_decay(_DepthGroups(network), weight_decay, no_decay, layer_decay=layer_decay)
     names = {parameter: name for name, parameter in network.named_parameters()}
     return [group | {"param_names": [names[parameter] for parameter in group["params"]]} for group in groups]
 
@@ -102,82 +101,81 @@ def param_groups(network: Backbone, weight_decay: float, layer_decay: float) -> 
 
 
 def projection_layers(path: str, key: str, token: int, count: int, width: int) -> list[nn.Module]:
-    """The first `count` hidden layers of a checkpoint's projection head, each a linear layer and its GELU.
+    """Load the first `count` hidden layers of the projection head in a checkpoint, each a linear layer and its GELU.
 
     Args:
-        path, key: see `checkpoint.network_state`.
-        token: place of the class token whose head is taken, where each has its own.
-        width: channels of the features that go in.
+        path, key: checkpoint, and the key of the network in it.
+        token: index of the class token, for networks with a head for each.
+        width: number of input features.
 
     Raises:
-        UsageError: no such head in the file, fewer hidden layers, layers with BatchNorm, or of another width.
+        UsageError: no projection head, too few hidden layers, BatchNorm, or another width.
     """
     tensors = loading.network_state(loading.load_file(path), key, path).tensors
     source = f"checkpoint '{path}'"
     mlp = f"head.{token}.mlp" if any(name.startswith(f"head.{token}.") for name in tensors) else "head.mlp"
     if f"{mlp}.1.weight" in tensors:
         raise UsageError(
-            f"{source} has BatchNorm in its projection head, which is not kept; set --finetune_head_layer 0"
+            f"{source} has a projection head with BatchNorm, which --finetune_head_layer does not support; set it to 0"
         )
     linear = sum(f"{mlp}.{2 * layer}.weight" in tensors for layer in range(len(tensors)))
     if count >= linear:
         has = utils.counted(linear - 1, "hidden layer") if linear else "none"
         raise UsageError(
-            f"--finetune_head_layer {count} takes hidden layers of a projection head, {source} has {has}; lower it, or name a "
-            "checkpoint of the pre-training"
+            f"--finetune_head_layer {count} needs hidden layers of a projection head, {source} has {has}; lower it, or pass a "
+            "checkpoint of pre-training"
         )
     layers: list[nn.Module] = []
     for layer in range(count):
         weight, bias = (tensors[f"{mlp}.{2 * layer}.{kind}"] for kind in ("weight", "bias"))
         if weight.shape[1] != width:
-            raise UsageError(f"{source} has a projection head of width {weight.shape[1]}, not {width}; check --arch")
+            raise UsageError(
+                f"{source} has a projection head of width {weight.shape[1]}, --arch gives {width}; check --arch"
+            )
         layers += [nn.Linear(width, len(weight)), nn.GELU()]
         layers[-2].load_state_dict({"weight": weight, "bias": bias})
         width = len(weight)
     return layers
 
 
-def linear_head(kept: list[nn.Module], width: int, classes: int, scale: float) -> nn.Module:
-    """A new linear layer, behind those that are kept; its first weights are scaled, as BEiT does."""
-    widths = [layer.out_features for layer in kept if isinstance(layer, nn.Linear)]
+def linear_head(hidden: list[nn.Module], width: int, classes: int, scale: float) -> nn.Module:
+    """Return a new linear classifier on top of `hidden` layers; its initial weights are scaled as in BEiT."""
+    widths = [layer.out_features for layer in hidden if isinstance(layer, nn.Linear)]
     linear = nn.Linear((widths or [width])[-1], classes)
     nn.init.trunc_normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)
     with torch.no_grad():
         linear.weight *= scale
-    return nn.Sequential(*kept, linear) if kept else linear
+    return nn.Sequential(*hidden, linear) if hidden else linear
 
 
-# --------------------------------------------------------------------------- the average of the weights
+# --------------------------------------------------------------------------- training
 
 
 class WeightAverage(ModelEmaV3):
-    """timm's average of parameters and buffers, with each tensor taken once a step.
+    """Exponential moving average of timm that updates each tensor once a step.
 
-    A state dict names tensors that modules share (global and local projections of ViL) more than once; timm's own update
-    would move these as often.
+    The state dict of a network with shared modules (global and local projections of ViL) has the same tensor under several names,
+    and timm would update it several times.
     """
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Move every tensor by 1 - decay of the way to the model's."""
+        """Move the average towards the weights of `model` by a factor of 1 - decay."""
         pairs = zip(self.module.state_dict().values(), model.state_dict().values())
-        each = list({average.data_ptr(): (average, own) for average, own in pairs if average.numel()}.values())
-        moving = [pair for pair in each if pair[0].is_floating_point()]
-        torch._foreach_lerp_([average for average, _ in moving], [own for _, own in moving], 1.0 - decay)
-        for average, own in each:
+        unique = list({average.data_ptr(): (average, own) for average, own in pairs if average.numel()}.values())
+        floating = [pair for pair in unique if pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in floating], [own for _, own in floating], 1.0 - decay)
+        for average, own in unique:
             if not average.is_floating_point():
                 average.copy_(own)
 
 
-# --------------------------------------------------------------------------- the training
-
-
 class Recipe(NamedTuple):
-    """Everything of the command line that an update depends on."""
+    """Hyperparameters of training."""
 
     epochs: int
     steps: int  # optimizer steps of an epoch
-    lr: float  # of the head, after scaling with the batch
+    lr: float  # of the head, scaled with the batch
     min_lr: float
     warmup_epochs: int
     layer_decay: float
@@ -187,23 +185,22 @@ class Recipe(NamedTuple):
     smoothing: float
     clip_grad: float
     accum_iter: int
-    ema_decay: float | None  # None: no average of the weights
+    ema_decay: float | None  # None: no weight averaging
 
 
 class Accuracy(NamedTuple):
-    """In percent; `top5` is of as many classes as there are when these are fewer."""
+    """Accuracies in percent; for L < 5 classes `top5` is top-L."""
 
     top1: float
     top5: float
 
 
 class FineTuner:
-    """A network with its optimizer and all else that changes as it trains.
+    """A network with its optimizer, schedule, loss and weight average.
 
     Args:
-        network: with a linear head, on `device`.
-        recipe, classes: see there; classes of the head.
-        precision: what the network computes in, `fp32`, `bf16` or `fp16`; losses are float32.
+        network: with a linear head for `classes` classes, on `device`.
+        precision: of the network, `fp32`, `bf16` or `fp16`; losses are float32.
     """
 
     def __init__(self, network: Backbone, recipe: Recipe, classes: int, device: torch.device, precision: str) -> None:
@@ -236,14 +233,14 @@ class FineTuner:
             )
 
     def networks(self) -> dict[str, Backbone]:
-        """What is validated: the network, and the average of its weights where there is one."""
+        """Return the networks to validate: `model`, and `ema` with --model_ema."""
         return {"model": self.network} | ({} if self.ema is None else {"ema": self.ema.module})
 
     def step(self, batches: list[Batch], iteration: int) -> dict[str, float]:
-        """One update on micro-batches that count as one batch; gives the loss, a mean over them and the processes.
+        """Update the weights on one batch, given as micro-batches; return the mean loss over micro-batches and processes.
 
         Raises:
-            FloatingPointError: a loss that is not finite, on all processes at once and before any weight has changed.
+            FloatingPointError: the loss is not finite; raised on all processes, before any weight has changed.
         """
         self.scheduler.step_update(iteration)
         total = torch.zeros((), device=self.device)
@@ -261,8 +258,8 @@ class FineTuner:
         mean = collectives.all_reduce_sum(total).item() / collectives.get_world_size()
         if not math.isfinite(mean):
             raise FloatingPointError(
-                f"the loss of step {iteration} is {mean} with --precision {self.precision}; start the same command again, which "
-                "goes on at the last epoch, with --precision fp32 or a lower --lr"
+                f"the loss of step {iteration} is {mean} with --precision {self.precision}; resume from the last epoch by the same "
+                "command with --precision fp32 or a lower --lr"
             )
         self.scaler.unscale_(self.optimizer)
         if self.recipe.clip_grad:
@@ -284,12 +281,12 @@ class FineTuner:
         ending: EndRequest,
         done: int = 0,
     ) -> None:
-        """All updates of an epoch, but for those that are `done`.
+        """Train for one epoch, skipping the steps that are `done`.
 
         Raises:
             UsageError: more than 1 % of the images cannot be read.
-            FloatingPointError: see `step`.
-            Stopped: see `EndRequest.end_if`.
+            FloatingPointError: the loss is not finite.
+            Stopped: a process received a signal.
         """
         set_epoch(loader, epoch, skipped_batches=done * self.recipe.accum_iter)
         tally.start_pass()
@@ -300,8 +297,8 @@ class FineTuner:
             for i, batches in enumerate(in_groups(meter.timed(loader), self.recipe.accum_iter), done):
                 failures = [failure for batch in batches for failure in batch.failures]
                 incomplete = not all(batch.views for batch in batches)
-                (wished,) = tally.add(failures, self.device, incomplete, ending.wishes())
-                ending.end_if(wished, epoch, i)
+                (votes,) = tally.add(failures, self.device, incomplete, ending.wishes())
+                ending.end_if(votes, epoch, i)
                 iteration = epoch * self.recipe.steps + i
                 meter.update(self.step(batches, iteration))
                 show(lr=max(group["lr"] for group in self.optimizer.param_groups))
@@ -309,7 +306,7 @@ class FineTuner:
 
     @torch.no_grad()
     def validate(self, loader: DataLoader[Batch]) -> dict[str, Accuracy]:
-        """Accuracies of all networks in one pass; over all processes every image counts once.
+        """Return the accuracy of all networks, computed in one pass over the validation images of all processes.
 
         Raises:
             UsageError: more than 1 % of the images cannot be read.
@@ -330,22 +327,22 @@ class FineTuner:
             for name, network in networks.items():
                 with utils.autocast(self.device, self.precision):
                     logits_BL = network(images)
-                best = logits_BL.float().topk(min(5, self.classes)).indices.cpu() == batch.labels_B[:, None]
-                hits[name] += torch.stack([best[:, :1].sum(), best.sum()])
+                correct = logits_BL.float().topk(min(5, self.classes)).indices.cpu() == batch.labels_B[:, None]
+                hits[name] += torch.stack([correct[:, :1].sum(), correct.sum()])
         FailureTally(len(loader.dataset)).add(failures, self.device, incomplete)  # type: ignore[arg-type]
-        images_of_all = sum(collectives.all_gather_objects(seen))
+        images_in_total = sum(collectives.all_gather_objects(seen))
         accuracies = {}
         for name, own in hits.items():
-            top1, top5 = (100 * torch.stack(collectives.all_gather_objects(own)).sum(dim=0) / images_of_all).tolist()
+            top1, top5 = (100 * torch.stack(collectives.all_gather_objects(own)).sum(dim=0) / images_in_total).tolist()
             accuracies[name] = Accuracy(top1, top5)
         return accuracies
 
 
-# --------------------------------------------------------------------------- saving and resuming
+# --------------------------------------------------------------------------- checkpoints
 
 
 class Best(NamedTuple):
-    """The best validation so far; epochs count from 0."""
+    """The best validation so far; epochs are counted from 0."""
 
     network: str = ""  # `model` or `ema`; empty before the first validation
     epoch: int = -1
@@ -354,18 +351,18 @@ class Best(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a run is."""
+    """Position of a run and its validation scores."""
 
-    epochs: int = 0  # that are done
+    epochs: int = 0  # finished
     best: Best = Best()
     last: Mapping[str, Accuracy] = {}  # of the last validation, by network
-    damaged: tuple[Path, ...] = ()  # files that were passed by to get here
-    steps: int = 0  # of the epoch at hand that are done
-    meter: Mapping[str, Any] = {}  # what its `EpochMeter` has measured
+    damaged: tuple[Path, ...] = ()  # checkpoints that were skipped at resume
+    steps: int = 0  # finished steps of the current epoch
+    meter: Mapping[str, Any] = {}  # state of its `EpochMeter`
 
     @property
-    def place(self) -> RunPosition:
-        """The same in the words of training/checkpointing.py."""
+    def position(self) -> RunPosition:
+        """The position alone."""
         return RunPosition(self.epochs, self.steps, self.meter, damaged=self.damaged)
 
 

@@ -41,4 +41,4 @@ def log_lines(out: Path) -> list[dict[str, Any]]:
 
 
 def results(out: Path) -> dict[str, Any]:
-    return json.loads((out / "results.json").read_text())
+    return json.loads((out / "results" / "linear.json").read_text())

@@ -28,6 +28,7 @@ from training_runs import train
 import eval_knn
 import export
 import run_analysis
+from analysis import context
 from checkpoints import loading
 from data import convert
 from distributed import collectives
@@ -275,14 +276,13 @@ def test_analysis_on_a_full_disk_tells_all_that_it_measured(
     """Each task says its figures; the end says once that they are in no file."""
     flags = [*NETWORK, "--random_weights", "--data_path", str(images / "val"), "--output_dir", str(disk)]
     flags += ["--vis_entropy", "--measure_correspondence", "--patch_size", "4"]
-    opened = run_analysis.open_lab
 
-    def open_and_fill(*args: Any) -> run_analysis.Lab:
-        lab = opened(*args)
+    def build_and_fill(*args: Any) -> context.AnalysisContext:
+        built = context.build_context(*args)
         fill(disk)
-        return lab
+        return built
 
-    monkeypatch.setattr(run_analysis, "open_lab", open_and_fill)
+    monkeypatch.setattr(run_analysis, "build_context", build_and_fill)
     with pytest.raises(UsageError, match=rf"^--output_dir {disk} cannot be used \([^;]*\); see [^;]*$"):
         run_analysis.main(run_analysis.get_args_parser().parse_args([*flags, *TINY_SWIN]))
     said = capsys.readouterr().out

@@ -51,7 +51,7 @@ def run(images: Path, output_dir: Path, *extra: str, **changed: Any) -> None:
 
 
 def results(output_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output_dir / "results.json").read_text())
+    found: dict[str, Any] = json.loads((output_dir / "results" / "finetune.json").read_text())
     return found
 
 
@@ -136,17 +136,18 @@ def test_schedule_by_value() -> None:
 def test_learns_and_leaves_everything_behind(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(images, tmp_path, *PLAIN, "--epochs", "12", "--lr", "0.5", "--layer_decay", "0.9", "--model_ema")
     found = results(tmp_path)
-    assert found["top1"] >= 88  # chance: 33
-    assert (found["classes"], found["val_images"], found["epochs"]) == (CLASSES, 9, 12)
-    assert found["top5"] == 100.0  # of three classes
+    best = found["scores"]["best"]
+    assert best["top1"] >= 88  # chance: 33
+    assert (found["data"]["classes"], found["data"]["val_images"], found["protocol"]["epochs"]) == (CLASSES, 9, 12)
+    assert best["top5"] == 100.0  # of three classes
     assert all(json.loads(line)["top5_is"] == "top3" for line in (tmp_path / "log.txt").open())
-    assert set(found["last"]) == {"model", "ema"}
+    assert set(found["scores"]) == {"best", "last, model", "last, ema"}
     assert "Top3: 100.00" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "log.txt").open()]
     assert [line["epoch"] for line in lines] == list(range(12))
     assert lines[-1]["train_loss"] < 0.7 * lines[0]["train_loss"]
-    best = max((line["val"][name]["top1"], -line["epoch"]) for line in lines for name in line["val"])
-    assert (found["top1"], found["epoch"]) == (best[0], -best[1])
+    top1, epoch = max((line["val"][name]["top1"], -line["epoch"]) for line in lines for name in line["val"])
+    assert (best["top1"], best["epoch"]) == (top1, -epoch)
 
     content = loading.load_file(tmp_path / "best.pth")
     assert content["model"]["head.weight"].shape == (CLASSES, 24)
@@ -187,7 +188,7 @@ def small_run(name: str, images: Path, output_dir: Path, *flags: str) -> None:
 def test_every_architecture_learns(name: str, images: Path, tmp_path: Path) -> None:
     rate, epochs = {"resnet": ("0.05", "4"), "vit": ("0.2", "8")}.get(name, ("0.3", "8"))
     small_run(name, images, tmp_path / "run", *PLAIN, "--epochs", epochs, "--lr", rate, "--layer_decay", "0.9")
-    assert results(tmp_path / "run")["top1"] >= 66  # chance: 33
+    assert results(tmp_path / "run")["scores"]["best"]["top1"] >= 66  # chance: 33
     losses = [json.loads(line)["train_loss"] for line in (tmp_path / "run" / "log.txt").open()]
     assert min(losses[1:]) < 0.7 * losses[0]
 
@@ -327,7 +328,7 @@ def test_gray_images(tmp_path: Path) -> None:
     eval_finetune.main(
         eval_finetune.get_args_parser().parse_args([*command(tmp_path / "images", tmp_path / "run"), *gray])
     )
-    assert results(tmp_path / "run")["classes"] == 2
+    assert results(tmp_path / "run")["data"]["classes"] == 2
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -335,9 +336,9 @@ def test_validation_images_are_resized_as_asked(images: Path, tmp_path: Path, in
     flags = [] if interpolation == "bicubic" else ["--val_interpolation", interpolation]
     args = eval_finetune.get_args_parser().parse_args(command(images, tmp_path, *flags))
     config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
-    _, loader = eval_finetune.build_loaders(args, config, torch.device("cpu"), 28)
+    _, val_set = eval_finetune.build_datasets(args, config, 28)
     picture = Image.open(images / "val" / "class0" / "000.png")
-    view = next(iter(loader)).views[0][0]
+    view = val_set[0].views[0]
     for kind in ("bicubic", "bilinear"):
         (expected,) = eval_view(28, 0.875, config.INPUT.MEAN, config.INPUT.STD, kind)(picture)
         assert torch.equal(view, expected) is (kind == interpolation)
@@ -374,10 +375,10 @@ def test_folders_of_other_runs_are_left_alone(images: Path, tmp_path: Path) -> N
         run(images, tmp_path)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     (tmp_path / "linear").mkdir()
-    (tmp_path / "linear" / "results.json").write_text('{"evaluation": "linear probe"}')
-    with pytest.raises(UsageError, match="of another evaluation and would be overwritten"):
+    (tmp_path / "linear" / "checkpoint.pth.tar").touch()
+    with pytest.raises(UsageError, match=r"checkpoint\.pth\.tar"):
         run(images, tmp_path / "linear")
-    assert [path.name for path in tmp_path.joinpath("linear").iterdir()] == ["results.json"]
+    assert [path.name for path in tmp_path.joinpath("linear").iterdir()] == ["checkpoint.pth.tar"]
 
 
 WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -485,16 +486,18 @@ def test_finished_run_says_its_score_and_mends_its_results(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(images, tmp_path, *PLAIN)
-    said, record = capsys.readouterr().out.splitlines()[-1], (tmp_path / "results.json").read_bytes()
-    best = json.loads(record)
+    said, record = capsys.readouterr().out.splitlines()[-1], (tmp_path / "results" / "finetune.json").read_bytes()
+    found = json.loads(record)
+    best = found["scores"]["best"]
     assert said == f"best of 9 validation images: Top1: {best['top1']:.2f} (epoch {best['epoch']}, model)"
-    assert (best["top5_is"], best["image_size"], best["checkpoint_key"]) == ("top3", 32, "teacher")
-    (tmp_path / "results.json").unlink()
+    assert (found["protocol"]["top5_is"], found["protocol"]["image_size"]) == ("top3", 32)
+    assert found["network"]["checkpoint_key"] == "teacher"
+    (tmp_path / "results" / "finetune.json").unlink()
     run(images, tmp_path, *PLAIN)
     again = capsys.readouterr()
     assert again.out.splitlines() == [said]
-    assert f"{tmp_path} has 2 epochs already, --epochs asks for 2: nothing to do\n" in again.err
-    assert (tmp_path / "results.json").read_bytes() == record
+    assert f"{tmp_path} already has 2 epochs of --epochs 2" in again.err
+    assert (tmp_path / "results" / "finetune.json").read_bytes() == record
 
 
 # --------------------------------------------------------------------------- several processes
@@ -511,8 +514,9 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
     assert two.returncode == 0, two.stderr
     found = [results(tmp_path / name) for name in ("one", "two")]
     assert found[0] == found[1]
-    assert found[0]["val_images"] == 9
-    assert (found[0]["top1"] * 9 / 100) == pytest.approx(round(found[0]["top1"] * 9 / 100), abs=1e-6)
+    assert found[0]["data"]["val_images"] == 9
+    hits = found[0]["scores"]["best"]["top1"] * 9 / 100
+    assert hits == pytest.approx(round(hits), abs=1e-6)
     losses = [
         [json.loads(line)["train_loss"] for line in (tmp_path / name / "log.txt").open()] for name in ("one", "two")
     ]

@@ -272,7 +272,9 @@ def test_the_last_line_names_the_results_and_a_command_that_scores_them(
     words = [word.replace("IMAGES", str(tmp_path / "labeled images")) for word in shlex.split(command)]
     assert words[:4] == ["--arch", "vit", "--patch_size", "4"]
     eval_knn.main(eval_knn.get_args_parser().parse_args([*words, "--num_workers", "0", "--device", "cpu"]))
-    assert json.loads((out / "results.json").read_text())["pretrained_weights"] == str(out / "checkpoint.pth")
+    assert json.loads((out / "results" / "knn.json").read_text())["network"]["pretrained_weights"] == str(
+        out / "checkpoint.pth"
+    )
     monkeypatch.setattr(checkpointing.Saver, "wishes", lambda self: [1.0, 0.0])
     capsys.readouterr()
     run(tmp_path / "stopped", tmp_path / "labeled images" / "train", *one_epoch)
