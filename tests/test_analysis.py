@@ -75,7 +75,7 @@ def test_regions_of_points() -> None:
     assert attention.region_at((0, 0), (100, 200), (5, 10)) == (0, 0)
     assert attention.region_at((199.9, 99.9), (100, 200), (5, 10)) == (4, 9)
     assert attention.region_at((45, 70), (100, 200), (5, 10)) == (3, 2)
-    with pytest.raises(UsageError, match="--query 200 10 is outside the image, which is 200 pixels wide and 100 high"):
+    with pytest.raises(UsageError, match="--query 200 10 is outside the image of 200 x 100 pixels"):
         attention.region_at((200, 10), (100, 200), (5, 10))
 
 
@@ -113,7 +113,7 @@ def test_networks_and_blocks_without_attention() -> None:
         attention.find_block(small_network("resnet"), -1)
     swin = small_network("swin")
     assert [attention.find_block(swin, number) for number in (-1, 0, -4)] == [3, 0, 0]
-    with pytest.raises(UsageError, match=r"--block 4 is not there; choose 0\.\.3"):
+    with pytest.raises(UsageError, match=r"--block 4 .*0\.\.3"):
         attention.find_block(swin, 4)
 
 
@@ -243,7 +243,7 @@ def test_sizes_are_whole_regions_of_the_images_shape() -> None:
     network = small_network("swin").eval()
     config = load_config(None, ["MODEL.IMAGE_SIZE", "[64, 128]"])
     assert scale_of(network, config, None, torch.device("cpu"))[:2] == (64, (8, 8))
-    with pytest.raises(UsageError, match="--image_size 7 is below one region of this network, 8 pixels"):
+    with pytest.raises(UsageError, match="--image_size 7 is less than 8"):
         scale_of(network, config, 7, torch.device("cpu"))
 
 
@@ -269,7 +269,7 @@ def test_views_are_kept_and_depend_on_the_seed_alone(channels: int, tmp_path: Pa
 
 def test_saved_views_that_are_none(tmp_path: Path) -> None:
     torch.save({"other": torch.zeros(2)}, tmp_path / "views.pth")
-    with pytest.raises(UsageError, match="holds no saved views"):
+    with pytest.raises(UsageError, match="no saved views"):
         load_views(tmp_path / "views.pth", 3)
     (tmp_path / "views.pth").write_bytes(b"no file of torch")
     with pytest.raises(UsageError, match=r"damaged|not a torch"):
@@ -471,7 +471,7 @@ def test_saved_views_of_another_picture_are_refused(tmp_path: Path) -> None:
     first, second = (as_picture("a", torch.rand(3, 50, 90), SCALE) for _ in range(2))
     path = tmp_path / "views_a.pth"
     save_views(random_views(first, 1), path)
-    with pytest.raises(UsageError, match="finds views of another picture than a"):
+    with pytest.raises(UsageError, match="another picture than a"):
         saved_views(path, second, 3)
     save_views(random_views(second, 1), unused(path))
     for picture in (first, second):

@@ -346,17 +346,17 @@ def test_evaluate_gives_the_scores_of_the_last_epoch(
     run(images, tmp_path / "out", "--lr", "20")
     last = log_lines(tmp_path / "out")[-1]
     expected = pytest.approx([last["test_acc1"], last["test_acc5"], last["test_loss"]], abs=1e-3)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     capsys.readouterr()
     run(images, tmp_path / "out", "--evaluate")
     assert evaluated(capsys) == expected
     (images / "train").rename(tmp_path / "elsewhere")
     run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "out" / "checkpoint.pth.tar"))
     assert evaluated(capsys) == expected
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     assert not (tmp_path / "no").exists()
     (images / "val" / "class1").rename(images / "val" / "zebra")
-    with pytest.raises(UsageError, match="classes that the classifier has not: zebra"):
+    with pytest.raises(UsageError, match="zebra"):
         run(images, tmp_path / "out", "--evaluate")
 
 

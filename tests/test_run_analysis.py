@@ -386,7 +386,7 @@ def test_a_second_image_is_compared_with_one(photo: str, folder: str, tmp_path: 
     for flags, words in (
         (["--image_path", folder, "--image_path2", photo], "--image_path names 4 images"),
         (["--image_path", photo, "--image_path2", folder], "--image_path2 names 4 images"),
-        (["--image_path", photo, "--image_path2", photo, "--use_saved_aug"], "leave one of them out"),
+        (["--image_path", photo, "--image_path2", photo, "--use_saved_aug"], "--use_saved_aug and --image_path2"),
     ):
         with pytest.raises(UsageError, match=words):
             run("swin", tmp_path / "refused", "--vis_correspondence", *flags)

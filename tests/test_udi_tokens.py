@@ -157,7 +157,7 @@ def test_attention_is_drawn_from_either_token(folder: Path, tmp_path: Path) -> N
         assert [head["bits"] for head in record["heads"]] == pytest.approx(bits.sort().values.tolist(), rel=1e-3)
         assert (tmp_path / f"vit_ssl_000_{name}.png").exists()
     assert (tmp_path / "vit_ssl_000_correspondence.png").exists()
-    with pytest.raises(UsageError, match=r"--query looks from a region, --token both from a class token"):
+    with pytest.raises(UsageError, match=r"--query and --token both"):
         analyze(folder, tmp_path, "--vis_attention", "--token", "both", "--query", "3", "3")
     with pytest.raises(UsageError, match="--token both needs a network with two class tokens"):
         analyze(folder, tmp_path, "--vis_attention", "--token", "both", tokens=())
@@ -212,7 +212,7 @@ def test_fine_tuning_stands_on_layers_of_the_projection_head(folder: Path, tmp_p
         for kind in ("weight", "bias"):
             assert torch.equal(after[f"{ours}.{kind}"], before[f"{theirs}.{kind}"])
     assert after["head.4.weight"].shape == (3, 12)
-    assert run(eval_finetune, folder, tmp_path / "out", *flags, "--epochs", "2")["epochs"] == 2
+    assert run(eval_finetune, folder, tmp_path / "out", *flags, "--epochs", "2")["protocol"]["epochs"] == 2
     assert loading.load_backbone(network(), tmp_path / "out/best.pth").left_out == 6
     with pytest.raises(UsageError, match=r"belongs to another run .*--finetune_head_layer 2 -> 1"):
         run(eval_finetune, folder, tmp_path / "out", *flags, "--finetune_head_layer", "1")
@@ -233,12 +233,12 @@ def test_each_token_stands_on_its_own_head_where_it_has_one(folder: Path, tmp_pa
     [
         (
             ["--finetune_head_layer", "1"],
-            r"checkpoint.pth' has none; lower it, or name a checkpoint of the pre-training",
+            r"checkpoint.pth' has none",
         ),
         (["--finetune_head_layer", "3", "with_head.pth"], "with_head.pth' has 2 hidden layers; lower it"),
-        (["--finetune_head_layer", "1", "batch_norm.pth"], "has BatchNorm in its projection head, which is not kept"),
-        (["--finetune_head_layer", "1", "wide.pth"], "has a projection head of width 30, not 24; check --arch"),
-        (["--finetune_head_layer", "1", "--token", "both"], "of one token, which --token both has not"),
+        (["--finetune_head_layer", "1", "batch_norm.pth"], "BatchNorm"),
+        (["--finetune_head_layer", "1", "wide.pth"], "has a projection head of width 30, --arch gives 24"),
+        (["--finetune_head_layer", "1", "--token", "both"], "--token both"),
     ],
     ids=["no head", "too many", "batch norm", "width", "both"],
 )
