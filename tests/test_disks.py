@@ -222,11 +222,14 @@ def test_features_that_cannot_be_dumped_take_no_score_away(
         str(disk / "f"),
     ]
 
-    def full(*_: Any) -> None:
+    dump = eval_knn.dump_features
+
+    def fill_and_dump(*args: Any) -> None:
         fill(disk)
+        dump(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval_knn, "check_dump_folder", full)
+        patch.setattr(eval_knn, "dump_features", fill_and_dump)
         with pytest.raises(UsageError, match=rf"--dump_features {disk}/f cannot be used .*(No space left|write)"):
             eval_knn.main(eval_knn.get_args_parser().parse_args([*flags, *TINY_SWIN]))
     assert "network: 1-NN classifier result: Top1:" in capsys.readouterr().out
@@ -245,7 +248,7 @@ def test_export_to_a_full_disk_is_one_sentence(disk: Path, tmp_path: Path, forma
     fill(disk)
     with pytest.raises(UsageError, match=rf"--output {disk}/out.{suffix} cannot be used"):
         export.main(export.get_args_parser().parse_args(line))
-    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    assert [path.name for path in disk.rglob("*") if path.is_file()] == ["ballast"]
     (disk / "ballast").unlink()
     export.main(export.get_args_parser().parse_args(line))
     assert [path.name for path in disk.iterdir()] == [f"out.{suffix}"]
@@ -288,7 +291,7 @@ def test_analysis_on_a_full_disk_tells_all_that_it_measured(
     said = capsys.readouterr().out
     assert "entropy of attention by block" in said
     assert "correspondence under a flip, 8 images: accuracy" in said
-    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    assert [path.name for path in disk.rglob("*") if path.is_file()] == ["ballast"]
 
 
 @pytest.mark.parametrize("script", RUNS)
