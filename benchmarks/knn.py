@@ -4,8 +4,8 @@
     python benchmarks/knn.py --keys 20000 --queries 500 --classes 100       # smaller; memory is meaningful at full size only
 
 Both sides compute the accuracies of all values of k from the same features: noisy class centers, ordered by class. The plain side
-follows the published scripts. For each k it computes the similarities of a hundredth of the queries to all keys, the k best of them,
-and votes as a product with a one-hot tensor (queries, k, classes).
+follows the published scripts. For each k it computes the similarities of a hundredth of the queries to all keys, the k best of
+them, and votes as a product with a one-hot tensor (queries, k, classes).
 
 Each side runs in its own process. Peak memory is `ru_maxrss` at the end minus the resident memory after loading the features and a
 warm-up.
