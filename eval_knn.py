@@ -96,7 +96,7 @@ def check_args(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------- features
 
 
-class Evaluated(NamedTuple):
+class FeatureSets(NamedTuple):
     """Features by the name of the network or baseline, with what is known about them."""
 
     splits: dict[str, Split]
@@ -139,7 +139,7 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.Image
     return [images]
 
 
-def extract(args: argparse.Namespace, device: torch.device, keep_on: torch.device, dtype: torch.dtype) -> Evaluated:
+def extract(args: argparse.Namespace, device: torch.device, keep_on: torch.device, dtype: torch.dtype) -> FeatureSets:
     """Extract the features of the network and the baselines."""
     with collectives.failing_together():
         config = network_config(args)
@@ -148,7 +148,7 @@ def extract(args: argparse.Namespace, device: torch.device, keep_on: torch.devic
     collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     parts = extract_splits(datasets, functions, args, device, keep_on, dtype=dtype)
     splits = {name: Split(parts[0][name], parts[-1][name]) for name in functions}
-    return Evaluated(splits, datasets[0].classes, evaluation_size(args, config))
+    return FeatureSets(splits, datasets[0].classes, evaluation_size(args, config))
 
 
 # --------------------------------------------------------------------------- saved features
@@ -206,7 +206,7 @@ def load_features(folder: Path, keep_on: torch.device, dtype: torch.dtype, leave
 # --------------------------------------------------------------------------- the script
 
 
-def report(scores: dict[str, list[KnnScore]], found: Evaluated, args: argparse.Namespace) -> None:
+def report(scores: dict[str, list[KnnScore]], found: FeatureSets, args: argparse.Namespace) -> None:
     """Print the scores, and save them with the accuracy of each class."""
     split = found.splits["network"]
     train_images, val_images = len(split.train.labels_N), len(split.val.labels_N)
@@ -257,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
         if args.load_features:
             with collectives.failing_together():
                 split = load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)
-            found = Evaluated({"network": split})
+            found = FeatureSets({"network": split})
         else:
             found = extract(args, device, keep_on, dtype)
         failure: UsageError | None = None

@@ -14,7 +14,7 @@ from analysis.images import flip_views, plain_view
 from data.transforms import augment
 from data.transforms.augment import MultiCrop
 from distributed import collectives
-from evaluation.features import frozen_backbone
+from evaluation.features import frozen_backbone, readable_batches
 from training.run_log import one_pass
 from utils import UsageError
 
@@ -38,17 +38,10 @@ def sum_over_folder(
     pin_memory = context.device.type == "cuda"
     loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, pin_memory)
     total: Tensor | None = None
-    failures: list[str] = []
-    incomplete = False
     with one_pass(loader, label) as batches:
-        for batch in batches:
-            failures += batch.failures
-            incomplete = incomplete or not batch.views
-            if incomplete:
-                break
+        for batch in readable_batches(batches, data.FailureTally(len(dataset)), context.device):
             sums = measure([view.to(context.device, non_blocking=True) for view in batch.views])
             total = sums if total is None else total + sums
-    data.FailureTally(len(dataset)).add(failures, context.device, incomplete)
     width = max(collectives.all_gather_objects(0 if total is None else len(total)))  # a process may have no image
     total = torch.zeros(width) if total is None else total
     return collectives.all_reduce_sum(total.float().to(context.device)).double().cpu()

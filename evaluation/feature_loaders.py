@@ -16,7 +16,7 @@ import data
 from checkpoints import loading
 from data.loader import set_epoch
 from distributed import collectives
-from evaluation.features import FeatureFunction, LabeledFeatures, extract_splits
+from evaluation.features import FeatureFunction, LabeledFeatures, extract_splits, readable_batches
 from training.checkpointing import EndRequest
 from training.run_log import EpochMeter
 from utils import UsageError, logger
@@ -108,16 +108,9 @@ class OnlineFeatureLoader(FeatureLoader):
 
     def validation(self) -> Iterator[LabeledFeatures]:
         """Yield the batches of the validation set."""
-        failures: list[str] = []
-        incomplete = False
         self.val_tally.start_pass()
-        for batch in self.val_loader:
-            failures += batch.failures
-            incomplete = not batch.views
-            if incomplete:
-                break
+        for batch in readable_batches(self.val_loader, self.val_tally, self.device):
             yield self._features(batch)
-        self.val_tally.add(failures, self.device, incomplete)
 
 
 class CachedFeatureLoader(FeatureLoader):

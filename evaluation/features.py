@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,6 +186,25 @@ def data_identity(train: data.ImageDataset, val: data.ImageDataset) -> dict[str,
 # --------------------------------------------------------------------------- extraction
 
 
+def readable_batches(
+    batches: Iterable[data.Batch], tally: data.FailureTally, device: torch.device
+) -> Iterator[data.Batch]:
+    """Yield the batches of a pass, and count the images that cannot be read at its end; every process calls this.
+
+    Raises:
+        UsageError: more than 1 % of the images cannot be read.
+    """
+    failures: list[str] = []
+    incomplete = False
+    for batch in batches:
+        failures += batch.failures
+        incomplete = not batch.views
+        if incomplete:
+            break
+        yield batch
+    tally.add(failures, device, incomplete)
+
+
 def extract_splits(
     datasets: Sequence[data.ImageDataset],
     functions: Mapping[str, FeatureFunction],
@@ -233,21 +252,15 @@ def extract_features(
     parts: dict[str, list[Tensor]] = {name: [] for name in functions}
     labels: list[Tensor] = []
     indices: list[Tensor] = []
-    failures: list[str] = []
-    incomplete = False
+    tally = data.FailureTally(len(loader.dataset))  # type: ignore[arg-type]
     with one_pass(loader, label) as batches:
-        for batch in batches:
-            failures += batch.failures
-            incomplete = incomplete or not batch.views
-            if incomplete:
-                break
+        for batch in readable_batches(batches, tally, device):
             images = batch.views[0].to(device, non_blocking=True)
             for name, function in functions.items():
                 features_BC = function(images).float()
                 parts[name].append((F.normalize(features_BC, dim=-1) if normalize else features_BC).to(keep_on, dtype))
             labels.append(batch.labels_B)
             indices.append(batch.indices_B)
-    data.FailureTally(len(loader.dataset)).add(failures, device, incomplete)  # type: ignore[arg-type]
     order_N = torch.cat(list(_gather_batches(indices, device, keep_on))).argsort(stable=True)
     position_N = torch.empty_like(order_N)
     position_N[order_N] = torch.arange(len(order_N), device=keep_on)

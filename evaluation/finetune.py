@@ -31,6 +31,7 @@ from checkpoints import loading
 from data.loader import Batch, FailureTally, in_groups, set_epoch
 from distributed import collectives
 from distributed.ddp import SYNC_BUFFERS
+from evaluation.features import readable_batches
 from models.base import HEADS, Backbone, batch_norms
 from training import optim
 from training.checkpointing import (
@@ -313,15 +314,11 @@ class FineTuner:
         """
         networks = self.networks()
         hits = {name: torch.zeros(2, dtype=torch.float64) for name in networks}
-        failures: list[str] = []
-        seen, incomplete = 0, False
+        tally, seen = FailureTally(len(loader.dataset)), 0  # type: ignore[arg-type]
         for network in networks.values():
             network.eval()
-        for batch in tqdm(loader, desc="val", disable=None if collectives.is_main_process() else True, leave=False):
-            failures += batch.failures
-            incomplete = not batch.views
-            if incomplete:
-                break
+        batches = tqdm(loader, desc="val", disable=None if collectives.is_main_process() else True, leave=False)
+        for batch in readable_batches(batches, tally, self.device):
             images = batch.views[0].to(self.device, non_blocking=True)
             seen += len(images)
             for name, network in networks.items():
@@ -329,7 +326,6 @@ class FineTuner:
                     logits_BL = network(images)
                 correct = logits_BL.float().topk(min(5, self.classes)).indices.cpu() == batch.labels_B[:, None]
                 hits[name] += torch.stack([correct[:, :1].sum(), correct.sum()])
-        FailureTally(len(loader.dataset)).add(failures, self.device, incomplete)  # type: ignore[arg-type]
         images_in_total = sum(collectives.all_gather_objects(seen))
         accuracies = {}
         for name, own in hits.items():
