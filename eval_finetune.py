@@ -66,7 +66,8 @@ from evaluation.finetune import (
     resume_run,
     save_run,
 )
-from evaluation.results import Results, describe_data, describe_network, make_run_dir, save_results, topk_name
+from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
+from evaluation.run_dir import begin_run, make_run_dir
 from models import Backbone, build_model
 from training import checkpointing, stopping
 from training.engine import steps_per_epoch
@@ -270,17 +271,6 @@ def better(best: Best, accuracies: dict[str, Accuracy], epoch: int) -> Best:
     return best
 
 
-def open_log(
-    args: argparse.Namespace, config: CfgNode, images: int, progress: Progress, device: torch.device
-) -> RunLog:
-    """Open `log.txt` and TensorBoard for a run that has made some progress on so many training images."""
-    batch = args.batch_size_per_gpu * args.accum_iter * collectives.get_world_size()
-    seen = progress.epochs * images + progress.steps * batch
-    normalization = config.INPUT.MEAN, config.INPUT.STD
-    with collectives.failing_together(), files.usable(args.output_dir):
-        return RunLog(Path(args.output_dir), args.epochs, args.log_freq, *normalization, device, images, seen)
-
-
 def train(
     tuner: FineTuner,
     train_loader: DataLoader[data.Batch],
@@ -379,11 +369,8 @@ def fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     collectives.must_agree("checkpoints", (progress.epochs, progress.steps))
     unfinished = progress.epochs < args.epochs
     if unfinished:
-        with collectives.failing_together(), files.usable(output_dir):
-            if collectives.is_main_process():
-                checkpointing.tidy(output_dir, progress.position)
-                files.save_provenance(output_dir, args, config)
-        log = open_log(args, config, len(train_set), progress, device)
+        batch_size = args.batch_size_per_gpu * args.accum_iter * collectives.get_world_size()
+        log = begin_run(args, config, progress.position, batch_size, len(train_set), device)
     with stopping.StopVote():  # a signal after the last step does not prevent the report
         if unfinished:
             progress = train(tuner, train_loader, val_loader, progress, identity, args, config, log)

@@ -38,14 +38,13 @@ from config.ranges import BATCH, BLOCKS, COUNT, EPOCHS, SEED, WORKERS, integer, 
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation import linear
-from evaluation.feature_loaders import CACHE, FeatureLoader, OnlineFeatureLoader, build_feature_loader
+from evaluation.feature_loaders import CACHE, OnlineFeatureLoader, build_feature_loader
 from evaluation.features import (
     block_features,
     evaluation_size,
     frozen_backbone,
     labeled_datasets,
     network_config,
-    warn_if_avgpool_unused,
 )
 from evaluation.linear import (
     Probe,
@@ -56,10 +55,10 @@ from evaluation.linear import (
     run_identity,
     validate,
 )
-from evaluation.results import Results, describe_data, describe_network, make_run_dir, save_results, topk_name
+from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
+from evaluation.run_dir import begin_run, make_run_dir
 from models import Backbone
 from training import checkpointing, restore, stopping
-from training.run_log import RunLog
 from utils import UsageError, logger
 
 
@@ -215,21 +214,6 @@ def resume_run(
     return place, sums
 
 
-def open_log(
-    args: argparse.Namespace,
-    config: CfgNode,
-    loader: FeatureLoader,
-    start: checkpointing.RunPosition,
-    device: torch.device,
-) -> RunLog:
-    """Open `log.txt` and TensorBoard for the epochs from `start`."""
-    images = loader.training_images
-    seen = start.epoch * images + start.steps * args.batch_size_per_gpu * collectives.get_world_size()
-    normalization = config.INPUT.MEAN, config.INPUT.STD
-    with collectives.failing_together(), files.usable(args.output_dir):
-        return RunLog(Path(args.output_dir), args.epochs, args.log_freq, *normalization, device, images, seen)
-
-
 def report(probe: Probe, args: argparse.Namespace, size: int, run: dict[str, Any]) -> None:
     """Print the scores and save them; `size` is the side of the images, `run` the identity of the run."""
     train_images, val_images, classes = run["numbers of images and classes"]
@@ -279,20 +263,16 @@ def train_classifiers(args: argparse.Namespace, device: torch.device) -> None:
         datasets = build_datasets(args, config)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
-    warn_if_avgpool_unused(args.avgpool_patchtokens, backbone)
 
     probe = build_probe(args, backbone, args.num_labels, device)
     run = run_identity(args, config, backbone, datasets, precision)
     start, sums = resume_run(probe, args, run)
     unfinished = start.epoch < args.epochs
     if unfinished:
-        with collectives.failing_together(), files.usable(output_dir):
-            if collectives.is_main_process():
-                checkpointing.tidy(output_dir, start)
-                files.save_provenance(output_dir, args, config)
         function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
         loader = build_feature_loader(args, function, datasets, device, run)
-        log = open_log(args, config, loader, start, device)
+        batch_size = args.batch_size_per_gpu * collectives.get_world_size()
+        log = begin_run(args, config, start, batch_size, loader.training_images, device)
     with stopping.StopVote():  # a signal after the last step does not prevent the report
         if unfinished:
             about_run = {"run": run, "args": args, "classes": list(datasets[0].classes)}
@@ -367,7 +347,6 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         precision = utils.resolve_precision(args.precision, device)
         config = network_config(args)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
-        warn_if_avgpool_unused(args.avgpool_patchtokens, backbone)
         probe, classes = load_trained(args, backbone, device)
         val = build_val(args, config, classes)
     collectives.must_agree("numbers of images", len(val))

@@ -46,7 +46,6 @@ from evaluation.features import (
     frozen_backbone,
     labeled_datasets,
     network_config,
-    warn_if_avgpool_unused,
 )
 from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
 from models import Backbone
@@ -177,9 +176,8 @@ def main(args: argparse.Namespace) -> None:
         config = network_config(args)
         datasets = build_datasets(args, config)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
-        check_blocks([args.n_last_blocks], backbone)
+        check_blocks(backbone, [args.n_last_blocks], args.avgpool_patchtokens == 2)
     collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
-    warn_if_avgpool_unused(args.avgpool_patchtokens == 2, backbone)
 
     functions = {"network": feature_function(backbone, args.n_last_blocks, args.avgpool_patchtokens)}
     splits = extract_splits(datasets, functions, args, device, torch.device("cpu"))

@@ -49,14 +49,9 @@ class HeadMaps(NamedTuple):
 
 def entropy_bits(weights: Tensor) -> Tensor:
     """Return the entropy over the last axis in bits, of weights normalized to sum 1; 0 where all are zero."""
-    share = normalized(weights)
-    return -torch.special.xlogy(share, share).sum(-1) / torch.log(torch.tensor(2.0))
-
-
-def normalized(weights: Tensor) -> Tensor:
-    """Return weights with sum 1 over the last axis, or zeros where all are zero."""
     total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0, total, torch.ones_like(total))
+    share = weights / torch.where(total > 0, total, 1.0)
+    return -torch.special.xlogy(share, share).sum(-1) / torch.log(torch.tensor(2.0))
 
 
 def keep_top_mass(weights: Tensor, share: float) -> Tensor:

@@ -38,24 +38,13 @@ HEADINGS = {  # by evaluation; also the order of the sections
     "stereo": "Correspondence in a stereo pair",
 }
 OMITTED = ("digest", "digest_of_list", "per_class")  # entries of result files that are too long for a page
-LABELS = {  # of entries of result files, where the key is not clear enough
-    "arch": "network",
-    "network": "best network",
+LABELS = {  # of entries of result files that are not clear by their key
     "pretrained_weights": "weights",
-    "checkpoint_key": "network of the checkpoint",
     "token": "class token",
     "data_path": "data",
-    "target_list_path": "list of training images",
-    "train_images": "training images",
-    "val_images": "validation images",
     "image_size": "image size in pixels",
     "crop_ratio": "center crop",
     "name": "protocol",
-    "half": "half precision",
-    "train_aug": "augmentation",
-    "finetune_head_layer": "layers of the projection head",
-    "adjust_lambd": "lambda divided by the number of images",
-    "lambd": "lambda",
     "epoch": "epoch (from 0)",
     "top1": "top-1, %",
     "top5": "top-5, %",

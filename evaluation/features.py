@@ -85,16 +85,12 @@ def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Pa
     return backbone.to(device).eval().requires_grad_(False)
 
 
-def check_blocks(n_last_blocks: Sequence[int], backbone: Backbone) -> None:
-    """Raise UsageError if the backbone has fewer blocks than --n_last_blocks."""
+def check_blocks(backbone: Backbone, n_last_blocks: Sequence[int], avgpool_patchtokens: bool) -> None:
+    """Raise UsageError if the backbone has fewer than --n_last_blocks blocks; log if --avgpool_patchtokens has no effect."""
     blocks = sum(backbone.stage_depths)
     for number in n_last_blocks:
         if not 1 <= number <= blocks:
             raise UsageError(f"--n_last_blocks {number} must be in 1..{blocks}, the number of blocks of this network")
-
-
-def warn_if_avgpool_unused(avgpool_patchtokens: bool, backbone: Backbone) -> None:
-    """Log that --avgpool_patchtokens has no effect on a network without class tokens."""
     if avgpool_patchtokens and not backbone.num_cls_tokens:
         logger.info("--avgpool_patchtokens has no effect: %s has no class tokens", type(backbone).__name__)
 

@@ -270,7 +270,7 @@ def build_probe(args: argparse.Namespace, backbone: Backbone, num_labels: int, d
     Raises:
         UsageError: the network has fewer blocks than --n_last_blocks.
     """
-    check_blocks(args.n_last_blocks, backbone)
+    check_blocks(backbone, args.n_last_blocks, args.avgpool_patchtokens)
     settings = [Setting(lr, n) for n in args.n_last_blocks for lr in args.lr]
     widths = [probe_width(backbone, setting.n_last_blocks, args.avgpool_patchtokens) for setting in settings]
     batch = args.batch_size_per_gpu * collectives.get_world_size()

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints import files
-from training.checkpointing import saved
-from utils import UsageError, logger
+from utils import logger
 
 FOLDER = "results"
 
@@ -54,21 +53,6 @@ def save_results(output_dir: str | Path, results: Results) -> None:
             if path.exists():
                 os.replace(path, path.with_name(f"{path.name}.bak"))
     logger.info("wrote %s", path)
-
-
-def make_run_dir(output_dir: str | Path, checkpoint: str, other_checkpoint: str) -> Path:
-    """Create --output_dir for a run that saves `checkpoint` there.
-
-    Raises:
-        UsageError: it cannot be created or written to, or holds `other_checkpoint`, that of another kind of run.
-    """
-    folder = files.make_output_dir(output_dir)
-    with files.usable(folder):
-        if (folder / other_checkpoint).exists() and not saved(folder / checkpoint):
-            raise UsageError(
-                f"--output_dir {folder} holds the {other_checkpoint} of another run; choose another folder"
-            )
-    return folder
 
 
 def describe_network(args: argparse.Namespace) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_the_report_has_all_parts(full_report: Path) -> None:
                   "network, 20-NN", "loss 4 to 2", "2.99"):  # fmt: skip
         assert value in words, value
     assert "python main_esvit.py \\\n    --arch swin \\\n    --aa ''" in page.words
-    assert "validation images: 60" in words
+    assert "val images: 60" in words
     assert "self-supervised" in words
     assert f"1 of 1 in {full_report.parent.parent / 'photo.png'}" in page.words
     assert "12.34" not in words  # accuracies of single classes are in the file
@@ -268,7 +268,7 @@ def test_facts_of_a_table_are_words_and_those_that_are_not_set_are_left_out() ->
     protocol = {"train_aug": None, "crop_ratio": 0.875, "half": False, "image_size": [32, 48], "top5_is": "top3"}
     record = {"data": {"train_images": 1281167}, "protocol": protocol, "scores": {"x": {"last_top5": 50.0}}}
     assert Page(pages.table(record)).words == [
-        "training images: 1281167; center crop: 0.875; half precision: no; image size in pixels: 32, 48",
+        "train images: 1281167; center crop: 0.875; half: no; image size in pixels: 32, 48",
         *("last top-3, %", "x", "50.00"),
     ]
     assert Page(pages.table({"scores": {"x": {"top5": 1.5}}})).words == ["top-5, %", "x", "1.50"]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from evaluation.results import Results, make_run_dir, save_results
+from evaluation.results import Results, save_results
+from evaluation.run_dir import make_run_dir
 from utils import UsageError
 
 
