@@ -1,18 +1,17 @@
-"""Fine-tune a pre-trained backbone with labels, every weight of it, and score it on validation images.
+"""Fine-tune a pre-trained backbone with labels and score it on validation images.
 
     python eval_finetune.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/finetune
     torchrun --nproc_per_node=8 eval_finetune.py ...                             # 64 images on each process
     python eval_finetune.py ... --mixup 0 --cutmix 0 --aa "" --reprob 0          # few images: less augmentation
     python eval_finetune.py ... --target_list_path 1percent.txt --finetune_head_layer 1     # few labels
 
---data_path holds train/<class>/ and val/<class>/; the head is a linear layer with an output for each class of train. The recipe:
-AdamW, a rate that falls by --layer_decay from block to block towards the input, linear warm-up and half a cosine, mixup and
-cutmix, RandAugment and random erasing, label smoothing, drop path. A killed run goes on when its command is repeated; a signal or
-Ctrl-C saves it within the epoch at hand.
-With --finetune_head_layer the linear layer stands on the first hidden layers of the projection head that pre-training left.
-`results.json` in --output_dir has the best accuracy, `best.pth` the weights that reached it (key `model`); epochs
-count from 0.
+--data_path holds train/<class>/ and val/<class>/; the head is a linear layer with one output for each training class. The recipe:
+AdamW with layer-wise learning rate decay, linear warm-up and a cosine schedule, mixup and cutmix, RandAugment and random erasing,
+label smoothing, drop path. --finetune_head_layer keeps the first hidden layers of the projection head below the linear layer. A run
+that was killed is resumed by the same command. Epochs are counted from 0.
 
+Results: `results/finetune.json` in --output_dir; `best.pth` has the weights of the best epoch (key `model`). docs/evaluation.md has
+the details.
 Origin: the recipe of DeiT (Touvron et al., ICML 2021) with the layer-wise rates of BEiT (Bao et al., ICLR 2022), from timm.
 """
 
@@ -54,26 +53,24 @@ from data.datasets import Transform
 from data.layouts.lists import digest_of
 from data.transforms import augment
 from distributed import collectives, launch
+from evaluation import linear
 from evaluation.features import data_identity, evaluation_size, labeled_datasets, network_config
 from evaluation.finetune import (
     Accuracy,
     Best,
     FineTuner,
-    Progress,
     Recipe,
     linear_head,
     projection_layers,
-    resume_run,
     save_run,
 )
-from evaluation.results import claim_folder, write_results
+from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
+from evaluation.run_dir import make_run_dir
 from models import Backbone, build_model
-from training import checkpointing
+from training import checkpointing, setup, stopping
 from training.engine import steps_per_epoch
 from training.run_log import EpochMeter, RunLog
 from utils import UsageError, logger
-
-EVALUATION = "fine-tuning"  # how results.json tells whose it is
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -134,39 +131,37 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Stop on values that no part of the program would refuse by itself.
-
-    Raises:
-        UsageError: naming the flag.
-    """
+    """Raise UsageError for flags that cannot be combined."""
+    arguments.check_weights(args)
     if args.finetune_head_layer and (args.token == "both" or not args.pretrained_weights):
         given = "--token both" if args.token == "both" else "--random_weights"
         raise UsageError(
-            f"--finetune_head_layer {args.finetune_head_layer} keeps layers that a checkpoint has, of one token, which {given} has "
-            "not; leave one of them out"
+            f"--finetune_head_layer {args.finetune_head_layer} needs the projection head of one token in a checkpoint and excludes "
+            f"{given}; leave out one of them"
         )
     if args.warmup_epochs > args.epochs:
         raise UsageError(
-            f"{args.warmup_epochs} warm-up epochs do not fit in {utils.counted(args.epochs, 'epoch')}; lower --warmup_epochs"
+            f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower --warmup_epochs"
         )
     if (args.mixup or args.cutmix) and args.batch_size_per_gpu % 2:
         raise UsageError(
-            f"mixup pairs images, --batch_size_per_gpu {args.batch_size_per_gpu} must be even, or --mixup and --cutmix 0"
+            f"--batch_size_per_gpu {args.batch_size_per_gpu} must be even for mixup and cutmix; change it, or pass --mixup 0 "
+            "--cutmix 0"
         )
 
 
-# --------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------- data
 
 
 def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Transform:
-    """DeiT's augmentation from timm for color images; random crops and flips for others.
+    """Return the augmentation of DeiT for RGB images, random crops and flips for others.
 
     Raises:
-        UsageError: timm does not know the policy.
+        UsageError: timm rejects the policy of --aa.
     """
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     if config.MODEL.SPEC.IN_CHANS != 3:
-        logger.info("RandAugment and erasing are for color images: these get random crops and flips")
+        logger.info("RandAugment and random erasing need RGB images: using random crops and flips")
         return augment.train_view(size, mean, std)
     try:
         view = create_transform(
@@ -182,24 +177,23 @@ def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Tra
         )
     except (KeyError, AssertionError, ValueError) as error:
         raise UsageError(
-            f"timm does not take --aa {args.aa} ({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1, or none"
+            f"timm rejects --aa {args.aa} ({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1, or --aa ''"
         ) from None
     return augment.MultiCrop([augment.posterized_to_a_bit(view)])
 
 
-def build_loaders(
-    args: argparse.Namespace, config: CfgNode, device: torch.device, size: int
-) -> tuple[DataLoader[data.Batch], DataLoader[data.Batch]]:
-    """Shuffled and augmented training images, and validation images of which each process has its share; `size` pixels a side."""
-    augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
+def build_datasets(args: argparse.Namespace, config: CfgNode, size: int) -> tuple[data.ImageDataset, data.ImageDataset]:
+    """Open the augmented training images and the validation images, squares of `size` pixels."""
     mean, std = config.INPUT.MEAN, config.INPUT.STD
-    val_transform = augment.eval_view(size, args.crop_ratio, mean, std, args.val_interpolation)
-    transform = train_transform(args, config, size)
-    train, val = labeled_datasets(args, config, transform, val_transform, args.target_list_path)
-    pin = device.type == "cuda"
-    return (
-        data.build_train_loader(train, args.batch_size_per_gpu, args.num_workers, pin),
-        data.build_eval_loader(val, args.batch_size_per_gpu, args.num_workers, pin),
+    augment.check_normalization(mean, std, config.MODEL.SPEC.IN_CHANS)
+    return labeled_datasets(
+        args.data_path,
+        config,
+        train_transform(args, config, size),
+        augment.eval_view(size, args.crop_ratio, mean, std, args.val_interpolation),
+        seed=args.seed,
+        layout=data.layout_of(args),
+        train_list=args.target_list_path,
     )
 
 
@@ -207,31 +201,33 @@ def build_loaders(
 
 
 def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size: int) -> Backbone:
-    """The pre-trained backbone with a new linear head, for images of `size` pixels a side.
+    """Build the pre-trained backbone with a new linear head, for images of `size` pixels.
 
     Raises:
-        UsageError: see `checkpoint.load_backbone`, `Backbone.choose_token` and `finetune.projection_layers`.
+        UsageError: invalid weights, --token or --finetune_head_layer, or images smaller than a patch.
     """
     network = build_model(args.arch, config, patch_size=args.patch_size)
     network.choose_token(args.token)
     if size < network.patch_size:
-        raise UsageError(f"images of {size} pixels are smaller than a patch of {network.patch_size}; enlarge them")
+        raise UsageError(
+            f"images of {size} pixels are smaller than a patch of {network.patch_size}; raise --image_size"
+        )
     if args.pretrained_weights:
         report = load_backbone(network, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
         logger.info("%s: %s", args.pretrained_weights, report)
     else:
         logger.warning("--random_weights: the network starts from random weights, this is supervised training")
-    kept: list[nn.Module] = []
+    hidden: list[nn.Module] = []
     if args.finetune_head_layer:
-        found = args.pretrained_weights, args.checkpoint_key, network.view_tokens[0]
-        kept = projection_layers(*found, args.finetune_head_layer, network.num_features)
-    network.head = linear_head(kept, network.view_width, classes, args.init_scale)
+        source = args.pretrained_weights, args.checkpoint_key, network.view_tokens[0]
+        hidden = projection_layers(*source, args.finetune_head_layer, network.num_features)
+    network.head = linear_head(hidden, network.view_width, classes, args.init_scale)
     network.grad_checkpointing = args.grad_checkpointing
     return network
 
 
-def make_recipe(args: argparse.Namespace, steps: int) -> Recipe:
-    """The recipe of the command line, with the rate scaled to the batch of all processes."""
+def build_recipe(args: argparse.Namespace, steps: int) -> Recipe:
+    """Return the hyperparameters of the command line for epochs of so many steps."""
     batch = args.batch_size_per_gpu * args.accum_iter * collectives.get_world_size()
     return Recipe(
         epochs=args.epochs,
@@ -253,151 +249,143 @@ def make_recipe(args: argparse.Namespace, steps: int) -> Recipe:
 # --------------------------------------------------------------------------- the run
 
 
+def run_identity(
+    args: argparse.Namespace, size: int, train_set: data.ImageDataset, val_set: data.ImageDataset
+) -> dict[str, Any]:
+    """Return what must not change when a run is resumed, by flag."""
+    identity = {"--arch": args.arch, "--image_size": size, "--crop_ratio": args.crop_ratio, "--token": args.token}
+    identity |= {"--finetune_head_layer": args.finetune_head_layer, "--val_interpolation": args.val_interpolation}
+    identity |= data_identity(train_set, val_set)
+    if args.target_list_path:
+        identity["digest of --target_list_path"] = digest_of(args.target_list_path)
+    return identity
+
+
 def better(best: Best, accuracies: dict[str, Accuracy], epoch: int) -> Best:
-    """The best of before and of this validation; the earlier one of equals."""
+    """Return the better one of `best` and the networks of a validation; `best` if equal."""
     for name, (top1, top5) in accuracies.items():
         if top1 > best.top1:
             best = Best(name, epoch, top1, top5)
     return best
 
 
-def ranked(classes: int) -> str:
-    """What the second accuracy is: that of five classes, or of all where these are fewer."""
-    return f"Top{min(classes, 5)}"
-
-
-def report(progress: Progress, val: data.ImageDataset, about: dict[str, Any], args: argparse.Namespace) -> None:
-    """Write `results.json`: the best and the last accuracies; print the best one when the run is finished."""
-    best = progress.best
-    record = {
-        "top1": best.top1,
-        "top5": best.top5,
-        "epoch": best.epoch,
-        "network": best.network,
-        "top5_is": ranked(len(val.classes)).lower(),
-        "last": {name: accuracy._asdict() for name, accuracy in progress.last.items()},
-        "epochs": args.epochs,
-        "classes": len(val.classes),
-        "val_images": len(val),
-        "arch": args.arch,
-        "pretrained_weights": args.pretrained_weights,
-        "checkpoint_key": args.checkpoint_key,
-        "token": args.token,
-        "finetune_head_layer": args.finetune_head_layer,
-        "target_list_path": args.target_list_path,
-        "train_images": about["numbers of images and classes"][0],
-        "data_path": args.data_path,
-        "image_size": about["--image_size"],
-        "crop_ratio": args.crop_ratio,
-        "val_interpolation": args.val_interpolation,
-    }
-    written = write_results(Path(args.output_dir), EVALUATION, record)
-    if progress.epochs >= args.epochs:
-        logger.info("%s", written)
-        images = utils.counted(len(val), "validation image")
-        print(f"best of {images}: Top1: {best.top1:.2f} (epoch {best.epoch}, {best.network})")
-
-
 def train(
     tuner: FineTuner,
-    loaders: tuple[DataLoader[data.Batch], DataLoader[data.Batch]],
-    progress: Progress,
-    about: dict[str, Any],
+    train_loader: DataLoader[data.Batch],
+    val_loader: DataLoader[data.Batch],
+    position: checkpointing.RunPosition,
+    identity: dict[str, Any],
     args: argparse.Namespace,
     config: CfgNode,
+    log: RunLog,
 ) -> None:
-    """The epochs that are left, with validation, `log.txt`, checkpoint and `results.json` after each.
-
-    `about` is what makes a run the same.
-    """
-    train_loader, val_loader = loaders
+    """Train the remaining epochs; log and save each, and validate every --val_freq epochs and after the last one."""
     output_dir, recipe = Path(args.output_dir), tuner.recipe
-    assert isinstance(train_loader.dataset, data.ImageDataset)
-    assert isinstance(val_loader.dataset, data.ImageDataset)
     batch = args.batch_size_per_gpu * recipe.accum_iter * collectives.get_world_size()
-    images = len(train_loader.dataset)
-    seen = progress.epochs * images + progress.steps * batch
-    with collectives.failing_together(), files.usable(output_dir):
-        normalization = config.INPUT.MEAN, config.INPUT.STD
-        log = RunLog(output_dir, recipe.epochs, args.log_freq, *normalization, tuner.device, images, seen)
-    tally = data.FailureTally(len(train_loader.dataset))
+    tally = data.FailureTally(len(train_loader.dataset))  # type: ignore[arg-type]
+    top5 = topk_name(tuner.classes)
 
-    def save_within(progress: Progress, meter: EpochMeter, steps: int) -> str:
-        within = progress._replace(steps=steps, meter=meter.state())
-        return save_run(output_dir, tuner, within, about, args, config)
+    def save_within(meter: EpochMeter, steps: int) -> str:
+        within = checkpointing.RunPosition(meter.epoch, steps, meter.state())
+        return save_run(output_dir, tuner, within, identity, args, config)
 
     with closing(log), checkpointing.StopRequest(output_dir / checkpointing.CHECKPOINT) as ending:
-        for epoch in range(progress.epochs, recipe.epochs):
-            meter, done = EpochMeter(epoch, recipe.steps, images_per_step=batch), progress.steps
+        for epoch in range(position.epoch, recipe.epochs):
+            meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
+            done = position.steps if epoch == position.epoch else 0
             if done:
-                meter.go_on_from(progress.meter, done)
-            ending.save_within = partial(save_within, progress, meter)
+                meter.go_on_from(position.meter, done)
+            ending.save_within = partial(save_within, meter)
             tuner.train_epoch(train_loader, epoch, meter, log, tally, ending, done)
             accuracies: dict[str, Accuracy] = {}
             if (epoch + 1) % args.val_freq == 0 or epoch + 1 == recipe.epochs:
                 accuracies = tuner.validate(val_loader)
-            progress = Progress(epoch + 1, better(progress.best, accuracies, epoch), accuracies or progress.last)
-            about_top5 = {"top5_is": ranked(tuner.classes).lower()} if tuner.classes < 5 else {}
+                tuner.best, tuner.last = better(tuner.best, accuracies, epoch), accuracies
+            top5_is = {"top5_is": top5.lower()} if tuner.classes < 5 else {}
             val = {name: row._asdict() for name, row in accuracies.items()}
-            log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **about_top5)
-            if accuracies and collectives.is_main_process():
+            log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **top5_is)
+            if collectives.is_main_process():
                 for name, row in accuracies.items():
-                    print(
-                        f"epoch {epoch}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
-                    )
-                with log.failing_softly():
-                    report(progress, val_loader.dataset, about, args)
-            ending.failure = save_run(output_dir, tuner, progress, about, args, config)
+                    print(f"epoch {epoch}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {top5}: {row.top5:.2f}")
+            ending.failure = save_run(output_dir, tuner, checkpointing.RunPosition(epoch + 1), identity, args, config)
+
+
+def report(
+    tuner: FineTuner, datasets: tuple[data.ImageDataset, data.ImageDataset], size: int, args: argparse.Namespace
+) -> None:
+    """Print the best accuracy, and save it with those of the last epoch."""
+    train_set, val_set = datasets
+    best, classes = tuner.best, len(val_set.classes)
+    images = utils.counted(len(val_set), "validation image")
+    print(f"best of {images}: Top1: {best.top1:.2f} (epoch {best.epoch}, {best.network})")
+    flags = (
+        "epochs",
+        "finetune_head_layer",
+        "target_list_path",
+        "crop_ratio",
+        "val_interpolation",
+        "seed",
+    )
+    scores = {"best": {"top1": best.top1, "top5": best.top5, "epoch": best.epoch, "network": best.network}}
+    scores |= {f"last, {name}": accuracy._asdict() for name, accuracy in tuner.last.items()}
+    results = Results(
+        "finetune",
+        describe_network(args),
+        describe_data(args.data_path, len(train_set), len(val_set), classes),
+        {name: getattr(args, name) for name in flags} | {"image_size": size, "top5_is": topk_name(classes).lower()},
+        scores,
+    )
+    with files.usable(args.output_dir):
+        save_results(args.output_dir, results)
+
+
+def fine_tune(args: argparse.Namespace, device: torch.device) -> None:
+    """Fine-tune the network, or resume its training, and report the accuracy."""
+    precision = utils.resolve_precision(args.precision, device)
+    pin_memory = device.type == "cuda"
+    with collectives.failing_together():
+        check_args(args)
+        config = network_config(args, args.drop_path)
+        size = evaluation_size(args, config)
+        train_set, val_set = build_datasets(args, config, size)
+        train_loader = data.build_train_loader(train_set, args.batch_size_per_gpu, args.num_workers, pin_memory)
+        val_loader = data.build_eval_loader(val_set, args.batch_size_per_gpu, args.num_workers, pin_memory)
+        recipe = build_recipe(args, steps_per_epoch(len(train_loader), args.accum_iter))
+        output_dir = make_run_dir(args.output_dir, checkpointing.CHECKPOINT, linear.CHECKPOINT)
+    collectives.must_agree("numbers of images", [len(train_set), len(val_set)])
+
+    utils.seed_everything(args.seed)
+    with collectives.failing_together():
+        network = build_network(args, config, len(train_set.classes), size)
+        config = network.settled(config)
+    utils.seed_everything(args.seed + collectives.get_rank())
+    tuner = FineTuner(network.to(device), recipe, len(train_set.classes), device, precision)
+
+    identity = run_identity(args, size, train_set, val_set)
+    with collectives.failing_together(), files.usable(output_dir):
+        load = partial(tuner.load_state_dict, identity=identity)
+        position = checkpointing.resume_run(output_dir / checkpointing.CHECKPOINT, load, args)
+    collectives.must_agree("checkpoints", (position.epoch, position.steps))
+    unfinished = position.epoch < args.epochs
+    if unfinished:
+        batch_size = args.batch_size_per_gpu * args.accum_iter * collectives.get_world_size()
+        log = setup.open_log(args, config, batch_size, len(train_set), position, device)
+    with stopping.StopSignals():  # a signal after the last step does not prevent the report
+        if unfinished:
+            train(tuner, train_loader, val_loader, position, identity, args, config, log)
+        else:
+            done = utils.counted(position.epoch, "epoch")
+            logger.info("%s already has %s of --epochs %d: nothing to train", output_dir, done, args.epochs)
+        if collectives.is_main_process():
+            report(tuner, (train_set, val_set), size, args)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Fine-tune as the arguments say."""
+    """Fine-tune a network, and report its accuracy."""
     device = launch.init_processes(args)
     collectives.setup_logging()
     with checkpointing.training_run(Path(args.output_dir) / checkpointing.CHECKPOINT):
-        _fine_tune(args, device)
-
-
-def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
-    precision = utils.resolve_precision(args.precision, device)
-    with collectives.failing_together():
-        check_args(args)
-        arguments.check_weights(args)
-        config = network_config(args, args.drop_path)
-        size = evaluation_size(args, config)
-        loaders = build_loaders(args, config, device, size)
-        output_dir = claim_folder(args.output_dir, EVALUATION)
-        recipe = make_recipe(args, steps_per_epoch(len(loaders[0]), args.accum_iter))
-    train_set, val_set = (loader.dataset for loader in loaders)
-    assert isinstance(train_set, data.ImageDataset)
-    assert isinstance(val_set, data.ImageDataset)
-    collectives.must_agree("numbers of images", [len(loader.dataset) for loader in loaders])
-    classes = len(train_set.classes)
-    about = {"--arch": args.arch, "--image_size": size, "--crop_ratio": args.crop_ratio, "--token": args.token}
-    about |= {"--finetune_head_layer": args.finetune_head_layer, "--val_interpolation": args.val_interpolation}
-    about |= data_identity(train_set, val_set)
-    if args.target_list_path:
-        about["digest of --target_list_path"] = digest_of(args.target_list_path)
-    utils.seed_everything(args.seed)
-    with collectives.failing_together():
-        network = build_network(args, config, classes, size)
-        config = network.settled(config)
-    utils.seed_everything(args.seed + collectives.get_rank())
-    tuner = FineTuner(network.to(device), recipe, classes, device, precision)
-    with collectives.failing_together(), files.usable(output_dir):
-        progress = resume_run(output_dir, tuner, about, args)
-    collectives.must_agree("checkpoints", (progress.epochs, progress.steps))
-    if progress.epochs >= args.epochs:
-        done = utils.counted(progress.epochs, "epoch")
-        logger.info("%s has %s already, --epochs asks for %d: nothing to do", output_dir, done, args.epochs)
-        if collectives.is_main_process():
-            report(progress, val_set, about, args)
-        return
-    with collectives.failing_together(), files.usable(output_dir):
-        if collectives.is_main_process():
-            checkpointing.clean_up(output_dir, progress.place)
-            files.save_provenance(output_dir, args, config)
-    train(tuner, loaders, progress, about, args, config)
+        fine_tune(args, device)
 
 
 if __name__ == "__main__":

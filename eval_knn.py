@@ -1,23 +1,26 @@
-"""Score frozen features with a weighted k-nearest-neighbor vote.
+"""Evaluate frozen features with a weighted k-nearest-neighbor classifier.
 
     python eval_knn.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth
     torchrun --nproc_per_node=8 eval_knn.py ...
 
---data_path holds train/<class>/ and val/<class>/; with --leave_one_out it may be one folder of class folders, each image of which
-is judged by all others. With --baselines the same vote is also taken on raw pixels, on the mean and deviation of the colors,
-and on the untrained network. `results.json` in --output_dir keeps the accuracies, also those of each class.
+--data_path holds train/<class>/ and val/<class>/; with --leave_one_out it may be a single folder of class folders, and each image
+is compared with all others. --baselines also scores raw pixels, mean and standard deviation of the colors, and the untrained
+network.
 
-Memory: every process holds all features, 21 GB for 14 million images of width 384; --half stores and compares them in float16,
-in half of that. With --use_cuda False they stay in the CPU's memory. See evaluation/knn.py for the search.
+Memory: every process holds all features, 21 GB for 14 million images of width 384, half of that with --half. --use_cuda False keeps
+them in main memory. See evaluation/knn.py.
 
+Results: `results/knn.json` in --output_dir. docs/evaluation.md has the details.
 Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et al. (CVPR 2018); flags follow microsoft/esvit.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,17 +39,16 @@ from evaluation.features import (
     FeatureFunction,
     LabeledFeatures,
     evaluation_size,
-    extract_features,
+    extract_splits,
     frozen_backbone,
     labeled_datasets,
     network_config,
 )
-from evaluation.knn import BACKENDS, RANKED, KnnScore, Split, knn_scores, load_faiss
-from evaluation.results import add_results, claim_folder
-from utils import UsageError, logger
+from evaluation.knn import BACKENDS, KnnScore, Split, check_faiss, knn_scores
+from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
+from utils import UsageError
 
-EVALUATION = "k-NN"  # how results.json tells whose it is
-DUMPED = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # with train or test before it, as published
+FILES = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # of --dump_features, with `train` or `test`, as published
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -83,24 +85,38 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that cannot be combined, before any features are extracted."""
+    if args.backend == "faiss":
+        check_faiss(args.half)
+    if not args.load_features:
+        arguments.check_weights(args)
+
+
 # --------------------------------------------------------------------------- features
 
 
+class FeatureSets(NamedTuple):
+    """Features by the name of the network or baseline, with what is known about them."""
+
+    splits: dict[str, Split]
+    classes: Sequence[str] = ()  # names; empty for loaded features
+    image_size: int | None = None
+
+
 def pixel_features(images_BCHW: Tensor) -> Tensor:
-    """The normalized pixels themselves."""
+    """Return the normalized pixels."""
     return images_BCHW.flatten(1)
 
 
 def color_features(images_BCHW: Tensor) -> Tensor:
-    """Mean and standard deviation of each channel."""
+    """Return mean and standard deviation of each channel."""
     return torch.cat([images_BCHW.mean(dim=(2, 3)), images_BCHW.std(dim=(2, 3))], dim=1)
 
 
 def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.device) -> dict[str, FeatureFunction]:
-    """What is scored, the network first."""
+    """Return the network, and the baselines of --baselines, as functions of images."""
     functions: dict[str, FeatureFunction] = {"network": frozen_backbone(args, config, args.pretrained_weights, device)}
-    if not args.pretrained_weights:
-        logger.warning("--random_weights: the network has random weights, the scores are those of an untrained one")
     if args.baselines:
         functions["raw pixels"] = pixel_features
         functions["mean and deviation of color"] = color_features
@@ -109,47 +125,80 @@ def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.d
     return functions
 
 
+def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.ImageDataset]:
+    """Open the training and validation images, or the single set of --leave_one_out."""
+    mean, std, in_chans = config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS
+    transform = augment.eval_view(evaluation_size(args, config), args.crop_ratio, mean, std)
+    layout, value_range = data.layout_of(args), config.INPUT.RANGE
+    if not args.leave_one_out:
+        return list(labeled_datasets(args.data_path, config, transform, transform, seed=args.seed, layout=layout))
+    augment.check_normalization(mean, std, in_chans)
+    images = data.build_dataset(
+        args.data_path, "train", transform, in_chans, need_labels=True, layout=layout, value_range=value_range
+    )
+    return [images]
+
+
+def extract(args: argparse.Namespace, device: torch.device, keep_on: torch.device, dtype: torch.dtype) -> FeatureSets:
+    """Extract the features of the network and the baselines."""
+    with collectives.failing_together():
+        config = network_config(args)
+        datasets = build_datasets(args, config)
+        functions = feature_functions(args, config, device)
+    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
+    parts = extract_splits(datasets, functions, args, device, keep_on, dtype=dtype)
+    splits = {name: Split(parts[0][name], parts[-1][name]) for name in functions}
+    return FeatureSets(splits, datasets[0].classes, evaluation_size(args, config))
+
+
 # --------------------------------------------------------------------------- saved features
 
 
-def check_dump_folder(folder: str) -> None:
-    """Create the folder of --dump_features.
+@contextlib.contextmanager
+def dump_folder(folder: str | None) -> Iterator[None]:
+    """Create the folder of --dump_features and lock it against other runs.
 
     Raises:
-        UsageError: it cannot be created, or holds saved features, which would be overwritten or mixed with others.
+        UsageError: it cannot be created, or holds saved features, which are never overwritten.
     """
-    place = files.make_output_dir(folder, "--dump_features")
-    names = [kind.format(part) for part in ("train", "test") for kind in DUMPED.values()]
-    found = [name for name in names if (place / name).exists()]
-    if found:
-        raise UsageError(f"--dump_features {folder} holds {', '.join(found)} already; choose another folder")
+    if not folder:
+        yield
+        return
+    with files.sole_run(folder, "features", "--dump_features"):
+        with collectives.failing_together():
+            names = [kind.format(part) for part in ("train", "test") for kind in FILES.values()]
+            found = [name for name in names if (Path(folder) / name).exists()]
+            if found:
+                raise UsageError(f"--dump_features {folder} already holds {', '.join(found)}; choose another folder")
+        yield
 
 
-def dump_features(folder: Path, split: Split) -> None:
-    """Save features and labels of both sets under their published names; a set that is left out of in turn is saved once."""
-    for part, labeled in zip(("train", "test"), split if split.train is not split.val else split[:1]):
-        for kind, tensor in zip(DUMPED.values(), labeled):
-            save_file(tensor.cpu(), folder / kind.format(part))
+def dump_features(folder: str, split: Split) -> None:
+    """Save the features and labels of both sets, or of the single set of leave-one-out, under their published names."""
+    with files.usable(folder, "--dump_features"):
+        for part, labeled in zip(("train", "test"), split if split.train is not split.val else split[:1]):
+            for kind, tensor in zip(FILES.values(), labeled):
+                save_file(tensor.cpu(), Path(folder) / kind.format(part))
 
 
 def load_features(folder: Path, keep_on: torch.device, dtype: torch.dtype, leave_one_out: bool) -> Split:
-    """Load what `dump_features` saved: both sets, or the one of `leave_one_out` twice.
+    """Load what `dump_features` saved.
 
     Raises:
-        UsageError: a file is missing or damaged, or features and labels differ in number.
+        UsageError: a file is missing or damaged, or shapes do not match.
     """
     parts = []
     for part in ("train",) if leave_one_out else ("train", "test"):
-        features_NC, labels_N = (load_tensor(folder / kind.format(part)) for kind in DUMPED.values())
+        features_NC, labels_N = (load_tensor(folder / kind.format(part)) for kind in FILES.values())
         if len(features_NC) != len(labels_N):
             raise UsageError(
-                f"{folder} has {len(features_NC)} {part} features but {len(labels_N)} labels; dump them again"
+                f"{folder} has {len(features_NC)} {part} features but {len(labels_N)} labels; save them again"
             )
         parts.append(LabeledFeatures(features_NC.to(keep_on, dtype), labels_N.to(keep_on)))
     widths = [part.features_NC.shape[1] for part in parts]
     if widths[0] != widths[-1]:
         raise UsageError(
-            f"{folder} has training features of width {widths[0]}, test features of {widths[1]}; dump them again"
+            f"{folder} has training features of width {widths[0]}, test features of {widths[1]}; save them again"
         )
     return Split(parts[0], parts[-1])
 
@@ -157,145 +206,74 @@ def load_features(folder: Path, keep_on: torch.device, dtype: torch.dtype, leave
 # --------------------------------------------------------------------------- the script
 
 
-def build_datasets(args: argparse.Namespace, config: CfgNode) -> list[data.ImageDataset]:
-    """Training and validation images, or the one set of --leave_one_out."""
-    mean, std = config.INPUT.MEAN, config.INPUT.STD
-    transform = augment.eval_view(evaluation_size(args, config), args.crop_ratio, mean, std)
-    if not args.leave_one_out:
-        return list(labeled_datasets(args, config, transform, transform))
-    augment.check_normalization(mean, std, config.MODEL.SPEC.IN_CHANS)
-    in_chans = config.MODEL.SPEC.IN_CHANS
-    layout = data.layout_of(args)
-    images = data.build_dataset(
-        args.data_path, "train", transform, in_chans, need_labels=True, layout=layout, value_range=config.INPUT.RANGE
-    )
-    return [images]
-
-
-def extract_splits(
-    args: argparse.Namespace, device: torch.device, keep_on: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, Split], Sequence[str], dict[str, object]]:
-    """Extract all kinds of features of both sets; also returns the names of the classes, and what the features are of."""
-    with collectives.failing_together():
-        config = network_config(args)
-        datasets = build_datasets(args, config)
-        functions = feature_functions(args, config, device)
-    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
-    extracted = []
-    for part, dataset in zip(("train", "val"), datasets):
-        loader = data.build_eval_loader(
-            dataset, args.batch_size_per_gpu, args.num_workers, pin_memory=device.type == "cuda"
-        )
-        extracted.append(extract_features(loader, functions, device, keep_on, part, dtype=dtype))
-    splits = {name: Split(extracted[0][name], extracted[-1][name]) for name in functions}
-    about: dict[str, object] = {
-        "arch": args.arch,
-        "checkpoint_key": args.checkpoint_key,
-        "token": args.token,
-        "data_path": args.data_path,
-        "image_size": evaluation_size(args, config),
-        "crop_ratio": args.crop_ratio,
-    }
-    return splits, datasets[0].classes, about
-
-
-def report(
-    scores: dict[str, list[KnnScore]],
-    split: Split,
-    classes: Sequence[str],
-    about: dict[str, object],
-    args: argparse.Namespace,
-) -> None:
-    """Print the scores and write them to `results.json`, with those of each class.
-
-    `classes` and `about`, what features are of, are empty where features were loaded, which do not tell.
-    """
-    voters, count = len(split.train.labels_N), len(split.train.labels_N.unique())
-    compared = f"{len(split.val.labels_N)} validation among {utils.counted(voters, 'training image')}"
+def report(scores: dict[str, list[KnnScore]], found: FeatureSets, args: argparse.Namespace) -> None:
+    """Print the scores, and save them with the accuracy of each class."""
+    split = found.splits["network"]
+    train_images, val_images = len(split.train.labels_N), len(split.val.labels_N)
+    classes = len(split.train.labels_N.unique())
+    compared = f"{val_images} validation among {utils.counted(train_images, 'training image')}"
     if args.leave_one_out:
-        compared = f"{voters} images, each among the {voters - 1} others"
-    ranked = f"Top{min(count, RANKED)}"
-    print(f"k-NN of {compared}, {utils.counted(count, 'class', 'classes')}:")
-    for name, rows in scores.items():
-        for score in rows:
-            print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f}")
+        compared = f"{train_images} images, each among the {train_images - 1} others"
+    top5 = topk_name(classes)
+    print(f"k-NN of {compared}, {utils.counted(classes, 'class', 'classes')}:")
+    rows: dict[str, dict[str, Any]] = {}
+    for name, scores_of_name in scores.items():
+        for score in scores_of_name:
+            print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {top5}: {score.top5:.2f}")
+            per_class = {
+                found.classes[label] if found.classes else str(label): top1 for label, top1 in score.per_class.items()
+            }
+            rows[f"{name}, {score.k}-NN"] = {"top1": score.top1, "top5": score.top5, "per_class": per_class}
     if args.output_dir:
-        record = {
-            "pretrained_weights": args.load_features or args.pretrained_weights,
-            **about,
-            "compared": compared,
-            "half": args.half,
-            "temperature": args.temperature,
-            "top5_is": ranked.lower(),
-            "scores": {
-                name: {str(score.k): _as_json(score, classes) for score in rows} for name, rows in scores.items()
+        results = Results(
+            "knn",
+            {"features": args.load_features} if args.load_features else describe_network(args),
+            describe_data("" if args.load_features else args.data_path, train_images, val_images, classes),
+            {
+                "image_size": found.image_size,
+                "crop_ratio": None if args.load_features else args.crop_ratio,
+                "temperature": args.temperature,
+                "leave_one_out": args.leave_one_out,
+                "half": args.half,
+                "top5_is": top5.lower(),
             },
-        }
-        logger.info("%s", add_results(Path(args.output_dir), EVALUATION, record))
-
-
-def _as_json(score: KnnScore, classes: Sequence[str]) -> dict[str, object]:
-    per_class = {classes[label] if classes else str(label): top1 for label, top1 in score.per_class.items()}
-    return {"top1": score.top1, "top5": score.top5, "per_class": per_class}
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Stop on values that would end the script only after the features are extracted.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    if args.backend == "faiss":
-        load_faiss()
-    if args.backend == "faiss" and args.half:
-        raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
-    if not args.load_features:
-        arguments.check_weights(args)
+            rows,
+        )
+        save_results(args.output_dir, results)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Extract (or load) features, vote, report."""
+    """Extract or load features, classify, report."""
     device = launch.init_processes(args)
     collectives.setup_logging()
     with collectives.failing_together():
         check_args(args)
         if args.output_dir:
-            claim_folder(args.output_dir, EVALUATION)
-    if not args.dump_features:
-        score_features(args, device)
-        return
-    with files.sole_run(args.dump_features, "features", "--dump_features"):
-        with collectives.failing_together():
-            check_dump_folder(args.dump_features)
-        score_features(args, device)
-
-
-def score_features(args: argparse.Namespace, device: torch.device) -> None:
-    """See `main`; a disk that refuses the features takes no scores away."""
+            files.make_output_dir(args.output_dir)
     keep_on = device if args.use_cuda else torch.device("cpu")
     dtype = torch.float16 if args.half else torch.float32
-    classes: Sequence[str] = ()
-    about: dict[str, object] = {}
-    if args.load_features:
-        with collectives.failing_together():
-            splits = {"network": load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)}
-    else:
-        splits, classes, about = extract_splits(args, device, keep_on, dtype)
-    dumping: UsageError | None = None
-    if args.dump_features and collectives.is_main_process():
-        try:
-            with files.usable(args.dump_features, "--dump_features"):
-                dump_features(Path(args.dump_features), splits["network"])
-        except UsageError as error:  # told when the scores are
-            dumping = error
-    scores = {
-        name: knn_scores(split, args.nb_knn, args.temperature, args.leave_one_out, args.backend)
-        for name, split in splits.items()
-    }
-    if collectives.is_main_process():
-        report(scores, splits["network"], classes, about, args)
-    if dumping is not None:
-        raise dumping
+
+    with dump_folder(args.dump_features):
+        if args.load_features:
+            with collectives.failing_together():
+                split = load_features(Path(args.load_features), keep_on, dtype, args.leave_one_out)
+            found = FeatureSets({"network": split})
+        else:
+            found = extract(args, device, keep_on, dtype)
+        failure: UsageError | None = None
+        if args.dump_features and collectives.is_main_process():
+            try:
+                dump_features(args.dump_features, found.splits["network"])
+            except UsageError as error:
+                failure = error  # raised after the report
+        scores = {
+            name: knn_scores(split, args.nb_knn, args.temperature, args.leave_one_out, args.backend)
+            for name, split in found.splits.items()
+        }
+        if collectives.is_main_process():
+            report(scores, found, args)
+        if failure is not None:
+            raise failure
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
-"""Score frozen features with linear classifiers.
+"""Train linear classifiers on frozen features.
 
     python eval_linear.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/linear
     torchrun --nproc_per_node=8 eval_linear.py ...                               # 128 images on each process
     python eval_linear.py ... --lr 0.0001 0.001 0.01 --n_last_blocks 1 4 --cache_features
 
 --data_path holds train/<class>/ and val/<class>/. A classifier is trained for every pair of --lr and --n_last_blocks, all of them
-in one pass over the same features. One value each is the published protocol: the pooled tokens of the last n blocks concatenated,
-random crops and flips, SGD with momentum 0.9 and no weight decay, lr * batch / 256, half a cosine to --lr_min in steps of an epoch
-(to 0, epoch e of E has lr / 2 * (1 + cos(pi e / E))), accuracy on the center crop, the best epoch reported. --cache_features is
-another protocol: features of center crops, computed once and kept in --output_dir until the run is finished. A killed run goes on
-from `checkpoint.pth.tar` when its command is repeated; a signal or Ctrl-C saves it within the epoch at hand. Epochs count from 0.
+in parallel on the same features. With one value each this is the published protocol: concatenated pooled tokens of the last n
+blocks, random crops and flips, SGD with momentum 0.9 and no weight decay, learning rate lr * batch / 256 with a cosine schedule by
+epoch down to --lr_min, accuracy on center crops, the best epoch reported. --cache_features is another protocol: features of center
+crops, computed once. A run that was killed is resumed from `checkpoint.pth.tar` by the same command. Epochs are counted from 0.
 
---train_aug strong is the augmentation with which UDI's networks were scored; `results.json` tells which one was used.
+--evaluate only scores a trained classifier on val: that of `checkpoint.pth.tar` in --output_dir, or of --linear_weights FILE (such
+as DINO's `*_linearweights.pth`). It writes no file.
 
---evaluate trains nothing: it scores the classifier of `checkpoint.pth.tar` in --output_dir, or of --linear_weights FILE (such as
-DINO's `*_linearweights.pth`), on val alone, and writes no file.
-
+Results: `results/linear.json` in --output_dir. docs/evaluation.md has the details.
 Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 2021); flags and file names follow microsoft/esvit.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -34,47 +31,49 @@ from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoints import files, loading
+from checkpoints import files
 from config import arguments
 from config.arguments import add_token_flag
 from config.ranges import BATCH, BLOCKS, COUNT, EPOCHS, SEED, WORKERS, integer, number
 from data.transforms import augment
 from distributed import collectives, launch
+from evaluation import linear
+from evaluation.feature_loaders import CACHE, OnlineFeatureLoader, build_feature_loader
 from evaluation.features import (
-    CachedFeatures,
-    FeatureFunction,
-    FeatureSource,
-    ImageFeatures,
     block_features,
-    data_identity,
     evaluation_size,
-    extract_features,
     frozen_backbone,
     labeled_datasets,
-    load_cached,
     network_config,
-    tell_avgpool,
 )
-from evaluation.linear import Probe, Setting, json_number, load_classifier, probe_width, train_epoch, validate
-from evaluation.results import has_other_results, write_results
+from evaluation.linear import (
+    Probe,
+    build_probe,
+    describe_protocol,
+    load_classifier,
+    probe_width,
+    run_identity,
+    validate,
+)
+from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
+from evaluation.run_dir import make_run_dir
 from models import Backbone
-from training import checkpointing, restore, stopping
-from training.run_log import EpochMeter, RunLog
+from training import checkpointing, setup, stopping
 from utils import UsageError, logger
 
 
 class Inferred(int):
-    """A default that gives way to what the data has; equal numbers of the command line are plain ones and do not."""
+    """A default that is replaced by the number of classes of the data; an equal number on the command line is not."""
 
 
 DEFAULT_LABELS = Inferred(1000)
-FEATURES = "cached_features.pth"  # of --cache_features, until the run is finished
-EVALUATION = "linear probe"  # how results.json tells whose it is
 TRAIN_VIEWS = {"standard": augment.train_view, "strong": augment.strong_view}
-PROTOCOLS = {
-    "standard": "published protocol (random resized crops)",
-    "strong": "strong augmentation (RandAugment and erasing, as UDI was scored; NOT comparable with random resized crops alone)",
-    "cached": "cached features of un-augmented images (NOT the published protocol)",
+ROW_NAMES = {  # of result files, by the names in checkpoints
+    "best_acc1": "top1",
+    "best_acc5": "top5",
+    "best_epoch": "epoch",
+    "last_acc1": "last_top1",
+    "last_acc5": "last_top5",
 }
 
 
@@ -128,325 +127,175 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def protocol_of(args: argparse.Namespace) -> str:
-    """What is trained on, in words for results."""
-    return PROTOCOLS["cached" if args.cache_features else args.train_aug]
-
-
-# --------------------------------------------------------------------------- features
-
-
-def feature_source(
-    args: argparse.Namespace,
-    function: FeatureFunction,
-    datasets: tuple[data.ImageDataset, data.ImageDataset],
-    device: torch.device,
-    run: dict[str, Any],
-) -> FeatureSource:
-    """The features of both data sets by `function`; `run` is what makes a run the same (see `identity`)."""
-    if not args.cache_features:
-        return ImageFeatures(function, *datasets, args.batch_size_per_gpu, args.num_workers, device)
-    path = Path(args.output_dir) / FEATURES
-    cached = load_cached(path, run)
-    if cached is None:
-        cached = []
-        for label, dataset in zip(("train", "val"), datasets):
-            loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, device.type == "cuda")
-            found = extract_features(loader, {"network": function}, device, torch.device("cpu"), label, normalize=False)
-            cached.append(found["network"])
-        if collectives.is_main_process():
-            try:
-                loading.save_file({"run": run, "features": [list(part) for part in cached]}, path)
-            except OSError as error:
-                logger.warning("cannot keep the features in %s (%s): they are computed again at a resume", path, error)
-    size = sum(part.features_NC.nbytes for part in cached) / 2**30
-    logger.info("cached %.2f GiB of features on each process; %s", size, PROTOCOLS["cached"])
-    return CachedFeatures(cached[0], cached[1], args.batch_size_per_gpu, device, args.seed)
+def check_args(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that cannot be combined."""
+    arguments.check_weights(args)
+    if args.evaluate and len(args.n_last_blocks) > 1:
+        raise UsageError(f"--evaluate scores one classifier; pass one --n_last_blocks, not {args.n_last_blocks}")
+    if not args.evaluate and (args.linear_weights or args.linear_order != "esvit"):
+        raise UsageError("--linear_weights and --linear_order need --evaluate; add it, or leave them out")
+    if args.linear_order == "dino" and not (args.avgpool_patchtokens and args.n_last_blocks == [1]):
+        raise UsageError("--linear_order dino needs --n_last_blocks 1 --avgpool_patchtokens, as in DINO; add them")
+    if args.cache_features and args.train_aug != "standard":
+        raise UsageError(
+            f"--cache_features uses no augmentation and excludes --train_aug {args.train_aug}; leave out one of them"
+        )
+    for name in ("lr", "n_last_blocks"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise UsageError(f"--{name} {getattr(args, name)} has a value twice; give each value once")
 
 
 # --------------------------------------------------------------------------- training
 
 
-def train(
-    probe: Probe,
-    source: FeatureSource,
-    start: checkpointing.RunPosition,
-    sums: Sequence[float],
-    args: argparse.Namespace,
-    log: RunLog,
-    ending: checkpointing.StopRequest,
-    run: dict[str, Any],
-    classes: Sequence[str],
-) -> None:
-    """Train from `start` on; log and save each epoch, validate every `--val_freq` epochs and after the last one.
-
-    `sums` are of the losses of the epoch's steps that are done. `run` is what makes a run the same, saved beside the
-    classifiers, as the names of the classes are.
-    """
-    batch = args.batch_size_per_gpu * collectives.get_world_size()
-    about_run = {"run": run, "args": args, "classes": list(classes)}
-
-    def save(meter: EpochMeter, steps: int, sums: list[float]) -> str:
-        state = probe.state(meter.epoch - 1) | about_run
-        state["in_epoch"] = checkpointing.in_epoch(steps, meter.state(), args) | {"losses": sums}
-        return checkpointing.write(state, checkpoint_path(args)) if collectives.is_main_process() else ""
-
-    for epoch in range(start.epoch, args.epochs):
-        meter = EpochMeter(epoch, source.steps, images_per_step=batch)
-        done = start.steps if epoch == start.epoch else 0
-        if done:
-            meter.go_on_from(start.meter, done)
-        lrs = probe.lrs
-        losses = train_epoch(probe, source, epoch, meter, log, ending, partial(save, meter), done, sums)
-        probe.scheduler.step()
-        rows = [{"train_loss": json_number(loss), "train_lr": lr} for loss, lr in zip(losses, lrs)]
-        if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
-            scores = validate(probe, source)
-            probe.record(epoch, scores)
-            for row, score in zip(rows, scores):
-                row |= {"test_loss": json_number(score.loss), "test_acc1": score.top1, "test_acc5": score.top5}
-        every = {"classifiers": {s.name: row for s, row in zip(probe.settings, rows)}} if len(rows) > 1 else {}
-        about = {} if protocol_of(args) == PROTOCOLS["standard"] else {"protocol": protocol_of(args)}
-        if args.num_labels < 5:
-            about["acc5_is"] = f"top{args.num_labels}"
-        log.finish_epoch(meter, **rows[probe.best], **every, **about)
-        state = probe.state(epoch) | about_run
-        if collectives.is_main_process():
-            ending.failure = checkpointing.write(state, checkpoint_path(args))
-
-
-# --------------------------------------------------------------------------- one run, one folder
-
-
-def identity(
-    args: argparse.Namespace,
-    config: CfgNode,
-    backbone: Backbone,
-    datasets: tuple[data.ImageDataset, data.ImageDataset],
-    precision: str,
-) -> dict[str, Any]:
-    """What must be the same for a run to go on: everything that changes its numbers, by the name of the flag."""
-    digest = hashlib.sha256(backbone.settled(config).dump().encode())
-    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(loading.DERIVED)}
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    flags = ["arch", "token", "train_aug", "lr", "lr_min", "n_last_blocks", "avgpool_patchtokens", "epochs"]
-    flags += ["cache_features", "image_size", "crop_ratio", "seed", "num_labels"]
-    return {f"--{name}": getattr(args, name) for name in flags} | {
-        "--batch_size_per_gpu times processes": args.batch_size_per_gpu * collectives.get_world_size(),
-        "--precision": precision,
-        **data_identity(*datasets),
-        "digest of weights and config": digest.hexdigest()[:16],
-    }
-
-
-def checkpoint_path(args: argparse.Namespace) -> Path:
-    """The published name."""
-    return Path(args.output_dir) / "checkpoint.pth.tar"
-
-
-def resume_run(
-    probe: Probe, args: argparse.Namespace, run: dict[str, Any]
-) -> tuple[checkpointing.RunPosition, list[float]]:
-    """Continue from the newest whole `checkpoint.pth.tar` if there is any; returns where, and the epoch's sums of losses there.
-
-    Raises:
-        UsageError: all files are damaged or of another run, on all processes at once.
-    """
-    place, sums = checkpointing.RunPosition(), [0.0] * len(probe.settings)
-    with collectives.failing_together(), files.usable(args.output_dir):
-        found = checkpointing.newest_whole(checkpoint_path(args))
-        if found is not None:
-            path, content, damaged = found
-            with restore.reading("run", path):
-                checkpointing.check_same_run(content.get("run"), run, f"checkpoint '{path}'")
-            probe.load_state(content, path)
-            place = checkpointing.position_of(content, path, args)._replace(damaged=damaged)
-            if place.steps:
-                with restore.reading("in_epoch", path):
-                    sums = [float(loss) for _, loss in zip(sums, content["in_epoch"]["losses"], strict=True)]
-            if place.epoch < args.epochs:
-                logger.info("resuming %s at epoch %d of %d", path, place.epoch, args.epochs)
-    collectives.must_agree("checkpoints", (place.epoch, place.steps))
-    return place, sums
-
-
-def report(probe: Probe, args: argparse.Namespace, run: dict[str, Any]) -> None:
-    """Print the scores and write them to `results.json`."""
-    train_images, val_images, classes = run["numbers of images and classes"]
-    best, ranked = probe.table[probe.best], f"Top{min(5, args.num_labels)}"
-    print(
-        f"linear probe, {protocol_of(args)}: {val_images} validation and {utils.counted(train_images, 'training image')}, "
-        f"{utils.counted(classes, 'class', 'classes')}, {utils.counted(args.epochs, 'epoch')}"
-    )
-    for row in probe.table:
-        print(f"lr {row['lr']}, last {utils.counted(row['n_last_blocks'], 'block')}: {_describe(row, ranked)}")
-    print(f"Top-1 test accuracy: {best['best_acc1']:.2f}")
-    record = {
-        "protocol": protocol_of(args),
-        "train_aug": None if args.cache_features else args.train_aug,
-        "token": args.token,
-        "pretrained_weights": args.pretrained_weights,
-        "best": best,
-        "table": probe.table,
-        "acc5_is": ranked.lower(),
-        "finished_epochs": args.epochs,
-        "run": run,
-    }
-    logger.info("%s", write_results(Path(args.output_dir), EVALUATION, record))
-
-
-def _describe(row: dict[str, Any], ranked: str) -> str:
-    if row.get("last_acc1") is None:
-        return f"best Top1: {row['best_acc1']:.2f}"
-    if row["best_acc5"] is None:  # a published file knows no more of its best epoch
-        return (
-            f"best Top1: {row['best_acc1']:.2f} (before this run went on); "
-            f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
-        )
-    return (
-        f"best Top1: {row['best_acc1']:.2f}, {ranked}: {row['best_acc5']:.2f} (epoch {row['best_epoch']}); "
-        f"last Top1: {row['last_acc1']:.2f}, {ranked}: {row['last_acc5']:.2f}"
-    )
-
-
-# --------------------------------------------------------------------------- the script
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Stop on values that no part of the program would refuse by itself.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    if args.evaluate and len(args.n_last_blocks) > 1:
-        raise UsageError(f"--evaluate scores one classifier; pass one --n_last_blocks, not {args.n_last_blocks}")
-    if not args.evaluate and (args.linear_weights or args.linear_order != "esvit"):
-        raise UsageError("--linear_weights and --linear_order are for --evaluate; pass that too, or leave them out")
-    if args.linear_order == "dino" and not (args.avgpool_patchtokens and args.n_last_blocks == [1]):
-        raise UsageError(
-            "--linear_order dino needs --n_last_blocks 1 --avgpool_patchtokens, which such files are made with"
-        )
-    if args.cache_features and args.train_aug != "standard":
-        raise UsageError(
-            f"--cache_features has no augmentation, --train_aug {args.train_aug} has; leave one of them out"
-        )
-    for name in ("lr", "n_last_blocks"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            raise UsageError(f"--{name} {getattr(args, name)} names a value twice; give each once")
-
-
-def claim_folder(args: argparse.Namespace) -> Path:
-    """Create --output_dir.
-
-    Raises:
-        UsageError: it cannot be created, or holds what this run would overwrite or mix with its own.
-    """
-    folder = files.make_output_dir(args.output_dir)
-    with files.usable(folder):
-        begun = bool(checkpointing.saved(checkpoint_path(args)))
-    strangers = {
-        "a pre-training run (checkpoint.pth)": (folder / "checkpoint.pth").exists() and not begun,
-        "other results (results.json)": (folder / "results.json").exists()
-        and not (begun and not has_other_results(folder, EVALUATION)),
-    }
-    for what, found in strangers.items():
-        if found:
-            raise UsageError(f"--output_dir {folder} holds {what}; choose another, e.g. {folder / 'linear'}")
-    return folder
-
-
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
-    """Training images in random crops (center crops where features are cached), validation images in center crops.
+    """Open the training images as random crops (center crops for --cache_features) and the validation images as center crops.
 
-    Sets `num_labels` of the arguments to the number of classes unless it is given.
+    Sets `args.num_labels` to the number of classes unless it is given.
 
     Raises:
-        UsageError: no such data, more classes than --num_labels, or --train_aug strong for what is no color image.
+        UsageError: no such data, more classes than --num_labels, or --train_aug strong for images that are not RGB.
     """
     if args.train_aug == "strong" and config.MODEL.SPEC.IN_CHANS != 3:
         raise UsageError(
-            f"--train_aug strong is for color images, not for {config.MODEL.SPEC.IN_CHANS} channels; use --train_aug standard"
+            f"--train_aug strong needs 3 channels, these images have {config.MODEL.SPEC.IN_CHANS}; use --train_aug standard"
         )
     size, mean, std = evaluation_size(args, config), config.INPUT.MEAN, config.INPUT.STD
     val_transform = augment.eval_view(size, args.crop_ratio, mean, std)
     train_transform = val_transform if args.cache_features else TRAIN_VIEWS[args.train_aug](size, mean, std)
-    datasets = labeled_datasets(args, config, train_transform, val_transform)
+    layout = data.layout_of(args)
+    datasets = labeled_datasets(args.data_path, config, train_transform, val_transform, seed=args.seed, layout=layout)
     classes = len(datasets[0].classes)
     if isinstance(args.num_labels, Inferred):
         if args.num_labels != classes:
-            logger.info(
-                "the data has %d classes: classifiers have as many, not the default of %d", classes, DEFAULT_LABELS
-            )
+            logger.info("--num_labels is %d, the number of classes of the data (default: %d)", classes, DEFAULT_LABELS)
         args.num_labels = classes
     check_labels(args, classes)
     return datasets
 
 
 def check_labels(args: argparse.Namespace, classes: int) -> None:
-    """Stop on more classes than outputs.
-
-    Raises:
-        UsageError: naming both.
-    """
+    """Raise UsageError if the data has more classes than a classifier has outputs."""
     if args.num_labels < classes:
         raise UsageError(
             f"--num_labels {args.num_labels} is less than the {classes} classes of {args.data_path}; raise it, or leave it out"
         )
 
 
-def build_probe(args: argparse.Namespace, backbone: Backbone, num_labels: int, device: torch.device) -> Probe:
-    """A classifier for every pair of --lr and --n_last_blocks.
-
-    Raises:
-        UsageError: a number of blocks that the network does not have.
-    """
-    blocks = sum(backbone.stage_depths)
-    wrong = [n for n in args.n_last_blocks if not 1 <= n <= blocks]
-    if wrong:
-        raise UsageError(f"--n_last_blocks {wrong[0]} must lie in 1..{blocks}, the blocks of {args.arch}")
-    settings = [Setting(lr, n) for n in args.n_last_blocks for lr in args.lr]
-    widths = [probe_width(backbone, setting.n_last_blocks, args.avgpool_patchtokens) for setting in settings]
-    batch = args.batch_size_per_gpu * collectives.get_world_size()
-    return Probe(settings, widths, num_labels, batch, args.epochs, device, args.seed, args.lr_min)
+def checkpoint_path(args: argparse.Namespace) -> Path:
+    """Return the path of the checkpoint."""
+    return Path(args.output_dir) / linear.CHECKPOINT
 
 
-# --------------------------------------------------------------------------- a trained classifier
+def report(probe: Probe, args: argparse.Namespace, size: int, run: dict[str, Any]) -> None:
+    """Print the scores and save them; `size` is the side of the images, `run` the identity of the run."""
+    train_images, val_images, classes = run["numbers of images and classes"]
+    top5 = topk_name(args.num_labels)
+    print(
+        f"linear probe, {describe_protocol(args)}: {val_images} validation and {utils.counted(train_images, 'training image')}, "
+        f"{utils.counted(classes, 'class', 'classes')}, {utils.counted(args.epochs, 'epoch')}"
+    )
+    for row in probe.table:
+        print(f"lr {row['lr']}, last {utils.counted(row['n_last_blocks'], 'block')}: {describe_scores(row, top5)}")
+    print(f"Top-1 test accuracy: {probe.table[probe.best]['best_acc1']:.2f}")
+    protocol = {"name": describe_protocol(args), "train_aug": None if args.cache_features else args.train_aug}
+    flags = ("epochs", "lr_min", "avgpool_patchtokens", "crop_ratio", "seed")
+    protocol |= {name: getattr(args, name) for name in flags} | {"image_size": size}
+    protocol |= {"batch_size": run["--batch_size_per_gpu times processes"], "precision": run["--precision"]}
+    results = Results(
+        "linear",
+        describe_network(args) | {"digest": run["digest of weights and config"]},
+        describe_data(args.data_path, train_images, val_images, classes),
+        protocol | {"top5_is": top5.lower()},
+        {
+            setting.name: {ROW_NAMES.get(name, name): value for name, value in row.items()}
+            for setting, row in zip(probe.settings, probe.table)
+        },
+    )
+    save_results(args.output_dir, results)
+
+
+def describe_scores(row: dict[str, Any], top5: str) -> str:
+    """Return a row of the table as text."""
+    text = f"best Top1: {row['best_acc1']:.2f}"
+    if row["best_acc5"] is not None:
+        text += f", {top5}: {row['best_acc5']:.2f} (epoch {row['best_epoch']})"
+    elif row.get("last_acc1") is not None:  # resumed from a published checkpoint, which holds the best top-1 only
+        text += " (before this run was resumed)"
+    if row.get("last_acc1") is not None:
+        text += f"; last Top1: {row['last_acc1']:.2f}, {top5}: {row['last_acc5']:.2f}"
+    return text
+
+
+def train_classifiers(args: argparse.Namespace, device: torch.device) -> None:
+    """Train the classifiers, or resume their training, and report the scores."""
+    with collectives.failing_together():
+        precision = utils.resolve_precision(args.precision, device)
+        output_dir = make_run_dir(args.output_dir, linear.CHECKPOINT, checkpointing.CHECKPOINT)
+        config = network_config(args)
+        datasets = build_datasets(args, config)
+        backbone = frozen_backbone(args, config, args.pretrained_weights, device)
+    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
+
+    probe = build_probe(args, backbone, args.num_labels, device)
+    run = run_identity(args, config, backbone, datasets, precision)
+    with collectives.failing_together(), files.usable(output_dir):
+        start = checkpointing.resume_run(checkpoint_path(args), partial(probe.load_state_dict, run=run), args)
+    collectives.must_agree("checkpoints", (start.epoch, start.steps))
+    unfinished = start.epoch < args.epochs
+    if unfinished:
+        function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
+        loader = build_feature_loader(args, function, datasets, device, run)
+        batch_size = args.batch_size_per_gpu * collectives.get_world_size()
+        log = setup.open_log(args, config, batch_size, loader.training_images, start, device)
+    with stopping.StopSignals():  # a signal after the last step does not prevent the report
+        if unfinished:
+            about_run = {"run": run, "args": args, "classes": list(datasets[0].classes)}
+            with closing(log), checkpointing.StopRequest(checkpoint_path(args)) as ending:
+                linear.train(probe, loader, start, args, log, ending, about_run)
+        if collectives.is_main_process():
+            with files.usable(output_dir):
+                report(probe, args, evaluation_size(args, config), run)
+                (output_dir / CACHE).unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------- evaluation of a trained classifier
 
 
 def load_trained(args: argparse.Namespace, backbone: Backbone, device: torch.device) -> tuple[Probe, Sequence[str]]:
-    """The classifier of --linear_weights or of --output_dir, and the names of its classes where the file has them.
+    """Load the classifier of --linear_weights or --output_dir, and the names of its classes if the file has them.
 
-    Sets `num_labels` of the arguments to the number of its outputs.
+    Sets `args.num_labels` to the number of its outputs.
 
     Raises:
-        UsageError: no such file, or one of another number of features or outputs.
+        UsageError: no such file, or another number of features or outputs.
     """
     path = Path(args.linear_weights) if args.linear_weights else checkpoint_path(args)
     if not args.linear_weights and not path.exists():
-        raise UsageError(f"--evaluate finds no {path}; train a classifier first, or pass --linear_weights FILE")
+        raise UsageError(
+            f"--evaluate needs {path}, which does not exist; train a classifier, or pass --linear_weights FILE"
+        )
     found = load_classifier(path, backbone.num_features if args.linear_order == "dino" else 0)
     outputs, width = found.weight_KC.shape
     if args.num_labels != outputs and not isinstance(args.num_labels, Inferred):
         raise UsageError(f"--num_labels {args.num_labels} differs from the {outputs} outputs of '{path}'; leave it out")
     args.num_labels = outputs
     probe = build_probe(args, backbone, outputs, device)
-    wanted = probe_width(backbone, args.n_last_blocks[0], args.avgpool_patchtokens)
-    if width != wanted:
+    expected = probe_width(backbone, args.n_last_blocks[0], args.avgpool_patchtokens)
+    if width != expected:
         raise UsageError(
-            f"the classifier of '{path}' takes {width} features, --arch {args.arch} --n_last_blocks {args.n_last_blocks[0]} "
-            f"gives {wanted}; pass the flags that it was trained with"
+            f"the classifier in '{path}' takes {width} features, --arch {args.arch} --n_last_blocks {args.n_last_blocks[0]} "
+            f"gives {expected}; pass the flags of its training"
         )
     probe.classifiers.each[0].load_state_dict({"linear.weight": found.weight_KC, "linear.bias": found.bias_K})
     return probe, found.classes
 
 
 def build_val(args: argparse.Namespace, config: CfgNode, classes: Sequence[str]) -> data.ImageDataset:
-    """Validation images in center crops, numbered by `classes`, or in the order of their own where there are none.
+    """Open the validation images as center crops, with labels that are indices into `classes`, or into their own classes.
 
     Raises:
-        UsageError: no such data, more classes than outputs, or other ones.
+        UsageError: no such data, unknown classes, or more classes than outputs.
     """
     mean, std, in_chans = config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS
     augment.check_normalization(mean, std, in_chans)
@@ -454,82 +303,47 @@ def build_val(args: argparse.Namespace, config: CfgNode, classes: Sequence[str])
     layout = data.layout_of(args)
     val = data.build_dataset(args.data_path, "val", view, in_chans, args.seed, need_labels=True, layout=layout)
     if not classes:
-        logger.info("the classifier's file names no classes: its outputs are those of val in the order of their names")
+        logger.info("the file of the classifier has no class names; assuming the sorted class names of val")
         check_labels(args, len(val.classes))
         return val
     unknown = sorted(set(val.classes) - set(classes))
     if unknown:
-        raise UsageError(f"val of {args.data_path} has classes that the classifier has not: {', '.join(unknown[:5])}")
+        raise UsageError(
+            f"val of {args.data_path} has classes that the classifier was not trained with: {', '.join(unknown[:5])}; "
+            "name other images"
+        )
     val.use_classes(classes)
     return val
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """Score a trained classifier on the validation images and print what the published script prints."""
+    """Score a trained classifier on the validation images, with the output of the published script."""
     with collectives.failing_together():
         precision = utils.resolve_precision(args.precision, device)
         config = network_config(args)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)
-        tell_avgpool(args.avgpool_patchtokens, backbone)
         probe, classes = load_trained(args, backbone, device)
         val = build_val(args, config, classes)
     collectives.must_agree("numbers of images", len(val))
     function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
-    source = ImageFeatures(function, val, val, args.batch_size_per_gpu, args.num_workers, device)  # nothing trains
-    (score,) = validate(probe, source)
+    sizes = args.batch_size_per_gpu, args.num_workers
+    (score,) = validate(probe, OnlineFeatureLoader(function, val, val, *sizes, device))
     if collectives.is_main_process():
         print(f"* Acc@1 {score.top1:.3f} Acc@{min(5, args.num_labels)} {score.top5:.3f} loss {score.loss:.3f}")
         print(f"Accuracy of the network on the {len(val)} test images: {score.top1:.1f}%")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Build everything, resume, train, report; or evaluate."""
+    """Train linear classifiers, or evaluate a trained one."""
     device = launch.init_processes(args)
     collectives.setup_logging()
     with checkpointing.training_run(checkpoint_path(args)):
-        _probe(args, device)
-
-
-def _probe(args: argparse.Namespace, device: torch.device) -> None:
-    with collectives.failing_together():
-        check_args(args)
-        arguments.check_weights(args)
-    if args.evaluate:
-        evaluate(args, device)
-        return
-    with collectives.failing_together():
-        precision = utils.resolve_precision(args.precision, device)
-        folder = claim_folder(args)
-        config = network_config(args)
-        datasets = build_datasets(args, config)
-        backbone = frozen_backbone(args, config, args.pretrained_weights, device)
-    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
-    if not args.pretrained_weights:
-        logger.warning("--random_weights: the scores are those of a network with random weights")
-    tell_avgpool(args.avgpool_patchtokens, backbone)
-    probe = build_probe(args, backbone, args.num_labels, device)
-    run = identity(args, config, backbone, datasets, precision)
-    start, sums = resume_run(probe, args, run)
-    if start.epoch < args.epochs:
-        with collectives.failing_together(), files.usable(folder):
-            if collectives.is_main_process():
-                checkpointing.clean_up(folder, start)
-                files.save_provenance(folder, args, config)
-        function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
-        source = feature_source(args, function, datasets, device, run)
-        images = source.training_images
-        seen = start.epoch * images + start.steps * args.batch_size_per_gpu * collectives.get_world_size()
-        with collectives.failing_together(), files.usable(folder):
-            normalization = config.INPUT.MEAN, config.INPUT.STD
-            log = RunLog(folder, args.epochs, args.log_freq, *normalization, device, images, seen)
-    with stopping.StopSignals():  # a signal after the last step takes no result away
-        if start.epoch < args.epochs:
-            with closing(log), checkpointing.StopRequest(checkpoint_path(args)) as ending:
-                train(probe, source, start, sums, args, log, ending, run, datasets[0].classes)
-        if collectives.is_main_process():
-            with files.usable(folder):
-                report(probe, args, run)
-                (folder / FEATURES).unlink(missing_ok=True)
+        with collectives.failing_together():
+            check_args(args)
+        if args.evaluate:
+            evaluate(args, device)
+        else:
+            train_classifiers(args, device)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Score frozen features with multinomial logistic regression, as for few labels (1 or 10 % of ImageNet).
+"""Evaluate frozen features with multinomial logistic regression, e.g. on few labels (1 or 10 % of ImageNet).
 
     python eval_logistic.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth \\
         --target_list_path 1percent.txt --output_dir OUT/logistic
     torchrun --nproc_per_node=8 eval_logistic.py ...                             # features in parallel, one process fits
 
---data_path holds train/<class>/ and val/<class>/. Features of center crops, scaled to length 1, are computed once; for each value
-of --lr_lambd the whole problem is solved, without intercept:
+--data_path holds train/<class>/ and val/<class>/. Features of center crops, scaled to length 1, are computed once. For each value
+of --lr_lambd this is minimized over the weights, without intercept:
 
-    mean over the training images of the cross-entropy  +  lambda / 2 * squared norm of the weights
+    mean cross-entropy over the training images  +  lambda / 2 * squared norm of the weights
 
-where lambda is the value of the flag, divided by the number of training images unless --adjust_lambd is off. All values are
-reported, in `results.json` too; choosing the best of them on the validation images is a little optimistic.
+lambda is the value of the flag, divided by the number of training images unless --adjust_lambd is off.
 
+Results: `results/logistic.json` in --output_dir. docs/evaluation.md has the details.
 Origin: the protocol of UDI (Su and Ji, ECCV 2024) after Mugs (Zhou et al., 2022); the solver is scikit-learn's L-BFGS.
 """
 
@@ -19,17 +19,18 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from yacs.config import CfgNode
 
 import data
 import utils
+from checkpoints import files
 from config import arguments
 from config.arguments import add_token_flag, bool_flag
 from config.ranges import BATCH, BLOCKS, EPOCHS, SEED, WORKERS, number
@@ -39,24 +40,23 @@ from distributed import collectives, launch
 from evaluation.features import (
     FeatureFunction,
     LabeledFeatures,
+    check_blocks,
     evaluation_size,
-    extract_features,
+    extract_splits,
     frozen_backbone,
     labeled_datasets,
     network_config,
-    tell_avgpool,
 )
-from evaluation.results import add_results, claim_folder
+from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
 from models import Backbone
 from utils import UsageError, logger
 
-EVALUATION = "logistic regression"  # how results.json tells whose it is
 TOLERANCE = 1e-5  # largest entry of the gradient at the end
 POOLED = ("view feature", "mean of the regions", "view feature and mean of the regions")  # by --avgpool_patchtokens
 
 
 class Score(NamedTuple):
-    """What one value of --lr_lambd gives; accuracies in percent, `top5` of as many classes as there are when these are fewer."""
+    """Scores of one value of --lr_lambd; accuracies in percent, for L < 5 classes `top5` is top-L."""
 
     lambd: float
     top1: float
@@ -103,7 +103,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def feature_function(backbone: Backbone, n_last_blocks: int, pooled: int) -> FeatureFunction:
-    """Images to features; `pooled` is the place in `POOLED`."""
+    """Return a function from images to features; `pooled` is an index into `POOLED`."""
 
     def function(images_BCHW: Tensor) -> Tensor:
         if pooled == 1:
@@ -114,10 +114,10 @@ def feature_function(backbone: Backbone, n_last_blocks: int, pooled: int) -> Fea
 
 
 def solve(train: LabeledFeatures, val: LabeledFeatures, lambd: float, adjust: bool, iterations: int) -> Score:
-    """Fit one value and score it.
+    """Fit the weights for one lambda and score them.
 
-    scikit-learn minimizes C * sum of cross-entropies + squared norm / 2: C is 1 / (images * lambda). For two classes it has one row
-    of weights, the difference of two whose squared norms are half of its own: C is twice that.
+    scikit-learn minimizes C * sum of cross-entropies + squared norm / 2, so C = 1 / (images * lambda). For two classes it fits one
+    row of weights, the difference of two rows with half its squared norm in total, so C is twice that.
     """
     inverse = 1 / lambd if adjust else 1 / (len(train.labels_N) * lambd)
     if len(train.labels_N.unique()) == 2:
@@ -127,92 +127,82 @@ def solve(train: LabeledFeatures, val: LabeledFeatures, lambd: float, adjust: bo
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(train.features_NC.double().numpy(), train.labels_N.numpy())
     converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-    logits_NK = torch.from_numpy(np.asarray(model.decision_function(val.features_NC.double().numpy())))
-    if logits_NK.ndim == 1:  # of two classes
-        logits_NK = torch.stack([-logits_NK, logits_NK], dim=1)
-    labels_K = torch.from_numpy(model.classes_)
-    ranked = labels_K[logits_NK.topk(min(5, len(labels_K))).indices] == val.labels_N[:, None]
-    top1, top5 = (100 * hits.double().mean().item() for hits in (ranked[:, 0], ranked.any(dim=1)))
+    logits_NL = torch.from_numpy(np.asarray(model.decision_function(val.features_NC.double().numpy())))
+    if logits_NL.ndim == 1:  # two classes
+        logits_NL = torch.stack([-logits_NL, logits_NL], dim=1)
+    labels_L = torch.from_numpy(model.classes_)
+    correct = labels_L[logits_NL.topk(min(5, len(labels_L))).indices] == val.labels_N[:, None]
+    top1, top5 = (100 * hits.double().mean().item() for hits in (correct[:, 0], correct.any(dim=1)))
     return Score(lambd, top1, top5, int(np.max(model.n_iter_)), converged)
 
 
-def extract(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[list[LabeledFeatures], data.ImageDataset, dict[str, Any]]:
-    """Features of both parts, the training images, and what the features are of.
+def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
+    """Open the training and validation images as center crops.
 
     Raises:
-        UsageError: images of one class, more blocks than the network has, or see `labeled_datasets` and `frozen_backbone`.
+        UsageError: no such data, or training images of a single class.
     """
-    with collectives.failing_together():
-        config = network_config(args)
-        view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
-        datasets = labeled_datasets(args, config, view, view, args.target_list_path)
-        present = len(np.unique(datasets[0].labels))
-        if present < 2:
-            raise UsageError(f"the training images are of {present} class; logistic regression needs two or more")
-        backbone = frozen_backbone(args, config, args.pretrained_weights, device)
-        blocks = sum(backbone.stage_depths)
-        if not 1 <= args.n_last_blocks <= blocks:
-            raise UsageError(f"--n_last_blocks {args.n_last_blocks} must lie in 1..{blocks}, the blocks of {args.arch}")
-    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
-    if not args.pretrained_weights:
-        logger.warning("--random_weights: the scores are those of a network with random weights")
-    tell_avgpool(args.avgpool_patchtokens == 2, backbone)
-    functions = {"network": feature_function(backbone, args.n_last_blocks, args.avgpool_patchtokens)}
-    found = []
-    for part, dataset in zip(("train", "val"), datasets):
-        loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, device.type == "cuda")
-        found.append(extract_features(loader, functions, device, torch.device("cpu"), part)["network"])
-    about = {
-        "arch": args.arch,
-        "pretrained_weights": args.pretrained_weights,
-        "checkpoint_key": args.checkpoint_key,
-        "features": POOLED[args.avgpool_patchtokens],
-        "token": args.token,
-        "n_last_blocks": args.n_last_blocks,
-        "data_path": args.data_path,
-        "target_list_path": args.target_list_path,
-        "digest_of_list": digest_of(args.target_list_path) if args.target_list_path else None,
-        "image_size": evaluation_size(args, config),
-        "crop_ratio": args.crop_ratio,
-    }
-    return found, datasets[0], about
+    view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, config.INPUT.MEAN, config.INPUT.STD)
+    layout = data.layout_of(args)
+    datasets = labeled_datasets(
+        args.data_path, config, view, view, seed=args.seed, layout=layout, train_list=args.target_list_path
+    )
+    if len(np.unique(datasets[0].labels)) < 2:
+        raise UsageError("all training images are of one class; logistic regression needs two or more classes")
+    return datasets
+
+
+def fit(args: argparse.Namespace, train: LabeledFeatures, val: LabeledFeatures, top5: str) -> list[Score]:
+    """Solve for each value of --lr_lambd, and print its scores."""
+    scores = []
+    for lambd in args.lr_lambd:
+        score = solve(train, val, lambd, args.adjust_lambd, args.epochs)
+        steps = utils.counted(score.iterations, "iteration")
+        print(f"lambda {lambd}: Top1: {score.top1:.2f}, {top5}: {score.top5:.2f} ({steps})")
+        if not score.converged:
+            logger.warning("lambda %s has not converged in --epochs %d iterations; raise --epochs", lambd, args.epochs)
+        scores.append(score)
+    return scores
 
 
 def main(args: argparse.Namespace) -> None:
-    """Extract features, fit every value, report."""
+    """Extract features, fit, report."""
     device = launch.init_processes(args)
     collectives.setup_logging()
     with collectives.failing_together():
         arguments.check_weights(args)
         if args.output_dir:
-            claim_folder(args.output_dir, EVALUATION)
-    (train, val), dataset, about = extract(args, device)
+            files.make_output_dir(args.output_dir)
+        config = network_config(args)
+        datasets = build_datasets(args, config)
+        backbone = frozen_backbone(args, config, args.pretrained_weights, device)
+        check_blocks(backbone, [args.n_last_blocks], args.avgpool_patchtokens == 2)
+    collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
+
+    functions = {"network": feature_function(backbone, args.n_last_blocks, args.avgpool_patchtokens)}
+    splits = extract_splits(datasets, functions, args, device, torch.device("cpu"))
     if not collectives.is_main_process():
         return
-    classes = len(dataset.classes)
-    ranked = f"Top{min(5, classes)}"
-    compared = (
-        f"{len(train.labels_N)} training and {utils.counted(len(val.labels_N), 'validation image')}, {classes} classes"
-    )
-    print(f"logistic regression on the {about['features']}: {compared}")
-    scores = []
-    for lambd in args.lr_lambd:
-        score = solve(train, val, lambd, args.adjust_lambd, args.epochs)
-        scores.append(score)
-        steps = utils.counted(score.iterations, "iteration")
-        print(f"lambda {lambd}: Top1: {score.top1:.2f}, {ranked}: {score.top5:.2f} ({steps})")
-        if not score.converged:
-            logger.warning("lambda %s has not converged in --epochs %d; raise that", lambd, args.epochs)
+
+    classes, top5 = len(datasets[0].classes), topk_name(len(datasets[0].classes))
+    train_images, val_images = (len(dataset) for dataset in datasets)
+    compared = f"{train_images} training and {utils.counted(val_images, 'validation image')}, {classes} classes"
+    print(f"logistic regression on the {POOLED[args.avgpool_patchtokens]}: {compared}")
+    scores = fit(args, splits[0]["network"], splits[1]["network"], top5)
     if args.output_dir:
-        record = about | {
-            "compared": compared,
+        protocol = {
+            "features": POOLED[args.avgpool_patchtokens],
+            "n_last_blocks": args.n_last_blocks,
+            "image_size": evaluation_size(args, config),
+            "crop_ratio": args.crop_ratio,
+            "target_list_path": args.target_list_path,
+            "digest_of_list": digest_of(args.target_list_path) if args.target_list_path else None,
             "adjust_lambd": args.adjust_lambd,
-            "top5_is": ranked.lower(),
-            "scores": [score._asdict() for score in scores],
+            "top5_is": top5.lower(),
         }
-        logger.info("%s", add_results(Path(args.output_dir), EVALUATION, record))
+        described = describe_network(args), describe_data(args.data_path, train_images, val_images, classes)
+        rows = {f"lambda {score.lambd}": score._asdict() for score in scores}
+        save_results(args.output_dir, Results("logistic", *described, protocol, rows))
 
 
 if __name__ == "__main__":

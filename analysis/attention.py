@@ -1,6 +1,6 @@
-"""Attention of a block as numbers: planes of a query, their entropy, the regions that hold most of the mass.
+"""Attention of a block: the weights of a query by region, their entropy, and masks of the top mass.
 
-Which layout the maps of a network have is the network's business: `Backbone.attention_plane` and `Backbone.real_queries`.
+The layout of attention maps is hidden by `Backbone.attention_plane` and `Backbone.real_queries`.
 
 Shapes: B images, H heads, W windows of an image, Q queries, N keys, h x w grid of regions, L blocks.
 Origin: head-wise masks of DINO (Caron et al., ICCV 2021) section 4.2.2; entropy as in EsViT (Li et al., ICLR 2022).
@@ -18,18 +18,18 @@ from models import Backbone
 from models.base import BlockOutput
 from utils import UsageError
 
-HIDDEN_BELOW = 1e-30  # weight of a key that a mask hides, see block_uniform_bits
+MASKED_BELOW = 1e-30  # weights of masked keys, see block_uniform_entropy
 
 
 class HeadMaps(NamedTuple):
-    """Where one query of one image looks, heads in the order of their entropy, most focused first."""
+    """Attention of one query of one image, with heads in the order of increasing entropy."""
 
     planes_Hhw: Tensor  # attention weights
-    masks_Hhw: Tensor  # bool: the fewest regions that hold the asked share of the plane's mass
+    masks_Hhw: Tensor  # bool: the fewest regions with the requested share of the attention
     entropies_H: Tensor  # bits
-    heads: list[int]  # their numbers in the network
+    heads: list[int]  # indices in the network
     block: int
-    query_yx: tuple[int, int] | None  # region that looks; None: class or global token
+    query_yx: tuple[int, int] | None  # region of the query; None: class or global token
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -37,45 +37,33 @@ class HeadMaps(NamedTuple):
         return self.planes_Hhw.shape[1], self.planes_Hhw.shape[2]
 
     @property
-    def seen(self) -> tuple[int, int, int, int]:
-        """Top, left, bottom and right (the last two not included) of the regions that any head looks at: the query's window."""
+    def window(self) -> tuple[int, int, int, int]:
+        """Top, left, bottom and right (exclusive) of the regions with attention of any head."""
         weights_hw = self.planes_Hhw.amax(dim=0)
-        looked_at = weights_hw > 1e-6 * weights_hw.max()  # what a mask shuts out may be as much as 1e-44
-        if not looked_at.any():
+        attended = weights_hw > 1e-6 * weights_hw.max()  # masked weights may be as large as 1e-44
+        if not attended.any():
             return 0, 0, weights_hw.shape[0], weights_hw.shape[1]
-        rows, columns = (looked_at.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
+        rows, columns = (attended.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
         return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
 
 
 def entropy_bits(weights: Tensor) -> Tensor:
-    """Entropy in bits over the last axis, of weights that are scaled to sum to 1; 0 where all are zero."""
-    share = scaled(weights)
+    """Return the entropy over the last axis in bits, of weights normalized to sum 1; 0 where all are zero."""
+    total = weights.sum(-1, keepdim=True)
+    share = weights / torch.where(total > 0, total, 1.0)
     return -torch.special.xlogy(share, share).sum(-1) / torch.log(torch.tensor(2.0))
 
 
-def scaled(weights: Tensor) -> Tensor:
-    """Weights over the last axis that sum to 1, or stay zero where all are."""
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0, total, torch.ones_like(total))
-
-
 def keep_top_mass(weights: Tensor, share: float) -> Tensor:
-    """Which entries of the last axis are the fewest that together hold at least `share` of its sum; none where all are zero.
-
-    Entries of equal weight count in the order in which they stand.
-    """
+    """Return a mask of the fewest entries of the last axis with at least `share` of its sum; ties by index."""
     ranked, order = weights.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked
-    wanted = (before < share * weights.sum(-1, keepdim=True)) & (ranked > 0)
-    return torch.zeros_like(wanted).scatter(-1, order, wanted)
+    kept = (before < share * weights.sum(-1, keepdim=True)) & (ranked > 0)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
 def check_attention(backbone: Backbone) -> None:
-    """Stop on a network that has no attention.
-
-    Raises:
-        UsageError: naming what can be shown of it.
-    """
+    """Raise UsageError if the network has no attention."""
     if not backbone.has_attention:
         raise UsageError(
             f"{type(backbone).__name__} has no attention to show; choose --vis_features or correspondences"
@@ -83,29 +71,31 @@ def check_attention(backbone: Backbone) -> None:
 
 
 def find_block(backbone: Backbone, number: int) -> int:
-    """A block's number counted from the first one, of one that may count from the last (-1).
+    """Return the index of a block given from the first (0) or from the last (-1).
 
     Raises:
-        UsageError: a network without attention, or no such block.
+        UsageError: no such block, or a network without attention.
     """
     check_attention(backbone)
     blocks = sum(backbone.stage_depths)
     if not -blocks <= number < blocks:
         raise UsageError(
-            f"--block {number} is not there; choose 0..{blocks - 1}, or -1 for the last of {blocks} blocks"
+            f"--block {number} does not exist; choose 0..{blocks - 1}, or -1 for the last of {blocks} blocks"
         )
     return number % blocks
 
 
 def region_at(point: tuple[float, float], size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """Row and column of the region that covers a point (x, y) of an image of `size` (height, width).
+    """Return row and column of the region at a point (x, y) of an image of `size` (height, width).
 
     Raises:
         UsageError: the point is outside.
     """
     x, y = point
     if not (0 <= x < size[1] and 0 <= y < size[0]):
-        raise UsageError(f"--query {x:g} {y:g} is outside the image, which is {size[1]} pixels wide and {size[0]} high")
+        raise UsageError(
+            f"--query {x:g} {y:g} is outside the image of {size[1]} x {size[0]} pixels; choose a pixel inside"
+        )
     return int(y * grid[0] / size[0]), int(x * grid[1] / size[1])
 
 
@@ -118,13 +108,13 @@ def head_maps(
     point: tuple[float, float] | None = None,
     size: tuple[int, int] | None = None,
 ) -> HeadMaps:
-    """Where a query looks in a block, head by head.
+    """Return the attention of a query in a block by head.
 
     Args:
-        block: counted from the first.
-        share: of the mass that the masks keep.
-        point: x and y of the query in an image of `size` (height, width); None: the class or global token where the block
-            has maps of it, else the center.
+        block: index of the block.
+        share: of the attention that the masks keep.
+        point: x and y of the query in an image of `size` (height, width); None: the class or global token if the block has
+            attention of it, else the center.
 
     Raises:
         UsageError: the point is outside the image.
@@ -144,34 +134,34 @@ def head_maps(
 
 
 def mean_over_queries(backbone: Backbone, output: BlockOutput, rows_WHQ: Tensor) -> Tensor:
-    """(B, H) the mean of what each row of a block's maps gave (windows of all images, H, Q); rows of padding do not count."""
+    """Return the mean (B, H) of values of each query (windows of all images, H, Q), without queries that are padding."""
     real_WQ = backbone.real_queries(output).to(rows_WHQ.device)
     rows_BWHQ = rows_WHQ.unflatten(0, (output.tokens_BNC.shape[0], -1))
     return (rows_BWHQ * real_WQ[:, None]).sum(dim=(1, 3)) / real_WQ.sum()
 
 
 def block_entropy(backbone: Backbone, output: BlockOutput) -> Tensor:
-    """Mean entropy (B, H) in bits of the attention of a block's tokens."""
+    """Return the mean entropy (B, H) of the attention of a block in bits."""
     assert output.attention is not None
     return mean_over_queries(backbone, output, entropy_bits(output.attention.float()))
 
 
-def block_uniform_bits(backbone: Backbone, output: BlockOutput) -> Tensor:
-    """(B, H) the entropy that a block's attention would have if each token looked evenly at all that it sees.
+def block_uniform_entropy(backbone: Backbone, output: BlockOutput) -> Tensor:
+    """Return the mean entropy (B, H) in bits of uniform attention over the keys that a block does not mask.
 
-    Keys that a mask hides have weights of 0, or of exp(-100) where shifted windows meet; what is seen is far above both in the
-    maps of a blank image, whose tokens are alike. Padding that a network lets be seen counts as seen.
+    Masked keys have weights of 0, or of exp(-100) in shifted windows. In a blank image all tokens are alike and the other weights
+    are far larger. Padding that a network does not mask is counted.
     """
     assert output.attention is not None
-    seen_WHQ = (output.attention > HIDDEN_BELOW).sum(dim=-1)
-    return mean_over_queries(backbone, output, seen_WHQ.float().log2())
+    visible_WHQ = (output.attention > MASKED_BELOW).sum(dim=-1)
+    return mean_over_queries(backbone, output, visible_WHQ.float().log2())
 
 
 @torch.no_grad()
-def of_each_block(
+def measure_blocks(
     backbone: Backbone, images_BCHW: Tensor, measure: Callable[[Backbone, BlockOutput], Tensor]
 ) -> list[Tensor]:
-    """What `measure` gives for each block; maps of a block are let go before the next one makes its own."""
+    """Return `measure` of each block; attention maps of one block are in memory at a time."""
     found: list[Tensor] = []
     x: Any = images_BCHW
     for stage in range(len(backbone.stage_depths)):
@@ -184,10 +174,10 @@ def of_each_block(
 
 
 def entropies(backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
-    """For each block the mean entropy (B, H) in bits of its heads' attention."""
-    return of_each_block(backbone, images_BCHW, block_entropy)
+    """Return the mean entropy (B, H) of the attention of each block in bits."""
+    return measure_blocks(backbone, images_BCHW, block_entropy)
 
 
-def uniform_bits(backbone: Backbone, blank_1CHW: Tensor) -> list[list[float]]:
-    """For each block and head the entropy of attention that is spread evenly, on images of this size: none can have more."""
-    return [bits_BH[0].tolist() for bits_BH in of_each_block(backbone, blank_1CHW, block_uniform_bits)]
+def uniform_entropies(backbone: Backbone, blank_1CHW: Tensor) -> list[list[float]]:
+    """Return the entropy of uniform attention, the maximum, by block and head in bits, for images of the size of `blank_1CHW`."""
+    return [bits_BH[0].tolist() for bits_BH in measure_blocks(backbone, blank_1CHW, block_uniform_entropy)]

@@ -1,16 +1,14 @@
-"""Pictures drawn over photographs: weights, masks, frames, and lines between regions. Nothing is computed here.
+"""Drawing on images: heat maps, masks, frames, and lines between regions.
 
-Planes and masks have one value for each region of the image they are laid over. Plots with axes are in `analysis.plots`.
+Planes and masks have one value for each region of the image. Plots with axes are in `analysis.plots`.
 
 Shapes: h x w grid of regions.
-Origin: this project's own; color maps and letters are matplotlib's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TypeVar
 
 import matplotlib
@@ -19,65 +17,63 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from evaluation.results import write_new
-
 Color = tuple[int, int, int]
 Size = tuple[int, int]  # height and width
 Point = tuple[float, float]  # x and y
-Box = tuple[int, int, int, int]  # top, left, bottom and right in regions, the last two not included
+Box = tuple[int, int, int, int]  # top, left, bottom and right in regions, the last two exclusive
 Item = TypeVar("Item")
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 RED, YELLOW = (255, 60, 60), (255, 225, 0)
-LETTERS = 14  # points of captions
-STAR, BADGE = 20.0, 11.0  # radius, in pixels, of the marks of correspondences
+FONT_SIZE = 14  # points
+STAR, BADGE = 20.0, 11.0  # radius of marks in pixels
 
 
 @lru_cache(maxsize=8)
 def font(points: int) -> ImageFont.FreeTypeFont:
-    """The font that plots have too."""
+    """Load the default font of matplotlib."""
     return ImageFont.truetype(findfont("DejaVu Sans"), points)
 
 
 def enlarged(image: Image.Image, shorter_side: float) -> Image.Image:
-    """An image whose shorter side is at least `shorter_side`; smooth."""
+    """Enlarge an image to a shorter side of at least `shorter_side`."""
     factor = max(1.0, shorter_side / min(image.size))
     return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
 
 
-def faded(image: Image.Image, light: float) -> Image.Image:
-    """The image in gray, with a share of its brightness."""
-    return image.convert("L").point([round(value * light) for value in range(256)]).convert("RGB")
+def darkened_gray(image: Image.Image, brightness: float) -> Image.Image:
+    """Convert an image to gray with a fraction of its brightness."""
+    return image.convert("L").point([round(value * brightness) for value in range(256)]).convert("RGB")
 
 
 def heat(image: Image.Image, plane_hw: Tensor, strength: float = 0.7) -> Image.Image:
-    """Weights of regions in colors over the faded image, brightest where largest; no color where a weight is 0."""
+    """Draw the weights of regions as colors over a gray image, transparent where a weight is 0."""
     plane = plane_hw.double().numpy()
     largest = plane.max()
     share = plane / largest if largest > 0 else plane
     colors = Image.fromarray(matplotlib.colormaps["inferno"](share, bytes=True)[..., :3])
-    seen = Image.fromarray(np.where(share > 1e-6, round(255 * strength), 0).astype(np.uint8))
-    colors, seen = (layer.resize(image.size, Image.Resampling.NEAREST) for layer in (colors, seen))
-    return Image.composite(colors, faded(image, 0.6), seen)
+    opacity = Image.fromarray(np.where(share > 1e-6, round(255 * strength), 0).astype(np.uint8))
+    colors, opacity = (layer.resize(image.size, Image.Resampling.NEAREST) for layer in (colors, opacity))
+    return Image.composite(colors, darkened_gray(image, 0.6), opacity)
 
 
 def masked(image: Image.Image, mask_hw: Tensor) -> Image.Image:
-    """The image where the mask holds, dark and gray elsewhere."""
+    """Show the image inside the mask, dark gray elsewhere."""
     keep = Image.fromarray(mask_hw.numpy().astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
-    return Image.composite(image, faded(image, 0.25), keep)
+    return Image.composite(image, darkened_gray(image, 0.25), keep)
 
 
-def on_image(box: Box, grid: Size, size: Size) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a box in pixels of an image of `size`, the last two not included."""
+def pixel_box(box: Box, grid: Size, size: Size) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom (exclusive) of a box in pixels of an image of `size`."""
     top, left, bottom, right = box
     y, x = size[0] / grid[0], size[1] / grid[1]
     return round(left * x), round(top * y), round(right * x), round(bottom * y)
 
 
 def boxed(image: Image.Image, box: Box, grid: Size, color: Color = RED) -> Image.Image:
-    """The image with a frame around some regions."""
+    """Draw a frame around some regions."""
     image = image.copy()
-    left, top, right, bottom = on_image(box, grid, (image.height, image.width))
+    left, top, right, bottom = pixel_box(box, grid, (image.height, image.width))
     draw = ImageDraw.Draw(image)
     draw.rectangle((left, top, right - 1, bottom - 1), outline=PAPER, width=4)
     draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=color, width=2)
@@ -85,21 +81,21 @@ def boxed(image: Image.Image, box: Box, grid: Size, color: Color = RED) -> Image
 
 
 def captioned(image: Image.Image, text: str, margin: int = 1) -> Image.Image:
-    """The image below some words, on as many lines as they need."""
-    lines = lines_of(text, image.width - 2 * margin)
-    height = len(lines) * (LETTERS + 4) + 4
+    """Add a caption above the image, on as many lines as needed."""
+    lines = wrapped(text, image.width - 2 * margin)
+    height = len(lines) * (FONT_SIZE + 4) + 4
     canvas = Image.new("RGB", (image.width, image.height + height), PAPER)
-    ImageDraw.Draw(canvas).text((margin, 2), "\n".join(lines), fill=INK, font=font(LETTERS), spacing=4)
+    ImageDraw.Draw(canvas).text((margin, 2), "\n".join(lines), fill=INK, font=font(FONT_SIZE), spacing=4)
     canvas.paste(image, (0, height))
     return canvas
 
 
-def lines_of(text: str, width: int) -> list[str]:
-    """The words of a caption on lines of at most `width` pixels; a longer word has its own."""
+def wrapped(text: str, width: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels; a longer word has its own line."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if lines[-1] and font(LETTERS).getlength(longer) > width:
+        if lines[-1] and font(FONT_SIZE).getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
@@ -107,7 +103,7 @@ def lines_of(text: str, width: int) -> list[str]:
 
 
 def tiled(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
-    """Images in `even_rows` of at most `columns`, on white."""
+    """Arrange images in rows of at most `columns`, see `even_rows`."""
     rows = even_rows(images, columns)
     width, height = max(image.width for image in images), max(image.height for image in images)
     canvas = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, len(rows) * (height + gap) + gap), PAPER)
@@ -118,13 +114,13 @@ def tiled(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Im
 
 
 def even_rows(items: Sequence[Item], most: int) -> list[Sequence[Item]]:
-    """As few rows of at most `most` as there can be, whose numbers differ by one at most: no single item below full rows."""
+    """Divide items into as few rows of at most `most` items as possible, of lengths that differ by at most one."""
     parts = np.array_split(np.arange(len(items)), -(-len(items) // most))
     return [items[part[0] : part[-1] + 1] for part in parts]
 
 
 def stacked(above: Image.Image, below: Image.Image, gap: int = 4) -> Image.Image:
-    """Two images of one width, on white."""
+    """Place one image above another of the same width."""
     canvas = Image.new("RGB", (above.width, above.height + gap + below.height), PAPER)
     canvas.paste(above, (0, 0))
     canvas.paste(below, (0, above.height + gap))
@@ -135,7 +131,7 @@ def stacked(above: Image.Image, below: Image.Image, gap: int = 4) -> Image.Image
 
 
 def rank_color(rank: int, ranks: int) -> Color:
-    """A color of its own for every rank, counted from 0."""
+    """Return the color of a rank, from 0."""
     red, green, blue = matplotlib.colormaps["turbo"](0.86 - 0.76 * rank / max(ranks - 1, 1))[:3]
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -146,9 +142,9 @@ def paired(
     marks: tuple[Point, Point],
     gap: int = 16,
 ) -> Image.Image:
-    """Two images side by side, ranked pairs of points (x, y in shares of 0..1) joined by lines, and one mark on each.
+    """Draw two images side by side, lines between ranked pairs of points (x and y in 0..1), and a star on each image.
 
-    The first pair gets rank 1 and is drawn on top; a point of several pairs bears all their ranks.
+    The first pair has rank 1 and is drawn on top; a point of several pairs is labeled with all their ranks.
     """
     first, second = images
     offset = first.width + gap
@@ -178,30 +174,25 @@ def paired(
     return canvas
 
 
-def _inside(at: Point, reach_x: float, reach_y: float, canvas: Image.Image) -> Point:
-    """The nearest point from which a drawing of that reach does not leave the canvas."""
-    x, y = (min(max(a, r), side - 1 - r) for a, r, side in zip(at, (reach_x, reach_y), canvas.size))
+def _inside(at: Point, radius_x: float, radius_y: float, canvas: Image.Image) -> Point:
+    """Return the nearest point where a mark of that radius is inside the canvas."""
+    x, y = (min(max(a, r), side - 1 - r) for a, r, side in zip(at, (radius_x, radius_y), canvas.size))
     return x, y
 
 
 def _badge(draw: ImageDraw.ImageDraw, at: Point, text: str, color: Color, canvas: Image.Image) -> None:
-    """A number on its color."""
-    reach = max(BADGE, font(14).getlength(text) / 2 + 6)
-    x, y = _inside(at, reach, BADGE, canvas)
+    """Draw a label on a background of its color."""
+    radius = max(BADGE, font(FONT_SIZE).getlength(text) / 2 + 6)
+    x, y = _inside(at, radius, BADGE, canvas)
     light = (299 * color[0] + 587 * color[1] + 114 * color[2]) / 1000 > 110
     draw.rounded_rectangle(
-        (x - reach, y - BADGE, x + reach, y + BADGE), radius=BADGE, fill=color, outline=PAPER, width=2
+        (x - radius, y - BADGE, x + radius, y + BADGE), radius=BADGE, fill=color, outline=PAPER, width=2
     )
-    draw.text((x, y), text, fill=INK if light else PAPER, font=font(14), anchor="mm")
+    draw.text((x, y), text, fill=INK if light else PAPER, font=font(FONT_SIZE), anchor="mm")
 
 
 def _star(draw: ImageDraw.ImageDraw, at: Point) -> None:
     angles = np.arange(10) * np.pi / 5 - np.pi / 2
-    reach = np.where(np.arange(10) % 2, 0.5, 1.0) * STAR
-    corners = [(at[0] + float(r * np.cos(a)), at[1] + float(r * np.sin(a))) for a, r in zip(angles, reach)]
+    radii = np.where(np.arange(10) % 2, 0.5, 1.0) * STAR
+    corners = [(at[0] + float(r * np.cos(a)), at[1] + float(r * np.sin(a))) for a, r in zip(angles, radii)]
     draw.polygon(corners, fill=YELLOW, outline=INK, width=2)
-
-
-def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG under an unused name, and return that."""
-    return write_new(path, lambda place: image.save(place, format="png"))

@@ -1,7 +1,6 @@
-"""Images for analysis: read at any size, as networks and as people see them, in two views that can be kept.
+"""Images for analysis: loading at any size, scaling to whole regions, and pairs of views.
 
 Shapes: C channels, H x W pixels.
-Origin: this project's own; the views follow DINO (Caron et al., ICCV 2021).
 """
 
 from __future__ import annotations
@@ -38,21 +37,21 @@ VIEW_SCALE = (0.4, 1.0)
 class Picture(NamedTuple):
     """An image resized to whole regions of a network."""
 
-    name: str  # of the file, without its ending; no other picture that is looked at has it
+    name: str  # of the file, without extension; unique among the selected pictures
     pixels_CHW: Tensor  # 0..1
     original_size: tuple[int, int]  # height and width of the file
-    digest: str  # of the pixels of the file: the same photograph has the same one under every name
+    digest: str  # of the original pixels
 
 
-class Chosen(NamedTuple):
-    """Images to look at, and how many there are to choose from."""
+class Selection(NamedTuple):
+    """Pictures selected from a folder."""
 
-    some: list[Picture]
-    of: int
+    pictures: list[Picture]
+    total: int  # images of the folder
 
 
 class Scale(NamedTuple):
-    """What a network takes: sides of whole regions, and the normalization."""
+    """Size and normalization of the images of a network."""
 
     shorter_side: int
     region: tuple[int, int]  # height and width of a last-stage region in pixels
@@ -60,22 +59,22 @@ class Scale(NamedTuple):
     std: Sequence[float]
 
     def size_for(self, height: int, width: int) -> tuple[int, int]:
-        """The sides nearest to an image's shape whose shorter one is as wanted, in whole regions."""
+        """Return the height and width to which an image is resized: whole regions, closest to its aspect ratio."""
         factor = self.shorter_side / min(height, width)
         sides = [max(1, round(side * factor / step)) * step for side, step in zip((height, width), self.region)]
         return sides[0], sides[1]
 
     def normalized(self, pixels_CHW: Tensor) -> Tensor:
-        """(1, C, H, W) as the network takes it."""
+        """Return the input (1, C, H, W) of the network."""
         return TF.normalize(pixels_CHW, list(self.mean), list(self.std)).unsqueeze(0)
 
 
 @torch.no_grad()
 def scale_of(backbone: Backbone, config: CfgNode, shorter_side: int | None, device: torch.device) -> Scale:
-    """The scale at which a network looks; a region's size is measured at MODEL.IMAGE_SIZE.
+    """Return the scale of a network; the size of a region is measured at MODEL.IMAGE_SIZE.
 
     Raises:
-        UsageError: a side below a region's.
+        UsageError: `shorter_side` is smaller than a region.
     """
     height, width = config.MODEL.IMAGE_SIZE
     blank = torch.zeros(1, config.MODEL.SPEC.IN_CHANS, height, width, device=device)
@@ -83,15 +82,17 @@ def scale_of(backbone: Backbone, config: CfgNode, shorter_side: int | None, devi
     region = (max(1, round(height / rows)), max(1, round(width / columns)))
     side = min(height, width) if shorter_side is None else shorter_side
     if side < max(region):
-        raise UsageError(f"--image_size {side} is below one region of this network, {max(region)} pixels")
+        raise UsageError(
+            f"--image_size {side} is less than {max(region)}, the size of a region of this network; raise it"
+        )
     return Scale(side, region, config.INPUT.MEAN, config.INPUT.STD)
 
 
 def as_picture(name: str, image: ImageLike, scale: Scale) -> Picture:
-    """An image that is there already, resized.
+    """Resize a decoded image.
 
     Raises:
-        ValueError: it is too thin to be shown whole.
+        ValueError: its aspect ratio is too large.
     """
     pixels_CHW = as_tensor(image)
     size = pixels_CHW.shape[1], pixels_CHW.shape[2]
@@ -104,29 +105,29 @@ def as_picture(name: str, image: ImageLike, scale: Scale) -> Picture:
 
 def load_pictures(
     path: str, count: int, scale: Scale, in_chans: int, layout: str = "files", value_range: Sequence[float] = ()
-) -> Chosen:
-    """The file itself, or `count` images spread evenly over a folder (or its part `val`), under names of their own.
+) -> Selection:
+    """Load an image, or `count` images spread evenly over a folder (or its part `val`).
 
-    Of a folder the next image takes the place of one that cannot be read, which is named.
+    An image of a folder that cannot be read is replaced by the next one, with a warning.
 
     Args:
         layout: of the folder, see data/datasets.py.
-        value_range: INPUT.RANGE, see `decode_image`.
+        value_range: INPUT.RANGE.
 
     Raises:
-        UsageError: nothing is there, the one image that is named cannot be read, or too many cannot.
+        UsageError: no images, or too many of them cannot be read.
     """
     if Path(path).is_file() and Path(path).suffix.lower() != ".txt":
         source: Source = Files([path])
     else:
         source = data.build_dataset(path, "val", lambda image: [], in_chans, layout=layout).source
     count = min(count, len(source))
-    wanted = [(2 * i + 1) * len(source) // (2 * count) for i in range(count)]
+    selected = [(2 * i + 1) * len(source) // (2 * count) for i in range(count)]
     found: dict[int, Picture] = {}
     failures: dict[int, str] = {}
-    for index in wanted:
+    for index in selected:
         others = (i % len(source) for i in range(index + 1, index + len(source)))
-        for candidate in chain([index], (other for other in others if other not in wanted)):
+        for candidate in chain([index], (other for other in others if other not in selected)):
             if len(failures) >= REPLACEMENT_TRIES or candidate in found or candidate in failures:
                 continue
             try:
@@ -135,24 +136,24 @@ def load_pictures(
                 break
             except UndeclaredRange as error:
                 raise UndeclaredRange(f"{source.name(candidate)} {error}") from None
-            except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
+            except Exception as error:  # decoders raise errors of any type on damaged files
                 failures[candidate] = f"cannot read the image {source.name(candidate)} ({reason_of(error)})"
                 if len(source) > 1:
-                    logger.warning("%s; another one takes its place", failures[candidate])
+                    logger.warning("%s; using another one", failures[candidate])
     if not found:
         more = f", nor {counted(len(failures) - 1, 'other')} tried" if len(failures) > 1 else ""
-        raise UsageError(f"{next(iter(failures.values()))}{more}; name another one")
+        raise UsageError(f"{next(iter(failures.values()))}{more}; choose other images")
     names = unique_names([printable(source.name(index)) for index in found])
-    return Chosen([found[index]._replace(name=name) for index, name in zip(found, names)], len(source))
+    return Selection([found[index]._replace(name=name) for index, name in zip(found, names)], len(source))
 
 
 def printable(name: str) -> str:
-    """The name of a file as text that can be written and shown, also where it is not UTF-8."""
+    """Return the name of a file as valid text, with escapes for bytes that are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def unique_names(files: Sequence[str]) -> list[str]:
-    """A name for each file, as short as tells them apart: without folders and ending, with them, or with a number."""
+    """Return a unique name for each file, as short as possible: without folders and extension, with them, or with a number."""
     paths = [PurePath(file) for file in files]
     folders = [path.parent.parts for path in paths]
     shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders)))
@@ -163,15 +164,15 @@ def unique_names(files: Sequence[str]) -> list[str]:
         whole,
         [f"{name}_{path.suffix[1:]}" for name, path in zip(whole, paths)],
     ]
-    told_apart = (names for names in attempts if len(set(names)) == len(files))
-    return next(told_apart, [f"{number}_{name}" for number, name in enumerate(whole)])
+    unique = (names for names in attempts if len(set(names)) == len(files))
+    return next(unique, [f"{number}_{name}" for number, name in enumerate(whole)])
 
 
 # --------------------------------------------------------------------------- views
 
 
 class RandomColors:
-    """Color jitter and sometimes gray; brightness and contrast only where channels are no colors."""
+    """Color jitter and random grayscale; only brightness and contrast for images that are neither gray nor RGB."""
 
     def __init__(self, in_chans: int, strength: float = 0.4) -> None:
         colors = transforms.ColorJitter(strength, strength, strength / 2, strength / 4)
@@ -184,18 +185,18 @@ class RandomColors:
 
 
 class Views(NamedTuple):
-    """Two images to compare, in 0..1, and how they were made."""
+    """Two images to compare, in 0..1."""
 
     first_CHW: Tensor
     second_CHW: Tensor
-    made: str
-    digest: str = ""  # of the picture that both were cut from
+    description: str
+    digest: str = ""  # of the original picture
 
 
 def random_views(picture: Picture, seed: int) -> Views:
-    """Two random crops of a picture, of its size, with a flip and colors; `seed` decides everything."""
+    """Return two random crops of a picture, resized to its size, with random flips and colors."""
     with isolated_rng(seed):
-        views, told = [], []
+        views, boxes = [], []
         for _ in range(2):
             size = (picture.pixels_CHW.shape[1], picture.pixels_CHW.shape[2])
             box = transforms.RandomResizedCrop.get_params(
@@ -206,52 +207,54 @@ def random_views(picture: Picture, seed: int) -> Views:
             view = RandomColors(len(view))(TF.hflip(view) if flipped else view)
             views.append(view.clamp(0, 1))
             top, left, height, width = box
-            told.append(f"rows {top}-{top + height}, columns {left}-{left + width}{', flipped' if flipped else ''}")
-    return Views(views[0], views[1], f"{picture.name}, seed {seed}: {told[0]}; {told[1]}", picture.digest)
+            boxes.append(f"rows {top}-{top + height}, columns {left}-{left + width}{', flipped' if flipped else ''}")
+    return Views(views[0], views[1], f"{picture.name}, seed {seed}: {boxes[0]}; {boxes[1]}", picture.digest)
 
 
 def save_views(views: Views, path: Path) -> None:
-    """Keep two views for another network; see `checkpoint.write_file`."""
-    content = {"first": views.first_CHW, "second": views.second_CHW, "made": views.made, "digest": views.digest}
+    """Save two views, to use them with another network."""
+    content = {"first": views.first_CHW, "second": views.second_CHW, "made": views.description, "digest": views.digest}
     write_file(content, path)
 
 
 def load_views(path: Path, in_chans: int) -> Views:
-    """What `save_views` kept.
+    """Load what `save_views` saved.
 
     Raises:
-        UsageError: the file is missing, damaged or of images with other channels.
+        UsageError: the file is missing or damaged, or the images have another number of channels.
     """
     content = load_file(path)
     first, second = content.get("first"), content.get("second")
     remedy = "leave --use_saved_aug out to make new ones"
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        raise UsageError(f"{path} holds no saved views; {remedy}")
+        raise UsageError(f"{path} has no saved views; {remedy}")
     if len(first) != in_chans or len(second) != in_chans:
         raise UsageError(f"the views in {path} have {len(first)} channels, this network takes {in_chans}; {remedy}")
     return Views(first, second, str(content.get("made", "")), str(content.get("digest", "")))
 
 
 def saved_views(path: Path, picture: Picture, in_chans: int) -> Views:
-    """Of the views kept under `path` and its numbered names the last ones of this picture.
+    """Load the latest views of this picture among `path` and its numbered names.
 
     Raises:
-        UsageError: none are there, those that are show another picture, or they cannot be read.
+        UsageError: there are none, they are of other pictures, or they cannot be read.
     """
     files = numbered(path)
     if not files:
-        raise UsageError(f"--use_saved_aug finds no {path}; run --vis_correspondence without it first")
+        raise UsageError(
+            f"--use_saved_aug needs {path}, which does not exist; run --vis_correspondence without it first"
+        )
     for views in (load_views(file, in_chans) for file in reversed(files)):
         if views.digest == picture.digest:
             return views
     raise UsageError(
-        f"--use_saved_aug finds views of another picture than {picture.name} in {path}; "
-        "leave it out to make new ones, or name another --output_dir"
+        f"{path} has views of another picture than {picture.name}; leave out --use_saved_aug to make new ones, or choose "
+        "another --output_dir"
     )
 
 
 def views_of_size(views: Views, scale: Scale) -> Views:
-    """Both views resized to whole regions of a network; one that fits stays as it is."""
+    """Resize both views to whole regions of a network, if needed."""
     sides = [scale.size_for(view.shape[1], view.shape[2]) for view in views[:2]]
     resized = [
         view if tuple(view.shape[1:]) == side else TF.resize(view, list(side), BICUBIC, antialias=True).clamp(0, 1)
@@ -261,7 +264,7 @@ def views_of_size(views: Views, scale: Scale) -> Views:
 
 
 def flip_views(size: tuple[int, int], in_chans: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
-    """The image, cut to `size` (height, width) from its center, and its horizontal flip with jittered colors or gray."""
+    """Return the transform to a center crop of `size` (height, width) and its horizontal flip with random colors."""
 
     def view(extra: list[ViewTransform]) -> ViewTransform:
         return transforms.Compose([FillAndCrop(size), as_tensor, *extra, transforms.Normalize(mean, std)])
@@ -270,12 +273,12 @@ def flip_views(size: tuple[int, int], in_chans: int, mean: Sequence[float], std:
 
 
 def plain_view(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
-    """The image, cut to `size` (height, width) from its center."""
+    """Return the transform to a center crop of `size` (height, width)."""
     return MultiCrop([transforms.Compose([FillAndCrop(size), as_tensor, transforms.Normalize(mean, std)])])
 
 
 class FillAndCrop:
-    """Resize an image so that it just covers `size` (height, width), and cut its center."""
+    """Resize an image to cover `size` (height, width), and crop its center."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -284,11 +287,11 @@ class FillAndCrop:
         image = middle_of_thin(image)
         height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
         factor = max(self.size[0] / height, self.size[1] / width)
-        sides = [max(wanted, round(side * factor)) for wanted, side in zip(self.size, (height, width))]
+        sides = [max(target, round(side * factor)) for target, side in zip(self.size, (height, width))]
         return TF.center_crop(TF.resize(image, sides, interpolation=BICUBIC, antialias=True), list(self.size))
 
 
-def shown(pixels_CHW: Tensor) -> Image.Image:
-    """An image of any number of channels as a person may look at it."""
+def to_rgb(pixels_CHW: Tensor) -> Image.Image:
+    """Convert pixels in 0..1 to an image: the first three channels as RGB, or the first one as gray."""
     pixels = pixels_CHW[:3] if len(pixels_CHW) >= 3 else pixels_CHW[:1].expand(3, -1, -1)
     return TF.to_pil_image(pixels.clamp(0, 1).cpu())

@@ -1,9 +1,9 @@
-"""One drawing for each question about an image: what the computing modules find, put together by `analysis.draw`.
+"""Drawings of attention, correspondence and region features of an image.
 
-A drawing comes in panels, which a page can let flow, and with the figures behind it; `on_one_page` joins panels to one picture.
+A drawing consists of panels with captions, which `on_one_page` joins to one picture, and of the numbers behind it.
 
 Shapes: C channels, H x W pixels, T regions.
-Origin: the questions are those of DINO (Caron et al., ICCV 2021) figures 1 and 3 and of EsViT (Li et al., ICLR 2022) figure 6.
+Origin: DINO (Caron et al., ICCV 2021) figures 1 and 3, and EsViT (Li et al., ICLR 2022) figure 6.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from analysis import attention, correspondence, draw
-from analysis.images import Picture, Scale, Views, shown, views_of_size
+from analysis.images import Picture, Scale, Views, to_rgb, views_of_size
 from models import Backbone
 
-TILE = 224  # shorter side, in pixels, of what is drawn on
-PAGE = 1250  # width, in pixels, that the panels of a page fill
+TILE = 224  # shorter side of a panel in pixels
+PAGE = 1250  # width of a page in pixels
 PAIRS = 10
 CLASS_TOKENS = ("the class token", "the second class token (cls+)")
-ZOOM_BELOW = 0.4  # share of the image: where less is to be seen, panels are zoomed
+ZOOM_BELOW = 0.4  # share of the image; smaller windows are zoomed
 
 
 class Panel(NamedTuple):
-    """A part of a drawing and what it shows."""
+    """Part of a drawing, with its caption."""
 
     image: Image.Image
     caption: str
 
 
 class Drawing(NamedTuple):
-    """What was found out about an image."""
+    """Panels on an image, with an explanation."""
 
-    about: str  # how to read the panels
+    about: str
     panels: list[Panel]
-    record: dict[str, Any]  # the figures behind it, for JSON
+    record: dict[str, Any]  # the numbers, for JSON
 
 
 def on_one_page(drawing: Drawing) -> Image.Image:
-    """All panels with their captions, below what the drawing is about."""
+    """Join all panels and captions below the explanation."""
     tiles = [draw.captioned(*panel) for panel in drawing.panels]
     page = draw.tiled(tiles, max(1, PAGE // max(tile.width for tile in tiles)))
     return draw.captioned(page, drawing.about, margin=9)
@@ -59,15 +59,15 @@ def attention_drawing(
     query: tuple[float, float] | None,
     device: torch.device,
 ) -> tuple[Drawing, dict[str, Image.Image]]:
-    """Heads ranked by entropy: the weights on the image, and below them the regions that hold `share` of the mass.
+    """Draw the attention of each head, by entropy, and below it the regions with `share` of the attention.
 
     Returns:
-        the drawing, zoomed to the query's window where that is small, and the single pictures of the whole image by file name.
+        the drawing, zoomed to the window of the query if that is small, and single pictures of the whole image by file name.
     """
     pixels_1CHW = scale.normalized(picture.pixels_CHW).to(device)
     maps = attention.head_maps(backbone, pixels_1CHW, block, share, query, picture.original_size)
-    whole = _Layer(shown(picture.pixels_CHW), (0, 0, *maps.grid), maps.grid, maps.query_yx)
-    zoomed = whole.zoomed(maps.seen)
+    whole = _Layer(to_rgb(picture.pixels_CHW), (0, 0, *maps.grid), maps.grid, maps.query_yx)
+    zoomed = whole.zoomed(maps.window)
     overview = whole.drawn(whole.image)
     if zoomed is not whole:
         overview = draw.boxed(overview, zoomed.box, maps.grid, draw.YELLOW)
@@ -85,7 +85,7 @@ def attention_drawing(
     class_token = backbone.view_tokens[0] if maps.query_yx is None else None
     origin = "the red box" if class_token is None else CLASS_TOKENS[class_token]
     frame = "; zoomed to the yellow frame" if zoomed is not whole else ""
-    about = f"block {block}, seen from {origin}; heads by entropy, below each what holds {share:.0%} of its attention{frame}"
+    about = f"block {block}, query: {origin}; heads by entropy, and below each the regions with {share:.0%} of its attention{frame}"
     record = {
         "block": block,
         "query_row_and_column": maps.query_yx,
@@ -98,34 +98,34 @@ def attention_drawing(
 
 
 class _Layer(NamedTuple):
-    """A part of an image, and how planes and masks of the whole grid are laid over it."""
+    """Part of an image, for drawing planes and masks of the whole grid on it."""
 
     image: Image.Image
     box: draw.Box  # the part, in regions
     grid: draw.Size  # of the whole image
     query_yx: tuple[int, int] | None
 
-    def zoomed(self, seen: draw.Box) -> _Layer:
-        """The part around what is seen, half its size added on each side; the whole where that is not much less."""
-        rows, columns = max(1, (seen[2] - seen[0]) // 2), max(1, (seen[3] - seen[1]) // 2)
-        top, left = max(0, seen[0] - rows), max(0, seen[1] - columns)
-        bottom, right = min(self.grid[0], seen[2] + rows), min(self.grid[1], seen[3] + columns)
+    def zoomed(self, window: draw.Box) -> _Layer:
+        """Return the part around a window, with a margin of half its size; the whole image if that is not much larger."""
+        rows, columns = max(1, (window[2] - window[0]) // 2), max(1, (window[3] - window[1]) // 2)
+        top, left = max(0, window[0] - rows), max(0, window[1] - columns)
+        bottom, right = min(self.grid[0], window[2] + rows), min(self.grid[1], window[3] + columns)
         if (bottom - top) * (right - left) > ZOOM_BELOW * self.grid[0] * self.grid[1]:
             return self
         box = top, left, bottom, right
-        part = self.image.crop(draw.on_image(box, self.grid, (self.image.height, self.image.width)))
+        part = self.image.crop(draw.pixel_box(box, self.grid, (self.image.height, self.image.width)))
         return self._replace(image=part, box=box)
 
     def heat(self, plane_hw: Tensor) -> Image.Image:
-        """A plane of weights over the image."""
+        """Draw weights over the image."""
         return self.drawn(draw.heat(draw.enlarged(self.image, TILE), self._part(plane_hw)))
 
     def masked(self, mask_hw: Tensor) -> Image.Image:
-        """The image, dark outside of a mask."""
+        """Darken the image outside of a mask."""
         return self.drawn(draw.masked(draw.enlarged(self.image, TILE), self._part(mask_hw)))
 
     def drawn(self, image: Image.Image) -> Image.Image:
-        """The query framed on a drawing of this part."""
+        """Draw a frame around the query."""
         image = draw.enlarged(image, TILE)
         if self.query_yx is None:
             return image
@@ -144,7 +144,7 @@ class _Layer(NamedTuple):
 def correspondence_drawing(
     backbone: Backbone, views: Views, scale: Scale, device: torch.device, count: int = PAIRS
 ) -> Drawing:
-    """The `count` most similar pairs of regions joined by lines, stars on the regions most like their view."""
+    """Draw lines between the `count` most similar pairs of regions, and stars on the regions most similar to their view."""
     views = views_of_size(views, scale)
     first, second = (
         correspondence.region_features(backbone, scale.normalized(view).to(device)) for view in (views[0], views[1])
@@ -154,17 +154,17 @@ def correspondence_drawing(
     found = list(zip(pairs.first_K.tolist(), pairs.second_K.tolist(), pairs.similarity_K.tolist()))
     most_like = [int(features.most_like_view) for features in (first, second)]
     image = draw.paired(
-        (draw.enlarged(shown(views[0]), 2 * TILE), draw.enlarged(shown(views[1]), 2 * TILE)),
+        (draw.enlarged(to_rgb(views[0]), 2 * TILE), draw.enlarged(to_rgb(views[1]), 2 * TILE)),
         [(shares[0][i], shares[1][j]) for i, j, _ in found],
         (shares[0][most_like[0]], shares[1][most_like[1]]),
     )
     about = (
-        f"the {len(found)} most similar regions of {len(shares[0])}, by rank; star: the region most like its whole view"
+        f"the {len(found)} most similar regions of {len(shares[0])}, by rank; star: the region most similar to its view"
     )
     sizes = [(view.shape[1], view.shape[2]) for view in (views[0], views[1])]
     pixels = [_centers(features.grid, size) for features, size in zip((first, second), sizes)]
     record = {
-        "views": views.made,
+        "views": views.description,
         "size_of_views": sizes,
         "pairs": [
             {"rank": rank, "cosine": cosine, "first_xy": pixels[0][i], "second_xy": pixels[1][j]}
@@ -172,7 +172,7 @@ def correspondence_drawing(
         ],
         "most_like_view_xy": [pixels[0][most_like[0]], pixels[1][most_like[1]]],
     }
-    return Drawing(about, [Panel(image, views.made)], record)
+    return Drawing(about, [Panel(image, views.description)], record)
 
 
 def _centers(grid: correspondence.Grid, size: tuple[float, float]) -> list[draw.Point]:
@@ -183,11 +183,11 @@ def _centers(grid: correspondence.Grid, size: tuple[float, float]) -> list[draw.
 
 
 def features_drawing(backbone: Backbone, picture: Picture, scale: Scale, device: torch.device) -> Drawing:
-    """The image beside its regions in the colors of their three strongest principal components."""
+    """Draw the image, and the first three principal components of its region features as colors."""
     features = correspondence.region_features(backbone, scale.normalized(picture.pixels_CHW).to(device))
     colors_TC = correspondence.principal_colors(features.regions_BTC[0].cpu())
-    image = draw.enlarged(shown(picture.pixels_CHW), 1.5 * TILE)
-    regions = shown(colors_TC.T.unflatten(1, features.grid)).resize(image.size, Image.Resampling.NEAREST)
+    image = draw.enlarged(to_rgb(picture.pixels_CHW), 1.5 * TILE)
+    regions = to_rgb(colors_TC.T.unflatten(1, features.grid)).resize(image.size, Image.Resampling.NEAREST)
     rows, columns = features.grid
-    about = "regions alike in features are alike in color: their three principal components"
+    about = "the first three principal components of the region features as red, green and blue"
     return Drawing(about, [Panel(image, picture.name), Panel(regions, f"{rows} x {columns} regions")], {})

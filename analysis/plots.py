@@ -1,8 +1,6 @@
-"""Plots with axes, drawn by matplotlib: entropy by layer and head, and the curves of a training run.
+"""Plots by matplotlib: entropy of attention by layer and head, and curves of a training run.
 
-Figures are made without pyplot, so nothing is kept between calls and no display is needed.
-
-Origin: this project's own; entropy by layer as EsViT (Li et al., ICLR 2022) shows it.
+Figures are made without pyplot, which needs neither a display nor global state.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 COLORS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3")
-STYLE: Any = {  # whose type would be a list of 300 keys
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -27,23 +25,23 @@ STYLE: Any = {  # whose type would be a list of 300 keys
     "axes.titlelocation": "left",
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.formatter.limits": (-3, 5),  # powers of ten below 0.001: rates stay readable
+    "axes.formatter.limits": (-3, 5),  # scientific notation below 0.001
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "esvit",  # the same plot gives the same file
+    "svg.fonttype": "none",  # text as text
+    "svg.hashsalt": "esvit",  # reproducible files
 }
 
 Points = Sequence[tuple[float, float]]  # x and y
 
 
 def entropy_plot(values: Sequence[Sequence[float]], uniform: Sequence[float], depths: Sequence[int]) -> Figure:
-    """Entropy of attention in bits: a dot for each head above its layer, a line through the layers' means.
+    """Plot the entropy of attention in bits: a dot for each head, a line through the means of the layers.
 
     Args:
-        values: of each layer, the heads' entropies.
-        uniform: of each layer, what attention that is spread evenly would have; a dashed line.
-        depths: layers of each stage; stages are told apart by shades.
+        values: entropies of the heads of each layer.
+        uniform: entropy of uniform attention in each layer; a dashed line.
+        depths: layers of each stage; stages are shaded alternately.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -73,7 +71,7 @@ def entropy_plot(values: Sequence[Sequence[float]], uniform: Sequence[float], de
 
 
 def curve_plot(title: str, series: Mapping[str, Points]) -> Figure:
-    """Curves over epochs; a legend where there is more than one."""
+    """Plot curves over epochs, with a legend for more than one."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 3.0), layout="constrained")
         axes = figure.subplots()
@@ -89,7 +87,7 @@ def curve_plot(title: str, series: Mapping[str, Points]) -> Figure:
 
 
 def as_svg(figure: Figure) -> bytes:
-    """A plot as an SVG file that names no date and no program."""
+    """Return a plot as SVG without metadata."""
     with matplotlib.rc_context(STYLE):
         stream = io.BytesIO()
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -97,7 +95,7 @@ def as_svg(figure: Figure) -> bytes:
 
 
 def as_png(figure: Figure) -> bytes:
-    """A plot as a PNG file for screens and slides."""
+    """Return a plot as PNG."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=160)
     return stream.getvalue()

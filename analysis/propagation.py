@@ -1,10 +1,10 @@
-"""Labels of a video's first frame carried to all others by the similarity of regions; nothing is trained.
+"""Label propagation: labels of the first frame of a video are transferred to all frames by the similarity of regions.
 
-Each region of a frame takes the mean label of the regions most like it, among those near its place in the first frame and in the
-last few, weighted by exp(cosine / temperature).
+The label of a region is the mean of the labels of the most similar regions near its position in the first and the last few frames,
+weighted by exp(cosine / temperature).
 
 Shapes: N regions of a frame, C channels, K labels, h x w grid of regions, H x W pixels.
-Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.2.2 after Jabri et al. (NeurIPS 2020), which UDI keeps.
+Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.2.2 after Jabri et al. (NeurIPS 2020).
 """
 
 from __future__ import annotations
@@ -20,74 +20,74 @@ from torch import Tensor
 Grid = tuple[int, int]
 
 
-class Rule(NamedTuple):
-    """Which regions give their labels, and with what weight."""
+class PropagationConfig(NamedTuple):
+    """Hyperparameters of label propagation."""
 
-    last_frames: int = 7  # beside the first one
+    last_frames: int = 7  # in addition to the first one
     radius: int = 12  # in regions, along each axis; 0: the whole frame
     top: int = 5
     temperature: float = 0.1
 
 
 class Labeled(NamedTuple):
-    """Regions of a frame and what is known about them."""
+    """Features and labels of the regions of a frame."""
 
     features_NC: Tensor  # of length 1
     labels_NK: Tensor  # shares, 0..1
 
 
 def near(grid: Grid, radius: int) -> Tensor:
-    """(N, N) whether two places of the grid are at most `radius` rows and columns apart."""
+    """Return whether two regions are at most `radius` rows and columns apart (N, N)."""
     sides = [torch.arange(side) for side in grid]
     rows, columns = ((side[:, None] - side).abs() <= (radius or len(side)) for side in sides)
     return (rows[:, None, :, None] & columns[:, None, :]).flatten(0, 1).flatten(1)
 
 
-def propagated(features_NC: Tensor, context: Iterable[Labeled], near_NN: Tensor, rule: Rule) -> Tensor:
-    """(N, K) the labels that the regions of a frame take from those of the context; frame by frame, so that one N x N is held."""
+def propagated(features_NC: Tensor, context: Iterable[Labeled], near_NN: Tensor, config: PropagationConfig) -> Tensor:
+    """Return the labels (N, K) of a frame from those of the frames in `context`; one N x N matrix is in memory at a time."""
     best_Nk = features_NC.new_empty(len(features_NC), 0)
     labels_NkK: Tensor | None = None
     for frame in context:
         cosines_NN = (features_NC @ frame.features_NC.T).masked_fill(~near_NN, -torch.inf)
-        found = cosines_NN.topk(min(rule.top, cosines_NN.shape[1]))
+        found = cosines_NN.topk(min(config.top, cosines_NN.shape[1]))
         labels = frame.labels_NK[found.indices]
         labels_NkK = labels if labels_NkK is None else torch.cat([labels_NkK, labels], dim=1)
         best_Nk, order = torch.cat([best_Nk, found.values], dim=1).sort(dim=1, descending=True, stable=True)
-        best_Nk, order = best_Nk[:, : rule.top], order[:, : rule.top]
+        best_Nk, order = best_Nk[:, : config.top], order[:, : config.top]
         labels_NkK = labels_NkK.gather(1, order[..., None].expand(-1, -1, labels_NkK.shape[2]))
     assert labels_NkK is not None
-    return ((best_Nk / rule.temperature).softmax(dim=1)[..., None] * labels_NkK).sum(dim=1)
+    return ((best_Nk / config.temperature).softmax(dim=1)[..., None] * labels_NkK).sum(dim=1)
 
 
-def follow(maps: Iterable[Tensor], first_NK: Tensor, rule: Rule) -> Iterator[Tensor]:
-    """Labels (N, K) of every frame but the first, whose own are given.
+def propagate(maps: Iterable[Tensor], first_NK: Tensor, config: PropagationConfig) -> Iterator[Tensor]:
+    """Yield the labels (N, K) of every frame after the first.
 
     Args:
-        maps: region features (C, h, w) of the frames in their order, all of one grid.
-        first_NK: labels of the first frame's regions.
+        maps: region features (C, h, w) of the frames in order, all of one grid.
+        first_NK: labels of the first frame.
     """
     first: Labeled | None = None
     near_NN = torch.empty(0)
-    last: deque[Labeled] = deque(maxlen=rule.last_frames)
+    last: deque[Labeled] = deque(maxlen=config.last_frames)
     for map_Chw in maps:
         features_NC = F.normalize(map_Chw.flatten(1).T, dim=1)
         if first is None:
             first = Labeled(features_NC, first_NK)
-            near_NN = near((map_Chw.shape[1], map_Chw.shape[2]), rule.radius).to(features_NC.device)
+            near_NN = near((map_Chw.shape[1], map_Chw.shape[2]), config.radius).to(features_NC.device)
             continue
-        labels_NK = propagated(features_NC, [first, *last], near_NN, rule)
+        labels_NK = propagated(features_NC, [first, *last], near_NN, config)
         last.append(Labeled(features_NC, labels_NK))
         yield labels_NK
 
 
 def to_regions(labels_HW: Tensor, values: Tensor, grid: Grid) -> Tensor:
-    """(N, K) 1 where the pixel in the middle of a region has the label of `values` (K), else 0."""
+    """Return one-hot labels (N, K): whether the center pixel of a region has the label of `values` (K)."""
     nearest_hw = F.interpolate(labels_HW[None, None].float(), grid, mode="nearest-exact")[0, 0]
     return (nearest_hw.flatten()[:, None] == values).float()
 
 
 def to_pixels(labels_NK: Tensor, grid: Grid, size: Grid) -> Tensor:
-    """(H, W) for each pixel the place of its label in K: each label's shares are spread smoothly and stretched to 0..1 first."""
+    """Return the index of the label of each pixel (H, W), after bilinear interpolation and normalization of each label to 0..1."""
     shares_KHW = F.interpolate(labels_NK.T.unflatten(1, grid)[None], size, mode="bilinear", align_corners=False)[0]
     shares_KHW = shares_KHW - shares_KHW.amin(dim=(1, 2), keepdim=True)
     largest = shares_KHW.amax(dim=(1, 2), keepdim=True)

@@ -1,8 +1,6 @@
-"""One HTML page that tells of a run: curves, scores and pictures, all inside the file.
+"""Report on a run as one HTML page: curves, scores and pictures, all embedded.
 
-The page forbids itself every request (its Content-Security-Policy), so it looks the same without a network.
-
-Origin: this project's own.
+Its Content-Security-Policy forbids every request, so the page looks the same offline.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from PIL import Image
 from analysis import draw, plots
 from checkpoints.files import numbered, parse_json, read_text
 from data.decode import open_image
-from evaluation.results import newest, read_json
+from evaluation.results import FOLDER
 from utils import UsageError, logger
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
@@ -31,46 +29,32 @@ CURVES = {  # title of a plot -> keys of log.txt, and what they are called
     "Weight decay": {"train_wd": "weight decay"},
     "Images per second": {"images_per_s": "images/s"},
 }
-SCORES = {  # file of scores -> heading, where the file does not name its evaluation
-    "results.json": "Scores",
-    "correspondence.json": "Correspondence under a flip",
-    "stereo.json": "Correspondence in a stereo pair",
+HEADINGS = {  # by evaluation; also the order of the sections
+    "knn": "k-NN",
+    "linear": "Linear probe",
+    "finetune": "Fine-tuning",
+    "logistic": "Logistic regression",
+    "correspondence": "Correspondence under a flip",
+    "stereo": "Correspondence in a stereo pair",
 }
-HOLDERS = ("scores", "table")  # keys of a score file that only hold its rows
-DETAILS = ("run", "best", "per_class")  # of a score file, that are too long for a page or repeat its table
-RANKED = ("top5_is", "acc5_is")  # say that "top-5" is the top 3 of three classes: then labels do
-LABELS = {  # keys of score files in words
-    "arch": "network",
-    "network": "best network",
+OMITTED = ("digest", "digest_of_list", "per_class")  # entries of result files that are too long for a page
+LABELS = {  # of entries of result files that are not clear by their key
     "pretrained_weights": "weights",
-    "checkpoint_key": "network of the checkpoint",
     "token": "class token",
     "data_path": "data",
-    "target_list_path": "list of training images",
-    "digest_of_list": "digest of the list",
-    "train_images": "training images",
-    "val_images": "validation images",
     "image_size": "image size in pixels",
     "crop_ratio": "center crop",
-    "half": "half precision",
-    "train_aug": "augmentation",
-    "finetune_head_layer": "layers of the projection head",
-    "adjust_lambd": "lambda divided by the number of images",
-    "lambd": "lambda",
+    "name": "protocol",
     "epoch": "epoch (from 0)",
-    "finished_epochs": "epochs",
     "top1": "top-1, %",
     "top5": "top-5, %",
-    "best_acc1": "best top-1, %",
-    "best_acc5": "best top-5, %",
-    "best_epoch": "in epoch (from 0)",
-    "last_acc1": "last top-1, %",
-    "last_acc5": "last top-5, %",
+    "last_top1": "last top-1, %",
+    "last_top5": "last top-5, %",
     "lr": "learning rate",
     "n_last_blocks": "last blocks",
     "within_one": "within one region, %",
     "median_error": "median error, pixels",
-    "accuracy": "at the true place, %",
+    "accuracy": "at the true position, %",
     "distance": "mean error, pixels",
 }
 WIDTH, GAP = 1240, 16  # pixels of the page, and between figures
@@ -96,16 +80,16 @@ img { display: block; max-width: 100%; height: auto; }
 
 
 class Figure(NamedTuple):
-    """A picture as the page holds it, and what it shows."""
+    """A picture of the page and its caption."""
 
     content: bytes
     media_type: str
-    size: tuple[int, int]  # width and height on the page, where there is room
+    size: tuple[int, int]  # width and height on a page that is wide enough
     caption: str
 
 
 class Section(NamedTuple):
-    """A part of the page."""
+    """A section of the page."""
 
     heading: str
     words: str
@@ -113,23 +97,23 @@ class Section(NamedTuple):
 
 
 def photo(image: Image.Image, caption: str) -> Figure:
-    """A picture that may be a photograph."""
+    """Return an image as a JPEG."""
     stream = io.BytesIO()
     image.convert("RGB").save(stream, "JPEG", quality=88, subsampling=0)
     return Figure(stream.getvalue(), "image/jpeg", image.size, caption)
 
 
 def plot(figure: MatplotlibFigure, caption: str) -> Figure:
-    """A plot, sharp at every size."""
+    """Return a plot as an SVG."""
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return Figure(plots.as_svg(figure), "image/svg+xml", (width, height), caption)
 
 
-# --------------------------------------------------------------------------- what a run's folder holds
+# --------------------------------------------------------------------------- the folder of a run
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a `log.txt`; lines that are not whole are left out, an epoch that comes again replaces the former."""
+    """Return the epochs of a `log.txt`, without incomplete lines; the last line of an epoch counts."""
     epochs: dict[Any, dict[str, Any]] = {}
     for line in _read_text(path).split("\n"):
         try:
@@ -142,16 +126,25 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file; empty, and told, where it cannot be read."""
+    """Return the text of a file; empty, with a warning, if it cannot be read."""
     try:
-        return read_text(path, "the report goes without it", errors="replace") if path.is_file() else ""
+        return read_text(path, "the report omits it", errors="replace") if path.is_file() else ""
     except UsageError as error:
         logger.warning("%s", error)
         return ""
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the dictionary in a JSON file; empty if there is none."""
+    try:
+        content = parse_json(read_text(path)) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def curves(log: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """The plots of a log, those that it has numbers for."""
+    """Return the plots that a log has values for."""
     drawn = []
     for title, keys in CURVES.items():
         series = {
@@ -161,126 +154,109 @@ def curves(log: Sequence[Mapping[str, Any]]) -> list[Figure]:
         series = {name: [p for p in points if abs(p[1]) < float("inf")] for name, points in series.items()}
         series = {name: points for name, points in series.items() if points}
         if series:
-            told = "; ".join(f"{name} {_course([value for _, value in points])}" for name, points in series.items())
-            drawn.append(plot(plots.curve_plot(title, series), told))
+            caption = "; ".join(f"{name} {_ends([value for _, value in points])}" for name, points in series.items())
+            drawn.append(plot(plots.curve_plot(title, series), caption))
     return drawn
 
 
-def _course(values: Sequence[float]) -> str:
-    """Where a curve begins and ends."""
+def _ends(values: Sequence[float]) -> str:
+    """Return the first and the last value of a curve."""
     return " to ".join(f"{value:.4g}" for value in (values if len(values) == 1 else (values[0], values[-1])))
 
 
 def crops(run_dir: Path) -> list[Figure]:
-    """The picture of views that a training run leaves behind, if it did; one that cannot be read is told and left out."""
+    """Return the picture of augmented views of a training run; none, with a warning, if it cannot be read."""
     path = run_dir / "crops.png"
     if not path.is_file():
         return []
     try:
         with open_image(path) as image:
-            return [Figure(path.read_bytes(), "image/png", image.size, "augmented views, as training makes them")]
-    except Exception as error:  # of any kind, from damaged bytes
-        logger.warning("the report goes without %s, which cannot be read (%s)", path, error)
+            return [Figure(path.read_bytes(), "image/png", image.size, "augmented views of the training")]
+    except Exception as error:  # decoders raise errors of any type on damaged files
+        logger.warning("%s cannot be read (%s); the report omits it", path, error)
         return []
 
 
 def starts(run_dir: Path) -> list[dict[str, Any]]:
-    """What `run.json`, and `run_2.json` and so on of a continued run, tell of each start."""
-    return [record for path in numbered(run_dir / "run.json") if isinstance(record := read_json(path), dict)]
+    """Return the content of `run.json`, `run_2.json`, ..., one for each start of a run."""
+    return [record for path in numbered(run_dir / "run.json") if (record := read_json(path))]
 
 
 def run_facts(run_dir: Path) -> dict[str, str]:
-    """How a run was made; of a continued one all values that its starts had, in their order."""
+    """Return how a run was made; values that differ between its starts are listed in order."""
     facts: dict[str, list[str]] = {}
     for record in starts(run_dir):
         packages = record.get("packages")
-        told = {
+        values = {
             "started": record.get("started"),
             "revision": record.get("git"),
             "seed": record.get("seed"),
             "processes": record.get("world_size"),
             "PyTorch": packages.get("torch") if isinstance(packages, dict) else None,
         }
-        for name, value in told.items():
+        for name, value in values.items():
             if value is not None and str(value) not in facts.setdefault(name, []):
                 facts[name].append(str(value))
     return {name: ", then ".join(values) for name, values in facts.items() if values}
 
 
 def commands(run_dir: Path) -> list[str]:
-    """The commands of a run's starts, those that differ from the one before, each flag on a line of its own."""
+    """Return the commands of the starts of a run without consecutive duplicates, one flag on a line."""
     words = [record["command"] for record in starts(run_dir) if isinstance(record.get("command"), list)]
     lines = [shlex.join(["python", *map(str, each)]).replace(" --", " \\\n    --") for each in words]
     return [line for line, _ in groupby(lines)]
 
 
-def scores(run_dir: Path, output_dir: Path) -> Iterator[tuple[str, Any]]:
-    """Headings and records: the last ones of `output_dir`, of `run_dir` and of each folder in that, a file once.
+def scores(run_dir: Path, output_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield headings and contents of the result files of `output_dir`, of `run_dir` and of the folders in `run_dir`.
 
-    Where a heading comes again, the folder's name follows it.
+    The name of the folder is appended to a heading that occurs again.
     """
-    seen = set()
-    for file, heading in SCORES.items():
-        places = [output_dir, run_dir, *sorted(path.parent for path in run_dir.glob(f"*/{file}"))]
-        found = {path.resolve(): read_json(path) for path in (newest(place / file) for place in places) if path}
-        for path, record in found.items():
-            if not isinstance(record, dict) or not record:
-                continue
-            told = str(record.pop("evaluation", heading))
-            told = told if told == "k-NN" else told[:1].upper() + told[1:]
-            yield f"{told} ({path.parent.name})" if told in seen else told, record
-            seen.add(told)
+    folders = {path.resolve(): path for path in (output_dir, run_dir, *sorted(run_dir.glob("*/")))}.values()
+    for folder in folders:
+        if (folder / "results.json").exists():
+            logger.warning("%s is of an earlier version and not shown; evaluate again", folder / "results.json")
+    order = [*HEADINGS]
+    files = [path for folder in folders for path in sorted((folder / FOLDER).glob("*.json"))]
+    files.sort(key=lambda path: order.index(path.stem) if path.stem in order else len(order))
+    used = set()
+    for path in files:
+        record = read_json(path)
+        if record.get("scores"):
+            heading = HEADINGS.get(path.stem, path.stem)
+            yield f"{heading} ({path.parent.parent.name})" if heading in used else heading, record
+            used.add(heading)
 
 
-def rows_of(record: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A nested record as rows: the way to every innermost dictionary, and its plain values.
-
-    Keys that are numbers are the k of k-NN.
-    """
-    if isinstance(record, list):
-        record = {f"{number}.": value for number, value in enumerate(record, start=1)}
-    if not isinstance(record, dict):
-        return
-    record = {key: value for key, value in record.items() if key not in DETAILS}
-    nested = {key: value for key, value in record.items() if isinstance(value, dict) or _is_list_of_rows(value)}
-    plain = {key: _plain(value) for key, value in record.items() if key not in nested}
-    if plain:
-        yield ", ".join(path), plain
-    for key, value in nested.items():
-        name = f"k\u00a0=\u00a0{key}" if key.isdigit() else key
-        yield from rows_of(value, path if key in HOLDERS else (*path, name))
+# --------------------------------------------------------------------------- elements of the page
 
 
-def _is_list_of_rows(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
-
-
-def _plain(value: Any) -> Any:
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
-
-
-# --------------------------------------------------------------------------- parts of the page
-
-
-def table(record: Any) -> str:
-    """A record of scores, a row for each of its innermost dictionaries; what holds for all rows stands above, if it is set."""
-    top5 = next((record[key] for key in RANKED if record.get(key)), "top5")
-    rows = list(rows_of({key: value for key, value in record.items() if key not in RANKED}))
-    about = ""
-    if len(rows) > 1 and not rows[0][0]:
-        facts = rows.pop(0)[1].items()
-        told = {_label(key, top5): _text(value, "d" if isinstance(value, int) else ".6g") for key, value in facts}
-        about = f"<p>{html.escape('; '.join(f'{label}: {text}' for label, text in told.items() if text))}</p>"
-    columns = {key: _texts([values.get(key) for _, values in rows]) for _, values in rows for key in values}
-    named = any(path for path, _ in rows)
-    head = "<th></th>" if named else ""
-    head += "".join(f"<th{number}>{html.escape(_label(key, top5))}</th>" for key, (number, _) in columns.items())
+def table(record: Mapping[str, Any]) -> str:
+    """Return the content of a result file as a table of its scores, below a paragraph with its other entries."""
+    network, described, protocol, rows = (
+        _dictionary(record.get(part)) for part in ("network", "data", "protocol", "scores")
+    )
+    top5 = str(protocol.pop("top5_is", "top5"))
+    facts = {
+        _label(key, top5): _text(value, "d" if isinstance(value, int) else ".6g")
+        for key, value in (network | described | protocol).items()
+    }
+    about = html.escape("; ".join(f"{label}: {text}" for label, text in facts.items() if text))
+    rows = {name: _dictionary(row) for name, row in rows.items()}
+    columns = {key: _texts([row.get(key) for row in rows.values()]) for row in rows.values() for key in row}
+    head = "".join(f"<th{number}>{html.escape(_label(key, top5))}</th>" for key, (number, _) in columns.items())
     body = []
-    for row, (path, _) in enumerate(rows):
-        cells = f"<td>{html.escape(path)}</td>" if named else ""
-        cells += "".join(f"<td{number}>{html.escape(texts[row])}</td>" for number, texts in columns.values())
-        body.append(f"<tr>{cells}</tr>")
-    return f'{about}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    for position, name in enumerate(rows):
+        cells = "".join(f"<td{number}>{html.escape(texts[position])}</td>" for number, texts in columns.values())
+        body.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    return (
+        f'<p>{about}</p><div class="wide"><table><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _dictionary(value: Any) -> dict[str, Any]:
+    return {key: entry for key, entry in value.items() if key not in OMITTED} if isinstance(value, dict) else {}
 
 
 def _label(key: str, top5: str) -> str:
@@ -288,23 +264,25 @@ def _label(key: str, top5: str) -> str:
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, list[str]]:
-    """A column's class attribute and cells: figures of one column get as many decimals, unless some are very small."""
-    figures = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    whole = all(isinstance(v, int) for v in figures)
-    small = any(0 < abs(v) < 0.1 for v in figures)
+    """Return the class attribute and the cells of a column; its numbers have two decimals unless some are very small."""
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    whole = all(isinstance(v, int) for v in numbers)
+    small = any(0 < abs(v) < 0.1 for v in numbers)
     form = "d" if whole else ".6g" if small else ".2f"
     texts = [_text(value, form) for value in values]
-    return (' class="number"' if figures else ""), texts
+    return (' class="number"' if numbers else ""), texts
 
 
 def _text(value: Any, form: str) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return {None: "", True: "yes", False: "no"}.get(value, str(value))
     return format(value, form)
 
 
 def inlined(figure: Figure) -> str:
-    """A picture as part of the page."""
+    """Return the element of an embedded picture."""
     source = base64.b64encode(figure.content).decode()
     caption = html.escape(figure.caption)
     width, height = figure.size
@@ -319,7 +297,7 @@ def _section(heading: str, content: str) -> str:
 
 
 def _figures(figures: Sequence[Figure]) -> str:
-    """In even rows where the page is as wide as it wants to be."""
+    """Return pictures in rows of equal length, for a page of full width."""
     most = max(1, (WIDTH + GAP) // (max(figure.size[0] for figure in figures) + GAP))
     rows = (f'<div class="figures">{"".join(map(inlined, row))}</div>' for row in draw.even_rows(figures, most))
     return "".join(rows)
@@ -331,24 +309,21 @@ def _figures(figures: Sequence[Figure]) -> str:
 def build_report(
     title: str, facts: Mapping[str, str], run_dir: Path, output_dir: Path, sections: Sequence[Section]
 ) -> str:
-    """The page: facts, training curves, scores of the folders, then the sections.
-
-    A part that has nothing to show is left out.
-    """
+    """Return the page: facts, training curves, scores, then `sections`; empty parts are omitted."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     parts = [f"<h1>{html.escape(title)}</h1>", f'<table class="facts"><tbody>{rows}</tbody></table>']
     if drawn := curves(read_log(run_dir / "log.txt")):
         parts.append(_section("Training", _figures(drawn)))
-    if told := commands(run_dir):
-        blank_line = "\n\n"
-        summary = "command of the run" if len(told) == 1 else "commands of the run, in the order of its starts"
-        parts.append(f"<details><summary>{summary}</summary><pre>{html.escape(blank_line.join(told))}</pre></details>")
+    if lines := commands(run_dir):
+        summary = "command of the run" if len(lines) == 1 else "commands of the run, in the order of its starts"
+        text = html.escape("\n\n".join(lines))
+        parts.append(f"<details><summary>{summary}</summary><pre>{text}</pre></details>")
     for heading, record in scores(run_dir, output_dir):
         parts.append(_section(heading, table(record)))
     for heading, words, figures in sections:
         parts.append(_section(heading, f"<p>{html.escape(words)}</p>{_figures(figures)}"))
     if drawn := crops(run_dir):
-        parts.append(_section("What the network was trained on", _figures(drawn)))
+        parts.append(_section("Training images", _figures(drawn)))
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

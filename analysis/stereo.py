@@ -1,10 +1,10 @@
-"""Correspondence against ground truth: the two photographs of a motorcycle that scikit-image ships, with their disparity.
+"""Correspondence with ground truth: the stereo pair of a motorcycle in scikit-image, with its disparity.
 
-A region of the left picture is matched to the whole right picture along nothing but similarity. What stands at column x on the
-left stands at column x - disparity of the same row on the right.
+Each region of the left picture is matched to all regions of the right picture. A pixel in column x on the left is in column
+x - disparity of the same row on the right.
 
-Shapes: T regions, C channels, H x W pixels.
-Origin: the measure is this project's own; the pictures are of the Middlebury set (Scharstein et al., GCPR 2014).
+Shapes: T regions, K regions with known position, C channels, H x W pixels.
+Origin: the pictures are of the Middlebury stereo data (Scharstein et al., GCPR 2014).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from data.decode import open_image
 from utils import UsageError
 
 FILES = {"left": "motorcycle_left.png", "right": "motorcycle_right.png", "disparity": "motorcycle_disp.npz"}
-VALID_SHARE = 0.5  # of a region's pixels whose disparity is known
-PIXELS = 8  # side to which the pixels of a region are reduced for the baseline
+VALID_SHARE = 0.5  # of the pixels of a region must have a known disparity
+PIXELS = 8  # side of a region for the baseline on raw pixels
 
 
 class StereoPair(NamedTuple):
-    """Both pictures, and how far what the left one shows has moved to the left in the right one."""
+    """Both pictures and the disparity of the left one."""
 
     left: Image.Image
     right: Image.Image
@@ -38,15 +38,15 @@ class StereoPair(NamedTuple):
 
 
 class StereoScore(NamedTuple):
-    """How well regions find their place in the other picture."""
+    """Accuracy of the matches."""
 
-    regions: int  # matched, of those whose true place is known and inside the picture
-    within_one: float  # percent whose match is at most one region away from the true place, on both axes
+    regions: int  # with a known position inside the right picture
+    within_one: float  # percent of matches at most one region from the true position, on both axes
     median_error: float  # pixels
 
 
 def load_stereo() -> StereoPair:
-    """The pair that scikit-image installs; nothing is downloaded.
+    """Load the pair from the installed scikit-image.
 
     Raises:
         UsageError: the package or its files are missing.
@@ -57,7 +57,7 @@ def load_stereo() -> StereoPair:
     folder = Path(spec.origin).parent / "data"
     for file in FILES.values():
         if not (folder / file).is_file():
-            raise UsageError(f"this release of skimage does not ship {file}; install the one in requirements.txt")
+            raise UsageError(f"this release of skimage has no {file}; install the one in requirements.txt")
     with np.load(folder / FILES["disparity"]) as stored:
         disparity = torch.from_numpy(np.asarray(next(iter(stored.values())), dtype=np.float32))
     pictures = [open_image(folder / FILES[side]).convert("RGB") for side in ("left", "right")]
@@ -65,7 +65,7 @@ def load_stereo() -> StereoPair:
 
 
 def resized(pair: StereoPair, size: tuple[int, int]) -> StereoPair:
-    """The pair at another (height, width); disparities scale with the width, and none is made of known and unknown ones."""
+    """Resize the pair to (height, width); disparities are scaled with the width and not interpolated."""
     height, width = size
     left, right = (picture.resize((width, height), Image.Resampling.BICUBIC) for picture in (pair.left, pair.right))
     scaled = F.interpolate(pair.disparity_HW[None, None], size=size, mode="nearest-exact")[0, 0]
@@ -73,7 +73,7 @@ def resized(pair: StereoPair, size: tuple[int, int]) -> StereoPair:
 
 
 def region_disparity(disparity_HW: Tensor, grid: Grid) -> Tensor:
-    """(T,) median disparity of each region of the grid; nan where fewer than half of its pixels have one."""
+    """Return the median disparity (T,) of each region; nan if it is known for less than half of the pixels."""
     known = torch.isfinite(disparity_HW) & (disparity_HW > 0)
     values = torch.where(known, disparity_HW, torch.nan)
     rows, columns = (torch.linspace(0, side, count + 1).round().long() for side, count in zip(values.shape, grid))
@@ -86,34 +86,34 @@ def region_disparity(disparity_HW: Tensor, grid: Grid) -> Tensor:
     return torch.stack(medians)
 
 
-class TruePlaces(NamedTuple):
-    """Regions of the left picture whose place in the right one is known."""
+class TruePositions(NamedTuple):
+    """Regions of the left picture with a known position in the right one."""
 
     regions_K: Tensor
-    places_K2: Tensor  # y, x in pixels
+    positions_K2: Tensor  # y, x in pixels
 
 
-def true_places(disparity_HW: Tensor, grid: Grid) -> TruePlaces:
-    """Where the centers of the left picture's regions are in the right one; those that leave the picture are not there."""
+def true_positions(disparity_HW: Tensor, grid: Grid) -> TruePositions:
+    """Return the positions of the centers of the left regions in the right picture, without those outside of it."""
     size = (disparity_HW.shape[0], disparity_HW.shape[1])
-    places_T2 = centers(grid, size)
-    places_T2[:, 1] -= region_disparity(disparity_HW, grid)
-    regions_K = (places_T2[:, 1] >= 0).nonzero().squeeze(1)  # nan is not
-    return TruePlaces(regions_K, places_T2[regions_K])
+    positions_T2 = centers(grid, size)
+    positions_T2[:, 1] -= region_disparity(disparity_HW, grid)
+    regions_K = (positions_T2[:, 1] >= 0).nonzero().squeeze(1)  # False for nan
+    return TruePositions(regions_K, positions_T2[regions_K])
 
 
 def stereo_score(
-    left_TC: Tensor, right_TC: Tensor, truth: TruePlaces, grid: Grid, size: tuple[int, int]
+    left_TC: Tensor, right_TC: Tensor, truth: TruePositions, grid: Grid, size: tuple[int, int]
 ) -> StereoScore:
-    """Match every region of the left picture to the whole right one and compare with the truth."""
+    """Match every left region to all right regions and compare with the true positions."""
     match_K = nearest(left_TC, right_TC).second_K[truth.regions_K]
-    off_K2 = centers(grid, size)[match_K] - truth.places_K2
+    off_K2 = centers(grid, size)[match_K] - truth.positions_K2
     return _score(off_K2, grid, size)
 
 
-def chance_score(truth: TruePlaces, grid: Grid, size: tuple[int, int]) -> StereoScore:
-    """What matching to any region of the right picture gives on average."""
-    off = centers(grid, size)[None] - truth.places_K2[:, None]
+def chance_score(truth: TruePositions, grid: Grid, size: tuple[int, int]) -> StereoScore:
+    """Return the expected score of random matches."""
+    off = centers(grid, size)[None] - truth.positions_K2[:, None]
     return _score(off.flatten(0, 1), grid, size)._replace(regions=len(truth.regions_K))
 
 
@@ -124,7 +124,7 @@ def _score(off_K2: Tensor, grid: Grid, size: tuple[int, int]) -> StereoScore:
 
 
 def pixel_regions(image_1CHW: Tensor, grid: Grid) -> Tensor:
-    """(T, C) the pixels of each region, reduced to 8 x 8, their mean taken off, of length 1."""
+    """Return the pixels (T, C) of each region, reduced to 8 x 8, centered and normalized to length 1."""
     cells = F.interpolate(image_1CHW, size=(grid[0] * PIXELS, grid[1] * PIXELS), mode="area")
     pixels_TC = F.unfold(cells, PIXELS, stride=PIXELS)[0].T
     per_channel = pixels_TC.unflatten(1, (image_1CHW.shape[1], -1))

@@ -1,17 +1,16 @@
-"""Time and peak memory of the k-NN vote in chunks (evaluation/knn.py) against the published way with one-hot votes.
+"""Time and peak memory of the chunked k-NN vote (evaluation/knn.py) against the published implementation with one-hot votes.
 
-    python benchmarks/knn.py                                                # the full size, some minutes
-    python benchmarks/knn.py --keys 20000 --queries 500 --classes 100       # smaller; memory says little below full size
+    python benchmarks/knn.py                                                # full size, some minutes
+    python benchmarks/knn.py --keys 20000 --queries 500 --classes 100       # smaller; memory is meaningful at full size only
 
-Compared are the accuracies of all values of k together, from features that are there to printed numbers. The plain side does
-what the published scripts do for each k anew: similarities of a hundredth of the queries to all keys, the k best of them, and
-votes as a product with a one-hot tensor (queries, k, classes). The features are noisy class centers in the order of their
-classes, as those of an image folder are; both sides read the same ones.
+Both sides compute the accuracies of all values of k from the same features: noisy class centers, ordered by class. The plain side
+follows the published scripts. For each k it computes the similarities of a hundredth of the queries to all keys, the k best of
+them, and votes as a product with a one-hot tensor (queries, k, classes).
 
-Each side runs in a process of its own. Its peak memory is `ru_maxrss` at the end less what was resident when features and
-labels were loaded and both libraries warmed up.
+Each side runs in its own process. Peak memory is `ru_maxrss` at the end minus the resident memory after loading the features and a
+warm-up.
 
-Origin: this project's own; the plain side restates the protocol of DINO (Caron et al., ICCV 2021), section 4.1.
+Origin: the plain side follows the protocol of DINO (Caron et al., ICCV 2021), section 4.1.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ Accuracies = list[tuple[float, float]]  # top-1 and top-5 for each k
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Sizes, and which side this process runs (set by the process that starts both)."""
+    """Return the parser; --side is set by the process that starts both sides."""
     parser = argparse.ArgumentParser(
         "benchmarks/knn.py",
         description=__doc__,
@@ -61,12 +60,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nb_knn", type=COUNT, nargs="+", default=[10, 20, 100, 200])
     parser.add_argument("--threads", type=COUNT, default=1)
     parser.add_argument("--side", choices=("both", "data", *SIDES), default="both")
-    parser.add_argument("--folder", default=None, help="where the features lie; default: a temporary one")
+    parser.add_argument("--folder", default=None, help="of the features; default: a temporary one")
     return parser
 
 
 def make_features(args: argparse.Namespace, folder: Path) -> None:
-    """Write features and labels of keys and queries."""
+    """Write random features and labels of keys and queries."""
     torch.manual_seed(0)
     centers = torch.randn(args.classes, args.width)
     for name, count in (("train", args.keys), ("val", args.queries)):
@@ -77,18 +76,18 @@ def make_features(args: argparse.Namespace, folder: Path) -> None:
 
 
 def load_split(folder: Path) -> Split:
-    """What `make_features` wrote."""
+    """Load what `make_features` wrote."""
     names = [[folder / f"{part}{kind}.npy" for kind in ("feat", "labels")] for part in ("train", "val")]
     return Split(*(LabeledFeatures(*(torch.from_numpy(np.load(name)) for name in pair)) for pair in names))
 
 
 def plain(split: Split, ks: list[int], classes: int) -> Accuracies:
-    """The published way."""
+    """Return the accuracies as computed by the published scripts."""
     (keys, labels), (all_queries, all_truths) = split
     size = max(len(all_queries) // PLAIN_CHUNKS, 1)
     accuracies = []
     for k in ks:
-        first = five = 0.0
+        top1 = top5 = 0.0
         one_hot = torch.zeros(k, classes)
         for queries, truth in zip(all_queries.split(size), all_truths.split(size)):
             similarity, nearest = (queries @ keys.T).topk(k, largest=True, sorted=True)
@@ -98,25 +97,25 @@ def plain(split: Split, ks: list[int], classes: int) -> Accuracies:
             weight = (similarity / TEMPERATURE).exp()
             votes = (one_hot.view(len(queries), k, classes) * weight.unsqueeze(2)).sum(dim=1)
             correct = votes.sort(dim=1, descending=True).indices == truth[:, None]
-            first += correct[:, :1].sum().item()
-            five += correct[:, :5].sum().item()
-        accuracies.append((100 * first / len(all_queries), 100 * five / len(all_queries)))
+            top1 += correct[:, :1].sum().item()
+            top5 += correct[:, :5].sum().item()
+        accuracies.append((100 * top1 / len(all_queries), 100 * top5 / len(all_queries)))
     return accuracies
 
 
 def chunked(split: Split, ks: list[int], classes: int) -> Accuracies:
-    """This project's."""
+    """Return the accuracies of evaluation/knn.py."""
     return [(score.top1, score.top5) for score in knn_scores(split, ks, TEMPERATURE)]
 
 
 def resident_mb() -> float:
-    """What of this process lies in memory now, in MiB."""
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def run_side(args: argparse.Namespace, folder: Path) -> None:
-    """Measure one side and print its figures as JSON."""
+    """Measure one side and print the results as JSON."""
     vote = {"plain": plain, "chunked": chunked}[args.side]
     split = load_split(folder)
     vote(Split(*(LabeledFeatures(part.features_NC[:300], part.labels_N[:300]) for part in split)), [5], args.classes)
@@ -130,7 +129,7 @@ def run_side(args: argparse.Namespace, folder: Path) -> None:
 
 
 def start_side(args: argparse.Namespace, side: str, folder: Path) -> str:
-    """Run this program for one side in a fresh process; returns what it prints."""
+    """Run this program for one side in a new process, and return its output."""
     sizes = [f"--{name}={getattr(args, name)}" for name in ("keys", "queries", "width", "classes", "threads")]
     command = [
         sys.executable,
@@ -148,7 +147,7 @@ def start_side(args: argparse.Namespace, side: str, folder: Path) -> str:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Run both sides and print their figures and ratios."""
+    """Run both sides and print their results and ratios."""
     with tempfile.TemporaryDirectory() as folder:
         start_side(args, "data", Path(folder))
         figures = {side: json.loads(start_side(args, side, Path(folder))) for side in SIDES}
@@ -170,7 +169,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compare, or do the part of it that --side names."""
+    """Compare both sides, or run the one that --side names."""
     torch.set_num_threads(args.threads)
     if args.side == "both":
         compare(args)

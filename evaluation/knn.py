@@ -1,14 +1,14 @@
-"""Nearest neighbors by cosine and the weighted vote over them, for sets of any size.
+"""Weighted k-nearest-neighbor classification by cosine similarity, in chunks, for sets of any size.
 
-Both sides are cut into chunks: the similarities of one chunk of queries to one chunk of keys are held at once, and each query
-keeps its k best so far. Equal similarities go to the lower index and equal votes to the lower label, whatever the chunks are.
+The similarities of one chunk of queries to one chunk of keys are in memory at a time, and each query keeps its k best keys so far.
+Ties in similarity are resolved by the lower index and ties in votes by the lower label, for every chunk size.
 
-Memory: the keys, 14 million of width 384 being 21 GB in float32 and half of that in half precision, and beside them a few
-chunks (`CHUNKS`) and one number for each query of a chunk and each class. Votes are float32 always. In half precision
-a GPU multiplies in it; a CPU, where that is slow, turns a chunk of keys at a time to float32.
+Memory: the keys (14 million of width 384 take 21 GB in float32, half of that in float16), a few chunks (`CHUNKS`), and the votes
+of a chunk of queries (Q x L). Votes are always float32. A GPU multiplies float16 features as they are; a CPU, where that is slow,
+converts one chunk of keys at a time to float32.
 
-Shapes: N keys (training images), Q queries of a chunk, C channels, k neighbors, S numbers of neighbors asked for, L classes.
-Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et al. (CVPR 2018); the chunks are this project's own.
+Shapes: N keys (training images), Q queries of a chunk, C channels, k neighbors, S values of k, L classes.
+Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et al. (CVPR 2018).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from evaluation.features import LabeledFeatures
 from utils import UsageError, logger
 
 BACKENDS = ("torch", "faiss")
-CHUNKS = {"cpu": (128, 2048), "cuda": (2048, 65536)}  # queries and keys of a chunk; other devices take the CPU's
-FAISS_QUERIES = 4096  # of a chunk; faiss cuts its work itself
-CHECKED_ROWS = 65536  # features that are looked at together; half ones become float32 for it
-TIE = 1e-6  # similarities of unit vectors that differ by less may be equal but for rounding
-RANKED = 5  # the second accuracy is that of the five classes with most votes
+CHUNKS = {"cpu": (128, 2048), "cuda": (2048, 65536)}  # queries and keys of a chunk; other devices use those of the CPU
+FAISS_QUERIES = 4096  # of a chunk; faiss divides its work further
+CHECKED_ROWS = 65536  # features checked for non-finite values at a time
+TIE = 1e-6  # similarities of unit vectors that differ by less may differ by rounding only
+TOPK = 5  # of the second accuracy
 
 
 class Split(NamedTuple):
-    """The same kind of features of both halves of the protocol, normalized to length 1; one set twice for leave-one-out."""
+    """Features of the training and the validation images, normalized to length 1; for leave-one-out twice the same set."""
 
     train: LabeledFeatures
     val: LabeledFeatures
@@ -43,8 +43,8 @@ class Split(NamedTuple):
 class KnnScore(NamedTuple):
     """Accuracies in percent of the vote of `k` neighbors.
 
-    `top5` counts classes that got a vote only, so that it is top-1 for one neighbor, and is top-L where there are only L < 5
-    classes; `per_class` is the top-1 of each label that has validation images.
+    `top5` only counts classes that received votes, so it equals `top1` for k = 1; for L < 5 classes it is top-L. `per_class` is the
+    top-1 accuracy by label.
     """
 
     k: int
@@ -54,7 +54,7 @@ class KnnScore(NamedTuple):
 
 
 class Neighbors(NamedTuple):
-    """The nearest keys of some queries, best first; equal ones by index."""
+    """The nearest keys of some queries, best first, ties by index."""
 
     similarity_Qk: Tensor
     index_Qk: Tensor
@@ -66,13 +66,13 @@ class Neighbors(NamedTuple):
 def nearest(
     queries_QC: Tensor, keys_NC: Tensor, k: int, own_Q: Tensor | None = None, key_chunk: int = 2048
 ) -> Neighbors:
-    """The `k` keys with the largest inner product, for each query.
+    """Return the `k` keys with the largest inner product for each query.
 
     Args:
-        queries_QC, keys_NC: on one device, in one precision.
-        k: at most N, or N - 1 where `own_Q` is given.
-        own_Q: the key that a query itself is, which is no neighbor of it.
-        key_chunk: keys whose similarities are held at once.
+        queries_QC, keys_NC: on one device, of one dtype.
+        k: at most N, or N - 1 with `own_Q`.
+        own_Q: index of the key that is the query itself and is skipped (leave-one-out).
+        key_chunk: keys compared at a time.
     """
     if queries_QC.device.type == "cpu":
         queries_QC = queries_QC.float()
@@ -92,10 +92,10 @@ def nearest(
 
 
 def _merge(best: Neighbors, similarity: Tensor, first: int) -> Neighbors:
-    """`best` with the keys `first`, `first` + 1, ... taken in, whose similarities (Q, keys) these are.
+    """Update `best` with the keys `first`, `first` + 1, ... and their similarities (Q, keys).
 
-    Only what beats a query's worst neighbor so far is sorted: a key as good as that one comes later and loses.
-    Where much does so, as at the beginning, the left half goes first and raises the bar for the right one.
+    Only similarities above a query's worst neighbor so far are sorted (an equal one loses the tie). If they are many, as in the
+    first chunks, the left half of the keys is merged first, which leaves fewer candidates in the right half.
     """
     queries, k = best.similarity_Qk.shape
     better = similarity > best.similarity_Qk[:, -1:].to(similarity.dtype)
@@ -119,7 +119,7 @@ def _merge(best: Neighbors, similarity: Tensor, first: int) -> Neighbors:
 
 
 def load_faiss() -> Any:
-    """The faiss library.
+    """Import faiss.
 
     Raises:
         UsageError: it is not installed.
@@ -128,20 +128,27 @@ def load_faiss() -> Any:
         return importlib.import_module("faiss")
     except ImportError:
         raise UsageError(
-            "--backend faiss needs the package faiss, which is not installed; pip install faiss-cpu, or use --backend torch"
+            "--backend faiss needs the package faiss, which is not installed; run pip install faiss-cpu, or use --backend torch"
         ) from None
+
+
+def check_faiss(half: bool) -> None:
+    """Raise UsageError if faiss is not installed, or cannot search features of half precision."""
+    load_faiss()
+    if half:
+        raise UsageError("--backend faiss needs float32; leave --half out, or use --backend torch")
 
 
 def nearest_faiss(
     queries_QC: Tensor, keys_NC: Tensor, k: int, own_Q: Tensor | None = None, key_chunk: int = 2048
 ) -> Neighbors:
-    """As `nearest`, by faiss's exact search; all tensors are on the CPU.
+    """Return the same as `nearest`, computed by the exact search of faiss; all tensors are on the CPU.
 
-    faiss takes any of several keys that are equally near, and rounds in its own way: queries with neighbors that differ by less
-    than `TIE` are searched again by `nearest`, so that both give the same votes.
+    faiss breaks ties arbitrarily and rounds differently, so queries with neighbors that differ by less than `TIE` are searched
+    again by `nearest`.
     """
     faiss = load_faiss()
-    wanted = min(k + 1 + (own_Q is not None), len(keys_NC))  # the key after the last one shows whether that is tied
+    wanted = min(k + 1 + (own_Q is not None), len(keys_NC))  # one more key shows whether the last one is tied
     found = faiss.knn(
         queries_QC.contiguous().numpy(),
         keys_NC.contiguous().numpy(),
@@ -164,71 +171,69 @@ def nearest_faiss(
 # --------------------------------------------------------------------------- the vote
 
 
-def classes_before_the_true_one(
+def true_class_rank(
     neighbors: Neighbors, labels_N: Tensor, truth_Q: Tensor, ks: Sequence[int], temperature: float, classes: int
 ) -> Tensor:
-    """How many classes have more votes than the true one, or as many and a lower label: (S, Q), 0 for a correct vote.
+    """Return the rank (S, Q) of the true class by votes, from 0, ties by label.
 
-    A true class that got no vote comes after all others. A neighbor's vote weighs exp(similarity / temperature); votes grow from
-    one `k` to the next larger.
+    A neighbor votes with weight exp(similarity / temperature). A true class without votes is ranked after all others.
     """
-    # Up to a factor of each query that no rank depends on; however faint, a vote is one.
+    # Weights relative to the nearest neighbor's, which keeps ranks and cannot overflow; at least tiny, so that each vote counts.
     similarity_Qk = neighbors.similarity_Qk
     weight_Qk = ((similarity_Qk - similarity_Qk[:, :1]) / temperature).exp().clamp_min(torch.finfo(torch.float32).tiny)
     label_Qk = labels_N[neighbors.index_Qk]
     votes_QL = weight_Qk.new_zeros(len(truth_Q), classes)
     lower_QL = torch.arange(classes, device=truth_Q.device) < truth_Q[:, None]
-    counted, before = 0, {}
+    counted, ranks = 0, {}
     for k in sorted(set(ks)):
         votes_QL.scatter_add_(1, label_Qk[:, counted:k], weight_Qk[:, counted:k])
         counted = k
         own_Q1 = votes_QL.gather(1, truth_Q[:, None])
-        ranked_Q = ((votes_QL > own_Q1) | ((votes_QL == own_Q1) & lower_QL)).sum(dim=1)
-        before[k] = ranked_Q.where(own_Q1[:, 0] > 0, classes + RANKED)
-    return torch.stack([before[k] for k in ks])
+        rank_Q = ((votes_QL > own_Q1) | ((votes_QL == own_Q1) & lower_QL)).sum(dim=1)
+        ranks[k] = rank_Q.where(own_Q1[:, 0] > 0, classes + TOPK)
+    return torch.stack([ranks[k] for k in ks])
 
 
 def knn_scores(
     split: Split, ks: Sequence[int], temperature: float, leave_one_out: bool = False, backend: str = "torch"
 ) -> list[KnnScore]:
-    """Top-1 and top-5 of the vote, for each number of neighbors; several processes share the queries.
+    """Return top-1 and top-5 accuracy for each k; the queries are divided among the processes, which all call this.
 
-    A `k` beyond the training set is clamped to it, with a warning.
+    A `k` larger than the training set is clamped to it, with a warning.
 
     Args:
-        split: the same on all processes, which all have to call this.
-        leave_one_out: the two sets are one, and every image votes on all others but not on itself.
+        split: equal on all processes.
+        leave_one_out: both sets are the same, and no image votes on itself.
 
     Raises:
-        UsageError: an empty set (or a single image to leave out), a `k` or temperature that is not positive, features that
-            are not finite, a backend that is unknown or not installed.
+        UsageError: too few images, `k` or temperature not positive, non-finite features, an unknown or missing backend.
     """
     train, val = split
-    if backend == "faiss":  # which searches there; once, not for every chunk of queries
+    if backend == "faiss":  # once, not for every chunk of queries
         train, val = (LabeledFeatures(*(tensor.cpu().contiguous() for tensor in part)) for part in split)
     voters = len(train.labels_N) - leave_one_out
     _check(split, ks, temperature, voters, backend)
     clamped = [min(k, voters) for k in ks]
     for k in (k for k in ks if k > voters):
-        logger.warning("k = %d is more than the %d training images that vote; all of them do", k, voters)
+        logger.warning("k = %d is larger than the %d images that vote; using k = %d", k, voters, voters)
     classes = 1 + int(max(train.labels_N.max(), val.labels_N.max()).item())
     query_chunk, key_chunk = CHUNKS.get(train.features_NC.device.type, CHUNKS["cpu"])
     if backend == "faiss":
         query_chunk = FAISS_QUERIES
     search = nearest_faiss if backend == "faiss" else nearest
-    hits = torch.zeros(len(ks), 2, classes, dtype=torch.long)  # of the one class with most votes, and of the first five
-    mine = range(0, len(val.labels_N), query_chunk)[collectives.get_rank() :: collectives.get_world_size()]
-    for first in tqdm(mine, desc="vote", disable=None if collectives.is_main_process() else True, leave=False):
+    hits = torch.zeros(len(ks), 2, classes, dtype=torch.long)  # top-1 and top-5, by class
+    chunks = range(0, len(val.labels_N), query_chunk)[collectives.get_rank() :: collectives.get_world_size()]
+    for first in tqdm(chunks, desc="vote", disable=None if collectives.is_main_process() else True, leave=False):
         queries = val.features_NC[first : first + query_chunk]
         truth = val.labels_N[first : first + query_chunk]
         own = torch.arange(first, first + len(truth), device=truth.device) if leave_one_out else None
         found = search(queries, train.features_NC, max(clamped), own, key_chunk)
-        before = classes_before_the_true_one(found, train.labels_N, truth, clamped, temperature, classes)
-        for row, before_Q in enumerate(before):
-            for column, ranked in enumerate((1, RANKED)):
-                hits[row, column] += truth[before_Q < ranked].bincount(minlength=classes).cpu()
+        ranks_SQ = true_class_rank(found, train.labels_N, truth, clamped, temperature, classes)
+        for row, rank_Q in enumerate(ranks_SQ):
+            for column, top in enumerate((1, TOPK)):
+                hits[row, column] += truth[rank_Q < top].bincount(minlength=classes).cpu()
     hits = torch.stack(collectives.all_gather_objects(hits)).sum(dim=0)
-    return _percent(hits, val.labels_N.cpu().bincount(minlength=classes), ks)
+    return _accuracies(hits, val.labels_N.cpu().bincount(minlength=classes), ks)
 
 
 def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, backend: str) -> None:
@@ -240,20 +245,17 @@ def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, bac
         raise UsageError(f"--nb_knn {list(ks)} and --temperature {temperature} must be positive")
     chunks = (chunk for part in split for chunk in part.features_NC.split(CHECKED_ROWS))
     if not torch.stack([chunk.sum(dtype=torch.float32) for chunk in chunks]).isfinite().all():
-        raise UsageError("the features hold numbers that are not finite; check the weights of the network")
-    if backend == "faiss" and split.train.features_NC.dtype != torch.float32:
-        raise UsageError("--backend faiss takes float32 only; leave --half out, or use --backend torch")
+        raise UsageError("the features are not finite; check the weights of the network")
     if backend == "faiss":
-        load_faiss()
+        check_faiss(half=split.train.features_NC.dtype != torch.float32)
 
 
-def _percent(hits: Tensor, images_L: Tensor, ks: Sequence[int]) -> list[KnnScore]:
-    """Accuracies of counted hits (S, 2, L)."""
+def _accuracies(hits: Tensor, images_L: Tensor, ks: Sequence[int]) -> list[KnnScore]:
+    """Return accuracies of counted hits (S, 2, L) among so many images of each class."""
     scores = []
     labels = images_L.nonzero()[:, 0].tolist()
-    for k, (first, ranked) in zip(ks, hits):
-        top1, top5 = (100 * int(count.sum()) / int(images_L.sum()) for count in (first, ranked))
-        scores.append(
-            KnnScore(k, top1, top5, {label: 100 * int(first[label]) / int(images_L[label]) for label in labels})
-        )
+    for k, (first_L, top5_L) in zip(ks, hits):
+        top1, top5 = (100 * int(count.sum()) / int(images_L.sum()) for count in (first_L, top5_L))
+        per_class = {label: 100 * int(first_L[label]) / int(images_L[label]) for label in labels}
+        scores.append(KnnScore(k, top1, top5, per_class))
     return scores

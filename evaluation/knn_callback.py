@@ -1,14 +1,13 @@
-"""The k-NN score of a network that is being trained, on a small labeled folder: does it learn anything useful?
+"""k-NN accuracy during pre-training: a callback that scores student and teacher every --knn_every epochs.
 
-Training goes on as if it had not been measured: modes and random states are put back.
-Origin: the weighted vote of eval_knn.py.
+Modes and random states are restored afterwards, so training is the same with and without it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ import data
 import utils
 from checkpoints import loading
 from data.transforms import augment
-from distributed import fsdp
+from distributed import collectives, fsdp
 from evaluation.features import FeatureFunction, extract_features, labeled_datasets
 from evaluation.knn import Split, knn_scores
 from utils import UsageError
@@ -27,15 +26,42 @@ from utils import UsageError
 NEIGHBORS, TEMPERATURE, CROP_RATIO = 20, 0.07, 0.875  # the protocol of eval_knn.py
 
 
+def build_knn_callback(
+    args: argparse.Namespace,
+    config: CfgNode,
+    teacher: nn.Module,
+    student: nn.Module,
+    image_size: int,
+    device: torch.device,
+) -> Callable[[int], dict[str, float]] | None:
+    """Build the callback of --knn_every, or return None if that is 0; every process calls this.
+
+    Reads `knn_every`, `knn_data_path`, `seed`, `batch_size_per_gpu`, `num_workers` and `precision` of `args`.
+
+    Returns:
+        a function of the epoch that returns `knn_top1` (teacher) and `knn_top1_student` in percent, or an empty dictionary.
+
+    Raises:
+        UsageError: --knn_data_path cannot be used.
+    """
+    if not args.knn_every:
+        return None
+    with collectives.failing_together():
+        datasets = labeled_images(args.knn_data_path, image_size, config, args.seed)
+    networks = {"knn_top1": teacher, "knn_top1_student": student}
+    sizes = args.knn_every, args.batch_size_per_gpu, args.num_workers
+    return KnnProbe(networks, datasets, *sizes, device, args.precision)
+
+
 class KnnProbe:
-    """Scores networks every so many epochs.
+    """Scores networks every few epochs.
 
     Args:
         networks: backbones by the name of their score.
-        datasets: training and validation images, or one set whose images are judged by all others.
-        every: epochs.
+        datasets: training and validation images, or one set for leave-one-out.
+        every: epochs between two scores.
         batch_size, num_workers: of each process.
-        device, precision: where and in what features are computed.
+        device, precision: of the feature computation.
     """
 
     def __init__(
@@ -55,26 +81,27 @@ class KnnProbe:
         self.every, self.device, self.precision = every, device, precision
 
     def __call__(self, epoch: int) -> dict[str, float]:
-        """Top-1 in percent by name, after every `every`-th epoch, else nothing; every process calls this.
+        """Return the top-1 accuracy of each network after every `every`-th epoch, else nothing; every process calls this.
 
         Raises:
             UsageError: more than 1 % of the images cannot be read.
         """
         if (epoch + 1) % self.every:
             return {}
-        functions = {name: self._features_of(network) for name, network in self.networks.items()}
-        with _untouched(*self.networks.values()), fsdp.gathered(*self.networks.values()):
+        functions = {name: self._feature_function(network) for name, network in self.networks.items()}
+        with _evaluation_mode(*self.networks.values()), fsdp.gathered(*self.networks.values()):
             parts = [
                 extract_features(loader, functions, self.device, torch.device("cpu"), "k-NN") for loader in self.loaders
             ]
-            alone = len(parts) == 1
-            k = min(NEIGHBORS, len(next(iter(parts[0].values())).labels_N) - alone)
+            leave_one_out = len(parts) == 1
+            k = min(NEIGHBORS, len(next(iter(parts[0].values())).labels_N) - leave_one_out)
+            splits = {name: Split(parts[0][name], parts[-1][name]) for name in functions}
             return {
-                name: round(knn_scores(Split(parts[0][name], parts[-1][name]), [k], TEMPERATURE, alone)[0].top1, 3)
-                for name in functions
+                name: round(knn_scores(split, [k], TEMPERATURE, leave_one_out)[0].top1, 3)
+                for name, split in splits.items()
             }
 
-    def _features_of(self, network: nn.Module) -> FeatureFunction:
+    def _feature_function(self, network: nn.Module) -> FeatureFunction:
         def compute(images: Tensor) -> Tensor:
             with utils.autocast(self.device, self.precision):
                 return network.forward_features(images).view_BC  # type: ignore[operator]
@@ -83,8 +110,8 @@ class KnnProbe:
 
 
 @contextlib.contextmanager
-def _untouched(*networks: nn.Module) -> Iterator[None]:
-    """Networks are in evaluation mode in the block; then the mode of every module and all random states are as before."""
+def _evaluation_mode(*networks: nn.Module) -> Iterator[None]:
+    """Switch networks to evaluation mode; restore the mode of every module and all random states at the end."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     random_state = utils.get_rng_state()
     try:
@@ -98,21 +125,20 @@ def _untouched(*networks: nn.Module) -> Iterator[None]:
 
 
 def labeled_images(folder: str, size: int, config: CfgNode, seed: int) -> list[data.ImageDataset]:
-    """The images of a folder with `train/` and `val/`, or of one without, as center crops of `size` pixels.
+    """Open the images of a folder with `train/` and `val/`, or of a single set, as center crops of `size` pixels.
 
     Raises:
         UsageError: no such folder, no labels, or fewer than two images.
     """
-    transform = augment.eval_view(size, CROP_RATIO, config.INPUT.MEAN, config.INPUT.STD)
-    if (Path(folder) / "val").is_dir():
-        args = argparse.Namespace(data_path=folder, seed=seed, zip_mode=False, tsv_mode=False)
-        return list(labeled_datasets(args, config, transform, transform))
     if not folder:
         raise UsageError("--knn_every needs --knn_data_path FOLDER, a small folder of class folders")
-    about = config.MODEL.SPEC.IN_CHANS, seed
-    images = data.build_dataset(folder, "train", transform, *about, need_labels=True, value_range=config.INPUT.RANGE)
+    transform = augment.eval_view(size, CROP_RATIO, config.INPUT.MEAN, config.INPUT.STD)
+    if (Path(folder) / "val").is_dir():
+        return list(labeled_datasets(folder, config, transform, transform, seed=seed))
+    channels, value_range = config.MODEL.SPEC.IN_CHANS, config.INPUT.RANGE
+    images = data.build_dataset(folder, "train", transform, channels, seed, need_labels=True, value_range=value_range)
     if len(images) < 2:
-        raise UsageError(f"--knn_data_path {folder} holds one image, which has no neighbor; add more")
+        raise UsageError(f"--knn_data_path {folder} has only one image; add more")
     return [images]
 
 

@@ -1,113 +1,70 @@
-"""Result files: numbered names, so that nothing is overwritten, and `results.json`, the scores that an evaluation leaves.
+"""Result files: one `results/<evaluation>.json` under --output_dir, with one schema for all evaluations.
 
-`results.json` holds the evaluation's name, so that none takes another's place.
+    {"evaluation": "knn",
+     "network": {"arch": "swin_tiny", "pretrained_weights": "run/checkpoint.pth", "checkpoint_key": "teacher", "token": "cls"},
+     "data": {"data_path": "imagenet", "train_images": 1281167, "val_images": 50000, "classes": 1000},
+     "protocol": {"image_size": 224, "temperature": 0.07},
+     "scores": {"network, 20-NN": {"top1": 75.0, "top5": 90.0}}}
 
-Origin: this project's own.
+Accuracies are percentages. `top5` is the top-L accuracy where the network distinguishes only L < 5 classes; `protocol.top5_is`
+names it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable, Mapping
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints import files
-from checkpoints.files import numbered, numbered_names
-from utils import UsageError
+from utils import logger
 
-FILE = "results.json"
-
-
-def newest(path: Path) -> Path | None:
-    """The last of the `numbered` names."""
-    return next(iter(reversed(numbered(path))), None)
+FOLDER = "results"
 
 
-def write_new(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` write a file under the first of a path's names that does not exist, also of those that appear meanwhile.
+class Results(NamedTuple):
+    """The content of a result file."""
 
-    Returns:
-        that name.
-
-    Raises:
-        OSError: the disk refuses; then nothing is left there.
-    """
-    return files.write_new(numbered_names(path), write)
+    evaluation: str  # also the name of the file
+    network: dict[str, Any]
+    data: dict[str, Any]
+    protocol: dict[str, Any]
+    scores: dict[str, dict[str, Any]]  # a row for each network, setting or baseline
 
 
-def save_json(record: Mapping[str, Any], path: Path) -> Path:
-    """Write JSON as `write_new` does."""
-    text = json.dumps(record, indent=2) + "\n"
-    return write_new(path, lambda place: place.write_text(text))
-
-
-def read_json(path: Path | None) -> Any:
-    """The content of a JSON file; None without a file or where it is damaged."""
-    try:
-        return None if path is None else files.parse_json(files.read_text(path))
-    except ValueError:  # of which a UsageError is one
-        return None
-
-
-# --------------------------------------------------------------------------- results.json
-
-
-class Written(NamedTuple):
-    """A result file, and whether it was written now; else it held the same before."""
-
-    path: Path
-    changed: bool
-
-    def __str__(self) -> str:
-        return f"wrote {self.path}" if self.changed else f"{self.path} is unchanged: it holds these results already"
-
-
-def _is_of(path: Path, evaluation: str) -> bool:
-    record = read_json(path)
-    return isinstance(record, dict) and record.get("evaluation") == evaluation
-
-
-def has_other_results(folder: Path, evaluation: str) -> bool:
-    """Whether `results.json` is there and not of this evaluation."""
-    return (folder / FILE).exists() and not _is_of(folder / FILE, evaluation)
-
-
-def claim_folder(folder: str | Path, evaluation: str) -> Path:
-    """Make the folder of --output_dir for an evaluation's results.
+def save_results(output_dir: str | Path, results: Results) -> None:
+    """Write a result file, and keep a previous one with other content as `<evaluation>.json.bak`.
 
     Raises:
-        UsageError: it cannot be made or written to, or its `results.json` is another evaluation's.
+        DiskError: the file cannot be written.
     """
-    place = files.make_output_dir(folder)
-    if has_other_results(place, evaluation):
-        raise UsageError(
-            f"{place / FILE} is of another evaluation and would be overwritten; choose another --output_dir"
-        )
-    return place
+    path = Path(output_dir) / FOLDER / f"{results.evaluation}.json"
+    text = json.dumps(results._asdict(), indent=2) + "\n"
+    with files.usable(output_dir):
+        files.check_held(Path(output_dir))
+        path.parent.mkdir(exist_ok=True)
+        if path.exists() and path.read_text() == text:
+            logger.info("%s is unchanged", path)
+            return
+        with files.whole_file(path) as temporary:
+            temporary.write_text(text)
+            if path.exists():
+                os.replace(path, path.with_name(f"{path.name}.bak"))
+    logger.info("wrote %s", path)
 
 
-def write_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Written:
-    """Write the results of a run, in place of its earlier ones; under a new number where another evaluation's came meanwhile."""
-    whole = {"evaluation": evaluation} | dict(record)
-    path = next(p for p in numbered_names(folder / FILE) if not p.exists() or _is_of(p, evaluation))
-    if not path.exists():
-        return Written(save_json(whole, path), changed=True)
-    if read_json(path) == whole:
-        return Written(path, changed=False)
-    with files.whole_file(path) as temporary:
-        temporary.write_text(json.dumps(whole, indent=2) + "\n")
-    return Written(path, changed=True)
+def describe_network(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the `network` part of a result file."""
+    return {name: getattr(args, name) for name in ("arch", "pretrained_weights", "checkpoint_key", "token")}
 
 
-def add_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Written:
-    """Write results that belong to no run: under a new number, unless the last ones are the same.
+def describe_data(data_path: str, train_images: int, val_images: int, classes: int) -> dict[str, Any]:
+    """Return the `data` part of a result file."""
+    return {"data_path": data_path, "train_images": train_images, "val_images": val_images, "classes": classes}
 
-    Raises:
-        UsageError: the disk refuses, see `files.usable`.
-    """
-    whole, last = {"evaluation": evaluation} | dict(record), newest(folder / FILE)
-    if last is not None and read_json(last) == whole:
-        return Written(last, changed=False)
-    with files.usable(folder):
-        return Written(save_json(whole, folder / FILE), changed=True)
+
+def topk_name(classes: int) -> str:
+    """Return what the second accuracy is: `Top5`, or `Top<classes>` for fewer than five classes."""
+    return f"Top{min(5, classes)}"

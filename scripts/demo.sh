@@ -48,7 +48,7 @@ cat <<END
 
 Measured: which of 20 photographs a 64-pixel crop was cut from. Training crops come from the left 60 % of each photograph,
 validation crops from the right 40 %; no pixel is shared. Features are frozen, and no label was used in training.
-  scores       $RUN/results.json, $RUN/linear/results.json, $RUN/analysis/stereo.json
+  scores       $RUN/results/knn.json, $RUN/linear/results/linear.json, $RUN/analysis/results/stereo.json
   report       $RUN/analysis/report.html (curves, scores, attention, correspondences, features; opens without a network)
   run          $RUN/log.txt (a JSON object an epoch), checkpoint.pth, config.yaml, run.json
   crops        $RUN/crops.png (what the networks were shown)

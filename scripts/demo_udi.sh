@@ -29,7 +29,7 @@ cat <<END
 
 Measured: which of 20 photographs a 64-pixel crop was cut from. Training crops come from the left 60 % of each photograph,
 validation crops from the right 40 %; no pixel is shared. Features are frozen first class tokens, and no label was used in training.
-  scores       $RUN/results.json
+  scores       $RUN/results/knn.json
   run          $RUN/log.txt (a JSON object an epoch), checkpoint.pth, config.yaml, run.json
   crops        $RUN/crops.png (what the networks were shown)
 END

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fine-tune on ImageNet. There is no published figure for this; the recipe is DeiT's with the layer-wise rates of BEiT.
+# Fine-tune on ImageNet with the recipe of DeiT and the layer-wise learning rates of BEiT. There is no published result for it.
 #   bash scripts/eval_finetune.sh ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]
 #   GPUS=2 bash scripts/eval_finetune.sh swin_tiny /data/imagenet /runs/swin_tiny/checkpoint.pth /runs/swin_tiny/finetuned
-# 100 epochs, 1024 images a step (BATCH): what PER_GPU (64) images on each of GPUS do not fill is accumulated. Learning rate 0.0005
-# for 256 images: 0.002. OUT gets results.json, log.txt, best.pth and checkpoint.pth; the same command continues a killed run. Flags
-# given at the end win over those here.
+# 100 epochs with 1024 images a step (BATCH): PER_GPU (64) images on each of GPUS, gradients accumulated to BATCH. The learning rate is
+# 0.0005 for 256 images, thus 0.002. OUT gets results/finetune.json, log.txt, best.pth and checkpoint.pth; the same command resumes a
+# run that was killed. Flags at the end override those here.
 USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 take "$@"

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Fine-tune a ViT on ImageNet as UDI (Su and Ji, ECCV 2024) was, by BEiT's recipe.
+# Fine-tune a ViT on ImageNet with the recipe of BEiT, as UDI (Su and Ji, ECCV 2024).
 #   bash scripts/eval_finetune_beit.sh ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]
 #   GPUS=4 PER_GPU=256 bash scripts/eval_finetune_beit.sh deit_small /data/imagenet /runs/udi/checkpoint.pth /runs/udi/finetuned \
 #       -- MODEL.SPEC.NUM_CLS_TOKENS 2 MODEL.SPEC.POS_RESIZE scale
-# 200 epochs, 1024 images a step (BATCH), rates 0.001 at the head and 0.55 of that for each block below. Validation images are
-# resized bilinearly, as UDI's were. BEiT also divides the projections of a new network by the root of twice their depth; loaded
-# weights take their place, there is nothing to divide here.
-# OUT gets results.json, log.txt, best.pth and checkpoint.pth; the same command continues a killed run. Flags given at the end win
-# over those here.
+# 200 epochs with 1024 images a step (BATCH), learning rate 0.001 for the head, times 0.55 for each block below. Validation images are
+# resized bilinearly, as in UDI. BEiT also rescales the initial projections, which has no effect on loaded weights.
+# OUT gets results/finetune.json, log.txt, best.pth and checkpoint.pth; the same command resumes a run that was killed. Flags at the
+# end override those here.
 USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 take "$@"

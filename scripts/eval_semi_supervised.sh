@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Fine-tune with the labels of 1 or 10 % of ImageNet, as UDI (Su and Ji, ECCV 2024) was: from the first layer of the projection head.
+# Fine-tune with the labels of 1 or 10 % of ImageNet, as UDI (Su and Ji, ECCV 2024): keeps the first layer of the projection head.
 #   bash scripts/eval_semi_supervised.sh ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]
 #   GPUS=4 PER_GPU=128 bash scripts/eval_semi_supervised.sh deit_small /data/imagenet /runs/udi/checkpoint.pth /runs/udi/1percent \
 #       --target_list_path 1percent.txt -- MODEL.SPEC.NUM_CLS_TOKENS 2 MODEL.SPEC.POS_RESIZE scale
-# The lists are those of SimCLRv2, a file name a line. 1000 epochs, 512 images a step (BATCH), one rate of 0.000005 for all layers.
-# The published script keeps an average of the weights that it never scores, and a smallest rate above the first one: neither is here.
-# OUT gets results.json, log.txt, best.pth and checkpoint.pth; the same command continues a killed run. Flags given at the end win
-# over those here.
+# The lists are those of SimCLRv2, one file name a line. 1000 epochs with 512 images a step (BATCH), learning rate 0.000005 for all
+# layers. Unlike the published script it keeps no average of the weights (which is never scored there), and the minimum learning rate
+# is not above the initial one.
+# OUT gets results/finetune.json, log.txt, best.pth and checkpoint.pth; the same command resumes a run that was killed. Flags at the
+# end override those here.
 USAGE="ARCH IMAGENET CHECKPOINT OUT [flags of eval_finetune.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 take "$@"

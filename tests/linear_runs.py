@@ -41,4 +41,5 @@ def log_lines(out: Path) -> list[dict[str, Any]]:
 
 
 def results(out: Path) -> dict[str, Any]:
-    return json.loads((out / "results.json").read_text())
+    (path,) = (out / "results").glob("*.json")
+    return json.loads(path.read_text())

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import finetune_runs
 import linear_runs
 import pytest
-import test_eval_finetune
 import torch
 from PIL import Image
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
@@ -28,6 +28,7 @@ from training_runs import train
 import eval_knn
 import export
 import run_analysis
+from analysis import context
 from checkpoints import loading
 from data import convert
 from distributed import collectives
@@ -62,7 +63,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 RUNS: dict[str, Callable[[Path, Path], None]] = {
     "main_esvit": lambda images, out: train(out, images),
-    "eval_finetune": lambda images, out: test_eval_finetune.run(images, out, *test_eval_finetune.PLAIN),
+    "eval_finetune": lambda images, out: finetune_runs.run(images, out, *finetune_runs.PLAIN),
     "eval_linear": lambda images, out: linear_runs.run(images, out),
 }
 
@@ -221,11 +222,14 @@ def test_features_that_cannot_be_dumped_take_no_score_away(
         str(disk / "f"),
     ]
 
-    def full(*_: Any) -> None:
+    dump = eval_knn.dump_features
+
+    def fill_and_dump(*args: Any) -> None:
         fill(disk)
+        dump(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval_knn, "check_dump_folder", full)
+        patch.setattr(eval_knn, "dump_features", fill_and_dump)
         with pytest.raises(UsageError, match=rf"--dump_features {disk}/f cannot be used .*(No space left|write)"):
             eval_knn.main(eval_knn.get_args_parser().parse_args([*flags, *TINY_SWIN]))
     assert "network: 1-NN classifier result: Top1:" in capsys.readouterr().out
@@ -244,7 +248,7 @@ def test_export_to_a_full_disk_is_one_sentence(disk: Path, tmp_path: Path, forma
     fill(disk)
     with pytest.raises(UsageError, match=rf"--output {disk}/out.{suffix} cannot be used"):
         export.main(export.get_args_parser().parse_args(line))
-    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    assert [path.name for path in disk.rglob("*") if path.is_file()] == ["ballast"]
     (disk / "ballast").unlink()
     export.main(export.get_args_parser().parse_args(line))
     assert [path.name for path in disk.iterdir()] == [f"out.{suffix}"]
@@ -275,20 +279,19 @@ def test_analysis_on_a_full_disk_tells_all_that_it_measured(
     """Each task says its figures; the end says once that they are in no file."""
     flags = [*NETWORK, "--random_weights", "--data_path", str(images / "val"), "--output_dir", str(disk)]
     flags += ["--vis_entropy", "--measure_correspondence", "--patch_size", "4"]
-    opened = run_analysis.open_lab
 
-    def open_and_fill(*args: Any) -> run_analysis.Lab:
-        lab = opened(*args)
+    def build_and_fill(*args: Any) -> context.AnalysisContext:
+        built = context.build_context(*args)
         fill(disk)
-        return lab
+        return built
 
-    monkeypatch.setattr(run_analysis, "open_lab", open_and_fill)
+    monkeypatch.setattr(run_analysis, "build_context", build_and_fill)
     with pytest.raises(UsageError, match=rf"^--output_dir {disk} cannot be used \([^;]*\); see [^;]*$"):
         run_analysis.main(run_analysis.get_args_parser().parse_args([*flags, *TINY_SWIN]))
     said = capsys.readouterr().out
     assert "entropy of attention by block" in said
     assert "correspondence under a flip, 8 images: accuracy" in said
-    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    assert [path.name for path in disk.rglob("*") if path.is_file()] == ["ballast"]
 
 
 @pytest.mark.parametrize("script", RUNS)

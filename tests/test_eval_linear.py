@@ -20,7 +20,8 @@ import data
 import eval_linear
 from config.loading import load_config
 from data.transforms import augment
-from evaluation.features import CachedFeatures, FeatureSource, LabeledFeatures
+from evaluation.feature_loaders import CachedFeatureLoader, FeatureLoader
+from evaluation.features import LabeledFeatures
 from evaluation.linear import Probe, Setting, load_classifier, probe_width, validate
 from models import build_model
 from training.checkpointing import StopRequest
@@ -145,24 +146,22 @@ def test_classifiers_among_others_are_what_they_are_alone(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(images, tmp_path / "grid", "--lr", "0.001", "20", "--n_last_blocks", "1", "3")
-    printed, table, grid = capsys.readouterr().out, results(tmp_path / "grid")["table"], saved(tmp_path / "grid")
+    printed, table, grid = capsys.readouterr().out, results(tmp_path / "grid")["scores"], saved(tmp_path / "grid")
     names = ["lr0.001_n1", "lr20.0_n1", "lr0.001_n3", "lr20.0_n3"]
     assert list(grid["classifiers"]) == names
-    for name, row in zip(names, table):
+    assert list(table) == names
+    for name, row in table.items():
         lr, n = name[2:].split("_n")
         run(images, tmp_path / name, "--lr", lr, "--n_last_blocks", n)
         alone = saved(tmp_path / name)["state_dict"]
         for key, weights in grid["classifiers"][name].items():
             torch.testing.assert_close(weights, alone[f"module.{key}"], rtol=1e-5, atol=1e-7)
-        assert row["best_acc1"] == results(tmp_path / name)["best"]["best_acc1"]
-        assert (
-            f"lr {float(lr)}, last {n} block{'s' if int(n) > 1 else ''}: best Top1: {row['best_acc1']:.2f}" in printed
-        )
+        assert row["top1"] == results(tmp_path / name)["scores"][name]["top1"]
+        assert f"lr {float(lr)}, last {n} block{'s' if int(n) > 1 else ''}: best Top1: {row['top1']:.2f}" in printed
         losses = [line["classifiers"][name]["train_loss"] for line in log_lines(tmp_path / "grid")]
         assert losses == pytest.approx([line["train_loss"] for line in log_lines(tmp_path / name)], rel=1e-5)
-    accuracies = [row["best_acc1"] for row in table]
+    accuracies = [row["top1"] for row in table.values()]
     best = accuracies.index(max(accuracies))
-    assert results(tmp_path / "grid")["best"] == table[best]
     assert grid["best_acc"] == accuracies[best]
     assert torch.equal(grid["state_dict"]["module.linear.weight"], grid["classifiers"][names[best]]["linear.weight"])
     last = log_lines(tmp_path / "grid")[-1]
@@ -173,12 +172,11 @@ def test_diverging_classifier_leaves_the_others_alone(images: Path, tmp_path: Pa
     """Its weights are in no file, and it stays diverged when the run goes on."""
     run(images, tmp_path / "grid", "--cache_features", lr=[1e40, 20.0])
     run(images, tmp_path / "alone", "--lr", "20", "--cache_features")
-    diverged, healthy = results(tmp_path / "grid")["table"]
-    alone = results(tmp_path / "alone")["best"]
+    diverged, healthy = results(tmp_path / "grid")["scores"].values()
+    (alone,) = results(tmp_path / "alone")["scores"].values()
     assert healthy == pytest.approx(alone)
-    assert diverged["last_acc1"] == 0
+    assert diverged["last_top1"] == 0
     assert diverged["last_loss"] is None
-    assert results(tmp_path / "grid")["best"] == healthy
     assert "NaN" not in (tmp_path / "grid" / "log.txt").read_text()
     with pytest.raises(FloatingPointError, match="lower --lr"):
         run(images, tmp_path / "only", "--cache_features", lr=[1e40])
@@ -189,15 +187,15 @@ def test_diverging_classifier_leaves_the_others_alone(images: Path, tmp_path: Pa
     labels, width = grid["state_dict"]["module.linear.weight"].shape
     settings, epochs = [Setting(1e40, 2), Setting(20.0, 2)], grid["scheduler"]["T_max"]
     probe = Probe(settings, [width, width], labels, 256, epochs, CPU, seed=0)
-    probe.load_state(grid, Path("it"))
+    probe.load_state_dict(grid, Path("it"))
     assert all(weights.isnan().all() for weights in probe.classifiers.each[0].parameters())
-    assert probe.state(5)["classifiers"].keys() == {names[1]}
+    assert probe.state_dict(5)["classifiers"].keys() == {names[1]}
 
 
 # --------------------------------------------------------------------------- validation
 
 
-class Given(FeatureSource):
+class Given(FeatureLoader):
     """Validation batches as they are given."""
 
     def __init__(self, batches: list[LabeledFeatures]) -> None:
@@ -234,7 +232,7 @@ def test_cached_shares_cover_the_validation_set_once(images: int, world: int, mo
     seen = []
     for rank in range(world):
         monkeypatch.setattr("distributed.collectives.get_rank", lambda rank=rank: rank)
-        seen += [y for batch in CachedFeatures(some, val, 2, CPU, 0).validation() for y in batch.labels_N.tolist()]
+        seen += [y for batch in CachedFeatureLoader(some, val, 2, CPU, 0).validation() for y in batch.labels_N.tolist()]
     assert sorted(seen) == list(range(images))
 
 
@@ -250,12 +248,12 @@ def test_shares_of_an_epoch_hold_every_image_once(
     steps: dict[int, list[int]] = {}
     for rank in range(world):
         monkeypatch.setattr("distributed.collectives.get_rank", lambda rank=rank: rank)
-        source = CachedFeatures(some, some, batch, CPU, seed=0)
-        meter = EpochMeter(3, source.steps, batch * world)
-        for step, part in enumerate(source.training(3, meter, StopRequest(Path("checkpoint.pth.tar")))):
+        loader = CachedFeatureLoader(some, some, batch, CPU, seed=0)
+        meter = EpochMeter(3, loader.steps, batch * world)
+        for step, part in enumerate(loader.training(3, meter, StopRequest(Path("checkpoint.pth.tar")))):
             steps.setdefault(step, []).extend(part.labels_N.tolist())
     assert sorted(label for step in steps.values() for label in step) == list(range(images))
-    assert [len(step) for step in steps.values()] == [source.images_of(step) for step in steps]
+    assert [len(step) for step in steps.values()] == [loader.images_in_step(step) for step in steps]
     whole = order_of(3, images).split(batch * world)
     assert [sorted(step) for step in steps.values()] == [sorted(part.tolist()) for part in whole]
 
@@ -284,14 +282,14 @@ def test_what_a_run_leaves_behind(images: Path, tmp_path: Path) -> None:
         assert [event.step for event in events.Scalars(tag)] == [0, 2, 3]
     assert [event.step for event in events.Scalars("epoch/train_loss")] == [0, 1, 2, 3]
     record = results(tmp_path)
-    assert "NOT the published protocol" in record["protocol"]
-    assert record["acc5_is"] == "top3"
-    assert len(record["table"]) == 2
+    assert "NOT the published protocol" in record["protocol"]["name"]
+    assert record["protocol"]["top5_is"] == "top3"
+    assert len(record["scores"]) == 2
     assert json.loads((tmp_path / "run.json").read_text())["args"]["lr"] == [1.0, 2.0]
 
 
 def test_number_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = "the data has 3 classes: classifiers have as many, not the default of 1000"
+    said = "--num_labels is 3"
     run(images, tmp_path / "a", "--epochs", "1", "--num_labels", "3")
     assert said not in capsys.readouterr().err
     run(images, tmp_path / "b", "--epochs", "1")
@@ -302,7 +300,7 @@ def test_number_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     for number in (4, 1000):  # also what is the default where it is not given
         run(images, tmp_path / str(number), "--epochs", "1", "--num_labels", str(number))
         assert saved(tmp_path / str(number))["state_dict"]["module.linear.weight"].shape == (number, 48)
-        assert results(tmp_path / str(number))["acc5_is"] == f"top{min(number, 5)}"
+        assert results(tmp_path / str(number))["protocol"]["top5_is"] == f"top{min(number, 5)}"
     with pytest.raises(UsageError, match=r"belongs to another run .*--num_labels 4 -> 1000"):
         run(images, tmp_path / "4", "--epochs", "1", "--num_labels", "1000")
 
@@ -311,11 +309,11 @@ def test_number_of_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     ("flags", "words"),
     [
         (["--zip_mode"], r"--zip_mode needs train\.zip and train_map\.txt"),
-        (["--n_last_blocks", "9"], r"--n_last_blocks 9 must lie in 1\.\.3"),
-        (["--lr", "0.1", "0.1"], "names a value twice"),
+        (["--n_last_blocks", "9"], r"--n_last_blocks 9 must be in 1\.\.3"),
+        (["--lr", "0.1", "0.1"], "has a value twice"),
         (["--evaluate", "--n_last_blocks", "1", "2"], r"one --n_last_blocks, not \[1, 2\]"),
-        (["--linear_weights", "a.pth"], "are for --evaluate"),
-        (["--evaluate"], "checkpoint.pth.tar; train a classifier first, or pass --linear_weights FILE"),
+        (["--linear_weights", "a.pth"], "need --evaluate"),
+        (["--evaluate"], "--evaluate needs .*checkpoint.pth.tar"),
         (["--evaluate", "--linear_weights", "no.pth"], r"'no\.pth' does not exist"),
         (["--evaluate", "--linear_order", "dino"], "--linear_order dino needs --n_last_blocks 1 --avgpool_patchtokens"),
         (["--precision", "fp16"], "needs a CUDA device"),
@@ -348,17 +346,17 @@ def test_evaluate_gives_the_scores_of_the_last_epoch(
     run(images, tmp_path / "out", "--lr", "20")
     last = log_lines(tmp_path / "out")[-1]
     expected = pytest.approx([last["test_acc1"], last["test_acc5"], last["test_loss"]], abs=1e-3)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     capsys.readouterr()
     run(images, tmp_path / "out", "--evaluate")
     assert evaluated(capsys) == expected
     (images / "train").rename(tmp_path / "elsewhere")
     run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "out" / "checkpoint.pth.tar"))
     assert evaluated(capsys) == expected
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     assert not (tmp_path / "no").exists()
     (images / "val" / "class1").rename(images / "val" / "zebra")
-    with pytest.raises(UsageError, match="classes that the classifier has not: zebra"):
+    with pytest.raises(UsageError, match="zebra"):
         run(images, tmp_path / "out", "--evaluate")
 
 
@@ -382,7 +380,7 @@ def test_evaluate_of_a_published_file(images: Path, tmp_path: Path, capsys: pyte
         with pytest.raises(UsageError, match=words):
             run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "linear.pth"), *flags)
     torch.save({"state_dict": {"weight": weight}}, tmp_path / "linear.pth")
-    with pytest.raises(UsageError, match="holds no linear classifier"):
+    with pytest.raises(UsageError, match="linear classifier"):
         run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "linear.pth"))
 
 
@@ -397,23 +395,20 @@ def test_alternating_inputs_of_dino_are_put_in_order(tmp_path: Path) -> None:
         load_classifier(tmp_path / "linear.pth", 4)
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pth", "results.json"])
-def test_folder_with_other_results_is_refused(images: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("precious")
-    with pytest.raises(UsageError, match=f"{name}.*choose another, e.g. {tmp_path / 'linear'}"):
+def test_folder_of_a_pre_training_run_is_refused(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pth").write_text("precious")
+    with pytest.raises(UsageError, match=rf"--output_dir {tmp_path} .*checkpoint\.pth"):
         run(images, tmp_path)
-    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == [name]
-    assert (tmp_path / name).read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["checkpoint.pth"]
+    assert (tmp_path / "checkpoint.pth").read_text() == "precious"
 
 
-def test_results_of_another_evaluation_beside_a_finished_run(images: Path, tmp_path: Path) -> None:
+def test_missing_results_of_a_finished_run_are_written_again(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path, "--epochs", "1")
-    (tmp_path / "results.json").write_text('{"evaluation": "another"}')
-    with pytest.raises(UsageError, match=r"holds other results \(results.json\)"):
-        run(images, tmp_path, "--epochs", "1")
-    (tmp_path / "results.json").unlink()
-    run(images, tmp_path, "--epochs", "1")  # what is missing is written again
-    assert results(tmp_path)["evaluation"] == "linear probe"
+    before = results(tmp_path)
+    (tmp_path / "results" / "linear.json").unlink()
+    run(images, tmp_path, "--epochs", "1")
+    assert results(tmp_path) == before
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

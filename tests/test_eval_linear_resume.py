@@ -11,9 +11,10 @@ import torch
 from linear_runs import log_lines, results, run, saved, write_colors
 from runs import TINY_SWIN, flipped
 
-import eval_linear
 from config.loading import load_config
-from evaluation.features import FeatureSource, extract_features
+from evaluation import feature_loaders, linear
+from evaluation.feature_loaders import FeatureLoader
+from evaluation.features import extract_splits
 from evaluation.linear import Probe, Score, validate
 from models import build_model
 from utils import UsageError
@@ -24,16 +25,20 @@ def images(tmp_path: Path) -> Path:
     return write_colors(tmp_path / "images")
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+
+
 def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     """Kill the run in the validation of an epoch."""
     validations = iter(range(100))
 
-    def killed(probe: Probe, source: FeatureSource) -> list[Score]:
+    def killed(probe: Probe, loader: FeatureLoader) -> list[Score]:
         if next(validations) == epoch:
             raise KeyboardInterrupt
-        return validate(probe, source)
+        return validate(probe, loader)
 
-    monkeypatch.setattr(eval_linear, "validate", killed)
+    monkeypatch.setattr(linear, "validate", killed)
 
 
 @pytest.mark.parametrize("flags", [["--lr", "20"], ["--lr", "1", "20", "--cache_features"]], ids=["one", "cached grid"])
@@ -46,7 +51,7 @@ def test_resumed_equals_uninterrupted(
         with pytest.raises(KeyboardInterrupt):
             run(images, tmp_path / "parts", *flags)
     assert saved(tmp_path / "parts")["epoch"] == 2
-    assert not (tmp_path / "parts" / "results.json").exists()
+    assert not (tmp_path / "parts" / "results").exists()
     run(images, tmp_path / "parts", *flags)
     whole, parts = saved(tmp_path / "whole"), saved(tmp_path / "parts")
     assert [line["epoch"] for line in log_lines(tmp_path / "parts")] == [0, 1, 2]
@@ -69,7 +74,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
     (out / "checkpoint.pth.tar").write_bytes(content)
     capsys.readouterr()
     run(images, out, "--lr", "1", "20")
-    assert f"resuming {out}/checkpoint.pth_previous1.tar at epoch 2 of 3" in capsys.readouterr().err
+    assert f"resuming {out}/checkpoint.pth_previous1.tar at epoch 2" in capsys.readouterr().err
     again = saved(out)
     torch.testing.assert_close(again["classifiers"], whole["classifiers"], rtol=0, atol=0)
     assert (again["epoch"], again["table"], results(out)) == (3, whole["table"], scores)
@@ -82,16 +87,16 @@ def test_finished_run_prints_again_and_ends(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(images, tmp_path / "out", "--epochs", "1")
-    first, files = capsys.readouterr().out, {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    first, files = capsys.readouterr().out, contents(tmp_path / "out")
     assert first.splitlines()[-1].startswith("Top-1 test accuracy: ")
 
     def not_again(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(eval_linear, "feature_source", not_again)
+    monkeypatch.setattr(linear, "train", not_again)
     run(images, tmp_path / "out", "--epochs", "1")
     assert capsys.readouterr().out == first
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
+    assert contents(tmp_path / "out") == files
 
 
 @pytest.mark.parametrize(
@@ -110,10 +115,10 @@ def test_folder_of_another_run_is_refused_and_left_alone(
     images: Path, tmp_path: Path, flags: list[str], words: str
 ) -> None:
     run(images, tmp_path / "out", "--epochs", "1")
-    files = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    files = contents(tmp_path / "out")
     with pytest.raises(UsageError, match=f"belongs to another run .*{words}"):
         run(images, tmp_path / "out", "--epochs", "1", *flags)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
+    assert contents(tmp_path / "out") == files
 
 
 def test_other_weights_are_another_run_and_moved_ones_are_not(images: Path, tmp_path: Path) -> None:
@@ -140,13 +145,13 @@ def test_published_files_are_continued(images: Path, tmp_path: Path, capsys: pyt
     torch.save({key: content[key] for key in published} | {"best_acc": 98.5}, path)
     run(images, path.parent, "--epochs", "2")
     assert "Top-1 test accuracy: 98.50" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="was begun with --epochs 2, not 5; pass that"):
+    with pytest.raises(UsageError, match="--epochs 2, not 5"):
         run(images, path.parent, "--epochs", "5")
     torch.save({key: content[key] for key in published - {"scheduler"}}, path)
     with pytest.raises(UsageError, match="it has no scheduler"):
         run(images, path.parent, "--epochs", "2")
     torch.save({key: content[key] for key in published}, path)
-    with pytest.raises(UsageError, match="is of other classifiers"):
+    with pytest.raises(UsageError, match="other classifiers"):
         run(images, path.parent, "--epochs", "2", "--n_last_blocks", "1")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UsageError, match="damaged"):
@@ -168,17 +173,17 @@ def test_the_last_epoch_of_a_published_file(
     torch.save(content | {"best_acc": best}, tmp_path / "theirs" / "checkpoint.pth.tar")
     capsys.readouterr()
     run(images, tmp_path / "theirs", "--epochs", "2", "--lr", "20")
-    printed, found = capsys.readouterr().out, results(tmp_path / "theirs")["best"]
+    printed, found = capsys.readouterr().out, results(tmp_path / "theirs")["scores"]["lr20.0_n2"]
     whole = saved(tmp_path / "whole")
     torch.testing.assert_close(saved(tmp_path / "theirs")["state_dict"], whole["state_dict"], rtol=0, atol=0)
-    last = results(tmp_path / "whole")["best"]["last_acc1"]
-    assert found["last_acc1"] == last > 0
+    last = results(tmp_path / "whole")["scores"]["lr20.0_n2"]["last_top1"]
+    assert found["last_top1"] == last > 0
     if best:
-        assert f"best Top1: 100.00 (before this run went on); last Top1: {last:.2f}, Top3: 100.00" in printed
-        assert (found["best_acc1"], found["best_acc5"], found["best_epoch"]) == (100.0, None, None)
+        assert f"best Top1: 100.00 (before this run was resumed); last Top1: {last:.2f}, Top3: 100.00" in printed
+        assert (found["top1"], found["top5"], found["epoch"]) == (100.0, None, None)
     else:
         assert f"best Top1: {last:.2f}, Top3: 100.00 (epoch 1); last Top1: {last:.2f}" in printed
-        assert (found["best_acc1"], found["best_epoch"]) == (last, 1)
+        assert (found["top1"], found["epoch"]) == (last, 1)
 
 
 def test_other_classes_or_labels_are_another_run(images: Path, tmp_path: Path) -> None:
@@ -197,15 +202,15 @@ def test_other_classes_or_labels_are_another_run(images: Path, tmp_path: Path) -
 
 def test_cached_features_outlive_a_killed_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are computed once; again where flags differ or the file is damaged, and leave with the end of the run."""
-    extracted, extract = [], extract_features
+    extracted, extract = [], extract_splits
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        extracted.append(args[4])
+        extracted.append("features")
         return extract(*args, **kwargs)
 
-    monkeypatch.setattr(eval_linear, "extract_features", counted)
+    monkeypatch.setattr(feature_loaders, "extract_splits", counted)
     run(images, tmp_path / "whole", "--cache_features", "--lr", "20")
-    assert extracted == ["train", "val"]
+    assert extracted == ["features"]
     file = tmp_path / "parts" / "cached_features.pth"
 
     def killed(flags: list[str], epoch: int) -> int:
@@ -217,11 +222,11 @@ def test_cached_features_outlive_a_killed_run(images: Path, tmp_path: Path, monk
         assert file.exists()
         return len(extracted)
 
-    assert killed(["--lr", "20", "--crop_ratio", "1"], 0) == 2  # before the first checkpoint
-    assert killed(["--lr", "20"], 0) == 2
+    assert killed(["--lr", "20", "--crop_ratio", "1"], 0) == 1  # before the first checkpoint
+    assert killed(["--lr", "20"], 0) == 1
     assert killed(["--lr", "20"], 0) == 0
     file.write_bytes(file.read_bytes()[:2000])
-    assert killed(["--lr", "20"], 1) == 2
+    assert killed(["--lr", "20"], 1) == 1
     assert killed(["--lr", "20"], 0) == 0
     run(images, tmp_path / "parts", "--cache_features", "--lr", "20")
     assert not extracted
@@ -238,7 +243,7 @@ WRONG_OF_PROBES: dict[str, Callable[[dict[str, Any]], object]] = {
     "'optimizer'": lambda c: c["optimizer"].update(param_groups=5),
     "'scheduler'": lambda c: c["scheduler"].update(base_lrs="x"),
     "'table'": lambda c: c.update(table=[{}]),
-    "of other classifiers": lambda c: c.update(state_dict={"linear.weight": 3}),
+    "other classifiers": lambda c: c.update(state_dict={"linear.weight": 3}),
     "'epoch'": lambda c: c.update(epoch="1"),
 }
 
@@ -249,7 +254,7 @@ def test_wrong_values_are_named_and_the_file_stays(images: Path, tmp_path: Path,
     content = saved(tmp_path / "out")
     WRONG_OF_PROBES[named](content)
     torch.save(content, tmp_path / "out" / "checkpoint.pth.tar")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     with pytest.raises(UsageError, match=named):
         run(images, tmp_path / "out", "--epochs", "1", "--lr", "1")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert contents(tmp_path / "out") == before

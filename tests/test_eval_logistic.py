@@ -77,9 +77,9 @@ def test_features_go_in_as_asked(
     """Tokens, the mean of the patches after both class tokens, or both; scaled to length 1."""
     seen: list[LabeledFeatures] = []
 
-    def remember(train: LabeledFeatures, *rest: object) -> eval_logistic.Score:
+    def remember(train: LabeledFeatures, val: LabeledFeatures, lambd: float, *_: object) -> eval_logistic.Score:
         seen.append(train)
-        return eval_logistic.Score(1.0, 50.0, 100.0, 3, False)
+        return eval_logistic.Score(lambd, 50.0, 100.0, 3, False)
 
     monkeypatch.setattr(eval_logistic, "solve", remember)
     listed = tmp_path / "list.txt"
@@ -95,10 +95,10 @@ def test_features_go_in_as_asked(
     torch.testing.assert_close(seen[0].features_NC, features(folder, "train", expected)[[1, 11]])
     assert seen[0].labels_N.tolist() == [0, 2]
     assert len(seen) == 3
-    assert results["features"] == eval_logistic.POOLED[pooled]
-    assert results["compared"] == "2 training and 6 validation images, 3 classes"
-    assert [row["converged"] for row in results["scores"]] == [False] * 3
-    assert results["top5_is"] == "top3"
+    assert results["protocol"]["features"] == eval_logistic.POOLED[pooled]
+    assert {"train_images": 2, "val_images": 6, "classes": 3}.items() <= results["data"].items()
+    assert [row["converged"] for row in results["scores"].values()] == [False] * 3
+    assert results["protocol"]["top5_is"] == "top3"
 
 
 @pytest.mark.slow
@@ -111,14 +111,14 @@ def test_two_processes_score_as_one(folder: Path, tmp_path: Path) -> None:  # no
         tail = ["--output_dir", str(out), "--seed", "0", *SMALL["vit"].overrides, *TWO]
         done = run_script("eval_logistic.py", *command, *tail, processes=processes)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads((out / "results.json").read_text()))
+        found.append(json.loads((out / "results" / "logistic.json").read_text()))
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--n_last_blocks", "4"], "--n_last_blocks 4 must lie in 1..3"),
+        (["--n_last_blocks", "4"], "--n_last_blocks 4 must be in 1..3"),
         (["--target_list_path", "nowhere.txt"], r"nowhere.txt cannot be read \(No such file"),
     ],
 )
@@ -129,5 +129,5 @@ def test_mistakes(flags: list[str], words: str, folder: Path, tmp_path: Path) ->
 
 def test_one_class_is_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "list.txt").write_text("class0/001.png\n")
-    with pytest.raises(UsageError, match="of 1 class; logistic regression needs two or more"):
+    with pytest.raises(UsageError, match="one class"):
         run(eval_logistic, folder, tmp_path / "out", "--target_list_path", str(tmp_path / "list.txt"))

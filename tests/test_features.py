@@ -43,7 +43,7 @@ def knn(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
     command = [*ARCH, "--device", "cpu", "--num_workers", "0", "--data_path", str(folder / "images"), "--nb_knn", "1"]
     command += ["--pretrained_weights", str(folder / "run" / "checkpoint.pth"), "--output_dir", str(out)]
     eval_knn.main(eval_knn.get_args_parser().parse_args([*command, "--dump_features", str(out / "dump"), *flags]))
-    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    found: dict[str, Any] = json.loads((out / "results" / "knn.json").read_text())
     return found | {"features": torch.load(out / "dump" / "trainfeat.pth")}
 
 
@@ -52,18 +52,18 @@ def test_a_checkpoint_of_a_run_brings_its_config(
 ) -> None:
     """Two class tokens, positions and size without --cfg, and said; the features are those of the run's own yaml."""
     caplog.set_level(logging.INFO)
-    told = f"the network is built by the config inside checkpoint '{trained / 'run' / 'checkpoint.pth'}'"
+    told = f"the network is built from the config inside checkpoint '{trained / 'run' / 'checkpoint.pth'}'"
     found = knn(trained, tmp_path / "found")
     assert caplog.text.count(told) == 1
     named = knn(trained, tmp_path / "named", "--cfg", str(trained / "run" / "config.yaml"))
     assert caplog.text.count(told) == 1
-    assert found["image_size"] == named["image_size"] == 32
+    assert found["protocol"]["image_size"] == named["protocol"]["image_size"] == 32
     assert torch.equal(found["features"], named["features"])
 
 
 def test_pairs_go_on_top_of_the_config_of_a_checkpoint(trained: Path, tmp_path: Path) -> None:
     found = knn(trained, tmp_path / "out", "--seed", "0", "MODEL.IMAGE_SIZE", "16")
-    assert found["image_size"] == 16
+    assert found["protocol"]["image_size"] == 16
     assert found["features"].shape == (6, 16)
 
 

@@ -252,7 +252,8 @@ def test_linear_evaluation_runs(images: Path, trained: Path, tmp_path: Path) -> 
     evaluate("linear", trained, [*folders(images, tmp_path), "--epochs", "2", "--num_labels", "3"])
     log = [json.loads(line) for line in (tmp_path / "log.txt").open()]
     assert [line["epoch"] for line in log] == [0, 1]
-    assert json.loads((tmp_path / "results.json").read_text())["best"]["last_acc1"] == log[-1]["test_acc1"]
+    (row,) = json.loads((tmp_path / "results" / "linear.json").read_text())["scores"].values()
+    assert row["last_top1"] == log[-1]["test_acc1"]
 
 
 @pytest.mark.slow
@@ -262,7 +263,7 @@ def test_knn_evaluation_runs(images: Path, trained: Path, tmp_path: Path) -> Non
     features = torch.load(tmp_path / "features" / "trainfeat.pth")
     assert features.shape == (12, 96)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(12))
-    assert (tmp_path / "results.json").is_file()
+    assert (tmp_path / "results" / "knn.json").is_file()
 
 
 @pytest.mark.slow

@@ -92,9 +92,9 @@ def test_evaluations_leave_the_results_of_their_script(
     flags = ["--arch", "swin", "--data_path", "images", "--pretrained_weights", "checkpoint.pth"]
     flags += ["--output_dir", str(tmp_path / "direct"), *SMALL, *expected, "--", *TINY_SWIN]
     script.main(script.get_args_parser().parse_args(flags))
-    results = [json.loads((path / "results.json").read_text()) for path in (out, tmp_path / "direct")]
+    results = [[path.read_bytes() for path in (folder / "results").iterdir()] for folder in (out, tmp_path / "direct")]
     assert results[0] == results[1]
-    assert len(results[0]) > 4
+    assert len(results[0]) == 1
 
 
 ANALYSES = {

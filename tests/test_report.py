@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from small_networks import SMALL
 
 import run_analysis
 from analysis import report as pages
+from evaluation.results import Results, save_results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
@@ -77,14 +79,11 @@ def write_run(folder: Path) -> None:
         {"epoch": e, "train_loss": 4.0 - e, "train_lr": 0.1, "train_wd": 0.04, "images_per_s": 39.0} for e in range(3)
     ]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "train_lo')
-    knn = {"network": {"20": {"top1": 61.25, "top5": 93.5, "per_class": {"cat": 12.34}}}}
-    (folder / "results.json").write_text(json.dumps({"evaluation": "k-NN", "compared": "60 images", "scores": knn}))
-    linear = {
-        "evaluation": "linear probe",
-        "protocol": "published",
-        "table": [{"lr": 0.001, "best_acc1": 71.75}, {"lr": 0.01, "best_acc1": 70.5}],
-    }
-    (folder / "linear" / "results.json").write_text(json.dumps(linear | {"run": {"digest": "c0ffee"}}))
+    knn = {"network, 20-NN": {"top1": 61.25, "top5": 93.5, "per_class": {"cat": 12.34}}}
+    save_results(folder, Results("knn", {"arch": "swin"}, {"val_images": 60}, {}, knn))
+    linear = {"lr0.001_n4": {"lr": 0.001, "top1": 71.75}, "lr0.01_n4": {"lr": 0.01, "top1": 70.5}}
+    protocol = {"name": "published"}
+    save_results(folder / "linear", Results("linear", {"digest": "c0ffee"}, {}, protocol, linear))
     run = {"command": ["main_esvit.py", "--arch", "swin", "--aa", ""], "seed": 7, "packages": {"torch": "2.99"}}
     (folder / "run.json").write_text(json.dumps(run))
     Image.new("RGB", (30, 20), (9, 8, 7)).save(folder / "crops.png")
@@ -116,14 +115,14 @@ def test_the_report_has_all_parts(full_report: Path) -> None:
     page = Page(full_report.read_text(encoding="utf-8"))
     for heading in ("Report on run", "Training", "k-NN", "Linear probe", "Correspondence in a stereo pair", "Attention: photo",
                     "Correspondence of two views: photo", "Region features: photo", "Entropy of attention",
-                    "What the network was trained on"):  # fmt: skip
+                    "Training images"):  # fmt: skip
         assert heading in page.words, heading
     words = " ".join(page.words)
     for value in ("61.25", "93.50", "71.75", "70.50", "0.001", "protocol: published", "raw pixels", "chance", "top-1, %",
-                  "network, k\u00a0=\u00a020", "loss 4 to 2", "2.99"):  # fmt: skip
+                  "network, 20-NN", "loss 4 to 2", "2.99"):  # fmt: skip
         assert value in words, value
     assert "python main_esvit.py \\\n    --arch swin \\\n    --aa ''" in page.words
-    assert "compared: 60 images" in words
+    assert "val images: 60" in words
     assert "self-supervised" in words
     assert f"1 of 1 in {full_report.parent.parent / 'photo.png'}" in page.words
     assert "12.34" not in words  # accuracies of single classes are in the file
@@ -196,7 +195,8 @@ def test_a_log_of_a_resumed_run_counts_each_epoch_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"command": 3, "packages": []}'])
 def test_a_damaged_record_of_a_run_is_left_out(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
-    (tmp_path / "results.json").write_text(content if content != '{"command": 3, "packages": []}' else "[]")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "knn.json").write_text(content)
     assert pages.run_facts(tmp_path) == {}
     assert pages.commands(tmp_path) == []
     assert list(pages.scores(tmp_path, tmp_path)) == []
@@ -214,26 +214,35 @@ def test_a_continued_run_tells_all_its_commands(tmp_path: Path) -> None:
     assert page.index("--epochs 2") < page.index("--epochs 4")
 
 
-@pytest.mark.parametrize("name", ["crops.png", "log.txt", "run.json", "results.json"])
+@pytest.mark.parametrize("name", ["crops.png", "log.txt", "run.json", "results/knn.json"])
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + bytes(99), b"\xff\xfe{", b"[" * 10**5, b""])
 def test_a_report_goes_without_what_cannot_be_read(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
     (tmp_path / name).write_bytes(content)
     page = pages.build_report("title", {}, tmp_path, tmp_path, [])
     assert "<h2>" not in page
     assert "<details>" not in page
 
 
-def test_scores_are_the_last_of_each_folder_and_told_apart(tmp_path: Path) -> None:
-    for folder in ("a", "b", "out"):
-        (tmp_path / folder).mkdir()
-    for number, place in enumerate(("results", "a/results", "b/results", "b/results_2", "out/stereo", "stereo")):
-        (tmp_path / f"{place}.json").write_text(
-            json.dumps({"evaluation": "k-NN", "number": number} if "results" in place else {"number": number})
-        )
+def test_scores_of_all_folders_have_different_headings(tmp_path: Path) -> None:
+    for number, place in enumerate(("knn", "a/knn", "b/knn", "out/stereo", "stereo", "b/new")):
+        folder = (tmp_path / place).parent
+        folder.mkdir(exist_ok=True)
+        save_results(folder, Results(Path(place).name, {}, {}, {}, {"network": {"number": number}}))
     found = list(pages.scores(tmp_path, tmp_path / "out"))
-    assert [(heading, record["number"]) for heading, record in found] == [
-        ("k-NN", 0), ("k-NN (a)", 1), ("k-NN (b)", 3),
-        ("Correspondence in a stereo pair", 4), (f"Correspondence in a stereo pair ({tmp_path.name})", 5)]  # fmt: skip
+    assert [(heading, record["scores"]["network"]["number"]) for heading, record in found] == [
+        ("k-NN", 0), ("k-NN (a)", 1), ("k-NN (b)", 2),
+        ("Correspondence in a stereo pair", 3), (f"Correspondence in a stereo pair ({tmp_path.name})", 4),
+        ("new", 5)]  # fmt: skip
+
+
+def test_a_result_file_of_an_earlier_version_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("esvit"), "propagate", True)
+    (tmp_path / "results.json").write_text('{"evaluation": "k-NN", "scores": {}}')
+    assert list(pages.scores(tmp_path, tmp_path)) == []
+    assert str(tmp_path / "results.json") in caplog.text
 
 
 def test_curves_leave_out_what_is_no_number() -> None:
@@ -245,8 +254,8 @@ def test_curves_leave_out_what_is_no_number() -> None:
 
 
 def test_columns_of_a_table_have_one_form() -> None:
-    record = {"a": {"share": 7.5, "lr": 0.001, "n": 3, "ok": True}, "b": {"share": 10, "lr": 1.0, "words": "<x>"}}
-    page = Page(pages.table(record))
+    rows = {"a": {"share": 7.5, "lr": 0.001, "n": 3, "ok": True}, "b": {"share": 10, "lr": 1.0, "words": "<x>"}}
+    page = Page(pages.table({"scores": rows}))
     assert page.words == [
         *("share", "learning rate", "n", "ok", "words"),
         *("a", "7.50", "0.001", "3", "yes"),
@@ -255,14 +264,14 @@ def test_columns_of_a_table_have_one_form() -> None:
 
 
 def test_facts_of_a_table_are_words_and_those_that_are_not_set_are_left_out() -> None:
-    """What "top-5" is of fewer classes stands in the labels themselves; every key of every evaluation has words."""
-    record = {"train_aug": None, "crop_ratio": 0.875, "train_images": 1281167, "half": False, "acc5_is": "top3"}
-    page = Page(pages.table(record | {"table": [{"best_acc5": 50.0}]}))
-    assert page.words == [
-        "center crop: 0.875; training images: 1281167; half precision: no",
-        *("best top-3, %", "1.", "50.00"),
+    """For fewer than five classes the labels name the actual number."""
+    protocol = {"train_aug": None, "crop_ratio": 0.875, "half": False, "image_size": [32, 48], "top5_is": "top3"}
+    record = {"data": {"train_images": 1281167}, "protocol": protocol, "scores": {"x": {"last_top5": 50.0}}}
+    assert Page(pages.table(record)).words == [
+        "train images: 1281167; center crop: 0.875; half: no; image size in pixels: 32, 48",
+        *("last top-3, %", "x", "50.00"),
     ]
-    assert Page(pages.table({"top5_is": "top5", "x": {"top5": 1.5}})).words == ["top-5, %", "x", "1.50"]
+    assert Page(pages.table({"scores": {"x": {"top5": 1.5}}})).words == ["top-5, %", "x", "1.50"]
 
 
 def test_figures_stand_in_even_rows() -> None:

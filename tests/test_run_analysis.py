@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,11 @@ def command(name: str, output: Path, *flags: str, extra: Sequence[str] = ()) -> 
 
 def run(name: str, output: Path, *flags: str, extra: Sequence[str] = ()) -> None:
     run_analysis.main(run_analysis.get_args_parser().parse_args(command(name, output, *flags, extra=extra)))
+
+
+def results(output: Path, evaluation: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "results" / f"{evaluation}.json").read_text())
+    return found
 
 
 @pytest.fixture
@@ -114,10 +120,11 @@ def test_measures_of_every_architecture(name: str, folder: str, tmp_path: Path) 
         assert all(0 < bits <= most + 1e-4 for heads, most in zip(values, uniform) for bits in heads)
         with Image.open(out / f"{SMALL[name].arch}_ssl_entropy.png") as plot:
             assert plot.size == (1024, 576)
-    score = json.loads((out / "correspondence.json").read_text())
-    assert score["images"] == 5
+    record = results(out, "correspondence")
+    score = record["scores"]["network"]
+    assert record["data"]["val_images"] == 5
     assert 0 <= score["accuracy"] <= 100
-    assert score["image_size"] == [64, 96]
+    assert record["protocol"]["image_size"] == [64, 96]
     assert 0 <= score["distance"] < math.hypot(64, 96)
 
 
@@ -126,7 +133,7 @@ def test_stereo_beside_its_baselines(photo: str, tmp_path: Path, capsys: pytest.
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     flags = ("--measure_stereo", "--image_size", "128", "--pretrained_weights", str(tmp_path / "weights.pth"))
     run("swin", tmp_path / "out", *flags)
-    scores = json.loads((tmp_path / "out" / "stereo.json").read_text())
+    scores = results(tmp_path / "out", "stereo")["scores"]
     assert set(scores) == {"network", "untrained network", "raw pixels", "chance"}
     assert len({score["regions"] for score in scores.values()}) == 1
     assert scores["raw pixels"]["within_one"] > 2 * scores["chance"]["within_one"]
@@ -188,7 +195,7 @@ def test_images_of_other_channels(tmp_path: Path) -> None:
     folder = tmp_path / "list.txt"
     folder.write_text("many.npy\n")
     run("swin", tmp_path / "out", *flags, "--data_path", str(folder), extra=channels)
-    assert json.loads((tmp_path / "out" / "correspondence.json").read_text())["images"] == 1
+    assert results(tmp_path / "out", "correspondence")["data"]["val_images"] == 1
     with pytest.raises(UsageError, match="--measure_stereo has pictures of 3 channels, this network takes 5"):
         run("swin", tmp_path / "out", "--measure_stereo", extra=channels)
 
@@ -242,9 +249,9 @@ def test_two_processes_measure_what_one_does(folder: str, tmp_path: Path) -> Non
     run("swin", tmp_path / "one", *flags)
     result = run_script("run_analysis.py", *command("swin", tmp_path / "two", *flags), processes=2)
     assert result.returncode == 0, result.stderr
-    one, two = (json.loads((tmp_path / part / "correspondence.json").read_text()) for part in ("one", "two"))
-    assert (two.pop("image_size"), two["images"]) == (one.pop("image_size"), 5)
-    assert two == pytest.approx(one, rel=1e-5)
+    one, two = (results(tmp_path / part, "correspondence") for part in ("one", "two"))
+    assert two["data"]["val_images"] == 5
+    assert two["scores"]["network"] == pytest.approx(one["scores"]["network"], rel=1e-5)
     one, two = (json.loads((tmp_path / part / "swin_ssl_entropy.json").read_text()) for part in ("one", "two"))
     for ours, theirs in zip(one["bits_by_block_and_head"], two["bits_by_block_and_head"]):
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -262,11 +269,11 @@ def test_two_processes_measure_what_one_does(folder: str, tmp_path: Path) -> Non
         (["--report", "--measure_stereo"], "no image is named"),
         (["--vis_features", "--image_path", "no.png"], "data path 'no.png' does not exist"),
         (["--vis_attention", "--image_path", "PHOTO", "--query", "131", "2"], "--query 131 2 is outside the image"),
-        (["--vis_attention", "--image_path", "PHOTO", "--block", "9"], r"--block 9 is not there; choose 0\.\.3"),
-        (["--vis_features", "--image_path", "PHOTO", "--image_size", "4"], "--image_size 4 is below one region"),
-        (["--vis_correspondence", "--image_path", "PHOTO", "--use_saved_aug"], "--use_saved_aug finds no"),
+        (["--vis_attention", "--image_path", "PHOTO", "--block", "9"], r"--block 9 .*choose 0\.\.3"),
+        (["--vis_features", "--image_path", "PHOTO", "--image_size", "4"], "--image_size 4 is less than 8"),
+        (["--vis_correspondence", "--image_path", "PHOTO", "--use_saved_aug"], "--use_saved_aug"),
         (["--measure_stereo", "--pretrained_weights", "no.pth"], "'no.pth' does not exist"),
-        (["--report", "--run_dir", "/no/run"], "--run_dir /no/run is no folder"),
+        (["--report", "--run_dir", "/no/run"], "--run_dir /no/run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -283,7 +290,7 @@ def test_there_is_something_to_do_before_weights_are_read(
     def not_yet(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(run_analysis, "open_lab", not_yet)
+    monkeypatch.setattr(run_analysis, "build_context", not_yet)
     with pytest.raises(UsageError, match=r"nothing to do|is named; pass"):
         run("swin", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
@@ -348,7 +355,7 @@ def test_stereo_pictures_are_resized_once(
     monkeypatch.setattr(correspondence, "region_features", region_features)
     run("swin", tmp_path, "--measure_stereo", extra=overrides)
     assert shapes == [seen, seen]
-    scores = json.loads((tmp_path / "stereo.json").read_text())
+    scores = results(tmp_path, "stereo")["scores"]
     rows, columns = seen[0] // region, seen[1] // region
     assert {score["regions"] for score in scores.values()} == {rows * (columns - 1)}
     assert scores["raw pixels"]["within_one"] == 100
@@ -367,9 +374,9 @@ def test_a_folder_in_a_zip_is_measured_as_the_files(folder: str, tmp_path: Path)
     for name, flags in (("files", []), ("zips", ["--zip_mode"])):
         path = str(tmp_path / ("classes" if name == "files" else name))
         run("swin", tmp_path / f"of {name}", "--measure_correspondence", "--data_path", path, *flags)
-    one, two = ((tmp_path / f"of {name}" / "correspondence.json").read_text() for name in ("files", "zips"))
-    assert one == two
-    assert json.loads(one)["images"] == 5
+    one, two = (results(tmp_path / f"of {name}", "correspondence") for name in ("files", "zips"))
+    assert one["scores"] == two["scores"]
+    assert one["data"]["val_images"] == 5
 
 
 def test_a_second_image_is_compared_with_one(photo: str, folder: str, tmp_path: Path) -> None:
@@ -379,7 +386,7 @@ def test_a_second_image_is_compared_with_one(photo: str, folder: str, tmp_path: 
     for flags, words in (
         (["--image_path", folder, "--image_path2", photo], "--image_path names 4 images"),
         (["--image_path", photo, "--image_path2", folder], "--image_path2 names 4 images"),
-        (["--image_path", photo, "--image_path2", photo, "--use_saved_aug"], "leave one of them out"),
+        (["--image_path", photo, "--image_path2", photo, "--use_saved_aug"], "--use_saved_aug and --image_path2"),
     ):
         with pytest.raises(UsageError, match=words):
             run("swin", tmp_path / "refused", "--vis_correspondence", *flags)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import finetune_runs
 import linear_runs
 import pytest
-import test_eval_finetune as finetune_runs
 import torch
 from conftest import ROOT
 from linear_runs import write_colors
@@ -22,7 +22,7 @@ import data
 import eval_knn
 from checkpoints import loading
 from distributed import collectives, launch
-from evaluation import features, finetune
+from evaluation import feature_loaders, finetune
 from training import run_log, stopping
 from utils import Stopped, UsageError
 
@@ -59,7 +59,7 @@ def test_a_signal_saves_the_run_within_the_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """In the first epoch, in the second; what was saved is not counted twice, and it ends bit for bit as one left alone."""
-    monkeypatch.setattr(features, "ASKED_EVERY", 1)
+    monkeypatch.setattr(feature_loaders, "SIGNAL_CHECK_STEPS", 1)
     before = signal.getsignal(number)
     for epoch in (0, 1):
         with monkeypatch.context() as patch:
@@ -126,7 +126,7 @@ def test_a_signal_after_the_last_step_lets_the_run_finish(
     monkeypatch.setattr(finetune.FineTuner, "validate", signalled)
     finetune_runs.run(images, tmp_path / "out", "--epochs", "1")
     assert len(asked) == 1
-    assert finetune_runs.results(tmp_path / "out")["epoch"] == 0
+    assert finetune_runs.results(tmp_path / "out")["scores"]["best"]["epoch"] == 0
 
 
 def pretrain_run(images: Path, out: Path, *flags: str) -> None:

@@ -389,12 +389,12 @@ def test_evaluations_of_zips_and_folders_are_equal(script: Any, both: dict[str, 
         out = tmp_path / f"{script.__name__}_{name}"
         command = [*EVALUATION, *SCRIPTS[script], *flags, "--output_dir", str(out), "--seed", "0", *TINY_SWIN]
         script.main(script.get_args_parser().parse_args(command))
-        text = (out / "results.json").read_text()
+        (path,) = (out / "results").iterdir()
+        text = path.read_text()
         text = text.replace(flags[flags.index("--data_path") + 1], "DATA")
         for i in range(CLASSES):  # folders have names for their classes
             text = text.replace(f'"class{i}"', f'"{i}"')
         found[name] = json.loads(text)
-        found[name].get("run", {}).pop("digest of classes and labels", None)
     assert found["zipped"] == found["folders"]
 
 
@@ -410,5 +410,5 @@ def test_pretraining_on_zips_and_folders_is_equal(both: dict[str, list[str]], tm
 def test_class_of_val_that_train_has_not(both: dict[str, list[str]], zipped: Path) -> None:
     change(zipped / "val_map.txt", "val.zip@/class1/000.png\t1", "val.zip@/class1/000.png\t5")
     command = [*EVALUATION, *both["zipped"], "--seed", "0", *TINY_SWIN]
-    with pytest.raises(UsageError, match=r"classes that train has not: 5; .*val\.zip@/class1/000\.png is of class 5"):
+    with pytest.raises(UsageError, match=r"not in train: 5 .*val\.zip@/class1/000\.png is of class 5"):
         eval_knn.main(eval_knn.get_args_parser().parse_args(command))

@@ -196,11 +196,25 @@ def init_weights(path: str, method: Method, allow_partial: bool) -> None:
 
 
 def open_log(
-    args: argparse.Namespace, config: CfgNode, images: int, position: RunPosition, device: torch.device
+    args: argparse.Namespace,
+    config: CfgNode,
+    batch_size: int,
+    images: int,
+    position: RunPosition,
+    device: torch.device,
 ) -> RunLog:
-    """Clean the output folder, record what made the run (`config.yaml`, `run.json`), and open its log."""
+    """Clean the output folder, record what made the run (`config.yaml`, `run.json`), and open its log.
+
+    Args:
+        args: Arguments of the run.
+        config: Config of the network.
+        batch_size: Images of a step, over all processes.
+        images: Images of an epoch, over all processes.
+        position: Position of the run.
+        device: Device of this process.
+    """
     output_dir = Path(args.output_dir)
-    seen = position.epoch * images + position.steps * global_batch(args)
+    seen = position.epoch * images + position.steps * batch_size
     with collectives.failing_together(), files.usable(output_dir):
         if collectives.is_main_process():
             checkpointing.clean_up(output_dir, position)
