@@ -7,7 +7,7 @@
 #   RUN=.demo/vil ARCH=vil CFG=experiments/demo/vil_micro.yaml EPOCHS=2 TRAIN_ONLY=1 bash scripts/demo.sh
 #                                                          another network, 2 epochs, and an end after the k-NN score
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-install_requirements requirements.txt
+install_requirements requirements.txt requirements-demo.txt
 
 SEED=${SEED:-0} REGIONS=${REGIONS:-True} EPOCHS=${EPOCHS:-4}
 ARCH=${ARCH:-swin} CFG=${CFG:-experiments/demo/swin_micro.yaml}

@@ -4,7 +4,7 @@
 #   bash scripts/demo_udi.sh
 #   SEED=1 bash scripts/demo_udi.sh      another seed, in a folder of its own
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-install_requirements requirements.txt
+install_requirements requirements.txt requirements-demo.txt
 
 SEED=${SEED:-0} EPOCHS=${EPOCHS:-7}
 DATA=.demo/data

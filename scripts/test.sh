@@ -3,7 +3,7 @@
 # Tests that open a page in a browser take Chromium, from Debian's packages where it is missing and root may install it; without
 # it they say that they were skipped.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-install_requirements requirements.txt requirements-dev.txt
+install_requirements requirements.txt requirements-demo.txt requirements-dev.txt
 
 has_browser() { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null
 if ! has_browser && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
