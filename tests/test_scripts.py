@@ -15,9 +15,7 @@ import main_esvit
 @pytest.mark.parametrize(
     ("gpus", "per_gpu", "batch", "accum"), [(8, 64, 512, 1), (2, 64, 512, 4), (1, 32, 256, 8), (4, 128, 1024, 2)]
 )
-def test_batch_size_on_any_number_of_gpus(
-    tmp_path: Path, gpus: int, per_gpu: int, batch: int, accum: int
-) -> None:
+def test_batch_size_on_any_number_of_gpus(tmp_path: Path, gpus: int, per_gpu: int, batch: int, accum: int) -> None:
     sizes = {"GPUS": str(gpus), "PER_GPU": str(per_gpu), "BATCH": str(batch)}
     done = caught_recipe(tmp_path, "pretrain", "swin_tiny", "/data", "/out", "--epochs", "100", **sizes)
     words = done.stdout.splitlines()
