@@ -8,11 +8,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from image_files import whole
 from PIL import Image
-from runs import TINY_RUN, TINY_SWIN, caught_recipe, write_images
+from runs import TINY_RUN, TINY_SWIN, TINY_UDI, TINY_VIT, caught_recipe, write_images
 from torch.distributed import run as torchrun
 
 import main_esvit
@@ -97,10 +98,16 @@ def test_commands_parse(page: Path, tmp_path: Path) -> None:
             pytest.fail(f"{page.name}: {line}")
 
 
-# Commands of the README that run, by script, with flags that make them small; each reads the files of the ones before.
+# Commands that run, by page, and flags that make them small. Each reads the files of the ones before.
+RUN = {
+    "README.md": ["main_esvit", "eval_knn", "eval_linear", "eval_finetune", "run_analysis", "export"],
+    "training.md": ["main_esvit", "main_esvit"],
+    "udi.md": ["main_udi", "main_udi"],
+}
 TINY = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
 TINY_FLAGS = {
     "main_esvit": TINY_RUN,
+    "main_udi": TINY_UDI,
     "eval_knn": [*TINY, "--nb_knn", "1", "3"],
     "eval_linear": [*TINY, "--n_last_blocks", "1", "--epochs", "1", "--batch_size_per_gpu", "4"],
     "eval_finetune": [*TINY, "--epochs", "1", "--warmup_epochs", "0", "--batch_size_per_gpu", "4"],
@@ -109,25 +116,35 @@ TINY_FLAGS = {
 }
 
 
-def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_tiny(script: str, words: list[str]) -> None:
+    """Run a script with further flags and config overrides."""
+    end = next((i for i, word in enumerate(words) if re.fullmatch(r"--|[A-Z]+\..*", word)), len(words))
+    pairs = [word for word in words[end:] if word != "--"]
+    network = TINY_VIT if script == "main_udi" else TINY_SWIN
+    module = importlib.import_module(script)
+    line = [*words[:end], *TINY_FLAGS[script], "--", *network, *pairs]
+    module.main(module.get_args_parser().parse_args(line))
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("photos", "imagenet"):
         for split in ("train", "val"):
             write_images(tmp_path / folder / split, 4, classes=2)
+    (tmp_path / "scans").mkdir()
+    for number in range(4):
+        np.save(tmp_path / "scans" / f"{number}.npy", np.full((32, 32, 5), 50 * number, np.uint8))
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.jpg")
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     ran = []
-    for line in commands_of(ROOT / "README.md"):
-        words = [re.sub(r"^/(my|data)/", f"{tmp_path}/", word) for word in words_of(line)]
+    (path,) = (path for path in PAGES if path.name == page)
+    for words in map(words_of, commands_of(path)):
         script = words[1].removesuffix(".py") if words[0] == "python" else ""
-        if script in TINY_FLAGS and script not in ran:
-            module = importlib.import_module(script)
-            module.main(module.get_args_parser().parse_args([*words[2:], *TINY_FLAGS[script], "--", *TINY_SWIN]))
+        if script in RUN[page]:
+            run_tiny(script, [re.sub(r"^/(my|data|runs)/", f"{tmp_path}/", word) for word in words[2:]])
             ran.append(script)
-    assert ran == list(TINY_FLAGS)
-    assert (tmp_path / "run" / "checkpoint.pth").is_file()
-    assert list((tmp_path / "analysis").glob("*.png"))
-    assert (tmp_path / "swin_tiny_timm.pth").is_file()
+    assert ran == RUN[page]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
