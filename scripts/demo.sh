@@ -48,7 +48,7 @@ cat <<END
 
 The task is to tell which of 20 photographs a 64-pixel crop was taken from. Training crops come from the left 60 % of each
 photograph, validation crops from the right 40 %; no pixel is shared. Features are frozen, and training used no labels.
-  scores       $RUN/results/knn.json, $RUN/linear/results/linear.json, $RUN/analysis/stereo.json
+  scores       $RUN/results/knn.json, $RUN/linear/results/linear.json, $RUN/analysis/results/stereo.json
   report       $RUN/analysis/report.html (curves, scores, attention, correspondences, features; opens offline)
   run          $RUN/log.txt (one JSON object per epoch), checkpoint.pth, config.yaml, run.json
   crops        $RUN/crops.png (a sample of the views)
