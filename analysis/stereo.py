@@ -53,11 +53,11 @@ def load_stereo() -> StereoPair:
     """
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise UsageError("package skimage is not installed; run pip install -r requirements.txt")
+        raise UsageError("package skimage is not installed; run pip install -r requirements-demo.txt")
     folder = Path(spec.origin).parent / "data"
     for file in FILES.values():
         if not (folder / file).is_file():
-            raise UsageError(f"this release of skimage has no {file}; install the one in requirements.txt")
+            raise UsageError(f"this release of skimage has no {file}; install the one in requirements-demo.txt")
     with np.load(folder / FILES["disparity"]) as stored:
         disparity = torch.from_numpy(np.asarray(next(iter(stored.values())), dtype=np.float32))
     pictures = [open_image(folder / FILES[side]).convert("RGB") for side in ("left", "right")]

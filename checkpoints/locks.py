@@ -53,6 +53,8 @@ def take(lock: SoftFileLease, give_up: Callable[[bool], None] | None = None) -> 
             lock.acquire(timeout=0)
             return
         beat = _last_beat(lock)
+        if beat < 0:
+            continue  # removed: filelock 4.1 removes a dead owner's lock in one try and takes it in the next
         if beat != seen:
             seen, since = beat, time.monotonic()
         elif lock.owner is None and time.monotonic() - since > ABANDONED_AFTER:

@@ -63,11 +63,15 @@ def photographs() -> dict[str, Path]:
     for package, folder, files in (("skimage", "data", SKIMAGE), ("sklearn", "datasets/images", SKLEARN)):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise UsageError(f"package {package} is not installed; run pip install -r requirements.txt")
+            raise UsageError(
+                f"package {package} is not installed; run pip install -r requirements.txt -r requirements-demo.txt"
+            )
         for name, file in files.items():
             path = Path(spec.origin).parent / folder / file
             if not path.is_file():
-                raise UsageError(f"this release of {package} does not ship {file}; install the one in requirements.txt")
+                raise UsageError(
+                    f"this release of {package} does not ship {file}; run pip install -r requirements-demo.txt"
+                )
             found[name] = path
     return found
 

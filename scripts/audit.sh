@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Report known vulnerabilities of what is installed in .venv (pip-audit, https://pypi.org/project/pip-audit). It tells and never
-# fails: exit code 0 whatever it finds, two minutes at most.
+# Report known vulnerabilities of the packages in .venv, with pip-audit (https://pypi.org/project/pip-audit).
+# Always exits with code 0, after two minutes at most.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -8,8 +8,8 @@ LIMIT=${AUDIT_SECONDS:-120}
 begun=$SECONDS
 left() { echo $((LIMIT - (SECONDS - begun) > 1 ? LIMIT - (SECONDS - begun) : 1)); }
 
-echo "== audit of dependencies (a report, not a test)"
-AUDIT=.venv/audit # an environment of its own, so that it adds nothing to what it audits
+echo "== dependency audit (a report, not a test)"
+AUDIT=.venv/audit # a separate environment, so that pip-audit's own packages are not audited
 if ! "$AUDIT/bin/python" -m pip_audit --version >/dev/null 2>&1; then
     "$PYTHON" -m venv "$AUDIT" >/dev/null 2>&1 &&
         timeout "$(left)" "$AUDIT/bin/python" -m pip install --quiet --disable-pip-version-check pip-audit >/dev/null 2>&1 || {
@@ -24,12 +24,12 @@ code=$?
 missed=$(grep -c "could not be audited" <<<"$found")
 case $code in
 0) [ "$missed" -eq 0 ] && echo "no known vulnerabilities in .venv" ||
-    echo "not audited: the service knows nothing of $missed packages (is it a mirror of PyPI?); it names none of the others" ;;
+    echo "$missed packages not audited, unknown to the service (is the index a mirror of PyPI?); no known vulnerabilities in the others" ;;
 1) if grep -q "^Found" <<<"$found"; then
-    echo "known vulnerabilities; newer versions may mend them:"
+    echo "known vulnerabilities; newer versions may fix them:"
     echo "$found" | tail -n 60
 else
-    echo "not audited: the vulnerability service was not reached ($(echo "$found" | tail -n 1 | cut -c 1-200))"
+    echo "not audited: the vulnerability service could not be reached ($(echo "$found" | tail -n 1 | cut -c 1-200))"
 fi ;;
 124) echo "not audited: no answer from the vulnerability service within $LIMIT seconds" ;;
 *) echo "not audited: $(echo "$found" | tail -n 1 | cut -c 1-200)" ;;

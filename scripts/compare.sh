@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Comparisons at the demo's budget: its recipe (scripts/demo.sh), scored by k-NN. A finished run is not run again.
-#   bash scripts/compare.sh tasks       views against views and regions: 4 epochs, SEEDS="0 1 2"
+# Compare tasks, networks or methods with the recipe of scripts/demo.sh, scored by k-NN. Finished runs are not repeated.
+#   bash scripts/compare.sh tasks       views, and views and regions: 4 epochs, SEEDS="0 1 2"
 #   bash scripts/compare.sh networks    every architecture on both tasks: 2 epochs, SEEDS=0
 #   bash scripts/compare.sh methods     EsViT on both tasks (Swin), DINO (ViT) and UDI (ViT): 4 epochs, SEEDS=0
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=()
-train() { # FOLDER EPOCHS SEED SCRIPT: the rest of its settings are in the environment
+train() { # FOLDER EPOCHS SEED SCRIPT; the script's other settings come from the environment
     local log=$1/log.txt
     [ ! -f "$log" ] || [ "$(wc -l <"$log")" -le "$2" ] ||
-        { echo "compare.sh: error: $log is of a run with other epochs than $2; move its folder away" >&2; exit 2; }
+        { echo "compare.sh: error: $log is from a run of more than $2 epochs; move its directory away" >&2; exit 2; }
     RUN=$1 EPOCHS=$2 SEED=$3 TRAIN_ONLY=1 bash "$4"
     runs+=("$1")
 }
@@ -48,9 +48,9 @@ esac
 import json, pathlib, sys
 for folder in map(pathlib.Path, sys.argv[1:]):
     losses = [json.loads(line)["train_loss"] for line in (folder / "log.txt").read_text().splitlines()]
-    newest = max(folder.glob("results*.json"), key=lambda path: path.stat().st_mtime)
-    scores = json.loads(newest.read_text())["scores"]
-    trained, untrained = scores["network"], scores["untrained network"]
-    print(f"{folder.name:20} {len(losses)} epochs, loss {losses[0]:.2f} -> {losses[-1]:.2f}  1-NN {trained['1']['top1']:.1f} (untrained "
-          f"{untrained['1']['top1']:.1f})  20-NN {trained['20']['top1']:.1f} ({untrained['20']['top1']:.1f})")
+    scores = json.loads((folder / "results" / "knn.json").read_text())["scores"]
+    print(f"{folder.name:20} {len(losses)} epochs, loss {losses[0]:.2f} -> {losses[-1]:.2f}", end="")
+    for k in ("1-NN", "20-NN"):
+        print(f"  {k} {scores[f'network, {k}']['top1']:.1f} (untrained {scores[f'untrained network, {k}']['top1']:.1f})", end="")
+    print()
 END

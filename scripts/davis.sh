@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Follow the objects of every validation video of DAVIS 2017, by DINO's protocol. There is no published EsViT figure for this.
+# Segment the objects of every DAVIS 2017 validation video with DINO's protocol. EsViT published no result for this.
 #   bash scripts/davis.sh ARCH DAVIS CHECKPOINT OUT [flags of eval_video.py]
 #   bash scripts/davis.sh deit_small /data/davis-2017 /runs/udi/checkpoint.pth /runs/udi/davis \
 #       -- MODEL.SPEC.NUM_CLS_TOKENS 2 MODEL.SPEC.POS_RESIZE scale
-# DAVIS has JPEGImages/480p, Annotations/480p and ImageSets/2017/val.txt. OUT gets a folder of indexed PNGs for each video, which
-#   python evaluation_method.py --task semi-supervised --results_path OUT --davis_path DAVIS       (davis2017-evaluation)
-# scores. Videos whose folder is there already are left out, so the same command goes on. Flags given at the end win over those here.
+# DAVIS contains JPEGImages/480p, Annotations/480p and ImageSets/2017/val.txt. Writes a folder of indexed PNGs per video to OUT;
+# the official davis2017-evaluation scores them:
+#   python evaluation_method.py --task semi-supervised --results_path OUT --davis_path DAVIS
+# Videos with an existing folder are skipped, so the same command resumes. Trailing flags override those set here.
 USAGE="ARCH DAVIS CHECKPOINT OUT [flags of eval_video.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 take "$@"
 LIST=$DAVIS/ImageSets/2017/val.txt
-[ -f "$LIST" ] || usage "$LIST does not exist; name the folder of DAVIS 2017"
+[ -f "$LIST" ] || usage "$LIST does not exist; DAVIS must be the DAVIS 2017 directory"
 mkdir -p "$OUT"
 while read -r video || [ -n "$video" ]; do
     [ -n "$video" ] && [ ! -e "$OUT/$video" ] || continue

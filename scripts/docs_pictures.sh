@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The pictures of the README: attention, correspondence, features and report, each a PNG of less than 150 KB.
-#   bash scripts/docs_pictures.sh            from .demo/seed0, as scripts/demo.sh leaves it, to docs/
+# Make the pictures of docs/: method, and from a demo run attention, correspondence, features and report.
+#   bash scripts/docs_pictures.sh            from the run of scripts/demo.sh, .demo/seed0, to docs/
 #   bash scripts/docs_pictures.sh RUN OUT    from another run of the demo's network, to another folder
-# Photographs are those that scikit-image ships. report.png is a screenshot and needs Chromium.
+# The photographs come from scikit-image. report.png is a screenshot and needs Chromium.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "docs_pictures.sh: error: $1" >&2; exit 2; }
@@ -30,7 +30,7 @@ HOME=$WORK "$BROWSER" --headless --no-sandbox --disable-gpu --disable-quic --no-
     --screenshot="$WORK/pictures/report.png" "file://$(realpath "$RUN")/analysis/report.html" 2>/dev/null >&2
 
 "$PYTHON" - "$WORK/pictures" "$OUT" <<'END'
-"""Shrink the pictures until each is below 150 KB: to 256 colors, then to fewer pixels."""
+"""Shrink each picture below 150 KB: to 256 colors, then to fewer pixels."""
 import io, pathlib, sys
 from PIL import Image
 
@@ -52,3 +52,4 @@ for pattern in ("swin_ssl_astronaut_attention.png", "swin_ssl_*_correspondence.p
     (out / name).write_bytes(stream.getvalue())
     print(f"{out / name}: {small.width} x {small.height}, {stream.tell() / 1000:.0f} KB")
 END
+"$PYTHON" -m tools.draw_method "$OUT/method.png"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Pre-train on ImageNet with the published batch size on any number of GPUs; the flags are those of the rows with 300 epochs.
+# Pre-train on ImageNet with the published 300-epoch recipe and batch size on any number of GPUs.
 #   bash scripts/pretrain.sh ARCH IMAGENET OUT [flags of main_esvit.py]
 #   GPUS=2 bash scripts/pretrain.sh swin_tiny /data/imagenet /runs/swin_tiny                  batch 512 = 2 x 64 x 4 accumulated
-#   GPUS=8 PER_GPU=128 BATCH=1024 bash scripts/pretrain.sh swin_tiny ...                      batch 1024 in one go
+#   GPUS=8 PER_GPU=128 BATCH=1024 bash scripts/pretrain.sh swin_tiny ...                      batch 1024, not accumulated
 #   bash scripts/pretrain.sh vil_2262 ... --use_dense_prediction False                        views only
-# The learning rate follows the batch by itself: --lr is for 256 images (0.0005), the optimizer gets lr x BATCH / 256, so a batch
-# of 256 runs at 0.0005, 512 at 0.001, 1024 at 0.002. Accumulated micro-batches count as one batch in the step, its schedules and
-# its center; BatchNorm, where a network has it, sees one micro-batch at a time. Flags given at the end win over those here.
+# --lr (0.0005) is for 256 images; the optimizer uses lr x BATCH / 256: 0.0005 for a batch of 256, 0.001 for 512, 0.002 for 1024.
+# Accumulated micro-batches count as one batch for the step, the schedules and the center; BatchNorm, where a network has it, sees
+# one micro-batch at a time. Trailing flags override those set here.
 USAGE="ARCH IMAGENET OUT [flags of main_esvit.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 take "$@"

