@@ -51,7 +51,7 @@ from config.ranges import (
     number,
 )
 from data.datasets import Transform
-from data.layouts.lists import digest_of
+from data.layouts.image_list import list_digest
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation.features import data_identity, evaluation_size, labeled_datasets, network_config
@@ -184,7 +184,7 @@ def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Tra
         raise UsageError(
             f"timm does not take --aa {args.aa} ({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1, or none"
         ) from None
-    return augment.MultiCrop([augment.posterized_to_a_bit(view)])
+    return augment.MultiCrop([augment.limit_posterize(view)])
 
 
 def build_loaders(
@@ -377,7 +377,7 @@ def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     about |= {"--finetune_head_layer": args.finetune_head_layer, "--val_interpolation": args.val_interpolation}
     about |= data_identity(train_set, val_set)
     if args.target_list_path:
-        about["digest of --target_list_path"] = digest_of(args.target_list_path)
+        about["digest of --target_list_path"] = list_digest(args.target_list_path)
     utils.seed_everything(args.seed)
     with collectives.failing_together():
         network = build_network(args, config, classes, size)

@@ -33,7 +33,7 @@ import utils
 from config import arguments
 from config.arguments import add_token_flag, bool_flag
 from config.ranges import BATCH, BLOCKS, EPOCHS, SEED, WORKERS, number
-from data.layouts.lists import digest_of
+from data.layouts.image_list import list_digest
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation.features import (
@@ -173,7 +173,7 @@ def extract(
         "n_last_blocks": args.n_last_blocks,
         "data_path": args.data_path,
         "target_list_path": args.target_list_path,
-        "digest_of_list": digest_of(args.target_list_path) if args.target_list_path else None,
+        "digest_of_list": list_digest(args.target_list_path) if args.target_list_path else None,
         "image_size": evaluation_size(args, config),
         "crop_ratio": args.crop_ratio,
     }

@@ -41,10 +41,10 @@ from analysis.propagation import Rule, follow, to_pixels, to_regions
 from checkpoints import files
 from config import arguments
 from config.ranges import COUNT, PIXELS, SEED, TEMPERATURE, integer
-from data.datasets import reason_of
+from data.datasets import format_error
 from data.decode import ImageLike, UndeclaredRange, open_image, read_image
+from data.layouts.folder_scan import is_image_file
 from data.layouts.sources import read_file
-from data.layouts.tree import is_image_file
 from data.transforms import augment
 from data.transforms.augment import as_tensor
 from distributed import collectives, launch
@@ -137,7 +137,7 @@ def read_mask(path: str) -> Image.Image:
         with open_image(io.BytesIO(read_file(path))) as opened:
             mask = opened.convert("L") if opened.mode == "1" else opened.copy()
     except (OSError, ValueError) as error:
-        raise UsageError(f"--first_mask {path} cannot be read ({reason_of(error)}); name an indexed PNG") from None
+        raise UsageError(f"--first_mask {path} cannot be read ({format_error(error)}); name an indexed PNG") from None
     if mask.mode not in INDEXED:
         raise UsageError(
             f"--first_mask {path} has colors (mode {mask.mode}), not a label for each pixel; save it indexed"
@@ -158,7 +158,7 @@ def read_frame(path: Path, video: Video) -> ImageLike:
     except UndeclaredRange:
         raise
     except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
-        raise UsageError(f"cannot read the frame {path} ({reason_of(error)}); repair or remove it") from None
+        raise UsageError(f"cannot read the frame {path} ({format_error(error)}); repair or remove it") from None
 
 
 def size_of(frame: ImageLike) -> tuple[int, int]:

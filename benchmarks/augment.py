@@ -79,7 +79,7 @@ def timed(work: Callable[[], object]) -> Seconds:
 def measure(jpegs: list[bytes], rounds: int) -> dict[str, list[Seconds]]:
     """Seconds a round of every part; the first round, which warms up, is left out."""
     pil = dino_views(CROPS, 3, MEAN, STD, STRENGTH)
-    crops, finish = split_views(CROPS, MEAN, STD, STRENGTH)
+    crops, device_transform = split_views(CROPS, MEAN, STD, STRENGTH)
     samples: list[list[Tensor]] = []
 
     def with_pil() -> None:
@@ -90,7 +90,7 @@ def measure(jpegs: list[bytes], rounds: int) -> dict[str, list[Seconds]]:
         samples[:] = [crops(decode_image(jpeg, 3)) for jpeg in jpegs]
 
     def device_part() -> None:
-        finish([torch.stack(part) for part in zip(*samples)], torch.device("cpu"))
+        device_transform([torch.stack(part) for part in zip(*samples)], torch.device("cpu"))
 
     parts = {"PIL": with_pil, "worker": worker, "device part": device_part}
     found: dict[str, list[Seconds]] = {name: [] for name in parts}

@@ -40,9 +40,9 @@ from PIL import Image
 
 from data.datasets import build_dataset
 from data.decode import ImageLike
+from data.layouts.folder_scan import SETTLE_NS
 from data.layouts.index_cache import CACHE_VARIABLE
 from data.layouts.shards import build_stream
-from data.layouts.tree import UNSETTLED
 from distributed import launch
 
 PER_FOLDER = 1000
@@ -195,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
             root = Path(folder) / layout
             root.mkdir()
             WRITERS[layout](root, args.entries, image)
-        time.sleep(1.5 * UNSETTLED / 1e9)  # a folder that changed a moment ago is not believed to be the same
+        time.sleep(1.5 * SETTLE_NS / 1e9)  # a folder that changed a moment ago is not believed to be the same
         print(f"{args.entries} entries; looked up by a worker: {min(args.entries, TOUCHED)}")
         if "files" in args.layouts:
             rows["plain"] = report("files, list of tuples", lambda: Plain(root=Path(folder) / "files"))

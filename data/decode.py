@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from data.damage import PNG, check_jpeg, check_webp, essential_png
+from data.integrity import PNG, check_jpeg, check_webp, strip_png
 from data.layouts.sources import read_file
 from utils import UsageError
 
@@ -113,7 +113,7 @@ def decode_image(content: bytes, in_chans: int, value_range: Sequence[float] = (
 def _read_with_pillow(content: bytes) -> Image.Image | Stored:
     """An upright image of 8 bits, or what is stored in another."""
     try:
-        opened = open_image(io.BytesIO(essential_png(content) if content.startswith(PNG) else content))
+        opened = open_image(io.BytesIO(strip_png(content) if content.startswith(PNG) else content))
     except UnidentifiedImageError:
         raise ValueError("the bytes are no image of a known kind") from None
     with opened as image:

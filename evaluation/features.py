@@ -28,7 +28,7 @@ import utils
 from checkpoints.loading import load_backbone, load_file, saved_config
 from config.loading import load_config
 from data.datasets import Transform
-from data.layouts.lists import keep_listed
+from data.layouts.image_list import select_listed
 from data.loader import set_epoch
 from data.transforms import augment
 from distributed import collectives
@@ -152,7 +152,7 @@ def labeled_datasets(
         )
     val.use_classes(train.classes)
     if train_list:
-        keep_listed(train, train_list)
+        select_listed(train, train_list)
     return train, val
 
 

@@ -29,7 +29,7 @@ from data.transforms.augment import (
     deit_views,
     dino_views,
     eval_view,
-    posterized_to_a_bit,
+    limit_posterize,
     train_view,
 )
 from utils import UsageError
@@ -497,7 +497,7 @@ def test_the_strongest_posterizing_keeps_a_bit() -> None:
     """timm asks for none at magnitude 10, which some draws around 9 reach and Pillow refuses; other levels stay timm's."""
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     for policy in ("rand-m10-inc1", "rand-m0", "v0"):
-        view = posterized_to_a_bit(create_transform(16, is_training=True, auto_augment=policy))
+        view = limit_posterize(create_transform(16, is_training=True, auto_augment=policy))
         step = next(step for step in view.transforms if hasattr(step, "ops") or hasattr(step, "policy"))
         policies = getattr(step, "policy", None) or [step.ops]
         posterizing = [op for some in policies for op in some if op.name.startswith("Posterize")]

@@ -17,7 +17,7 @@ from data.datasets import ImageDataset, build_dataset
 from data.transforms.augment import MultiCrop, dino_views
 from data.transforms.crops import ByteCrops, split_views
 from data.transforms.photometric import DRAWS
-from data.transforms.recipe import ASPECT, Crops, View, dino_recipe
+from data.transforms.recipe import ASPECT, Crops, ViewSpec, dino_recipe
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
 VIEWS = dino_recipe(CROPS, 0.4).views
@@ -79,7 +79,7 @@ def test_distribution_of_the_boxes_is_that_of_the_pil_backend() -> None:
     pixels = np.zeros((200, 250, 3), dtype=np.uint8)
     pixels[:, :, 0], pixels[:, :, 1] = np.arange(250), np.arange(200)[:, None]
     image, count = Image.fromarray(pixels), 500
-    view = View(16, (0.2, 0.8), blur=0.0, solarize=0.0)
+    view = ViewSpec(16, (0.2, 0.8), blur=0.0, solarize=0.0)
     split = torch.stack([ByteCrops([view])(image)[0] for _ in range(count)])
     pil_view = RandomResizedCrop(16, view.scale, ASPECT, InterpolationMode.BICUBIC, antialias=True)
     pil = torch.stack([TF.pil_to_tensor(pil_view(image)) for _ in range(count)])
@@ -92,8 +92,8 @@ def test_distribution_of_the_boxes_is_that_of_the_pil_backend() -> None:
 
 
 def test_no_local_crops() -> None:
-    crops, finish = split_views(CROPS._replace(local_numbers=(), local_sizes=()), MEAN, STD, 0.4)
-    views = finish([part[None] for part in crops(noise())], torch.device("cpu"))
+    crops, device_transform = split_views(CROPS._replace(local_numbers=(), local_sizes=()), MEAN, STD, 0.4)
+    views = device_transform([part[None] for part in crops(noise())], torch.device("cpu"))
     assert [view.shape for view in views] == [(1, 3, 32, 32)] * 2
 
 

@@ -16,8 +16,8 @@ import main_esvit
 from benchmarks import dataset
 from data import convert
 from data.datasets import build_dataset, layout_of
-from data.layouts.shards import PAUSES
-from data.layouts.tree import EXTENSIONS
+from data.layouts.folder_scan import EXTENSIONS
+from data.layouts.shards import RETRY_DELAYS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def test_every_flag_and_every_ending_is_there() -> None:
     assert set(re.findall(r"--\w+", GUIDE)) <= known
     (endings,) = re.findall(r"Endings of images: (.*?), in small", GUIDE)
     assert [f".{ending}" for ending in endings.split(", ")] == list(EXTENSIONS)
-    assert "after {:.0f} and {:.0f} seconds".format(*PAUSES) in GUIDE
+    assert "after {:.0f} and {:.0f} seconds".format(*RETRY_DELAYS) in GUIDE
 
 
 def test_training_commands_are_parsed() -> None:

@@ -152,7 +152,7 @@ def test_list_that_names_missing_files(tmp_path: Path) -> None:
 
 def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing between them is named when it is read."""
-    monkeypatch.setattr(folders, "CHECKED_PATHS", 3)
+    monkeypatch.setattr(folders, "MAX_CHECKED_PATHS", 3)
     for i in (0, 1, 2, 3, 4, 6, 7):
         write_gray(tmp_path / f"{i}.png", i)
     listing = tmp_path / "images.txt"

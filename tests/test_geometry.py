@@ -9,10 +9,10 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from data.transforms.geometry import (
-    Rect,
-    coordinates,
+    CropBox,
     inside,
     intersection,
+    normalized_corners,
     project,
     shift_to_overlap,
     stratified_samples,
@@ -83,12 +83,12 @@ def test_the_target_shows_the_same_point_of_the_image(align: str) -> None:
     for _ in range(200):
         size = (generator.randint(50, 300), generator.randint(50, 300))
         a, b = (
-            Rect(
+            CropBox(
                 generator.randint(0, 20), generator.randint(0, 20), generator.randint(10, 30), generator.randint(10, 30)
             )
             for _ in range(2)
         )
-        source, target = (coordinates(rect, size, generator.random() < 0.5) for rect in (a, b))
+        source, target = (normalized_corners(rect, size, generator.random() < 0.5) for rect in (a, b))
         tokens = stratified_samples(14, 3)
         projection = project(tokens, source, target, 14, 14, align)
         shown = source[:2] + token_positions(tokens, 14, align) * (source[2:] - source[:2])
@@ -100,8 +100,8 @@ def test_the_target_shows_the_same_point_of_the_image(align: str) -> None:
 
 
 def test_a_flip_swaps_the_columns_and_two_are_none() -> None:
-    rect = Rect(2, 3, 10, 20)
-    plain, flipped = (coordinates(rect, (51, 101), flip) for flip in (False, True))
+    rect = CropBox(2, 3, 10, 20)
+    plain, flipped = (normalized_corners(rect, (51, 101), flip) for flip in (False, True))
     assert plain.tolist() == pytest.approx([2 / 50, 3 / 100, 11 / 50, 22 / 100])
     assert flipped[[0, 3, 2, 1]].tolist() == plain.tolist()
 
@@ -111,9 +111,9 @@ def test_shifted_crops_share_half_of_the_shorter_side_and_nested_ones_lie_inside
     image = torch.empty(3, 300, 400)
     for scale in ([0.25, 1.0], [0.05, 0.25]):
         for _ in range(2000):
-            first = Rect(*RandomResizedCrop.get_params(image, [0.25, 1.0], [3 / 4, 4 / 3]))
+            first = CropBox(*RandomResizedCrop.get_params(image, [0.25, 1.0], [3 / 4, 4 / 3]))
             second = shift_to_overlap(
-                Rect(*RandomResizedCrop.get_params(image, scale, [3 / 4, 4 / 3])), first, (300, 400)
+                CropBox(*RandomResizedCrop.get_params(image, scale, [3 / 4, 4 / 3])), first, (300, 400)
             )
             assert second.top >= 0
             assert second.left >= 0
@@ -124,12 +124,12 @@ def test_shifted_crops_share_half_of_the_shorter_side_and_nested_ones_lie_inside
             assert both.height >= 0.5 * min(first.height, second.height) - 2
             assert both.width >= 0.5 * min(first.width, second.width) - 2
             within = RandomResizedCrop.get_params(image[:, : first.height, : first.width], scale, [3 / 4, 4 / 3])
-            nested = inside(Rect(*within), first)
+            nested = inside(CropBox(*within), first)
             assert intersection(nested, first) == nested
 
 
 def test_intersection_and_union() -> None:
-    a, b = Rect(0, 0, 10, 10), Rect(5, 8, 10, 10)
-    assert intersection(a, b) == Rect(5, 8, 5, 2)
-    assert union(a, b) == Rect(0, 0, 15, 18)
-    assert intersection(a, Rect(10, 0, 5, 5)) is None
+    a, b = CropBox(0, 0, 10, 10), CropBox(5, 8, 10, 10)
+    assert intersection(a, b) == CropBox(5, 8, 5, 2)
+    assert union(a, b) == CropBox(0, 0, 15, 18)
+    assert intersection(a, CropBox(10, 0, 5, 5)) is None

@@ -25,8 +25,8 @@ from data.layouts.shards import build_stream
 from data.layouts.sources import UNLABELED
 from data.loader import (
     Batch,
-    EveryNth,
     FailureTally,
+    StridedSampler,
     build_eval_loader,
     build_train_loader,
     collate,
@@ -117,37 +117,37 @@ def test_collate_without_a_view_of_one_image_has_no_view() -> None:
 
 
 def split_samples(count: int = 4) -> tuple[list[Sample], Photometric]:
-    crops, finish = split_views(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
+    crops, device_transform = split_views(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
-    return [Sample(crops(image), i, i, ()) for i in range(count)], finish
+    return [Sample(crops(image), i, i, ()) for i in range(count)], device_transform
 
 
 def test_batch_ships_bytes_and_is_finished_where_it_is_used() -> None:
-    samples, finish = split_samples()
-    later = collate(samples, finish)
+    samples, device_transform = split_samples()
+    later = collate(samples, device_transform)
     assert [(view.dtype, view.shape) for view in later.views[:-1]] == [
         (torch.uint8, (4, 3, size, size)) for size in (16, 16, 8, 8)
     ]
     assert later.views[-1].shape == (4, 4, DRAWS)
-    here = collate(samples, finish, finish_here=True)
-    assert here.finish is None
+    here = collate(samples, device_transform, apply_now=True)
+    assert here.device_transform is None
     assert [view.shape for view in here.views] == [(4, 3, size, size) for size in (16, 16, 8, 8)]
     assert all(torch.equal(a, b) for a, b in zip(here.views, later.views_on(CPU), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(here.views, here.views_on(CPU), strict=True))
 
 
 def test_finished_batch_without_a_view_of_one_image_has_no_view() -> None:
-    samples, finish = split_samples()
+    samples, device_transform = split_samples()
     for here in (False, True):
-        batch = collate([*samples, Sample([], UNLABELED, 7, ("a.png: gone",))], finish, here)
+        batch = collate([*samples, Sample([], UNLABELED, 7, ("a.png: gone",))], device_transform, here)
         assert batch.views == []
         assert batch.views_on(CPU) == []
 
 
 def test_pinning_keeps_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the loader's thread pins a batch for CUDA; a copy stands for the pinned memory."""
-    samples, finish = split_samples()
-    batch = collate(samples, finish)
+    samples, device_transform = split_samples()
+    batch = collate(samples, device_transform)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self, device=None: self.clone())
     pinned = pin_memory(batch)
     assert isinstance(pinned, Batch)
@@ -157,13 +157,13 @@ def test_pinning_keeps_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def split_dataset(tmp_path: Path) -> tuple[ImageDataset, Photometric]:
-    crops, finish = split_views(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
-    return build_dataset(write_images(tmp_path, IMAGES), "train", crops), finish
+    crops, device_transform = split_views(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
+    return build_dataset(write_images(tmp_path, IMAGES), "train", crops), device_transform
 
 
 def split_epoch(split_dataset: tuple[ImageDataset, Photometric], epoch: int, workers: int, later: bool) -> list[Batch]:
-    dataset, finish = split_dataset
-    loader = build_train_loader(dataset, 4, workers, pin_memory=False, finish=finish)
+    dataset, device_transform = split_dataset
+    loader = build_train_loader(dataset, 4, workers, pin_memory=False, device_transform=device_transform)
     if later:
         loader = DataLoader(
             dataset,  # type: ignore[arg-type]  # as in build_train_loader
@@ -171,10 +171,10 @@ def split_epoch(split_dataset: tuple[ImageDataset, Photometric], epoch: int, wor
             sampler=loader.sampler,
             num_workers=workers,
             drop_last=True,
-            collate_fn=partial(collate, finish=finish),
+            collate_fn=partial(collate, device_transform=device_transform),
         )
     set_epoch(loader, epoch)
-    return [batch._replace(views=batch.views_on(CPU), finish=None) for batch in loader]
+    return [batch._replace(views=batch.views_on(CPU), device_transform=None) for batch in loader]
 
 
 def test_who_finishes_a_batch_changes_nothing(split_dataset: tuple[ImageDataset, Photometric]) -> None:
@@ -335,7 +335,7 @@ def test_every_nth_covers_each_index_once(monkeypatch: pytest.MonkeyPatch, lengt
     shares = []
     for rank in range(3):
         set_world(monkeypatch, rank, 3)
-        sampler = EveryNth(length)
+        sampler = StridedSampler(length)
         shares.append(list(sampler))
         assert len(sampler) == len(shares[-1])
         assert all(index % 3 == rank for index in shares[-1])

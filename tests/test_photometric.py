@@ -393,8 +393,8 @@ def test_distribution_of_a_whole_view_is_that_of_the_pil_backend(view: int) -> N
 def samples(count: int) -> tuple[list[list[Tensor]], Photometric]:
     """What workers make of some images, and the other half."""
     torch.manual_seed(0)
-    crops, finish = split_views(CROPS, MEAN, STD, 0.4)
-    return [crops(noise(50)) for _ in range(count)], finish
+    crops, device_transform = split_views(CROPS, MEAN, STD, 0.4)
+    return [crops(noise(50)) for _ in range(count)], device_transform
 
 
 def stacked(parts: list[list[Tensor]]) -> list[Tensor]:
@@ -402,20 +402,20 @@ def stacked(parts: list[list[Tensor]]) -> list[Tensor]:
 
 
 def test_views_in_order() -> None:
-    parts, finish = samples(6)
-    views = finish(stacked(parts), CPU)
+    parts, device_transform = samples(6)
+    views = device_transform(stacked(parts), CPU)
     assert [view.shape for view in views] == [(6, 3, size, size) for size in (32, 32, 16, 16, 12)]
     assert all(view.dtype == torch.float32 for view in views)
 
 
 def test_colors_do_not_depend_on_the_rest_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on how many images are taken at once: bit for bit."""
-    parts, finish = samples(9)
-    together = finish(stacked(parts), CPU)
-    reversed_ = finish(stacked(parts[::-1]), CPU)
-    alone = [finish(stacked([part]), CPU) for part in parts]
+    parts, device_transform = samples(9)
+    together = device_transform(stacked(parts), CPU)
+    reversed_ = device_transform(stacked(parts[::-1]), CPU)
+    alone = [device_transform(stacked([part]), CPU) for part in parts]
     monkeypatch.setattr(photometric, "CACHED_PIXELS", 1)
-    one_by_one = finish(stacked(parts), CPU)
+    one_by_one = device_transform(stacked(parts), CPU)
     for v in range(5):
         assert torch.equal(together[v], reversed_[v].flip(0))
         assert torch.equal(together[v], torch.cat([views[v] for views in alone]))
@@ -423,28 +423,28 @@ def test_colors_do_not_depend_on_the_rest_of_the_batch(monkeypatch: pytest.Monke
 
 
 def test_the_crops_stay_as_they_are() -> None:
-    parts, finish = samples(3)
+    parts, device_transform = samples(3)
     before = stacked(parts)
     after = [tensor.clone() for tensor in before]
-    finish(before, CPU)
+    device_transform(before, CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
 def test_normalization_of_each_channel() -> None:
     """A constant image below the threshold of solarization, jitter of strength 0 and no gray: nothing else happens."""
     levels = (10, 60, 120)
-    crops, finish = split_views(CROPS, MEAN, STD, 0.0)
+    crops, device_transform = split_views(CROPS, MEAN, STD, 0.0)
     parts = stacked([crops(Image.new("RGB", (50, 40), levels)) for _ in range(4)])
     parts[-1][..., 6] = LARGEST
     expected = torch.tensor([(level / 255 - m) / s for level, m, s in zip(levels, MEAN, STD)])[:, None, None]
-    for view in finish(parts, CPU):
+    for view in device_transform(parts, CPU):
         torch.testing.assert_close(view, expected.expand_as(view), rtol=0, atol=2e-5)
 
 
 def test_nothing_is_read_back_from_the_device() -> None:
     """Tensors of the meta device have no values: an operation that waited for one would fail."""
-    parts, finish = samples(6)
-    views = finish(stacked(parts), torch.device("meta"))
+    parts, device_transform = samples(6)
+    views = device_transform(stacked(parts), torch.device("meta"))
     assert [(view.device.type, view.shape) for view in views] == [
         ("meta", (6, 3, size, size)) for size in (32, 32, 16, 16, 12)
     ]

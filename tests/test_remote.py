@@ -1,10 +1,9 @@
-"""Shards that lie elsewhere: served over http, dropped in the middle, missing, printed by commands, opened by fsspec."""
+"""Remote shards: over http with lost connections and errors, from commands, and through other fsspec protocols."""
 
 from __future__ import annotations
 
 import http.server
 import json
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from data.layouts.shards import build_stream
 from data.loader import Batch
 from utils import UsageError
 
-pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="http is fetched by curl")
+pytest.importorskip("aiohttp", reason="http needs package aiohttp")
 NAMES = [f"train-{i:03}.tar" for i in range(len(COUNTS))]
 
 
@@ -78,7 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(shards, "RETRY_DELAYS", (0.01, 0.01))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -108,7 +107,6 @@ def failures_of(batches: list[Batch]) -> dict[str, str]:
     assert all(batch.views for batch in batches)
     failures = {failure.split(": ")[0]: failure.split(": ", 1)[1] for batch in batches for failure in batch.failures}
     for reason in failures.values():
-        assert "connect-timeout" not in reason  # no command line
         assert "[" not in reason
         assert "\n" not in reason
     for batch in batches:
@@ -143,10 +141,11 @@ def test_dropped_once_loses_nothing(server: Server) -> None:
 
 
 def test_dropped_each_time_loses_what_comes_after_and_names_it(server: Server) -> None:
-    server.cut[NAMES[2]] = 3 * 1024 + 700  # in the content of the fourth image: three are whole
+    server.cut[NAMES[2]] = 3 * 1024 + 700  # in the content of the fourth image; what was buffered is lost too
     failures = failures_of(epoch_of(server.pattern))
-    assert set(failures) == {f"{server.url}/{NAMES[2]} image {i}" for i in range(4, COUNTS[2] + 1)}
-    assert all(reason.startswith("curl (18) ") for reason in failures.values()), failures
+    names = [f"{server.url}/{NAMES[2]} image {i}" for i in range(1, COUNTS[2] + 1)]
+    assert set(names[3:]) <= failures.keys() <= set(names)
+    assert all("connection was lost" in reason for reason in failures.values()), failures
 
 
 @pytest.mark.parametrize("status", [404, 403, 503])
@@ -155,7 +154,8 @@ def test_answer_that_is_an_error(server: Server, status: int) -> None:
     failures = failures_of(epoch_of(server.pattern))
     lost = [(NAMES[1], 1)] + [(NAMES[3], i) for i in range(1, COUNTS[3] + 1)]
     assert set(failures) == {f"{server.url}/{name} image {i}" for name, i in lost}
-    assert set(failures.values()) == {f"curl (22) The requested URL returned error {status}"}
+    (reason,) = set(failures.values())
+    assert str(status) in reason
 
 
 def test_what_is_served_is_no_tar(server: Server) -> None:
@@ -167,13 +167,11 @@ def test_what_is_served_is_no_tar(server: Server) -> None:
 
 def test_nothing_is_reachable(server: Server) -> None:
     server.status = dict.fromkeys(NAMES, 404)
-    with pytest.raises(
-        UsageError, match=r"no image can be read from .*train-000\.tar \(curl .* error 404\), nor from 4"
-    ) as e:
+    with pytest.raises(UsageError, match=r"no image can be read from .*train-000\.tar \(.*404.*\), nor from 4") as e:
         build_stream(server.pattern, whole)
     assert "\n" not in str(e.value)
     assert max(server.requests.values()) == 1
-    with pytest.raises(UsageError, match=r"train-002\.tar \(curl .* error 404\); check --data_path$"):
+    with pytest.raises(UsageError, match=r"train-002\.tar \(.*404.*\); check --data_path$"):
         build_stream(f"{server.url}/{NAMES[2]}", whole)
 
 
@@ -184,13 +182,13 @@ def test_one_that_is_reachable_is_enough(server: Server) -> None:
 
 def test_an_outage_ends_an_epoch_soon(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read any more: batches without views come at once, not after every shard has been tried."""
-    monkeypatch.setattr(shards, "TRIED_SHARDS", 2)
+    monkeypatch.setattr(shards, "MAX_TRIED_SHARDS", 2)
     stream = build_stream(server.pattern, whole, buffer=1)
     server.status = dict.fromkeys(NAMES, 404)
     server.requests.clear()
     batch = next(iter(loader_of(stream, 1)))
     assert batch.views == []
-    assert "error 404" in batch.failures[0]
+    assert "404" in batch.failures[0]
     assert len(server.requests) <= 4
 
 
@@ -274,7 +272,7 @@ def test_run_goes_on_over_lost_shards_and_ends_where_all_are_lost(
     lines = [line for line in told if "cannot read" in line]
     assert len(lines) == 2
     for name in lost:
-        assert any(line.startswith(f"cannot read {server.url}/{name} image 1 (curl (22) ") for line in lines)
+        assert any(line.startswith(f"cannot read {server.url}/{name} image 1 (HTTP error 404") for line in lines)
     server.status = {f"one-{i:03}.tar": 404 for i in range(1, 200)}
-    with pytest.raises(UsageError, match=r"of 200 images cannot be read, .*one-\d+\.tar image 1 \(curl"):
+    with pytest.raises(UsageError, match=r"of 200 images cannot be read, .*one-\d+\.tar image 1 \(HTTP error 404"):
         pretrain(2)

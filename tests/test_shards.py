@@ -27,7 +27,7 @@ from data.datasets import build_dataset
 from data.layouts import tars
 from data.layouts.remote import is_remote
 from data.layouts.shards import ShardStream, Span, build_stream, plan_spans, read_span
-from data.layouts.tars import count_images, find_shards, holds_shards, is_image, names_in, split_name
+from data.layouts.tars import contains_shards, count_expansions, count_images, find_shards, is_image, split_name
 from data.loader import Batch, build_train_loader, set_epoch
 from utils import UsageError
 
@@ -198,9 +198,9 @@ def test_patterns_and_folders(shards: Path, tmp_path: Path) -> None:
     assert find_shards(str(shards), "train") == names
     shards.rename(tmp_path / "train")
     assert len(find_shards(str(tmp_path), "train")) == 6
-    assert holds_shards(str(tmp_path))
-    assert holds_shards("https://host/a-{0..3}.tar")
-    assert not holds_shards(str(tmp_path / "nowhere"))
+    assert contains_shards(str(tmp_path))
+    assert contains_shards("https://host/a-{0..3}.tar")
+    assert not contains_shards(str(tmp_path / "nowhere"))
 
 
 def test_only_what_was_typed_is_opened_by_a_shell(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_large_shards_are_looked_through_once(shards: Path, tmp_path: Path, monk
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     listed = build_dataset(shards, "train", whole, need_labels=True, layout="shards")
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(tars, "KEPT_FROM", 1)
+    monkeypatch.setattr(tars, "MIN_CACHED_BYTES", 1)
     names = find_shards(str(shards), "train")
     with pytest.MonkeyPatch.context() as forbid:
         for _ in range(2):
@@ -486,7 +486,7 @@ def test_a_pattern_of_too_many_shards_is_not_written_out(pattern: str) -> None:
     [("a", 1), ("{a,b}{c,d,e}", 6), ("{000..146}", 147), ("{0..9..3}", 4), ("{5..2}", 4), ("{-1..1}x{a}", 3)],
 )
 def test_names_of_a_pattern_are_counted_as_they_are_written_out(pattern: str, names: int) -> None:
-    assert names_in(pattern) == names == len(list(braceexpand.braceexpand(pattern)))
+    assert count_expansions(pattern) == names == len(list(braceexpand.braceexpand(pattern)))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from checkpoints import loading
 from data.datasets import ImageDataset, build_dataset
 from data.layouts import index_cache
 from data.layouts import tsv as tsv_layout
-from data.layouts.tsv import index_lines, line_offsets
+from data.layouts.tsv import index_lines, load_line_offsets
 from data.loader import build_eval_loader
 from utils import UsageError
 
@@ -94,7 +94,7 @@ def test_workers_read_the_same(tsv: Path) -> None:
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n", b""], ids=["newline", "windows", "none"])
 def test_index_is_made_beside_the_file(tsv: Path, monkeypatch: pytest.MonkeyPatch, block: int, ending: bytes) -> None:
     """Whatever the size of the blocks, and however the last line ends."""
-    monkeypatch.setattr(tsv_layout, "BLOCK", block)
+    monkeypatch.setattr(tsv_layout, "INDEX_BLOCK", block)
     inner = ending or b"\n"
     tsv.write_bytes(inner.join(line.strip() for line in lines_of(tsv)) + ending)
     begins = np.cumsum([0] + [len(line) for line in lines_of(tsv)])[:-1].tolist()
@@ -110,7 +110,7 @@ def test_index_is_made_beside_the_file(tsv: Path, monkeypatch: pytest.MonkeyPatc
 def test_index_of_a_folder_that_cannot_be_written(tsv: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It goes to the cache folder; where that cannot be written either it is made in memory."""
     expected = index_lines(tsv).tolist()
-    real = index_cache.make_once
+    real = index_cache.create_once
     refused: list[Path] = []
 
     def refuse(path: Path, write: object) -> bool:
@@ -121,14 +121,14 @@ def test_index_of_a_folder_that_cannot_be_written(tsv: Path, monkeypatch: pytest
         return refuse(path, write) if path.parent == tsv.parent else real(path, write)  # type: ignore[arg-type]
 
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tsv_layout, "make_once", beside_refused)
-    assert line_offsets(tsv).tolist() == expected
+    monkeypatch.setattr(tsv_layout, "create_once", beside_refused)
+    assert load_line_offsets(tsv).tolist() == expected
     (kept,) = (tmp_path / "cache").iterdir()
     assert [int(line) for line in kept.read_text().split()] == expected
     write_tsv(tsv, [("a", "0", gray(1))])  # another file of that name has an index of its own
-    assert line_offsets(tsv).tolist() == [0]
-    monkeypatch.setattr(tsv_layout, "make_once", refuse)
-    assert line_offsets(tsv).tolist() == [0]
+    assert load_line_offsets(tsv).tolist() == [0]
+    monkeypatch.setattr(tsv_layout, "create_once", refuse)
+    assert load_line_offsets(tsv).tolist() == [0]
     assert os.listdir(tsv.parent) == ["train.tsv"]
 
 
@@ -149,12 +149,12 @@ def test_labels_of_a_large_file_are_read_once(tsv: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     small = build(tsv)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(tsv_layout, "KEPT_FROM", 1)
+    monkeypatch.setattr(tsv_layout, "MIN_CACHED_LINES", 1)
     with pytest.MonkeyPatch.context() as forbid:
         for _ in range(2):
             large = build(tsv)
             assert (large.labels.tolist(), large.classes) == (small.labels.tolist(), small.classes)
-            forbid.setattr(tsv_layout, "_one_label", lambda *line: pytest.fail("read again"))
+            forbid.setattr(tsv_layout.TsvLines, "read_label", lambda *line: pytest.fail("read again"))
     tsv.with_suffix(".linelist").write_text("9\n0\n")
     assert build(tsv).labels.tolist() == [1, 0]
     tsv.with_suffix(".lineidx").unlink()
@@ -227,7 +227,7 @@ def test_folder_of_files_with_a_labelmap(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_names_in_a_label_column(column: str, names: list[str]) -> None:
-    assert tsv_layout.label_names(column) == names
+    assert tsv_layout.parse_label_column(column) == names
 
 
 def test_numbers_without_a_labelmap_count_in_their_order(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def ramp() -> Image.Image:
 @pytest.mark.parametrize("drawing", ["image", "view"])
 @pytest.mark.parametrize("mode", ["overlap", "nested"])
 def test_samples_and_their_targets_show_the_same_pixels(mode: str, drawing: str) -> None:
-    crops, finish = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode, drawing=drawing))
+    crops, device_transform = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode, drawing=drawing))
     checked = 0
     for _ in range(30):
         out = crops(ramp())
@@ -48,7 +48,7 @@ def test_samples_and_their_targets_show_the_same_pixels(mode: str, drawing: str)
                 checked += 1
     assert checked > 300
     stacked = [torch.stack([a, b]) for a, b in zip(crops(ramp()), crops(ramp()))]
-    finished = finish(stacked, torch.device("cpu"))
+    finished = device_transform(stacked, torch.device("cpu"))
     assert [tuple(t.shape) for t in finished] == [
         *[(2, 3, 112, 112)] * 2, *[(2, 3, 48, 48)] * 3, (2, 2, 16), (2, 2, 16), (2, 2, 16, 2), (2, 3, 9),
         (2, 3, 2, 9), (2, 3, 2, 9, 2),

@@ -23,7 +23,7 @@ import main_esvit
 from checkpoints import loading
 from data.datasets import ImageDataset, build_dataset
 from data.layouts import zips
-from data.layouts.sources import Names, OwnFile
+from data.layouts.sources import ForkSafeFile, PackedStrings
 from data.layouts.zips import check_readable
 from data.loader import build_eval_loader
 from utils import UsageError
@@ -138,7 +138,7 @@ def test_index_is_arrays_that_grow_little_with_images(zipped: Path) -> None:
     assert grown == pytest.approx(1000 * (27 + 8 + 8 + name), rel=0.01)
 
 
-def read_in_child(file: OwnFile, results: multiprocessing.Queue[tuple[int, bytes]]) -> None:
+def read_in_child(file: ForkSafeFile, results: multiprocessing.Queue[tuple[int, bytes]]) -> None:
     first = file._process
     results.put((first, file.read(3, 4)))
 
@@ -148,7 +148,7 @@ def test_directory_of_a_large_zip_is_read_once(zipped: Path, tmp_path: Path, mon
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     small = build(zipped)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(zips, "KEPT_FROM", 1)
+    monkeypatch.setattr(zips, "MIN_CACHED_BYTES", 1)
     with pytest.MonkeyPatch.context() as forbid:
         for _ in range(2):
             large = build(zipped)
@@ -169,7 +169,7 @@ def test_directory_of_a_large_zip_is_read_once(zipped: Path, tmp_path: Path, mon
 def test_forked_process_opens_the_file_for_itself(tmp_path: Path) -> None:
     """The parent's position is where it was after the child has read."""
     (tmp_path / "file").write_bytes(bytes(range(100)))
-    file = OwnFile(tmp_path / "file")
+    file = ForkSafeFile(tmp_path / "file")
     assert file.read(50, 2) == bytes([50, 51])
     handle = file._handle
     assert handle is not None
@@ -190,7 +190,7 @@ def test_forked_process_opens_the_file_for_itself(tmp_path: Path) -> None:
 
 def test_names() -> None:
     texts = ["", "a", "größe/1.png", "\udcff.png", "", "last"]
-    names = Names(texts)
+    names = PackedStrings(texts)
     assert [names[i] for i in range(6)] == texts
     assert names[-1] == "last"
     assert len(names) == 6

@@ -134,7 +134,7 @@ def build_loader(
         )
     pin = device.type == "cuda"
     return data.build_train_loader(
-        dataset, args.batch_size_per_gpu, args.num_workers, pin, finish=finish, sampler=args.sampler
+        dataset, args.batch_size_per_gpu, args.num_workers, pin, device_transform=finish, sampler=args.sampler
     )
 
 

@@ -28,14 +28,14 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from data.decode import ImageLike
-from data.transforms.recipe import ASPECT, BLUR_RADIUS, FLIP, GRAY, JITTER, View, dino_recipe
+from data.transforms.recipe import ASPECT, BLUR_RADIUS, FLIP, GRAY, JITTER, ViewSpec, dino_recipe
 from data.transforms.recipe import Crops as Crops
 from data.transforms.recipe import check_crops as check_crops
 from utils import UsageError
 
 ViewTransform = Callable[[ImageLike], Tensor]
 BACKENDS = ("auto", "pil", "split")
-THIN = 16  # times as long as wide
+MAX_ASPECT_RATIO = 16  # times as long as wide
 
 
 class MultiCrop:
@@ -100,7 +100,7 @@ def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence
     """
     recipe = dino_recipe(crops, strength)
 
-    def transform(view: View) -> transforms.Compose:
+    def transform(view: ViewSpec) -> transforms.Compose:
         bicubic = transforms.InterpolationMode.BICUBIC
         steps: list[Callable] = [
             transforms.RandomResizedCrop(
@@ -126,7 +126,7 @@ def as_tensor(image: ImageLike) -> Tensor:
 # --------------------------------------------------------------------------- deit_aug
 
 
-def posterized_to_a_bit(view: transforms.Compose) -> transforms.Compose:
+def limit_posterize(view: transforms.Compose) -> transforms.Compose:
     """timm's view, whose strongest posterizing keeps one bit of a color instead of none, which newer Pillows refuse."""
     for step in view.transforms:
         policies = getattr(step, "policy", None) or [getattr(step, "ops", ())]
@@ -175,7 +175,7 @@ def deit_views(
                 re_mode=erase_mode,
                 re_count=erase_count,
             )
-            return posterized_to_a_bit(made)
+            return limit_posterize(made)
         except (KeyError, AssertionError, ValueError) as error:
             raise UsageError(
                 f"timm does not take --aa {auto_augment} --train-interpolation {interpolation} --remode {erase_mode} "
@@ -220,17 +220,17 @@ def strong_view(size: int, mean: Sequence[float], std: Sequence[float]) -> Multi
         transforms.Normalize(mean, std),
         RandomErasing(0.25, mode="pixel", device="cpu"),
     ]
-    return MultiCrop([posterized_to_a_bit(transforms.Compose(steps))])
+    return MultiCrop([limit_posterize(transforms.Compose(steps))])
 
 
-def middle_of_thin(image: ImageLike) -> ImageLike:
-    """What the center crop of a resized image can show of one that is very long or high: `THIN` times its short side.
+def limit_aspect_ratio(image: ImageLike) -> ImageLike:
+    """What the center crop of a resized image can show of one that is very long or high: `MAX_ASPECT_RATIO` times its short side.
 
     All of it would be resized, of 5000 x 2 pixels to 640,000 x 256. Other images stay as they are; of these a pixel of the
     crop moves by less than a pixel of the resized image.
     """
     height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
-    most = THIN * min(height, width)
+    most = MAX_ASPECT_RATIO * min(height, width)
     if max(height, width) <= most:
         return image
     most += (max(height, width) - most) % 2  # so that the middle stays the middle
@@ -245,7 +245,7 @@ def eval_view(
         [
             transforms.Compose(
                 [
-                    middle_of_thin,
+                    limit_aspect_ratio,
                     transforms.Resize(
                         round(size / crop_ratio),
                         interpolation=transforms.InterpolationMode(interpolation),

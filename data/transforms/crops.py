@@ -1,6 +1,6 @@
 """The workers' half of the split pipeline: one decoded image to uint8 crops, resized and flipped.
 
-    transform, finish = split_views(crops, mean, std, strength)      # for the data set, and for batches of its samples
+    transform, device_transform = split_views(crops, mean, std, strength)      # for the data set, and for batches of its samples
 
 Bicubic interpolation with antialias runs on uint8 as it is, with Pillow's fixed-point weights. A crop costs its own pixels only:
 nothing is converted before it is cut out, and what leaves a worker has a quarter of the bytes of float views.
@@ -21,7 +21,7 @@ from torchvision.transforms import functional as TF
 
 from data.decode import ImageLike
 from data.transforms.photometric import DRAWS, Photometric
-from data.transforms.recipe import ASPECT, FLIP, Crops, View, dino_recipe
+from data.transforms.recipe import ASPECT, FLIP, Crops, ViewSpec, dino_recipe
 
 
 def split_views(
@@ -42,7 +42,7 @@ class ByteCrops:
     Everything is drawn from torch's generator, which the data set has seeded for this image.
     """
 
-    def __init__(self, views: Sequence[View]) -> None:
+    def __init__(self, views: Sequence[ViewSpec]) -> None:
         self.views = tuple(views)
 
     def __call__(self, image: ImageLike) -> list[Tensor]:
@@ -53,7 +53,7 @@ class ByteCrops:
         return [*crops, torch.rand(len(self.views), DRAWS)]
 
 
-def _random_crop(pixels_CHW: Tensor, view: View, flip: bool) -> Tensor:
+def _random_crop(pixels_CHW: Tensor, view: ViewSpec, flip: bool) -> Tensor:
     """One view (3, size, size)."""
     top, left, height, width = RandomResizedCrop.get_params(pixels_CHW, list(view.scale), list(ASPECT))
     box = pixels_CHW[None, :, top : top + height, left : left + width]

@@ -17,7 +17,7 @@ from torch import Tensor
 ALIGNMENTS = ("corners", "centers")  # where a token stands: end tokens on the crop's edge as published, or in mid-cell
 
 
-class Rect(NamedTuple):
+class CropBox(NamedTuple):
     """A crop in pixels of its image."""
 
     top: int
@@ -36,27 +36,27 @@ class Projection(NamedTuple):
 # --------------------------------------------------------------------------- rectangles
 
 
-def intersection(a: Rect, b: Rect) -> Rect | None:
+def intersection(a: CropBox, b: CropBox) -> CropBox | None:
     """What both cover; None where they are apart."""
     top, left = max(a.top, b.top), max(a.left, b.left)
     height = min(a.top + a.height, b.top + b.height) - top
     width = min(a.left + a.width, b.left + b.width) - left
-    return Rect(top, left, height, width) if height > 0 and width > 0 else None
+    return CropBox(top, left, height, width) if height > 0 and width > 0 else None
 
 
-def union(a: Rect, b: Rect) -> Rect:
+def union(a: CropBox, b: CropBox) -> CropBox:
     """The smallest rectangle around both."""
     top, left = min(a.top, b.top), min(a.left, b.left)
     height = max(a.top + a.height, b.top + b.height) - top
     width = max(a.left + a.width, b.left + b.width) - left
-    return Rect(top, left, height, width)
+    return CropBox(top, left, height, width)
 
 
-def shift_to_overlap(crop: Rect, reference: Rect, image_size: tuple[int, int]) -> Rect:
+def shift_to_overlap(crop: CropBox, reference: CropBox, image_size: tuple[int, int]) -> CropBox:
     """`crop` moved towards `reference` until, on each axis, they share half of the shorter side; then into the image."""
     top = _shifted(crop.top, crop.height, reference.top, reference.height, image_size[0])
     left = _shifted(crop.left, crop.width, reference.left, reference.width, image_size[1])
-    return Rect(top, left, crop.height, crop.width)
+    return CropBox(top, left, crop.height, crop.width)
 
 
 def _shifted(start: int, length: int, ref_start: int, ref_length: int, limit: int) -> int:
@@ -71,12 +71,12 @@ def _shifted(start: int, length: int, ref_start: int, ref_length: int, limit: in
     return min(max(moved, 0), limit - length)
 
 
-def inside(crop: Rect, outer: Rect) -> Rect:
+def inside(crop: CropBox, outer: CropBox) -> CropBox:
     """`crop`, drawn in an image as large as `outer`, put where `outer` lies."""
-    return Rect(outer.top + crop.top, outer.left + crop.left, crop.height, crop.width)
+    return CropBox(outer.top + crop.top, outer.left + crop.left, crop.height, crop.width)
 
 
-def coordinates(rect: Rect, image_size: tuple[int, int], flipped: bool) -> Tensor:
+def normalized_corners(rect: CropBox, image_size: tuple[int, int], flipped: bool) -> Tensor:
     """(4) normalized first row, first column, last row, last column; the columns change places under a horizontal flip."""
     rows, columns = (max(side - 1, 1) for side in image_size)
     first, last = rect.left / columns, (rect.left + rect.width - 1) / columns

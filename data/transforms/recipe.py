@@ -34,7 +34,7 @@ class Crops(NamedTuple):
         return 2 + sum(self.local_numbers)
 
 
-class View(NamedTuple):
+class ViewSpec(NamedTuple):
     """One view of DINO."""
 
     size: int  # pixels
@@ -55,7 +55,7 @@ class Jitter(NamedTuple):
 class Recipe(NamedTuple):
     """All views of an image, and the color jitter that they share."""
 
-    views: tuple[View, ...]
+    views: tuple[ViewSpec, ...]
     jitter: Jitter
 
 
@@ -73,10 +73,10 @@ def dino_recipe(crops: Crops, strength: float) -> Recipe:
     def around_one(amount: float) -> tuple[float, float]:
         return max(0.0, 1 - amount), 1 + amount
 
-    first = View(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0)
-    second = View(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2)
+    first = ViewSpec(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0)
+    second = ViewSpec(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2)
     local = [
-        View(size, crops.local_scale, blur=0.5, solarize=0.0)
+        ViewSpec(size, crops.local_scale, blur=0.5, solarize=0.0)
         for number, size in zip(crops.local_numbers, crops.local_sizes)
         for _ in range(number)
     ]

@@ -1,6 +1,6 @@
 """UDI's views: crops that overlap, and where the samples of one lie in another, by the code that colors EsViT's views.
 
-    crops, finish = udi_views(...)     # for the data set, and for batches of its samples
+    crops, device_transform = udi_views(...)     # for the data set, and for batches of its samples
 
 What leaves a worker beside the crops is a few indices and coordinates, not maps over tokens.
 
@@ -22,9 +22,9 @@ from torchvision.transforms import functional as TF
 
 from data.decode import ImageLike
 from data.transforms import geometry
-from data.transforms.geometry import Projection, Rect
+from data.transforms.geometry import CropBox, Projection
 from data.transforms.photometric import DRAWS, Photometric
-from data.transforms.recipe import ASPECT, FLIP, Crops, View, dino_recipe
+from data.transforms.recipe import ASPECT, FLIP, Crops, ViewSpec, dino_recipe
 from utils import UsageError
 
 GLOBALS = 2
@@ -71,7 +71,7 @@ class UDICrops:
         UsageError: an unknown choice, or a window larger than the grid of a view.
     """
 
-    def __init__(self, views: Sequence[View], sampling: Sampling, flip: float = FLIP) -> None:
+    def __init__(self, views: Sequence[ViewSpec], sampling: Sampling, flip: float = FLIP) -> None:
         for flag, value, known in (
             ("global_pair_mode", sampling.pair_mode, PAIR_MODES),
             ("srs_align", sampling.align, geometry.ALIGNMENTS),
@@ -102,10 +102,10 @@ class UDICrops:
         flips = (torch.rand(len(self.views)) < self.flip).tolist()
         crops = [_cut(pixels_CHW, rect, view.size, flip) for rect, view, flip in zip(rects, self.views, flips)]
         size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
-        places = [geometry.coordinates(rect, size, flip) for rect, flip in zip(rects, flips)]
+        places = [geometry.normalized_corners(rect, size, flip) for rect, flip in zip(rects, flips)]
         return [*crops, _color_draws(len(self.views)), *self._correspondence(places)]
 
-    def _rectangles(self, pixels_CHW: Tensor) -> list[Rect]:
+    def _rectangles(self, pixels_CHW: Tensor) -> list[CropBox]:
         """The second global view overlaps the first or lies in it; local views overlap what both share, or cover."""
         size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
         first = _drawn(pixels_CHW, self.views[0])
@@ -165,7 +165,7 @@ class UDIDeviceTransform:
         return [*views, *(field.to(device, non_blocking=True) for field in stacked[-fields:])]
 
 
-def split_finished(batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Correspondence]:
+def split_correspondence(batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Correspondence]:
     """What `UDIDeviceTransform` gives, apart: the views, and where samples correspond."""
     fields = len(Correspondence._fields)
     return batch[:-fields], Correspondence(*batch[-fields:])
@@ -196,11 +196,11 @@ def _color_draws(views: int) -> Tensor:
     return draws_VR
 
 
-def _drawn(pixels_CHW: Tensor, view: View) -> Rect:
-    return Rect(*RandomResizedCrop.get_params(pixels_CHW, list(view.scale), list(ASPECT)))
+def _drawn(pixels_CHW: Tensor, view: ViewSpec) -> CropBox:
+    return CropBox(*RandomResizedCrop.get_params(pixels_CHW, list(view.scale), list(ASPECT)))
 
 
-def _cut(pixels_CHW: Tensor, rect: Rect, size: int, flip: bool) -> Tensor:
+def _cut(pixels_CHW: Tensor, rect: CropBox, size: int, flip: bool) -> Tensor:
     box = pixels_CHW[None, :, rect.top : rect.top + rect.height, rect.left : rect.left + rect.width]
     crop = F.interpolate(box, (size, size), mode="bicubic", antialias=True)[0]
     return crop.flip(-1) if flip else crop

@@ -10,7 +10,7 @@ import pytest
 from runs import write_images, zip_folders
 
 import data
-from data.layouts.lists import digest_of, keep_listed
+from data.layouts.image_list import list_digest, select_listed
 from utils import UsageError
 
 
@@ -38,7 +38,7 @@ def test_listed_images_stay_with_their_labels_and_bytes(images: Path, layout: st
     file = images / "list.txt"
     file.write_text("class2_003.png\n\nclass0_001.png\nclass0_001.png\nclass2_000.png")
     whole, kept = dataset(root, layout), dataset(root, layout)
-    keep_listed(kept, file)
+    select_listed(kept, file)
     names = [kept.source.name(i).rsplit("/", 1)[1] for i in range(len(kept))]
     assert names == ["class0_001.png", "class2_000.png", "class2_003.png"]
     assert kept.labels.tolist() == [0, 2, 2]
@@ -51,7 +51,7 @@ def test_listed_images_stay_with_their_labels_and_bytes(images: Path, layout: st
 def test_names_of_several_folders_take_their_folders(images: Path) -> None:
     file, kept = images / "list.txt", dataset(images / "same")
     file.write_text("class1/002.png\nclass0/002.png\n")
-    keep_listed(kept, file)
+    select_listed(kept, file)
     assert [kept.source.name(i).rsplit("/", 2)[1] for i in range(len(kept))] == ["class0", "class1"]
 
 
@@ -74,25 +74,25 @@ def test_lists_that_do_not_fit_are_refused(images: Path, text: str | None, words
     if text is not None:
         file.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=words):
-        keep_listed(dataset(images / "same"), file)
+        select_listed(dataset(images / "same"), file)
 
 
 def test_a_pipe_is_no_list(images: Path) -> None:
     os.mkfifo(images / "pipe.txt")
     with pytest.raises(UsageError, match=r"pipe\.txt is a folder, pipe"):
-        keep_listed(dataset(images / "same"), images / "pipe.txt")
+        select_listed(dataset(images / "same"), images / "pipe.txt")
 
 
 def test_lists_with_a_byte_order_mark(images: Path) -> None:
     kept = dataset(images / "same")
     for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
         (images / name).write_bytes(mark + b"class0/000.png\r\n")
-    keep_listed(kept, images / "marked.txt")
+    select_listed(kept, images / "marked.txt")
     assert len(kept) == 1
-    assert digest_of(images / "plain.txt") == digest_of(images / "marked.txt")
+    assert list_digest(images / "plain.txt") == list_digest(images / "marked.txt")
 
 
 def test_the_digest_is_of_the_names(images: Path) -> None:
     for name, text in {"a": "x\ny\n", "b": "y\nx", "c": "x\nz"}.items():
         (images / name).write_text(text)
-    assert digest_of(images / "a") == digest_of(images / "b") != digest_of(images / "c")
+    assert list_digest(images / "a") == list_digest(images / "b") != list_digest(images / "c")

@@ -15,10 +15,10 @@ from image_files import whole
 from tqdm import tqdm
 
 from data.datasets import build_dataset
-from data.layouts import tree as tree_layout
-from data.layouts.index_cache import cache_file
-from data.layouts.sources import Names
-from data.layouts.tree import _Scan, find_images
+from data.layouts import folder_scan
+from data.layouts.folder_scan import _Scan, find_images
+from data.layouts.index_cache import cache_path
+from data.layouts.sources import PackedStrings
 
 FOLDERS, PER_FOLDER = 3, 4
 
@@ -27,8 +27,8 @@ FOLDERS, PER_FOLDER = 3, 4
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An own cache folder, and trees of ten images on are large."""
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tree_layout, "KEPT_FROM", 10)
-    monkeypatch.setattr(tree_layout, "UNSETTLED", 0)
+    monkeypatch.setattr(folder_scan, "MIN_CACHED_IMAGES", 10)
+    monkeypatch.setattr(folder_scan, "SETTLE_NS", 0)
     return tmp_path / "cache"
 
 
@@ -50,12 +50,12 @@ def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
         raise AssertionError("the tree was listed again")
 
-    monkeypatch.setattr(tree_layout._Scan, "_look_into", fail)
+    monkeypatch.setattr(folder_scan._Scan, "_list_folder", fail)
 
 
 def test_second_start_looks_at_folders_only(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build_dataset(tree, "train", whole)
-    assert [path.name for path in cache.iterdir()] == [cache_file(tree, ".files").name]
+    assert [path.name for path in cache.iterdir()] == [cache_path(tree, ".files").name]
     forbid_listing(monkeypatch)
     again = build_dataset(tree, "train", whole)
     names = [again.source.name(i) for i in range(len(again))]
@@ -91,8 +91,8 @@ def test_progress_bar_of_one_process_on_a_terminal(
 ) -> None:
     shown = io.StringIO()
     at_once = {"file": shown, "delay": 0, "mininterval": 0, "leave": True}
-    monkeypatch.setattr(tree_layout, "tqdm", lambda **options: tqdm(**(options | at_once)))
-    monkeypatch.setattr(tree_layout, "is_main_process", lambda: main)
+    monkeypatch.setattr(folder_scan, "tqdm", lambda **options: tqdm(**(options | at_once)))
+    monkeypatch.setattr(folder_scan, "is_main_process", lambda: main)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     assert list(find_images(tree)) == walked(tree)
     if terminal and main:
@@ -130,7 +130,7 @@ def test_changed_folder_is_seen(tree: Path, change: str) -> None:
 
 def test_folder_that_changed_a_moment_ago_is_not_believed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may change again without its time telling so."""
-    monkeypatch.setattr(tree_layout, "UNSETTLED", 10**12)
+    monkeypatch.setattr(folder_scan, "SETTLE_NS", 10**12)
     find_images(tree)
     forbid_listing(monkeypatch)
     with pytest.raises(AssertionError, match="listed again"):
@@ -138,7 +138,7 @@ def test_folder_that_changed_a_moment_ago_is_not_believed(tree: Path, monkeypatc
 
 
 def test_small_trees_are_not_kept(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree_layout, "KEPT_FROM", FOLDERS * PER_FOLDER + 1)
+    monkeypatch.setattr(folder_scan, "MIN_CACHED_IMAGES", FOLDERS * PER_FOLDER + 1)
     assert list(find_images(tree)) == walked(tree)
     assert not cache.exists()
 
@@ -146,7 +146,7 @@ def test_small_trees_are_not_kept(tree: Path, cache: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
 def test_damaged_index_is_made_anew(tree: Path, damage: str) -> None:
     expected = list(find_images(tree))
-    place = cache_file(tree, ".files")
+    place = cache_path(tree, ".files")
     content = place.read_bytes()
     if damage == "other":
         with place.open("wb") as file:
@@ -189,9 +189,9 @@ def test_one_of_three_processes_lists_to_the_end(tree: Path) -> None:
 
 
 def test_names_of_arrays() -> None:
-    names = Names(["a", "größe", "\udcff", ""])
+    names = PackedStrings(["a", "größe", "\udcff", ""])
     assert list(names) == ["a", "größe", "\udcff", ""]
-    assert list(Names.of(names.text, names.ends)) == list(names)
+    assert list(PackedStrings.from_arrays(names.text, names.ends)) == list(names)
     for text, ends in ((names.text, names.ends[:-2]), (names.text, names.ends[::-1]), (names.text[1:], names.ends)):
         with pytest.raises(ValueError, match="do not fit"):
-            Names.of(text, ends)
+            PackedStrings.from_arrays(text, ends)

@@ -33,7 +33,7 @@ FILLER = NOISE + b"".join(b"\xff" + bytes([restart]) + NOISE for restart in rang
 ZEROS = 64  # bytes at the end, below which they may be anything
 
 
-def essential_png(content: bytes) -> bytes:
+def strip_png(content: bytes) -> bytes:
     """A PNG of the pixels, transparency and orientation of another one; checksums of all else do not count.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from checkpoints import locks
-from data.layouts.index_cache import arrays_once, cache_file, make_once, state_of
+from data.layouts.index_cache import cache_path, cached_arrays, create_once, fingerprint
 from utils import UsageError
 
 
@@ -26,7 +26,7 @@ def make_slowly(path: Path, made: multiprocessing.Queue[int]) -> None:
         time.sleep(0.3)
         file.write(b"whole")
 
-    assert make_once(path, write)
+    assert create_once(path, write)
     assert path.read_bytes() == b"whole"
 
 
@@ -46,7 +46,7 @@ def test_one_of_three_processes_makes_it(tmp_path: Path) -> None:
 
 def test_what_is_there_is_never_written_again(tmp_path: Path) -> None:
     (tmp_path / "index").write_bytes(b"mine")
-    assert make_once(tmp_path / "index", lambda file: pytest.fail("written again"))
+    assert create_once(tmp_path / "index", lambda file: pytest.fail("written again"))
     assert (tmp_path / "index").read_bytes() == b"mine"
 
 
@@ -60,8 +60,8 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
         raise OSError("no space left")
 
     with pytest.raises(KeyError):
-        make_once(tmp_path / "index", fail)
-    assert not make_once(tmp_path / "index", full)
+        create_once(tmp_path / "index", fail)
+    assert not create_once(tmp_path / "index", full)
     assert os.listdir(tmp_path) == []
 
 
@@ -79,11 +79,11 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path, monkeypatch: pytes
     child.start()
     child.join()
     assert lock.exists()
-    assert make_once(tmp_path / "index", write_whole)
+    assert create_once(tmp_path / "index", write_whole)
     assert os.listdir(tmp_path) == ["index"]
     (tmp_path / "index").unlink()
     lock.touch()
-    assert make_once(tmp_path / "index", write_whole)
+    assert create_once(tmp_path / "index", write_whole)
     assert os.listdir(tmp_path) == ["index"]
 
 
@@ -94,18 +94,18 @@ def numbers() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("damage", ["none", "cut", "empty", "noise"])
 def test_kept_arrays_are_read_again_unless_damaged(tmp_path: Path, damage: str) -> None:
     place = tmp_path / "cache" / "arrays.npz"
-    assert arrays_once(place, numbers)["numbers"].tolist() == [0, 1, 2, 3, 4]
+    assert cached_arrays(place, numbers)["numbers"].tolist() == [0, 1, 2, 3, 4]
     content = place.read_bytes()
     place.write_bytes({"none": content, "cut": content[:50], "empty": b"", "noise": b"PK\x03\x04" * 9}[damage])
     other = {"numbers": np.arange(3)}
-    assert len(arrays_once(place, lambda: other)["numbers"]) == (5 if damage == "none" else 3)
-    assert len(arrays_once(place, numbers)["numbers"]) == 5  # one that was damaged is made anew
-    assert len(arrays_once(place, lambda: other)["numbers"]) == 5
+    assert len(cached_arrays(place, lambda: other)["numbers"]) == (5 if damage == "none" else 3)
+    assert len(cached_arrays(place, numbers)["numbers"]) == 5  # one that was damaged is made anew
+    assert len(cached_arrays(place, lambda: other)["numbers"]) == 5
 
 
 def test_arrays_of_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert len(arrays_once(tmp_path / "file" / "arrays.npz", numbers)["numbers"]) == 5
+    assert len(cached_arrays(tmp_path / "file" / "arrays.npz", numbers)["numbers"]) == 5
 
 
 def test_mistake_while_arrays_are_made_is_told(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_mistake_while_arrays_are_made_is_told(tmp_path: Path) -> None:
         raise UsageError("line 3 is wrong")
 
     with pytest.raises(UsageError, match="line 3 is wrong"):
-        arrays_once(tmp_path / "arrays.npz", fail)
+        cached_arrays(tmp_path / "arrays.npz", fail)
     assert os.listdir(tmp_path) == []
 
 
@@ -121,25 +121,25 @@ def test_state_tells_each_change(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_bytes(b"1")
     other.write_bytes(b"22")
-    states = {state_of([one]), state_of([other]), state_of([one, other]), state_of([other, one])}
+    states = {fingerprint([one]), fingerprint([other]), fingerprint([one, other]), fingerprint([other, one])}
     one.write_bytes(b"123")
-    states.add(state_of([one]))
+    states.add(fingerprint([one]))
     os.utime(one, ns=(0, 1))
-    states.add(state_of([one]))
+    states.add(fingerprint([one]))
     assert len(states) == 6
-    assert state_of([one]) in states
+    assert fingerprint([one]) in states
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert not make_once(tmp_path / "file" / "index", lambda file: None)
+    assert not create_once(tmp_path / "file" / "index", lambda file: None)
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path))
-    assert cache_file(Path("/a"), ".x").parent == tmp_path
-    assert cache_file(Path("/a"), ".x") == cache_file(Path("/a/b/.."), ".x")
-    assert cache_file(Path("/a"), ".x") != cache_file(Path("/b"), ".x")
+    assert cache_path(Path("/a"), ".x").parent == tmp_path
+    assert cache_path(Path("/a"), ".x") == cache_path(Path("/a/b/.."), ".x")
+    assert cache_path(Path("/a"), ".x") != cache_path(Path("/b"), ".x")
 
 
 def test_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +147,6 @@ def test_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> No
     for variable in ("ESVIT_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
-    place = cache_file(Path("/a"), ".npz")
-    assert not make_once(place, write_whole)
-    assert len(arrays_once(place, numbers)["numbers"]) == 5
+    place = cache_path(Path("/a"), ".npz")
+    assert not create_once(place, write_whole)
+    assert len(cached_arrays(place, numbers)["numbers"]) == 5
