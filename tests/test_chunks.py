@@ -94,7 +94,7 @@ def test_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes_per_node() == 4
     for wrong in ("3", "0", "16", "4(x2)"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", wrong)
-        with pytest.raises(UsageError, match="--sampler chunk needs as many processes on each node"):
+        with pytest.raises(UsageError, match="--sampler chunk needs the same number of processes on each node"):
             processes_per_node()
 
 

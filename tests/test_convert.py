@@ -98,13 +98,13 @@ def test_back_without_labels_and_with_a_name_that_is_no_folder(tmp_path: Path) -
     plain = run(write_tsv(tmp_path / "plain.tsv", [("a", "", png)]), tmp_path / "plain", "files", "tsv")
     assert [str(path.relative_to(plain)) for path in plain.rglob("*.*")] == ["train/000000000.png"]
     named = write_tsv(tmp_path / "named.tsv", [("a", "either/or", png), ("b", "cat", png)])
-    with pytest.raises(UsageError, match="the class 'either/or' cannot name a folder"):
+    with pytest.raises(UsageError, match="class 'either/or' is not a valid folder name"):
         run(named, tmp_path / "named", "files", "tsv")
     assert not (tmp_path / "named").exists()
     (tmp_path / "named" / ".train.part").mkdir(parents=True)
     (tmp_path / "named" / ".train.part" / "left.png").touch()  # by a conversion that was killed
     assert len(list(run(tmp_path / "plain.tsv", tmp_path / "named", "files", "tsv").rglob("*.png"))) == 1
-    with pytest.raises(UsageError, match="train is there already; nothing is overwritten"):
+    with pytest.raises(UsageError, match="train exists"):
         run(tmp_path / "plain.tsv", tmp_path / "named", "files", "tsv")
 
 
@@ -147,7 +147,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
         assert len(build_dataset(root, "train", whole, layout=layout)) == 3
         with pytest.raises(UsageError, match="label"):
             build_dataset(root, "train", whole, need_labels=True, layout=layout)
-    with pytest.raises(UsageError, match=r"000\.png has no label, which a zip needs .*--to tsv or shards"):
+    with pytest.raises(UsageError, match=r"000\.png has no label"):
         run(tmp_path / "flat", tmp_path / "zip", "zip")
     assert not (tmp_path / "zip").exists()
 
@@ -174,7 +174,7 @@ def test_nothing_is_overwritten(folders: Path, tmp_path: Path, to: str, name: st
     dest = tmp_path / "dest"
     dest.mkdir()
     (dest / name).write_text("mine")
-    with pytest.raises(UsageError, match=f"{name} is there already; nothing is overwritten"):
+    with pytest.raises(UsageError, match=f"{name} exists"):
         run(folders, dest, to)
     assert (dest / name).read_text() == "mine"
     assert os.listdir(dest) == [name]
@@ -188,6 +188,6 @@ def test_image_that_cannot_be_read_stops_it_without_a_trace(folders: Path, tmp_p
 
 
 def test_source_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist; SOURCE is a folder or file of images"):
+    with pytest.raises(UsageError, match="SOURCE .* does not exist"):
         run(tmp_path / "nowhere", tmp_path / "dest", "zip")
     assert set(FLAGS) <= set(LAYOUTS)

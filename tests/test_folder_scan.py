@@ -15,7 +15,7 @@ from image_files import whole
 from tqdm import tqdm
 
 from data.datasets import build_dataset
-from data.layouts import folder_scan
+from data.layouts import folder_scan, index_cache
 from data.layouts.folder_scan import _Scan, find_images
 from data.layouts.index_cache import cache_path
 from data.layouts.sources import PackedStrings
@@ -91,8 +91,8 @@ def test_progress_bar_of_one_process_on_a_terminal(
 ) -> None:
     shown = io.StringIO()
     at_once = {"file": shown, "delay": 0, "mininterval": 0, "leave": True}
-    monkeypatch.setattr(folder_scan, "tqdm", lambda **options: tqdm(**(options | at_once)))
-    monkeypatch.setattr(folder_scan, "is_main_process", lambda: main)
+    monkeypatch.setattr(index_cache, "tqdm", lambda items, **options: tqdm(items, **(options | at_once)))
+    monkeypatch.setattr(index_cache, "is_main_process", lambda: main)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     assert list(find_images(tree)) == walked(tree)
     if terminal and main:
@@ -163,7 +163,7 @@ def test_cache_folder_that_cannot_be_written(tree: Path, tmp_path: Path, monkeyp
 
 
 def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
-    images = _Scan._images
+    images = _Scan._walk
 
     def slow(scan: _Scan) -> Iterator[str]:
         for name in images(scan):
@@ -171,7 +171,7 @@ def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
             yield name
         listed.put(os.getpid())
 
-    _Scan._images = slow  # type: ignore[method-assign,assignment]
+    _Scan._walk = slow  # type: ignore[method-assign,assignment]
     assert list(find_images(tree)) == walked(tree)
 
 
@@ -193,5 +193,5 @@ def test_names_of_arrays() -> None:
     assert list(names) == ["a", "größe", "\udcff", ""]
     assert list(PackedStrings.from_arrays(names.text, names.ends)) == list(names)
     for text, ends in ((names.text, names.ends[:-2]), (names.text, names.ends[::-1]), (names.text[1:], names.ends)):
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="inconsistent"):
             PackedStrings.from_arrays(text, ends)

@@ -133,20 +133,20 @@ def test_list_without_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["absent", "absent/images.txt"])
 def test_missing_data_path(tmp_path: Path, path: str) -> None:
-    with pytest.raises(UsageError, match=f"data path '.*{path}' does not exist; --data_path takes"):
+    with pytest.raises(UsageError, match=f"--data_path .*{path} does not exist"):
         build_dataset(str(tmp_path / path), "train", whole)
 
 
 @pytest.mark.parametrize("layout", ["files", "zip"])
 def test_no_data_path(layout: str) -> None:
-    with pytest.raises(UsageError, match=r"^--data_path is needed"):
+    with pytest.raises(UsageError, match=r"^--data_path is empty"):
         build_dataset("", "train", whole, layout=layout)
 
 
 def test_list_that_names_missing_files(tmp_path: Path) -> None:
     write_gray(tmp_path / "1.png", 0)
     (tmp_path / "images.txt").write_text("1.png\n2.png\n3.png\n")
-    with pytest.raises(UsageError, match=r"names 2 paths that are no file, the first is .*2\.png; paths are relative"):
+    with pytest.raises(UsageError, match=r"2 missing files, first .*2\.png"):
         build_dataset(tmp_path / "images.txt", "train", whole)
 
 
@@ -160,9 +160,7 @@ def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pyt
     dataset = build_dataset(listing, "train", whole)
     assert dataset[5].failures[0].startswith(f"{tmp_path}/5.png: ")
     (tmp_path / "3.png").unlink()
-    with pytest.raises(
-        UsageError, match=r"names 1 path that is no file \(3 of 8 were looked for\), the first is .*/3\.png"
-    ):
+    with pytest.raises(UsageError, match=r"1 missing file \(3 of 8 .*/3\.png"):
         build_dataset(listing, "train", whole)
 
 
@@ -207,7 +205,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_read_for_ever(tmp_path: Path,
         (tmp_path / name).mkdir()
     assert listed[1].failures[0].startswith(f"{tmp_path / name}: ")
     assert listed[1].views[0].mean() == pytest.approx(9 / 255)
-    with pytest.raises(UsageError, match=f"1 path that is no file, the first is .*{name}"):
+    with pytest.raises(UsageError, match=f"1 missing file, first .*{name}"):
         build_dataset(tmp_path / "images.txt", "train", whole)
 
 
@@ -256,7 +254,7 @@ def test_labels_that_are_needed_but_missing(tmp_path: Path) -> None:
 
 def test_split_that_is_needed_but_missing(tmp_path: Path) -> None:
     write_gray(tmp_path / "train/ant/1.png", 0)
-    with pytest.raises(UsageError, match="no folder 'val' beside the other one"):
+    with pytest.raises(UsageError, match="has a folder 'train' but no 'val'"):
         build_dataset(tmp_path, "val", whole, need_labels=True)
 
 

@@ -58,12 +58,12 @@ def test_names_of_several_folders_take_their_folders(images: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("000.png\n", "1 name that several images have, the first is 000.png; name their folders"),
+        ("000.png\n", "1 name that several images have, first 000.png"),
         (
             "class0/000.png\nclass0/009.png\nx.png",
-            "2 names that no image has, the first is class0/009.png; take the list",
+            "2 names that no image has, first class0/009.png",
         ),
-        ("\n \n", "names no image"),
+        ("\n \n", "is empty"),
         ("\0\xff", "is not text"),
         (None, r"cannot be read \(No such file or directory\)"),
     ],

@@ -314,7 +314,7 @@ def test_batch_larger_than_the_data(
     dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, batch_size: int, world: int
 ) -> None:
     set_world(monkeypatch, 0, world)
-    with pytest.raises(UsageError, match=f"11 images .* one batch of {batch_size} x {world} .*--batch_size_per_gpu"):
+    with pytest.raises(UsageError, match=f"--batch_size_per_gpu {batch_size} on {world} process.* 11 images"):
         build_train_loader(dataset, batch_size, 0, pin_memory=False)
 
 

@@ -127,7 +127,7 @@ def test_http_gives_what_the_folder_gives(server: Server) -> None:
 
 def test_equal_shares_without_sizes(server: Server) -> None:
     (server.folder / "sizes.json").unlink()
-    with pytest.raises(UsageError, match=r"--epoch_images N \(not 0\) to say how many .* the 5 shards hold"):
+    with pytest.raises(UsageError, match=r"5 remote shards .*--epoch_images N \(not 0\)"):
         build_stream(server.pattern, whole)
     stream = build_stream(server.pattern, whole, epoch_images=IMAGES)
     assert stream.counts == (IMAGES // 5,) * 5
@@ -162,7 +162,7 @@ def test_what_is_served_is_no_tar(server: Server) -> None:
     (server.folder / NAMES[1]).write_text("<html>please log in</html>")
     ((name, reason),) = failures_of(epoch_of(server.pattern)).items()
     assert name == f"{server.url}/{NAMES[1]} image 1"
-    assert reason.startswith("it is no whole tar file (")
+    assert reason.startswith("it is not a complete tar file (")
 
 
 def test_nothing_is_reachable(server: Server) -> None:
@@ -195,12 +195,12 @@ def test_an_outage_ends_an_epoch_soon(server: Server, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("sizes", ["{", "[]", '{"train-000.tar": -1}'])
 def test_sizes_that_are_none_are_told(server: Server, sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("data.layouts.shards.logger.warning", lambda message, *values: told.append(message % values))
+    monkeypatch.setattr("data.layouts.tars.logger.warning", lambda message, *values: told.append(message % values))
     (server.folder / "sizes.json").write_text(sizes)
-    with pytest.raises(UsageError, match=r"no sizes\.json beside them tells it"):
+    with pytest.raises(UsageError, match=r"no sizes\.json beside"):
         build_stream(server.pattern, whole)
     (line,) = told
-    assert line.startswith(f"{server.url}/sizes.json is not used: ")
+    assert line.startswith(f"{server.url}/sizes.json is ignored: ")
 
 
 # --------------------------------------------------------------------------- commands and other addresses

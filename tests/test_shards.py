@@ -157,18 +157,16 @@ def test_epoch_length(shards: Path) -> None:
     seen = [index for epoch in range(6) for index in indices(one_epoch(loader_of(stream), epoch))]
     assert len(seen) == 6 * 8
     assert len(set(seen)) > 15
-    with pytest.raises(UsageError, match="holds 23 images in 5 shards, fewer than --epoch_images 24"):
+    with pytest.raises(UsageError, match="has 23 images in 5 shards, fewer than --epoch_images 24"):
         build_stream(str(shards), whole, epoch_images=24)
-    with pytest.raises(UsageError, match="23 images do not fill one batch of 24 x 1"):
+    with pytest.raises(UsageError, match="--batch_size_per_gpu 24 .*23 images"):
         loader_of(build_stream(str(shards), whole), batch_size=24)
 
 
 def test_pipes(shards: Path) -> None:
     """From elsewhere nobody can count: each shard gives its share of --epoch_images, and what it lacks is named."""
     pattern = f"pipe:cat {shards}/train-00{{0..4}}.tar"
-    with pytest.raises(
-        UsageError, match=r"--epoch_images N \(not 0\) to say how many images the 5 shards hold: .* no sizes\.json"
-    ):
+    with pytest.raises(UsageError, match=r"no sizes\.json .* 5 remote shards .*--epoch_images N \(not 0\)"):
         build_stream(pattern, whole)
     stream = build_stream(pattern, whole, epoch_images=12)
     assert len(stream) == 10
@@ -187,11 +185,11 @@ def test_patterns_and_folders(shards: Path, tmp_path: Path) -> None:
     assert find_shards(f"{shards}/train-{{000..004}}.tar", "train") == names
     assert find_shards(str(shards), "train") == names
     assert find_shards(names[2], "train") == [names[2]]
-    with pytest.raises(UsageError, match=r"names 6 shards of which 1 is missing, first .*train-005\.tar"):
+    with pytest.raises(UsageError, match=r"names 6 shards, 1 of them missing, first .*train-005\.tar"):
         find_shards(f"{shards}/train-{{000..005}}.tar", "train")
-    with pytest.raises(UsageError, match=r"train-\{0\.\.4\.tar is no pattern of shards \(Unbalanced braces"):
+    with pytest.raises(UsageError, match=r"train-\{0\.\.4\.tar is not a valid pattern \(Unbalanced braces"):
         find_shards(f"{shards}/train-{{0..4.tar", "train")
-    with pytest.raises(UsageError, match=r"holds no tar files of 'val'; name them val-000000\.tar"):
+    with pytest.raises(UsageError, match=r"has no tar files of 'val'; name them val-000000\.tar"):
         find_shards(str(shards), "val")
     shutil.copy(names[0], shards / "val-000.tar")
     assert find_shards(str(shards), "val") == [str(shards / "val-000.tar")]
@@ -231,7 +229,7 @@ def test_sizes_are_read_beside_the_shards(shards: Path) -> None:
     assert count_images(names) == [3, *COUNTS[1:]]
     for wrong in ("{", "[]", '{"train-000.tar": -1}', '{"train-000.tar": "5"}'):
         (shards / "sizes.json").write_text(wrong)
-        with pytest.raises(UsageError, match=r"sizes\.json .*move it away, images are counted then"):
+        with pytest.raises(UsageError, match=r"sizes\.json .*move it away"):
             count_images(names)
 
 
@@ -309,7 +307,7 @@ def test_wrong_label_is_named(shards: Path) -> None:
     write_tar(shards / "train-001.tar", [("k005.png", gray(5, 32)), ("k005.cls", b"-7")])
     failures, _ = failures_of(shards)
     (failure,) = failures
-    assert failure.startswith(f"{shards}/train-001.tar@/k005.png: its label the label '-7' is not a whole number")
+    assert failure.startswith(f"{shards}/train-001.tar@/k005.png: NAME.cls label '-7'")
 
 
 def test_labels_are_optional_and_other_members_are_passed_over(tmp_path: Path) -> None:
@@ -385,7 +383,7 @@ def test_nothing_readable_gives_no_view(tmp_path: Path) -> None:
 
 
 def test_flags_that_do_not_go_together(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--sampler chunk is for images at any place"):
+    with pytest.raises(UsageError, match="--sampler chunk"):
         build_train_loader(build_stream(str(shards), whole), 2, 0, pin_memory=False, sampler="chunk")
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     command = [*TINY_RUN, "--data_path", str(tmp_path), "--epoch_images", "5", "--output_dir", str(tmp_path / "out")]
@@ -393,15 +391,15 @@ def test_flags_that_do_not_go_together(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--epoch_images 5 is for tar shards, {tmp_path} holds none"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
     command += ["--dataset", "set", "--batch_size_per_gpu", "24"]  # the folder below decides what it holds
-    with pytest.raises(UsageError, match="5 images do not fill one batch of 24"):
+    with pytest.raises(UsageError, match="--batch_size_per_gpu 24 .* 5 images"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
 
 
 @pytest.mark.parametrize("address", ["https://host/train-{0..3}.tar", "pipe:cat a.tar"])
 def test_only_training_reads_from_elsewhere(address: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not on this disk; only pre-training reads shards from elsewhere"):
+    with pytest.raises(UsageError, match="is not a local path"):
         build_dataset(address, "val", whole, layout="shards")
-    with pytest.raises(UsageError, match="is not on this disk"):
+    with pytest.raises(UsageError, match="is not a local path"):
         convert.main(convert.get_args_parser().parse_args([address, str(tmp_path / "out"), "--to", "zip"]))
     assert not (tmp_path / "out").exists()
 
@@ -420,7 +418,7 @@ def test_tars_at_any_place(shards: Path) -> None:
         build_dataset(shards, "train", whole, need_labels=True, layout="shards")
     assert build_dataset(shards, "train", whole, layout="shards").labels.tolist() == [-1] * IMAGES
     (shards / "train-001.tar").write_bytes((shards / "train-000.tar").read_bytes()[:700])
-    with pytest.raises(UsageError, match=r"train-001\.tar is no whole tar file"):
+    with pytest.raises(UsageError, match=r"train-001\.tar is not a complete, uncompressed tar file"):
         build_dataset(shards, "train", whole, layout="shards")
 
 
@@ -444,7 +442,7 @@ def test_large_shards_are_looked_through_once(shards: Path, tmp_path: Path, monk
     )
     assert count_images(names) == [COUNTS[0], 2, *COUNTS[2:]]
     for _ in range(2):
-        with pytest.raises(UsageError, match=r"train-001\.tar@/more\.png: the label 'x' is not a whole number"):
+        with pytest.raises(UsageError, match=r"train-001\.tar@/more\.png: label 'x'"):
             build_dataset(shards, "train", whole, layout="shards")
     assert not [path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".npz")]
 
@@ -466,7 +464,7 @@ def test_links_are_named_and_hidden_files_are_not_images(tmp_path: Path, kind: b
     told = {failure for batch in batches for failure in batch.failures}
     told_elsewhere = {failure for i in range(2) for failure in dataset[i].failures}
     (failure,) = told
-    assert failure.startswith(f"{tmp_path}/train-0.tar@/b.png: it is a link, and a shard must hold each image itself")
+    assert failure.startswith(f"{tmp_path}/train-0.tar@/b.png: it is a link")
     assert told_elsewhere == told
     assert len(dataset) == 2
 
@@ -477,7 +475,7 @@ def test_links_are_named_and_hidden_files_are_not_images(tmp_path: Path, kind: b
      "pipe:cat a-{000000000..999999999}.tar", "a-{999999999..0}.tar", "a-{{0..999999},{0..999999}}.tar"],
 )  # fmt: skip
 def test_a_pattern_of_too_many_shards_is_not_written_out(pattern: str) -> None:
-    with pytest.raises(UsageError, match="shards; correct the pattern, 1000000 are the most"):
+    with pytest.raises(UsageError, match="shards, at most 1000000"):
         find_shards(pattern, "train")
 
 
@@ -495,7 +493,7 @@ def test_names_of_a_pattern_are_counted_as_they_are_written_out(pattern: str, na
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path, content: str) -> None:
     write_tar(tmp_path / "train-0.tar", [("a.png", gray(3))])
     (tmp_path / "sizes.json").write_text(content)
-    with pytest.raises(UsageError, match=r"sizes\.json cannot be used") as caught:
+    with pytest.raises(UsageError, match=r"sizes\.json is invalid") as caught:
         build_stream(str(tmp_path), whole)
     assert "\n" not in str(caught.value)
 
