@@ -153,7 +153,7 @@ class ShardWriter(Writer):
         if self.count % self.images == 0:
             self.close()
             path = self.new_file(f"{self.split}-{self.count // self.images:06}.tar")
-            self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
+            self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (see close)
         if record.label is not None:
             self._add(LABEL_SUFFIX, str(record.label).encode())
         self._add(record.suffix, record.content)

@@ -188,6 +188,6 @@ def test_image_that_cannot_be_read_stops_it_without_a_trace(folders: Path, tmp_p
 
 
 def test_source_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="SOURCE .* does not exist"):
+    with pytest.raises(UsageError, match=r"SOURCE .* does not exist"):
         run(tmp_path / "nowhere", tmp_path / "dest", "zip")
     assert set(FLAGS) <= set(LAYOUTS)

@@ -129,5 +129,5 @@ def test_orientation_of_a_png_counts_wherever_it_stands(tmp_path: Path) -> None:
 def test_what_a_png_is_made_of_must_be_whole(place: int) -> None:
     content = bytearray(with_remark(b""))
     content[place] ^= 1
-    with pytest.raises(ValueError, match="differs from its checksum"):
+    with pytest.raises(ValueError, match="does not match its checksum"):
         decode_image(bytes(content), 3)

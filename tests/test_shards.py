@@ -159,7 +159,7 @@ def test_epoch_length(shards: Path) -> None:
     assert len(set(seen)) > 15
     with pytest.raises(UsageError, match="has 23 images in 5 shards, fewer than --epoch_images 24"):
         build_stream(str(shards), whole, epoch_images=24)
-    with pytest.raises(UsageError, match="--batch_size_per_gpu 24 .*23 images"):
+    with pytest.raises(UsageError, match=r"--batch_size_per_gpu 24 .*23 images"):
         loader_of(build_stream(str(shards), whole), batch_size=24)
 
 
@@ -391,7 +391,7 @@ def test_flags_that_do_not_go_together(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--epoch_images 5 is for tar shards, {tmp_path} holds none"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
     command += ["--dataset", "set", "--batch_size_per_gpu", "24"]  # the folder below decides what it holds
-    with pytest.raises(UsageError, match="--batch_size_per_gpu 24 .* 5 images"):
+    with pytest.raises(UsageError, match=r"--batch_size_per_gpu 24 .* 5 images"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
 
 
