@@ -82,5 +82,5 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
 def test_split_is_refused_for_what_it_cannot_do(
     folder: Path, tmp_path: Path, flags: tuple[str, ...], overrides: tuple[str, ...], policy: str, channels: int
 ) -> None:
-    with pytest.raises(UsageError, match=f"--aug_backend split .* not {policy} on images of {channels}; .* use pil"):
+    with pytest.raises(UsageError, match=f"--aug_backend split .* not {policy} with {channels}"):
         train(folder, tmp_path, "--aug_backend", "split", *flags, overrides=overrides)

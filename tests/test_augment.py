@@ -296,7 +296,7 @@ def test_policies_of_timm(policy: str | None, interpolation: str) -> None:
     ],
 )
 def test_settings_that_timm_does_not_know(setting: str, value: str, flag: str) -> None:
-    with pytest.raises(UsageError, match=f"timm does not take .*{flag}"):
+    with pytest.raises(UsageError, match=f"timm rejects .*{flag}"):
         deit_views(CROPS, MEAN, STD, **{**DEIT, setting: value})
 
 
@@ -322,9 +322,7 @@ def test_chosen_backend(wanted: str, policy: str, in_chans: int, chosen: str) ->
 
 @pytest.mark.parametrize(("policy", "in_chans"), [("deit_aug", 3), ("dino_aug", 1), ("dino_aug", 5)])
 def test_split_backend_for_what_it_cannot_do(policy: str, in_chans: int) -> None:
-    with pytest.raises(
-        UsageError, match=f"--aug_backend split .* not {policy} on images of {in_chans}; .*auto, or use pil"
-    ):
+    with pytest.raises(UsageError, match=f"--aug_backend split .* not {policy} with {in_chans}"):
         choose_backend("split", policy, in_chans)
 
 
@@ -483,7 +481,7 @@ def test_crops_that_work() -> None:
 def test_normalization_that_does_not_fit_names_the_keys(
     mean: Sequence[float], std: Sequence[float], in_chans: int
 ) -> None:
-    with pytest.raises(UsageError, match=rf"{in_chans} channels need {in_chans} values in INPUT\.MEAN .* INPUT\.STD"):
+    with pytest.raises(UsageError, match=rf"INPUT\.MEAN .* INPUT\.STD .* {in_chans} finite values"):
         check_normalization(mean, std, in_chans)
 
 

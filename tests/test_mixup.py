@@ -139,7 +139,7 @@ def test_number_of_images_that_one_is_mixed_from(mode: str, smoothing: float, mo
     ("changes", "message"),
     [
         ({"batch_size": 5}, "--batch_size_per_gpu 5 must be even"),
-        ({"mode": "image"}, "unknown --mixup-mode 'image'; choose batch, pair or elem"),
+        ({"mode": "image"}, "--mixup-mode image"),
         ({"mixup_alpha": 0.0}, "--mixup, --cutmix or --cutmix-minmax above 0"),
     ],
 )

@@ -97,7 +97,7 @@ def test_the_second_view_overlaps_the_first_or_lies_in_it(mode: str) -> None:
     crops = udi_views(CROPS._replace(local_numbers=(0,)), MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode))[0]
     image = torch.empty(3, 300, 400)
     for _ in range(10_000):
-        first, second = crops._rectangles(image)
+        first, second = crops._draw_boxes(image)
         shared = geometry.intersection(first, second)
         assert shared is not None
         assert shared.height >= 0.5 * min(first.height, second.height) - 2
@@ -111,7 +111,7 @@ def test_local_views_overlap_the_reference(reference: str) -> None:
     crops = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, reference=reference))[0]
     combine = {"union": geometry.union, "intersection": geometry.intersection}[reference]
     for _ in range(200):
-        first, second, *local = crops._rectangles(torch.zeros(3, 150, 200))
+        first, second, *local = crops._draw_boxes(torch.zeros(3, 150, 200))
         box = combine(first, second)
         assert box is not None
         for rect in local:
@@ -130,9 +130,7 @@ def test_flips_come_as_often_as_asked(flip: float, ascending: bool) -> None:
 
 
 def test_what_cannot_be_sampled_is_refused() -> None:
-    with pytest.raises(
-        UsageError, match=r"--local_sampling_window_size 7 must lie in 1\.\.6: local views of 48 pixels"
-    ):
+    with pytest.raises(UsageError, match=r"--local_sampling_window_size 7 must be in 1\.\.6: local views of 48 pixels"):
         udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, local_window=7))
-    with pytest.raises(UsageError, match=r"--flip_prob 1\.5 must lie in 0\.\.1"):
+    with pytest.raises(UsageError, match=r"--flip_prob 1\.5 must be in 0\.\.1"):
         udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS), 1.5)
