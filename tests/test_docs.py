@@ -29,14 +29,14 @@ def commands(script: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1 + len(script.split()) :] for line in lines]
 
 
-def test_every_flag_and_every_ending_is_there() -> None:
+def test_flags_and_extensions_of_the_guide_exist() -> None:
     known = {
         flag
         for parser in (main_esvit.get_args_parser(), convert.get_args_parser(), dataset.get_args_parser())
         for flag in parser._option_string_actions
     }
     assert set(re.findall(r"--\w+", GUIDE)) <= known
-    (endings,) = re.findall(r"Endings of images: (.*?), in small", GUIDE)
+    (endings,) = re.findall(r"Extensions of images: (.*?), in lower", GUIDE)
     assert [f".{ending}" for ending in endings.split(", ")] == list(EXTENSIONS)
     assert "after {:.0f} and {:.0f} seconds".format(*RETRY_DELAYS) in GUIDE
 
