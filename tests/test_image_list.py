@@ -1,4 +1,4 @@
-"""Lists of images: what they choose by value, and what they may not name."""
+"""Image lists: selected images and invalid lists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils import UsageError
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Three classes of four images, whose files have names of their own in `own`, as ImageNet's do."""
+    """Write three classes of four images; in `own` all file names differ, as in ImageNet."""
     write_images(tmp_path / "same/train", 4, classes=3)
     for path in (tmp_path / "same/train").glob("*/*.png"):
         target = tmp_path / "own/train" / path.parent.name / f"{path.parent.name}_{path.name}"
@@ -30,8 +30,8 @@ def dataset(root: Path, layout: str = "files") -> data.ImageDataset:
 
 
 @pytest.mark.parametrize("layout", ["files", "zip"])
-def test_listed_images_stay_with_their_labels_and_bytes(images: Path, layout: str) -> None:
-    """The last line counts without an end of line too, a name that comes twice counts once, and classes keep their numbers."""
+def test_selected_images_keep_labels_and_content(images: Path, layout: str) -> None:
+    """A last line without a line end counts, duplicates count once, and classes keep their numbers."""
     root = images / "own"
     if layout == "zip":
         root = zip_folders(root, images / "zip", parts=["train"])
@@ -48,7 +48,7 @@ def test_listed_images_stay_with_their_labels_and_bytes(images: Path, layout: st
     assert np.array_equal(whole.labels[positions], kept.labels)
 
 
-def test_names_of_several_folders_take_their_folders(images: Path) -> None:
+def test_ambiguous_names_with_folders(images: Path) -> None:
     file, kept = images / "list.txt", dataset(images / "same")
     file.write_text("class1/002.png\nclass0/002.png\n")
     select_listed(kept, file)
@@ -69,7 +69,7 @@ def test_names_of_several_folders_take_their_folders(images: Path) -> None:
     ],
     ids=["ambiguous", "unknown", "empty", "binary", "missing"],
 )
-def test_lists_that_do_not_fit_are_refused(images: Path, text: str | None, words: str) -> None:
+def test_invalid_lists(images: Path, text: str | None, words: str) -> None:
     file = images / "list.txt"
     if text is not None:
         file.write_bytes(text.encode("latin-1"))
@@ -77,13 +77,13 @@ def test_lists_that_do_not_fit_are_refused(images: Path, text: str | None, words
         select_listed(dataset(images / "same"), file)
 
 
-def test_a_pipe_is_no_list(images: Path) -> None:
+def test_pipe_as_list(images: Path) -> None:
     os.mkfifo(images / "pipe.txt")
     with pytest.raises(UsageError, match=r"pipe\.txt is a folder, pipe"):
         select_listed(dataset(images / "same"), images / "pipe.txt")
 
 
-def test_lists_with_a_byte_order_mark(images: Path) -> None:
+def test_list_with_a_byte_order_mark(images: Path) -> None:
     kept = dataset(images / "same")
     for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
         (images / name).write_bytes(mark + b"class0/000.png\r\n")
@@ -92,7 +92,7 @@ def test_lists_with_a_byte_order_mark(images: Path) -> None:
     assert list_digest(images / "plain.txt") == list_digest(images / "marked.txt")
 
 
-def test_the_digest_is_of_the_names(images: Path) -> None:
+def test_digest(images: Path) -> None:
     for name, text in {"a": "x\ny\n", "b": "y\nx", "c": "x\nz"}.items():
         (images / name).write_text(text)
     assert list_digest(images / "a") == list_digest(images / "b") != list_digest(images / "c")

@@ -1,4 +1,4 @@
-"""Images in tsv files: the same samples as from folders, indices that are made, chosen and refused, and labels of every kind."""
+"""Images in tsv files: the same samples as from folders, indices, and all kinds of labels."""
 
 from __future__ import annotations
 
@@ -92,8 +92,10 @@ def test_workers_read_the_same(tsv: Path) -> None:
 
 @pytest.mark.parametrize("block", [7, 100, 2**24])
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n", b""], ids=["newline", "windows", "none"])
-def test_index_is_made_beside_the_file(tsv: Path, monkeypatch: pytest.MonkeyPatch, block: int, ending: bytes) -> None:
-    """Whatever the size of the blocks, and however the last line ends."""
+def test_index_is_created_beside_the_file(
+    tsv: Path, monkeypatch: pytest.MonkeyPatch, block: int, ending: bytes
+) -> None:
+    """For all block sizes and line ends."""
     monkeypatch.setattr(tsv_layout, "INDEX_BLOCK", block)
     inner = ending or b"\n"
     tsv.write_bytes(inner.join(line.strip() for line in lines_of(tsv)) + ending)
@@ -107,8 +109,8 @@ def test_index_is_made_beside_the_file(tsv: Path, monkeypatch: pytest.MonkeyPatc
     assert index.stat().st_mtime_ns == made
 
 
-def test_index_of_a_folder_that_cannot_be_written(tsv: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It goes to the cache folder; where that cannot be written either it is made in memory."""
+def test_index_in_a_read_only_folder(tsv: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is written to the cache folder, or else kept in memory."""
     expected = index_lines(tsv).tolist()
     real = index_cache.create_once
     refused: list[Path] = []
@@ -132,7 +134,7 @@ def test_index_of_a_folder_that_cannot_be_written(tsv: Path, monkeypatch: pytest
     assert os.listdir(tsv.parent) == ["train.tsv"]
 
 
-def test_linelist_chooses_and_orders(tsv: Path) -> None:
+def test_linelist(tsv: Path) -> None:
     everything = build(tsv)
     tsv.with_suffix(".linelist").write_text("9\n0\n9\n4\n")
     chosen = build(tsv)
@@ -144,7 +146,7 @@ def test_linelist_chooses_and_orders(tsv: Path) -> None:
     assert "lines 0 to 11" in error_of(tsv)
 
 
-def test_labels_of_a_large_file_are_read_once(tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_a_large_file_are_cached(tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the file or its linelist changes."""
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     small = build(tsv)
@@ -163,7 +165,7 @@ def test_labels_of_a_large_file_are_read_once(tsv: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("line", ["", "\n", "ké\t0\n", "-1\n"])
-def test_list_that_is_no_list_of_lines(tsv: Path, line: str) -> None:
+def test_invalid_linelist(tsv: Path, line: str) -> None:
     tsv.with_suffix(".linelist").write_text("3\n" + line)
     if line.strip():
         assert "train.linelist" in error_of(tsv)
@@ -174,7 +176,7 @@ def test_list_that_is_no_list_of_lines(tsv: Path, line: str) -> None:
 @pytest.mark.parametrize(
     "change", ["grown", "cut", "shifted", "beyond", "negative", "unsorted", "words", "fewer lines", "empty"]
 )
-def test_index_that_does_not_fit(tsv: Path, change: str) -> None:
+def test_inconsistent_index(tsv: Path, change: str) -> None:
     build(tsv)
     index = tsv.with_suffix(".lineidx")
     numbers = [int(line) for line in index.read_text().split()]
@@ -198,7 +200,7 @@ def test_index_that_does_not_fit(tsv: Path, change: str) -> None:
 
 
 def test_folder_of_files_with_a_labelmap(tmp_path: Path) -> None:
-    """As ImageNet-22K: the order of the map counts, not that of the names; label files hold no image."""
+    """As ImageNet-22K: classes are in the order of the map, and label files have no images."""
     root = tmp_path / "22k"
     write_tsv(root / "b.tsv", [("k3", json.dumps([{"class": "n2", "conf": 1}]), gray(30))])
     write_tsv(root / "a.tsv", [("k1", '["n1"]', gray(10)), ("k2", "n3", gray(20))])
@@ -226,11 +228,11 @@ def test_folder_of_files_with_a_labelmap(tmp_path: Path) -> None:
         ('[{"rect": [1, 2]}]', []), ("tabby, tabby cat", ["tabby, tabby cat"]),
     ],
 )  # fmt: skip
-def test_names_in_a_label_column(column: str, names: list[str]) -> None:
+def test_parse_label_column(column: str, names: list[str]) -> None:
     assert tsv_layout.parse_label_column(column) == names
 
 
-def test_numbers_without_a_labelmap_count_in_their_order(tmp_path: Path) -> None:
+def test_numeric_labels_without_a_labelmap(tmp_path: Path) -> None:
     tsv = write_tsv(tmp_path / "train.tsv", [(name, name, gray(1)) for name in ("10", "9", "200", "9")])
     assert build(tsv).classes == ("9", "10", "200")
     assert build(tsv).labels.tolist() == [1, 0, 2, 0]
@@ -267,7 +269,7 @@ def test_missing_files(tmp_path: Path, tsv: Path) -> None:
         (b"\xff\xfe\t\xff\tQUJD\n", ""),
     ],
 )
-def test_damaged_line_is_replaced_and_named(tsv: Path, line: bytes, reason: str) -> None:
+def test_damaged_line_is_replaced_and_reported(tsv: Path, line: bytes, reason: str) -> None:
     lines = lines_of(tsv)
     tsv.write_bytes(b"".join([*lines[:5], line, *lines[6:]]))
     dataset = build(tsv, need_labels=False)
@@ -279,7 +281,7 @@ def test_damaged_line_is_replaced_and_named(tsv: Path, line: bytes, reason: str)
         assert "line 6 has no key and label" in error_of(tsv)
 
 
-def test_file_that_shrinks_during_the_run(tsv: Path) -> None:
+def test_file_truncated_during_the_run(tsv: Path) -> None:
     dataset = build(tsv)
     tsv.write_bytes(b"".join(lines_of(tsv)[:6]))
     sample = dataset[9]

@@ -191,9 +191,8 @@ def shift_hue(x_NCHW: Tensor, turn_N: Tensor) -> Tensor:
     sextant = torch.addcmul(-swapped, not_red, swapped * 2 - 1 / 3)
     hue = (middle - low).div_(six_chroma.clamp(min=1e-5)).add_(sextant).abs_().add_(turn_N[:, None, None])
     # A channel is smallest around the opposite hue, largest around its own hue, and linear in between.
-    opposite = _cached_tensor((2.0, 2 - 1 / 3, 2 - 2 / 3), x_NCHW.device).view(
-        3, 1, 1
-    )  # plus a number that keeps `hue` positive
+    # The opposite hues are given plus an integer that keeps their sum with `hue` positive.
+    opposite = _cached_tensor((2.0, 2 - 1 / 3, 2 - 2 / 3), x_NCHW.device).view(3, 1, 1)
     away = (hue[:, None] + opposite).frac_().sub_(0.5).abs_()
     ramp = torch.addcmul(largest.sub(six_chroma, alpha=1 / 3)[:, None], away, six_chroma[:, None])
     return ramp.clamp_(smallest[:, None], largest[:, None])
