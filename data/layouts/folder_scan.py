@@ -6,19 +6,18 @@ only checks the folders. One process scans while the others wait.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.layouts.index_cache import UNREADABLE_ARRAYS, cache_path, create_once, progress_bar
+from data.layouts.index_cache import cache_path, cached_arrays, file_state, load_arrays, progress_bar
 from data.layouts.sources import PackedStrings
 from utils import UsageError, logger
 
@@ -26,18 +25,10 @@ EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 UNREAD_EXTENSIONS = (".gif", ".avif", ".heic", ".jp2", ".jxl", ".tar.gz", ".tgz")  # images that are counted and skipped
 SPECIAL_FILES = "pipes, sockets or devices"
 MIN_CACHED_IMAGES = 50_000  # smaller trees are scanned at each start
-SETTLE_NS = (
-    2 * 10**9
-)  # a folder modified less than this before the scan may change again without a new modification time
+# A folder modified less than this before the scan may change again without a new modification time.
+SETTLE_NS = 2 * 10**9
 
 _warned: set[tuple[object, ...]] = set()
-
-
-class ScanResult(NamedTuple):
-    """The image files below a folder."""
-
-    names: PackedStrings  # relative to the folder, sorted
-    skipped: dict[str, int]  # number of files that may be meant as images and are not read, by kind
 
 
 def find_images(root: Path) -> PackedStrings:
@@ -46,39 +37,28 @@ def find_images(root: Path) -> PackedStrings:
     Raises:
         UsageError: a folder cannot be read.
     """
-    result = _scan_cached(root)
-    warn_skipped(root, result.skipped)
-    return result.names
-
-
-def _scan_cached(root: Path) -> ScanResult:
     path = cache_path(root, ".files")
-    before = _folder_state(str(path))
-    cached = _load(path, root)
-    if cached is not None:
-        return cached
-    scan = _Scan(root)
-    scan.advance(MIN_CACHED_IMAGES)
-    if scan.done:
-        return scan.result()
-    results: list[ScanResult] = []
+    arrays = load_arrays(path)
+    if arrays is None or not _is_current(arrays, root):
+        scan = _Scan(root)
+        scan.advance(MIN_CACHED_IMAGES)
+        arrays = scan.finish() if scan.done else cached_arrays(path, scan.finish, partial(_is_current, root=root))
+    warn_skipped(root, dict(zip(arrays["kinds"].tolist(), arrays["numbers"].tolist())))
+    return PackedStrings.from_arrays(arrays["text"], arrays["ends"])
 
-    def write(file: BinaryIO) -> None:
-        scan.advance(None)
-        results.append(scan.result())
-        scan.save(file, results[0])
 
-    with contextlib.suppress(OSError):
-        if _folder_state(str(path)) == before:  # no other process has replaced the outdated cache
-            path.unlink(missing_ok=True)
-    if create_once(path, write) and not results:
-        cached = _load(path, root)
-        if cached is not None:
-            return cached
-    if not results:
-        scan.advance(None)
-        results.append(scan.result())
-    return results[0]
+def _is_current(arrays: Mapping[str, np.ndarray], root: Path) -> bool:
+    """Return whether a cached scan is complete, and no folder has changed since."""
+    try:
+        PackedStrings.from_arrays(arrays["text"], arrays["ends"])
+        folders = PackedStrings.from_arrays(arrays["folders"], arrays["folder_ends"])
+        states = arrays["state"].tolist()
+        complete = len(arrays["kinds"]) == len(arrays["numbers"]) and len(folders) == len(states) > 0
+    except (KeyError, ValueError):
+        return False
+    return complete and all(
+        file_state(os.path.join(root, name)) == tuple(state) for name, state in zip(folders, states)
+    )
 
 
 def is_image_name(name: str) -> bool:
@@ -129,24 +109,20 @@ class _Scan:
             self.done = True
             self._bar.close()
 
-    def result(self) -> ScanResult:
-        """Return what was found."""
-        self._found.sort()
-        return ScanResult(PackedStrings(self._found), dict(self._skipped))
-
-    def save(self, file: BinaryIO, result: ScanResult) -> None:
-        """Write the cache file that `_load` reads."""
+    def finish(self) -> dict[str, np.ndarray]:
+        """Complete the scan; return names of images, number of skipped files by kind, and states of folders."""
+        self.advance(None)
+        names = PackedStrings(sorted(self._found))
         folders = PackedStrings([name for name, _, _ in self._folders])
-        arrays = {
-            "text": result.names.text,
-            "ends": result.names.ends,
-            "kinds": np.array(list(result.skipped), dtype=np.str_),
-            "numbers": np.array(list(result.skipped.values()), dtype=np.int64),
+        return {
+            "text": names.text,
+            "ends": names.ends,
+            "kinds": np.array(list(self._skipped), dtype=np.str_),
+            "numbers": np.array(list(self._skipped.values()), dtype=np.int64),
             "folders": folders.text,
             "folder_ends": folders.ends,
             "state": np.array([state for _, *state in self._folders], dtype=np.int64),
         }
-        np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def _walk(self) -> Iterator[str]:
         pending = [str(self._root)]
@@ -157,7 +133,7 @@ class _Scan:
             paths = [os.path.join(folder, name) for name in sorted(subfolders, reverse=True)]
             pending += [path for path in paths if os.path.realpath(path) not in parents]
             relative = os.path.relpath(folder, self._root)
-            modified, inode = _folder_state(folder)
+            modified, inode = file_state(folder)
             self._folders.append((relative, modified if modified < self._started - SETTLE_NS else -1, inode))
             prefix = "" if relative == "." else relative + os.sep
             self._bar.update(len(files))
@@ -181,30 +157,3 @@ class _Scan:
         except OSError as error:
             raise UsageError(f"{folder} cannot be read ({error.strerror}); permit reading, or move it away") from None
         return subfolders, images
-
-
-def _folder_state(folder: str) -> tuple[int, int]:
-    """Return modification time and inode, which change with the entries of a folder; (-1, -1) if it is missing."""
-    try:
-        state = os.stat(folder)
-    except OSError:
-        return -1, -1
-    return state.st_mtime_ns, state.st_ino
-
-
-def _load(path: Path, root: Path) -> ScanResult | None:
-    """Load a cached scan; return None if it is missing or damaged, or if a folder has changed since."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = PackedStrings.from_arrays(arrays["text"], arrays["ends"])
-            skipped = dict(zip(arrays["kinds"].tolist(), arrays["numbers"].tolist(), strict=True))
-            folders = PackedStrings.from_arrays(arrays["folders"], arrays["folder_ends"])
-            states = arrays["state"]
-    except UNREADABLE_ARRAYS:
-        return None
-    if len(folders) == 0 or states.shape != (len(folders), 2):
-        return None
-    unchanged = (
-        _folder_state(os.path.join(root, name)) == tuple(state) for name, state in zip(folders, states.tolist())
-    )
-    return ScanResult(names, skipped) if all(unchanged) else None

@@ -23,7 +23,6 @@ from checkpoints import files, locks
 from distributed.collectives import is_main_process
 
 CACHE_VARIABLE = "ESVIT_CACHE"
-UNREADABLE_ARRAYS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised on a damaged .npz file
 
 
 def create_once(path: Path, write: Callable[[BinaryIO], None]) -> bool:
@@ -45,22 +44,47 @@ def create_once(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     return True
 
 
-def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the arrays cached in `path`; build and cache them if the file is missing or damaged."""
+def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Return the arrays of a cache file; None if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def cached_arrays(
+    path: Path,
+    build: Callable[[], dict[str, np.ndarray]],
+    is_valid: Callable[[dict[str, np.ndarray]], bool] = lambda arrays: True,
+) -> dict[str, np.ndarray]:
+    """Return the arrays cached in `path`; build and cache them if the file is missing, damaged or not valid."""
     built: list[dict[str, np.ndarray]] = []
 
     def write(file: BinaryIO) -> None:
         built.append(build())
         np.savez(file, **built[0])  # type: ignore[arg-type]
 
-    if create_once(path, write) and not built:
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except UNREADABLE_ARRAYS:
-            with contextlib.suppress(OSError):
+    for _ in range(2):
+        state = file_state(path)
+        if not create_once(path, write) or built:
+            break
+        arrays = load_arrays(path)
+        if arrays is not None and is_valid(arrays):
+            return arrays
+        with contextlib.suppress(OSError):
+            if file_state(path) == state:  # no other process has replaced it
                 path.unlink()
     return built[0] if built else build()
+
+
+def file_state(path: str | Path) -> tuple[int, int]:
+    """Return modification time and inode of a file or folder; (-1, -1) if it is missing."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return -1, -1
+    return state.st_mtime_ns, state.st_ino
 
 
 def index_arrays(
