@@ -88,14 +88,14 @@ def file_state(path: str | Path) -> tuple[int, int]:
 
 
 def index_arrays(
-    files: Sequence[Path], suffix: str, build: Callable[[], dict[str, np.ndarray]], *, large: bool
+    paths: Sequence[Path], suffix: str, build: Callable[[], dict[str, np.ndarray]], *, large: bool
 ) -> dict[str, np.ndarray]:
-    """Return the arrays that `build` extracts from `files`; cache them, if `large`, until a file changes.
+    """Return the arrays that `build` extracts from some files; cache them, if `large`, until a file changes.
 
     Raises:
         OSError: a file is missing.
     """
-    return cached_arrays(cache_path(files[0], f".{fingerprint(files)}{suffix}"), build) if large else build()
+    return cached_arrays(cache_path(paths[0], f".{fingerprint(paths)}{suffix}"), build) if large else build()
 
 
 def fingerprint(paths: Sequence[Path]) -> str:

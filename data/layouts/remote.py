@@ -99,9 +99,8 @@ def _run_command(command: str) -> Iterator[IO[bytes]]:
                 yield process.stdout
             except tarfile.TarError as error:
                 tar_error = error
-            finished = not process.stdout.read(
-                1
-            )  # else the reader stopped early, and the command fails on a closed pipe
+            # Else the reader stopped early, and the command fails only because of the closed pipe.
+            finished = not process.stdout.read(1)
         if process.returncode and finished:
             stderr.seek(0)
             lines = stderr.read().decode("utf-8", "replace").strip().splitlines() or [f"exit code {process.returncode}"]
