@@ -24,7 +24,6 @@ from data.layouts.shards import build_stream
 from data.loader import Batch
 from utils import UsageError
 
-pytest.importorskip("aiohttp", reason="http needs package aiohttp")
 NAMES = [f"train-{i:03}.tar" for i in range(len(COUNTS))]
 
 
@@ -48,6 +47,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        pytest.importorskip("aiohttp", reason="http needs package aiohttp")
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     @property

@@ -10,6 +10,7 @@ Origin: the `pipe:` scheme is WebDataset's.
 from __future__ import annotations
 
 import contextlib
+import io
 import subprocess
 import tarfile
 import tempfile
@@ -22,6 +23,7 @@ from utils import UsageError
 
 PIPE = "pipe:"
 CONNECT_SECONDS, READ_SECONDS = 20, 60  # timeouts of http: for a connection, and between two pieces of data
+HTTP_BUFFER = 2**18  # bytes
 MAX_ERROR_LENGTH = 300  # characters
 
 
@@ -71,9 +73,10 @@ def _open_http(url: str) -> Iterator[IO[bytes]]:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
     filesystem = fsspec.filesystem("http", client_kwargs={"timeout": timeout, "trust_env": True})
     try:
-        # block_size=0 streams one response; any size given spares the request that would ask for it.
-        with filesystem.open(url, "rb", block_size=0, size=1) as file:
-            yield file
+        # block_size=0 streams one response, and any given size saves the request for it. Without a buffer each of tarfile's
+        # reads of 10 kB would wait for fsspec's thread.
+        with io.BufferedReader(filesystem.open(url, "rb", block_size=0, size=1), HTTP_BUFFER) as stream:
+            yield stream
     except aiohttp.ClientResponseError as error:
         raise OSError(f"HTTP error {error.status} {error.message}") from None
     except FileNotFoundError:
