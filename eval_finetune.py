@@ -50,7 +50,7 @@ from config.ranges import (
     number,
 )
 from data.datasets import Transform
-from data.layouts.lists import digest_of
+from data.layouts.image_list import list_digest
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation import linear
@@ -179,7 +179,7 @@ def train_transform(args: argparse.Namespace, config: CfgNode, size: int) -> Tra
         raise UsageError(
             f"timm rejects --aa {args.aa} ({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1, or --aa ''"
         ) from None
-    return augment.MultiCrop([augment.posterized_to_a_bit(view)])
+    return augment.MultiCrop([augment.limit_posterize(view)])
 
 
 def build_datasets(args: argparse.Namespace, config: CfgNode, size: int) -> tuple[data.ImageDataset, data.ImageDataset]:
@@ -257,7 +257,7 @@ def run_identity(
     identity |= {"--finetune_head_layer": args.finetune_head_layer, "--val_interpolation": args.val_interpolation}
     identity |= data_identity(train_set, val_set)
     if args.target_list_path:
-        identity["digest of --target_list_path"] = digest_of(args.target_list_path)
+        identity["digest of --target_list_path"] = list_digest(args.target_list_path)
     return identity
 
 

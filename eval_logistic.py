@@ -34,7 +34,7 @@ from checkpoints import files
 from config import arguments
 from config.arguments import add_token_flag, bool_flag
 from config.ranges import BATCH, BLOCKS, EPOCHS, SEED, WORKERS, number
-from data.layouts.lists import digest_of
+from data.layouts.image_list import list_digest
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation.features import (
@@ -196,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
             "image_size": evaluation_size(args, config),
             "crop_ratio": args.crop_ratio,
             "target_list_path": args.target_list_path,
-            "digest_of_list": digest_of(args.target_list_path) if args.target_list_path else None,
+            "digest_of_list": list_digest(args.target_list_path) if args.target_list_path else None,
             "adjust_lambd": args.adjust_lambd,
             "top5_is": top5.lower(),
         }

@@ -40,10 +40,10 @@ from analysis.propagation import PropagationConfig, propagate, to_pixels, to_reg
 from checkpoints import files
 from config import arguments
 from config.ranges import COUNT, PIXELS, SEED, TEMPERATURE, integer
-from data.datasets import reason_of
+from data.datasets import format_error
 from data.decode import ImageLike, UndeclaredRange, open_image, read_image
+from data.layouts.folder_scan import is_image_file
 from data.layouts.sources import read_file
-from data.layouts.tree import is_image_file
 from data.transforms import augment
 from data.transforms.augment import as_tensor
 from distributed import collectives, launch
@@ -137,7 +137,7 @@ def read_mask(path: str) -> Image.Image:
         with open_image(io.BytesIO(read_file(path))) as opened:
             mask = opened.convert("L") if opened.mode == "1" else opened.copy()
     except (OSError, ValueError) as error:
-        raise UsageError(f"--first_mask {path} cannot be read ({reason_of(error)}); pass an indexed PNG") from None
+        raise UsageError(f"--first_mask {path} cannot be read ({format_error(error)}); pass an indexed PNG") from None
     if mask.mode not in INDEXED:
         raise UsageError(
             f"--first_mask {path} is a color image (mode {mask.mode}) without labels; save it as an indexed PNG"
@@ -158,7 +158,7 @@ def read_frame(path: Path, video: Video) -> ImageLike:
     except UndeclaredRange:
         raise
     except Exception as error:  # decoders raise errors of any type on damaged files
-        raise UsageError(f"cannot read the frame {path} ({reason_of(error)}); repair or remove it") from None
+        raise UsageError(f"cannot read the frame {path} ({format_error(error)}); repair or remove it") from None
 
 
 def size_of(frame: ImageLike) -> tuple[int, int]:

@@ -35,7 +35,7 @@ from data.transforms.udi_views import (
     REFERENCES,
     Correspondence,
     Sampling,
-    split_finished,
+    split_correspondence,
     udi_views,
 )
 from distributed import collectives, launch
@@ -145,11 +145,11 @@ class UDI(Method):
 
     def images(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
         """Views without their correspondences."""
-        return split_finished(views)[0]
+        return split_correspondence(views)[0]
 
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher sees the global views, and is sampled where the student's samples lie in them."""
-        crops, found = split_finished(views)
+        crops, found = split_correspondence(views)
         sides = [crop.shape[-1] for crop in crops]
         of_teacher: list[Tensor | None] = [None] * TEACHER_VIEWS
         of_student: list[Tensor | None] = [None] * len(crops)

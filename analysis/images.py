@@ -23,10 +23,17 @@ from yacs.config import CfgNode
 import data
 from checkpoints.files import numbered
 from checkpoints.loading import load_file, write_file
-from data.datasets import REPLACEMENT_TRIES, reason_of
+from data.datasets import REPLACEMENT_TRIES, format_error
 from data.decode import ImageLike, UndeclaredRange, decode_image
 from data.layouts.sources import Files, Source
-from data.transforms.augment import THIN, BrightnessContrast, MultiCrop, ViewTransform, as_tensor, middle_of_thin
+from data.transforms.augment import (
+    MAX_ASPECT_RATIO,
+    BrightnessContrast,
+    MultiCrop,
+    ViewTransform,
+    as_tensor,
+    limit_aspect_ratio,
+)
 from models import Backbone
 from utils import UsageError, counted, isolated_rng, logger
 
@@ -96,8 +103,8 @@ def as_picture(name: str, image: ImageLike, scale: Scale) -> Picture:
     """
     pixels_CHW = as_tensor(image)
     size = pixels_CHW.shape[1], pixels_CHW.shape[2]
-    if max(size) > THIN * min(size):
-        raise ValueError(f"of {size[1]} x {size[0]} pixels, more than {THIN} times as long as wide")
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise ValueError(f"of {size[1]} x {size[0]} pixels, more than {MAX_ASPECT_RATIO} times as long as wide")
     digest = hashlib.sha256(f"{tuple(pixels_CHW.shape)}".encode() + pixels_CHW.contiguous().numpy().tobytes())
     resized = TF.resize(image, list(scale.size_for(*size)), interpolation=BICUBIC, antialias=True)
     return Picture(name, as_tensor(resized).clamp(0, 1), size, digest.hexdigest())
@@ -137,7 +144,7 @@ def load_pictures(
             except UndeclaredRange as error:
                 raise UndeclaredRange(f"{source.name(candidate)} {error}") from None
             except Exception as error:  # decoders raise errors of any type on damaged files
-                failures[candidate] = f"cannot read the image {source.name(candidate)} ({reason_of(error)})"
+                failures[candidate] = f"cannot read the image {source.name(candidate)} ({format_error(error)})"
                 if len(source) > 1:
                     logger.warning("%s; using another one", failures[candidate])
     if not found:
@@ -284,7 +291,7 @@ class FillAndCrop:
         self.size = size
 
     def __call__(self, image: ImageLike) -> ImageLike:
-        image = middle_of_thin(image)
+        image = limit_aspect_ratio(image)
         height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
         factor = max(self.size[0] / height, self.size[1] / width)
         sides = [max(target, round(side * factor)) for target, side in zip(self.size, (height, width))]

@@ -1,24 +1,24 @@
-"""What the index of a large data set costs in each layout: seconds until it is ready, and memory of each further worker.
+"""Cost of the index of a large dataset in each layout: time until it is ready, and memory added by each further worker.
 
     python benchmarks/dataset.py --entries 100000            # a minute
     python benchmarks/dataset.py                             # 1,000,000 entries: 10 minutes, 5 GB of disk, mostly directories
 
-Every entry is a tiny image, so sizes of images play no part. Beside this project's index stands the plain one: a list of
-(path, label) tuples, as torchvision's ImageFolder keeps it. Memory of a worker is what the kernel counts as private to it
-(/proc/PID/smaps_rollup) after it has read its share of the entries, over that of a worker which reads from no data set: what forked
-workers share with their parent does not count until they touch it. Python touches every object it looks at, so lists of objects are
-copied page by page, arrays are not.
-
-Origin: this project's own.
+Images have one pixel. The baseline is a list of (path, label) tuples, as in torchvision's ImageFolder. The memory of a worker is
+its private memory (/proc/PID/smaps_rollup) after reading its share of the entries, minus that of a worker without a dataset. Memory
+shared with the parent by fork is not counted until it is written to; Python writes to the reference count of every object that it
+accesses, so lists of objects are copied page by page, and arrays are not.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -27,50 +27,45 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from config.ranges import COUNT
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import base64
-import io
-import tarfile
 
 import torch
 from PIL import Image
 
+from config.ranges import COUNT
 from data.datasets import build_dataset
 from data.decode import ImageLike
+from data.layouts.folder_scan import SETTLE_NS
 from data.layouts.index_cache import CACHE_VARIABLE
 from data.layouts.shards import build_stream
-from data.layouts.tree import UNSETTLED
 from distributed import launch
 
 PER_FOLDER = 1000
-TARGET = 50  # MB of each further worker
-TOUCHED = 2000  # entries that a worker looks up at most, evenly spread
-STREAMED = 2000  # of shards, from the first on
+TARGET = 50  # MB per worker
+ACCESSED = 2000  # maximum number of entries that a worker reads, evenly spaced
+STREAMED = 2000  # images that a worker reads from shards
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """How many entries, and where."""
+    """Return the parser of this benchmark."""
     parser = argparse.ArgumentParser(
         "benchmarks/dataset.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--entries", type=COUNT, default=1_000_000)
-    parser.add_argument("--folder", default=None, help="where to write; default: a temporary folder")
+    parser.add_argument("--folder", default=None, help="parent of the temporary folder; default: that of the system")
     parser.add_argument("--layouts", nargs="+", default=["files", "zip", "tsv", "shards"])
     return parser
 
 
 def tiny_image() -> bytes:
-    """A PNG of one pixel."""
+    """Return a PNG of one pixel."""
     with io.BytesIO() as buffer:
         Image.new("L", (1, 1), 128).save(buffer, "PNG")
         return buffer.getvalue()
 
 
 def write_files(root: Path, entries: int, image: bytes) -> None:
-    """Class folders of hard links to a few files (a file system allows so many links to one)."""
+    """Write class folders of hard links to one file each (the number of links to a file is limited)."""
     for number in range(entries):
         folder = root / "train" / f"n{number // PER_FOLDER:08}"
         if number % PER_FOLDER == 0:
@@ -81,7 +76,7 @@ def write_files(root: Path, entries: int, image: bytes) -> None:
 
 
 def write_zip(root: Path, entries: int, image: bytes) -> None:
-    """train.zip and its map."""
+    """Write train.zip and its map."""
     with zipfile.ZipFile(root / "train.zip", "w") as archive, (root / "train_map.txt").open("w") as lines:
         for number in range(entries):
             name = f"n{number // PER_FOLDER:08}/n{number // PER_FOLDER:08}_{number:08}.png"
@@ -90,7 +85,7 @@ def write_zip(root: Path, entries: int, image: bytes) -> None:
 
 
 def write_tsv(root: Path, entries: int, image: bytes) -> None:
-    """train.tsv without its index."""
+    """Write train.tsv without its index."""
     text = base64.b64encode(image).decode()
     with (root / "train.tsv").open("w") as lines:
         for number in range(entries):
@@ -98,7 +93,7 @@ def write_tsv(root: Path, entries: int, image: bytes) -> None:
 
 
 def write_shards(root: Path, entries: int, image: bytes) -> None:
-    """Tars of 10,000 images without sizes.json."""
+    """Write tar files of 10,000 images without sizes.json."""
     info = tarfile.TarInfo("0.png")
     info.size = len(image)
     for begin in range(0, entries, 10_000):
@@ -115,12 +110,12 @@ WRITERS: dict[str, Callable[[Path, int, bytes], None]] = {
 
 
 def no_view(image: ImageLike) -> list[torch.Tensor]:
-    """Of an image that is looked up only."""
+    """Return no views."""
     return []
 
 
-class Plain:
-    """What torchvision's ImageFolder keeps."""
+class TupleList:
+    """The index of torchvision's ImageFolder."""
 
     def __init__(self, root: Path) -> None:
         self.samples: list[tuple[str, int]] = []
@@ -138,13 +133,13 @@ class Plain:
 
 
 def private_megabytes() -> float:
-    """Memory that this process shares with none."""
+    """Return the private memory of this process."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
 
 
 def reader(dataset: Any, part: range, answer: multiprocessing.connection.Connection) -> None:
-    """A worker: looks up its part and tells its private memory."""
+    """Read some entries in a worker, and send its private memory."""
     for index in part:
         dataset[index]
     if dataset is not None and not part:
@@ -154,40 +149,40 @@ def reader(dataset: Any, part: range, answer: multiprocessing.connection.Connect
 
 
 def worker_megabytes(dataset: Any, indexed: bool) -> float:
-    """Private memory of a forked worker after it read its entries (or the first of a stream), over that of an idle one."""
+    """Return the private memory of a forked worker that has read entries, minus that of an idle one."""
     found = []
     for wanted in (None, dataset):
-        step = max(1, len(dataset) // TOUCHED)
+        step = max(1, len(dataset) // ACCESSED)
         part = range(0, len(dataset), step) if indexed and wanted is not None else range(0)
         here, there = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(target=reader, args=(wanted, part, there))
         process.start()
-        there.close()  # so that a worker that dies is noticed
+        there.close()  # so that recv fails if the worker dies
         found.append(here.recv())
         process.join()
     return found[1] - found[0]
 
 
 def timed(make: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What it makes, and the seconds of the CPU and on the wall."""
+    """Return the result of a call, its CPU time and its wall time."""
     cpu, wall = time.process_time(), time.perf_counter()
     made = make()
     return made, time.process_time() - cpu, time.perf_counter() - wall
 
 
 def report(name: str, make: Callable[[], Any], indexed: bool = True) -> tuple[float, float]:
-    """Print a row; returns seconds on the wall and megabytes."""
+    """Print a row; return wall time in seconds and memory in megabytes."""
     dataset, cpu, wall = timed(make)
     megabytes = worker_megabytes(dataset, indexed)
     print(
-        f"{name:34} {cpu:7.1f} s of the CPU {wall:7.1f} s on the wall {megabytes:8.1f} MB each further worker",
+        f"{name:34} {cpu:7.1f} s CPU time {wall:7.1f} s wall time {megabytes:8.1f} MB per further worker",
         flush=True,
     )
     return wall, megabytes
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write each layout, index it twice (the second time from what the first kept), and print what it costs."""
+    """Write each layout, index it without and with a cache, and print the cost."""
     image, worst, rows = tiny_image(), 0.0, {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         os.environ[CACHE_VARIABLE] = f"{folder}/cache"
@@ -195,10 +190,10 @@ def main(args: argparse.Namespace) -> None:
             root = Path(folder) / layout
             root.mkdir()
             WRITERS[layout](root, args.entries, image)
-        time.sleep(1.5 * UNSETTLED / 1e9)  # a folder that changed a moment ago is not believed to be the same
-        print(f"{args.entries} entries; looked up by a worker: {min(args.entries, TOUCHED)}")
+        time.sleep(1.5 * SETTLE_NS / 1e9)  # folders modified just before a scan are not cached
+        print(f"{args.entries} entries; read by each worker: {min(args.entries, ACCESSED)}")
         if "files" in args.layouts:
-            rows["plain"] = report("files, list of tuples", lambda: Plain(root=Path(folder) / "files"))
+            rows["tuples"] = report("files, list of tuples", lambda: TupleList(root=Path(folder) / "files"))
         for layout in args.layouts:
             for start in ("first", "second"):
                 root = Path(folder) / layout
@@ -212,10 +207,10 @@ def main(args: argparse.Namespace) -> None:
                 worst = max(worst, rows[f"{layout} {start}"][1])
     if "files" in args.layouts:
         print(
-            f"files, second start / plain: {rows['files second'][0] / rows['plain'][0]:.2f} of the time, "
-            f"{rows['files second'][1] / max(rows['plain'][1], 0.1):.2f} of the memory"
+            f"files, second start / list of tuples: {rows['files second'][0] / rows['tuples'][0]:.2f} of the time, "
+            f"{rows['files second'][1] / max(rows['tuples'][1], 0.1):.2f} of the memory"
         )
-    print(f"most memory of a further worker: {worst:.1f} MB (target: below {TARGET})")
+    print(f"maximum memory of a further worker: {worst:.1f} MB (target: below {TARGET})")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from filelock import AcquireReturnProxy, SoftFileLease, Timeout
 
 BEAT = 5.0  # seconds
 ABANDONED_AFTER = 60.0  # seconds without a beat; the same for all who want a lock
@@ -37,21 +37,23 @@ def lease(path: Path) -> SoftFileLease:
     )
 
 
-def take(lock: SoftFileLease, give_up: Callable[[bool], None] | None = None) -> None:
-    """Wait until the lock is this process's.
+def take(lock: SoftFileLease, give_up: Callable[[bool], None] | None = None) -> AcquireReturnProxy:
+    """Wait until this process holds the lock.
 
     Args:
-        give_up: called after each try that failed, with whether the owner has given a sign of life since the first; may raise.
+        give_up: called after each failed try, with whether the owner's heartbeat was seen since the first one; may raise.
+
+    Returns:
+        a context manager that releases the lock.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the lock file cannot be written.
     """
     first = seen = _last_beat(lock)
     since = time.monotonic()
     while True:
         with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-            return
+            return lock.acquire(timeout=0)
         beat = _last_beat(lock)
         if beat < 0:
             continue  # removed: filelock 4.1 removes a dead owner's lock in one try and takes it in the next

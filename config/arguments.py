@@ -133,7 +133,7 @@ def add_crop_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_list_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that trains on a part of the training images, see data/layouts/lists.py."""
+    """Add the flag that trains on a part of the training images, see data/layouts/image_list.py."""
     words = "text file that names the training images to use, one a line (lists of SimCLRv2); default: all"
     parser.add_argument("--target_list_path", default=None, help=words)
 

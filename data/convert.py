@@ -1,16 +1,14 @@
-"""Turn images into one of the layouts of few large files, zip, tsv or shards, and back. Images stay byte for byte what they are.
+"""Convert a dataset between folders and layouts of few large files (zip, tsv, tar shards). Image files are copied unchanged.
 
     python -m data.convert IMAGENET OUT --to shards         # OUT/train-000000.tar ..., OUT/val-000000.tar ..., OUT/sizes.json
-    python -m data.convert IMAGENET OUT --to zip            # OUT/train.zip, OUT/train_map.txt, the same of val
-    python -m data.convert OUT TSV --to tsv --zip_mode      # from zip files; --tsv_mode: from tsv files; tars are seen
-    python -m data.convert OUT IMAGENET2 --to files         # back: IMAGENET2/train/CLASS/..., IMAGENET2/val/CLASS/...
-    python main_esvit.py --data_path OUT ...                # --zip_mode and --tsv_mode as the layout needs
+    python -m data.convert IMAGENET OUT --to zip            # OUT/train.zip, OUT/train_map.txt, and the same for val
+    python -m data.convert OUT TSV --to tsv --zip_mode      # from zip files; --tsv_mode: from tsv files; shards are detected
+    python -m data.convert OUT IMAGENET2 --to files         # to class folders: IMAGENET2/train/CLASS/..., IMAGENET2/val/CLASS/...
+    python main_esvit.py --data_path OUT ...                # with --zip_mode or --tsv_mode for these layouts
 
-SOURCE is whatever the scripts take: with training and validation images both are converted, else all counts as training.
-Classes are numbered in their order over both, and classes.txt says how, which the way back looks up; those that are numbers already
-keep them. Labels are written where every image has one. Nothing is overwritten, and files get their names when they are whole.
-
-Origin: this project's own; shards are written by webdataset.
+SOURCE is a --data_path of the other scripts; without a split into training and validation images, all are training images. Classes
+are numbered in sorted order over both splits, and their names written to classes.txt, from which `--to files` restores them;
+classes that are integers keep their number. Existing files are never overwritten, and all files of DEST appear at once.
 """
 
 from __future__ import annotations
@@ -22,15 +20,15 @@ import io
 import json
 import os
 import shutil
+import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
-from webdataset import TarWriter
 
 from checkpoints import files
 from checkpoints.files import read_text
@@ -38,11 +36,11 @@ from config import arguments
 from config.ranges import COUNT
 from data.datasets import LAYOUTS, layout_of
 from data.decode import open_image
-from data.layouts.remote import check_here
+from data.layouts.folder_scan import EXTENSIONS
+from data.layouts.remote import require_local
 from data.layouts.sources import UNLABELED, Files, Listing, Source, check_inside
-from data.layouts.tars import SIZES
-from data.layouts.tree import EXTENSIONS
-from data.layouts.tsv import TsvLines, label_names
+from data.layouts.tars import LABEL_SUFFIX, SIZES
+from data.layouts.tsv import TsvLines, parse_label_column
 from data.layouts.zips import ZipMembers
 from distributed import collectives, launch
 from utils import UsageError, counted, logger
@@ -51,184 +49,168 @@ SPLITS = ("train", "val")
 CLASSES = "classes.txt"
 
 
-class Item(NamedTuple):
-    """An image on its way."""
+class ImageRecord(NamedTuple):
+    """An image to be written."""
 
-    name: str  # where the source has one of its own, else a number
-    suffix: str  # of the kind of file, without a dot
+    name: str  # its path in the source, if it has one, else a number
+    suffix: str  # file extension without a dot
     content: bytes
     label: int | None
 
 
 class Writer(ABC):
-    """One split in a layout. Files are written as `.NAME.part` and named by `finish`.
-
-    Args:
-        folder, split: where, and which.
-    """
+    """Writes one split in a layout. Files are written as `.NAME.part` and renamed by `commit`."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder = folder
         self.split = split
-        self.parts: list[str] = []  # names of the files to be
+        self.names: list[str] = []  # of the files
 
     @abstractmethod
-    def write(self, item: Item) -> None:
+    def write(self, record: ImageRecord) -> None:
         """Add an image.
 
         Raises:
-            UsageError: its label is missing, or no name of a folder, where the layout needs one.
+            UsageError: it has no label, or the name of its class is not that of a folder, where the layout needs one.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """After the last image, or an error."""
+        """Close the files."""
 
-    def part(self, name: str) -> Path:
-        """Where to write the file that will be `name`.
+    def new_file(self, name: str) -> Path:
+        """Return the temporary path of the file `name`.
 
         Raises:
-            UsageError: there is one.
+            UsageError: it exists.
         """
         if (self.folder / name).exists():
-            raise UsageError(f"{self.folder / name} is there already; nothing is overwritten, choose another folder")
-        self.parts.append(name)
+            raise UsageError(f"{self.folder / name} exists and would be overwritten; choose another folder")
+        self.names.append(name)
         return self.folder / f".{name}.part"
 
-    def finish(self) -> None:
-        """Give the files their names."""
-        for name in self.parts:
-            os.link(self.folder / f".{name}.part", self.folder / name)  # unlike a renaming it overwrites nothing
+    def commit(self) -> None:
+        """Give the files their final names."""
+        for name in self.names:
+            os.link(self.folder / f".{name}.part", self.folder / name)  # unlike a rename this never overwrites
         self.discard()
 
     def discard(self) -> None:
-        """Remove what has no name yet."""
-        for name in self.parts:
+        """Remove the temporary files."""
+        for name in self.names:
             (self.folder / f".{name}.part").unlink(missing_ok=True)
 
 
 class ZipWriter(Writer):
-    """`SPLIT.zip` with its map."""
+    """Writes `SPLIT.zip` and its map."""
 
     def __init__(self, folder: Path, split: str) -> None:
         super().__init__(folder, split)
-        archive, map_file = self.part(f"{split}.zip"), self.part(f"{split}_map.txt")
+        archive, map_file = self.new_file(f"{split}.zip"), self.new_file(f"{split}_map.txt")
         self.archive = zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED)
         self.map = map_file.open("w", encoding="utf-8")
 
-    def write(self, item: Item) -> None:
-        """See `Writer.write`."""
-        if item.label is None:
-            raise UsageError(f"{item.name} has no label, which a zip needs for each image; choose --to tsv or shards")
-        self.archive.writestr(zipfile.ZipInfo(item.name), item.content)
-        self.map.write(f"{self.split}.zip@/{item.name}\t{item.label}\n")
+    def write(self, record: ImageRecord) -> None:
+        if record.label is None:
+            raise UsageError(f"{record.name} has no label, which --to zip needs for each image; use tsv or shards")
+        self.archive.writestr(zipfile.ZipInfo(record.name), record.content)
+        self.map.write(f"{self.split}.zip@/{record.name}\t{record.label}\n")
 
     def close(self) -> None:
-        """See `Writer.close`."""
         self.archive.close()
         self.map.close()
 
 
 class TsvWriter(Writer):
-    """`SPLIT.tsv` with its index."""
+    """Writes `SPLIT.tsv` and its index."""
 
     def __init__(self, folder: Path, split: str) -> None:
         super().__init__(folder, split)
-        tsv, index = self.part(f"{split}.tsv"), self.part(f"{split}.lineidx")
+        tsv, index = self.new_file(f"{split}.tsv"), self.new_file(f"{split}.lineidx")
         self.file, self.index = tsv.open("wb"), index.open("w")
 
-    def write(self, item: Item) -> None:
-        """See `Writer.write`."""
+    def write(self, record: ImageRecord) -> None:
         self.index.write(f"{self.file.tell()}\n")
-        key = " ".join(item.name.split())  # no tab or newline
-        label = "" if item.label is None else item.label
-        self.file.write(f"{key}\t{label}\t".encode("utf-8", "replace") + base64.b64encode(item.content) + b"\n")
+        key = " ".join(record.name.split())  # without tabs and newlines
+        label = "" if record.label is None else record.label
+        self.file.write(f"{key}\t{label}\t".encode("utf-8", "replace") + base64.b64encode(record.content) + b"\n")
 
     def close(self) -> None:
-        """See `Writer.close`."""
         self.file.close()
         self.index.close()
 
 
-class ShardsWriter(Writer):
-    """`SPLIT-000000.tar` and so on.
-
-    Args:
-        images: of a shard.
-    """
+class ShardWriter(Writer):
+    """Writes `SPLIT-000000.tar`, `SPLIT-000001.tar`, ... of `images` images each."""
 
     def __init__(self, folder: Path, split: str, images: int) -> None:
         super().__init__(folder, split)
         self.images = images
         self.count = 0
-        self.tar: TarWriter | None = None
+        self.tar: tarfile.TarFile | None = None
 
-    def write(self, item: Item) -> None:
-        """See `Writer.write`."""
+    def write(self, record: ImageRecord) -> None:
         if self.count % self.images == 0:
             self.close()
-            self.tar = TarWriter(
-                str(self.part(f"{self.split}-{self.count // self.images:06}.tar")), encoder=False, mtime=0
-            )
-        label = {} if item.label is None else {"cls": str(item.label).encode()}
-        assert self.tar is not None
-        self.tar.write({"__key__": f"{self.count:09}", item.suffix: item.content, **label})
+            path = self.new_file(f"{self.split}-{self.count // self.images:06}.tar")
+            self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (see close)
+        if record.label is not None:
+            self._add(LABEL_SUFFIX, str(record.label).encode())
+        self._add(record.suffix, record.content)
         self.count += 1
 
+    def _add(self, suffix: str, content: bytes) -> None:
+        assert self.tar is not None
+        member = tarfile.TarInfo(f"{self.count:09}.{suffix}")
+        member.size = len(content)
+        self.tar.addfile(member, io.BytesIO(content))
+
     def close(self) -> None:
-        """See `Writer.close`."""
         if self.tar is not None:
             self.tar.close()
         self.tar = None
 
     def sizes(self) -> dict[str, int]:
-        """Images of each shard."""
-        return {name: min(self.images, self.count - i * self.images) for i, name in enumerate(self.parts)}
+        """Return the number of images of each shard."""
+        return {name: min(self.images, self.count - i * self.images) for i, name in enumerate(self.names)}
 
 
 class FolderWriter(Writer):
-    """`SPLIT/CLASS/NAME`.
-
-    Args:
-        classes: their names; one that has none goes by its number.
-    """
+    """Writes `SPLIT/CLASS/NAME`; a class without a name in `classes` uses its number."""
 
     def __init__(self, folder: Path, split: str, classes: Sequence[str]) -> None:
         super().__init__(folder, split)
-        self.root = self.part(split)
+        self.root = self.new_file(split)
         self.classes = classes
-        shutil.rmtree(self.root, ignore_errors=True)  # of a conversion that was killed
+        shutil.rmtree(self.root, ignore_errors=True)  # left by an interrupted conversion
         self.root.mkdir()
 
-    def write(self, item: Item) -> None:
-        """See `Writer.write`."""
-        path = item.name
-        if item.label is not None:
-            folder = self.classes[item.label] if item.label < len(self.classes) else str(item.label)
+    def write(self, record: ImageRecord) -> None:
+        path = record.name
+        if record.label is not None:
+            folder = self.classes[record.label] if record.label < len(self.classes) else str(record.label)
             if "/" in folder or folder in ("", ".", ".."):
-                raise UsageError(f"the class '{folder}' cannot name a folder; convert to zip, tsv or shards")
+                raise UsageError(f"class '{folder}' is not a valid folder name; use --to zip, tsv or shards")
             path = path if path.startswith(f"{folder}/") else f"{folder}/{path}"
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
         with (self.root / path).open("xb") as file:
-            file.write(item.content)
+            file.write(record.content)
 
     def close(self) -> None:
-        """See `Writer.close`."""
+        pass
 
-    def finish(self) -> None:
-        """See `Writer.finish`."""
-        self.root.rename(self.folder / self.split)  # which fails where a folder that holds anything came meanwhile
+    def commit(self) -> None:
+        self.root.rename(self.folder / self.split)  # fails if the folder was created meanwhile and is not empty
 
     def discard(self) -> None:
-        """See `Writer.discard`."""
         shutil.rmtree(self.root, ignore_errors=True)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """From where to where."""
-    parser = arguments.Parser("python -m data.convert", description="images into zip, tsv or shards, and back")
-    parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
-    parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
+    """Return the parser of this script."""
+    parser = arguments.Parser("python -m data.convert", description="Convert images to zip, tsv or shards, and back.")
+    parser.add_argument("data_path", metavar="SOURCE", help="a --data_path of the other scripts")
+    parser.add_argument("dest", metavar="DEST", help="output folder, created if missing")
     parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"), help="layout of DEST")
     parser.add_argument("--shard_images", type=COUNT, default=5000, help="images of a shard")
     arguments.add_layout_flags(parser)
@@ -240,25 +222,25 @@ def main(args: argparse.Namespace) -> None:
     collectives.setup_logging()
     layout = layout_of(args)
     listings = {split: list_split(args.data_path, layout, split) for split in find_splits(args.data_path, layout)}
-    numbers, names = number_classes(list(listings.values()))
-    if args.to == "files" and not names:
-        names = read_classes(Path(args.data_path))
+    labels, classes = merge_classes(list(listings.values()))
+    if args.to == "files" and not classes:
+        classes = read_classes(Path(args.data_path))
     folder = Path(args.dest)
     with files.sole_run(folder, "conversion", "DEST"):
-        convert(args, listings, numbers, names)
+        convert(args, listings, labels, classes)
     for split, listing in listings.items():
-        images, classes = counted(len(listing.source), "image"), counted(len(listing.classes), "class", "classes")
-        logger.info("%s: %s, %s", split, images, classes)
-    logger.info("use them with --data_path %s%s", folder, {"zip": " --zip_mode", "tsv": " --tsv_mode"}.get(args.to, ""))
+        images, names = counted(len(listing.source), "image"), counted(len(listing.classes), "class", "classes")
+        logger.info("%s: %s, %s", split, images, names)
+    logger.info("use --data_path %s%s", folder, {"zip": " --zip_mode", "tsv": " --tsv_mode"}.get(args.to, ""))
 
 
 def convert(
-    args: argparse.Namespace, listings: Mapping[str, Listing], numbers: Sequence[np.ndarray], names: Sequence[str]
+    args: argparse.Namespace, listings: Mapping[str, Listing], labels: Sequence[np.ndarray], classes: Sequence[str]
 ) -> None:
-    """Write all splits, of which either all files appear or none.
+    """Write all splits; either all files appear or none.
 
     Raises:
-        UsageError: the disk refuses, or see `Writer.write` and `items_of`.
+        UsageError: DEST cannot be written, or see `Writer.write` and `read_records`.
         Stopped: Ctrl-C.
     """
     done = 0
@@ -267,93 +249,93 @@ def convert(
     )
     with interrupted, files.usable(args.dest, "DEST"), contextlib.ExitStack() as stack:
         writers: list[Writer] = []
-        for (split, listing), label_N in zip(listings.items(), numbers):
-            writers.append(make_writer(args, Path(args.dest), split, names))
-            stack.callback(writers[-1].discard)
-            stack.callback(writers[-1].close)
-            items = items_of(listing.source, label_N, Path(args.data_path), split)
-            for item in tqdm(items, desc=split, total=len(listing.source)):
-                writers[-1].write(item)
+        for (split, listing), label_N in zip(listings.items(), labels):
+            writer = make_writer(args, Path(args.dest), split, classes)
+            writers.append(writer)
+            stack.callback(writer.discard)
+            stack.callback(writer.close)
+            records = read_records(listing.source, label_N, Path(args.data_path), split)
+            for record in tqdm(records, desc=split, total=len(listing.source)):
+                writer.write(record)
                 done += 1
-            writers[-1].close()
+            writer.close()
         if args.to != "files":
-            write_small_files(writers, names)
+            write_metadata(writers, classes)
         for writer in writers:
-            writer.finish()
+            writer.commit()
 
 
 def make_writer(args: argparse.Namespace, folder: Path, split: str, classes: Sequence[str]) -> Writer:
-    """The writer that --to names."""
+    """Return the writer of the layout --to."""
     if args.to == "shards":
-        return ShardsWriter(folder, split, args.shard_images)
+        return ShardWriter(folder, split, args.shard_images)
     if args.to == "files":
         return FolderWriter(folder, split, classes)
-    makers: dict[str, Callable[[Path, str], Writer]] = {"zip": ZipWriter, "tsv": TsvWriter}
-    return makers[args.to](folder, split)
+    return ZipWriter(folder, split) if args.to == "zip" else TsvWriter(folder, split)
 
 
 def find_splits(data_path: str, layout: str) -> list[str]:
-    """`train`, and `val` where the source has it apart."""
+    """Return the splits of the source; `train` alone if it is not divided."""
     root = Path(data_path)
     if not root.is_dir():
         return ["train"]
-    apart = {
+    has_split = {
         "files": lambda split: (root / split).is_dir(),
         "zip": lambda split: (root / f"{split}_map.txt").is_file(),
         "tsv": lambda split: (root / f"{split}.tsv").is_file() or (root / split).is_dir(),
         "shards": lambda split: (root / split).is_dir() or any(root.glob(f"{split}*.tar")),
     }[layout]
-    return [split for split in SPLITS if apart(split)] or ["train"]
+    return [split for split in SPLITS if has_split(split)] or ["train"]
 
 
 def list_split(data_path: str, layout: str, split: str) -> Listing:
-    """The images of a split, with their labels if they have any.
+    """List the images of a split, with their labels if they have any.
 
     Raises:
         UsageError: see the layouts.
     """
-    check_here(data_path)
+    require_local(data_path)
     if layout != "shards" and not Path(data_path).exists():
-        raise UsageError(f"'{data_path}' does not exist; SOURCE is a folder or file of images")
+        raise UsageError(f"SOURCE {data_path} does not exist; pass a folder or file of images")
     listing = LAYOUTS[layout](Path(data_path), split, False)
-    if isinstance(listing.source, TsvLines) and label_names(listing.source.head(0)[1]):
-        return LAYOUTS[layout](Path(data_path), split, True)  # reads labels, which takes longer
+    if isinstance(listing.source, TsvLines) and parse_label_column(listing.source.read_label(0)[1]):
+        return LAYOUTS[layout](Path(data_path), split, True)  # reading the labels of tsv files takes longer
     return listing
 
 
-def number_classes(listings: Sequence[Listing]) -> tuple[list[np.ndarray], list[str]]:
-    """The labels of each listing, numbered alike, and the names of the classes where they were no numbers before."""
+def merge_classes(listings: Sequence[Listing]) -> tuple[list[np.ndarray], list[str]]:
+    """Return the labels of each listing, numbered by the classes of all, and the names of the classes unless they are integers."""
     names = sorted({name for listing in listings for name in listing.classes})
-    as_numbers = all(name.isdecimal() and name == str(int(name)) for name in names)  # 01 is a name: it might meet a 1
+    as_numbers = all(name.isdecimal() and name == str(int(name)) for name in names)  # not 01, which differs from 1
     number_of = {name: int(name) if as_numbers else number for number, name in enumerate(names)}
-    numbers = []
+    merged = []
     for listing in listings:
         assert isinstance(listing.labels, Sequence | np.ndarray)
-        numbers_of_class = np.array([number_of[name] for name in listing.classes], dtype=np.int64)
-        labels = np.asarray(listing.labels, dtype=np.int64)
-        numbers.append(numbers_of_class[labels] if len(numbers_of_class) else labels)
-    return numbers, [] if as_numbers else names
+        number_of_class = np.array([number_of[name] for name in listing.classes], dtype=np.int64)
+        label_N = np.asarray(listing.labels, dtype=np.int64)
+        merged.append(number_of_class[label_N] if len(number_of_class) else label_N)
+    return merged, [] if as_numbers else names
 
 
-def items_of(source: Source, label_N: np.ndarray, root: Path, split: str) -> Iterator[Item]:
-    """The images of a source, one after the other.
+def read_records(source: Source, label_N: np.ndarray, root: Path, split: str) -> Iterator[ImageRecord]:
+    """Yield the images of a source.
 
     Raises:
         UsageError: one cannot be read.
     """
-    names = own_names(source, root / split if (root / split).is_dir() else root)
+    names = relative_names(source, root / split if (root / split).is_dir() else root)
     for i in range(len(source)):
         try:
             content = source.read(i)
-        except Exception as error:  # of any kind: see Source
+        except Exception as error:  # see Source.read
             raise UsageError(f"{source.name(i)} cannot be read ({error}); repair or remove it") from None
-        suffix = kind_of(content, source.name(i))
+        suffix = image_suffix(content, source.name(i))
         name = names[i] if names else f"{i:09}.{suffix}"
-        yield Item(name, suffix, content, None if label_N[i] == UNLABELED else int(label_N[i]))
+        yield ImageRecord(name, suffix, content, None if label_N[i] == UNLABELED else int(label_N[i]))
 
 
-def own_names(source: Source, root: Path) -> list[str]:
-    """The images' names inside the source, if they are paths below it and all different; else none."""
+def relative_names(source: Source, root: Path) -> list[str]:
+    """Return the paths of the images inside the source; an empty list if they have none, or not all different ones."""
     names = [source.name(i) for i in range(len(source))]
     if isinstance(source, ZipMembers):
         names = [name.partition("@/")[2] for name in names]
@@ -371,38 +353,38 @@ def own_names(source: Source, root: Path) -> list[str]:
     return names if len(set(names)) == len(names) else []
 
 
-def kind_of(content: bytes, name: str) -> str:
-    """The suffix of an image file: its own, else what its bytes say, else jpg."""
+def image_suffix(content: bytes, name: str) -> str:
+    """Return the file extension of an image, from its name, else from its content, else jpg."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in EXTENSIONS:
         return suffix[1:]
     try:
         with open_image(io.BytesIO(content)) as image:
             return {"jpeg": "jpg", "tiff": "tif"}.get(kind := str(image.format).lower(), kind)
-    except Exception:  # damaged images are converted too, and named when they are used
+    except Exception:  # damaged images are converted too, and reported when they are used
         return "npy" if content.startswith(b"\x93NUMPY") else "jpg"
 
 
 def read_classes(source: Path) -> list[str]:
-    """The names of classes in classes.txt of a folder, or beside a file or pattern; none without it.
+    """Return the names of the classes from classes.txt in or beside the source; an empty list without that file.
 
     Raises:
-        UsageError: it is there and cannot be read.
+        UsageError: it cannot be read.
     """
     path = (source if source.is_dir() else source.parent) / CLASSES
     if not path.exists():
         return []
-    text = read_text(path, "it has the name of one class a line; repair it or move it away", "surrogateescape")
+    text = read_text(path, "it must have one class name a line; correct it or move it away", "surrogateescape")
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def write_small_files(writers: Sequence[Writer], names: Sequence[str]) -> None:
-    """classes.txt, where classes have names, and sizes.json of shards; they become files of the last writer."""
-    sizes = {name: n for writer in writers if isinstance(writer, ShardsWriter) for name, n in writer.sizes().items()}
-    if names:
-        writers[-1].part(CLASSES).write_bytes(os.fsencode("".join(f"{name}\n" for name in names)))
+def write_metadata(writers: Sequence[Writer], classes: Sequence[str]) -> None:
+    """Write classes.txt, if classes have names, and the sizes.json of shards, as files of the last writer."""
+    sizes = {name: n for writer in writers if isinstance(writer, ShardWriter) for name, n in writer.sizes().items()}
+    if classes:
+        writers[-1].new_file(CLASSES).write_bytes(os.fsencode("".join(f"{name}\n" for name in classes)))
     if sizes:
-        writers[-1].part(SIZES).write_text(json.dumps(sizes, indent=1))
+        writers[-1].new_file(SIZES).write_text(json.dumps(sizes, indent=1))
 
 
 if __name__ == "__main__":

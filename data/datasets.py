@@ -1,22 +1,22 @@
-"""Labeled or unlabeled images as samples: what a data path holds, seen through a transform.
+"""Map-style datasets of labeled or unlabeled images, in any of the supported layouts.
 
-    dataset = build_dataset("photos/", "train", transform)                   # class folders, loose files or a text file of paths
-    dataset = build_dataset("imagenet/", "train", transform, layout="zip")   # train.zip with train_map.txt
-    dataset = build_dataset("imagenet/", "train", transform, layout="tsv")   # train.tsv
-    dataset = build_dataset("imagenet/", "train", transform, layout="shards")   # train-000000.tar and others
-    sample = dataset[0]                                                      # views, label, index, failures
+    dataset = build_dataset("photos/", "train", transform)                     # folders, or a text file of paths
+    dataset = build_dataset("imagenet/", "train", transform, layout="zip")     # train.zip with train_map.txt
+    dataset = build_dataset("imagenet/", "train", transform, layout="tsv")     # train.tsv
+    dataset = build_dataset("imagenet/", "train", transform, layout="shards")  # train-000000.tar, ...
+    sample = dataset[0]                                                        # views, label, index, failures
 
-Reading never ends a run by itself: what fails twice is replaced by another sample and named in `Sample.failures`. An image whose
-range nothing declares is a mistake about all of them: it has no replacement, and the run ends (`Refusal`).
-
-Origin: this project's own.
+An image that cannot be read in two attempts is replaced by a random other one and listed in `Sample.failures`. An image of an
+undeclared value range points to a mistake in the config, which concerns all images: it is not replaced (`FatalFailure`).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,9 @@ from torch.utils.data import Dataset
 from data.decode import ImageLike, UndeclaredRange, decode_image
 from data.layouts.folders import list_files
 from data.layouts.published import list_openimages, list_webvision
-from data.layouts.remote import check_here, is_remote
+from data.layouts.remote import is_remote, require_local
 from data.layouts.sources import UNLABELED, Listing, MultiLabels, Source
-from data.layouts.tars import holds_shards, list_tars
+from data.layouts.tars import contains_shards, list_tars
 from data.layouts.tsv import list_tsv
 from data.layouts.zips import list_zip
 from utils import UsageError, isolated_rng
@@ -38,6 +38,7 @@ from utils import UsageError, isolated_rng
 REPLACEMENT_TRIES = 20
 
 Transform = Callable[[ImageLike], list[Tensor]]
+# By layout: (data path, split, labels needed) -> listing.
 LAYOUTS: dict[str, Callable[[Path, str, bool], Listing]] = {
     "files": list_files,
     "zip": list_zip,
@@ -46,31 +47,31 @@ LAYOUTS: dict[str, Callable[[Path, str, bool], Listing]] = {
     "webvision1": list_webvision,
     "openimages_v4": list_openimages,
 }
-COLLECTIONS = ("imagenet1k", "imagenet22k", "webvision1", "openimages_v4")  # names of --dataset that are no folder's
+COLLECTIONS = ("imagenet1k", "imagenet22k", "webvision1", "openimages_v4")  # values of --dataset that are not a folder
 
 
 class Sample(NamedTuple):
-    """One image, seen through the transform."""
+    """One image after the transform."""
 
-    views: list[Tensor]  # each (C, H, W); empty when no replacement could be read either
-    label: int | Tensor  # UNLABELED without classes; (classes,) 0 and 1 where an image has several
-    image_index: int  # of the image asked for
-    failures: tuple[str, ...]  # "name: reason" (no ": " in it) of every unreadable image on the way
+    views: list[Tensor]  # each (C, H, W); empty if no replacement could be read either
+    label: int | Tensor  # UNLABELED without classes; multi-hot (classes,) for multi-label data
+    image_index: int  # that was requested, also where another image replaces it
+    failures: tuple[str, ...]  # "name: reason" of each image that could not be read, the reason without ": "
 
 
-class Refusal(str):
-    """A failure for which no other image may stand in: the sentence with which the run ends."""
+class FatalFailure(str):
+    """A failure without replacement, which ends the run with this message."""
 
 
 class SharedEpoch:
-    """What has an epoch of which workers that run already learn: it lies in shared memory."""
+    """Keeps the epoch in shared memory, so that running workers see when it changes."""
 
     def __init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def epoch(self) -> int:
-        """Of the next pass."""
+        """Epoch of the next pass."""
         return int(self._epoch)
 
     @epoch.setter
@@ -78,18 +79,47 @@ class SharedEpoch:
         self._epoch.fill_(epoch)
 
 
+class Candidate(NamedTuple):
+    """An image that may be used for a sample."""
+
+    name: str
+    read: Callable[[], bytes]
+    label: int | Tensor
+
+
+def load_sample(
+    index: int, candidates: Iterable[Candidate], transform: Transform, in_chans: int, value_range: Sequence[float]
+) -> Sample:
+    """Load the first candidate that can be read; after `REPLACEMENT_TRIES` of them return a sample without views.
+
+    Each is tried twice, since reading from a disk or network may fail for a moment.
+    """
+    failures: list[str] = []
+    for name, read, label in islice(candidates, REPLACEMENT_TRIES):
+        for attempt in range(2):
+            try:
+                image = decode_image(read(), in_chans, value_range)
+            except UndeclaredRange as error:
+                return Sample([], UNLABELED, index, (*failures, FatalFailure(f"{name} {error}")))
+            except Exception as error:  # decoders raise anything on damaged bytes
+                failures += [f"{name}: {format_error(error)}"] if attempt else []
+            else:
+                return Sample(transform(image), label, index, tuple(failures))
+    return Sample([], UNLABELED, index, tuple(failures))
+
+
 class ImageDataset(SharedEpoch, Dataset[Sample]):
     """The images of a source, with labels.
 
-    What a sample looks like depends on (`seed`, `epoch`, index) alone; set `epoch` before each pass.
+    A sample is a function of (`seed`, `epoch`, index); set `epoch` before each pass.
 
     Args:
-        source: the encoded images.
-        labels: one an image, or several.
-        classes: the names that labels index; empty without labels.
-        transform: image to views.
-        in_chans: channels; 1 and 3 give the transform a PIL image, other numbers a float tensor (C, H, W) in 0..1.
-        seed: base of every sample's randomness.
+        source: encoded images.
+        labels: of each image, as in `Listing`.
+        classes: names of the classes; empty without labels.
+        transform: from an image to its views.
+        in_chans: for 1 and 3 the transform gets a PIL image, otherwise a float tensor (in_chans, H, W) in 0..1.
+        seed: of the samples' randomness.
         value_range: INPUT.RANGE, see `decode_image`.
     """
 
@@ -117,36 +147,20 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
         return len(self.source)
 
     def use_classes(self, classes: Sequence[str]) -> None:
-        """Number the labels by `classes`, which must hold all of this data set's own."""
-        number_of = {name: number for number, name in enumerate(classes)}
-        self.labels = np.array([number_of[name] for name in self.classes], dtype=np.int64)[self.labels]
+        """Renumber the labels by `classes`, which must contain all classes of this dataset."""
+        index_of = {name: index for index, name in enumerate(classes)}
+        self.labels = np.array([index_of[name] for name in self.classes], dtype=np.int64)[self.labels]
         self.classes = tuple(classes)
 
     def __getitem__(self, index: int) -> Sample:
-        failures: list[str] = []
         with isolated_rng(self.seed, self.epoch, index):
-            chosen = index
-            for _ in range(REPLACEMENT_TRIES):
-                name = self.source.name(chosen)
-                try:
-                    image = self._image(chosen)
-                except UndeclaredRange as error:
-                    return Sample([], UNLABELED, index, (*failures, Refusal(f"{name} {error}")))
-                except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
-                    failures.append(f"{name}: {reason_of(error)}")
-                    chosen = int(np.random.randint(len(self)))
-                    continue
-                return Sample(self.transform(image), self._label(chosen), index, tuple(failures))
-        return Sample([], UNLABELED, index, tuple(failures))
+            return load_sample(index, self._candidates(index), self.transform, self.in_chans, self.value_range)
 
-    def _image(self, index: int) -> ImageLike:
-        """Read at the second try where the first one fails, as a disk or network may for a moment."""
-        try:
-            return decode_image(self.source.read(index), self.in_chans, self.value_range)
-        except UndeclaredRange:
-            raise
-        except Exception:
-            return decode_image(self.source.read(index), self.in_chans, self.value_range)
+    def _candidates(self, index: int) -> Iterator[Candidate]:
+        """Yield the image itself, then random replacements."""
+        while True:
+            yield Candidate(self.source.name(index), partial(self.source.read, index), self._label(index))
+            index = int(np.random.randint(len(self)))
 
     def _label(self, index: int) -> int | Tensor:
         if self.multi_labels is not None:
@@ -154,17 +168,16 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
         return int(self.labels[index])
 
 
-def reason_of(error: Exception) -> str:
-    """In one line without ": ", as `Sample.failures` takes it."""
+def format_error(error: Exception) -> str:
+    """Return the message of an error in one line without ": ", as `Sample.failures` needs it."""
     return " ".join(str(error).replace(": ", " ").split()) or type(error).__name__
 
 
 def layout_of(args: argparse.Namespace, data_path: str | None = None) -> str:
-    """The layout of --data_path, or of another path, as a script's flags name it: a key of `LAYOUTS`.
+    """Return the layout of --data_path, or of `data_path`, that a script's flags select: a key of `LAYOUTS`.
 
     Raises:
-        UsageError: flags that exclude each other, or a path that may not or cannot be looked at; one that is not there is
-            told by whoever opens it.
+        UsageError: the flags exclude each other, or the path cannot be accessed; a missing path is reported when it is opened.
     """
     path = args.data_path if data_path is None else data_path
     try:
@@ -173,17 +186,17 @@ def layout_of(args: argparse.Namespace, data_path: str | None = None) -> str:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UsageError(f"--data_path {path} cannot be looked at ({error.strerror}); name another") from None
+        raise UsageError(f"--data_path {path} cannot be accessed ({error.strerror}); choose another") from None
     dataset = getattr(args, "dataset", "")
     flags = [flag for flag, given in (("--zip_mode", args.zip_mode), ("--tsv_mode", args.tsv_mode)) if given]
     flags += [f"--dataset {dataset}"] if dataset in LAYOUTS else []
     if len(flags) > 1:
-        raise UsageError(f"{' and '.join(flags)} name different layouts of --data_path; pass one of them")
+        raise UsageError(f"{' and '.join(flags)} select different layouts of --data_path; pass one of them")
     if dataset in LAYOUTS:
         return dataset
     if args.zip_mode or args.tsv_mode:
         return "zip" if args.zip_mode else "tsv"
-    return "shards" if holds_shards(path) else "files"
+    return "shards" if contains_shards(path) else "files"
 
 
 def build_dataset(
@@ -196,34 +209,29 @@ def build_dataset(
     layout: str = "files",
     value_range: Sequence[float] = (),
 ) -> ImageDataset:
-    """The images under `data_path`.
-
-    With the layout `files` it may be a folder with a sub-folder named `split` (then that one counts), a folder of class
-    folders, a flat or nested folder without classes, or a text file with one path a line, relative to the file itself;
-    see data/layouts/folders.py. The other layouts are told in data/layouts/zips.py, data/layouts/tsv.py, data/layouts/tars.py
-    and data/layouts/published.py.
+    """Build the dataset of the images under `data_path`.
 
     Args:
         split: `train` or `val`.
-        need_labels: images without classes are an error.
-        layout: a key of `LAYOUTS`.
+        need_labels: reject images without classes.
+        layout: a key of `LAYOUTS`, each described in its module in data/layouts/.
         value_range: INPUT.RANGE of the config, see `decode_image`.
 
     Raises:
-        UsageError: the path is missing or holds no image, or no class where labels are needed.
+        UsageError: the path is missing or has no image, or no class where labels are needed.
     """
     assert layout in LAYOUTS
     root = Path(data_path)
     if not str(data_path):
-        raise UsageError("--data_path is needed; it takes a folder of images or a text file of paths")
-    check_here(str(data_path))
+        raise UsageError("--data_path is empty; pass a folder of images or a text file of paths")
+    require_local(str(data_path))
     if layout != "shards" and not root.exists():
         raise UsageError(
-            f"data path '{data_path}' does not exist; --data_path takes a folder of images, a text file of paths or tar shards"
+            f"--data_path {data_path} does not exist; pass a folder of images, a text file of paths or tar shards"
         )
     if layout == "files" and not (root.is_dir() or root.is_file()):
         raise UsageError(
-            f"data path '{data_path}' is a pipe, socket or device; --data_path takes a folder of images or a text file"
+            f"--data_path {data_path} is a pipe, socket or device; pass a folder of images or a text file of paths"
         )
     listing = LAYOUTS[layout](root, split, need_labels)
     return ImageDataset(*listing, transform, in_chans, seed, value_range)

@@ -1,11 +1,9 @@
-"""The demo data: crops of the photographs that scikit-image and scikit-learn ship, so that nothing has to be downloaded.
+"""Create the demo dataset from photographs that scikit-image and scikit-learn ship, without a download.
 
     python -m data.demo .demo/data        # writes .demo/data/{train,val}/<photograph>/<number>.png
 
-The label is the photograph. Training crops come from the left 60 % of each photograph and validation crops from the right
-40 %, so the two share no pixel. Crops are squares of random scale, resized to 64 pixels. The same files come out each time.
-
-Origin: this project's own.
+The label is the photograph. Training crops come from the left 60 % of each photograph and validation crops from the right 40 %,
+so that they share no pixel. Crops are squares of random scale, resized to 64 pixels. The result is deterministic.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from data.decode import open_image
 from distributed.launch import run_script
 from utils import UsageError
 
-# name of the class -> file inside the package
+# class -> file in the package
 SKIMAGE = {
     "astronaut": "astronaut.png",
     "brick": "brick.png",
@@ -46,18 +44,18 @@ SKIMAGE = {
 }
 SKLEARN = {"china": "china.jpg", "flower": "flower.jpg"}
 
-TRAIN_SHARE = 0.6  # of the width
-CROPS = {"train": 125, "val": 30}  # of each photograph
+TRAIN_SHARE = 0.6  # of the width of a photograph
+CROPS = {"train": 125, "val": 30}  # per photograph
 SIZE = 64
-SCALE = (0.2, 0.3)  # side of a crop as a share of the photograph's shorter side, the same in both parts
+SCALE = (0.2, 0.3)  # side of a crop as a share of the photograph's shorter side
 SEED = 0
 
 
 def photographs() -> dict[str, Path]:
-    """Name and file of every photograph.
+    """Return the file of each photograph by class name.
 
     Raises:
-        UsageError: a package is missing or ships other files.
+        UsageError: a package is missing, or lacks a file.
     """
     found = {}
     for package, folder, files in (("skimage", "data", SKIMAGE), ("sklearn", "datasets/images", SKLEARN)):
@@ -77,7 +75,7 @@ def photographs() -> dict[str, Path]:
 
 
 def split_columns(width: int) -> dict[str, tuple[int, int]]:
-    """Columns [start, end) of a photograph for training and for validation."""
+    """Return the columns [start, end) of a photograph for each split."""
     border = round(width * TRAIN_SHARE)
     return {"train": (0, border), "val": (border, width)}
 
@@ -85,7 +83,7 @@ def split_columns(width: int) -> dict[str, tuple[int, int]]:
 def random_square(
     rng: np.random.Generator, columns: tuple[int, int], size: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a square of random scale and place inside some columns of a photograph of `size`."""
+    """Return (left, top, right, bottom) of a random square inside some columns of a photograph of `size`."""
     (start, end), (width, height) = columns, size
     side = min(max(1, round(rng.uniform(*SCALE) * min(width, height))), end - start)
     left = int(rng.integers(start, end - side + 1))
@@ -94,12 +92,12 @@ def random_square(
 
 
 def write_demo_data(root: Path) -> None:
-    """Write the data set under `root`; a complete one is left alone.
+    """Write the dataset to `root` unless it is complete.
 
-    `demo.json` holds the settings and whether the set is whole, so that an interrupted or outdated one is made anew.
+    `demo.json` records the settings and completeness, so that an incomplete or outdated dataset is written again.
 
     Raises:
-        UsageError: `root` holds files that are not demo data.
+        UsageError: `root` has other files.
     """
     settings = {
         "made_by": "data.demo",
@@ -113,9 +111,9 @@ def write_demo_data(root: Path) -> None:
     complete = json.dumps(settings | {"complete": True}) + "\n"
     if record_file.is_file() and record_file.read_text() == complete:
         return
-    made_here = record_file.is_file() and '"made_by": "data.demo"' in record_file.read_text()
-    if not made_here and root.is_dir() and any(root.iterdir()):
-        raise UsageError(f"{root} holds files that are not demo data; name an empty or a new folder")
+    created_here = record_file.is_file() and '"made_by": "data.demo"' in record_file.read_text()
+    if not created_here and root.is_dir() and any(root.iterdir()):
+        raise UsageError(f"{root} has files that are not demo data; choose an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
     record_file.write_text(json.dumps(settings | {"complete": False}) + "\n")
     for photograph, (name, path) in enumerate(photographs().items()):
@@ -134,9 +132,9 @@ def write_demo_data(root: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line and write the data."""
-    parser = Parser("data/demo.py", description="Cut the demo data from photographs that installed packages ship.")
-    parser.add_argument("root", type=Path, help="folder to write to")
+    """Parse the command line and write the dataset."""
+    parser = Parser("data/demo.py", description="Create the demo dataset from photographs of installed packages.")
+    parser.add_argument("root", type=Path, help="output folder")
     root = parser.parse_args().root
     write_demo_data(root)
     counts = {part: len(list((root / part).glob("*/*.png"))) for part in CROPS}

@@ -1,8 +1,6 @@
-"""From a dataset to batches: samplers for one or many processes, workers, and the count of unreadable files.
+"""Data loaders for training and evaluation, on one or many processes, and the count of unreadable images.
 
-Training shows each process its share of a shuffled epoch; evaluation shows each image to exactly one process.
-
-Origin: this project's own.
+In training each process gets its share of a shuffled epoch; in evaluation each image goes to exactly one process.
 """
 
 from __future__ import annotations
@@ -16,58 +14,62 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from data.datasets import ImageDataset, Refusal, Sample
+from data.datasets import FatalFailure, ImageDataset, Sample
 from data.layouts.shards import ShardLoader, ShardStream
 from data.samplers import ChunkSampler, processes_per_node
-from data.workers import SteadyLoader, usable_workers
+from data.workers import SignalSafeLoader, usable_workers
 from distributed.collectives import all_gather_objects, all_reduce_sum, get_rank, get_world_size
 from utils import UsageError, counted, logger
 
 MAX_FAILED_SHARE = 0.01
 LISTED_FAILURES = 10
 
-
+# The part of a transform that runs on a whole batch, on the training device: stacked samples to views.
 DeviceTransform = Callable[[Sequence[Tensor], torch.device], list[Tensor]]
 
 
 class Batch(NamedTuple):
-    """Samples of one step on one process."""
+    """The samples of one step on one process."""
 
-    views: list[Tensor]  # V tensors (B, C, H, W); with `finish` what that makes the views of
-    labels_B: Tensor  # (B, classes) where an image may have several
+    views: list[Tensor]  # V tensors (B, C, H, W); with a `device_transform`, its input
+    labels_B: Tensor  # multi-hot (B, classes) for multi-label data
     indices_B: Tensor
     failures: list[str]
-    finish: DeviceTransform | None = None  # what is left to do on the device
+    device_transform: DeviceTransform | None = None  # still to be applied
 
     def views_on(self, device: torch.device) -> list[Tensor]:
-        """The finished views on `device`, which is not waited for."""
-        if self.finish is not None:
-            return self.finish(self.views, device)
+        """Return the views on `device`, without waiting for the copy."""
+        if self.device_transform is not None:
+            return self.device_transform(self.views, device)
         return [view.to(device, non_blocking=True) for view in self.views]
 
 
-def collate(samples: Sequence[Sample], finish: DeviceTransform | None = None, finish_here: bool = False) -> Batch:
-    """Stack samples view by view; without any view if one of them could not be read at all.
+def collate(
+    samples: Sequence[Sample], device_transform: DeviceTransform | None = None, apply_now: bool = False
+) -> Batch:
+    """Stack samples view by view; if one has no views, the batch has none.
 
-    `finish` makes the views of what the transform gave: in this process, or later where the batch is used.
+    Args:
+        device_transform: applied to the stacked views: here, on the CPU, if `apply_now`, else by `Batch.views_on`.
     """
     complete = all(sample.views for sample in samples)
     views = [torch.stack(view) for view in zip(*(sample.views for sample in samples))] if complete else []
-    labels = _stack_labels([sample.label for sample in samples])
-    indices = torch.tensor([sample.image_index for sample in samples])
-    failures = [failure for sample in samples for failure in sample.failures]
-    if finish is None or not complete:
-        return Batch(views, labels, indices, failures)
-    if finish_here:
-        return Batch(finish(views, torch.device("cpu")), labels, indices, failures)
-    return Batch(views, labels, indices, failures, finish)
+    if apply_now and complete and device_transform is not None:
+        views = device_transform(views, torch.device("cpu"))
+    return Batch(
+        views,
+        _stack_labels([sample.label for sample in samples]),
+        torch.tensor([sample.image_index for sample in samples]),
+        [failure for sample in samples for failure in sample.failures],
+        None if apply_now or not complete else device_transform,
+    )
 
 
 def _stack_labels(labels: Sequence[int | Tensor]) -> Tensor:
-    several = next((label for label in labels if isinstance(label, Tensor)), None)
-    if several is None:
+    multi_hot = next((label for label in labels if isinstance(label, Tensor)), None)
+    if multi_hot is None:
         return torch.tensor(labels)
-    return torch.stack([label if isinstance(label, Tensor) else torch.zeros_like(several) for label in labels])
+    return torch.stack([label if isinstance(label, Tensor) else torch.zeros_like(multi_hot) for label in labels])
 
 
 def build_train_loader(
@@ -76,62 +78,58 @@ def build_train_loader(
     num_workers: int,
     pin_memory: bool,
     drop_last: bool = True,
-    finish: DeviceTransform | None = None,
+    device_transform: DeviceTransform | None = None,
     sampler: str = "distributed",
 ) -> DataLoader[Batch]:
-    """Shuffled batches; the last incomplete one of an epoch is left out.
+    """Build a loader of shuffled batches.
 
-    `sampler`: `distributed` mixes all images, `chunk` those that lie beside each other (data/samplers.py). A stream of shards
-    brings its own order, and takes no `chunk`.
-
-    Without `drop_last` every image comes in every epoch; first ones come again where the processes' shares would differ.
-    Batches are pinned for a CUDA device, on which they are then finished (`Batch.views_on`); elsewhere the workers do it.
+    Args:
+        drop_last: leave out the last incomplete batch of an epoch; else every image occurs in every epoch, and the first ones
+            are repeated to give all processes the same number.
+        pin_memory: pin batches for a CUDA device, where `device_transform` is applied; without it the workers apply it.
+        sampler: `distributed` shuffles all images, `chunk` nearby ones (data/samplers.py); a `ShardStream` has its own order.
 
     Raises:
-        UsageError: less data than one batch on every process, with `drop_last`; or chunks of a stream.
+        UsageError: fewer images than one batch on every process, with `drop_last`; or `chunk` with a `ShardStream`.
     """
     world = get_world_size()
     if drop_last and len(dataset) < batch_size * world:
-        few = counted(len(dataset), "image does", "images do")
         raise UsageError(
-            f"{few} not fill one batch of {batch_size} x {counted(world, 'process', 'processes')}; lower --batch_size_per_gpu"
+            f"--batch_size_per_gpu {batch_size} on {counted(world, 'process', 'processes')} needs more than the "
+            f"{counted(len(dataset), 'image')} of the dataset for one batch; lower it"
         )
     workers = usable_workers(num_workers)
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": workers,
-        "collate_fn": partial(collate, finish=finish, finish_here=not pin_memory),
+        "collate_fn": partial(collate, device_transform=device_transform, apply_now=not pin_memory),
         "pin_memory": pin_memory,
         "drop_last": drop_last,
         "persistent_workers": workers > 0,
-        # Its own: starting workers draws a number, and a resumed run starts them once more than one that went through.
+        # Starting workers draws a number; from the global generator, resumed and uninterrupted runs would then differ.
         "generator": torch.Generator(),
     }
     if isinstance(dataset, ShardStream):
         assert drop_last
         if sampler == "chunk":
-            raise UsageError("--sampler chunk is for images at any place; shards are read in their order, leave it out")
+            raise UsageError("--sampler chunk does not apply to shards, which are read sequentially; leave it out")
         dataset.batch_size, dataset.rank, dataset.world = batch_size, get_rank(), world
         return ShardLoader(dataset, **options)
-    order = LaterPart(_train_sampler(dataset, sampler, drop_last))
-    return SteadyLoader(dataset, sampler=order, **options)
+    return SignalSafeLoader(dataset, sampler=ResumableSampler(_train_sampler(dataset, sampler, drop_last)), **options)
 
 
-class LaterPart(Sampler[int]):
-    """The order of a sampler without its first `skipped` indices, whose images are then neither read nor decoded.
+class ResumableSampler(Sampler[int]):
+    """Another sampler without its first `skipped` indices; the length remains that of the whole epoch."""
 
-    Its length stays that of the whole epoch.
-    """
-
-    def __init__(self, whole: DistributedSampler[Any] | ChunkSampler) -> None:
-        self.whole = whole
+    def __init__(self, sampler: DistributedSampler[Any] | ChunkSampler) -> None:
+        self.sampler = sampler
         self.skipped = 0
 
     def __len__(self) -> int:
-        return len(self.whole)
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        return islice(iter(self.whole), self.skipped, None)
+        return islice(iter(self.sampler), self.skipped, None)
 
 
 def _train_sampler(dataset: ImageDataset, name: str, drop_last: bool) -> DistributedSampler[Any] | ChunkSampler:
@@ -145,29 +143,29 @@ def _train_sampler(dataset: ImageDataset, name: str, drop_last: bool) -> Distrib
 
 
 def set_epoch(loader: DataLoader[Batch], epoch: int, skipped_batches: int = 0) -> None:
-    """Choose the order and the randomness of the next pass over a training loader, also in workers that run already.
+    """Set the epoch of the next pass over a training loader, which determines its order and randomness.
 
-    The first `skipped_batches` of the pass are left out; all others are as they would be after them.
+    The first `skipped_batches` of the pass are left out and do not change the others. Running workers are updated too.
     """
     assert isinstance(loader.dataset, ImageDataset | ShardStream)
     loader.dataset.epoch = epoch
     if isinstance(loader.dataset, ShardStream):
         loader.dataset.skipped_batches = skipped_batches
     else:
-        assert isinstance(loader.sampler, LaterPart)
+        assert isinstance(loader.sampler, ResumableSampler)
         assert loader.batch_size is not None
-        loader.sampler.whole.set_epoch(epoch)
+        loader.sampler.sampler.set_epoch(epoch)
         loader.sampler.skipped = skipped_batches * loader.batch_size
 
 
 def in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive groups of `size`, micro-batches of one step; an incomplete last one is left out."""
+    """Group consecutive batches into the micro-batches of one step; an incomplete last group is left out."""
     while len(group := list(islice(batches, size))) == size:
         yield group
 
 
-class EveryNth(Sampler[int]):
-    """This process's images in order: rank, rank + world, ... Nothing is padded, so the counts may differ by one."""
+class StridedSampler(Sampler[int]):
+    """Every world-size-th index from the rank on, in order; without padding, so that counts may differ by one."""
 
     def __init__(self, length: int) -> None:
         self.indices = range(get_rank(), length, get_world_size())
@@ -180,11 +178,11 @@ class EveryNth(Sampler[int]):
 
 
 def build_eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Batches of this process's share; over all processes each image comes exactly once."""
-    return SteadyLoader(
+    """Build a loader in which each image occurs exactly once over all processes."""
+    return SignalSafeLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EveryNth(len(dataset)),
+        sampler=StridedSampler(len(dataset)),
         num_workers=usable_workers(num_workers),
         collate_fn=collate,
         pin_memory=pin_memory,
@@ -230,7 +228,7 @@ class FailureTally:
         if failed == 0:
             return sums
         everywhere = [failure for part in all_gather_objects(failures) for failure in part]
-        refusal = next((failure for failure in everywhere if isinstance(failure, Refusal)), None)
+        refusal = next((failure for failure in everywhere if isinstance(failure, FatalFailure)), None)
         if refusal is not None:
             raise UsageError(str(refusal))
         for failure in everywhere:

@@ -26,7 +26,7 @@ import utils
 from checkpoints.loading import load_backbone, saved_config
 from config.loading import load_config
 from data.datasets import Transform
-from data.layouts.lists import keep_listed
+from data.layouts.image_list import select_listed
 from data.transforms import augment
 from distributed import collectives
 from models import Backbone, build_model, load_arch_config
@@ -156,7 +156,7 @@ def labeled_datasets(
         )
     val.use_classes(train.classes)
     if train_list:
-        keep_listed(train, train_list)
+        select_listed(train, train_list)
     return train, val
 
 

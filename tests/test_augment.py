@@ -1,4 +1,4 @@
-"""The views: their number, order, shape, normalization and probabilities; each operation against a simple oracle."""
+"""Augmentation: number, order, shape, normalization and probabilities of the views, and each operation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from data.transforms.augment import (
     deit_views,
     dino_views,
     eval_view,
-    posterized_to_a_bit,
+    limit_posterize,
     train_view,
 )
 from utils import UsageError
@@ -54,7 +54,7 @@ def _seeded() -> None:
 
 
 def noise_image(in_chans: int, height: int = 40, width: int = 50) -> ImageLike:
-    """PIL for 1 and 3 channels, a tensor for others, as the datasets give them."""
+    """Return a PIL image for 1 and 3 channels, else a tensor, as datasets do."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, in_chans), dtype=np.uint8)
     if in_chans == 1:
         return Image.fromarray(pixels[:, :, 0])
@@ -64,7 +64,7 @@ def noise_image(in_chans: int, height: int = 40, width: int = 50) -> ImageLike:
 
 
 def steps_of(view: Any) -> dict[type, Any]:
-    """The steps of a composed view by type."""
+    """Return the steps of a composed transform by type."""
     return {type(step): step for step in view.transforms}
 
 
@@ -93,13 +93,13 @@ def test_no_local_crops(numbers: tuple[int, ...], sizes: tuple[int, ...]) -> Non
         assert [view.shape for view in policy(noise_image(3))] == [(3, 32, 32), (3, 32, 32)]
 
 
-def test_zero_crops_of_one_size_among_several() -> None:
+def test_zero_crops_of_one_size() -> None:
     crops = CROPS._replace(local_numbers=(1, 0, 2), local_sizes=(20, 16, 12))
     views = dino_views(crops, 3, MEAN, STD, 0.4)(noise_image(3))
     assert [view.shape[-1] for view in views] == [32, 32, 20, 12, 12]
 
 
-def test_views_of_an_image_differ_and_repeat_with_the_generators() -> None:
+def test_views_differ_and_are_reproducible() -> None:
     for policy in (dino_views(CROPS, 3, MEAN, STD, 0.4), deit_views(CROPS, MEAN, STD, **DEIT)):
         passes: list[list[Tensor]] = []
         for seed in (0, 0, 1):
@@ -113,7 +113,7 @@ def test_views_of_an_image_differ_and_repeat_with_the_generators() -> None:
         assert not torch.equal(passes[0][2], passes[0][3])
 
 
-def test_multi_crop_gives_each_transform_the_image_itself() -> None:
+def test_multi_crop_passes_the_image_to_each_transform() -> None:
     def view(factor: float) -> Any:
         return lambda image: image * factor
 
@@ -127,7 +127,7 @@ def test_multi_crop_gives_each_transform_the_image_itself() -> None:
 
 @pytest.mark.parametrize("levels", [(64,), (64, 64, 64), (10, 30, 50, 70, 90)])
 def test_dino_views_normalize_each_channel(levels: tuple[int, ...]) -> None:
-    """A constant image below the solarization threshold goes through crops, blur and jitter of strength 0 unchanged."""
+    """A constant image below the solarization threshold is not changed by crops, blur and jitter of strength 0."""
     in_chans = len(levels)
     mean = [0.1 * (c + 1) for c in range(in_chans)]
     std = [0.2 + 0.05 * c for c in range(in_chans)]
@@ -153,7 +153,7 @@ def test_deit_views_normalize_each_channel() -> None:
 
 
 def test_dino_probabilities() -> None:
-    """DINO, appendix: what each view does and how often."""
+    """DINO, appendix."""
     views: Sequence[Any] = dino_views(CROPS, 3, MEAN, STD, 0.4).view_transforms
     steps = [steps_of(view) for view in views]
     assert [s[GaussianBlur].p for s in steps] == [1.0, 0.1, 0.5, 0.5, 0.5]
@@ -168,7 +168,7 @@ def test_dino_probabilities() -> None:
         assert jitter.hue == (-0.1, 0.1)
 
 
-def test_many_channels_have_brightness_and_contrast_for_color_jitter() -> None:
+def test_color_jitter_of_many_channels() -> None:
     for view in dino_views(CROPS, 5, [0.5] * 5, [0.25] * 5, 0.3).view_transforms:
         steps = steps_of(view)
         assert transforms.RandomGrayscale not in steps
@@ -178,14 +178,14 @@ def test_many_channels_have_brightness_and_contrast_for_color_jitter() -> None:
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.5])
-def test_strength_that_no_jitter_takes(strength: float) -> None:
+def test_invalid_jitter_strength(strength: float) -> None:
     with pytest.raises(UsageError, match="--color-jitter"):
         dino_views(CROPS, 3, MEAN, STD, strength)
 
 
 @pytest.mark.parametrize("operation", [GaussianBlur, Solarize])
 @pytest.mark.parametrize("in_chans", [1, 3, 5])
-def test_probability_zero_does_nothing_and_one_always(operation: type, in_chans: int) -> None:
+def test_probabilities_zero_and_one(operation: type, in_chans: int) -> None:
     image = noise_image(in_chans)
     before = np.array(image)
     for _ in range(50):
@@ -195,13 +195,13 @@ def test_probability_zero_does_nothing_and_one_always(operation: type, in_chans:
 
 
 @pytest.mark.parametrize("operation", [GaussianBlur, Solarize])
-def test_probability_between(operation: type) -> None:
+def test_probability_between_zero_and_one(operation: type) -> None:
     image = noise_image(1, 4, 4)
     changed = sum(operation(0.2)(image) is not image for _ in range(2000))
     assert changed / 2000 == pytest.approx(0.2, abs=0.03)  # three standard deviations
 
 
-def test_solarize_inverts_from_half_of_the_range_on() -> None:
+def test_solarize_threshold() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = np.where(levels < 128, levels, 255 - levels)
     assert np.array_equal(np.asarray(Solarize(1.0)(Image.fromarray(levels))), expected)
@@ -213,7 +213,7 @@ def test_solarize_inverts_from_half_of_the_range_on() -> None:
 
 
 def impulse_deviation(blurred: np.ndarray) -> float:
-    """Standard deviation along x of what an image with one bright column became."""
+    """Return the standard deviation along x of an image that had one bright column."""
     mass = blurred.astype(np.float64).sum(axis=0)
     x = np.arange(len(mass)) - len(mass) // 2
     assert (x * mass).sum() / mass.sum() == pytest.approx(0, abs=0.05)
@@ -222,7 +222,7 @@ def impulse_deviation(blurred: np.ndarray) -> float:
 
 @pytest.mark.parametrize("radius", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("tensor", [False, True])
-def test_blur_spreads_by_its_radius(monkeypatch: pytest.MonkeyPatch, radius: float, tensor: bool) -> None:
+def test_blur_radius(monkeypatch: pytest.MonkeyPatch, radius: float, tensor: bool) -> None:
     monkeypatch.setattr(random, "uniform", lambda low, high: radius)
     pixels = np.zeros((31, 31), dtype=np.uint8)
     pixels[:, 15] = 255
@@ -232,7 +232,7 @@ def test_blur_spreads_by_its_radius(monkeypatch: pytest.MonkeyPatch, radius: flo
     assert impulse_deviation(blurred[0] if tensor else blurred) == pytest.approx(radius, rel=0.1)
 
 
-def test_blur_radius_is_drawn_from_its_range() -> None:
+def test_blur_radius_range() -> None:
     pixels = np.zeros((31, 31), dtype=np.uint8)
     pixels[:, 15] = 255
     found = [impulse_deviation(np.asarray(GaussianBlur(1.0)(Image.fromarray(pixels)))) for _ in range(300)]
@@ -241,8 +241,8 @@ def test_blur_radius_is_drawn_from_its_range() -> None:
     assert np.mean(found) == pytest.approx(1.05, abs=0.15)
 
 
-def test_brightness_contrast_draws_both_factors() -> None:
-    """An image of two levels tells both: its mean the brightness, its range brightness times contrast."""
+def test_brightness_contrast_factors() -> None:
+    """In an image of two levels the mean gives the brightness, and the range brightness times contrast."""
     image = torch.tensor([0.25, 0.5]).expand(5, 4, 2)
     brightness, contrast = [], []
     for _ in range(500):
@@ -256,7 +256,7 @@ def test_brightness_contrast_draws_both_factors() -> None:
     assert abs(np.corrcoef(brightness, contrast)[0, 1]) < 0.15
 
 
-def test_brightness_contrast_stays_in_range_and_at_strength_zero_does_nothing() -> None:
+def test_brightness_contrast_range_and_strength_zero() -> None:
     image = torch.rand(5, 8, 8)
     torch.testing.assert_close(BrightnessContrast(0.0)(image), image)
     jittered = torch.stack([BrightnessContrast(1.0)(image) for _ in range(100)])
@@ -268,8 +268,8 @@ def test_brightness_contrast_stays_in_range_and_at_strength_zero_does_nothing() 
 
 
 @pytest.mark.parametrize("clean", [False, True])
-def test_erasing_spares_the_first_view_on_request(clean: bool) -> None:
-    """White, no color change: what is erased is exactly 0 after normalization, all else is not."""
+def test_clean_first_view_is_not_erased(clean: bool) -> None:
+    """Erased pixels of a white image are exactly 0 after normalization, others are not."""
     image = Image.new("RGB", (50, 40), (255, 255, 255))
     settings = {**DEIT, "auto_augment": None, "color_jitter": 0.0, "erase_prob": 1.0, "erase_mode": "const"}
     views = deit_views(CROPS, MEAN, STD, **{**settings, "clean_first_view": clean})(image)
@@ -278,7 +278,7 @@ def test_erasing_spares_the_first_view_on_request(clean: bool) -> None:
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3", "original", None])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
-def test_policies_of_timm(policy: str | None, interpolation: str) -> None:
+def test_timm_policies(policy: str | None, interpolation: str) -> None:
     views = deit_views(CROPS, MEAN, STD, **{**DEIT, "auto_augment": policy, "interpolation": interpolation})(
         noise_image(3)
     )
@@ -295,8 +295,8 @@ def test_policies_of_timm(policy: str | None, interpolation: str) -> None:
         ("erase_mode", "blue", "--remode blue"),
     ],
 )
-def test_settings_that_timm_does_not_know(setting: str, value: str, flag: str) -> None:
-    with pytest.raises(UsageError, match=f"timm does not take .*{flag}"):
+def test_settings_rejected_by_timm(setting: str, value: str, flag: str) -> None:
+    with pytest.raises(UsageError, match=f"timm rejects .*{flag}"):
         deit_views(CROPS, MEAN, STD, **{**DEIT, setting: value})
 
 
@@ -316,15 +316,13 @@ def test_settings_that_timm_does_not_know(setting: str, value: str, flag: str) -
         ("pil", "dino_aug", 5, "pil"),
     ],
 )
-def test_chosen_backend(wanted: str, policy: str, in_chans: int, chosen: str) -> None:
+def test_choose_backend(wanted: str, policy: str, in_chans: int, chosen: str) -> None:
     assert choose_backend(wanted, policy, in_chans) == chosen
 
 
 @pytest.mark.parametrize(("policy", "in_chans"), [("deit_aug", 3), ("dino_aug", 1), ("dino_aug", 5)])
-def test_split_backend_for_what_it_cannot_do(policy: str, in_chans: int) -> None:
-    with pytest.raises(
-        UsageError, match=f"--aug_backend split .* not {policy} on images of {in_chans}; .*auto, or use pil"
-    ):
+def test_split_backend_is_rejected_where_unsupported(policy: str, in_chans: int) -> None:
+    with pytest.raises(UsageError, match=f"--aug_backend split .* not {policy} with {in_chans}"):
         choose_backend("split", policy, in_chans)
 
 
@@ -332,7 +330,7 @@ def test_split_backend_for_what_it_cannot_do(policy: str, in_chans: int) -> None
 
 
 def positions(height: int, width: int, factor: int = 1) -> Image.Image:
-    """Red is the row, green the column, times a factor."""
+    """Return an image whose red is the row and green the column, times a factor."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[:, :, 0] = factor * np.arange(height)[:, None]
     pixels[:, :, 1] = factor * np.arange(width)
@@ -340,7 +338,7 @@ def positions(height: int, width: int, factor: int = 1) -> Image.Image:
 
 
 def rows_and_columns(image: ImageLike, size: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """The pixel values of the one view, as rows and columns of the image."""
+    """Return the pixel values of a view as rows and columns of the image."""
     (view,) = eval_view(size, ratio, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))(image)
     assert view.shape == (3, size, size)
     assert (view[2] == 0).all()
@@ -358,8 +356,8 @@ def rows_and_columns(image: ImageLike, size: int, ratio: float) -> tuple[Tensor,
         (10, 14, 10, 1.0, 0, 2),
     ],
 )
-def test_eval_view_is_the_centre(height: int, width: int, size: int, ratio: float, top: int, left: int) -> None:
-    """Images whose short side has the wanted length already: nothing is interpolated."""
+def test_eval_view_is_the_center(height: int, width: int, size: int, ratio: float, top: int, left: int) -> None:
+    """The short side has the target length, so nothing is interpolated."""
     rows, columns = rows_and_columns(positions(height, width), size, ratio)
     torch.testing.assert_close(rows, torch.arange(top, top + size).float()[:, None].expand(size, size))
     torch.testing.assert_close(columns, torch.arange(left, left + size).float().expand(size, size))
@@ -367,7 +365,7 @@ def test_eval_view_is_the_centre(height: int, width: int, size: int, ratio: floa
 
 @pytest.mark.parametrize(("height", "width", "top", "left"), [(32, 48, 4, 8), (48, 32, 8, 4)])
 def test_eval_view_resizes_the_short_side(height: int, width: int, top: int, left: int) -> None:
-    """Halved: pixel i lies at 2 i + 0.5 of the image; a bicubic kernel keeps ramps."""
+    """Halved: pixel i is at 2 i + 0.5 of the image; a bicubic kernel preserves ramps."""
     rows, columns = rows_and_columns(positions(height, width, factor=5), size=8, ratio=0.5)
     expected_rows = 5 * (2 * torch.arange(top, top + 8) + 0.5)
     expected_columns = 5 * (2 * torch.arange(left, left + 8) + 0.5)
@@ -376,7 +374,7 @@ def test_eval_view_resizes_the_short_side(height: int, width: int, top: int, lef
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_eval_view_interpolates_as_pillow_does(interpolation: str) -> None:
+def test_eval_view_interpolation_equals_pillow(interpolation: str) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
     resized = image.resize((48, 32), getattr(Image.Resampling, interpolation.upper())).crop((10, 2, 38, 30))
     (view,) = eval_view(28, 0.875, (0.0,) * 3, (1 / 255,) * 3, interpolation)(image)
@@ -386,7 +384,7 @@ def test_eval_view_interpolates_as_pillow_does(interpolation: str) -> None:
 @pytest.mark.parametrize("in_chans", [1, 3, 5])
 @pytest.mark.parametrize(("height", "width"), [(20, 340), (341, 20), (9, 200), (3, 500)])
 def test_eval_view_of_a_thin_image(height: int, width: int, in_chans: int) -> None:
-    """Its middle, within what less than a pixel's shift makes, as if all of it were resized."""
+    """Equal to a resize of the whole image up to a shift of less than a pixel."""
     rows, columns = np.mgrid[:height, :width]
     smooth = 0.5 + 0.4 * np.sin(4 * (rows + columns) / min(height, width))
     pixels = torch.from_numpy(smooth).float().expand(in_chans, -1, -1)
@@ -399,8 +397,8 @@ def test_eval_view_of_a_thin_image(height: int, width: int, in_chans: int) -> No
 
 
 @pytest.mark.parametrize("size", [(5000, 2), (2, 5000)])
-def test_thin_images_take_no_memory(size: tuple[int, int]) -> None:
-    """Resized as a whole they would be of 64 million pixels."""
+def test_thin_images_need_little_memory(size: tuple[int, int]) -> None:
+    """A resize of the whole image would have 64 million pixels."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (view,) = eval_view(224, 0.875, [0.5] * 3, [0.5] * 3)(Image.new("RGB", size, (255, 0, 0)))
     assert (view[0] == 1).all()
@@ -417,8 +415,8 @@ def test_eval_view_of_other_channels(in_chans: int) -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 5])
-def test_train_view_is_a_normalized_crop_flipped_half_the_time(in_chans: int) -> None:
-    """Against torchvision's crop with its published defaults, drawn from the same generator."""
+def test_train_view(in_chans: int) -> None:
+    """Equal to torchvision's crop with its defaults and the same generator."""
     image, mean, std = noise_image(in_chans, 20, 30), [0.5] * in_chans, [0.25] * in_chans
     pixels = image if isinstance(image, Tensor) else transforms.functional.to_tensor(image)
     flips = 0
@@ -453,13 +451,13 @@ def test_train_view_is_a_normalized_crop_flipped_half_the_time(in_chans: int) ->
         ({"local_scale": (math.nan, 0.4)}, ["--local_crops_scale"]),
     ],
 )
-def test_crops_that_cannot_work_name_the_flag(changes: dict[str, Any], flags: list[str]) -> None:
+def test_invalid_crops(changes: dict[str, Any], flags: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         check_crops(CROPS._replace(**changes))
     assert all(flag in str(caught.value) for flag in flags), caught.value
 
 
-def test_crops_that_work() -> None:
+def test_valid_crops() -> None:
     check_crops(CROPS)
     check_crops(
         CROPS._replace(global_scale=(1.0, 1.0), local_scale=(0.3, 0.3), local_numbers=(0, 0), local_sizes=(1, 1))
@@ -480,24 +478,22 @@ def test_crops_that_work() -> None:
         ((), (), 0),
     ],
 )
-def test_normalization_that_does_not_fit_names_the_keys(
-    mean: Sequence[float], std: Sequence[float], in_chans: int
-) -> None:
-    with pytest.raises(UsageError, match=rf"{in_chans} channels need {in_chans} values in INPUT\.MEAN .* INPUT\.STD"):
+def test_invalid_normalization(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
+    with pytest.raises(UsageError, match=rf"INPUT\.MEAN .* INPUT\.STD .* {in_chans} finite values"):
         check_normalization(mean, std, in_chans)
 
 
-def test_normalization_that_fits() -> None:
+def test_valid_normalization() -> None:
     check_normalization(MEAN, STD, 3)
     check_normalization([0.5], [1e-3], 1)
     check_normalization([0.0] * 5, [1.0] * 5, 5)
 
 
-def test_the_strongest_posterizing_keeps_a_bit() -> None:
-    """timm asks for none at magnitude 10, which some draws around 9 reach and Pillow refuses; other levels stay timm's."""
+def test_strongest_posterization_keeps_one_bit() -> None:
+    """timm keeps none at magnitude 10, which Pillow rejects; other levels are not changed."""
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     for policy in ("rand-m10-inc1", "rand-m0", "v0"):
-        view = posterized_to_a_bit(create_transform(16, is_training=True, auto_augment=policy))
+        view = limit_posterize(create_transform(16, is_training=True, auto_augment=policy))
         step = next(step for step in view.transforms if hasattr(step, "ops") or hasattr(step, "policy"))
         policies = getattr(step, "policy", None) or [step.ops]
         posterizing = [op for some in policies for op in some if op.name.startswith("Posterize")]

@@ -341,7 +341,7 @@ def test_any_text_as_label(label: str, layout: str) -> None:
 def test_archive_that_would_lead_outside(tmp_path: Path, name: str) -> None:
     """Zip members with such names are refused; of a tar the bytes are taken, whatever their name. Nothing is written."""
     root = write_layout(tmp_path / "a", "zip", [(name, good(0)), ("1.png", good(1))])
-    with pytest.raises(UsageError, match="is no path of an image inside"):
+    with pytest.raises(UsageError, match="is not the path of an image"):
         build(root, "zip")
     root = write_layout(tmp_path / "b", "shards", [(name, good(0))])
     assert color_of(streamed(root)[0])[:2] == [GOOD, GOOD]

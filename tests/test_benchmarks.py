@@ -170,7 +170,7 @@ def test_index_of_each_layout_is_timed_and_weighed(
     monkeypatch.setenv(CACHE_VARIABLE, "")  # which the program sets
     dataset.main(dataset.get_args_parser().parse_args(["--entries", "5000", "--folder", str(tmp_path)]))
     rows = re.findall(
-        r"^(\w+), (.*?) +[\d.]+ s of the CPU .* ([\d.]+) MB each further worker$", capsys.readouterr().out, re.M
+        r"^(\w+), (.*?) +[\d.]+ s CPU time .* ([\d.]+) MB per further worker$", capsys.readouterr().out, re.M
     )
     starts = [
         (layout, start) for layout in ("files", "zip", "tsv", "shards") for start in ("first start", "second start")

@@ -1,4 +1,4 @@
-"""The chunk sampler: whole chunks per node, backwards every other epoch, equal shares, and a pure function of its arguments."""
+"""The chunk sampler: chunks per node, reversed every second epoch, in equal shares."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_equal_disjoint_shares_of_nearly_all_images(length: int, world: int, per
 
 
 @pytest.mark.parametrize(("length", "world", "per_node", "chunk"), GRID)
-def test_chunks_stay_on_their_node_and_turn_round(length: int, world: int, per_node: int, chunk: int) -> None:
-    """A node's processes together go through its chunks one after the other; next epoch backwards, shuffled anew."""
+def test_chunks_stay_on_their_node_and_reverse(length: int, world: int, per_node: int, chunk: int) -> None:
+    """The processes of a node read its chunks one after the other, in the next epoch in reverse order with a new shuffle."""
     begins = ChunkSampler(length, 0, world, per_node, 0, chunk).begins
     assert max(begins[1:] - begins[:-1]) <= chunk
     chunk_of = {index: c for c in range(len(begins) - 1) for index in range(begins[c], begins[c + 1])}
@@ -94,7 +94,7 @@ def test_processes_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes_per_node() == 4
     for wrong in ("3", "0", "16", "4(x2)"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", wrong)
-        with pytest.raises(UsageError, match="--sampler chunk needs as many processes on each node"):
+        with pytest.raises(UsageError, match="--sampler chunk needs the same number of processes on each node"):
             processes_per_node()
 
 

@@ -1,4 +1,4 @@
-"""The workers' half of the split pipeline: geometry of the crops against Pillow and torchvision, flips, types and seeds."""
+"""The worker part of the split backend: crops against Pillow and torchvision, flips, types and seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data.datasets import ImageDataset, build_dataset
 from data.transforms.augment import MultiCrop, dino_views
 from data.transforms.crops import ByteCrops, split_views
 from data.transforms.photometric import DRAWS
-from data.transforms.recipe import ASPECT, Crops, View, dino_recipe
+from data.transforms.recipe import ASPECT, Crops, ViewSpec, dino_recipe
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
 VIEWS = dino_recipe(CROPS, 0.4).views
@@ -32,7 +32,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_what_leaves_a_worker() -> None:
+def test_output_of_the_worker_part() -> None:
     *crops, draws = ByteCrops(VIEWS)(noise())
     assert [crop.shape for crop in crops] == [(3, size, size) for size in (32, 32, 16, 16, 12)]
     assert all(crop.dtype == torch.uint8 for crop in crops)
@@ -44,10 +44,10 @@ def test_what_leaves_a_worker() -> None:
 
 
 @pytest.mark.parametrize("size", [(60, 80), (40, 200), (17, 13), (300, 400)])
-def test_crops_are_those_of_torchvision_resized_as_by_pillow(size: tuple[int, int]) -> None:
-    """The boxes of `RandomResizedCrop.get_params`, and Pillow's bicubic resize of each, to two levels.
+def test_crops_equal_torchvision_and_pillow(size: tuple[int, int]) -> None:
+    """The boxes of `RandomResizedCrop.get_params` and Pillow's bicubic resize, up to two levels.
 
-    The noise leaves out the ends of the range: both clip between their two passes, which Pillow may do in the other order.
+    The noise avoids the limits of the range, since both clip between their two passes, which Pillow may do in the other order.
     """
     image, flipped = Image.fromarray(np.asarray(noise(*size)) // 2 + 64), 0
     for seed in range(20):
@@ -67,19 +67,19 @@ def test_crops_are_those_of_torchvision_resized_as_by_pillow(size: tuple[int, in
 
 
 def boxes(crops: Tensor) -> Tensor:
-    """Left, right, top and bottom of crops of an image whose red is the column and green the row; left and right in order."""
+    """Return left, right, top, bottom and flip of crops of an image whose red is the column and green the row."""
     red, green = crops[:, 0].float(), crops[:, 1].float()
     sides = torch.stack([red.mean(dim=1)[:, 0], red.mean(dim=1)[:, -1]]).sort(dim=0).values
     return torch.cat([sides, torch.stack([green.mean(dim=2)[:, 0], green.mean(dim=2)[:, -1]])])
 
 
-def test_distribution_of_the_boxes_is_that_of_the_pil_backend() -> None:
-    """Width, height, centers and flips, by the distance of their distributions; 1.63 is exceeded by one in a hundred."""
+def test_distribution_of_boxes_equals_pil_backend() -> None:
+    """Kolmogorov-Smirnov distance of width, height, centers and flips; 1.63 is exceeded in 1 % of all cases."""
     torch.manual_seed(0)
     pixels = np.zeros((200, 250, 3), dtype=np.uint8)
     pixels[:, :, 0], pixels[:, :, 1] = np.arange(250), np.arange(200)[:, None]
     image, count = Image.fromarray(pixels), 500
-    view = View(16, (0.2, 0.8), blur=0.0, solarize=0.0)
+    view = ViewSpec(16, (0.2, 0.8), blur=0.0, solarize=0.0)
     split = torch.stack([ByteCrops([view])(image)[0] for _ in range(count)])
     pil_view = RandomResizedCrop(16, view.scale, ASPECT, InterpolationMode.BICUBIC, antialias=True)
     pil = torch.stack([TF.pil_to_tensor(pil_view(image)) for _ in range(count)])
@@ -92,8 +92,8 @@ def test_distribution_of_the_boxes_is_that_of_the_pil_backend() -> None:
 
 
 def test_no_local_crops() -> None:
-    crops, finish = split_views(CROPS._replace(local_numbers=(), local_sizes=()), MEAN, STD, 0.4)
-    views = finish([part[None] for part in crops(noise())], torch.device("cpu"))
+    crops, device_transform = split_views(CROPS._replace(local_numbers=(), local_sizes=()), MEAN, STD, 0.4)
+    views = device_transform([part[None] for part in crops(noise())], torch.device("cpu"))
     assert [view.shape for view in views] == [(1, 3, 32, 32)] * 2
 
 
@@ -123,8 +123,8 @@ def test_crops_and_draws_depend_on_seed_epoch_and_index(folder: Path) -> None:
         assert not torch.equal(other.views[0], first[0])
 
 
-def test_any_file_that_can_be_read(tmp_path: Path) -> None:
-    """Palette, transparency, CMYK, 16 bits and arrays become the colors that the PIL backend sees."""
+def test_all_readable_formats(tmp_path: Path) -> None:
+    """Palette, transparency, CMYK, 16 bits and arrays, as in the pil backend."""
     pixels = np.full((40, 50, 3), (200, 100, 50), dtype=np.uint8)
     image = Image.fromarray(pixels)
     image.save(tmp_path / "0.png")
@@ -142,7 +142,7 @@ def test_any_file_that_can_be_read(tmp_path: Path) -> None:
     assert found[6] == pytest.approx([200, 100, 50], abs=3)
 
 
-def test_the_pil_backend_is_left_as_it_is(folder: Path) -> None:
+def test_pil_backend_is_unchanged(folder: Path) -> None:
     views = dino_views(CROPS, 3, MEAN, STD, 0.4)
     assert isinstance(views, MultiCrop)
     images = build_dataset(folder, "train", views, 3, 0)

@@ -1,4 +1,4 @@
-"""Samples: damaged images and what takes their place, and randomness."""
+"""Datasets: samples, replacements of damaged images, and randomness."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from utils import isolated_rng
 
 
 def draws() -> tuple[float, float, float]:
-    """The next random numbers of Python, numpy and torch."""
+    """Return the next random numbers of Python, numpy and torch."""
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
 def only_draws(image: ImageLike) -> list[Tensor]:
-    """One view that depends on the three generators alone."""
+    """Return one view that depends only on the three generators."""
     return [torch.tensor(draws())]
 
 
@@ -55,7 +55,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_file_is_replaced_and_named(tmp_path: Path, name: str) -> None:
+def test_damaged_file_is_replaced_and_reported(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(DAMAGED[name])
     write_gray(tmp_path / "zz.png", 50)
     dataset = build_dataset(tmp_path, "train", whole)
@@ -70,7 +70,7 @@ def test_damaged_file_is_replaced_and_named(tmp_path: Path, name: str) -> None:
     assert dataset[1].failures == ()
 
 
-def test_damaged_tiff_of_many_channels_is_replaced(tmp_path: Path) -> None:
+def test_damaged_multichannel_tiff_is_replaced(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tifffile.imwrite(
         tmp_path / "whole.tif", rng.integers(0, 256, (5, 24, 32), dtype=np.uint8), photometric="minisblack"
@@ -87,7 +87,7 @@ def test_damaged_tiff_of_many_channels_is_replaced(tmp_path: Path) -> None:
     assert all(sample.views for sample in samples)
 
 
-def test_file_that_vanishes_is_replaced(tmp_path: Path) -> None:
+def test_deleted_file_is_replaced(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         write_gray(tmp_path / name, 9)
     dataset = build_dataset(tmp_path, "train", whole)
@@ -97,7 +97,7 @@ def test_file_that_vanishes_is_replaced(tmp_path: Path) -> None:
     assert sample.failures[0].startswith(f"{tmp_path / 'a.png'}: ")
 
 
-def test_nothing_readable_gives_no_view(tmp_path: Path) -> None:
+def test_sample_without_a_readable_image_has_no_views(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     sample = build_dataset(tmp_path, "train", whole)[1]
@@ -107,7 +107,7 @@ def test_nothing_readable_gives_no_view(tmp_path: Path) -> None:
     assert sample.failures[0].startswith(str(tmp_path / "b.png"))
 
 
-def test_error_of_the_transform_is_no_failure_of_the_file(tmp_path: Path) -> None:
+def test_error_in_the_transform_is_raised(tmp_path: Path) -> None:
     def broken(image: ImageLike) -> list[Tensor]:
         raise ValueError("a mistake in the transform")
 
@@ -120,14 +120,14 @@ def test_error_of_the_transform_is_no_failure_of_the_file(tmp_path: Path) -> Non
 
 
 def classes_of_gray(root: Path, count: int) -> Path:
-    """Class folders 0 .. count - 1, the image in folder i filled with i; image 0 is damaged."""
+    """Write class folders 0 .. count - 1 with a gray image of that value; image 0 is damaged."""
     for i in range(count):
         write_gray(root / f"{i}" / "image.png", i)
     (root / "0" / "image.png").write_bytes(b"")
     return root
 
 
-def test_replacement_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
+def test_replacement_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
     root = classes_of_gray(tmp_path, 10)
     chosen: dict[tuple[int, int], int] = {}
     for seed in range(4):
@@ -148,7 +148,7 @@ def test_replacement_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     assert all(len({chosen[seed, epoch] for seed in range(4)}) > 1 for epoch in range(4))
 
 
-def test_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+def test_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
     paths = [str(write_gray(tmp_path / f"{i}.png", 0)) for i in range(3)]
     seen: dict[tuple[int, int, int], tuple[float, ...]] = {}
     for seed in (0, 1):
@@ -171,7 +171,7 @@ def test_unusual_seeds(tmp_path: Path, seed: int) -> None:
     assert not torch.equal(dataset[0].views[0], usual[0].views[0])
 
 
-def test_reading_leaves_the_global_generators_alone(tmp_path: Path) -> None:
+def test_reading_does_not_change_global_generators(tmp_path: Path) -> None:
     random.seed(1)
     expected = draws(), draws()
     dataset = build_dataset(classes_of_gray(tmp_path, 3), "train", only_draws)

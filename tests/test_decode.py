@@ -1,4 +1,4 @@
-"""Decoding: channels, modes and bit depths."""
+"""Decoding of all channels, modes and bit depths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data.decode import RASTER, UndeclaredRange, read_image
 
 
 def levels(path: Path, in_chans: int) -> list[int]:
-    """The distinct gray levels of a decoded image, which must be the same in each channel."""
+    """Return the distinct gray levels of a decoded image, equal in all channels."""
     image = read_image(str(path), in_chans)
     assert isinstance(image, Image.Image)
     assert image.mode == {1: "L", 3: "RGB"}[in_chans]
@@ -41,7 +41,7 @@ def test_color_and_gray_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "1"])
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_any_mode_becomes_gray_or_color(tmp_path: Path, mode: str, in_chans: int) -> None:
+def test_all_modes_are_converted(tmp_path: Path, mode: str, in_chans: int) -> None:
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
     Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(path)
     assert levels(path, in_chans) == [255]
@@ -61,7 +61,7 @@ def test_sixteen_bit_gray_is_scaled(tmp_path: Path, suffix: str, in_chans: int) 
 
 @pytest.mark.parametrize("suffix", ["tif", "npy"])
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_floating_gray_from_zero_to_one(tmp_path: Path, suffix: str, in_chans: int) -> None:
+def test_float_gray(tmp_path: Path, suffix: str, in_chans: int) -> None:
     pixels = np.repeat(np.array([[0.0, 0.25, 0.5, 1.0]], dtype=np.float32), 3, axis=0)
     path = tmp_path / f"gray.{suffix}"
     if suffix == "tif":
@@ -86,14 +86,14 @@ def test_npy_as_gray_or_color(tmp_path: Path, dtype: type, value: float, level: 
     assert levels(tmp_path / "image.npy", in_chans) == [level]
 
 
-def test_npy_keeps_the_order_of_pixels_and_channels(tmp_path: Path) -> None:
+def test_npy_keeps_pixel_and_channel_order(tmp_path: Path) -> None:
     for name, array in (("rows.npy", NOISE), ("planes.npy", NOISE.transpose(2, 0, 1))):
         np.save(tmp_path / name, array)
         assert (np.asarray(read_image(str(tmp_path / name), 3)) == NOISE).all()
 
 
 def many_channels(channels: int, dtype: type) -> np.ndarray:
-    """(channels, 4, 6) with another value in each place, up to the largest of the type."""
+    """Return an array (channels, 4, 6) with distinct values up to the largest of the type."""
     values = np.linspace(0, np.iinfo(dtype).max, channels * 4 * 6)
     return values.astype(dtype).reshape(channels, 4, 6)
 
@@ -117,7 +117,7 @@ def test_many_channels(tmp_path: Path, channels: int, suffix: str, last: bool, d
     torch.testing.assert_close(image.double(), expected, rtol=0, atol=1e-6)
 
 
-def test_floats_of_many_channels_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_multichannel_floats_are_not_scaled(tmp_path: Path) -> None:
     array = np.random.default_rng(0).random((4, 6, 5)).astype(np.float32)
     np.save(tmp_path / "image.npy", array)
     image = read_image(str(tmp_path / "image.npy"), 5)
@@ -140,12 +140,12 @@ def test_wrong_number_of_channels(tmp_path: Path, suffix: str) -> None:
         np.save(path, NOISE)
     else:
         Image.fromarray(NOISE).save(path)
-    with pytest.raises(ValueError, match=r"\(24, 32, 3\), 5 channels are wanted"):
+    with pytest.raises(ValueError, match=r"\(24, 32, 3\), 5 channels are needed"):
         read_image(str(path), 5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_pixels_that_are_not_finite_make_a_file_unreadable(tmp_path: Path, value: float) -> None:
+def test_nonfinite_pixels_are_rejected(tmp_path: Path, value: float) -> None:
     pixels = np.zeros((4, 4, 5), dtype=np.float32)
     pixels[1, 2, 3] = value
     np.save(tmp_path / "image.npy", pixels)
@@ -157,7 +157,7 @@ def test_pixels_that_are_not_finite_make_a_file_unreadable(tmp_path: Path, value
 
 
 def store(folder: Path, suffix: str, pixels: np.ndarray) -> str:
-    """An array as a file of its own type."""
+    """Encode an array as a file of its type."""
     path = folder / f"image.{suffix}"
     if suffix == "npy":
         np.save(path, pixels)
@@ -181,8 +181,8 @@ UNDECLARED = {
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("suffix", ["npy", "tif"])
 @pytest.mark.parametrize("name", UNDECLARED)
-def test_types_that_declare_no_range_need_one(tmp_path: Path, name: str, suffix: str, channels: int) -> None:
-    """Without it the file is refused, with the range that it has; with it black is 0 and white 1, and what lies beyond is cut."""
+def test_types_without_a_range_need_input_range(tmp_path: Path, name: str, suffix: str, channels: int) -> None:
+    """Without it the error gives the range of the file; with it, values beyond it are clipped."""
     dtype, low, high = UNDECLARED[name]
     pixels = np.full((4, 6, channels), high, dtype=dtype)
     pixels[:2] = low
@@ -200,8 +200,8 @@ def test_types_that_declare_no_range_need_one(tmp_path: Path, name: str, suffix:
 
 
 @pytest.mark.parametrize("channels", [1, 5])
-def test_a_range_is_that_of_all_but_bytes(tmp_path: Path, channels: int) -> None:
-    """16 bits of which 12 are used, floats that happen to lie in 0..1; a photograph beside them stays what it is."""
+def test_input_range_applies_to_all_but_8_bit_files(tmp_path: Path, channels: int) -> None:
+    """12-bit values, and floats in 0..1; 8-bit files are not rescaled."""
     for dtype, value, expected in (
         (np.uint16, 1024, 0.25),
         (np.float32, 0.5, 0.0),
@@ -213,7 +213,7 @@ def test_a_range_is_that_of_all_but_bytes(tmp_path: Path, channels: int) -> None
         assert pixels.mean() / (255 if channels == 1 else 1) == pytest.approx(expected, abs=1 / 255)
 
 
-def test_floats_may_exceed_their_range_by_rounding(tmp_path: Path) -> None:
+def test_floats_may_exceed_their_range_slightly(tmp_path: Path) -> None:
     path = store(tmp_path, "npy", np.array([[[-1e-7] * 5, [1 + 1e-6] * 5]], dtype=np.float32))
     image = read_image(path, 5)
     assert isinstance(image, Tensor)
@@ -221,15 +221,15 @@ def test_floats_may_exceed_their_range_by_rounding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_an_array_of_another_number_of_colors_is_converted(tmp_path: Path, in_chans: int) -> None:
+def test_arrays_are_converted_to_gray_or_color(tmp_path: Path, in_chans: int) -> None:
     stored = np.full((4, 6, 4 - in_chans), 77, dtype=np.uint8)
     assert levels(Path(store(tmp_path, "npy", stored)), in_chans) == [77]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint16])
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_tiff_of_deep_colors(tmp_path: Path, dtype: type, in_chans: int) -> None:
-    """Pillow has no mode for most of them."""
+def test_tiff_with_16_bit_colors(tmp_path: Path, dtype: type, in_chans: int) -> None:
+    """Most of these have no Pillow mode."""
     white = 65535 if dtype is np.uint16 else 1
     pixels: np.ndarray = np.zeros((4, 6, 3), dtype=dtype)
     pixels[:, 3:] = white
@@ -237,8 +237,8 @@ def test_tiff_of_deep_colors(tmp_path: Path, dtype: type, in_chans: int) -> None
     assert levels(Path(store(tmp_path, "tif", pixels[:, :, 0])), in_chans) == [0, 255]
 
 
-def test_bits_and_direction_of_a_tiff(tmp_path: Path) -> None:
-    """LZW, which tifffile leaves to Pillow; 0 as white."""
+def test_bit_depth_and_photometric_of_a_tiff(tmp_path: Path) -> None:
+    """LZW, which needs Pillow, and 0 as white."""
     Image.fromarray(np.full((4, 6), 32768, dtype=np.uint16)).save(tmp_path / "lzw.tif", compression="tiff_lzw")
     assert levels(tmp_path / "lzw.tif", 3) == [128]
     for dtype in (np.uint8, np.uint16):
@@ -276,9 +276,9 @@ def test_orientation_of_a_tiff(tmp_path: Path, orientation: int, kind: str) -> N
     assert (found == UPRIGHT * 10).all()
 
 
-def test_only_pictures_are_opened(tmp_path: Path) -> None:
-    """PostScript is a program, which Pillow would hand to an interpreter, whatever the file is called."""
+def test_only_raster_formats_are_opened(tmp_path: Path) -> None:
+    """Pillow would pass PostScript to an interpreter, whatever the file extension."""
     (tmp_path / "image.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    with pytest.raises(ValueError, match="no image of a known kind"):
+    with pytest.raises(ValueError, match="not in a known image format"):
         read_image(str(tmp_path / "image.jpg"), 3)
     assert not {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "FITS", "MPEG"} & set(RASTER)

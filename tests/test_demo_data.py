@@ -1,4 +1,4 @@
-"""The demo data: the parts share no pixel, the files are the same each time, an incomplete set is made anew."""
+"""The demo dataset: disjoint parts, deterministic files, and recovery from interruptions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DRAWS = 300
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Relative path and bytes of every file."""
+    """Return path and content of each file."""
     return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
 
 
 @pytest.fixture(scope="module")
 def few() -> Iterator[None]:
-    """A reduced data set."""
+    """Use a smaller dataset."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CROPS", FEW)
         yield
@@ -38,7 +38,7 @@ def written(few: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_photograph(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root to write to, with one picture for photographs: red where training crops come from, blue elsewhere."""
+    """Use one image as the only photograph: red where training crops come from, blue elsewhere."""
     pixels = np.zeros((40, 50, 3), dtype=np.uint8)
     pixels[:, :30, 0] = 255
     pixels[:, 30:, 2] = 255
@@ -86,7 +86,7 @@ def test_smallest_squares(columns: tuple[int, int], height: int) -> None:
         assert 0 <= top < bottom <= height
 
 
-def test_crops_take_their_color_from_their_part_alone(one_photograph: Path) -> None:
+def test_crops_come_from_their_part_only(one_photograph: Path) -> None:
     demo.write_demo_data(one_photograph)
     for part, color in (("train", (255, 0, 0)), ("val", (0, 0, 255))):
         files = list((one_photograph / part / "picture").iterdir())
@@ -95,7 +95,7 @@ def test_crops_take_their_color_from_their_part_alone(one_photograph: Path) -> N
             assert (np.asarray(Image.open(file)) == color).all(), file
 
 
-def test_folders_counts_and_sizes(written: Path) -> None:
+def test_layout_and_sizes(written: Path) -> None:
     for part, count in FEW.items():
         assert sorted(folder.name for folder in (written / part).iterdir()) == sorted(demo.photographs())
         for folder in (written / part).iterdir():
@@ -110,12 +110,12 @@ def test_crops_differ(written: Path) -> None:
     assert len({file.read_bytes() for file in files}) == len(files) == 20 * sum(FEW.values())
 
 
-def test_same_files_each_time(written: Path, tmp_path: Path) -> None:
+def test_data_are_deterministic(written: Path, tmp_path: Path) -> None:
     demo.write_demo_data(tmp_path)
     assert contents(tmp_path) == contents(written)
 
 
-def test_complete_set_is_left_alone(one_photograph: Path) -> None:
+def test_complete_dataset_is_not_rewritten(one_photograph: Path) -> None:
     demo.write_demo_data(one_photograph)
     times = {file: file.stat().st_mtime_ns for file in one_photograph.rglob("*")}
     demo.write_demo_data(one_photograph)
@@ -123,7 +123,7 @@ def test_complete_set_is_left_alone(one_photograph: Path) -> None:
 
 
 @pytest.mark.parametrize("record", ['{"made_by": "data.demo", "crops": {"tr', '{"made_by": "data.demo", "seed": 7}'])
-def test_interrupted_or_outdated_set_is_made_anew(one_photograph: Path, record: str) -> None:
+def test_incomplete_or_outdated_dataset_is_rewritten(one_photograph: Path, record: str) -> None:
     demo.write_demo_data(one_photograph)
     complete = contents(one_photograph)
     folder = one_photograph / "train" / "picture"
@@ -135,7 +135,7 @@ def test_interrupted_or_outdated_set_is_made_anew(one_photograph: Path, record: 
     assert contents(one_photograph) == complete
 
 
-def test_a_folder_of_somebody_else_is_left_alone(one_photograph: Path) -> None:
+def test_folder_with_other_files_is_rejected(one_photograph: Path) -> None:
     own = one_photograph / "train" / "picture" / "mine.png"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"precious")
@@ -144,7 +144,7 @@ def test_a_folder_of_somebody_else_is_left_alone(one_photograph: Path) -> None:
     assert own.read_bytes() == b"precious"
 
 
-def test_somebody_elses_record_is_no_permission(one_photograph: Path) -> None:
+def test_folder_with_another_record_is_rejected(one_photograph: Path) -> None:
     own = one_photograph / "train" / "picture" / "000.png"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"precious")

@@ -257,16 +257,16 @@ def test_export_to_a_full_disk_is_one_sentence(disk: Path, tmp_path: Path, forma
 @pytest.mark.parametrize("to", ["zip", "tsv", "shards", "files"])
 def test_conversion_to_a_full_disk_is_one_sentence(images: Path, disk: Path, to: str) -> None:
     """It is full after the first image; nothing is left."""
-    items = convert.items_of
+    items = convert.read_records
 
-    def filling(*args: Any) -> Iterator[convert.Item]:
+    def filling(*args: Any) -> Iterator[convert.ImageRecord]:
         for number, item in enumerate(items(*args)):
             if number == 1:
                 fill(disk)
             yield item._replace(content=item.content * 20)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "items_of", filling)
+        patch.setattr(convert, "read_records", filling)
         with pytest.raises(UsageError, match=rf"DEST {disk}/out cannot be used \(No space left on device\)"):
             convert.main(convert.get_args_parser().parse_args([str(images), str(disk / "out"), "--to", to]))
     (disk / "ballast").unlink()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from runs import run_script
 from sklearn.linear_model import LogisticRegression
 from small_networks import SMALL
-from test_udi_tokens import NETWORK, QUICK, TWO, features, folder, last_tokens, run  # noqa: F401  # folder is a fixture
+from token_runs import NETWORK, QUICK, TWO, features, folder, last_tokens, run  # noqa: F401  # folder is a fixture
 from torch import Tensor
 
 import eval_logistic

@@ -1,4 +1,4 @@
-"""Folders and lists of image files: every layout, labels, and data paths that cannot work."""
+"""Folders and lists of image files: layouts, labels, and invalid data paths."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def names(dataset: ImageDataset, root: Path) -> list[str]:
 
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    told: list[str] = []
-    monkeypatch.setattr("utils.logger.warning", lambda message, *values: told.append(message % values))
-    return told
+    messages: list[str] = []
+    monkeypatch.setattr("utils.logger.warning", lambda message, *values: messages.append(message % values))
+    return messages
 
 
 # --------------------------------------------------------------------------- layouts
@@ -43,7 +43,7 @@ def test_class_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_folder_of_splits(tmp_path: Path, split: str) -> None:
+def test_folder_with_splits(tmp_path: Path, split: str) -> None:
     for name in ("train/ant/1.png", "train/bee/2.png", "val/ant/3.png", "val/bee/4.png"):
         write_gray(tmp_path / name, 0)
     dataset = build_dataset(tmp_path, split, whole, need_labels=True)
@@ -58,7 +58,7 @@ def test_split_itself_as_data_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("files", [["b.png", "a.png"], ["loose.png", "ant/1.png"]])
-def test_loose_images_have_no_label(tmp_path: Path, files: list[str]) -> None:
+def test_loose_images_are_unlabeled(tmp_path: Path, files: list[str]) -> None:
     for name in files:
         write_gray(tmp_path / name, 0)
     dataset = build_dataset(str(tmp_path), "train", whole)
@@ -99,13 +99,13 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     assert names(dataset, tmp_path) == ["data/ant/1.png"]
 
 
-def test_link_that_leads_back_adds_no_image_twice(tmp_path: Path) -> None:
+def test_cyclic_links_are_not_followed(tmp_path: Path) -> None:
     write_gray(tmp_path / "data/ant/1.png", 0)
     (tmp_path / "data/ant/back").symlink_to(tmp_path / "data")
     assert names(build_dataset(tmp_path / "data", "train", whole), tmp_path) == ["data/ant/1.png"]
 
 
-def test_names_outside_ascii(tmp_path: Path) -> None:
+def test_non_ascii_names(tmp_path: Path) -> None:
     write_gray(tmp_path / "Käfer/größe 1.png", 7)
     dataset = build_dataset(tmp_path, "train", whole)
     assert dataset.classes == ("Käfer",)
@@ -115,7 +115,7 @@ def test_names_outside_ascii(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- data paths that cannot work
 
 
-def test_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(UsageError) as caught:
         build_dataset(tmp_path, "train", whole)
@@ -123,7 +123,7 @@ def test_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
         assert word in str(caught.value)
 
 
-def test_list_without_a_path(tmp_path: Path) -> None:
+def test_empty_list(tmp_path: Path) -> None:
     listing = tmp_path / "images.txt"
     listing.write_text("# nothing yet\n")
     with pytest.raises(UsageError, match=r"images\.txt") as caught:
@@ -133,26 +133,26 @@ def test_list_without_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["absent", "absent/images.txt"])
 def test_missing_data_path(tmp_path: Path, path: str) -> None:
-    with pytest.raises(UsageError, match=f"data path '.*{path}' does not exist; --data_path takes"):
+    with pytest.raises(UsageError, match=f"--data_path .*{path} does not exist"):
         build_dataset(str(tmp_path / path), "train", whole)
 
 
 @pytest.mark.parametrize("layout", ["files", "zip"])
-def test_no_data_path(layout: str) -> None:
-    with pytest.raises(UsageError, match=r"^--data_path is needed"):
+def test_empty_data_path(layout: str) -> None:
+    with pytest.raises(UsageError, match=r"^--data_path is empty"):
         build_dataset("", "train", whole, layout=layout)
 
 
-def test_list_that_names_missing_files(tmp_path: Path) -> None:
+def test_list_with_missing_files(tmp_path: Path) -> None:
     write_gray(tmp_path / "1.png", 0)
     (tmp_path / "images.txt").write_text("1.png\n2.png\n3.png\n")
-    with pytest.raises(UsageError, match=r"names 2 paths that are no file, the first is .*2\.png; paths are relative"):
+    with pytest.raises(UsageError, match=r"2 missing files, first .*2\.png"):
         build_dataset(tmp_path / "images.txt", "train", whole)
 
 
-def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is missing between them is named when it is read."""
-    monkeypatch.setattr(folders, "CHECKED_PATHS", 3)
+def test_long_lists_are_checked_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing files between the checked ones are reported when read."""
+    monkeypatch.setattr(folders, "MAX_CHECKED_PATHS", 3)
     for i in (0, 1, 2, 3, 4, 6, 7):
         write_gray(tmp_path / f"{i}.png", i)
     listing = tmp_path / "images.txt"
@@ -160,9 +160,7 @@ def test_long_lists_are_looked_through_in_steps(tmp_path: Path, monkeypatch: pyt
     dataset = build_dataset(listing, "train", whole)
     assert dataset[5].failures[0].startswith(f"{tmp_path}/5.png: ")
     (tmp_path / "3.png").unlink()
-    with pytest.raises(
-        UsageError, match=r"names 1 path that is no file \(3 of 8 were looked for\), the first is .*/3\.png"
-    ):
+    with pytest.raises(UsageError, match=r"1 missing file \(3 of 8 .*/3\.png"):
         build_dataset(listing, "train", whole)
 
 
@@ -174,8 +172,8 @@ def test_image_as_data_path(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- what is no image
 
 
-def test_only_regular_files_with_names_of_images_count(tmp_path: Path, warnings: list[str]) -> None:
-    """Not what macOS hides beside images, folders, pipes, sockets and devices, nor links to them; what they hold is told once."""
+def test_only_regular_image_files_are_used(tmp_path: Path, warnings: list[str]) -> None:
+    """Hidden files, folders, pipes, sockets and devices are skipped, with one warning."""
     write_gray(tmp_path / "data/1.png", 1)
     write_gray(tmp_path / "data/album.jpg/2.png", 2)
     for name in ("._1.png", ".hidden.jpg", "notes.txt", "a.gif", "B.GIF", "c.avif", "train.tar.gz"):
@@ -186,14 +184,14 @@ def test_only_regular_files_with_names_of_images_count(tmp_path: Path, warnings:
         listening.bind(str(tmp_path / "data/socket.jpg"))
         found = [build_dataset(tmp_path / "data", "train", whole) for _ in range(2)][1]
     assert names(found, tmp_path) == ["data/1.png", "data/album.jpg/2.png"]
-    (told,) = warnings
+    (message,) = warnings
     for kind in ("2 .gif", "1 .avif", "1 .tar.gz", "3 pipes, sockets or devices"):
-        assert kind in told
+        assert kind in message
 
 
 @pytest.mark.parametrize("name", ["pipe.png", "device.png", "folder.png"])
-def test_what_is_no_file_is_neither_waited_for_nor_read_for_ever(tmp_path: Path, name: str) -> None:
-    """A list that names it is refused; where it takes a file's place later, it is named and replaced."""
+def test_pipes_and_devices_are_never_read(tmp_path: Path, name: str) -> None:
+    """In a list they are an error; in place of a file they are reported and replaced."""
     write_gray(tmp_path / "1.png", 9)
     write_gray(tmp_path / name, 0)
     (tmp_path / "images.txt").write_text(f"1.png\n{name}\n")
@@ -207,18 +205,18 @@ def test_what_is_no_file_is_neither_waited_for_nor_read_for_ever(tmp_path: Path,
         (tmp_path / name).mkdir()
     assert listed[1].failures[0].startswith(f"{tmp_path / name}: ")
     assert listed[1].views[0].mean() == pytest.approx(9 / 255)
-    with pytest.raises(UsageError, match=f"1 path that is no file, the first is .*{name}"):
+    with pytest.raises(UsageError, match=f"1 missing file, first .*{name}"):
         build_dataset(tmp_path / "images.txt", "train", whole)
 
 
-def test_a_file_too_large_for_an_image_is_named_unread(tmp_path: Path) -> None:
+def test_huge_file_is_reported_unread(tmp_path: Path) -> None:
     write_gray(tmp_path / "1.png", 9)
     with (tmp_path / "2.png").open("wb") as file:
         file.truncate(2**40)  # sparse
     assert str(2**40) in build_dataset(tmp_path, "train", whole)[1].failures[0]
 
 
-def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
     def refuse(path: str) -> object:
@@ -233,8 +231,8 @@ def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
         build_dataset(tmp_path, "train", whole)
 
 
-def test_lists_as_other_programs_write_them(tmp_path: Path, warnings: list[str]) -> None:
-    """With a byte-order mark, Windows's line ends, names that are no UTF-8, and files that are no images, which are counted."""
+def test_lists_written_by_other_programs(tmp_path: Path, warnings: list[str]) -> None:
+    """With a byte-order mark, Windows line ends, names that are not UTF-8, and files that are not images."""
     strange = os.fsdecode(b"gr\xf6\xdfe.png")
     for number, name in enumerate(("1.png", strange, "._1.png", "list.csv")):
         shutil.copy(write_gray(tmp_path / "gray.png", number), tmp_path / name)
@@ -246,7 +244,7 @@ def test_lists_as_other_programs_write_them(tmp_path: Path, warnings: list[str])
     assert "2 hidden files" in warnings[0]
 
 
-def test_labels_that_are_needed_but_missing(tmp_path: Path) -> None:
+def test_missing_labels(tmp_path: Path) -> None:
     write_gray(tmp_path / "flat/1.png", 0)
     (tmp_path / "images.txt").write_text("flat/1.png\n")
     for path in ("flat", "images.txt"):
@@ -254,14 +252,14 @@ def test_labels_that_are_needed_but_missing(tmp_path: Path) -> None:
             build_dataset(tmp_path / path, "val", whole, need_labels=True)
 
 
-def test_split_that_is_needed_but_missing(tmp_path: Path) -> None:
+def test_missing_split(tmp_path: Path) -> None:
     write_gray(tmp_path / "train/ant/1.png", 0)
-    with pytest.raises(UsageError, match="no folder 'val' beside the other one"):
+    with pytest.raises(UsageError, match="has a folder 'train' but no 'val'"):
         build_dataset(tmp_path, "val", whole, need_labels=True)
 
 
 @pytest.mark.parametrize("what", ["pipe", "/dev/zero", "/proc/self/mem"])
-def test_data_path_that_cannot_be_read_to_its_end(tmp_path: Path, what: str) -> None:
+def test_data_path_with_io_error(tmp_path: Path, what: str) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     with pytest.raises(UsageError, match=what):

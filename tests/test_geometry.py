@@ -1,4 +1,4 @@
-"""Crop rectangles, stratified samples and their projection from crop to crop."""
+"""Crop boxes, stratified samples and their projection between crops."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from data.transforms.geometry import (
-    Rect,
-    coordinates,
+    CropBox,
     inside,
     intersection,
+    normalized_corners,
     project,
     shift_to_overlap,
     stratified_samples,
@@ -26,7 +26,7 @@ FLIPPED_HALF = torch.tensor([0.25, 0.75, 0.75, 0.25], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("grid", "window", "count"), [(14, 3, 16), (6, 2, 9), (4, 2, 4), (8, 3, 4)])
-def test_one_sample_a_window_in_each_of_the_corners(grid: int, window: int, count: int) -> None:
+def test_one_sample_per_window_in_each_corner(grid: int, window: int, count: int) -> None:
     seen, corners = set(), set()
     for _ in range(300):
         samples = stratified_samples(grid, window)
@@ -49,7 +49,7 @@ def test_one_sample_a_window_in_each_of_the_corners(grid: int, window: int, coun
     assert len(corners) == (4 if grid % window else 1)
 
 
-def test_without_redraw_every_window_gives_its_first_cell() -> None:
+def test_without_redraw_the_first_cells_are_taken() -> None:
     assert stratified_samples(6, 2, redraw=False).tolist() == [0, 2, 4, 12, 14, 16, 24, 26, 28]
 
 
@@ -77,18 +77,18 @@ def test_centered_tokens_of_equal_crops_are_all_valid() -> None:
 
 
 @pytest.mark.parametrize("align", ["corners", "centers"])
-def test_the_target_shows_the_same_point_of_the_image(align: str) -> None:
-    """A ramp of positions over the image: what a sample shows is found at its target, whatever is flipped."""
+def test_target_is_the_same_point_of_the_image(align: str) -> None:
+    """With an image of positions, a sample and its target have the same value, with and without flips."""
     generator = random.Random(0)
     for _ in range(200):
         size = (generator.randint(50, 300), generator.randint(50, 300))
         a, b = (
-            Rect(
+            CropBox(
                 generator.randint(0, 20), generator.randint(0, 20), generator.randint(10, 30), generator.randint(10, 30)
             )
             for _ in range(2)
         )
-        source, target = (coordinates(rect, size, generator.random() < 0.5) for rect in (a, b))
+        source, target = (normalized_corners(rect, size, generator.random() < 0.5) for rect in (a, b))
         tokens = stratified_samples(14, 3)
         projection = project(tokens, source, target, 14, 14, align)
         shown = source[:2] + token_positions(tokens, 14, align) * (source[2:] - source[:2])
@@ -99,21 +99,21 @@ def test_the_target_shows_the_same_point_of_the_image(align: str) -> None:
         assert not len(valid) or float(valid.max()) <= (1e-4 if align == "corners" else 0.5 + 1e-4)
 
 
-def test_a_flip_swaps_the_columns_and_two_are_none() -> None:
-    rect = Rect(2, 3, 10, 20)
-    plain, flipped = (coordinates(rect, (51, 101), flip) for flip in (False, True))
+def test_flips() -> None:
+    rect = CropBox(2, 3, 10, 20)
+    plain, flipped = (normalized_corners(rect, (51, 101), flip) for flip in (False, True))
     assert plain.tolist() == pytest.approx([2 / 50, 3 / 100, 11 / 50, 22 / 100])
     assert flipped[[0, 3, 2, 1]].tolist() == plain.tolist()
 
 
-def test_shifted_crops_share_half_of_the_shorter_side_and_nested_ones_lie_inside() -> None:
+def test_shifted_crops_overlap_and_nested_ones_are_inside() -> None:
     torch.manual_seed(0)
     image = torch.empty(3, 300, 400)
     for scale in ([0.25, 1.0], [0.05, 0.25]):
         for _ in range(2000):
-            first = Rect(*RandomResizedCrop.get_params(image, [0.25, 1.0], [3 / 4, 4 / 3]))
+            first = CropBox(*RandomResizedCrop.get_params(image, [0.25, 1.0], [3 / 4, 4 / 3]))
             second = shift_to_overlap(
-                Rect(*RandomResizedCrop.get_params(image, scale, [3 / 4, 4 / 3])), first, (300, 400)
+                CropBox(*RandomResizedCrop.get_params(image, scale, [3 / 4, 4 / 3])), first, (300, 400)
             )
             assert second.top >= 0
             assert second.left >= 0
@@ -124,12 +124,12 @@ def test_shifted_crops_share_half_of_the_shorter_side_and_nested_ones_lie_inside
             assert both.height >= 0.5 * min(first.height, second.height) - 2
             assert both.width >= 0.5 * min(first.width, second.width) - 2
             within = RandomResizedCrop.get_params(image[:, : first.height, : first.width], scale, [3 / 4, 4 / 3])
-            nested = inside(Rect(*within), first)
+            nested = inside(CropBox(*within), first)
             assert intersection(nested, first) == nested
 
 
 def test_intersection_and_union() -> None:
-    a, b = Rect(0, 0, 10, 10), Rect(5, 8, 10, 10)
-    assert intersection(a, b) == Rect(5, 8, 5, 2)
-    assert union(a, b) == Rect(0, 0, 15, 18)
-    assert intersection(a, Rect(10, 0, 5, 5)) is None
+    a, b = CropBox(0, 0, 10, 10), CropBox(5, 8, 10, 10)
+    assert intersection(a, b) == CropBox(5, 8, 5, 2)
+    assert union(a, b) == CropBox(0, 0, 15, 18)
+    assert intersection(a, CropBox(10, 0, 5, 5)) is None

@@ -1,4 +1,4 @@
-"""From samples to batches: collating, the share of each process, epochs, workers, and the count of unreadable files."""
+"""Loaders: collating, the share of each process, epochs, workers, and the count of unreadable files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from data.layouts.shards import build_stream
 from data.layouts.sources import UNLABELED
 from data.loader import (
     Batch,
-    EveryNth,
     FailureTally,
+    StridedSampler,
     build_eval_loader,
     build_train_loader,
     collate,
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 
 def value_and_noise(image: ImageLike) -> list[Tensor]:
-    """Two views: the gray value of the image, and numbers from every generator."""
+    """Return two views: the gray value of the image, and numbers from each generator."""
     assert isinstance(image, Image.Image)
     gray = float(np.asarray(image).mean())
     return [
@@ -54,7 +54,7 @@ def value_and_noise(image: ImageLike) -> list[Tensor]:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> ImageDataset:
-    """Image i is filled with the value i and its class is i."""
+    """Image i is filled with i and has class i."""
     for i in range(IMAGES):
         (tmp_path / f"{i:02}").mkdir()
         Image.fromarray(np.full((4, 4), i, dtype=np.uint8)).save(tmp_path / f"{i:02}" / "image.png")
@@ -79,7 +79,7 @@ def indices(batches: list[Batch]) -> list[int]:
 
 
 def equal(first: list[Batch], second: list[Batch]) -> bool:
-    """Whether two passes gave the same images in the same order with the same views."""
+    """Return whether two passes gave the same images in the same order with the same views."""
     return indices(first) == indices(second) and all(
         torch.equal(a, b) for one, other in zip(first, second) for a, b in zip(one.views, other.views)
     )
@@ -104,7 +104,7 @@ def test_collate_stacks_view_by_view() -> None:
     assert batch.failures == ["a.png: gone", "b.png: empty", "a.png: gone"]
 
 
-def test_collate_without_a_view_of_one_image_has_no_view() -> None:
+def test_collate_with_an_incomplete_sample() -> None:
     unread = Sample([], UNLABELED, 7, ("a.png: gone",))
     batch = collate([sample(0), unread])
     assert batch.views == []
@@ -117,37 +117,37 @@ def test_collate_without_a_view_of_one_image_has_no_view() -> None:
 
 
 def split_samples(count: int = 4) -> tuple[list[Sample], Photometric]:
-    crops, finish = split_views(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
+    crops, device_transform = split_views(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
-    return [Sample(crops(image), i, i, ()) for i in range(count)], finish
+    return [Sample(crops(image), i, i, ()) for i in range(count)], device_transform
 
 
-def test_batch_ships_bytes_and_is_finished_where_it_is_used() -> None:
-    samples, finish = split_samples()
-    later = collate(samples, finish)
+def test_device_transform_runs_where_the_batch_is_used() -> None:
+    samples, device_transform = split_samples()
+    later = collate(samples, device_transform)
     assert [(view.dtype, view.shape) for view in later.views[:-1]] == [
         (torch.uint8, (4, 3, size, size)) for size in (16, 16, 8, 8)
     ]
     assert later.views[-1].shape == (4, 4, DRAWS)
-    here = collate(samples, finish, finish_here=True)
-    assert here.finish is None
+    here = collate(samples, device_transform, apply_now=True)
+    assert here.device_transform is None
     assert [view.shape for view in here.views] == [(4, 3, size, size) for size in (16, 16, 8, 8)]
     assert all(torch.equal(a, b) for a, b in zip(here.views, later.views_on(CPU), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(here.views, here.views_on(CPU), strict=True))
 
 
-def test_finished_batch_without_a_view_of_one_image_has_no_view() -> None:
-    samples, finish = split_samples()
+def test_device_transform_with_an_incomplete_sample() -> None:
+    samples, device_transform = split_samples()
     for here in (False, True):
-        batch = collate([*samples, Sample([], UNLABELED, 7, ("a.png: gone",))], finish, here)
+        batch = collate([*samples, Sample([], UNLABELED, 7, ("a.png: gone",))], device_transform, here)
         assert batch.views == []
         assert batch.views_on(CPU) == []
 
 
-def test_pinning_keeps_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the loader's thread pins a batch for CUDA; a copy stands for the pinned memory."""
-    samples, finish = split_samples()
-    batch = collate(samples, finish)
+def test_pinning_keeps_the_device_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the pin-memory thread does for CUDA; a copy stands in for pinned memory."""
+    samples, device_transform = split_samples()
+    batch = collate(samples, device_transform)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self, device=None: self.clone())
     pinned = pin_memory(batch)
     assert isinstance(pinned, Batch)
@@ -157,13 +157,13 @@ def test_pinning_keeps_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def split_dataset(tmp_path: Path) -> tuple[ImageDataset, Photometric]:
-    crops, finish = split_views(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
-    return build_dataset(write_images(tmp_path, IMAGES), "train", crops), finish
+    crops, device_transform = split_views(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
+    return build_dataset(write_images(tmp_path, IMAGES), "train", crops), device_transform
 
 
 def split_epoch(split_dataset: tuple[ImageDataset, Photometric], epoch: int, workers: int, later: bool) -> list[Batch]:
-    dataset, finish = split_dataset
-    loader = build_train_loader(dataset, 4, workers, pin_memory=False, finish=finish)
+    dataset, device_transform = split_dataset
+    loader = build_train_loader(dataset, 4, workers, pin_memory=False, device_transform=device_transform)
     if later:
         loader = DataLoader(
             dataset,  # type: ignore[arg-type]  # as in build_train_loader
@@ -171,14 +171,14 @@ def split_epoch(split_dataset: tuple[ImageDataset, Photometric], epoch: int, wor
             sampler=loader.sampler,
             num_workers=workers,
             drop_last=True,
-            collate_fn=partial(collate, finish=finish),
+            collate_fn=partial(collate, device_transform=device_transform),
         )
     set_epoch(loader, epoch)
-    return [batch._replace(views=batch.views_on(CPU), finish=None) for batch in loader]
+    return [batch._replace(views=batch.views_on(CPU), device_transform=None) for batch in loader]
 
 
-def test_who_finishes_a_batch_changes_nothing(split_dataset: tuple[ImageDataset, Photometric]) -> None:
-    """Not the number of workers, nor whether they or the training process do it: bit for bit."""
+def test_device_transform_gives_the_same_views_everywhere(split_dataset: tuple[ImageDataset, Photometric]) -> None:
+    """In workers or in the training process, bit for bit."""
     passes = [split_epoch(split_dataset, 2, workers, later) for workers in (0, 2) for later in (False, True)]
     assert all(equal(passes[0], other) for other in passes[1:])
     assert not equal(passes[0], split_epoch(split_dataset, 1, 0, False))
@@ -187,7 +187,7 @@ def test_who_finishes_a_batch_changes_nothing(split_dataset: tuple[ImageDataset,
 def test_processes_draw_different_crops(
     split_dataset: tuple[ImageDataset, Photometric], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of different images, and each image's as it would get them on one process."""
+    """Of different images, each as on one process."""
     everything = split_epoch(split_dataset, 1, 0, False)
     of_image = {int(i): [view[row] for view in b.views] for b in everything for row, i in enumerate(b.indices_B)}
     shares = []
@@ -208,7 +208,7 @@ def test_processes_draw_different_crops(
 # --------------------------------------------------------------------------- training
 
 
-def test_train_loader_leaves_out_the_last_incomplete_batch(dataset: ImageDataset) -> None:
+def test_train_loader_drops_the_last_batch(dataset: ImageDataset) -> None:
     batches = one_epoch(dataset, 0)
     assert [len(batch.indices_B) for batch in batches] == [4, 4]
     assert len(set(indices(batches))) == 8
@@ -218,7 +218,7 @@ def test_train_loader_leaves_out_the_last_incomplete_batch(dataset: ImageDataset
 def test_every_image_of_an_epoch_without_drop_last(
     dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
-    """On two processes with equal batches; also with less than one batch of data."""
+    """On two processes with equal batches, also with less than one batch of images."""
     monkeypatch.setattr("data.loader.get_world_size", lambda: world)
     for batch_size in (4, 1000):
         sizes, seen = [], []
@@ -233,7 +233,7 @@ def test_every_image_of_an_epoch_without_drop_last(
         assert len(seen) - len(dataset) == -len(dataset) % world
 
 
-def test_batches_hold_what_their_indices_say(dataset: ImageDataset) -> None:
+def test_batches_match_their_indices(dataset: ImageDataset) -> None:
     for batch in one_epoch(dataset, 0, batch_size=IMAGES):
         assert sorted(batch.indices_B.tolist()) == list(range(IMAGES))
         assert torch.equal(batch.labels_B, batch.indices_B)
@@ -257,7 +257,7 @@ def test_seeds_differ(dataset: ImageDataset) -> None:
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_workers_change_nothing(dataset: ImageDataset, epoch: int) -> None:
+def test_batches_are_independent_of_workers(dataset: ImageDataset, epoch: int) -> None:
     assert equal(one_epoch(dataset, epoch, num_workers=0), one_epoch(dataset, epoch, num_workers=2))
 
 
@@ -273,7 +273,7 @@ def test_one_loader_over_several_epochs_with_workers(dataset: ImageDataset) -> N
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_pass_draws_no_global_random_number(dataset: ImageDataset, workers: int) -> None:
-    """So a run that resumes goes on as one that never stopped, though it starts workers once more."""
+    """So that a resumed run, which starts workers again, equals an uninterrupted one."""
     loader = build_train_loader(dataset, 4, workers, pin_memory=False)
     before = torch.get_rng_state()
     for epoch in (0, 1):
@@ -282,7 +282,7 @@ def test_a_pass_draws_no_global_random_number(dataset: ImageDataset, workers: in
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_workers_stay_and_an_abandoned_pass_leaves_nothing_behind(dataset: ImageDataset) -> None:
+def test_persistent_workers_after_an_abandoned_pass(dataset: ImageDataset) -> None:
     loader = build_train_loader(dataset, 2, 1, pin_memory=False)
     assert loader.persistent_workers
     for epoch in (0, 3):
@@ -292,7 +292,7 @@ def test_workers_stay_and_an_abandoned_pass_leaves_nothing_behind(dataset: Image
     assert equal(list(loader), one_epoch(dataset, 1, batch_size=2))
 
 
-def test_global_random_numbers_change_nothing(dataset: ImageDataset) -> None:
+def test_batches_are_independent_of_global_generators(dataset: ImageDataset) -> None:
     first = one_epoch(dataset, 0)
     torch.manual_seed(99)
     np.random.seed(99)
@@ -314,15 +314,15 @@ def test_batch_larger_than_the_data(
     dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, batch_size: int, world: int
 ) -> None:
     set_world(monkeypatch, 0, world)
-    with pytest.raises(UsageError, match=f"11 images .* one batch of {batch_size} x {world} .*--batch_size_per_gpu"):
+    with pytest.raises(UsageError, match=f"--batch_size_per_gpu {batch_size} on {world} process.* 11 images"):
         build_train_loader(dataset, batch_size, 0, pin_memory=False)
 
 
-def test_batch_of_all_data_is_one_batch(dataset: ImageDataset) -> None:
+def test_batch_of_the_whole_dataset(dataset: ImageDataset) -> None:
     assert len(build_train_loader(dataset, IMAGES, 0, pin_memory=False)) == 1
 
 
-def test_workers_are_at_most_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_limited_to_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 5}, raising=False)
     assert [usable_workers(wanted) for wanted in (0, 2, 3, 10)] == [0, 2, 3, 3]
 
@@ -331,11 +331,11 @@ def test_workers_are_at_most_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 10, 11, 12])
-def test_every_nth_covers_each_index_once(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_strided_sampler_covers_each_index_once(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     shares = []
     for rank in range(3):
         set_world(monkeypatch, rank, 3)
-        sampler = EveryNth(length)
+        sampler = StridedSampler(length)
         shares.append(list(sampler))
         assert len(sampler) == len(shares[-1])
         assert all(index % 3 == rank for index in shares[-1])
@@ -402,7 +402,7 @@ def test_tally_knows_files_apart_whose_folder_has_a_colon(tmp_path: Path) -> Non
 
 
 def test_tally_counts_those_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails in each pass is told once; what reads well again is forgotten."""
+    """Each failure is logged once; the count restarts with each pass."""
     warnings: list[str] = []
     monkeypatch.setattr("utils.logger.warning", lambda message, *values: warnings.append(message % values))
     tally = FailureTally(images=100, seen={"0.png": "gone"})
@@ -414,7 +414,7 @@ def test_tally_counts_those_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("the first bytes were lost")])
-def test_second_try_reads_what_fails_for_a_moment(
+def test_second_attempt_after_a_transient_error(
     dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     read, failed = dataset.source.read, set()
@@ -434,8 +434,8 @@ def test_second_try_reads_what_fails_for_a_moment(
 
 @pytest.mark.parametrize("layout", ["files", "shards"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_undeclared_range_ends_a_run_at_the_first_image(tmp_path: Path, workers: int, layout: str) -> None:
-    """It is a mistake about all of them: no other image stands in, whatever the share, and the sentence tells the remedy."""
+def test_undeclared_range_ends_the_run(tmp_path: Path, workers: int, layout: str) -> None:
+    """It is not replaced, whatever the share of such images."""
     for number in range(4):
         np.save(tmp_path / f"{number}.npy", np.full((4, 4), 100 + number, dtype=np.int64))
     loader: DataLoader[Batch]
@@ -453,10 +453,10 @@ def test_undeclared_range_ends_a_run_at_the_first_image(tmp_path: Path, workers:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_workers_outlive_what_a_scheduler_sends_to_everybody(
+def test_workers_ignore_signals_to_the_process_group(
     dataset: ImageDataset, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All batches come though each worker got the signal, even while it starts; a SIGTERM of the run itself ends them."""
+    """All batches arrive even if each worker gets the signal at its start; a SIGTERM of the main process ends them."""
     monkeypatch.setattr(torch, "set_num_threads", lambda _: time.sleep(0.5))  # the first thing that a worker does
     train = build_train_loader(dataset, 1, 2, pin_memory=False)
     set_epoch(train, 0)

@@ -13,7 +13,7 @@ from udi_runs import TINY_NETWORKS, Made, parsed
 
 import main_udi
 from checkpoints import loading
-from data.transforms.udi_views import Correspondence, split_finished
+from data.transforms.udi_views import Correspondence, split_correspondence
 from losses.dino import DINOLoss
 from models.srs import SRS, bilinear_weights, default_heads, one_hot_weights
 from models.vit import VisionTransformer
@@ -31,7 +31,7 @@ def encoded(network: Any, crop: Tensor) -> tuple[Tensor, Tensor]:
 
 def expected_loss(method: main_udi.UDI, batch: Sequence[Tensor], alpha: float) -> dict[str, float]:
     """Every pair of a view's samples and another view by itself, images one by one; centers are zero."""
-    crops, found = split_finished(batch)
+    crops, found = split_correspondence(batch)
     student, teacher = loading.unwrap(method.student), loading.unwrap(method.teacher)
     assert isinstance(student, VisionTransformer)
     assert isinstance(teacher, VisionTransformer)
@@ -130,7 +130,7 @@ def test_with_the_class_token_alone_a_step_is_dinos() -> None:
     batch = made.batch()
     loss, terms = made.method.compute_loss(batch, epoch=1)
     dino = DINOLoss(32, 4, 0.04, 0.07, 1, 2)
-    views = split_finished(batch)[0]
+    views = split_correspondence(batch)[0]
     expected = dino(made.method.student(views), made.method.teacher(views[:2]), 1)
     assert terms.keys() == {"g_cl", "l_cl"}
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -203,7 +203,7 @@ def test_without_a_valid_patch_a_step_is_applied() -> None:
     """The patches' level is 0, the second token learns the class token's targets, and the center of patches stays."""
     made = Made("--local_patch", "on")
     batch = made.batch()
-    crops, found = split_finished(batch)
+    crops, found = split_correspondence(batch)
     nowhere = found._replace(valid_2M=found.valid_2M & False, local_valid_L2m=found.local_valid_L2m & False)
     scalars = made.step([[*crops, *nowhere]], 0, 1)
     assert scalars["skipped"] == 0

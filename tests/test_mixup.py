@@ -1,4 +1,4 @@
-"""Mixup and cutmix: the mixed images are the weighted sums that the targets say."""
+"""Mixup and cutmix: the mixed images are the weighted sums given by the targets."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def view_mixup(**changes: Any) -> ViewMixup:
 
 
 def constant_views(count: int, size: int = 8) -> list[Tensor]:
-    """Views (B, 3, H, W) whose image i is filled with the value i."""
+    """Return views (B, 3, H, W) whose image i is filled with i."""
     return [
         torch.arange(float(IMAGES))[:, None, None, None].expand(IMAGES, 3, size, size).clone() for _ in range(count)
     ]
 
 
 def weighted_values(weights: Tensor) -> Tensor:
-    """sum_i weights[i, j] * i for every student image j."""
+    """Return sum_i weights[i, j] * i for each student image j."""
     return torch.tensor([sum(float(weights[i, j]) * i for i in range(IMAGES)) for j in range(IMAGES)])
 
 
@@ -53,7 +53,7 @@ def test_every_pixel_is_the_weighted_sum(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cut", [{"cutmix_alpha": 1.0}, {"cutmix_minmax": (0.2, 0.8)}])
-def test_cutmix_weights_are_shares_of_the_area(mode: str, cut: dict[str, Any]) -> None:
+def test_cutmix_weights_are_area_shares(mode: str, cut: dict[str, Any]) -> None:
     mixed, weights = view_mixup(mode=mode, mixup_alpha=0.0, **cut)(constant_views(2, size=16))
     assert any(not torch.equal(view, original) for view, original in zip(mixed, constant_views(2, size=16)))
     for view, weights_of_view in zip(mixed, weights):
@@ -62,7 +62,7 @@ def test_cutmix_weights_are_shares_of_the_area(mode: str, cut: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_of_a_student_image_are_a_distribution_over_itself_and_its_partner(mode: str) -> None:
+def test_weights_are_a_distribution_over_two_images(mode: str) -> None:
     _, weights = view_mixup(mode=mode)(constant_views(1))
     torch.testing.assert_close(weights[0].sum(dim=0), torch.ones(IMAGES))
     assert weights[0].min() >= 0
@@ -71,7 +71,7 @@ def test_weights_of_a_student_image_are_a_distribution_over_itself_and_its_partn
         assert weights[0][others, j].abs().max() == 0
 
 
-def test_sharing_of_the_draws_in_each_mode() -> None:
+def test_draws_in_each_mode() -> None:
     own_share = {mode: view_mixup(mode=mode)(constant_views(1))[1][0].diagonal() for mode in MODES}
     assert len(own_share["batch"].unique()) == 1
     assert torch.equal(own_share["pair"], own_share["pair"].flip(0))
@@ -79,7 +79,7 @@ def test_sharing_of_the_draws_in_each_mode() -> None:
     assert len(own_share["elem"].unique()) == IMAGES
 
 
-def test_elem_weights_are_not_symmetric_so_rows_and_columns_matter() -> None:
+def test_elem_weights_are_not_symmetric() -> None:
     mixed, weights = view_mixup(mode="elem")(constant_views(1))
     assert not torch.allclose(weights[0], weights[0].T)
     assert not torch.allclose(mixed[0][:, 0, 0, 0], weighted_values(weights[0].T))
@@ -91,7 +91,7 @@ def test_each_view_has_its_own_draw() -> None:
 
 
 @pytest.mark.parametrize("num_views", [0, 1, 3, 7])
-def test_further_views_stay_as_they_are(num_views: int) -> None:
+def test_further_views_are_not_mixed(num_views: int) -> None:
     views = constant_views(4)
     mixed, weights = view_mixup(num_views=num_views)(views)
     assert len(mixed) == len(weights) == 4
@@ -121,14 +121,14 @@ def test_probability_zero_mixes_nothing(mode: str) -> None:
     assert torch.equal(weights[0], torch.eye(IMAGES))
 
 
-def test_smoothing_spreads_a_share_over_all_images() -> None:
+def test_smoothing() -> None:
     _, weights = view_mixup(prob=0.0, smoothing=0.3)(constant_views(1))
     torch.testing.assert_close(weights[0], 0.7 * torch.eye(IMAGES) + 0.3 / IMAGES)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("smoothing", "most"), [(0.0, 2), (0.1, IMAGES)])
-def test_number_of_images_that_one_is_mixed_from(mode: str, smoothing: float, most: int) -> None:
+def test_mixed_from(mode: str, smoothing: float, most: int) -> None:
     mixup = view_mixup(mode=mode, smoothing=smoothing)
     used = torch.stack(mixup(constant_views(3))[1]).ne(0).any(dim=0)
     assert mixup.mixed_from == most
@@ -139,10 +139,10 @@ def test_number_of_images_that_one_is_mixed_from(mode: str, smoothing: float, mo
     ("changes", "message"),
     [
         ({"batch_size": 5}, "--batch_size_per_gpu 5 must be even"),
-        ({"mode": "image"}, "unknown --mixup-mode 'image'; choose batch, pair or elem"),
+        ({"mode": "image"}, "--mixup-mode image"),
         ({"mixup_alpha": 0.0}, "--mixup, --cutmix or --cutmix-minmax above 0"),
     ],
 )
-def test_settings_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         view_mixup(**changes)

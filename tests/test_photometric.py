@@ -1,4 +1,4 @@
-"""Colors in batches: each operation against Pillow and torchvision, the drawn parameters, and independence of the batch."""
+"""Color augmentation of batches: operations against Pillow and torchvision, drawn parameters, and independence of the batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LARGEST = 1 - 2**-24  # that torch.rand gives
 
 
 def photograph(size: int = 48) -> Image.Image:
-    """A face with a flag and black: all colors and a large range."""
+    """Return a photograph of a face with all colors and a large range."""
     return Image.fromarray(photographs.astronaut()[:400, 60:460]).resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -52,12 +52,12 @@ def noise(size: int = 40) -> Image.Image:
 
 
 def batch(*images: Image.Image) -> Tensor:
-    """(N, 3, H, W) with values 0..255."""
+    """Stack images to (N, 3, H, W) with values 0..255."""
     return torch.stack([TF.pil_to_tensor(image) for image in images]).float()
 
 
 def colors(images: int, **fields: Any) -> Colors:
-    """Parameters that change nothing but what is given."""
+    """Return parameters without effect except those given."""
     nothing = {
         "order": torch.zeros(images, dtype=torch.int64),
         "factors": NEUTRAL.expand(images, 4),
@@ -87,8 +87,8 @@ FACTORS = [[0.0, 0.6, 0.9, 1.0, 1.3, 1.4, 3.0]] * 3 + [[-0.5, -0.1, -0.03, 0.0, 
 
 @pytest.mark.parametrize("image", [photograph(), noise()], ids=["photograph", "noise"])
 @pytest.mark.parametrize("operation", range(4), ids=["brightness", "contrast", "saturation", "hue"])
-def test_factors_as_in_torchvision(operation: int, image: Image.Image) -> None:
-    """In float: up to torchvision's rounded weights of gray, a thousandth of a level times the factor."""
+def test_factors_equal_torchvision(operation: int, image: Image.Image) -> None:
+    """In float, up to torchvision's rounded gray weights."""
     ours = apply_colors(batch(*[image] * 7), with_factor(operation, FACTORS[operation]))
     for value, result in zip(FACTORS[operation], ours):
         expected = ADJUST[operation](batch(image)[0] / 255, value) * 255
@@ -96,8 +96,8 @@ def test_factors_as_in_torchvision(operation: int, image: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("operation", range(3), ids=["brightness", "contrast", "saturation"])
-def test_factors_as_in_pillow(operation: int) -> None:
-    """Pillow truncates to whole levels, and rounds the mean and the gray level before it weights them."""
+def test_factors_equal_pillow(operation: int) -> None:
+    """Pillow truncates to integers, and rounds the mean and the gray level."""
     for image in (photograph(), noise()):
         ours = apply_colors(batch(*[image] * 7), with_factor(operation, FACTORS[operation]))
         for value, result in zip(FACTORS[operation], ours):
@@ -105,8 +105,8 @@ def test_factors_as_in_pillow(operation: int) -> None:
             assert difference.abs().max() <= 1 + 0.51 * abs(1 - value)
 
 
-def test_hue_as_in_pillow_up_to_its_eight_bits() -> None:
-    """Pillow keeps hue and saturation in 8 bits, so that a saturated color is off by several levels, equally to both sides."""
+def test_hue_equals_pillow_up_to_8_bits() -> None:
+    """Pillow stores hue and saturation in 8 bits, with errors of several levels in saturated colors, but no bias."""
     image = photograph()
     values = [-0.1, -0.04, 0.07, 0.1]
     ours = apply_colors(batch(*[image] * 4), with_factor(photometric.HUE, values))
@@ -129,7 +129,7 @@ def test_hue_of_gray_and_pure_colors() -> None:
     torch.testing.assert_close(turned[1, :, 0].T, sixth_back.float(), rtol=0, atol=1e-3)
 
 
-def test_every_order_of_the_jitter_as_in_torchvision() -> None:
+def test_all_jitter_orders_equal_torchvision() -> None:
     generator = torch.Generator().manual_seed(1)
     low, high = torch.tensor([0.4, 0.4, 0.2, -0.3]), torch.tensor([1.6, 1.6, 1.8, 0.3])
     factors = low + (high - low) * torch.rand(24, 4, generator=generator)
@@ -149,7 +149,7 @@ def test_orders_are_all_permutations() -> None:
         assert order == [*others[:before], photometric.HUE, *others[before:]]
 
 
-def test_gray_as_in_pillow() -> None:
+def test_gray_equals_pillow() -> None:
     for image in (photograph(), noise()):
         x = batch(image, image)
         result = apply_colors(x.clone(), colors(2, gray=torch.tensor([False, True])))
@@ -158,7 +158,7 @@ def test_gray_as_in_pillow() -> None:
         torch.testing.assert_close(result[1], expected, rtol=0, atol=0.502)
 
 
-def test_solarize_as_in_pillow() -> None:
+def test_solarize_equals_pillow() -> None:
     image = noise()
     result = apply_colors(batch(image, image), colors(2, solarize=torch.tensor([True, False])))
     torch.testing.assert_close(result, batch(ImageOps.solarize(image), image), rtol=0, atol=0)
@@ -168,8 +168,8 @@ RADII = [0.1, 0.3, 0.5, 0.9, 1.0, 1.3, 1.7, 2.0]
 
 
 @pytest.mark.parametrize("size", [9, 23, 24, 25, 60, 150])
-def test_blur_as_in_pillow(size: int) -> None:
-    """Pillow rounds six times on the way: three levels on noise; the border as in the middle."""
+def test_blur_equals_pillow(size: int) -> None:
+    """Pillow rounds six times: three levels on noise; at the border as in the middle."""
     image = noise(size)
     ours = apply_colors(batch(*[image] * 8), colors(8, radius=torch.tensor(RADII)))
     for radius, result in zip(RADII, ours):
@@ -178,7 +178,7 @@ def test_blur_as_in_pillow(size: int) -> None:
         assert (result - expected).mean().abs() < 0.6  # ties are rounded up
 
 
-def test_blur_of_a_photograph_as_in_pillow() -> None:
+def test_blur_of_a_photograph_equals_pillow() -> None:
     image = photograph(64)
     ours = apply_colors(batch(*[image] * 8), colors(8, radius=torch.tensor(RADII)))
     for radius, result in zip(RADII, ours):
@@ -205,8 +205,8 @@ def test_blur_matrices_are_three_boxes_with_a_repeated_border(size: int) -> None
     torch.testing.assert_close(blurred, expected, rtol=0, atol=1e-6)
 
 
-def test_chain_as_in_pillow() -> None:
-    """All at once, in the order of the recipe: jitter, gray, blur, solarization."""
+def test_chain_equals_pillow() -> None:
+    """All operations in the order of the recipe."""
     image = photograph()
     factors = torch.tensor([[0.7, 1.3, 0.9, 0.06], [1.2, 0.8, 1.1, -0.05]])
     given = colors(
@@ -233,7 +233,7 @@ def test_chain_as_in_pillow() -> None:
 
 
 def uniform_distance(values: Tensor, low: float, high: float) -> float:
-    """Kolmogorov-Smirnov distance from the uniform distribution, times the root of the number of values."""
+    """Return the Kolmogorov-Smirnov distance from the uniform distribution, times the square root of the sample size."""
     sorted_values = ((values.double() - low) / (high - low)).sort().values
     steps = torch.arange(len(values) + 1) / len(values)
     distance = torch.maximum((sorted_values - steps[:-1]).abs().max(), (sorted_values - steps[1:]).abs().max())
@@ -261,7 +261,7 @@ def test_probabilities(drawn: Colors) -> None:
 
 
 def test_factors_and_radii_are_uniform_in_their_ranges(drawn: Colors) -> None:
-    """A distance of 1.63 is exceeded by one in a hundred."""
+    """A distance of 1.63 is exceeded in 1 % of all cases."""
     for view in range(5):
         factors = drawn.factors[:, view]
         factors = factors[(factors != NEUTRAL).any(dim=1)]
@@ -272,7 +272,7 @@ def test_factors_and_radii_are_uniform_in_their_ranges(drawn: Colors) -> None:
 
 
 def test_orders_are_uniform(drawn: Colors) -> None:
-    """Chi-square with 23 degrees of freedom: 41.6 is exceeded by one in a hundred."""
+    """Chi-square with 23 degrees of freedom: 41.6 is exceeded in 1 % of all cases."""
     counts = torch.bincount(drawn.order.flatten(), minlength=24).double()
     assert len(counts) == 24
     expected = counts.sum() / 24
@@ -280,7 +280,7 @@ def test_orders_are_uniform(drawn: Colors) -> None:
 
 
 def test_parameters_are_independent(drawn: Colors) -> None:
-    """Of each other within a view, and between views."""
+    """Within a view and between views."""
     columns = [drawn.order, *drawn.factors.unbind(-1), drawn.gray, drawn.solarize, drawn.radius]
     table = torch.stack([column[:, view].double() for column in columns for view in (1, 2)])
     table = table[table.std(dim=1) > 0]
@@ -304,7 +304,7 @@ def test_smallest_and_largest_draws() -> None:
     assert (highest.factors == NEUTRAL).all()
 
 
-def test_strength_zero_changes_no_color() -> None:
+def test_strength_zero_changes_nothing() -> None:
     still = draw_colors(torch.rand(100, 5, DRAWS), dino_recipe(CROPS, 0.0))
     torch.testing.assert_close(still.factors, NEUTRAL.expand(100, 5, 4), rtol=0, atol=0)
     x = batch(noise())
@@ -317,7 +317,7 @@ MANY = 800
 
 
 def pil_operation(name: str) -> Callable[[Image.Image], Image.Image]:
-    """One step of the PIL backend, always applied."""
+    """Return an operation of the pil backend that is always applied."""
     jitter = RECIPE.jitter
     alone: dict[str, Any] = {
         "brightness": transforms.ColorJitter(brightness=jitter.brightness),
@@ -334,7 +334,7 @@ def pil_operation(name: str) -> Callable[[Image.Image], Image.Image]:
 
 
 def split_operation(name: str) -> Colors:
-    """The same step alone, `MANY` times, with parameters as they are drawn."""
+    """Apply the same operation of the split backend `MANY` times with drawn parameters."""
     draws = torch.rand(MANY, 5, DRAWS, generator=torch.Generator().manual_seed(5))
     draws[..., 0] = 0  # jittered
     full = draw_colors(draws, RECIPE)
@@ -350,8 +350,8 @@ def split_operation(name: str) -> Colors:
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue", "jitter", "gray", "blur", "solarize"])
-def test_distribution_of_an_operation_is_that_of_pillow(name: str) -> None:
-    """Mean, variance and histogram of all pixels, and mean and deviation of the images' own means and variances."""
+def test_distribution_of_each_operation_equals_pillow(name: str) -> None:
+    """Mean, variance and histogram of all pixels, and of the images' means and variances."""
     random.seed(0)
     image = photograph(24)
     operation = pil_operation(name)
@@ -370,8 +370,8 @@ def test_distribution_of_an_operation_is_that_of_pillow(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("view", [0, 1, 2])
-def test_distribution_of_a_whole_view_is_that_of_the_pil_backend(view: int) -> None:
-    """Crops, flips and colors of both backends on one photograph: moments and histogram over many draws."""
+def test_distribution_of_views_equals_pil_backend(view: int) -> None:
+    """Crops, flips and colors of both backends on one photograph."""
     random.seed(0)
     torch.manual_seed(0)
     image = photograph()
@@ -391,10 +391,10 @@ def test_distribution_of_a_whole_view_is_that_of_the_pil_backend(view: int) -> N
 
 
 def samples(count: int) -> tuple[list[list[Tensor]], Photometric]:
-    """What workers make of some images, and the other half."""
+    """Return the output of the worker part for some images, and the device part."""
     torch.manual_seed(0)
-    crops, finish = split_views(CROPS, MEAN, STD, 0.4)
-    return [crops(noise(50)) for _ in range(count)], finish
+    crops, device_transform = split_views(CROPS, MEAN, STD, 0.4)
+    return [crops(noise(50)) for _ in range(count)], device_transform
 
 
 def stacked(parts: list[list[Tensor]]) -> list[Tensor]:
@@ -402,49 +402,49 @@ def stacked(parts: list[list[Tensor]]) -> list[Tensor]:
 
 
 def test_views_in_order() -> None:
-    parts, finish = samples(6)
-    views = finish(stacked(parts), CPU)
+    parts, device_transform = samples(6)
+    views = device_transform(stacked(parts), CPU)
     assert [view.shape for view in views] == [(6, 3, size, size) for size in (32, 32, 16, 16, 12)]
     assert all(view.dtype == torch.float32 for view in views)
 
 
-def test_colors_do_not_depend_on_the_rest_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor on how many images are taken at once: bit for bit."""
-    parts, finish = samples(9)
-    together = finish(stacked(parts), CPU)
-    reversed_ = finish(stacked(parts[::-1]), CPU)
-    alone = [finish(stacked([part]), CPU) for part in parts]
+def test_colors_are_independent_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the number of images processed at once, bit for bit."""
+    parts, device_transform = samples(9)
+    together = device_transform(stacked(parts), CPU)
+    reversed_ = device_transform(stacked(parts[::-1]), CPU)
+    alone = [device_transform(stacked([part]), CPU) for part in parts]
     monkeypatch.setattr(photometric, "CACHED_PIXELS", 1)
-    one_by_one = finish(stacked(parts), CPU)
+    one_by_one = device_transform(stacked(parts), CPU)
     for v in range(5):
         assert torch.equal(together[v], reversed_[v].flip(0))
         assert torch.equal(together[v], torch.cat([views[v] for views in alone]))
         assert torch.equal(together[v], one_by_one[v])
 
 
-def test_the_crops_stay_as_they_are() -> None:
-    parts, finish = samples(3)
+def test_input_crops_are_not_modified() -> None:
+    parts, device_transform = samples(3)
     before = stacked(parts)
     after = [tensor.clone() for tensor in before]
-    finish(before, CPU)
+    device_transform(before, CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
 def test_normalization_of_each_channel() -> None:
-    """A constant image below the threshold of solarization, jitter of strength 0 and no gray: nothing else happens."""
+    """A constant image below the solarization threshold, with jitter of strength 0."""
     levels = (10, 60, 120)
-    crops, finish = split_views(CROPS, MEAN, STD, 0.0)
+    crops, device_transform = split_views(CROPS, MEAN, STD, 0.0)
     parts = stacked([crops(Image.new("RGB", (50, 40), levels)) for _ in range(4)])
     parts[-1][..., 6] = LARGEST
     expected = torch.tensor([(level / 255 - m) / s for level, m, s in zip(levels, MEAN, STD)])[:, None, None]
-    for view in finish(parts, CPU):
+    for view in device_transform(parts, CPU):
         torch.testing.assert_close(view, expected.expand_as(view), rtol=0, atol=2e-5)
 
 
-def test_nothing_is_read_back_from_the_device() -> None:
-    """Tensors of the meta device have no values: an operation that waited for one would fail."""
-    parts, finish = samples(6)
-    views = finish(stacked(parts), torch.device("meta"))
+def test_no_synchronization_with_the_device() -> None:
+    """Tensors of the meta device have no values that could be read."""
+    parts, device_transform = samples(6)
+    views = device_transform(stacked(parts), torch.device("meta"))
     assert [(view.device.type, view.shape) for view in views] == [
         ("meta", (6, 3, size, size)) for size in (32, 32, 16, 16, 12)
     ]

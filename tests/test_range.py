@@ -1,4 +1,4 @@
-"""INPUT.RANGE from the command line to the network: refused without, kept with the run, the same numbers everywhere."""
+"""INPUT.RANGE from the command line to the network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NETWORK = ["--arch", "swin", "--device", "cpu", "--num_workers", "0", "--batch_s
 
 @pytest.fixture
 def arrays(tmp_path: Path) -> Path:
-    """Class folders of int64 arrays, of values that INPUT.RANGE says, and the same images as 8-bit PNG files."""
+    """Write class folders of int64 arrays, and the same images as 8-bit PNG files."""
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
         for number in range(8):
@@ -43,21 +43,21 @@ def train(data: Path, out: Path, *more: str) -> None:
     main_esvit.main(main_esvit.get_args_parser().parse_args(command))
 
 
-def test_refused_by_all_processes_at_once(arrays: Path, tmp_path: Path) -> None:
-    """In one sentence with code 2, though a loader worker of one of them alone met the file."""
+def test_error_on_all_processes(arrays: Path, tmp_path: Path) -> None:
+    """In one sentence with exit code 2, though only a worker of one process has read the file."""
     for path in sorted((arrays / "train").rglob("*.npy"))[:-1]:
         np.save(path, np.load(path).astype(np.float32) / 4000)
     command = [*FEW, "--num_workers", "1", "--batch_size_per_gpu", "4", "--data_path", str(arrays / "train")]
     done = run_script("main_esvit.py", *command, "--output_dir", str(tmp_path / "out"), *TINY_SWIN, processes=2)
-    told = [line for line in done.stderr.splitlines() if "error" in line and "7.npy has int64 values from" in line]
-    assert len(told) == 2, done.stderr
-    assert all("INPUT.RANGE" in line for line in told)
-    assert "Traceback (most recent" not in done.stderr.partition(told[-1])[0]
+    messages = [line for line in done.stderr.splitlines() if "error" in line and "7.npy has int64 values from" in line]
+    assert len(messages) == 2, done.stderr
+    assert all("INPUT.RANGE" in line for line in messages)
+    assert "Traceback (most recent" not in done.stderr.partition(messages[-1])[0]
     assert done.stderr.count("exitcode  : 2") >= 1
     assert not (tmp_path / "out" / "checkpoint.pth").exists()
 
 
-def test_kept_with_the_run_for_its_evaluation(arrays: Path, tmp_path: Path) -> None:
+def test_evaluation_uses_the_saved_range(arrays: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\.npy has int64 values from \d+ to \d+.* set INPUT\.RANGE"):
         train(arrays / "train", tmp_path / "refused")
     train(arrays / "train", tmp_path / "out", *RANGE)
@@ -76,8 +76,8 @@ def load_features(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", ["pil", "split", "udi"])
-def test_training_sees_what_the_range_says(arrays: Path, tmp_path: Path, backend: str) -> None:
-    """As many values of black and white as the PNG files hold: the same log to the last digit."""
+def test_training_on_a_declared_range(arrays: Path, tmp_path: Path, backend: str) -> None:
+    """Equal to training on PNG files with the same values, to the last digit of the log."""
     logs = []
     for kind in ("arrays", "pngs"):
         data, out = tmp_path / kind / "train", tmp_path / f"{kind}_{backend}"

@@ -1,4 +1,4 @@
-"""Images in tsv files: the same samples as from folders, indices that are made, chosen and refused, and labels of every kind."""
+"""Images in tsv files: the same samples as from folders, indices, and all kinds of labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from checkpoints import loading
 from data.datasets import ImageDataset, build_dataset
 from data.layouts import index_cache
 from data.layouts import tsv as tsv_layout
-from data.layouts.tsv import index_lines, line_offsets
+from data.layouts.tsv import index_lines, load_line_offsets
 from data.loader import build_eval_loader
 from utils import UsageError
 
@@ -92,9 +92,11 @@ def test_workers_read_the_same(tsv: Path) -> None:
 
 @pytest.mark.parametrize("block", [7, 100, 2**24])
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n", b""], ids=["newline", "windows", "none"])
-def test_index_is_made_beside_the_file(tsv: Path, monkeypatch: pytest.MonkeyPatch, block: int, ending: bytes) -> None:
-    """Whatever the size of the blocks, and however the last line ends."""
-    monkeypatch.setattr(tsv_layout, "BLOCK", block)
+def test_index_is_created_beside_the_file(
+    tsv: Path, monkeypatch: pytest.MonkeyPatch, block: int, ending: bytes
+) -> None:
+    """For all block sizes and line ends."""
+    monkeypatch.setattr(tsv_layout, "INDEX_BLOCK", block)
     inner = ending or b"\n"
     tsv.write_bytes(inner.join(line.strip() for line in lines_of(tsv)) + ending)
     begins = np.cumsum([0] + [len(line) for line in lines_of(tsv)])[:-1].tolist()
@@ -107,10 +109,10 @@ def test_index_is_made_beside_the_file(tsv: Path, monkeypatch: pytest.MonkeyPatc
     assert index.stat().st_mtime_ns == made
 
 
-def test_index_of_a_folder_that_cannot_be_written(tsv: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It goes to the cache folder; where that cannot be written either it is made in memory."""
+def test_index_in_a_read_only_folder(tsv: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is written to the cache folder, or else kept in memory."""
     expected = index_lines(tsv).tolist()
-    real = index_cache.make_once
+    real = index_cache.create_once
     refused: list[Path] = []
 
     def refuse(path: Path, write: object) -> bool:
@@ -121,18 +123,18 @@ def test_index_of_a_folder_that_cannot_be_written(tsv: Path, monkeypatch: pytest
         return refuse(path, write) if path.parent == tsv.parent else real(path, write)  # type: ignore[arg-type]
 
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tsv_layout, "make_once", beside_refused)
-    assert line_offsets(tsv).tolist() == expected
+    monkeypatch.setattr(tsv_layout, "create_once", beside_refused)
+    assert load_line_offsets(tsv).tolist() == expected
     (kept,) = (tmp_path / "cache").iterdir()
     assert [int(line) for line in kept.read_text().split()] == expected
     write_tsv(tsv, [("a", "0", gray(1))])  # another file of that name has an index of its own
-    assert line_offsets(tsv).tolist() == [0]
-    monkeypatch.setattr(tsv_layout, "make_once", refuse)
-    assert line_offsets(tsv).tolist() == [0]
+    assert load_line_offsets(tsv).tolist() == [0]
+    monkeypatch.setattr(tsv_layout, "create_once", refuse)
+    assert load_line_offsets(tsv).tolist() == [0]
     assert os.listdir(tsv.parent) == ["train.tsv"]
 
 
-def test_linelist_chooses_and_orders(tsv: Path) -> None:
+def test_linelist(tsv: Path) -> None:
     everything = build(tsv)
     tsv.with_suffix(".linelist").write_text("9\n0\n9\n4\n")
     chosen = build(tsv)
@@ -144,17 +146,17 @@ def test_linelist_chooses_and_orders(tsv: Path) -> None:
     assert "lines 0 to 11" in error_of(tsv)
 
 
-def test_labels_of_a_large_file_are_read_once(tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_a_large_file_are_cached(tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the file or its linelist changes."""
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     small = build(tsv)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(tsv_layout, "KEPT_FROM", 1)
+    monkeypatch.setattr(tsv_layout, "MIN_CACHED_LINES", 1)
     with pytest.MonkeyPatch.context() as forbid:
         for _ in range(2):
             large = build(tsv)
             assert (large.labels.tolist(), large.classes) == (small.labels.tolist(), small.classes)
-            forbid.setattr(tsv_layout, "_one_label", lambda *line: pytest.fail("read again"))
+            forbid.setattr(tsv_layout.TsvLines, "read_label", lambda *line: pytest.fail("read again"))
     tsv.with_suffix(".linelist").write_text("9\n0\n")
     assert build(tsv).labels.tolist() == [1, 0]
     tsv.with_suffix(".lineidx").unlink()
@@ -163,7 +165,7 @@ def test_labels_of_a_large_file_are_read_once(tsv: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("line", ["", "\n", "ké\t0\n", "-1\n"])
-def test_list_that_is_no_list_of_lines(tsv: Path, line: str) -> None:
+def test_invalid_linelist(tsv: Path, line: str) -> None:
     tsv.with_suffix(".linelist").write_text("3\n" + line)
     if line.strip():
         assert "train.linelist" in error_of(tsv)
@@ -174,7 +176,7 @@ def test_list_that_is_no_list_of_lines(tsv: Path, line: str) -> None:
 @pytest.mark.parametrize(
     "change", ["grown", "cut", "shifted", "beyond", "negative", "unsorted", "words", "fewer lines", "empty"]
 )
-def test_index_that_does_not_fit(tsv: Path, change: str) -> None:
+def test_inconsistent_index(tsv: Path, change: str) -> None:
     build(tsv)
     index = tsv.with_suffix(".lineidx")
     numbers = [int(line) for line in index.read_text().split()]
@@ -198,7 +200,7 @@ def test_index_that_does_not_fit(tsv: Path, change: str) -> None:
 
 
 def test_folder_of_files_with_a_labelmap(tmp_path: Path) -> None:
-    """As ImageNet-22K: the order of the map counts, not that of the names; label files hold no image."""
+    """As ImageNet-22K: classes are in the order of the map, and label files have no images."""
     root = tmp_path / "22k"
     write_tsv(root / "b.tsv", [("k3", json.dumps([{"class": "n2", "conf": 1}]), gray(30))])
     write_tsv(root / "a.tsv", [("k1", '["n1"]', gray(10)), ("k2", "n3", gray(20))])
@@ -210,12 +212,12 @@ def test_folder_of_files_with_a_labelmap(tmp_path: Path) -> None:
     assert [int(dataset[i].views[0][0, 0, 0] * 255) for i in range(3)] == [10, 20, 30]
     assert [dataset.source.name(i) for i in (1, 2)] == [f"{root}/a.tsv line 2", f"{root}/b.tsv line 1"]
     write_tsv(root / "c.tsv", [("k4", "n7", gray(40))])
-    assert f"{root}/c.tsv line 1: the label 'n7' is none of the 4 classes" in error_of(root)
+    assert f"{root}/c.tsv line 1: label 'n7' is not one of the 4 classes" in error_of(root)
     write_tsv(root / "c.tsv", [("k4", "4", gray(40))])
-    assert "the label '4' is none of the 4 classes" in error_of(root)
+    assert "label '4' is not one of the 4 classes" in error_of(root)
     assert len(build(root, need_labels=False)) == 4
     (root / "labelmap_22k_reorder.txt").write_text("n1\nn2\nn1\n")
-    assert "names the class 'n1' twice" in error_of(root)
+    assert "has the class 'n1' twice" in error_of(root)
 
 
 @pytest.mark.parametrize(
@@ -226,19 +228,17 @@ def test_folder_of_files_with_a_labelmap(tmp_path: Path) -> None:
         ('[{"rect": [1, 2]}]', []), ("tabby, tabby cat", ["tabby, tabby cat"]),
     ],
 )  # fmt: skip
-def test_names_in_a_label_column(column: str, names: list[str]) -> None:
-    assert tsv_layout.label_names(column) == names
+def test_parse_label_column(column: str, names: list[str]) -> None:
+    assert tsv_layout.parse_label_column(column) == names
 
 
-def test_numbers_without_a_labelmap_count_in_their_order(tmp_path: Path) -> None:
+def test_numeric_labels_without_a_labelmap(tmp_path: Path) -> None:
     tsv = write_tsv(tmp_path / "train.tsv", [(name, name, gray(1)) for name in ("10", "9", "200", "9")])
     assert build(tsv).classes == ("9", "10", "200")
     assert build(tsv).labels.tolist() == [1, 0, 2, 0]
 
 
-@pytest.mark.parametrize(
-    ("label", "words"), [("", "line 2 has 0 labels"), ('["a", "b"]', "line 2 has 2 labels, one is needed")]
-)
+@pytest.mark.parametrize(("label", "words"), [("", "line 2 has 0 labels"), ('["a", "b"]', "line 2 has 2 labels")])
 def test_lines_without_one_label(tmp_path: Path, label: str, words: str) -> None:
     tsv = write_tsv(tmp_path / "train.tsv", [("a", "a", gray(1)), ("b", label, gray(2))])
     assert words in error_of(tsv)
@@ -251,7 +251,7 @@ def test_missing_files(tmp_path: Path, tsv: Path) -> None:
     with pytest.raises(UsageError, match="but tsv files; pass --tsv_mode"):
         build_dataset(tsv.parent, "train", whole)
     (tmp_path / "empty.tsv").touch()
-    assert "holds no line" in error_of(tmp_path / "empty.tsv")
+    assert "is empty" in error_of(tmp_path / "empty.tsv")
 
 
 # --------------------------------------------------------------------------- damaged lines
@@ -269,7 +269,7 @@ def test_missing_files(tmp_path: Path, tsv: Path) -> None:
         (b"\xff\xfe\t\xff\tQUJD\n", ""),
     ],
 )
-def test_damaged_line_is_replaced_and_named(tsv: Path, line: bytes, reason: str) -> None:
+def test_damaged_line_is_replaced_and_reported(tsv: Path, line: bytes, reason: str) -> None:
     lines = lines_of(tsv)
     tsv.write_bytes(b"".join([*lines[:5], line, *lines[6:]]))
     dataset = build(tsv, need_labels=False)
@@ -281,7 +281,7 @@ def test_damaged_line_is_replaced_and_named(tsv: Path, line: bytes, reason: str)
         assert "line 6 has no key and label" in error_of(tsv)
 
 
-def test_file_that_shrinks_during_the_run(tsv: Path) -> None:
+def test_file_truncated_during_the_run(tsv: Path) -> None:
     dataset = build(tsv)
     tsv.write_bytes(b"".join(lines_of(tsv)[:6]))
     sample = dataset[9]

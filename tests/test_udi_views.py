@@ -1,4 +1,4 @@
-"""UDI's views: what leaves a worker, how often colors change, and that samples and targets show the same pixels."""
+"""UDI's views: output of the worker part, color frequencies, and correspondence of samples and targets."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def ramp() -> Image.Image:
 
 @pytest.mark.parametrize("drawing", ["image", "view"])
 @pytest.mark.parametrize("mode", ["overlap", "nested"])
-def test_samples_and_their_targets_show_the_same_pixels(mode: str, drawing: str) -> None:
-    crops, finish = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode, drawing=drawing))
+def test_samples_and_targets_show_the_same_pixels(mode: str, drawing: str) -> None:
+    crops, device_transform = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode, drawing=drawing))
     checked = 0
     for _ in range(30):
         out = crops(ramp())
@@ -48,14 +48,14 @@ def test_samples_and_their_targets_show_the_same_pixels(mode: str, drawing: str)
                 checked += 1
     assert checked > 300
     stacked = [torch.stack([a, b]) for a, b in zip(crops(ramp()), crops(ramp()))]
-    finished = finish(stacked, torch.device("cpu"))
+    finished = device_transform(stacked, torch.device("cpu"))
     assert [tuple(t.shape) for t in finished] == [
         *[(2, 3, 112, 112)] * 2, *[(2, 3, 48, 48)] * 3, (2, 2, 16), (2, 2, 16), (2, 2, 16, 2), (2, 3, 9),
         (2, 3, 2, 9), (2, 3, 2, 9, 2),
     ]  # fmt: skip
 
 
-def test_blur_and_solarization_come_as_often_as_published() -> None:
+def test_blur_and_solarize_frequencies() -> None:
     draws = _color_draws(20000)
     assert float((draws[:, BLUR_DRAW] < 0.5).float().mean()) == pytest.approx(0.425, abs=0.015)
     assert float((draws[:, SOLARIZE_DRAW] < 0.5).float().mean()) == pytest.approx(0.10, abs=0.01)
@@ -66,13 +66,13 @@ def test_without_local_views() -> None:
     assert Correspondence(*crops(ramp())[-6:]).local_valid_L2m.shape[:2] == (0, 2)
 
 
-def test_other_modes_are_refused() -> None:
+def test_unknown_modes() -> None:
     with pytest.raises(UsageError, match="--global_pair_mode apart must be one of overlap, nested"):
         udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, pair_mode="apart"))
 
 
-def test_local_views_of_several_sizes_have_samples_of_their_own() -> None:
-    """Those that have fewer are filled up with samples that are not valid; the others' places are right."""
+def test_local_views_of_several_sizes() -> None:
+    """Surplus samples of the smaller views are not valid; the others are correct."""
     crops = CROPS._replace(local_numbers=(2, 1), local_sizes=(48, 32))
     found = Correspondence(*udi_views(crops, MEAN, STD, 0.4, Sampling(GRIDS))[0](ramp())[-6:])
     assert found.local_tokens_Lm.shape == (3, 9)
@@ -83,7 +83,7 @@ def test_local_views_of_several_sizes_have_samples_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(("drawing", "alike"), [("image", True), ("view", False), ("fixed", True)])
-def test_samples_are_drawn_as_asked(drawing: str, alike: bool) -> None:
+def test_drawing_modes(drawing: str, alike: bool) -> None:
     crops = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, drawing=drawing))[0]
     first, second = (Correspondence(*crops(ramp())[-6:]) for _ in range(2))
     assert torch.equal(first.tokens_2M[0], first.tokens_2M[1]) == alike
@@ -92,12 +92,12 @@ def test_samples_are_drawn_as_asked(drawing: str, alike: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["overlap", "nested"])
-def test_the_second_view_overlaps_the_first_or_lies_in_it(mode: str) -> None:
-    """In every one of 10,000 draws: by half of the shorter side on each axis less what rounding takes, or altogether."""
+def test_second_view_overlaps_the_first_or_is_inside(mode: str) -> None:
+    """In each of 10,000 draws: by half of the shorter side on each axis up to rounding, or completely."""
     crops = udi_views(CROPS._replace(local_numbers=(0,)), MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode))[0]
     image = torch.empty(3, 300, 400)
     for _ in range(10_000):
-        first, second = crops._rectangles(image)
+        first, second = crops._draw_boxes(image)
         shared = geometry.intersection(first, second)
         assert shared is not None
         assert shared.height >= 0.5 * min(first.height, second.height) - 2
@@ -107,11 +107,11 @@ def test_the_second_view_overlaps_the_first_or_lies_in_it(mode: str) -> None:
 
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_local_views_overlap_the_reference(reference: str) -> None:
-    """By half of the shorter side on each axis, less what rounding takes."""
+    """By half of the shorter side on each axis, up to rounding."""
     crops = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, reference=reference))[0]
     combine = {"union": geometry.union, "intersection": geometry.intersection}[reference]
     for _ in range(200):
-        first, second, *local = crops._rectangles(torch.zeros(3, 150, 200))
+        first, second, *local = crops._draw_boxes(torch.zeros(3, 150, 200))
         box = combine(first, second)
         assert box is not None
         for rect in local:
@@ -122,17 +122,15 @@ def test_local_views_overlap_the_reference(reference: str) -> None:
 
 
 @pytest.mark.parametrize(("flip", "ascending"), [(0.0, True), (1.0, False)])
-def test_flips_come_as_often_as_asked(flip: float, ascending: bool) -> None:
-    """The ramp's columns count upwards unless a view is flipped."""
+def test_flip_frequency(flip: float, ascending: bool) -> None:
+    """The ramp's columns increase unless a view is flipped."""
     for view in udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS), flip)[0](ramp())[:5]:
         row = view[1, view.shape[1] // 2].int()
         assert bool(row[-1] > row[0]) == ascending
 
 
-def test_what_cannot_be_sampled_is_refused() -> None:
-    with pytest.raises(
-        UsageError, match=r"--local_sampling_window_size 7 must lie in 1\.\.6: local views of 48 pixels"
-    ):
+def test_invalid_sampling() -> None:
+    with pytest.raises(UsageError, match=r"--local_sampling_window_size 7 must be in 1\.\.6: local views of 48 pixels"):
         udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, local_window=7))
-    with pytest.raises(UsageError, match=r"--flip_prob 1\.5 must lie in 0\.\.1"):
+    with pytest.raises(UsageError, match=r"--flip_prob 1\.5 must be in 0\.\.1"):
         udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS), 1.5)

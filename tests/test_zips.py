@@ -1,4 +1,4 @@
-"""Images in zip files: the same samples as from folders, in one process and several, and every mistake of a map by its line."""
+"""Images in zip files: the same samples as from folders, with and without workers, and errors in maps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import main_esvit
 from checkpoints import loading
 from data.datasets import ImageDataset, build_dataset
 from data.layouts import zips
-from data.layouts.sources import Names, OwnFile
+from data.layouts.sources import ForkSafeFile, PackedStrings
 from data.layouts.zips import check_readable
 from data.loader import build_eval_loader
 from utils import UsageError
@@ -34,7 +34,7 @@ PER_CLASS = 4
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Twelve training images in three classes."""
+    """Twelve training images of three classes."""
     write_images(tmp_path / "folders" / "train", PER_CLASS, size=16, classes=CLASSES)
     return tmp_path / "folders"
 
@@ -74,8 +74,8 @@ def test_zip_equals_folder(folders: Path, tmp_path: Path, method: int, prefix: s
     assert zipped.source.name(5) == f"{root}/train.zip@/class1/001.png"
 
 
-def test_lines_in_any_order_from_several_zips(folders: Path, zipped: Path) -> None:
-    """The map tells which images there are, how often and in which order; labels need not be consecutive."""
+def test_map_of_several_zips_in_any_order(folders: Path, zipped: Path) -> None:
+    """The map selects, repeats and orders the images; labels need not be consecutive."""
     (zipped / "train.zip").rename(zipped / "first.zip")
     write_images(folders / "second", 1, size=8, classes=1, seed=5)
     zip_folders(folders, zipped, parts=["second"])
@@ -90,7 +90,7 @@ def test_lines_in_any_order_from_several_zips(folders: Path, zipped: Path) -> No
     assert [dataset.source.read(i) for i in range(4)] == [(folders / name).read_bytes() for name in expected]
 
 
-def test_names_outside_ascii_and_files_without_images(folders: Path, tmp_path: Path) -> None:
+def test_non_ascii_names_and_other_members(folders: Path, tmp_path: Path) -> None:
     (folders / "train" / "class1" / "000.png").rename(folders / "train" / "class1" / "größe 1.png")
     (folders / "train" / "class1" / "notes.txt").write_text("not in the map")
     root = zip_folders(folders, tmp_path / "zipped")
@@ -99,15 +99,15 @@ def test_names_outside_ascii_and_files_without_images(folders: Path, tmp_path: P
     assert len(build(root)) == CLASSES * PER_CLASS
 
 
-def test_zip_after_other_bytes(zipped: Path) -> None:
-    """As self-extracting ones: offsets count from where the zip begins."""
+def test_zip_with_prepended_data(zipped: Path) -> None:
+    """Offsets in self-extracting files count from the start of the zip data."""
     before = [build(zipped).source.read(i) for i in range(3)]
     path = zipped / "train.zip"
     path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())
     assert [build(zipped).source.read(i) for i in range(3)] == before
 
 
-def test_flag_that_is_forgotten(zipped: Path) -> None:
+def test_missing_flag(zipped: Path) -> None:
     with pytest.raises(UsageError, match=r"no image found under .*, but train\.zip; pass --zip_mode"):
         build_dataset(zipped, "train", whole)
 
@@ -115,8 +115,8 @@ def test_flag_that_is_forgotten(zipped: Path) -> None:
 # --------------------------------------------------------------------------- several processes
 
 
-def test_workers_and_copies_read_the_same(zipped: Path) -> None:
-    """In forked workers, after the parent has read; and from a pickled copy, which spawned ones get."""
+def test_workers_and_pickled_copies_read_the_same(zipped: Path) -> None:
+    """Forked workers after the parent has read, and pickled copies as for spawned workers."""
     dataset = build(zipped)
     expected = torch.stack([dataset[i].views[0] for i in range(len(dataset))])
     for same in (dataset, pickle.loads(pickle.dumps(dataset))):
@@ -126,29 +126,29 @@ def test_workers_and_copies_read_the_same(zipped: Path) -> None:
             assert torch.equal(torch.cat([batch.views[0] for batch in loader]), expected)
 
 
-def test_index_is_arrays_that_grow_little_with_images(zipped: Path) -> None:
-    """What a worker gets a copy of: 27 bytes, a label, and the name with its end, for each image; no open file."""
+def test_index_size_per_image(zipped: Path) -> None:
+    """Workers get 27 bytes, a label, and the name with its end for each image, and no open file."""
     dataset = build(zipped)
     before = len(pickle.dumps(dataset))
     dataset.source.read(0)
     assert len(pickle.dumps(dataset)) == before
     change(zipped / "train_map.txt", "train.zip@/class0/000.png\t0\n", "train.zip@/class0/000.png\t0\n" * 1001)
-    name = len("train.zip@/class0/000.png")
+    name = len("class0/000.png")
     grown = len(pickle.dumps(build(zipped))) - before
     assert grown == pytest.approx(1000 * (27 + 8 + 8 + name), rel=0.01)
 
 
-def read_in_child(file: OwnFile, results: multiprocessing.Queue[tuple[int, bytes]]) -> None:
+def read_in_child(file: ForkSafeFile, results: multiprocessing.Queue[tuple[int, bytes]]) -> None:
     first = file._process
     results.put((first, file.read(3, 4)))
 
 
-def test_directory_of_a_large_zip_is_read_once(zipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_of_a_large_zip_is_cached(zipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the zip or the map changes."""
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
     small = build(zipped)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(zips, "KEPT_FROM", 1)
+    monkeypatch.setattr(zips, "MIN_CACHED_BYTES", 1)
     with pytest.MonkeyPatch.context() as forbid:
         for _ in range(2):
             large = build(zipped)
@@ -162,14 +162,14 @@ def test_directory_of_a_large_zip_is_read_once(zipped: Path, tmp_path: Path, mon
     with zipfile.ZipFile(zipped / "train.zip", "w") as archive:
         archive.writestr("class0/000.png", b"")
     for _ in range(2):
-        with pytest.raises(UsageError, match="names 11 images that its zip does not hold"):
+        with pytest.raises(UsageError, match="11 images missing"):
             build(zipped)
 
 
-def test_forked_process_opens_the_file_for_itself(tmp_path: Path) -> None:
-    """The parent's position is where it was after the child has read."""
+def test_forked_process_opens_its_own_handle(tmp_path: Path) -> None:
+    """The position of the parent's handle does not change."""
     (tmp_path / "file").write_bytes(bytes(range(100)))
-    file = OwnFile(tmp_path / "file")
+    file = ForkSafeFile(tmp_path / "file")
     assert file.read(50, 2) == bytes([50, 51])
     handle = file._handle
     assert handle is not None
@@ -190,7 +190,7 @@ def test_forked_process_opens_the_file_for_itself(tmp_path: Path) -> None:
 
 def test_names() -> None:
     texts = ["", "a", "größe/1.png", "\udcff.png", "", "last"]
-    names = Names(texts)
+    names = PackedStrings(texts)
     assert [names[i] for i in range(6)] == texts
     assert names[-1] == "last"
     assert len(names) == 6
@@ -201,8 +201,8 @@ def test_names() -> None:
 # --------------------------------------------------------------------------- damaged members
 
 
-def member_place(path: Path, member: str) -> tuple[int, int]:
-    """Offset and size of a stored member's bytes in the zip."""
+def member_position(path: Path, member: str) -> tuple[int, int]:
+    """Return offset and size of a stored member's content."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
     return info.header_offset + 30 + len(member), info.compress_size
@@ -210,9 +210,9 @@ def member_place(path: Path, member: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
 @pytest.mark.parametrize("damage", ["a byte", "zeros", "header"])
-def test_damaged_member_is_replaced_and_named(folders: Path, tmp_path: Path, method: int, damage: str) -> None:
+def test_damaged_member_is_replaced_and_reported(folders: Path, tmp_path: Path, method: int, damage: str) -> None:
     zipped = zip_folders(folders, tmp_path / "zipped", method)
-    start, size = member_place(zipped / "train.zip", "class1/002.png")
+    start, size = member_position(zipped / "train.zip", "class1/002.png")
     content = bytearray((zipped / "train.zip").read_bytes())
     if damage == "a byte":
         content[start + size // 2] ^= 1
@@ -228,24 +228,24 @@ def test_damaged_member_is_replaced_and_named(folders: Path, tmp_path: Path, met
     assert name == f"{zipped}/train.zip@/class1/002.png"
     assert reason.strip()
     if damage == "a byte" and method == zipfile.ZIP_STORED:
-        assert reason == "the member differs from its checksum"
+        assert reason == "the member does not match its checksum"
     assert sample.image_index == 6
     others = [dataset[i] for i in range(12) if i != 6]
     assert all(other.failures == () for other in others)
     assert sample.label in {other.label for other in others if torch.equal(sample.views[0], other.views[0])}
 
 
-def test_empty_member_is_replaced_and_named(folders: Path, tmp_path: Path) -> None:
+def test_empty_member_is_replaced_and_reported(folders: Path, tmp_path: Path) -> None:
     (folders / "train" / "class0" / "003.png").write_bytes(b"")
     sample = build(zip_folders(folders, tmp_path / "zipped"))[3]
     assert sample.failures[0].endswith("train.zip@/class0/003.png: the file is empty")
     assert sample.views
 
 
-def test_zip_that_shrinks_during_the_run(zipped: Path) -> None:
+def test_zip_truncated_during_the_run(zipped: Path) -> None:
     dataset = build(zipped)
     content = (zipped / "train.zip").read_bytes()
-    start, _ = member_place(zipped / "train.zip", "class2/003.png")
+    start, _ = member_position(zipped / "train.zip", "class2/003.png")
     (zipped / "train.zip").write_bytes(content[: start + 10])
     sample = dataset[11]
     assert "train.zip ends" in sample.failures[0]
@@ -268,26 +268,26 @@ def build_error(zipped: Path) -> str:
     ("line", "words"),
     [
         ("train.zip@/class0/001.png 0", "line 2 has no label: 'train.zip@/class0/001.png 0'"),
-        ("train.zip@/class0/001.png\t", "line 2: the label '' is not a whole number"),
-        ("train.zip@/class0/001.png\tcat", "line 2: the label 'cat' is not a whole number"),
-        ("train.zip@/class0/001.png\t-1", "line 2: the label '-1' is not a whole number"),
-        ("train.zip@/class0/001.png\t1.0", "line 2: the label '1.0' is not a whole number"),
-        ("train.zip@/class0/001.png\t2147483648", "line 2: the label '2147483648' is not a whole number from 0 to 2147483647"),
-        ("train.zip@/class0/001.png\t" + "9" * 5000, "is not a whole number"),
-        ("train.zip@/../../etc/passwd\t0", "line 2: '../../etc/passwd' is no path of an image inside train.zip"),
-        ("train.zip@//etc/passwd\t0", "line 2: '/etc/passwd' is no path"),
-        ("train.zip@/class0/./001.png\t0", "line 2: 'class0/./001.png' is no path"),
-        ("train.zip@/class0/\t0", "line 2: 'class0/' is no path"),
-        ("\t0", "line 2: '' is no path"),
-        ("../train.zip@/class0/001.png\t0", "line 2: '../train.zip' is no zip file beside the map"),
-        ("/tmp/train.zip@/class0/001.png\t0", "line 2: '/tmp/train.zip' is no zip file beside"),
-        ("train.tar@/class0/001.png\t0", "line 2: 'train.tar' is no zip file"),
-        ("other.zip@/class0/001.png\t0", "line 2 names other.zip, which is not in"),
-        ("train.zip@/class0/absent.png\t0", "names 1 image that its zip does not hold, the first is train.zip@/class0/absent"),
-        ("train.zip@/class0\t0", "hold, the first is train.zip@/class0 in line 2; repair the map or the zip"),
+        ("train.zip@/class0/001.png\t", "line 2: label ''"),
+        ("train.zip@/class0/001.png\tcat", "line 2: label 'cat'"),
+        ("train.zip@/class0/001.png\t-1", "line 2: label '-1'"),
+        ("train.zip@/class0/001.png\t1.0", "line 2: label '1.0'"),
+        ("train.zip@/class0/001.png\t2147483648", "line 2: label '2147483648'"),
+        ("train.zip@/class0/001.png\t" + "9" * 5000, "line 2: label"),
+        ("train.zip@/../../etc/passwd\t0", "line 2: '../../etc/passwd'"),
+        ("train.zip@//etc/passwd\t0", "line 2: '/etc/passwd'"),
+        ("train.zip@/class0/./001.png\t0", "line 2: 'class0/./001.png'"),
+        ("train.zip@/class0/\t0", "line 2: 'class0/'"),
+        ("\t0", "line 2: ''"),
+        ("../train.zip@/class0/001.png\t0", "line 2: '../train.zip'"),
+        ("/tmp/train.zip@/class0/001.png\t0", "line 2: '/tmp/train.zip'"),
+        ("train.tar@/class0/001.png\t0", "line 2: 'train.tar'"),
+        ("other.zip@/class0/001.png\t0", "line 2 names other.zip"),
+        ("train.zip@/class0/absent.png\t0", "1 image missing from the zip file, first train.zip@/class0/absent"),
+        ("train.zip@/class0\t0", "first train.zip@/class0 in line 2"),
     ],
 )  # fmt: skip
-def test_wrong_line_is_named(zipped: Path, line: str, words: str) -> None:
+def test_invalid_map_line(zipped: Path, line: str, words: str) -> None:
     change(zipped / "train_map.txt", "train.zip@/class0/001.png\t0", line)
     message = build_error(zipped)
     assert words in message
@@ -302,23 +302,23 @@ def test_missing_files(zipped: Path, missing: str) -> None:
     assert message.endswith(f"{zipped / missing} is missing")
 
 
-def test_maps_that_hold_no_text_or_no_line(zipped: Path) -> None:
+def test_binary_or_empty_map(zipped: Path) -> None:
     (zipped / "train_map.txt").write_bytes(b"\xff\xfe\x00")
     assert "is not text in UTF-8" in build_error(zipped)
     (zipped / "train_map.txt").write_text("\n \n")
-    assert "names no image" in build_error(zipped)
+    assert "lists no image" in build_error(zipped)
 
 
 @pytest.mark.parametrize("keep", [0, 100, -10])
-def test_zip_that_is_not_whole(zipped: Path, keep: int) -> None:
+def test_truncated_zip(zipped: Path, keep: int) -> None:
     path = zipped / "train.zip"
     path.write_bytes(path.read_bytes()[:keep])
-    assert f"{path} is no whole zip file" in build_error(zipped)
+    assert f"{path} is not a complete zip file" in build_error(zipped)
 
 
-def test_members_that_no_reader_here_can_read(zipped: Path, folders: Path) -> None:
+def test_unsupported_members(zipped: Path, folders: Path) -> None:
     zip_folders(folders, zipped, zipfile.ZIP_LZMA)
-    assert "line 1: class0/000.png is compressed by method 14; make the zip again" in build_error(zipped)
+    assert "line 1: class0/000.png is compressed by method 14" in build_error(zipped)
     zip_folders(folders, zipped, zipfile.ZIP_STORED)
     path = zipped / "train.zip"
     content = bytearray(path.read_bytes())
@@ -328,8 +328,8 @@ def test_members_that_no_reader_here_can_read(zipped: Path, folders: Path) -> No
     assert "line 1: class0/000.png is encrypted" in build_error(zipped)
 
 
-def test_member_that_unpacks_to_more_than_it_says(tmp_path: Path) -> None:
-    """Of a gigabyte of zeros in a megabyte no more is unpacked than the directory says."""
+def test_zip_bomb_is_not_decompressed(tmp_path: Path) -> None:
+    """Of a gigabyte of zeros in a megabyte only the announced size is decompressed."""
     with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(2**26))
     directory = bytearray((tmp_path / "train.zip").read_bytes())
@@ -345,8 +345,8 @@ def test_member_that_unpacks_to_more_than_it_says(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_many_bytes_in_one_image(zipped: Path) -> None:
-    """The size is checked before anything is read."""
+def test_huge_member(zipped: Path) -> None:
+    """The size is checked before reading."""
     info = zipfile.ZipInfo("large.png")
     info.file_size = 2**30 + 1
     with pytest.raises(UsageError, match=r"line 9: large\.png .*1073741825 bytes"):
@@ -358,7 +358,7 @@ def test_many_bytes_in_one_image(zipped: Path) -> None:
 
 @pytest.fixture
 def both(folders: Path, zipped: Path) -> dict[str, list[str]]:
-    """Flags that name the same images in folders and in zips, with a validation set."""
+    """Return flags for the same images in folders and zip files, with a validation set."""
     write_images(folders / "val", 2, size=16, classes=CLASSES, seed=1)
     zip_folders(folders, zipped)
     return {"folders": ["--data_path", str(folders)], "zipped": ["--data_path", str(zipped), "--zip_mode"]}
@@ -407,7 +407,7 @@ def test_pretraining_on_zips_and_folders_is_equal(both: dict[str, list[str]], tm
     torch.testing.assert_close(students[1], students[0], rtol=0, atol=0)
 
 
-def test_class_of_val_that_train_has_not(both: dict[str, list[str]], zipped: Path) -> None:
+def test_val_class_missing_from_train(both: dict[str, list[str]], zipped: Path) -> None:
     change(zipped / "val_map.txt", "val.zip@/class1/000.png\t1", "val.zip@/class1/000.png\t5")
     command = [*EVALUATION, *both["zipped"], "--seed", "0", *TINY_SWIN]
     with pytest.raises(UsageError, match=r"not in train: 5 .*val\.zip@/class1/000\.png is of class 5"):

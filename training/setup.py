@@ -63,7 +63,7 @@ def build_loader(
         )
     pin = device.type == "cuda"
     return data.build_train_loader(
-        dataset, args.batch_size_per_gpu, args.num_workers, pin, finish=device_transform, sampler=args.sampler
+        dataset, args.batch_size_per_gpu, args.num_workers, pin, device_transform=device_transform, sampler=args.sampler
     )
 
 

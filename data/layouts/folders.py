@@ -1,7 +1,4 @@
-"""Images that are files: class folders, loose files, or a text file of paths.
-
-Origin: this project's own; class folders are those of torchvision's `ImageFolder`.
-"""
+"""Images that are files: class folders, as for torchvision's `ImageFolder`, loose files, or a text file of paths."""
 
 from __future__ import annotations
 
@@ -11,81 +8,87 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.files import read_text
-from data.layouts.sources import UNLABELED, Files, Listing
-from data.layouts.tree import EXTENSIONS, find_images, is_image_name, tell_passed_over
+from data.layouts.folder_scan import EXTENSIONS, find_images, is_image_name, warn_skipped
+from data.layouts.sources import Files, Listing
 from utils import UsageError, counted
 
-OTHER_NAMES = "hidden files and files of other endings"
-CHECKED_PATHS = 50_000  # of a list, at most about so many: a million would take minutes on a shared disk
+SKIPPED_NAMES = "hidden files and files with other extensions"
+MAX_CHECKED_PATHS = 50_000  # of a list; checking a million would take minutes on a shared disk
 
 
 def list_files(root: Path, split: str, need_labels: bool) -> Listing:
-    """The images of a folder or of a text file of paths, labeled when each lies in a sub-folder: the first one is its class.
+    """List the images of a folder, or of a text file of paths.
+
+    They are labeled if each image lies in a sub-folder; the first level of sub-folders are the classes.
 
     Raises:
         UsageError: no image, or no class where labels are needed.
     """
     if root.is_file():
         return _unlabeled(Files(_read_path_list(root)), root, need_labels)
-    root = _folder_of_split(root, split, need_labels)
+    root = _split_folder(root, split, need_labels)
     names = find_images(root)
     if not len(names):
-        raise UsageError(_no_image(root, split))
+        raise UsageError(_no_image_message(root, split))
     source = Files(names, str(root))
     labels = np.zeros(len(names), dtype=np.int64)
-    number_of: dict[str, int] = {}
+    order_of: dict[
+        str, int
+    ] = {}  # order in which the classes occur; that of the sorted paths differs from that of the classes
     for i, name in enumerate(names):
         class_name, separator, _ = name.partition(os.sep)
         if not separator:
             return _unlabeled(source, root, need_labels)
-        labels[i] = number_of.setdefault(class_name, len(number_of))
-    classes = sorted(number_of)
-    rank_of = np.empty(len(classes), dtype=np.int64)
-    rank_of[[number_of[name] for name in classes]] = np.arange(len(classes))
-    return Listing(source, rank_of[labels], classes)
+        labels[i] = order_of.setdefault(class_name, len(order_of))
+    classes = sorted(order_of)
+    index_of = {name: index for index, name in enumerate(classes)}
+    return Listing(source, np.array([index_of[name] for name in order_of])[labels], classes)
 
 
 def _unlabeled(source: Files, root: Path, need_labels: bool) -> Listing:
     if need_labels:
         raise UsageError(
             f"{root} has images without a class; evaluation needs DIR/{{train,val}}/<class>/<image>, "
-            "or DIR/<class>/<image> where all images are one set"
+            "or DIR/<class>/<image> for a single set"
         )
-    return Listing(source, np.full(len(source), UNLABELED), ())
+    return Listing.unlabeled(source)
 
 
-def _no_image(root: Path, split: str) -> str:
+def _no_image_message(root: Path, split: str) -> str:
     if (root / f"{split}.zip").is_file():
         return f"no image found under {root}, but {split}.zip; pass --zip_mode"
     if any(root.glob("*.tsv")):
         return f"no image found under {root}, but tsv files; pass --tsv_mode"
-    return f"no image found under {root}; looked in all sub-folders for files ending in {' '.join(EXTENSIONS)}"
+    return f"no image found under {root} or its sub-folders; extensions of images are {' '.join(EXTENSIONS)}"
 
 
-def _folder_of_split(root: Path, split: str, need_labels: bool) -> Path:
-    """The sub-folder `split` where there is one, else the folder itself."""
+def _split_folder(root: Path, split: str, need_labels: bool) -> Path:
+    """Return the sub-folder `split` if there is one, else `root`."""
     if (root / split).is_dir():
         return root / split
-    if need_labels and (root / ("val" if split == "train" else "train")).is_dir():
-        raise UsageError(f"{root} has no folder '{split}' beside the other one; evaluation needs DIR/train and DIR/val")
+    other = "val" if split == "train" else "train"
+    if need_labels and (root / other).is_dir():
+        raise UsageError(f"{root} has a folder '{other}' but no '{split}'; evaluation needs DIR/train and DIR/val")
     return root
 
 
 def _read_path_list(file: Path) -> list[str]:
-    """Paths of a text file, one a line; empty lines and lines starting with # are skipped."""
+    """Read a text file with one path a line; empty lines and lines starting with # are skipped."""
     text = read_text(file, "--data_path takes a folder, or a text file with one path a line", "surrogateescape")
     lines = [line.strip() for line in text.split("\n")]
-    named = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]
-    paths = [path for path in named if is_image_name(os.path.basename(path))]
+    listed = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]
+    paths = [path for path in listed if is_image_name(os.path.basename(path))]
     if not paths:
-        raise UsageError(f"{file} names no image; it takes one path a line, of files ending in {' '.join(EXTENSIONS)}")
-    tell_passed_over(file, {OTHER_NAMES: len(named) - len(paths)} if len(paths) < len(named) else {})
-    checked = paths[:: 1 + len(paths) // CHECKED_PATHS]
+        raise UsageError(
+            f"{file} lists no image; write one path a line, extensions of images are {' '.join(EXTENSIONS)}"
+        )
+    warn_skipped(file, {SKIPPED_NAMES: len(listed) - len(paths)} if len(paths) < len(listed) else {})
+    checked = paths[:: 1 + len(paths) // MAX_CHECKED_PATHS]
     missing = [path for path in checked if not os.path.isfile(path)]
     if missing:
-        some = f" ({len(checked)} of {len(paths)} were looked for)" if len(checked) < len(paths) else ""
+        some = f" ({len(checked)} of {len(paths)} were checked)" if len(checked) < len(paths) else ""
         raise UsageError(
-            f"{file} names {counted(len(missing), 'path that is', 'paths that are')} no file{some}, the first is {missing[0]}; "
-            "paths are relative to the text file: repair or remove these lines"
+            f"{file} lists {counted(len(missing), 'missing file')}{some}, first {missing[0]}; "
+            "correct or remove these lines, paths are relative to the text file"
         )
     return paths

@@ -1,14 +1,14 @@
-"""Published collections that come as files of their own kind: WebVision-v1 and OpenImages-v4.
+"""Published datasets with their own layouts: WebVision-v1 and OpenImages-v4.
 
     WebVision: DIR/info/train_filelist_google.txt, train_filelist_flickr.txt   `path label` a line, paths relative to DIR
     OpenImages: DIR/train.tsv                                  `key<TAB>label<TAB>base64` a line, see data/layouts/tsv.py
-                DIR/train.balance_min1000.lineidx              where the lines to use begin: a balanced choice, with repetitions
+                DIR/train.balance_min1000.lineidx              offsets of the lines to use: a balanced subset with repetitions
                 DIR/train.label.verify_20191102.tsv            `key<TAB>JSON list of classes` a line
                 DIR/train.label.verify_20191102.6962.tag.labelmap   names of the classes, one a line
 
-ImageNet-22K is a folder of tsv files, or of class folders: data/layouts/tsv.py and data/layouts/folders.py.
+ImageNet-22K is a folder of tsv files or of class folders: data/layouts/tsv.py and data/layouts/folders.py.
 
-Origin: layouts of microsoft/esvit and of WebVision 1.0; reading is this project's own.
+Origin: the layouts of microsoft/esvit and of WebVision 1.0.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.files import read_text
-from data.layouts.sources import UNLABELED, Files, Listing, MultiLabels, check_inside, parse_label
+from data.layouts.index_cache import progress_bar
+from data.layouts.sources import Files, Listing, MultiLabels, check_inside, parse_label
 from data.layouts.tsv import (
     LINE,
     TsvLines,
     check_offsets,
-    label_names,
-    label_number,
-    progress,
+    class_index,
+    parse_label_column,
+    read_integers,
     read_labelmap,
-    read_numbers,
 )
 from utils import UsageError
 
@@ -38,10 +38,10 @@ OPENIMAGES_CLASSES = "train.label.verify_20191102.6962.tag.labelmap"
 
 
 def list_webvision(root: Path, split: str, need_labels: bool) -> Listing:
-    """The training images of WebVision-v1, of both search engines or of the one whose list is there; they have labels.
+    """List the labeled training images of WebVision-v1, from both search engines or from the one whose list is present.
 
     Raises:
-        UsageError: another split, no list, or a line that is wrong, named by its number.
+        UsageError: another split, no list, or an invalid line.
     """
     _check_train(split, "webvision1")
     lists = [root / name for name in WEBVISION_LISTS if (root / name).is_file()]
@@ -63,58 +63,55 @@ def list_webvision(root: Path, split: str, need_labels: bool) -> Listing:
             check_inside(path, where, str(root))
             paths.append(f"{root}/{path}")
     if not paths:
-        raise UsageError(f"{lists[0]} names no image; a line is 'path label'")
-    found, label_N = np.unique(np.array(labels), return_inverse=True)
-    return Listing(Files(paths), label_N, [str(label) for label in found])
+        raise UsageError(f"{lists[0]} lists no image; a line is 'path label'")
+    return Listing.from_numbers(Files(paths), labels)
 
 
 def list_openimages(root: Path, split: str, need_labels: bool) -> Listing:
-    """The balanced training images of OpenImages-v4; their labels, several each, are read only if needed.
+    """List the balanced training images of OpenImages-v4; their labels, several each, are read only if needed.
 
     Raises:
-        UsageError: another split, a file is missing or does not fit the others.
+        UsageError: another split, or a file that is missing or inconsistent with the others.
     """
     _check_train(split, "openimages_v4")
     needed = ["train.tsv", OPENIMAGES_INDEX, *([OPENIMAGES_LABELS, OPENIMAGES_CLASSES] if need_labels else [])]
     missing = [name for name in needed if not (root / name).is_file()]
     if missing:
         raise UsageError(f"--dataset openimages_v4 needs {', '.join(needed)} in --data_path; {root} lacks {missing[0]}")
-    offsets = read_numbers(root / OPENIMAGES_INDEX)
+    offsets = read_integers(root / OPENIMAGES_INDEX)
     if not len(offsets):
-        raise UsageError(f"{root / OPENIMAGES_INDEX} names no line of train.tsv; make it again")
+        raise UsageError(f"{root / OPENIMAGES_INDEX} is empty; create it again")
     check_offsets(root / "train.tsv", offsets, root / OPENIMAGES_INDEX, complete=False)
     lines = np.zeros(len(offsets), dtype=LINE)
     lines["offset"] = offsets
     source = TsvLines([root / "train.tsv"], lines)
     if not need_labels:
-        return Listing(source, np.full(len(source), UNLABELED), ())
+        return Listing.unlabeled(source)
     classes = read_labelmap(root / OPENIMAGES_CLASSES)
-    numbers_of_key = _verified_labels(root / OPENIMAGES_LABELS, classes)
-    numbers = []
-    for i in progress(range(len(source)), "labels"):
-        key, _ = source.head(i)
-        if key not in numbers_of_key:
-            raise UsageError(f"{source.name(i)} has the key '{key}', which {OPENIMAGES_LABELS} has not; complete it")
-        numbers.append(numbers_of_key[key])
-    return Listing(source, MultiLabels(numbers, len(classes)), classes)
+    labels_of_key = _verified_labels(root / OPENIMAGES_LABELS, classes)
+    labels = []
+    for i in progress_bar(range(len(source)), desc="labels"):
+        key, _ = source.read_label(i)
+        if key not in labels_of_key:
+            raise UsageError(f"{source.name(i)} has key '{key}', which is missing from {OPENIMAGES_LABELS}; add it")
+        labels.append(labels_of_key[key])
+    return Listing(source, MultiLabels(labels, len(classes)), classes)
 
 
 def _verified_labels(file: Path, classes: list[str]) -> dict[str, list[int]]:
-    """The numbers of the classes of each key."""
-    number_of = {name: number for number, name in enumerate(classes)}
-    found = {}
+    """Return the class indices of each key."""
+    index_of = {name: index for index, name in enumerate(classes)}
+    labels_of_key = {}
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             key, tab, text = line.rstrip("\n").partition("\t")
             where = f"{file} line {number}"
             if not tab:
                 raise UsageError(f"{where} has no labels; a line is key<TAB>JSON list of classes")
-            found[key] = [label_number(name, number_of, where) for name in label_names(text)]
-    return found
+            labels_of_key[key] = [class_index(name, index_of, where) for name in parse_label_column(text)]
+    return labels_of_key
 
 
 def _check_train(split: str, dataset: str) -> None:
     if split != "train":
-        raise UsageError(
-            f"--dataset {dataset} has training images only, '{split}' was asked for; evaluate on another set"
-        )
+        raise UsageError(f"--dataset {dataset} has no split '{split}', only 'train'; evaluate on another dataset")

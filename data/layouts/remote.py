@@ -1,18 +1,16 @@
-"""Opening shards wherever they lie, and saying in words why what came was not whole.
+"""Open shards on this disk, on a server or from a command.
 
-    shards/train-000000.tar                          a file
-    https://HOST/train-000000.tar                    fetched by curl; ftps, sftp and scp too, gs by gsutil
-    pipe:aws s3 cp s3://BUCKET/train-000000.tar -    whatever a shell command prints
-    s3://BUCKET/train-000000.tar                     every other address by fsspec, with the package that it names (s3fs, ...)
+    shards/train-000000.tar                          a local file
+    https://HOST/train-000000.tar                    fsspec; http(s) needs package aiohttp, s3 s3fs, gs gcsfs, ...
+    pipe:aws s3 cp s3://BUCKET/train-000000.tar -    the standard output of a shell command
 
-A command's own last words on its standard error are the reason that is told.
-
-Origin: this project's own; addresses and the commands that fetch are those of WebDataset (webdataset.gopen).
+Origin: the `pipe:` scheme is WebDataset's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import subprocess
 import tarfile
 import tempfile
@@ -24,71 +22,91 @@ import fsspec
 from utils import UsageError
 
 PIPE = "pipe:"
-# In seconds; a server that sends a byte a second is alive.
-CURL = ("curl", "-fsSL", "--connect-timeout", "20", "--speed-limit", "1", "--speed-time", "60")
-COMMANDS = {**dict.fromkeys(("http", "https", "ftps", "sftp", "scp"), CURL), "gs": ("gsutil", "cat")}
-LAST_WORDS = 300  # characters
+CONNECT_SECONDS, READ_SECONDS = 20, 60  # timeouts of http: for a connection, and between two pieces of data
+HTTP_BUFFER = 2**18  # bytes
+MAX_ERROR_LENGTH = 300  # characters
 
 
 def is_remote(path: str) -> bool:
-    """Whether it is no path of a file. Pipes are run by a shell: only ever what the user typed."""
+    """Return whether `path` is a URL or a `pipe:` command, which is run by a shell."""
     return path.startswith(PIPE) or "://" in path
 
 
-def check_here(path: str) -> None:
-    """Stop on an address where files are looked into at any place.
-
-    Raises:
-        UsageError: it is one.
-    """
+def require_local(path: str) -> None:
+    """Raise UsageError if `path` is remote: images at random positions are read from local files only."""
     if is_remote(path):
-        raise UsageError(f"{path} is not on this disk; only pre-training reads shards from elsewhere, copy them here")
+        raise UsageError(
+            f"{path} is not a local path; only pre-training reads remote shards, copy them to this machine"
+        )
 
 
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[IO[bytes]]:
-    """The bytes at a path or an address, once from the beginning to the end.
+    """Open a path, URL or command for one sequential read.
 
     Raises:
-        OSError: they ended too early; in words.
-        Exception: of any kind, where fsspec cannot open the address.
+        OSError: the data ended too early, with the reason.
+        ImportError: the package that fsspec needs for the URL is not installed.
+        Exception: of any kind that fsspec raises.
     """
-    scheme = path.partition(":")[0]
-    if not is_remote(path):
-        with open(path, "rb") as file:
+    if path.startswith(PIPE):
+        with _run_command(path.removeprefix(PIPE)) as output:
+            yield output
+    elif path.startswith(("http://", "https://")):
+        with _open_http(path) as file:
             yield file
-    elif path.startswith(PIPE):
-        with _output_of(path.removeprefix(PIPE)) as output:
-            yield output
-    elif scheme in COMMANDS:
-        with _output_of([*COMMANDS[scheme], path]) as output:
-            yield output
-    else:
+    elif is_remote(path):
         with fsspec.open(path, "rb") as file:
+            yield file
+    else:
+        with open(path, "rb") as file:
             yield file
 
 
 @contextlib.contextmanager
-def _output_of(command: str | list[str]) -> Iterator[IO[bytes]]:
-    """What a command prints.
+def _open_http(url: str) -> Iterator[IO[bytes]]:
+    try:
+        import aiohttp
+    except ImportError:
+        raise ImportError("package aiohttp is not installed, which http and https need; pip install aiohttp") from None
+    # aiohttp's own limit is 5 minutes for a whole response, and a shard is read as fast as training uses it.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+    filesystem = fsspec.filesystem("http", client_kwargs={"timeout": timeout, "trust_env": True})
+    try:
+        # block_size=0 streams one response, and any given size saves the request for it. Without a buffer each of tarfile's
+        # reads of 10 kB would wait for fsspec's thread.
+        with io.BufferedReader(filesystem.open(url, "rb", block_size=0, size=1), HTTP_BUFFER) as stream:
+            yield stream
+    except aiohttp.ClientResponseError as error:
+        raise OSError(f"HTTP error {error.status} {error.message}") from None
+    except FileNotFoundError:
+        raise OSError("HTTP error 404 Not Found") from None
+    except aiohttp.ClientPayloadError:
+        raise OSError("the connection was lost before the end of the file") from None
+
+
+@contextlib.contextmanager
+def _run_command(command: str) -> Iterator[IO[bytes]]:
+    """Run a shell command and yield its standard output.
 
     Raises:
-        OSError: it failed; instead of the error that a reader of its tar met for that reason.
+        OSError: the command failed, with the last line of its standard error; this replaces a `TarError` in the block.
     """
-    with tempfile.TemporaryFile() as words:
+    with tempfile.TemporaryFile() as stderr:
         with subprocess.Popen(
-            command, shell=isinstance(command, str), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
         ) as process:
             assert process.stdout is not None
-            damage = None
+            tar_error = None
             try:
                 yield process.stdout
             except tarfile.TarError as error:
-                damage = error
-            whole = not process.stdout.read(1)  # else its reader had enough, and it may well complain of that
-        if process.returncode and whole:
-            words.seek(0)
-            said = words.read().decode("utf-8", "replace").strip().splitlines() or [f"exit code {process.returncode}"]
-            raise OSError(said[-1][:LAST_WORDS]) from damage
-    if damage is not None:
-        raise damage
+                tar_error = error
+            # Else the reader stopped early, and the command fails only because of the closed pipe.
+            finished = not process.stdout.read(1)
+        if process.returncode and finished:
+            stderr.seek(0)
+            lines = stderr.read().decode("utf-8", "replace").strip().splitlines() or [f"exit code {process.returncode}"]
+            raise OSError(lines[-1][:MAX_ERROR_LENGTH]) from tar_error
+    if tar_error is not None:
+        raise tar_error

@@ -1,10 +1,9 @@
-"""Where the bytes of images lie, apart from what is made of them.
+"""Random access to encoded images: the `Source` interface and what its implementations share.
 
-A source numbers its images and gives each one's bytes and name; `ImageDataset` decodes them and does all the rest. Loader workers
-get a copy of it by fork or by pickle: what it holds for every image lies in arrays, whose pages forked workers share, and a file
-it reads from is opened by each process for itself (`OwnFile`). A further format is a further `Source` and a function that lists it.
-
-Origin: this project's own.
+A source numbers its images and returns the bytes and the name of each; `ImageDataset` decodes them. Loader workers get a copy by
+fork or pickle, so per-image data are kept in arrays, whose memory forked workers share, and each process opens files for itself
+(`ForkSafeFile`). To add a data layout, write a `Source` and a function that returns a `Listing`, and register it in
+`data.datasets.LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import numpy as np
 from utils import UsageError
 
 UNLABELED = -1
-LARGEST_LABEL = 2**31 - 1
-LARGEST_FILE = 2**30  # bytes of an encoded image; of more, a few packed ones could fill the memory
+MAX_LABEL = 2**31 - 1
+MAX_IMAGE_BYTES = 2**30  # of an encoded image; a few larger compressed ones could fill the memory
 
 
 class Source(ABC):
@@ -34,95 +33,81 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What messages call the image. The path, where it is a file of its own."""
+        """Return the name of an image in messages: its path, if it is a file of its own."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """Return the encoded image.
 
         Raises:
-            Exception: of any kind, where it cannot be read.
+            Exception: of any kind, if it cannot be read.
         """
 
 
-def read_file(path: str | Path) -> bytes:
-    """The content of a regular file: a pipe would be waited for, and a device may never end.
-
-    Raises:
-        OSError: it cannot be opened or read.
-        ValueError: it is something else than a file, or too large for an image.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise ValueError("it is no regular file but a pipe, socket or device")
-        return file.read(checked_size(state.st_size))
-
-
-def checked_size(size: int) -> int:
-    """`size` itself.
-
-    Raises:
-        ValueError: it is beyond `LARGEST_FILE`.
-    """
-    if size > LARGEST_FILE:
-        raise ValueError(f"it has {size} bytes, more than {LARGEST_FILE}, the most that an image may have")
-    return size
-
-
 class MultiLabels:
-    """Any number of classes for each image, in two arrays.
+    """Multi-label targets, stored in two arrays.
 
     Args:
-        numbers: the classes of each image.
-        classes: how many there are.
+        classes_per_image: class indices of each image.
+        num_classes: number of all classes.
     """
 
-    def __init__(self, numbers: Sequence[Sequence[int]], classes: int) -> None:
-        self.ends = np.cumsum([len(row) for row in numbers], dtype=np.int64)
-        self.numbers = np.array([number for row in numbers for number in row], dtype=np.int32)
-        self.classes = classes
+    def __init__(self, classes_per_image: Sequence[Sequence[int]], num_classes: int) -> None:
+        self.ends = np.cumsum([len(row) for row in classes_per_image], dtype=np.int64)
+        self.flat = np.array([number for row in classes_per_image for number in row], dtype=np.int32)
+        self.num_classes = num_classes
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """(classes,) 1 for each class of the image, else 0."""
+        """Return a multi-hot vector (num_classes,)."""
         index = range(len(self))[index]
-        vector = np.zeros(self.classes, dtype=np.uint8)
-        vector[self.numbers[self.ends[index - 1] if index else 0 : self.ends[index]]] = 1
-        return vector
+        multi_hot = np.zeros(self.num_classes, dtype=np.uint8)
+        multi_hot[self.flat[self.ends[index - 1] if index else 0 : self.ends[index]]] = 1
+        return multi_hot
 
 
 class Listing(NamedTuple):
-    """What a data path holds."""
+    """The images and labels found under a data path."""
 
     source: Source
-    labels: Sequence[int] | np.ndarray | MultiLabels  # one an image: the index of its class, or UNLABELED
+    labels: Sequence[int] | np.ndarray | MultiLabels  # of each image: an index into `classes`, or UNLABELED
     classes: Sequence[str]  # empty without labels
 
+    @classmethod
+    def unlabeled(cls, source: Source) -> Listing:
+        """Return a listing without labels."""
+        return cls(source, np.full(len(source), UNLABELED), ())
 
-class Names:
-    """Strings in two arrays, one long text and where each of them ends."""
+    @classmethod
+    def from_numbers(cls, source: Source, numbers: Sequence[int] | np.ndarray) -> Listing:
+        """Return a listing whose classes are the distinct numbers, in ascending order."""
+        found, label_N = np.unique(np.asarray(numbers), return_inverse=True)
+        return cls(source, label_N, [str(number) for number in found])
 
-    def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+class PackedStrings:
+    """A sequence of strings, stored in two arrays: the concatenated bytes, and the end of each string."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        encoded = [os.fsencode(string) for string in strings]
+        self.ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
     @classmethod
-    def of(cls, text: np.ndarray, ends: np.ndarray) -> Names:
-        """From the two arrays.
+    def from_arrays(cls, text: np.ndarray, ends: np.ndarray) -> PackedStrings:
+        """Wrap the two arrays.
 
         Raises:
-            ValueError: they do not fit together.
+            ValueError: they are inconsistent.
         """
-        names = cls([])
-        names.text, names.ends = text.astype(np.uint8, copy=False), ends.astype(np.int64, copy=False)
+        strings = cls([])
+        strings.text, strings.ends = text.astype(np.uint8, copy=False), ends.astype(np.int64, copy=False)
         steps = np.diff(ends, prepend=0, append=len(text))
         if (steps < 0).any() or steps[-1]:
-            raise ValueError("the ends of names do not fit their text")
-        return names
+            raise ValueError("the ends of the strings are inconsistent with their text")
+        return strings
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -138,8 +123,8 @@ class Names:
         return os.fsdecode(self.text[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes())
 
 
-class OwnFile:
-    """A file to read from, opened by each process on its first use: processes that share a handle would move its position."""
+class ForkSafeFile:
+    """A file for random reads, opened by each process on first use: a handle shared by processes would share its position."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -150,31 +135,31 @@ class OwnFile:
         return self.__dict__ | {"_handle": None, "_process": -1}
 
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on.
+        """Return `count` bytes from `offset` on.
 
         Raises:
             OSError: the file cannot be opened or read.
-            EOFError: it ends before.
+            EOFError: it is too short.
         """
-        with self._anew_after_errors():
-            content = self._at(offset).read(checked_size(count))
+        with self._reopen_after_error():
+            content = self._seek(offset).read(checked_size(count))
         if len(content) < count:
             raise EOFError(f"{self.path.name} ends {count - len(content)} bytes too early")
         return content
 
     def read_line(self, offset: int, block: int = 2**17, fields: int | None = None) -> bytes:
-        """The line that begins at `offset`, without its end; of only so many tab-separated `fields` if given.
+        """Return the line at `offset` without its line end, or only its first tab-separated `fields`.
 
         Raises:
             OSError: the file cannot be opened or read.
-            EOFError: it ends before.
+            EOFError: it ends before `offset`.
         """
         line = b""
-        with self._anew_after_errors():
-            handle = self._at(offset)
+        with self._reopen_after_error():
+            handle = self._seek(offset)
             while chunk := handle.read(block):
                 line += chunk
-                checked_size(len(line) * 3 // 4)  # of what base64 holds
+                checked_size(len(line) * 3 // 4)  # size of the image after base64 decoding
                 end = line.find(b"\n")
                 if end >= 0:
                     line = line[:end]
@@ -186,15 +171,15 @@ class OwnFile:
             raise EOFError(f"{self.path.name} ends before byte {offset}")
         return line.removesuffix(b"\r")
 
-    def _at(self, offset: int) -> BinaryIO:
+    def _seek(self, offset: int) -> BinaryIO:
         if self._handle is None or self._process != os.getpid():
             self._handle, self._process = self.path.open("rb"), os.getpid()
         self._handle.seek(offset)
         return self._handle
 
     @contextlib.contextmanager
-    def _anew_after_errors(self) -> Iterator[None]:
-        """What the handle of a network disk met once it may meet for ever."""
+    def _reopen_after_error(self) -> Iterator[None]:
+        """Drop the handle on an OSError, since a stale handle of a network disk keeps failing."""
         try:
             yield
         except OSError:
@@ -206,32 +191,51 @@ class Files(Source):
     """Images that are files of their own.
 
     Args:
-        paths: of the files.
-        root: what the paths are relative to, if anything.
+        paths: absolute, or relative to `root`.
+        root: folder.
     """
 
-    def __init__(self, paths: Sequence[str] | Names, root: str = "") -> None:
-        self.paths = paths if isinstance(paths, Names) else Names(paths)
+    def __init__(self, paths: Sequence[str] | PackedStrings, root: str = "") -> None:
+        self.paths = paths if isinstance(paths, PackedStrings) else PackedStrings(paths)
         self.root = root
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """See `Source.name`."""
         return os.path.join(self.root, self.paths[index])
 
     def read(self, index: int) -> bytes:
-        """See `Source.read`."""
         return read_file(self.name(index))
 
 
-class Chosen(Source):
+class ArchiveMembers(Source):
+    """Images at known offsets of archive files.
+
+    Args:
+        archives: paths.
+        members: structured array with one row an image; field `archive` is the index of its archive.
+        names: name of each image inside its archive.
+    """
+
+    def __init__(self, archives: Sequence[Path], members: np.ndarray, names: PackedStrings) -> None:
+        self.archives = [ForkSafeFile(path) for path in archives]
+        self.members = members
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        return f"{self.archives[self.members[index]['archive']].path}@/{self.names[index]}"
+
+
+class Subset(Source):
     """Some images of another source.
 
     Args:
         source: all images.
-        indices: those that are chosen, in their order.
+        indices: those to keep, in this order.
     """
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
@@ -242,31 +246,46 @@ class Chosen(Source):
         return len(self.indices)
 
     def name(self, index: int) -> str:
-        """See `Source.name`."""
         return self.source.name(int(self.indices[index]))
 
     def read(self, index: int) -> bytes:
-        """See `Source.read`."""
         return self.source.read(int(self.indices[index]))
 
 
-def parse_label(text: str, where: str) -> int:
-    """A class that a text file gives as a number.
+def read_file(path: str | Path) -> bytes:
+    """Return the content of a regular file; reading a pipe or a device might never return.
 
     Raises:
-        UsageError: it is none; `where` says in which line.
+        OSError: it cannot be opened or read.
+        ValueError: it is not a regular file, or larger than `MAX_IMAGE_BYTES`.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("it is a pipe, socket or device, not a regular file")
+        return file.read(checked_size(state.st_size))
+
+
+def checked_size(size: int) -> int:
+    """Return `size`; raise ValueError if it exceeds `MAX_IMAGE_BYTES`."""
+    if size > MAX_IMAGE_BYTES:
+        raise ValueError(f"it has {size} bytes, an image may have at most {MAX_IMAGE_BYTES}")
+    return size
+
+
+def parse_label(text: str, where: str) -> int:
+    """Parse the number of a class.
+
+    Raises:
+        UsageError: it is not a number in 0..MAX_LABEL; the message starts with `where`.
     """
     text = text.strip()
-    if not text.isdecimal() or len(text) > 10 or int(text) > LARGEST_LABEL:
-        raise UsageError(f"{where}: the label '{text}' is not a whole number from 0 to {LARGEST_LABEL}; repair it")
+    if not text.isdecimal() or len(text) > 10 or int(text) > MAX_LABEL:
+        raise UsageError(f"{where}: label '{text}' must be an integer from 0 to {MAX_LABEL}; correct it")
     return int(text)
 
 
-def check_inside(path: str, where: str, of: str) -> None:
-    """Stop on a name that would lead out of the place it belongs to.
-
-    Raises:
-        UsageError: an empty, absolute or climbing path.
-    """
+def check_inside(path: str, where: str, container: str) -> None:
+    """Raise UsageError if `path` is empty or absolute, or contains `..`, and so could leave `container`."""
     if any(part in ("", ".", "..") for part in path.split("/")):
-        raise UsageError(f"{where}: '{path}' is no path of an image inside {of}; write it relative to that")
+        raise UsageError(f"{where}: '{path}' is not the path of an image inside {container}; write it relative to that")

@@ -1,81 +1,76 @@
-"""Images in tab-separated text, as `--tsv_mode` takes them: few large files that are read at any line.
+"""Images in tab-separated files (`--tsv_mode`).
 
     DIR/train.tsv  DIR/val.tsv        or a folder of such files, e.g. of ImageNet-22K, with DIR/labelmap_22k_reorder.txt
-    DIR/train.lineidx                 the byte at which each line begins, one a line; made when missing
+    DIR/train.lineidx                 byte offset of each line, one a line; created if missing
     DIR/train.linelist                optional: the lines to use, counted from 0, one a line
 
-A line is `key<TAB>label<TAB>image in base64`. The label is a number, a name, empty, or JSON that holds one:
-`[{"class": "n01440764"}]`, `["n01440764"]`. A labelmap, one name a line, numbers the names; without it they are numbered in their
-order. Labels are read only where they are needed, since that takes a look at every line; those of large files are kept in the cache
-folder (data/layouts/index_cache.py) until a file changes. The index is 14 bytes an image.
+A line is `key<TAB>label<TAB>image in base64`. The label is an integer, a name, empty, or JSON with one class:
+`[{"class": "n01440764"}]`, `["n01440764"]`. A labelmap, with one name a line, gives the order of the classes; without it they are
+sorted. Labels are read only where they are needed, since they take a pass over all lines; those of large files are cached
+(data/layouts/index_cache.py). The index takes 14 bytes an image.
 
-Origin: the layout of microsoft/esvit (and of Microsoft's scene graph benchmark); reading is this project's own.
+Origin: the layout of microsoft/esvit and of Microsoft's scene graph benchmark.
 """
 
 from __future__ import annotations
 
 import base64
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from checkpoints.files import parse_json, read_text
-from data.layouts.index_cache import arrays_once, cache_file, make_once, state_of
-from data.layouts.sources import UNLABELED, Listing, Names, OwnFile, Source
-from distributed.collectives import is_main_process
+from data.layouts.index_cache import cache_path, create_once, index_arrays, progress_bar
+from data.layouts.sources import ForkSafeFile, Listing, PackedStrings, Source
 from utils import UsageError, logger
 
 LABELMAP = "labelmap_22k_reorder.txt"
-LINE = np.dtype([("file", "<u2"), ("line", "<u4"), ("offset", "<u8")])  # line from 1, 0: not known
+LINE = np.dtype([("file", "<u2"), ("line", "<u4"), ("offset", "<u8")])  # line from 1; 0: unknown
 COLUMNS = 3  # key, label, image
-BLOCK = 2**24  # bytes read at once while an index is made
-HEAD = 2**10  # bytes read at once for a label
-CHECKED_LINES = 100
-KEPT_FROM = 50_000  # lines; the labels of fewer are read each time
+INDEX_BLOCK = 2**24  # bytes read at once to build an index
+LABEL_BLOCK = 2**10  # bytes read at once for a label
+NUM_CHECKED_LINES = 100
+MIN_CACHED_LINES = 50_000  # labels of fewer lines are read at each start
 
 
 class TsvLines(Source):
     """Images in lines of tsv files.
 
     Args:
-        files: the tsv files.
-        lines: a `LINE` each image: which file, and where in it.
+        files: paths.
+        lines: a `LINE` for each image.
     """
 
     def __init__(self, files: Sequence[Path], lines: np.ndarray) -> None:
-        self.files = [OwnFile(path) for path in files]
+        self.files = [ForkSafeFile(path) for path in files]
         self.lines = lines
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def name(self, index: int) -> str:
-        """See `Source.name`."""
         entry = self.lines[index]
-        place = f"line {entry['line']}" if entry["line"] else f"at byte {entry['offset']}"
-        return f"{self.files[entry['file']].path} {place}"
+        position = f"line {entry['line']}" if entry["line"] else f"at byte {entry['offset']}"
+        return f"{self.files[entry['file']].path} {position}"
 
     def read(self, index: int) -> bytes:
-        """See `Source.read`."""
         entry = self.lines[index]
         columns = self.files[entry["file"]].read_line(int(entry["offset"])).split(b"\t")
         if len(columns) < COLUMNS:
             raise ValueError(f"the line has {len(columns)} columns; it takes key, label and image")
         return base64.b64decode(columns[COLUMNS - 1], validate=True)
 
-    def head(self, index: int) -> tuple[str, str]:
-        """Key and label of an image, without reading the image.
+    def read_label(self, index: int) -> tuple[str, str]:
+        """Return the columns key and label of an image.
 
         Raises:
-            UsageError: the line has not got them.
+            UsageError: the line does not have them.
         """
         entry = self.lines[index]
         try:
-            line = self.files[entry["file"]].read_line(int(entry["offset"]), block=HEAD, fields=2)
+            line = self.files[entry["file"]].read_line(int(entry["offset"]), block=LABEL_BLOCK, fields=2)
             key, label = line.decode().split("\t")
         except (EOFError, ValueError):
             raise UsageError(f"{self.name(index)} has no key and label; a line is key<TAB>label<TAB>base64") from None
@@ -83,54 +78,58 @@ class TsvLines(Source):
 
 
 def list_tsv(root: Path, split: str, need_labels: bool) -> Listing:
-    """The images of a tsv file, of `split`.tsv in a folder, or of all tsv files of a folder; labels only if needed.
+    """List the images of a tsv file, of `split`.tsv in a folder, or of all tsv files of a folder; with labels only if needed.
 
     Raises:
-        UsageError: no such file, an index that does not fit, or, where labels are needed, a line without one.
+        UsageError: no tsv file, an index that does not match it, or a line without a label where labels are needed.
     """
     files = find_tsv(root, split)
     parts = []
     for number, file in enumerate(files):
-        offsets = line_offsets(file)
+        offsets = load_line_offsets(file)
         part = np.zeros(len(offsets), dtype=LINE)
         part["file"], part["line"], part["offset"] = number, np.arange(1, len(offsets) + 1), offsets
-        parts.append(chosen_lines(file, part))
+        parts.append(select_lines(file, part))
     source = TsvLines(files, np.concatenate(parts))
     if not len(source):
-        raise UsageError(f"{root} holds no line; a line is key<TAB>label<TAB>base64")
+        raise UsageError(f"{root} is empty; a line is key<TAB>label<TAB>base64")
     if not need_labels:
-        return Listing(source, np.full(len(source), UNLABELED), ())
-    found = _read_labels(source, files)
-    names = (
-        read_labelmap(files[0].parent / LABELMAP) if (files[0].parent / LABELMAP).is_file() else _sorted_names(found)
-    )
-    number_of = {name: number for number, name in enumerate(names)}
-    labels = [label_number(name, number_of, source.name(i)) for i, name in enumerate(found)]
-    return Listing(source, np.array(labels), names)
+        return Listing.unlabeled(source)
+    labels = _read_labels(source, files)
+    labelmap = files[0].parent / LABELMAP
+    classes = read_labelmap(labelmap) if labelmap.is_file() else _sorted_classes(labels)
+    index_of = {name: index for index, name in enumerate(classes)}
+    label_N = np.array([class_index(label, index_of, source.name(i)) for i, label in enumerate(labels)])
+    return Listing(source, label_N, classes)
 
 
-def _read_labels(source: TsvLines, files: Sequence[Path]) -> Names:
-    """The label of each line.
+def _read_labels(source: TsvLines, files: Sequence[Path]) -> PackedStrings:
+    """Return the label of each line.
 
     Raises:
         UsageError: a line has none, or several.
     """
 
     def read() -> dict[str, np.ndarray]:
-        names = Names([_one_label(source, i) for i in progress(range(len(source)), "labels")])
-        return {"text": names.text, "ends": names.ends}
+        labels = []
+        for i in progress_bar(range(len(source)), desc="labels"):
+            names = parse_label_column(source.read_label(i)[1])
+            if len(names) != 1:
+                raise UsageError(f"{source.name(i)} has {len(names)} labels, must have one; correct the line")
+            labels.append(names[0])
+        packed = PackedStrings(labels)
+        return {"text": packed.text, "ends": packed.ends}
 
-    if len(source) < KEPT_FROM:
-        return Names.of(**read())
     linelists = [path for file in files if (path := file.with_suffix(".linelist")).is_file()]
-    return Names.of(**arrays_once(cache_file(files[0], f".{state_of([*files, *linelists])}.labels.npz"), read))
+    large = len(source) >= MIN_CACHED_LINES
+    return PackedStrings.from_arrays(**index_arrays([*files, *linelists], ".labels.npz", read, large=large))
 
 
 def find_tsv(root: Path, split: str) -> list[Path]:
-    """The tsv files that hold the images of `split`.
+    """Return the tsv files with the images of `split`.
 
     Raises:
-        UsageError: none.
+        UsageError: there are none.
     """
     if root.is_file():
         return [root]
@@ -144,42 +143,43 @@ def find_tsv(root: Path, split: str) -> list[Path]:
     return files
 
 
-# --------------------------------------------------------------------------- where lines begin
+# --------------------------------------------------------------------------- line offsets
 
 
-def line_offsets(tsv: Path) -> np.ndarray:
-    """(N,) the byte at which each line begins, from the index beside the file, which is made when missing.
+def load_line_offsets(tsv: Path) -> np.ndarray:
+    """Return the byte offset of each line (N,), from the index beside the file.
 
-    Where that folder cannot be written it is made in the cache folder, else in memory.
+    A missing index is created there, else in the cache folder, else in memory.
 
     Raises:
-        UsageError: the index does not fit the file.
+        UsageError: the index does not match the file.
     """
-    beside = tsv.with_suffix(".lineidx")
-    made: list[np.ndarray] = []
+    built: list[np.ndarray] = []
 
     def write(file: BinaryIO) -> None:
-        made[:] = made or [index_lines(tsv)]
-        file.write("".join(f"{offset}\n" for offset in made[0].tolist()).encode())
+        built[:] = built or [index_lines(tsv)]
+        file.write("".join(f"{offset}\n" for offset in built[0].tolist()).encode())
 
     state = tsv.stat()
-    aside = cache_file(tsv, f".{state.st_size}.{state.st_mtime_ns}.lineidx")
-    for place in (beside, aside):
-        if make_once(place, write):
-            offsets = made[0] if made else read_numbers(place)
-            check_offsets(tsv, offsets, place, complete=True)
+    cached = cache_path(tsv, f".{state.st_size}.{state.st_mtime_ns}.lineidx")
+    for path in (tsv.with_suffix(".lineidx"), cached):
+        if create_once(path, write):
+            offsets = built[0] if built else read_integers(path)
+            check_offsets(tsv, offsets, path, complete=True)
             return offsets
-    logger.warning("the index of %s can be written neither beside it nor to %s; it is made anew each time", tsv, aside)
-    return made[0] if made else index_lines(tsv)
+    logger.warning(
+        "the index of %s can be written neither beside it nor to %s; it is built again at each start", tsv, cached
+    )
+    return built[0] if built else index_lines(tsv)
 
 
 def index_lines(tsv: Path) -> np.ndarray:
-    """(N,) the byte at which each line begins; an empty last line is none."""
+    """Return the byte offset of each line (N,); an empty last line does not count."""
     size, start = tsv.stat().st_size, 0
     ends = [np.array([-1])]
-    bar = tqdm(total=size, desc=f"lines of {tsv.name}", unit="B", unit_scale=True, disable=_quiet(), leave=False)
+    bar = progress_bar(total=size, desc=f"lines of {tsv.name}", unit="B", unit_scale=True)
     with tsv.open("rb") as file, bar:
-        while block := file.read(BLOCK):
+        while block := file.read(INDEX_BLOCK):
             ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + start)
             start += len(block)
             bar.update(len(block))
@@ -188,63 +188,59 @@ def index_lines(tsv: Path) -> np.ndarray:
 
 
 def check_offsets(tsv: Path, offsets: np.ndarray, index: Path, *, complete: bool) -> None:
-    """Look whether offsets begin lines of the file: some of them; and all lines of a `complete` index.
-
-    Raises:
-        UsageError: they do not.
-    """
+    """Raise UsageError if a sample of the offsets are not starts of lines, or if a `complete` index misses lines."""
     size = tsv.stat().st_size
-    fits = not len(offsets) or (offsets.min() >= 0 and offsets.max() < size)
-    if complete and fits:
-        fits = bool((np.diff(offsets) > 0).all()) and (offsets[0] == 0 if len(offsets) else size == 0)
-    if fits:
+    valid = not len(offsets) or (offsets.min() >= 0 and offsets.max() < size)
+    if complete and valid:
+        valid = bool((np.diff(offsets) > 0).all()) and (offsets[0] == 0 if len(offsets) else size == 0)
+    if valid:
         with tsv.open("rb") as file:
-            for place in np.linspace(0, len(offsets) - 1, min(len(offsets), CHECKED_LINES), dtype=np.int64):
-                file.seek(max(int(offsets[place]) - 1, 0))
-                fits = fits and (offsets[place] == 0 or file.read(1) == b"\n")
-            if complete and fits and len(offsets):
+            for i in np.linspace(0, len(offsets) - 1, min(len(offsets), NUM_CHECKED_LINES), dtype=np.int64):
+                file.seek(max(int(offsets[i]) - 1, 0))
+                valid = valid and (offsets[i] == 0 or file.read(1) == b"\n")
+            if complete and valid and len(offsets):
                 file.seek(int(offsets[-1]))
                 file.readline()
-                fits = file.tell() == size
-    if not fits:
-        raise UsageError(f"{index} does not fit {tsv}, which was changed since; move it away, it is made anew then")
+                valid = file.tell() == size
+    if not valid:
+        raise UsageError(f"{index} does not match {tsv}, which has changed; move it away to have it created again")
 
 
-def chosen_lines(tsv: Path, lines: np.ndarray) -> np.ndarray:
-    """Those lines that the linelist beside the file names, in its order; all without one.
+def select_lines(tsv: Path, lines: np.ndarray) -> np.ndarray:
+    """Return the lines named by the `.linelist` beside the file, in its order; all without one.
 
     Raises:
-        UsageError: a number that is no line.
+        UsageError: a number is out of range.
     """
     linelist = tsv.with_suffix(".linelist")
     if not linelist.is_file():
         return lines
-    numbers = read_numbers(linelist)
+    numbers = read_integers(linelist)
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(lines)):
         wrong = numbers[(numbers < 0) | (numbers >= len(lines))][0]
-        raise UsageError(f"{linelist} names line {wrong}, {tsv} has lines 0 to {len(lines) - 1}; make the list again")
+        raise UsageError(f"{linelist} names line {wrong}, {tsv} has lines 0 to {len(lines) - 1}; correct the list")
     return lines[numbers]
 
 
-def read_numbers(path: Path) -> np.ndarray:
-    """(N,) the whole numbers of a text file, one a line.
+def read_integers(path: Path) -> np.ndarray:
+    """Read a text file with one integer a line.
 
     Raises:
-        UsageError: it holds anything else.
+        UsageError: it has anything else.
     """
     try:
         if not path.stat().st_size:
             return np.zeros(0, dtype=np.int64)
         return np.loadtxt(path, dtype=np.int64, comments=None, ndmin=1, usecols=0, encoding="utf-8-sig")
     except (ValueError, OSError, OverflowError) as error:
-        raise UsageError(f"{path} is no list of whole numbers, one a line ({error}); make it again") from None
+        raise UsageError(f"{path} must have one integer a line ({error}); create it again") from None
 
 
 # --------------------------------------------------------------------------- labels
 
 
-def label_names(text: str) -> list[str]:
-    """The classes that a label column names: none, one, or several; numbers are names too."""
+def parse_label_column(text: str) -> list[str]:
+    """Return the classes in a label column: none, one or several, integers as strings."""
     text = text.strip()
     if not text.startswith(("[", "{", '"')):
         return [text] if text else []
@@ -253,56 +249,42 @@ def label_names(text: str) -> list[str]:
     except ValueError:
         return [text]
     entries = content if isinstance(content, list) else [content]
-    named = [entry.get("class") if isinstance(entry, dict) else entry for entry in entries]
-    return [str(name) for name in named if isinstance(name, (str, int))]
+    names = [entry.get("class") if isinstance(entry, dict) else entry for entry in entries]
+    return [str(name) for name in names if isinstance(name, (str, int))]
 
 
 def read_labelmap(path: Path) -> list[str]:
-    """Names of classes, one a line; what follows a tab is skipped.
+    """Read the names of the classes, one a line; anything after a tab is ignored.
 
     Raises:
-        UsageError: it is missing, no text, or names a class twice.
+        UsageError: the file is missing, not text, or has a name twice.
     """
-    text = read_text(path, "a labelmap numbers the classes, the name of one a line")
+    text = read_text(path, "a labelmap has the name of one class a line")
     names = [line.split("\t")[0].strip() for line in text.split("\n") if line.strip()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"{path} names the class '{twice}' twice; a labelmap has each class once")
+        raise UsageError(f"{path} has the class '{twice}' twice; keep each class once")
     return names
 
 
-def label_number(name: str, number_of: dict[str, int], where: str) -> int:
-    """The number of a class, which a label gives by its name or as the number itself.
+def class_index(name: str, index_of: dict[str, int], where: str) -> int:
+    """Return the index of a class given by its name or by the index itself.
 
     Raises:
         UsageError: there is no such class.
     """
-    if name in number_of:
-        return number_of[name]
-    if name.isdecimal() and len(name) < 10 and int(name) < len(number_of):
+    if name in index_of:
+        return index_of[name]
+    if name.isdecimal() and len(name) < 10 and int(name) < len(index_of):
         return int(name)
-    raise UsageError(f"{where}: the label '{name}' is none of the {len(number_of)} classes; repair it or the labelmap")
+    raise UsageError(
+        f"{where}: label '{name}' is not one of the {len(index_of)} classes; correct it, or add it to the labelmap"
+    )
 
 
-def progress(items: Sequence[int], what: str) -> Iterable[int]:
-    """The items, with a progress bar on the main process's terminal."""
-    return tqdm(items, desc=what, disable=_quiet(), leave=False)
-
-
-def _quiet() -> bool:
-    return not (is_main_process() and sys.stderr.isatty())
-
-
-def _one_label(source: TsvLines, index: int) -> str:
-    names = label_names(source.head(index)[1])
-    if len(names) != 1:
-        raise UsageError(f"{source.name(index)} has {len(names)} labels, one is needed; repair the line")
-    return names[0]
-
-
-def _sorted_names(found: Iterable[str]) -> list[str]:
-    """Numbers in their order, names in theirs."""
-    names = set(found)
+def _sorted_classes(labels: Iterable[str]) -> list[str]:
+    """Return the distinct labels, sorted as numbers if all are."""
+    names = set(labels)
     if all(name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (len(name), name))
     return sorted(names)

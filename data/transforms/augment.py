@@ -1,13 +1,11 @@
-"""Multi-crop augmentation: one image in, global and local views out.
+"""Multi-crop augmentation of the `pil` backend, and the transforms of evaluations.
 
-Two policies: `dino_aug`, the photometric recipe of DINO, and `deit_aug`, RandAugment with random erasing as in DeiT.
-Images are PIL (1 or 3 channels) or float tensors (C, H, W) for any other number of channels. This is the `pil` backend, each
-image for itself in a loader worker; `split` does `dino_aug` of color images faster (data/transforms/crops.py,
-data/transforms/photometric.py).
+There are two policies: `dino_aug`, DINO's color augmentation, and `deit_aug`, RandAugment with random erasing. An image is a PIL
+image (1 or 3 channels) or a float tensor (C, H, W) of any other number of channels, transformed in a loader worker. For `dino_aug`
+of color images the `split` backend is faster (crops.py, photometric.py).
 
-Origin: DINO (Caron et al., ICCV 2021), see data/transforms/recipe.py; DeiT (Touvron et al., ICML 2021) through timm; the
-strong view of a
-linear probe is that of UDI (Su and Ji, ECCV 2024) after Mugs (Zhou et al., 2022).
+Origin: DINO (Caron et al., ICCV 2021), see recipe.py; DeiT (Touvron et al., ICML 2021), from timm; `strong_view` is that of UDI's
+linear probe (Su and Ji, ECCV 2024), after Mugs (Zhou et al., 2022).
 """
 
 from __future__ import annotations
@@ -28,18 +26,18 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from data.decode import ImageLike
-from data.transforms.recipe import ASPECT, BLUR_RADIUS, FLIP, GRAY, JITTER, View, dino_recipe
+from data.transforms.recipe import ASPECT, BLUR_RADIUS, FLIP, GRAY, JITTER, ViewSpec, dino_recipe
 from data.transforms.recipe import Crops as Crops
 from data.transforms.recipe import check_crops as check_crops
 from utils import UsageError
 
 ViewTransform = Callable[[ImageLike], Tensor]
 BACKENDS = ("auto", "pil", "split")
-THIN = 16  # times as long as wide
+MAX_ASPECT_RATIO = 16  # long / short side
 
 
 class MultiCrop:
-    """Apply each view's transform to the image: two global views, then the local ones by size."""
+    """Apply one transform per view to an image: two global views, then the local ones by size."""
 
     def __init__(self, view_transforms: Sequence[ViewTransform]) -> None:
         self.view_transforms = list(view_transforms)
@@ -52,7 +50,7 @@ class MultiCrop:
 
 
 class GaussianBlur:
-    """With probability `p` blur with a radius drawn from `BLUR_RADIUS`."""
+    """Blur with probability `p`, with a radius drawn from `BLUR_RADIUS`."""
 
     def __init__(self, p: float) -> None:
         self.p = p
@@ -67,7 +65,7 @@ class GaussianBlur:
 
 
 class Solarize:
-    """With probability `p` invert everything above half of the range."""
+    """Invert all values above half of the range, with probability `p`."""
 
     def __init__(self, p: float) -> None:
         self.p = p
@@ -81,7 +79,7 @@ class Solarize:
 
 
 class BrightnessContrast:
-    """The part of color jitter that makes sense for any number of channels, on float tensors in 0..1."""
+    """Color jitter without saturation and hue, for float tensors of any number of channels in 0..1."""
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
@@ -93,14 +91,14 @@ class BrightnessContrast:
 
 
 def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence[float], strength: float) -> MultiCrop:
-    """DINO's views of images of any number of channels, as data/transforms/recipe.py has them.
+    """Return the transform to DINO's views (recipe.py), for any number of channels.
 
     Raises:
         UsageError: a strength of the color jitter outside 0..2.
     """
     recipe = dino_recipe(crops, strength)
 
-    def transform(view: View) -> transforms.Compose:
+    def transform(view: ViewSpec) -> transforms.Compose:
         bicubic = transforms.InterpolationMode.BICUBIC
         steps: list[Callable] = [
             transforms.RandomResizedCrop(
@@ -119,24 +117,24 @@ def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence
 
 
 def as_tensor(image: ImageLike) -> Tensor:
-    """(C, H, W) in 0..1; a tensor is that already."""
+    """Return a tensor (C, H, W) in 0..1; a tensor is returned unchanged."""
     return image if isinstance(image, Tensor) else TF.to_tensor(image)
 
 
 # --------------------------------------------------------------------------- deit_aug
 
 
-def posterized_to_a_bit(view: transforms.Compose) -> transforms.Compose:
-    """timm's view, whose strongest posterizing keeps one bit of a color instead of none, which newer Pillows refuse."""
+def limit_posterize(view: transforms.Compose) -> transforms.Compose:
+    """Make the strongest posterization of a timm transform keep one bit instead of none, which newer Pillow versions reject."""
     for step in view.transforms:
         policies = getattr(step, "policy", None) or [getattr(step, "ops", ())]
         for operation in (operation for policy in policies for operation in policy):
             if getattr(operation, "name", "").startswith("Posterize"):
-                operation.level_fn = partial(_at_least_a_bit, operation.level_fn)
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
     return view
 
 
-def _at_least_a_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+def _at_least_one_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
     return (max(1, *level_fn(level, hparams)),)
 
 
@@ -152,17 +150,18 @@ def deit_views(
     erase_count: int,
     clean_first_view: bool,
 ) -> MultiCrop:
-    """DeiT's policy for every view, from timm: RandAugment (or color jitter without it), then random erasing.
+    """Return the transform to views with DeiT's augmentation: RandAugment, or color jitter without it, then random erasing.
 
-    `clean_first_view` leaves the first global view without erasing (the `--resplit` flag).
+    Args:
+        clean_first_view: do not erase in the first global view (--resplit).
 
     Raises:
-        UsageError: timm does not know the policy, the interpolation or the erasing mode.
+        UsageError: timm rejects the policy, the interpolation or the erasing mode.
     """
 
     def view(size: int, scale: tuple[float, float], erase: float) -> ViewTransform:
         try:
-            made = create_transform(
+            transform = create_transform(
                 size,
                 is_training=True,
                 scale=scale,
@@ -175,11 +174,11 @@ def deit_views(
                 re_mode=erase_mode,
                 re_count=erase_count,
             )
-            return posterized_to_a_bit(made)
+            return limit_posterize(transform)
         except (KeyError, AssertionError, ValueError) as error:
             raise UsageError(
-                f"timm does not take --aa {auto_augment} --train-interpolation {interpolation} --remode {erase_mode} "
-                f"({type(error).__name__}: {error}); try --aa rand-m9-mstd0.5-inc1 --train-interpolation bicubic --remode pixel"
+                f"timm rejects --aa {auto_augment} --train-interpolation {interpolation} --remode {erase_mode} "
+                f"({type(error).__name__}: {error}); use --aa rand-m9-mstd0.5-inc1 --train-interpolation bicubic --remode pixel"
             ) from None
 
     views = [view(crops.global_size, crops.global_scale, 0.0 if clean_first_view else erase_prob)]
@@ -193,7 +192,7 @@ def deit_views(
 
 
 def train_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
-    """What a linear classifier trains on: a random crop of 8 to 100 % resized to `size` (bilinear), flipped half the time."""
+    """Return the training transform of linear classifiers: random crop of 8 to 100 %, bilinear resize, random flip."""
     return MultiCrop(
         [
             transforms.Compose(
@@ -209,7 +208,7 @@ def train_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiC
 
 
 def strong_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
-    """What UDI's linear classifier trains on, Mugs' augmentation: flip, RandAugment on the whole image, random crop, erasing."""
+    """Return the training transform of UDI's linear classifier, from Mugs: flip, RandAugment, random crop, random erasing."""
     rand_augment = {"translate_const": int(0.45 * size), "img_mean": tuple(round(255 * value) for value in mean)}
     bicubic = transforms.InterpolationMode.BICUBIC
     steps: list[Callable] = [
@@ -220,32 +219,32 @@ def strong_view(size: int, mean: Sequence[float], std: Sequence[float]) -> Multi
         transforms.Normalize(mean, std),
         RandomErasing(0.25, mode="pixel", device="cpu"),
     ]
-    return MultiCrop([posterized_to_a_bit(transforms.Compose(steps))])
+    return MultiCrop([limit_posterize(transforms.Compose(steps))])
 
 
-def middle_of_thin(image: ImageLike) -> ImageLike:
-    """What the center crop of a resized image can show of one that is very long or high: `THIN` times its short side.
+def limit_aspect_ratio(image: ImageLike) -> ImageLike:
+    """Center-crop an image to an aspect ratio of `MAX_ASPECT_RATIO`; other images are returned unchanged.
 
-    All of it would be resized, of 5000 x 2 pixels to 640,000 x 256. Other images stay as they are; of these a pixel of the
-    crop moves by less than a pixel of the resized image.
+    Before a resize of the short side and a center crop this changes the result by less than a pixel, and avoids resizing an
+    image of 5000 x 2 pixels to 640,000 x 256.
     """
     height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
-    most = THIN * min(height, width)
-    if max(height, width) <= most:
+    limit = MAX_ASPECT_RATIO * min(height, width)
+    if max(height, width) <= limit:
         return image
-    most += (max(height, width) - most) % 2  # so that the middle stays the middle
-    return TF.center_crop(image, [min(height, most), min(width, most)])
+    limit += (max(height, width) - limit) % 2  # keeps the center
+    return TF.center_crop(image, [min(height, limit), min(width, limit)])
 
 
 def eval_view(
     size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
 ) -> MultiCrop:
-    """The evaluation protocol: resize the short side to size / crop_ratio (256 for 224), center crop, one view."""
+    """Return the evaluation transform: resize the short side to size / crop_ratio (256 for 224), then center crop."""
     return MultiCrop(
         [
             transforms.Compose(
                 [
-                    middle_of_thin,
+                    limit_aspect_ratio,
                     transforms.Resize(
                         round(size / crop_ratio),
                         interpolation=transforms.InterpolationMode(interpolation),
@@ -261,31 +260,26 @@ def eval_view(
 
 
 def choose_backend(wanted: str, policy: str, in_chans: int) -> str:
-    """`pil` or `split`: `auto` takes `split`, the faster one on a CPU too (benchmarks/augment.py), for whatever it can do.
+    """Return `pil` or `split`; `auto` selects `split`, which is faster (benchmarks/augment.py), wherever it is supported.
 
     Raises:
-        UsageError: `split` is wanted for what only `pil` does.
+        UsageError: `split` is requested but not supported.
     """
     splittable = policy == "dino_aug" and in_chans == 3
     if wanted == "split" and not splittable:
         raise UsageError(
-            f"--aug_backend split does dino_aug on images of 3 channels, not {policy} on images of {in_chans}; "
-            "leave it at auto, or use pil"
+            f"--aug_backend split supports dino_aug with 3 channels, not {policy} with {in_chans}; use auto or pil"
         )
     return "split" if splittable and wanted != "pil" else "pil"
 
 
 def check_normalization(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
-    """Stop unless there is one mean and one positive deviation per channel.
-
-    Raises:
-        UsageError: naming the config keys.
-    """
+    """Raise UsageError unless there is one mean and one positive standard deviation per channel."""
     fits = (
         len(mean) == len(std) == in_chans > 0 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
     )
     if not fits:
         raise UsageError(
-            f"images of {in_chans} channels need {in_chans} values in INPUT.MEAN and {in_chans} positive ones in INPUT.STD, "
-            f"not {list(mean)} and {list(std)}; set them in the yaml or as overrides, e.g. INPUT.MEAN '[0.5]' INPUT.STD '[0.25]'"
+            f"INPUT.MEAN {list(mean)} and INPUT.STD {list(std)} must have {in_chans} finite values each, one per channel, those of "
+            "INPUT.STD positive; set them in the yaml or as overrides, e.g. INPUT.MEAN '[0.5]' INPUT.STD '[0.25]'"
         )

@@ -1,11 +1,11 @@
-"""The workers' half of the split pipeline: one decoded image to uint8 crops, resized and flipped.
+"""The worker part of the `split` backend: from a decoded image to resized and flipped uint8 crops.
 
-    transform, finish = split_views(crops, mean, std, strength)      # for the data set, and for batches of its samples
+    transform, device_transform = split_views(crops, mean, std, strength)      # for the dataset, and for batches
 
-Bicubic interpolation with antialias runs on uint8 as it is, with Pillow's fixed-point weights. A crop costs its own pixels only:
-nothing is converted before it is cut out, and what leaves a worker has a quarter of the bytes of float views.
+Antialiased bicubic interpolation runs on uint8. A crop costs only its own pixels, since nothing is converted before it is cut
+out, and the worker sends a quarter of the bytes of float views.
 
-Origin: multi-crop of SwAV (Caron et al., NeurIPS 2020); geometry by torchvision's RandomResizedCrop.
+Origin: multi-crop of SwAV (Caron et al., NeurIPS 2020); crop boxes from torchvision's RandomResizedCrop.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from data.decode import ImageLike
+from data.transforms.geometry import CropBox
 from data.transforms.photometric import DRAWS, Photometric
-from data.transforms.recipe import ASPECT, FLIP, Crops, View, dino_recipe
+from data.transforms.recipe import ASPECT, FLIP, Crops, ViewSpec, dino_recipe
 
 
 def split_views(
     crops: Crops, mean: Sequence[float], std: Sequence[float], strength: float
 ) -> tuple[ByteCrops, Photometric]:
-    """DINO's views of color images in two halves; see `data.augment.dino_views` for both in one.
+    """Return the worker part and the device part of the transform to DINO's views of color images.
 
     Raises:
         UsageError: a strength of the color jitter outside 0..2.
@@ -37,25 +38,37 @@ def split_views(
 
 
 class ByteCrops:
-    """Image to its crops (3, size, size), uint8, and last a tensor (V, DRAWS) of uniform numbers, which decide their colors.
+    """Transform an image to its uint8 crops (3, size, size) and a tensor (V, DRAWS) of uniform numbers, which select their colors.
 
-    Everything is drawn from torch's generator, which the data set has seeded for this image.
+    All randomness comes from torch's generator, which the dataset seeds for each image.
     """
 
-    def __init__(self, views: Sequence[View]) -> None:
+    def __init__(self, views: Sequence[ViewSpec]) -> None:
         self.views = tuple(views)
 
     def __call__(self, image: ImageLike) -> list[Tensor]:
-        assert isinstance(image, Image.Image), "the split pipeline is for color images"
-        pixels_CHW = TF.pil_to_tensor(image)  # channels last in memory, for which the interpolation is twice as fast
+        pixels_CHW = to_pixels(image)
         flips = (torch.rand(len(self.views)) < FLIP).tolist()
-        crops = [_random_crop(pixels_CHW, view, flip) for view, flip in zip(self.views, flips)]
+        crops = [
+            resized_crop(pixels_CHW, random_box(pixels_CHW, view), view.size, flip)
+            for view, flip in zip(self.views, flips)
+        ]
         return [*crops, torch.rand(len(self.views), DRAWS)]
 
 
-def _random_crop(pixels_CHW: Tensor, view: View, flip: bool) -> Tensor:
-    """One view (3, size, size)."""
-    top, left, height, width = RandomResizedCrop.get_params(pixels_CHW, list(view.scale), list(ASPECT))
-    box = pixels_CHW[None, :, top : top + height, left : left + width]
-    crop = F.interpolate(box, (view.size, view.size), mode="bicubic", antialias=True)[0]
+def to_pixels(image: ImageLike) -> Tensor:
+    """Return the pixels (3, H, W) of a color image, channels last in memory, which doubles the speed of the interpolation."""
+    assert isinstance(image, Image.Image), "the split backend is for color images"
+    return TF.pil_to_tensor(image)
+
+
+def random_box(pixels_CHW: Tensor, view: ViewSpec) -> CropBox:
+    """Draw the crop box of a view."""
+    return CropBox(*RandomResizedCrop.get_params(pixels_CHW, list(view.scale), list(ASPECT)))
+
+
+def resized_crop(pixels_CHW: Tensor, box: CropBox, size: int, flip: bool) -> Tensor:
+    """Return a crop resized to (3, size, size)."""
+    cropped = pixels_CHW[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
+    crop = F.interpolate(cropped, (size, size), mode="bicubic", antialias=True)[0]
     return crop.flip(-1) if flip else crop

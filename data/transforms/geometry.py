@@ -1,9 +1,9 @@
-"""Where crops lie in their image, and where a point of one crop lies in another: pure functions, no pixels.
+"""Geometry of crop boxes, and the mapping of points from one crop to another.
 
-Legend: S samples of a grid, F rows of a grid that has as many columns. Everything is (row, column); normalized positions run from
-0 at the first pixel of the image to 1 at the last.
-Origin: UDI (Su and Ji, ECCV 2024), crops that overlap a reference and stratified samples at corresponding positions; a crop's size
-is drawn by torchvision's RandomResizedCrop.
+Legend: S samples of a grid, W windows on a side of a grid. Everything is (row, column); normalized positions run from 0 at the
+first pixel of the image to 1 at the last.
+
+Origin: UDI (Su and Ji, ECCV 2024): crops that overlap a reference, and stratified samples at corresponding positions.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ALIGNMENTS = ("corners", "centers")  # where a token stands: end tokens on the crop's edge as published, or in mid-cell
+ALIGNMENTS = ("corners", "centers")  # of tokens: the outer ones on the edge of the crop, as published, or in mid-cell
 
 
-class Rect(NamedTuple):
+class CropBox(NamedTuple):
     """A crop in pixels of its image."""
 
     top: int
@@ -27,72 +27,75 @@ class Rect(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Samples of one crop on the token grid of another; what is not valid lies outside of that crop."""
+    """Positions of the samples of one crop on the token grid of another."""
 
-    valid_S: Tensor  # bool
-    target_S2: Tensor  # row and column in tokens, fractional, inside the grid where valid
-
-
-# --------------------------------------------------------------------------- rectangles
+    valid_S: Tensor  # bool, whether the sample is inside the other crop
+    target_S2: Tensor  # fractional row and column in tokens, inside the grid where valid
 
 
-def intersection(a: Rect, b: Rect) -> Rect | None:
-    """What both cover; None where they are apart."""
+# --------------------------------------------------------------------------- crop boxes
+
+
+def intersection(a: CropBox, b: CropBox) -> CropBox | None:
+    """Return the common area of two boxes, None if there is none."""
     top, left = max(a.top, b.top), max(a.left, b.left)
     height = min(a.top + a.height, b.top + b.height) - top
     width = min(a.left + a.width, b.left + b.width) - left
-    return Rect(top, left, height, width) if height > 0 and width > 0 else None
+    return CropBox(top, left, height, width) if height > 0 and width > 0 else None
 
 
-def union(a: Rect, b: Rect) -> Rect:
-    """The smallest rectangle around both."""
+def union(a: CropBox, b: CropBox) -> CropBox:
+    """Return the smallest box that contains both."""
     top, left = min(a.top, b.top), min(a.left, b.left)
     height = max(a.top + a.height, b.top + b.height) - top
     width = max(a.left + a.width, b.left + b.width) - left
-    return Rect(top, left, height, width)
+    return CropBox(top, left, height, width)
 
 
-def shift_to_overlap(crop: Rect, reference: Rect, image_size: tuple[int, int]) -> Rect:
-    """`crop` moved towards `reference` until, on each axis, they share half of the shorter side; then into the image."""
-    top = _shifted(crop.top, crop.height, reference.top, reference.height, image_size[0])
-    left = _shifted(crop.left, crop.width, reference.left, reference.width, image_size[1])
-    return Rect(top, left, crop.height, crop.width)
+def shift_to_overlap(crop: CropBox, reference: CropBox, image_size: tuple[int, int]) -> CropBox:
+    """Shift a crop so that on each axis it shares half of the shorter side with `reference`, then into the image."""
+    top = _shift(crop.top, crop.height, reference.top, reference.height, image_size[0])
+    left = _shift(crop.left, crop.width, reference.left, reference.width, image_size[1])
+    return CropBox(top, left, crop.height, crop.width)
 
 
-def _shifted(start: int, length: int, ref_start: int, ref_length: int, limit: int) -> int:
-    """One axis of `shift_to_overlap`, in the published rule: what lacks half an overlap is moved by half a side more."""
+def _shift(start: int, length: int, ref_start: int, ref_length: int, limit: int) -> int:
+    """Shift one axis by the published rule: with less than half an overlap, half of the shorter side is added to the shift."""
     span = max(start + length, ref_start + ref_length) - min(start, ref_start)
     half = 0.5 * min(length, ref_length)
     shift = max(0.0, span - length - ref_length)
     if span >= length + ref_length - half:
         shift += half
-    towards = (ref_start + ref_length / 2) - (start + length / 2)
-    moved = start + round(shift if towards > 0 else -shift if towards < 0 else 0.0)
-    return min(max(moved, 0), limit - length)
+    direction = (ref_start + ref_length / 2) - (start + length / 2)
+    shifted = start + round(shift if direction > 0 else -shift if direction < 0 else 0.0)
+    return min(max(shifted, 0), limit - length)
 
 
-def inside(crop: Rect, outer: Rect) -> Rect:
-    """`crop`, drawn in an image as large as `outer`, put where `outer` lies."""
-    return Rect(outer.top + crop.top, outer.left + crop.left, crop.height, crop.width)
+def inside(crop: CropBox, outer: CropBox) -> CropBox:
+    """Return in image coordinates a crop that is given relative to `outer`."""
+    return CropBox(outer.top + crop.top, outer.left + crop.left, crop.height, crop.width)
 
 
-def coordinates(rect: Rect, image_size: tuple[int, int], flipped: bool) -> Tensor:
-    """(4) normalized first row, first column, last row, last column; the columns change places under a horizontal flip."""
+def normalized_corners(box: CropBox, image_size: tuple[int, int], flipped: bool) -> Tensor:
+    """Return normalized (first row, first column, last row, last column); a horizontal flip swaps the columns."""
     rows, columns = (max(side - 1, 1) for side in image_size)
-    first, last = rect.left / columns, (rect.left + rect.width - 1) / columns
+    first, last = box.left / columns, (box.left + box.width - 1) / columns
     if flipped:
         first, last = last, first
-    return torch.tensor([rect.top / rows, first, (rect.top + rect.height - 1) / rows, last], dtype=torch.float64)
+    return torch.tensor([box.top / rows, first, (box.top + box.height - 1) / rows, last], dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------- samples
 
 
 def stratified_samples(grid: int, window: int, redraw: bool = True) -> Tensor:
-    """(S) token numbers in row-major order, one cell of each `window` x `window` cells, drawn from torch's generator.
+    """Draw one token from each `window` x `window` window of a grid, with torch's generator.
 
-    Where windows do not fill the grid their block lies in one of its four corners. Without `redraw` each window gives its first
-    cell, and the block lies at the top left.
+    If the windows do not fill the grid, they occupy a random corner of it. Without `redraw` the first token of each window is
+    taken, and the windows are at the top left.
+
+    Returns:
+        row-major token indices (S).
     """
     windows = grid // window
     slack = grid - windows * window
@@ -108,28 +111,28 @@ def stratified_samples(grid: int, window: int, redraw: bool = True) -> Tensor:
 
 
 def token_positions(tokens_S: Tensor, grid: int, align: str) -> Tensor:
-    """(S, 2) where tokens stand in their crop, 0..1."""
-    place_S2 = torch.stack([tokens_S // grid, tokens_S % grid], dim=1).double()
-    return place_S2 / max(grid - 1, 1) if align == "corners" else (place_S2 + 0.5) / grid
+    """Return the positions (S, 2) of tokens in their crop, in 0..1."""
+    cell_S2 = torch.stack([tokens_S // grid, tokens_S % grid], dim=1).double()
+    return cell_S2 / max(grid - 1, 1) if align == "corners" else (cell_S2 + 0.5) / grid
 
 
 def project(
     tokens_S: Tensor, source_4: Tensor, target_4: Tensor, source_grid: int, target_grid: int, align: str = "corners"
 ) -> Projection:
-    """Samples of a crop on the grid of another one; crops are given by their `coordinates`, flips included.
+    """Map the samples of a crop to the grid of another one; both crops are given by their `normalized_corners`.
 
-    A sample is valid strictly inside the target crop, on both axes.
+    A sample is valid if it is strictly inside the target crop on both axes.
     """
     position_S2 = source_4[:2] + token_positions(tokens_S, source_grid, align) * (source_4[2:] - source_4[:2])
     low, high = torch.minimum(target_4[:2], target_4[2:]), torch.maximum(target_4[:2], target_4[2:])
     valid_S = ((position_S2 > low) & (position_S2 < high)).all(dim=1)
     extent_2 = target_4[2:] - target_4[:2]
-    extent_2 = torch.where(extent_2 == 0, 1.0, extent_2)  # one pixel wide: nothing is strictly inside
+    extent_2 = torch.where(extent_2 == 0, 1.0, extent_2)  # a side of one pixel, with no sample strictly inside
     fraction_S2 = (position_S2 - target_4[:2]) / extent_2
     index_S2 = fraction_S2 * (target_grid - 1) if align == "corners" else fraction_S2 * target_grid - 0.5
     return Projection(valid_S, index_S2.clamp(0, target_grid - 1).float())
 
 
 def stack_projections(projections: Sequence[Projection]) -> Projection:
-    """Projections of one number of samples with a new first axis."""
+    """Stack projections of equally many samples along a new first axis."""
     return Projection(*(torch.stack(fields) for fields in zip(*projections)))

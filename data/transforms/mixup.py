@@ -1,7 +1,7 @@
-"""Mixup and cutmix between the images of a batch, view by view, with the targets that the losses take.
+"""Mixup and cutmix of the images of a batch, view by view, with the matching weights of the teacher's targets.
 
-Origin: mixup (Zhang et al., ICLR 2018) and cutmix (Yun et al., ICCV 2019) through timm; their use in EsViT follows
-microsoft/esvit. The reference mixed images but not the targets of regions; here both losses get the same targets.
+Origin: mixup (Zhang et al., ICLR 2018) and cutmix (Yun et al., ICCV 2019), from timm, as used in microsoft/esvit. There the
+region loss kept unmixed targets; here both losses get mixed ones.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from utils import UsageError
 
 
 class ViewMixup:
-    """Mix the first `num_views` views of a batch, each with its own draw.
+    """Mix the first `num_views` views of a batch, with a new draw for each; further views are not changed.
 
     Args:
-        num_views: further views stay as they are.
         batch_size: images of a batch on one process, an even number.
-        mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, smoothing: as in timm's `Mixup`.
+        mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, smoothing: see timm's `Mixup`.
 
     Attributes:
-        mixed_from: how many images of the batch one is mixed from at most: itself and its mirror image in the batch's order,
-            or all of them where smoothing gives each a share.
+        mixed_from: maximum number of images with a nonzero weight in the target of one image: two, which timm pairs from both
+            ends of the batch, or the whole batch with label smoothing.
 
     Raises:
-        UsageError: an odd batch, or both alphas zero.
+        UsageError: an odd batch size, an unknown mode, or no strength above 0.
     """
 
     def __init__(
@@ -44,9 +43,9 @@ class ViewMixup:
         smoothing: float,
     ) -> None:
         if batch_size % 2:
-            raise UsageError(f"mixup pairs images, --batch_size_per_gpu {batch_size} must be even")
+            raise UsageError(f"--batch_size_per_gpu {batch_size} must be even with --use_mixup, which pairs images")
         if mode not in {"batch", "pair", "elem"}:
-            raise UsageError(f"unknown --mixup-mode '{mode}'; choose batch, pair or elem")
+            raise UsageError(f"--mixup-mode {mode} must be one of batch, pair, elem")
         if mixup_alpha <= 0 and cutmix_alpha <= 0 and cutmix_minmax is None:
             raise UsageError("--use_mixup needs --mixup, --cutmix or --cutmix-minmax above 0")
         self.num_views = num_views
@@ -63,7 +62,7 @@ class ViewMixup:
         )
 
     def __call__(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Mixed copies of the views (B, C, H, W), and for each the weights (teacher image, student image), (B, B)."""
+        """Return mixed copies of the views (B, C, H, W), and for each view the weights (teacher image, student image), (B, B)."""
         mixed_views, weights = [], []
         for i, view in enumerate(views):
             images = torch.arange(len(view), device=view.device)

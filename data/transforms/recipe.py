@@ -1,9 +1,8 @@
-"""What the views of an image undergo: sizes and scales of the crops, and the published strengths and probabilities of DINO.
+"""Parameters of multi-crop augmentation: sizes and scales of the crops, and DINO's strengths and probabilities.
 
-The one owner of these numbers; data/transforms/augment.py applies them to PIL images, data/transforms/crops.py and
-data/transforms/photometric.py to tensors.
+The `pil` backend (augment.py) and the `split` backend (crops.py, photometric.py) both read them from here.
 
-Origin: DINO (Caron et al., ICCV 2021) appendix, following SwAV's multi-crop and BYOL's color recipe.
+Origin: DINO (Caron et al., ICCV 2021), appendix, after SwAV's multi-crop and BYOL's color augmentation.
 """
 
 from __future__ import annotations
@@ -12,39 +11,39 @@ from typing import NamedTuple
 
 from utils import UsageError
 
-ASPECT = (3 / 4, 4 / 3)  # width over height of a crop, log-uniform
-FLIP = 0.5  # probabilities
-JITTER = 0.8
-GRAY = 0.2
-BLUR_RADIUS = (0.1, 2.0)  # pixels, the deviation of the Gaussian; uniform
+ASPECT = (3 / 4, 4 / 3)  # width / height of a crop, log-uniform
+FLIP = 0.5  # probability
+JITTER = 0.8  # probability
+GRAY = 0.2  # probability
+BLUR_RADIUS = (0.1, 2.0)  # standard deviation of the Gaussian in pixels, uniform
 
 
 class Crops(NamedTuple):
-    """Sizes and scales of the views."""
+    """Sizes (pixels) and scales (share of the image area) of the views."""
 
     global_size: int
     global_scale: tuple[float, float]
-    local_numbers: tuple[int, ...]  # one entry a local size
+    local_numbers: tuple[int, ...]  # number of local views of each size
     local_sizes: tuple[int, ...]
     local_scale: tuple[float, float]
 
     @property
     def total(self) -> int:
-        """Views of an image: two global ones and all local ones."""
+        """Number of views of an image: two global ones and all local ones."""
         return 2 + sum(self.local_numbers)
 
 
-class View(NamedTuple):
-    """One view of DINO."""
+class ViewSpec(NamedTuple):
+    """Parameters of one view."""
 
     size: int  # pixels
-    scale: tuple[float, float]  # area of the crop, as a share of the image's
-    blur: float  # probabilities
-    solarize: float
+    scale: tuple[float, float]  # of the crop area, as a share of the image area
+    blur: float  # probability
+    solarize: float  # probability
 
 
 class Jitter(NamedTuple):
-    """Ranges of the four factors of color jitter, each uniform; hue in turns of the color circle."""
+    """Uniform ranges of the four factors of color jitter; hue in turns of the color circle."""
 
     brightness: tuple[float, float]
     contrast: tuple[float, float]
@@ -53,30 +52,31 @@ class Jitter(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """All views of an image, and the color jitter that they share."""
+    """All views of an image, and their common color jitter."""
 
-    views: tuple[View, ...]
+    views: tuple[ViewSpec, ...]
     jitter: Jitter
 
 
 def dino_recipe(crops: Crops, strength: float) -> Recipe:
-    """Blur always on the first global view, sometimes with solarization on the second, half the time on local ones.
+    """Return DINO's recipe: blur on the first global view, rarely and with solarization on the second, sometimes on local ones.
 
-    `strength` is the amount of brightness and contrast jitter (published: 0.4); saturation has half of it, hue a quarter.
+    Args:
+        strength: of brightness and contrast jitter (published: 0.4); saturation gets half of it, hue a quarter.
 
     Raises:
-        UsageError: a strength outside 0..2, where the hue would leave its range.
+        UsageError: a strength outside 0..2, which would exceed the range of the hue.
     """
     if not 0 <= strength <= 2:
-        raise UsageError(f"--color-jitter {strength} must lie in 0..2")
+        raise UsageError(f"--color-jitter {strength} must be in 0..2")
 
     def around_one(amount: float) -> tuple[float, float]:
         return max(0.0, 1 - amount), 1 + amount
 
-    first = View(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0)
-    second = View(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2)
+    first = ViewSpec(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0)
+    second = ViewSpec(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2)
     local = [
-        View(size, crops.local_scale, blur=0.5, solarize=0.0)
+        ViewSpec(size, crops.local_scale, blur=0.5, solarize=0.0)
         for number, size in zip(crops.local_numbers, crops.local_sizes)
         for _ in range(number)
     ]
@@ -85,11 +85,7 @@ def dino_recipe(crops: Crops, strength: float) -> Recipe:
 
 
 def check_crops(crops: Crops) -> None:
-    """Stop on sizes, numbers or scales that cannot be cropped.
-
-    Raises:
-        UsageError: naming the value.
-    """
+    """Raise UsageError if sizes, numbers or scales of the crops are invalid."""
     if len(crops.local_numbers) != len(crops.local_sizes):
         raise UsageError(
             f"--local_crops_number {list(crops.local_numbers)} and --local_crops_size {list(crops.local_sizes)} "
@@ -101,6 +97,6 @@ def check_crops(crops: Crops) -> None:
         raise UsageError(f"--local_crops_size {list(crops.local_sizes)} must be 1 or more")
     if crops.global_size < 1:
         raise UsageError(f"--global_crops_size {crops.global_size} must be 1 or more")
-    for flag, (low, high) in (("global", crops.global_scale), ("local", crops.local_scale)):
+    for kind, (low, high) in (("global", crops.global_scale), ("local", crops.local_scale)):
         if not 0 < low <= high <= 1:
-            raise UsageError(f"--{flag}_crops_scale {low} {high} must be two numbers with 0 < low <= high <= 1")
+            raise UsageError(f"--{kind}_crops_scale {low} {high} must be two numbers with 0 < low <= high <= 1")

@@ -1,11 +1,12 @@
-"""UDI's views: crops that overlap, and where the samples of one lie in another, by the code that colors EsViT's views.
+"""Views for UDI: overlapping crops, and the positions of the samples of one crop in another.
 
-    crops, finish = udi_views(...)     # for the data set, and for batches of its samples
+    transform, device_transform = udi_views(...)     # for the dataset, and for batches
 
-What leaves a worker beside the crops is a few indices and coordinates, not maps over tokens.
+The colors are those of EsViT's views (photometric.py). Beside the crops, a worker sends only a few indices and coordinates.
 
-Shapes: M samples of a global view, m of a local view (the most that any of them has), L local views.
-Origin: UDI (Su and Ji, ECCV 2024); colors as in data/transforms/photometric.py.
+Shapes: M samples of a global view, m of a local view (the maximum over all), L local views.
+
+Origin: UDI (Su and Ji, ECCV 2024).
 """
 
 from __future__ import annotations
@@ -14,44 +15,41 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import functional as TF
 
 from data.decode import ImageLike
 from data.transforms import geometry
-from data.transforms.geometry import Projection, Rect
+from data.transforms.crops import random_box, resized_crop, to_pixels
+from data.transforms.geometry import CropBox, Projection
 from data.transforms.photometric import DRAWS, Photometric
-from data.transforms.recipe import ASPECT, FLIP, Crops, View, dino_recipe
+from data.transforms.recipe import FLIP, Crops, ViewSpec, dino_recipe
 from utils import UsageError
 
 GLOBALS = 2
 PAIR_MODES = ("overlap", "nested")
-REFERENCES = ("intersection", "union")  # of the global views: what local ones overlap
+REFERENCES = ("intersection", "union")  # of the global views; local views overlap it
 DRAWINGS = ("image", "view", "fixed")
 BLUR_AND_SOLARIZE = ((0.5, 0.0), (1.0, 0.0), (0.1, 0.2), (0.1, 0.2))  # probabilities, one pair drawn for each crop
 BLUR_DRAW, SOLARIZE_DRAW = DRAWS - 3, DRAWS - 1
 
 
 class Sampling(NamedTuple):
-    """How views are placed, and samples drawn and projected."""
+    """How crops are placed, and how samples are drawn and projected."""
 
-    grid_of: Mapping[int, int]  # tokens on a side of a view, by its side in pixels
+    grid_of: Mapping[int, int]  # side of a view in pixels -> side of its grid in tokens
     global_window: int = 3
     local_window: int = 2
     pair_mode: str = "overlap"
     align: str = "corners"
     reference: str = "intersection"
-    # Samples: once for all views of a size (published), for each view, or the first cell of each window.
+    # Draw samples once for all views of a size (published), for each view, or take the first cell of each window.
     drawing: str = "image"
 
 
 class Correspondence(NamedTuple):
-    """Of one image, or of a batch with an axis B before all others; views of a pair as in `outputs.TeacherLevels`.
+    """Corresponding positions in the views of one image, or of a batch with a leading axis B.
 
-    Local views of different sizes have different numbers of samples: the last ones of those that have fewer are not valid.
+    Local views of different sizes have different numbers of samples; the surplus ones of the smaller views are not valid.
     """
 
     tokens_2M: Tensor  # sampled tokens of the global views
@@ -63,15 +61,15 @@ class Correspondence(NamedTuple):
 
 
 class UDICrops:
-    """Image to its crops (3, size, size), uint8, the draws of their colors, and the fields of `Correspondence`.
+    """Transform an image to its uint8 crops (3, size, size), the draws of their colors, and the fields of `Correspondence`.
 
-    Everything is drawn from torch's generator, which the data set has seeded for this image.
+    All randomness comes from torch's generator, which the dataset seeds for each image.
 
     Raises:
         UsageError: an unknown choice, or a window larger than the grid of a view.
     """
 
-    def __init__(self, views: Sequence[View], sampling: Sampling, flip: float = FLIP) -> None:
+    def __init__(self, views: Sequence[ViewSpec], sampling: Sampling, flip: float = FLIP) -> None:
         for flag, value, known in (
             ("global_pair_mode", sampling.pair_mode, PAIR_MODES),
             ("srs_align", sampling.align, geometry.ALIGNMENTS),
@@ -81,7 +79,7 @@ class UDICrops:
             if value not in known:
                 raise UsageError(f"--{flag} {value} must be one of {', '.join(known)}")
         if not 0 <= flip <= 1:
-            raise UsageError(f"--flip_prob {flip} must lie in 0..1")
+            raise UsageError(f"--flip_prob {flip} must be in 0..1")
         self.views = tuple(views)
         self.sampling = sampling
         self.flip = flip
@@ -91,70 +89,72 @@ class UDICrops:
         for (kind, window), view, grid in zip(kinds, views, self.grids):
             if not 1 <= window <= grid:
                 raise UsageError(
-                    f"--{kind}_sampling_window_size {window} must lie in 1..{grid}: "
+                    f"--{kind}_sampling_window_size {window} must be in 1..{grid}: "
                     f"{kind} views of {view.size} pixels have {grid} x {grid} tokens"
                 )
 
     def __call__(self, image: ImageLike) -> list[Tensor]:
-        assert isinstance(image, Image.Image), "the split pipeline is for color images"
-        pixels_CHW = TF.pil_to_tensor(image)
-        rects = self._rectangles(pixels_CHW)
+        pixels_CHW = to_pixels(image)
+        boxes = self._draw_boxes(pixels_CHW)
         flips = (torch.rand(len(self.views)) < self.flip).tolist()
-        crops = [_cut(pixels_CHW, rect, view.size, flip) for rect, view, flip in zip(rects, self.views, flips)]
+        crops = [resized_crop(pixels_CHW, box, view.size, flip) for box, view, flip in zip(boxes, self.views, flips)]
         size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
-        places = [geometry.coordinates(rect, size, flip) for rect, flip in zip(rects, flips)]
-        return [*crops, _color_draws(len(self.views)), *self._correspondence(places)]
+        corners = [geometry.normalized_corners(box, size, flip) for box, flip in zip(boxes, flips)]
+        return [*crops, _color_draws(len(self.views)), *self._correspondence(corners)]
 
-    def _rectangles(self, pixels_CHW: Tensor) -> list[Rect]:
-        """The second global view overlaps the first or lies in it; local views overlap what both share, or cover."""
+    def _draw_boxes(self, pixels_CHW: Tensor) -> list[CropBox]:
+        """Draw a second global view that overlaps the first or is inside it, and local views that overlap their reference."""
         size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
-        first = _drawn(pixels_CHW, self.views[0])
+        first = random_box(pixels_CHW, self.views[0])
         if self.sampling.pair_mode == "nested":
-            second = geometry.inside(_drawn(pixels_CHW[:, : first.height, : first.width], self.views[1]), first)
+            second = geometry.inside(random_box(pixels_CHW[:, : first.height, : first.width], self.views[1]), first)
         else:
-            second = geometry.shift_to_overlap(_drawn(pixels_CHW, self.views[1]), first, size)
+            second = geometry.shift_to_overlap(random_box(pixels_CHW, self.views[1]), first, size)
         if self.sampling.reference == "union":
             reference = geometry.union(first, second)
         else:
             reference = geometry.intersection(first, second) or first
-        local = [geometry.shift_to_overlap(_drawn(pixels_CHW, view), reference, size) for view in self.views[GLOBALS:]]
+        local = [
+            geometry.shift_to_overlap(random_box(pixels_CHW, view), reference, size) for view in self.views[GLOBALS:]
+        ]
         return [first, second, *local]
 
-    def _correspondence(self, places: Sequence[Tensor]) -> Correspondence:
+    def _correspondence(self, corners: Sequence[Tensor]) -> Correspondence:
         tokens = self._draw_tokens()
-        pair = geometry.stack_projections([self._project(tokens, places, v, 1 - v) for v in (0, 1)])
-        most = max((len(tokens_m) for tokens_m in tokens[GLOBALS:]), default=0)
-        local_tokens = torch.zeros(len(places) - GLOBALS, most, dtype=torch.long)
-        valid = torch.zeros(len(places) - GLOBALS, GLOBALS, most, dtype=torch.bool)
+        pair = geometry.stack_projections([self._project(tokens, corners, v, 1 - v) for v in (0, 1)])
+        local = len(corners) - GLOBALS
+        samples = max((len(tokens_m) for tokens_m in tokens[GLOBALS:]), default=0)
+        local_tokens = torch.zeros(local, samples, dtype=torch.long)
+        valid = torch.zeros(local, GLOBALS, samples, dtype=torch.bool)
         target = torch.zeros(*valid.shape, 2)
         for row, tokens_m in enumerate(tokens[GLOBALS:]):
             count = len(tokens_m)
             local_tokens[row, :count] = tokens_m
             for v in range(GLOBALS):
-                valid[row, v, :count], target[row, v, :count] = self._project(tokens, places, GLOBALS + row, v)
+                valid[row, v, :count], target[row, v, :count] = self._project(tokens, corners, GLOBALS + row, v)
         return Correspondence(
             torch.stack(tokens[:GLOBALS]).int(), pair.valid_S, pair.target_S2, local_tokens.int(), valid, target
         )
 
     def _draw_tokens(self) -> list[Tensor]:
-        """The sampled tokens of each view."""
+        """Draw the samples of each view."""
         redraw = self.sampling.drawing != "fixed"
         drawn: dict[tuple[int, ...], Tensor] = {}
         tokens = []
         for number, (grid, window) in enumerate(zip(self.grids, self.windows)):
-            shared_by = (number,) if self.sampling.drawing == "view" else (grid, number < GLOBALS)
-            if shared_by not in drawn:
-                drawn[shared_by] = geometry.stratified_samples(grid, window, redraw)
-            tokens.append(drawn[shared_by])
+            key = (number,) if self.sampling.drawing == "view" else (grid, number < GLOBALS)
+            if key not in drawn:
+                drawn[key] = geometry.stratified_samples(grid, window, redraw)
+            tokens.append(drawn[key])
         return tokens
 
-    def _project(self, tokens: Sequence[Tensor], places: Sequence[Tensor], source: int, target: int) -> Projection:
+    def _project(self, tokens: Sequence[Tensor], corners: Sequence[Tensor], source: int, target: int) -> Projection:
         grids = self.grids[source], self.grids[target]
-        return geometry.project(tokens[source], places[source], places[target], *grids, self.sampling.align)
+        return geometry.project(tokens[source], corners[source], corners[target], *grids, self.sampling.align)
 
 
 class UDIDeviceTransform:
-    """Stacked samples of `UDICrops` to views and the fields of `Correspondence`, on the device."""
+    """Transform stacked samples of `UDICrops` to views and the fields of `Correspondence`, on the device."""
 
     def __init__(self, photometric: Photometric) -> None:
         self.photometric = photometric
@@ -165,8 +165,8 @@ class UDIDeviceTransform:
         return [*views, *(field.to(device, non_blocking=True) for field in stacked[-fields:])]
 
 
-def split_finished(batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Correspondence]:
-    """What `UDIDeviceTransform` gives, apart: the views, and where samples correspond."""
+def split_correspondence(batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Correspondence]:
+    """Split the output of `UDIDeviceTransform` into the views and the correspondence."""
     fields = len(Correspondence._fields)
     return batch[:-fields], Correspondence(*batch[-fields:])
 
@@ -179,28 +179,18 @@ def udi_views(
     sampling: Sampling,
     flip: float = FLIP,
 ) -> tuple[UDICrops, UDIDeviceTransform]:
-    """Both halves; brightness and contrast vary by `strength` as in DINO's views."""
+    """Return the worker part and the device part of the transform; `strength` is that of DINO's color jitter."""
     recipe = dino_recipe(crops, strength)
-    even = tuple(view._replace(blur=0.5, solarize=0.5) for view in recipe.views)  # decided by `_color_draws`
-    return UDICrops(even, sampling, flip), UDIDeviceTransform(
-        Photometric(recipe._replace(views=even), tuple(mean), tuple(std))
-    )
+    # With probability 0.5 the draws of `_color_draws`, which are 0 or 1, decide.
+    views = tuple(view._replace(blur=0.5, solarize=0.5) for view in recipe.views)
+    photometric = Photometric(recipe._replace(views=views), tuple(mean), tuple(std))
+    return UDICrops(views, sampling, flip), UDIDeviceTransform(photometric)
 
 
 def _color_draws(views: int) -> Tensor:
-    """(V, DRAWS) uniform numbers, those of blur and solarization decided already: 0 for yes, 1 for no."""
+    """Return uniform numbers (V, DRAWS) in which those of blur and solarization are decided: 0 for yes, 1 for no."""
     draws_VR = torch.rand(views, DRAWS)
     odds_V2 = torch.tensor(BLUR_AND_SOLARIZE)[torch.randint(len(BLUR_AND_SOLARIZE), (views,))]
     for column, odds_V in zip((BLUR_DRAW, SOLARIZE_DRAW), odds_V2.T):
         draws_VR[:, column] = (draws_VR[:, column] >= odds_V).float()
     return draws_VR
-
-
-def _drawn(pixels_CHW: Tensor, view: View) -> Rect:
-    return Rect(*RandomResizedCrop.get_params(pixels_CHW, list(view.scale), list(ASPECT)))
-
-
-def _cut(pixels_CHW: Tensor, rect: Rect, size: int, flip: bool) -> Tensor:
-    box = pixels_CHW[None, :, rect.top : rect.top + rect.height, rect.left : rect.left + rect.width]
-    crop = F.interpolate(box, (size, size), mode="bicubic", antialias=True)[0]
-    return crop.flip(-1) if flip else crop

@@ -1,4 +1,4 @@
-"""Damage that decoders pass over in silence is named; sound images never are."""
+"""Integrity checks: damage that decoders ignore is detected, and intact images are accepted."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def save(image: Image.Image, kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_half_a_photograph_is_named(name: str, kind: str) -> None:
-    """WindowPartition; cut and closed; with zeros in the place of the rest, and closed."""
+def test_truncated_files_are_detected(name: str, kind: str) -> None:
+    """Truncated; truncated and closed; overwritten by zeros and closed."""
     whole = save(photograph(name), kind)
     half, end = len(whole) // 2, b"\xff\xd9"
     zeros = whole[:half] + bytes(len(whole) - half)
@@ -61,8 +61,8 @@ def test_half_a_photograph_is_named(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_even_images_are_whole(kind: str) -> None:
-    """Their data may well end in zeros, and their last rows are of one color."""
+def test_evenly_colored_images_are_accepted(kind: str) -> None:
+    """Their data may end in zeros, and their last rows have one color."""
     for color in ((255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 40)):
         framed = Image.new("RGB", (330, 500), color)
         framed.paste(photograph("astronaut.png"), (15, 20))
@@ -71,8 +71,8 @@ def test_even_images_are_whole(kind: str) -> None:
             assert (pixels_of(content) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
 
 
-def test_what_follows_the_end_of_a_jpeg_does_not_count() -> None:
-    """Cameras append previews and notes, which may end in zeros."""
+def test_data_after_the_end_of_a_jpeg_are_ignored() -> None:
+    """Cameras append previews, which may end in zeros."""
     for name in PHOTOGRAPHS:
         content = save(photograph(name), "baseline")
         for more in (bytes(5000), save(Image.new("RGB", (64, 64)), "optimized") + bytes(500), b"note" + bytes(99)):
@@ -88,8 +88,8 @@ def chunks(*parts: tuple[bytes, bytes]) -> bytes:
     )
 
 
-def with_remark(remark: bytes) -> bytes:
-    """The photograph as a PNG, with more chunks before its pixels."""
+def with_metadata(remark: bytes) -> bytes:
+    """Return the photograph as a PNG with further chunks before its pixels."""
     content = encoded(lambda buffer: photograph("astronaut.png", 60).save(buffer, "PNG"))
     return content[:33] + remark + content[33:]
 
@@ -106,11 +106,11 @@ REMARKS = {
 
 
 @pytest.mark.parametrize("remark", REMARKS)
-def test_remarks_of_a_png_do_not_count(remark: str) -> None:
-    assert (pixels_of(with_remark(REMARKS[remark])) == np.asarray(photograph("astronaut.png", 60))).all()
+def test_png_metadata_are_ignored(remark: str) -> None:
+    assert (pixels_of(with_metadata(REMARKS[remark])) == np.asarray(photograph("astronaut.png", 60))).all()
 
 
-def test_orientation_of_a_png_counts_wherever_it_stands(tmp_path: Path) -> None:
+def test_png_orientation_is_applied(tmp_path: Path) -> None:
     upright = photograph("astronaut.png", 60)
     exif = Image.Exif()
     exif[274] = 6
@@ -126,8 +126,8 @@ def test_orientation_of_a_png_counts_wherever_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [20, -30, -4])
-def test_what_a_png_is_made_of_must_be_whole(place: int) -> None:
-    content = bytearray(with_remark(b""))
+def test_damaged_png_chunks_are_detected(place: int) -> None:
+    content = bytearray(with_metadata(b""))
     content[place] ^= 1
-    with pytest.raises(ValueError, match="differs from its checksum"):
+    with pytest.raises(ValueError, match="does not match its checksum"):
         decode_image(bytes(content), 3)

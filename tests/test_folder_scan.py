@@ -1,4 +1,4 @@
-"""The index of a large folder: kept, believed while no folder changes, and made by one of several processes."""
+"""The cached scan of large folders: valid until a folder changes, and made by one of several processes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from image_files import whole
 from tqdm import tqdm
 
 from data.datasets import build_dataset
-from data.layouts import tree as tree_layout
-from data.layouts.index_cache import cache_file
-from data.layouts.sources import Names
-from data.layouts.tree import _Scan, find_images
+from data.layouts import folder_scan, index_cache
+from data.layouts.folder_scan import _Scan, find_images
+from data.layouts.index_cache import cache_path
+from data.layouts.sources import PackedStrings
 
 FOLDERS, PER_FOLDER = 3, 4
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An own cache folder, and trees of ten images on are large."""
+    """Use a temporary cache folder, and cache trees from ten images on."""
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tree_layout, "KEPT_FROM", 10)
-    monkeypatch.setattr(tree_layout, "UNSETTLED", 0)
+    monkeypatch.setattr(folder_scan, "MIN_CACHED_IMAGES", 10)
+    monkeypatch.setattr(folder_scan, "SETTLE_NS", 0)
     return tmp_path / "cache"
 
 
@@ -42,21 +42,21 @@ def tree(tmp_path: Path) -> Path:
 
 
 def walked(root: Path) -> list[str]:
-    """By another way."""
+    """Return the expected result by `os.walk`."""
     return sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
 
 
-def forbid_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_scanning(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
         raise AssertionError("the tree was listed again")
 
-    monkeypatch.setattr(tree_layout._Scan, "_look_into", fail)
+    monkeypatch.setattr(folder_scan._Scan, "_list_folder", fail)
 
 
-def test_second_start_looks_at_folders_only(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_start_uses_the_cache(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build_dataset(tree, "train", whole)
-    assert [path.name for path in cache.iterdir()] == [cache_file(tree, ".files").name]
-    forbid_listing(monkeypatch)
+    assert [path.name for path in cache.iterdir()] == [cache_path(tree, ".files").name]
+    forbid_scanning(monkeypatch)
     again = build_dataset(tree, "train", whole)
     names = [again.source.name(i) for i in range(len(again))]
     assert names == [first.source.name(i) for i in range(len(first))] == [f"{tree}/{name}" for name in walked(tree)]
@@ -64,8 +64,8 @@ def test_second_start_looks_at_folders_only(tree: Path, cache: Path, monkeypatch
 
 
 @pytest.mark.parametrize("what", ["added", "removed", "linked"])
-def test_change_deep_below_is_seen(tree: Path, tmp_path: Path, what: str) -> None:
-    """Only the time of the folder itself tells it: those above stay as they were. Also behind a link."""
+def test_nested_change_is_detected(tree: Path, tmp_path: Path, what: str) -> None:
+    """Only the changed folder itself gets a new modification time. Also behind a link."""
     deep = tree / "c1" / "a" / "b" / "c"
     deep.mkdir(parents=True)
     (deep / "1.png").touch()
@@ -86,13 +86,13 @@ def test_change_deep_below_is_seen(tree: Path, tmp_path: Path, what: str) -> Non
 
 
 @pytest.mark.parametrize(("terminal", "main"), [(True, True), (True, False), (False, True)])
-def test_progress_bar_of_one_process_on_a_terminal(
+def test_progress_bar_on_the_main_terminal(
     tree: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, main: bool
 ) -> None:
     shown = io.StringIO()
     at_once = {"file": shown, "delay": 0, "mininterval": 0, "leave": True}
-    monkeypatch.setattr(tree_layout, "tqdm", lambda **options: tqdm(**(options | at_once)))
-    monkeypatch.setattr(tree_layout, "is_main_process", lambda: main)
+    monkeypatch.setattr(index_cache, "tqdm", lambda items, **options: tqdm(items, **(options | at_once)))
+    monkeypatch.setattr(index_cache, "is_main_process", lambda: main)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     assert list(find_images(tree)) == walked(tree)
     if terminal and main:
@@ -102,7 +102,7 @@ def test_progress_bar_of_one_process_on_a_terminal(
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed", "new folder", "folder gone", "deep", "replaced"])
-def test_changed_folder_is_seen(tree: Path, change: str) -> None:
+def test_changed_folder_is_detected(tree: Path, change: str) -> None:
     before = list(find_images(tree))
     if change == "added":
         (tree / "c1" / "9.png").touch()
@@ -128,25 +128,25 @@ def test_changed_folder_is_seen(tree: Path, change: str) -> None:
     assert list(find_images(tree)) == found
 
 
-def test_folder_that_changed_a_moment_ago_is_not_believed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may change again without its time telling so."""
-    monkeypatch.setattr(tree_layout, "UNSETTLED", 10**12)
+def test_recently_changed_folder_is_scanned_again(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may change again with the same modification time."""
+    monkeypatch.setattr(folder_scan, "SETTLE_NS", 10**12)
     find_images(tree)
-    forbid_listing(monkeypatch)
+    forbid_scanning(monkeypatch)
     with pytest.raises(AssertionError, match="listed again"):
         find_images(tree)
 
 
-def test_small_trees_are_not_kept(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree_layout, "KEPT_FROM", FOLDERS * PER_FOLDER + 1)
+def test_small_trees_are_not_cached(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_scan, "MIN_CACHED_IMAGES", FOLDERS * PER_FOLDER + 1)
     assert list(find_images(tree)) == walked(tree)
     assert not cache.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
-def test_damaged_index_is_made_anew(tree: Path, damage: str) -> None:
+def test_damaged_cache_is_replaced(tree: Path, damage: str) -> None:
     expected = list(find_images(tree))
-    place = cache_file(tree, ".files")
+    place = cache_path(tree, ".files")
     content = place.read_bytes()
     if damage == "other":
         with place.open("wb") as file:
@@ -156,14 +156,14 @@ def test_damaged_index_is_made_anew(tree: Path, damage: str) -> None:
     assert list(find_images(tree)) == expected
 
 
-def test_cache_folder_that_cannot_be_written(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_cache_folder(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("ESVIT_CACHE", str(tmp_path / "file" / "cache"))
     assert list(find_images(tree)) == walked(tree)
 
 
-def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
-    images = _Scan._images
+def scan_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
+    images = _Scan._walk
 
     def slow(scan: _Scan) -> Iterator[str]:
         for name in images(scan):
@@ -171,14 +171,14 @@ def find_slowly(tree: Path, listed: multiprocessing.Queue[int]) -> None:
             yield name
         listed.put(os.getpid())
 
-    _Scan._images = slow  # type: ignore[method-assign,assignment]
+    _Scan._walk = slow  # type: ignore[method-assign,assignment]
     assert list(find_images(tree)) == walked(tree)
 
 
-def test_one_of_three_processes_lists_to_the_end(tree: Path) -> None:
+def test_one_of_three_processes_scans(tree: Path) -> None:
     context = multiprocessing.get_context("fork")
     listed: multiprocessing.Queue[int] = context.Queue()
-    processes = [context.Process(target=find_slowly, args=(tree, listed)) for _ in range(3)]
+    processes = [context.Process(target=scan_slowly, args=(tree, listed)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -188,10 +188,10 @@ def test_one_of_three_processes_lists_to_the_end(tree: Path) -> None:
     assert listed.empty()
 
 
-def test_names_of_arrays() -> None:
-    names = Names(["a", "größe", "\udcff", ""])
+def test_packed_strings() -> None:
+    names = PackedStrings(["a", "größe", "\udcff", ""])
     assert list(names) == ["a", "größe", "\udcff", ""]
-    assert list(Names.of(names.text, names.ends)) == list(names)
+    assert list(PackedStrings.from_arrays(names.text, names.ends)) == list(names)
     for text, ends in ((names.text, names.ends[:-2]), (names.text, names.ends[::-1]), (names.text[1:], names.ends)):
-        with pytest.raises(ValueError, match="do not fit"):
-            Names.of(text, ends)
+        with pytest.raises(ValueError, match="inconsistent"):
+            PackedStrings.from_arrays(text, ends)
