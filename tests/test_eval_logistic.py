@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from runs import run_script
 from sklearn.linear_model import LogisticRegression
 from small_networks import SMALL
-from token_runs import NETWORK, QUICK, TWO, features, folder, last_tokens, run  # noqa: F401  # folder is a fixture
+from token_runs import NETWORK, QUICK, TWO, features, last_tokens, make_folder, run
 from torch import Tensor
 
 import eval_logistic
@@ -19,6 +19,11 @@ from eval_logistic import solve
 from evaluation.features import LabeledFeatures
 from models import Backbone
 from utils import UsageError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("tokens"))
 
 
 def clusters(images: int, classes: int, seed: int) -> LabeledFeatures:
@@ -70,7 +75,7 @@ def test_too_few_iterations_are_told_and_labels_need_not_be_dense() -> None:
 @pytest.mark.parametrize("pooled", [0, 1, 2])
 def test_features_go_in_as_asked(
     pooled: int,
-    folder: Path,  # noqa: F811
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -102,7 +107,7 @@ def test_features_go_in_as_asked(
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_processes_score_as_one(folder: Path, tmp_path: Path) -> None:
     command = [*NETWORK, *QUICK, "--data_path", str(folder / "images"), "--lr_lambd", "0.1", "1"]
     command += ["--pretrained_weights", str(folder / "checkpoint.pth")]
     found = []
@@ -122,12 +127,12 @@ def test_two_processes_score_as_one(folder: Path, tmp_path: Path) -> None:  # no
         (["--target_list_path", "nowhere.txt"], r"nowhere.txt cannot be read \(No such file"),
     ],
 )
-def test_mistakes(flags: list[str], words: str, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_mistakes(flags: list[str], words: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
         run(eval_logistic, folder, tmp_path, *flags)
 
 
-def test_one_class_is_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_one_class_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("class0/001.png\n")
     with pytest.raises(UsageError, match="one class"):
         run(eval_logistic, folder, tmp_path / "out", "--target_list_path", str(tmp_path / "list.txt"))

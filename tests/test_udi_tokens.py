@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 from small_networks import SMALL
-from token_runs import NETWORK, QUICK, TWO, features, folder, last_tokens, network, run  # noqa: F401  # folder is a fixture
+from token_runs import NETWORK, QUICK, TWO, features, last_tokens, make_folder, network, run
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -30,6 +30,11 @@ from utils import UsageError
 
 BICUBIC = InterpolationMode.BICUBIC
 PLACES = {"cls": [0], "cls+": [1], "both": [0, 1]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.mark.parametrize("token", PLACES)

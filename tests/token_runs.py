@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from fill import fill_
 from runs import write_images
-from small_networks import SMALL
+from small_networks import SMALL, small_network
 from torch import Tensor
 
 import data
@@ -23,10 +23,8 @@ NETWORK = ["--arch", "vit", "--patch_size", "8", "--cfg", "experiments/demo/vit_
 QUICK = ["--device", "cpu", "--num_workers", "0", "--batch_size_per_gpu", "4"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`images` with 12 and 6 images of three classes, and a `checkpoint.pth` of a ViT with two class tokens."""
-    root = tmp_path_factory.mktemp("tokens")
+def make_folder(root: Path) -> Path:
+    """Write `images` with 12 and 6 images of three classes, and a `checkpoint.pth` of a ViT with two class tokens."""
     for seed, (split, count) in enumerate((("train", 4), ("val", 2))):
         write_images(root / "images" / split, count, classes=3, seed=seed)
     torch.save({"teacher": network().state_dict(), "student": {}}, root / "checkpoint.pth")
