@@ -17,6 +17,11 @@ Origin: the protocol of DINO (Caron et al., ICCV 2021) on DAVIS (Pont-Tuset et a
 
 from __future__ import annotations
 
+from config.arguments.eval_video import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import io
 import os
@@ -40,47 +45,19 @@ from analysis.images import Scale, scale_of
 from analysis.propagation import Rule, follow, to_pixels, to_regions
 from checkpoints import files
 from config import arguments
-from config.ranges import COUNT, PIXELS, SEED, TEMPERATURE, integer
 from data.datasets import reason_of
 from data.decode import ImageLike, UndeclaredRange, open_image, read_image
 from data.layouts.sources import read_file
 from data.layouts.tree import is_image_file
 from data.transforms import augment
 from data.transforms.augment import as_tensor
-from distributed import collectives, launch
+from distributed import launch
 from evaluation.features import frozen_backbone, network_config
 from models import Backbone
 from utils import UsageError, logger
 
 LONGER_SIDE_STEP = 64  # pixels
 INDEXED = ("P", "L")  # modes of images whose values are labels
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: names and defaults of DINO's script where it has them."""
-    parser = arguments.Parser("eval_video.py", description="follow the objects of a video's first frame")
-    add = parser.add_argument
-    arguments.add_network_flags(parser)
-    arguments.add_weights_flags(parser)
-    add("--frames", required=True, help="folder with the images of one video")
-    add("--first_mask", required=True, help="indexed PNG with the objects of the first image")
-    add("--output_dir", required=True, help="folder for an indexed PNG of each image; none of them may be there yet")
-    add("--image_size", type=PIXELS, default=480, help="shorter side in pixels")
-    rule = Rule()
-    add(
-        "--n_last_frames",
-        type=integer(0),
-        default=rule.last_frames,
-        help="frames that give labels, beside the first one",
-    )
-    add("--size_mask_neighborhood", type=integer(0), default=rule.radius, help="how many regions away; 0: any number")
-    add("--topk", type=COUNT, default=rule.top, help="regions that give a region its label")
-    add("--temperature", type=TEMPERATURE, default=rule.temperature, help="of their weights, exp(cosine / temperature)")
-    add("--seed", type=SEED, default=0, help="of random weights")
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    parser.set_defaults(token="cls")  # regions are no class tokens
-    return parser
 
 
 # --------------------------------------------------------------------------- the video
@@ -242,7 +219,7 @@ def claim_outputs(folder: str, frames: Sequence[Path]) -> list[Path]:
 
 def main(args: argparse.Namespace) -> None:
     """Read, follow, write."""
-    collectives.setup_logging()
+    utils.setup_logging()
     device = utils.resolve_device(args.device)
     arguments.check_weights(args)
     config = network_config(args)
@@ -271,4 +248,4 @@ def write_masks(args: argparse.Namespace, config: CfgNode, video: Video, device:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

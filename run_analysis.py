@@ -14,9 +14,16 @@ The stereo measure and the report are this project's own.
 
 from __future__ import annotations
 
+from config.arguments.run_analysis import LEARNING
+from config.arguments.run_analysis import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +53,6 @@ from analysis.images import (
 from checkpoints import files
 from checkpoints.files import unused
 from config import arguments
-from config.arguments import add_token_flag
-from config.ranges import ABOVE_ZERO, BATCH, COUNT, MANY, PIXELS, SEED, WORKERS, integer, number
 from data.transforms import augment
 from data.transforms.augment import MultiCrop
 from distributed import collectives, launch
@@ -56,58 +61,6 @@ from evaluation.results import save_json, write_new
 from models import Backbone
 from training.run_log import one_pass
 from utils import UsageError, logger
-
-LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # as in file names
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: names and defaults of the published script, and this project's additions."""
-    parser = arguments.Parser(
-        "run_analysis.py", description="attention, correspondences and features of a frozen network"
-    )
-    add = parser.add_argument
-    arguments.add_network_flags(parser)
-    parser.set_defaults(patch_size=8)
-    tasks = parser.add_argument_group("what to do, at least one of")
-    for flag, words in {
-        "vis_attention": "where a query looks, head by head",
-        "vis_correspondence": "the most similar regions of two views, or of two images",
-        "measure_correspondence": "how often regions find their place in the flipped image, over a folder",
-        "measure_stereo": "how well regions find their place in the other picture of a stereo pair",
-        "vis_entropy": "mean entropy of each head's attention, over a folder",
-        "vis_features": "principal components of the region features as colors",
-        "report": "one HTML page with the run's curves, scores and pictures",
-    }.items():
-        arguments.add_switch(tasks, f"--{flag}", words)
-    arguments.add_weights_flags(parser)
-    add_token_flag(parser)
-    add("--learning", default="ssl", choices=list(LEARNING), help="how the network was trained, as file names tell it")
-    add("--image_path", default=None, help="image, or folder of images of which some are taken; default: --data_path")
-    add("--image_path2", default=None, help="second image for --vis_correspondence; default: two views of the first")
-    add("--num_images", type=COUNT, default=4, help="how many images of a folder are looked at")
-    add("--image_size", type=PIXELS, default=None, help="shorter side in pixels; default: that of MODEL.IMAGE_SIZE")
-    add("--query", type=number(0, MANY), nargs=2, metavar=("X", "Y"), default=None,
-        help="pixel of the image whose region looks; default: the class token where there is one, else the center")  # fmt: skip
-    add(
-        "--block",
-        type=integer(-1000, 1000),
-        default=-1,
-        help="block to look at, counted from the first (0) or from the last (-1)",
-    )
-    add("--threshold", type=ABOVE_ZERO, default=0.6, help="share of the attention that masks keep")
-    arguments.add_switch(
-        parser, "--use_saved_aug", "take the views that an earlier --vis_correspondence saved in --output_dir"
-    )
-    add("--output_dir", default=".", help="folder for pictures and figures")
-    add("--run_dir", default=None, help="folder of the training run for --report; default: --output_dir")
-    add("--seed", type=SEED, default=8, help="of views, and of random weights")
-    add("--batch_size_per_gpu", type=BATCH, default=32, help="images per process")
-    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
-    add("--data_path", default="", help="folder of images for what is measured over many")
-    arguments.add_layout_flags(parser)
-    arguments.add_launch_flags(parser)
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    return parser
 
 
 class Lab(NamedTuple):
@@ -514,7 +467,7 @@ def open_lab(args: argparse.Namespace, device: torch.device) -> Lab:
 def main(args: argparse.Namespace) -> None:
     """Do what was asked for, one task after the other."""
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     with collectives.failing_together():
         check_args(args)
         lab = open_lab(args, device)
@@ -534,4 +487,4 @@ def run_task(task: Callable[[Lab], None], lab: Lab) -> str:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

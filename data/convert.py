@@ -15,6 +15,11 @@ Origin: this project's own; shards are written by webdataset.
 
 from __future__ import annotations
 
+from config.arguments.convert import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import base64
 import contextlib
@@ -25,6 +30,7 @@ import shutil
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +40,6 @@ from webdataset import TarWriter
 
 from checkpoints import files
 from checkpoints.files import read_text
-from config import arguments
-from config.ranges import COUNT
 from data.datasets import LAYOUTS, layout_of
 from data.decode import open_image
 from data.layouts.remote import check_here
@@ -44,8 +48,8 @@ from data.layouts.tars import SIZES
 from data.layouts.tree import EXTENSIONS
 from data.layouts.tsv import TsvLines, label_names
 from data.layouts.zips import ZipMembers
-from distributed import collectives, launch
-from utils import UsageError, counted, logger
+from distributed import launch
+from utils import UsageError, counted, logger, setup_logging
 
 SPLITS = ("train", "val")
 CLASSES = "classes.txt"
@@ -224,20 +228,9 @@ class FolderWriter(Writer):
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """From where to where."""
-    parser = arguments.Parser("python -m data.convert", description="images into zip, tsv or shards, and back")
-    parser.add_argument("data_path", metavar="SOURCE", help="as --data_path of the scripts")
-    parser.add_argument("dest", metavar="DEST", help="folder; made when missing")
-    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"), help="layout of DEST")
-    parser.add_argument("--shard_images", type=COUNT, default=5000, help="images of a shard")
-    arguments.add_layout_flags(parser)
-    return parser
-
-
 def main(args: argparse.Namespace) -> None:
     """Convert all splits of the source."""
-    collectives.setup_logging()
+    setup_logging()
     layout = layout_of(args)
     listings = {split: list_split(args.data_path, layout, split) for split in find_splits(args.data_path, layout)}
     numbers, names = number_classes(list(listings.values()))
@@ -406,4 +399,4 @@ def write_small_files(writers: Sequence[Writer], names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config.choices import KNN_BACKENDS
 from distributed import collectives
 from evaluation.features import LabeledFeatures
 from utils import UsageError, logger
 
-BACKENDS = ("torch", "faiss")
 CHUNKS = {"cpu": (128, 2048), "cuda": (2048, 65536)}  # queries and keys of a chunk; other devices take the CPU's
 FAISS_QUERIES = 4096  # of a chunk; faiss cuts its work itself
 CHECKED_ROWS = 65536  # features that are looked at together; half ones become float32 for it
@@ -232,8 +232,8 @@ def knn_scores(
 
 
 def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown --backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    if backend not in KNN_BACKENDS:
+        raise UsageError(f"unknown --backend '{backend}'; choose one of {', '.join(KNN_BACKENDS)}")
     if voters < 1 or not len(split.val.labels_N):
         raise UsageError("k-NN needs at least one training and one validation image, --leave_one_out two images")
     if min(ks) < 1 or not 0 < temperature < float("inf"):

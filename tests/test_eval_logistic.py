@@ -15,6 +15,7 @@ from test_udi_tokens import NETWORK, QUICK, TWO, features, folder, last_tokens, 
 from torch import Tensor
 
 import eval_logistic
+from config.arguments.eval_logistic import POOLED
 from eval_logistic import solve
 from evaluation.features import LabeledFeatures
 from models import Backbone
@@ -95,7 +96,7 @@ def test_features_go_in_as_asked(
     torch.testing.assert_close(seen[0].features_NC, features(folder, "train", expected)[[1, 11]])
     assert seen[0].labels_N.tolist() == [0, 2]
     assert len(seen) == 3
-    assert results["features"] == eval_logistic.POOLED[pooled]
+    assert results["features"] == POOLED[pooled]
     assert results["compared"] == "2 training and 6 validation images, 3 classes"
     assert [row["converged"] for row in results["scores"]] == [False] * 3
     assert results["top5_is"] == "top3"

@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoints import files, loading
-from config.schema import PATCH_SIZE
+from config.choices import PATCH_SIZE
 from data.transforms import augment
 from distributed import collectives, ddp, fsdp, launch
 from evaluation.knn_callback import KnnProbe, labeled_images
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, script: Script) -> None:
         Stopped: a signal came before the first step, or one that asks for an exit code of its own.
     """
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     with checkpointing.training_run(Path(args.output_dir) / checkpointing.CHECKPOINT):
         _run(args, script, device)
 

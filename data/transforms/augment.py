@@ -34,7 +34,6 @@ from data.transforms.recipe import check_crops as check_crops
 from utils import UsageError
 
 ViewTransform = Callable[[ImageLike], Tensor]
-BACKENDS = ("auto", "pil", "split")
 THIN = 16  # times as long as wide
 
 

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ALIGNMENTS = ("corners", "centers")  # where a token stands: end tokens on the crop's edge as published, or in mid-cell
-
 
 class Rect(NamedTuple):
     """A crop in pixels of its image."""

@@ -20,6 +20,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from config.choices import ALIGNMENTS, DRAWINGS, PAIR_MODES
+from config.choices import REFERENCES as REFERENCES
 from data.decode import ImageLike
 from data.transforms import geometry
 from data.transforms.geometry import Projection, Rect
@@ -28,9 +30,6 @@ from data.transforms.recipe import ASPECT, FLIP, Crops, View, dino_recipe
 from utils import UsageError
 
 GLOBALS = 2
-PAIR_MODES = ("overlap", "nested")
-REFERENCES = ("intersection", "union")  # of the global views: what local ones overlap
-DRAWINGS = ("image", "view", "fixed")
 BLUR_AND_SOLARIZE = ((0.5, 0.0), (1.0, 0.0), (0.1, 0.2), (0.1, 0.2))  # probabilities, one pair drawn for each crop
 BLUR_DRAW, SOLARIZE_DRAW = DRAWS - 3, DRAWS - 1
 
@@ -74,7 +73,7 @@ class UDICrops:
     def __init__(self, views: Sequence[View], sampling: Sampling, flip: float = FLIP) -> None:
         for flag, value, known in (
             ("global_pair_mode", sampling.pair_mode, PAIR_MODES),
-            ("srs_align", sampling.align, geometry.ALIGNMENTS),
+            ("srs_align", sampling.align, ALIGNMENTS),
             ("local_reference", sampling.reference, REFERENCES),
             ("srs_drawing", sampling.drawing, DRAWINGS),
         ):
