@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MANY = 10**9
+LARGE = 1000
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Range:
         return f"{noun} {low} and {'below' if self.below_high else 'at most'} {self.high}"
 
     def interval(self, name: str) -> str:
-        """Write the range as an inequality about `name`, for `--help`."""
-        if self.high >= MANY:
-            return f"{name} {'>' if self.above_low else '>='} {self.low:_}"
-        return f"{self.low:_} {'<' if self.above_low else '<='} {name} {'<' if self.below_high else '<='} {self.high:_}"
+        """Write the range as an inequality about `name`, for `--help`, which leaves out large upper bounds."""
+        if self.high >= LARGE:
+            return f"{name} {'>' if self.above_low else '>='} {self.low}"
+        return f"{self.low} {'<' if self.above_low else '<='} {name} {'<' if self.below_high else '<='} {self.high}"
 
     def __call__(self, text: str) -> int | float:
         """Parse the text of a flag.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 
 import eval_finetune
@@ -21,6 +25,8 @@ import main_esvit_mnodes
 import main_udi
 import run_analysis
 import utils
+from config.arguments.shared import existing_path
+from data import convert
 from distributed.launch import run_script as run_as_script
 from models.registry import register
 from models.swin import build_swin
@@ -146,6 +152,7 @@ NODES = {"num_nodes": 1, "num_gpus_per_node": 8, "node_rank": None}
 NEEDED: dict[Any, list[str]] = {
     export: ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"],
     eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"],
+    convert: ["source", "dest", "--to", "zip"],
 }
 
 
@@ -210,34 +217,73 @@ def test_help_tells_every_flag(script: Any) -> None:
     assert "default: )" not in told
 
 
-def test_the_help_of_udi_says_which_tokens_and_shares_are_meant() -> None:
-    told = " ".join(main_udi.get_args_parser().format_help().split())
-    for words in (
-        "class tokens that learn: 2 is UDI, 1 leaves the second out, as networks without any need it",
-        "what the second class token learns is this share of the teacher's patches, the rest is its class token",
-        "what of patches and class token is blended by --alpha",
-    ):
-        assert words in told
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--data_path", "/no/such/folder"], "'/no/such/folder' does not exist"),
-        (["--arch", "swim_tiny"], "unknown arch 'swim_tiny'"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate; see --help"),
-        (["--use_dense_prediction", "maybe"], "'maybe' is not a boolean"),
-    ],
-    ids=["path", "arch", "flag", "boolean"],
-)
-def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str) -> None:
-    result = run_script("main_esvit.py", *TINY_RUN, *flags, "--seed", "1", *TINY_SWIN)
+def test_mistake_that_needs_torch_ends_with_one_line_and_code_2() -> None:
+    result = run_script("main_esvit.py", *TINY_RUN, "--arch", "swim_tiny", "--seed", "1", *TINY_SWIN)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("main_esvit.py: error: ")
-    assert words in last
+    assert "unknown arch 'swim_tiny'" in last
     assert "Traceback" not in result.stderr
+
+
+# Runs a script in this interpreter's place, where importing torch and its relatives is an error.
+WITHOUT_TORCH = """
+import runpy, sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "timm", "torchvision"}:
+            raise RuntimeError(f"{name} was imported")
+sys.meta_path.insert(0, NoTorch())
+name, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+runpy.run_module(name, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, main_esvit_mnodes, convert], ids=lambda script: script.__name__)
+def test_help_and_mistakes_do_not_wait_for_torch(script: Any) -> None:
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITHOUT_TORCH, script.__name__, *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    asked = run("--help")
+    assert asked.returncode == 0, asked.stderr
+    assert "--help" in asked.stdout
+    needed = NEEDED.get(script, [])
+    paths = [action for action in script.get_args_parser()._actions if action.type is existing_path]
+    assert paths
+    path = (
+        ["/no/such/place", *needed[1:]]
+        if script is convert
+        else [*needed, f"{paths[0].option_strings[0]}=/no/such/place"]
+    )
+    for flags, words in ((["--frobnicate", *needed], "--frobnicate"), (path, "'/no/such/place' does not exist")):
+        mistaken = run(*flags)
+        assert mistaken.returncode == 2, mistaken.stderr
+        assert words in mistaken.stderr
+        assert mistaken.stderr.count("\n") == 1
+
+
+def test_paths_are_checked_where_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not addresses and patterns of shards, nor what a run was begun with that resumes from its own checkpoint."""
+    parser = main_esvit.get_args_parser()
+    flags = ["--output_dir", str(tmp_path), "--data_path"]
+
+    def accepts(*words: str) -> bool:
+        monkeypatch.setattr(sys, "argv", ["main_esvit.py", *flags, *words])
+        with contextlib.suppress(SystemExit):
+            return bool(parser.parse_command_line())
+        return False
+
+    assert accepts(str(tmp_path))
+    assert not accepts(str(tmp_path / "absent"))
+    for shards in ("https://host/a.tar", "pipe:cat a.tar", "a-{000000..000009}.tar"):
+        assert accepts(shards)
+    for flag in ("--init_weights", "--pretrained_weights_ckpt"):
+        assert not accepts(str(tmp_path), flag, "absent.pth")
+    (tmp_path / "checkpoint.pth").touch()
+    for flag in ("--init_weights", "--pretrained_weights_ckpt"):
+        assert accepts(str(tmp_path), flag, "absent.pth")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

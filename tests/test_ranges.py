@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +30,7 @@ from utils import UsageError
 PARSERS = {
     path.stem: path
     for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("data/*.py")]
-    if "def get_args_parser" in path.read_text()
+    if re.search(r"def get_args_parser|import get_args_parser", path.read_text())
 }
 # What each script needs beside the flag in question.
 NEEDED = {
@@ -159,7 +160,8 @@ def test_help_tells_the_range(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main_esvit.get_args_parser().parse_args(["--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "number of prototypes K (default: 65536) [a whole number from 1 to 10_000_000]" in told
+    assert "(default: 65536; N >= 1)" in told
+    assert "(default: 0.0; 0 <= X < 1)" in told
 
 
 def is_number(value: object) -> bool:

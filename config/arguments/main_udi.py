@@ -66,7 +66,9 @@ def get_args_parser() -> Parser:
     add("--local_sampling_window_size", type=integer(1, 1024), default=2, help=words)
     words = "position of the tokens: outer tokens on the corners of the crop, or tokens in the centers of their cells (added)"
     add("--srs_align", default="corners", choices=ALIGNMENTS, help=words)
-    words = "draw the samples once per image for all views of a size, for each view, or never (added)"
+    words = (
+        "sample once per image for all views of a size, for each view, or always the first token of a window (added)"
+    )
     add("--srs_drawing", default="image", choices=DRAWINGS, help=words)
     add_run_flags(parser)
     parser.set_defaults(**PUBLISHED)

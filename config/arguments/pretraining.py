@@ -37,14 +37,14 @@ from utils import PRECISIONS, UsageError
 
 def add_student_teacher_flags(parser: Parser) -> None:
     """Add the flags of student, teacher and projection heads."""
-    add_network_flags(parser)
+    add_network_flags(parser, default_cfg="the published yaml of --arch")
     group = parser.group("network")
     add = group.add_argument
     add(
         "--out_dim",
         type=integer(1, 10_000_000),
         default=65536,
-        help="number of prototypes (output dimension of the heads)",
+        help="number of prototypes, the output dimension of the heads",
     )
     add("--norm_last_layer", type=bool_flag, default=True, help="fix the norm of the prototypes to 1")
     words = "EMA momentum of the teacher at the start; a cosine schedule raises it to 1"

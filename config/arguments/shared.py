@@ -28,7 +28,10 @@ class _HelpFormatter(argparse.HelpFormatter):
             notes.append(f"default: {' '.join(map(str, values))}")
         if isinstance(action.type, Range):
             notes.append(action.type.interval(self._get_default_metavar_for_optional(action)))
-        return f"{action.help} ({'; '.join(notes)})" if notes else str(action.help)
+        help = action.help or ""
+        if help.endswith(")"):
+            return "; ".join([help[:-1], *notes]) + ")"
+        return f"{help} ({'; '.join(notes)})" if notes else help
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if isinstance(action.type, Range):
@@ -127,11 +130,15 @@ def add_switch(parser: argparse._ActionsContainer, name: str, explanation: str) 
 # --------------------------------------------------------------------------- groups of flags
 
 
-def add_network_flags(parser: Parser, *, patch_size: int = PATCH_SIZE) -> None:
+def add_network_flags(
+    parser: Parser,
+    *,
+    default_cfg: str = "the config in the checkpoint, else the published yaml of --arch",
+    patch_size: int = PATCH_SIZE,
+) -> None:
     """Add the flags that name a network."""
     add = parser.group("network").add_argument
-    words = "yaml file of the network (default: the config in the checkpoint, else the published one of --arch)"
-    add("--cfg", type=existing_path, default=None, help=words)
+    add("--cfg", type=existing_path, default=None, help=f"yaml file of the network (default: {default_cfg})")
     add("--arch", default="deit_small", metavar="NAME", help="architecture, e.g. swin_tiny")
     words = "patch size in pixels, for architectures whose yaml has no PATCH_SIZE"
     add("--patch_size", type=integer(1, 1024), default=patch_size, help=words)
