@@ -317,7 +317,7 @@ def git_revision() -> str:
 def package_versions() -> dict[str, str]:
     """Versions of the packages named in requirements.txt that are installed."""
     versions = {}
-    for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines():
+    for line in (Path(__file__).parent.parent / "requirements.txt").read_text().splitlines():
         name = line.split(">")[0].split("<")[0].split("=")[0].strip()
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
