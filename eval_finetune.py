@@ -263,7 +263,7 @@ def train(
         for epoch in range(progress.epochs, recipe.epochs):
             meter, done = EpochMeter(epoch, recipe.steps, images_per_step=batch), progress.steps
             if done:
-                meter.go_on_from(progress.meter, done)
+                meter.resume(progress.meter, done)
             ending.save_within = partial(save_within, progress, meter)
             tuner.train_epoch(train_loader, epoch, meter, log, tally, ending, done)
             accuracies: dict[str, Accuracy] = {}
@@ -278,7 +278,7 @@ def train(
                     print(
                         f"epoch {epoch}/{recipe.epochs} {name}: Top1: {row.top1:.2f}, {ranked(tuner.classes)}: {row.top5:.2f}"
                     )
-                with log.failing_softly():
+                with log.best_effort():
                     report(progress, val_loader.dataset, about, args)
             ending.failure = save_run(output_dir, tuner, progress, about, args, config)
 

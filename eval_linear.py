@@ -143,7 +143,7 @@ def train(
         meter = EpochMeter(epoch, source.steps, images_per_step=batch)
         done = start.steps if epoch == start.epoch else 0
         if done:
-            meter.go_on_from(start.meter, done)
+            meter.resume(start.meter, done)
         lrs = probe.lrs
         losses = train_epoch(probe, source, epoch, meter, log, ending, partial(save, meter), done, sums)
         probe.scheduler.step()
@@ -470,7 +470,8 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
         seen = start.epoch * images + start.steps * args.batch_size_per_gpu * collectives.get_world_size()
         with collectives.failing_together(), files.usable(folder):
             normalization = config.INPUT.MEAN, config.INPUT.STD
-            log = RunLog(folder, args.epochs, args.log_freq, *normalization, device, images, seen)
+            epoch_freq = 10 if args.cache_features else 1
+            log = RunLog(folder, args.epochs, args.log_freq, *normalization, device, images, seen, epoch_freq)
     with stopping.StopVote():  # a signal after the last step takes no result away
         if start.epoch < args.epochs:
             with closing(log), checkpointing.EndRequest(checkpoint_path(args)) as ending:

@@ -59,7 +59,7 @@ from distributed import collectives, launch
 from evaluation.features import frozen_backbone, network_config
 from evaluation.results import save_json, write_new
 from models import Backbone
-from training.run_log import one_pass
+from training.run_log import tracked
 from utils import UsageError, logger
 
 
@@ -230,7 +230,7 @@ def sum_over_folder(lab: Lab, label: str, transform: MultiCrop, measure: Callabl
     total: Tensor | None = None
     failures: list[str] = []
     incomplete = False
-    with one_pass(loader, label) as batches:
+    with tracked(loader, label) as batches:
         for batch in batches:
             failures += batch.failures
             incomplete = incomplete or not batch.views

@@ -34,7 +34,7 @@ from data.transforms import augment
 from distributed import collectives
 from models import Backbone, build_model, load_arch_config
 from training.checkpointing import EndRequest
-from training.run_log import EpochMeter, one_pass
+from training.run_log import EpochMeter, tracked
 from utils import UsageError, logger
 
 FeatureFunction = Callable[[Tensor], Tensor]
@@ -201,7 +201,7 @@ def extract_features(
     indices: list[Tensor] = []
     failures: list[str] = []
     incomplete = False
-    with one_pass(loader, label) as batches:
+    with tracked(loader, label) as batches:
         for batch in batches:
             failures += batch.failures
             incomplete = incomplete or not batch.views

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,17 +110,57 @@ def test_epoch_line_and_step_lines(
         for i in range(3):
             meter.update({"loss": float(i), "skipped": 0.0})
             show(lr=0.1 * i, wd=0.5)
-    log.finish_epoch(meter, unreadable_images=7)
+    log.finish_epoch(meter, unreadable_images=7, knn_top1=12.345)
     log.close()
     assert capsys.readouterr().err == ""  # the progress bar is for terminals
     assert [line for line in caplog.messages if line.startswith("epoch 1/2  step")] == [
         line for line in caplog.messages if "  step 2/3  loss 1.0000" in line or "  step 3/3  loss 2.0000" in line
     ]
     record = json.loads((tmp_path / "log.txt").read_text())
-    assert caplog.messages[-1].startswith(f"epoch {record['epoch']}/2 done: {{")  # counted as in the file
+    line = caplog.messages[-1]
+    assert line.startswith("epoch 1/2 done  loss 1.0000  lr 2.00e-01  ")  # the epoch is counted as in the file
+    assert "images/s  k-NN 12.35  00:00 left" in line
     assert (record["train_loss"], record["train_lr"], record["train_wd"], record["epoch"]) == (1.0, 0.2, 0.5, 1)
     assert record["unreadable_images"] == 7
     assert record["peak_memory_mb"] > 0
+
+
+def test_bar_and_time_left_of_the_run_fit_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves the last column free
+    log = RunLog(tmp_path, epochs=300, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
+    meter = EpochMeter(epoch=100, steps=12_502, images_per_step=1024)
+    with log.epoch(meter) as show:
+        for _ in range(2):
+            clock.now += 1.0
+            time.sleep(0.15)  # tqdm redraws every 0.1 seconds
+            meter.update({"loss": 10.12345})
+            show(lr=0.1)
+    log.close()
+    bars = [bar for bar in terminal.getvalue().split("\r") if bar.strip()]
+    assert all(len(bar.rstrip("\n")) <= 80 for bar in bars)
+    assert "2/12502, loss 10.1235  694:33:18 left  1024 images/s" in bars[-1]  # 200 epochs, at one second a step
+
+
+def test_terminal_shows_some_epochs_and_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger="esvit")
+    log = RunLog(tmp_path, epochs=12, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=1, epoch_freq=5)
+    for epoch in range(12):
+        meter = EpochMeter(epoch, steps=1, images_per_step=1)
+        with log.epoch(meter) as show:
+            meter.update({"loss": 1.0})
+            show(lr=0.1)
+        log.finish_epoch(meter)
+    log.close()
+    shown = [[line for line in caplog.messages if line.startswith(f"epoch {epoch}/")] for epoch in range(12)]
+    assert [len(lines) for lines in shown] == [2 if epoch in {0, 5, 10, 11} else 0 for epoch in range(12)]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 12
 
 
 def test_tensorboard_counts_images(tmp_path: Path) -> None:
@@ -128,7 +170,7 @@ def test_tensorboard_counts_images(tmp_path: Path) -> None:
         for epoch, steps in enumerate(epochs, first):
             meter = EpochMeter(epoch, steps=10 // batch, images_per_step=batch)
             if epoch == first and seen:
-                meter.go_on_from({}, (seen - 10) // batch)
+                meter.resume({}, (seen - 10) // batch)
             with log.epoch(meter) as show:
                 while meter.done < steps:
                     meter.update({"loss": 0.0})
@@ -161,7 +203,7 @@ def test_picture_shows_the_crops(tmp_path: Path) -> None:
     log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5, 0.0, 0.0], std=[0.5, 1.0, 1.0], device=CPU, images=2)
     red, black = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), torch.tensor([-1.0, 0.0, 0.0]).view(1, 3, 1, 1)
     large = torch.cat([red, black]).expand(2, 3, 8, 8)
-    log.crops_once([large, large[:, :, :4, :4]])
+    log.save_crops([large, large[:, :, :4, :4]])
     log.close()
     with Image.open(tmp_path / "crops.png") as picture:
         assert picture.size == (2 * 10 + 2, 2 * 10 + 2)  # make_grid puts 2 pixels between tiles
@@ -170,5 +212,5 @@ def test_picture_shows_the_crops(tmp_path: Path) -> None:
         assert picture.getpixel((13, 13)) == (255, 255, 255)
         assert picture.getpixel((6, 16)) == (255, 0, 0)
     before = (tmp_path / "crops.png").stat().st_mtime_ns
-    RunLog(tmp_path, 1, 1, [0.0] * 3, [1.0] * 3, CPU, images=2).crops_once([large])
+    RunLog(tmp_path, 1, 1, [0.0] * 3, [1.0] * 3, CPU, images=2).save_crops([large])
     assert (tmp_path / "crops.png").stat().st_mtime_ns == before

@@ -221,7 +221,7 @@ def test_interrupted_features_tell_how_far_they_were(
         "--random_weights",
     ]
     command += ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), *TINY_SWIN]
-    with pytest.raises(Stopped, match="train: 2 of 12 batches") as end:
+    with pytest.raises(Stopped, match="2 of 12 batches of train") as end:
         eval_knn.main(eval_knn.get_args_parser().parse_args(command))
     assert end.value.code == 130
 

@@ -407,7 +407,7 @@ def within_epoch(content: Mapping[str, Any], args: Any, path: Path) -> tuple[int
     saved_in = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
     with restore.reading("in_epoch", path):
         steps, meter = _steps_of(saved_in, args), saved_in["meter"]
-        EpochMeter(0, 1, 1).go_on_from(meter, steps)  # one that cannot go on is told now
+        EpochMeter(0, 1, 1).resume(meter, steps)  # one that cannot go on is told now
     return steps, meter
 
 
