@@ -131,6 +131,7 @@ def test_bar_and_time_left_of_the_run_fit_a_terminal(tmp_path: Path, monkeypatch
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves the last column free
+    monkeypatch.setenv("LINES", "24")
     log = RunLog(tmp_path, epochs=300, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     meter = EpochMeter(epoch=100, steps=12_502, images_per_step=1024)
     with log.epoch(meter) as show:
