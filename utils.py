@@ -33,12 +33,12 @@ class Stopped(BaseException):
     """A stop that was asked for, by a signal or Ctrl-C; not an error, so `except Exception` does not catch it.
 
     Args:
-        sentence: shown to the user.
+        message: shown to the user.
         code: exit code; 0 if nothing is lost and a scheduler asked for the stop.
     """
 
-    def __init__(self, sentence: str = "", code: int = 0) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str = "", code: int = 0) -> None:
+        super().__init__(message)
         self.code = code
 
 

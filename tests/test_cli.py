@@ -1,4 +1,4 @@
-"""The command lines: frozen names and defaults, and one sentence with exit code 2 for every mistake."""
+"""Command lines: frozen names and defaults, and one line with exit code 2 for every usage error."""
 
 from __future__ import annotations
 
@@ -207,14 +207,14 @@ SCRIPTS = (
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_help_tells_every_flag(script: Any) -> None:
+def test_help_lists_every_flag(script: Any) -> None:
     parser = script.get_args_parser()
-    told = parser.format_help()
+    text = parser.format_help()
     for action in parser._actions:
-        assert all(option in told for option in action.option_strings)
-        assert action.help, f"{action.dest}: without a help its default is not told either"
-    assert "default: None" not in told
-    assert "default: )" not in told
+        assert all(option in text for option in action.option_strings)
+        assert action.help, action.dest
+    assert "default: None" not in text
+    assert "default: )" not in text
 
 
 @pytest.mark.slow
@@ -298,10 +298,10 @@ def test_paths_are_checked_where_they_are_read(tmp_path: Path, monkeypatch: pyte
         (["--patch_size", "eight"], "argument --patch_size: 'eight' is not a whole number from 1 to 1_024"),
     ],
 )  # fmt: skip
-def test_mistakes_of_spelling_name_what_was_meant(
+def test_misspelled_flags_get_a_suggestion(
     script: Any, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Abbreviations are refused too: a flag of tomorrow could make them mean another."""
+    """Abbreviations are rejected too: a new flag could change their meaning."""
     needed = NEEDED.get(script, [])
     with pytest.raises(SystemExit) as caught:
         script.get_args_parser().parse_args([*needed, *flags])
@@ -317,8 +317,8 @@ def test_pairs_after_a_flag_of_several_values(capsys: pytest.CaptureFixture[str]
     parser = eval_knn.get_args_parser()
     with pytest.raises(SystemExit):
         parser.parse_args(["--nb_knn", "10", "20", "MODEL.IMAGE_SIZE", "32"])
-    told = capsys.readouterr().err
-    assert "'MODEL.IMAGE_SIZE' is not a whole number from 1 to 1_000_000_000; put -- before KEY VALUE pairs" in told
+    text = capsys.readouterr().err
+    assert "'MODEL.IMAGE_SIZE' is not a whole number from 1 to 1_000_000_000; put -- before KEY VALUE pairs" in text
     args = parser.parse_args(["--nb_knn", "10", "20", "--", "MODEL.IMAGE_SIZE", "32"])
     assert (args.nb_knn, args.opts) == ([10, 20], ["MODEL.IMAGE_SIZE", "32"])
     with pytest.raises(SystemExit):
@@ -370,8 +370,7 @@ def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str)
 @pytest.mark.parametrize(
     "script", [eval_knn, eval_linear, eval_finetune, run_analysis], ids=lambda script: script.__name__
 )
-def test_random_weights_are_taken_on_request_only(script: Any, images: str, tmp_path: Path) -> None:
-    """Before anything is read or written."""
+def test_random_weights_need_a_flag(script: Any, images: str, tmp_path: Path) -> None:
     command = ["--device", "cpu", "--data_path", images, "--output_dir", str(tmp_path / "out")]
     command += ["--vis_entropy"] if script is run_analysis else []
     for flags in ([], ["--pretrained_weights", "a.pth", "--random_weights"]):
@@ -423,14 +422,14 @@ def test_usage_error_of_a_script_is_exit_code_2(capsys: pytest.CaptureFixture[st
     "ask",
     [lambda: torch.empty(10**16), lambda: torch.empty(2**62), lambda: np.zeros(10**16), lambda: bytearray(10**17)],
 )
-def test_sizes_that_no_machine_has_are_one_sentence(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """What torch, numpy and Python themselves raise; any other error keeps its traceback."""
+def test_out_of_memory_is_a_usage_error(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """As raised by torch, numpy and Python; any other error keeps its traceback."""
     with pytest.raises(SystemExit) as caught:
         run_as_script(ask)
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "not enough memory" in told
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert "not enough memory" in text
 
     def multiply() -> None:
         torch.zeros(2) @ torch.zeros(3, 3)

@@ -1,4 +1,4 @@
-"""Meters, log lines and the picture of the crops."""
+"""training/run_log.py: meters, the terminal, log.txt, TensorBoard and the picture of the crops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_means_leave_skipped_steps_out() -> None:
 
 
 def test_scalars_stay_on_the_device_until_they_are_read() -> None:
-    """Means, the last values and what `read` returns are those of numbers added up one by one."""
+    """Means, latest values and `read` are the same for tensors and for numbers."""
     losses = torch.randn(5)
     tensors, numbers = (EpochMeter(epoch=0, steps=5, images_per_step=4) for _ in range(2))
     returned = []
@@ -50,7 +50,7 @@ def test_scalars_stay_on_the_device_until_they_are_read() -> None:
 
 
 class Clock:
-    """Stands for `time.perf_counter`."""
+    """Replace `time.perf_counter`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -86,7 +86,7 @@ def test_time_after_the_last_step_does_not_count(monkeypatch: pytest.MonkeyPatch
 
 
 def test_epoch_of_skipped_steps_alone_has_no_means(tmp_path: Path) -> None:
-    """Its line has the same keys as any other, with null for what was not measured."""
+    """Its line has the usual keys, with null for the means."""
     log = RunLog(tmp_path, epochs=1, log_freq=2, mean=[0.5], std=[0.5], device=CPU, images=12)
     meter = EpochMeter(epoch=0, steps=2, images_per_step=4)
     for _ in range(2):
@@ -166,7 +166,7 @@ def test_terminal_shows_some_epochs_and_the_last(
 
 
 def test_tensorboard_counts_images(tmp_path: Path) -> None:
-    """Steps go on where a run goes on with another batch size: 10 images, by 2 for an epoch and two steps, then by 4."""
+    """The x axis stays continuous if a run resumes with another batch size: 10 images, batch 2 for 7 steps, then 4."""
     for batch, first, seen, epochs in ((2, 0, 0, (5, 3)), (4, 1, 14, (2, 2))):
         log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=10, seen=seen)
         for epoch, steps in enumerate(epochs, first):
@@ -183,7 +183,7 @@ def test_tensorboard_counts_images(tmp_path: Path) -> None:
 
 
 def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
-    """All of it goes to log.txt, the numbers to TensorBoard; without weight decay there is none in the line."""
+    """log.txt gets everything, TensorBoard the numbers; without weight decay there is no train_wd."""
     log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     meter = EpochMeter(epoch=0, steps=1, images_per_step=1)
     with log.epoch(meter) as show:
@@ -200,7 +200,7 @@ def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
     assert not {"epoch/each/b/loss", "epoch/note", "step/wd", "epoch/epoch"} & set(tags)
 
 
-def test_picture_shows_the_crops(tmp_path: Path) -> None:
+def test_picture_of_the_crops(tmp_path: Path) -> None:
     """Rows are views and columns images; normalization is undone and small views are centered on white."""
     log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5, 0.0, 0.0], std=[0.5, 1.0, 1.0], device=CPU, images=2)
     red, black = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), torch.tensor([-1.0, 0.0, 0.0]).view(1, 3, 1, 1)

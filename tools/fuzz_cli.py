@@ -219,18 +219,18 @@ def run_case(case: Case, seconds: float, out: Path) -> tuple[str, str]:
         return "refused" if one_line else "failed", written.getvalue()
     except Exception:
         return "failed", traceback.format_exc()
-    with tempfile.TemporaryFile("w+", errors="backslashreplace") as told:
+    with tempfile.TemporaryFile("w+", errors="backslashreplace") as stderr:
         child = os.fork()
         if child == 0:
             os.setsid()  # with its loader's processes
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
             os.dup2(0, 1)
-            os.dup2(told.fileno(), 2)
+            os.dup2(stderr.fileno(), 2)
             sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
             os._exit(exit_code(Case(case.script, words, tail)))
         status = wait_for(child, seconds)
-        told.seek(0)
-        text = told.read()
+        stderr.seek(0)
+        text = stderr.read()
     if status is None:
         return "stopped", text
     code, lines = os.waitstatus_to_exitcode(status), text.splitlines() or [""]
@@ -280,11 +280,11 @@ def fuzz(cases: Sequence[Case], seconds: float, folder: Path, show: Callable[[st
     os.chdir(folder)
     try:
         for index, case in enumerate(cases):
-            end, told = run_case(case, seconds, folder / f"out{index}")
+            end, output = run_case(case, seconds, folder / f"out{index}")
             ends[end] += 1
             if end == "failed":
                 words = " ".join(word if len(word) < 200 else f"{word[:50]}..." for word in (*case.words, *case.tail))
-                show(f"FAILED {case.script.__name__} {words!a}\n{told}")
+                show(f"FAILED {case.script.__name__} {words!a}\n{output}")
     finally:
         os.chdir(back)
     return ends
@@ -298,9 +298,9 @@ def prepare(folder: Path) -> None:
     """
     write_inputs(folder)
     words, tail = commands(folder)[main_esvit]
-    end, told = run_case(Case(main_esvit, words, tail), 600, folder / "trained")
+    end, output = run_case(Case(main_esvit, words, tail), 600, folder / "trained")
     if end != "ran":
-        raise RuntimeError(told)
+        raise RuntimeError(output)
     os.replace(folder / "trained/checkpoint.pth", folder / "checkpoint.pth")
 
 
