@@ -151,6 +151,7 @@ def test_terminal_shows_some_epochs_and_the_last(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
     caplog.set_level("INFO", logger="esvit")
     log = RunLog(tmp_path, epochs=12, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=1, epoch_freq=5)
     for epoch in range(12):

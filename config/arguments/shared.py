@@ -181,10 +181,10 @@ def add_token_flag(parser: Parser) -> None:
     parser.group("network").add_argument("--token", choices=list(TOKENS), default="cls", help=words)
 
 
-def add_data_flags(parser: Parser, help: str = "dataset folder with train/CLASS/ and val/CLASS/") -> None:
+def add_data_flags(parser: Parser, words: str = "dataset folder with train/CLASS/ and val/CLASS/") -> None:
     """Add --data_path and the flags of its layout."""
     group = parser.group("data")
-    group.add_argument("--data_path", type=existing_path, default="", help=help)
+    group.add_argument("--data_path", type=existing_path, default="", help=words)
     add_layout_flags(parser)
 
 
