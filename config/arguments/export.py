@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config.arguments.shared import Parser, add_network_flags, add_overrides, add_weights_flags
+from config.arguments.shared import Parser, add_network_flags, add_weights_flags
 
 CLASS_TOKENS = {"all": None, "first": 1, "none": 0}  # --class_tokens: how many are kept
 FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
@@ -17,8 +17,7 @@ def get_args_parser() -> Parser:
     add_weights_flags(parser, required=True)
     add = parser.group("output").add_argument
     add("--format", required=True, choices=FORMATS, help="file format")
-    words = "class tokens to keep, of networks with two (UDI)"
-    add("--class_tokens", choices=list(CLASS_TOKENS), default="all", help=words)
+    text = "class tokens to keep, of networks with two (UDI)"
+    add("--class_tokens", choices=list(CLASS_TOKENS), default="all", help=text)
     add("--output", type=Path, required=True, metavar="FILE", help="file to write; an existing file is not overwritten")
-    add_overrides(parser)
     return parser

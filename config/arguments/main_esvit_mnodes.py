@@ -22,5 +22,5 @@ def add_node_flags(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--num_nodes", type=integer(1, 100_000), default=1, help="number of nodes")
     add("--num_gpus_per_node", type=integer(1, 1024), default=8, help="processes on each node, one per GPU")
-    words = "rank of this node, from 0 (default: OMPI_COMM_WORLD_RANK, as set by mpirun)"
-    add("--node_rank", type=integer(0, 99_999), default=None, help=words)
+    text = "rank of this node, from 0 (default: OMPI_COMM_WORLD_RANK, as set by mpirun)"
+    add("--node_rank", type=integer(0, 99_999), default=None, help=text)

@@ -26,28 +26,27 @@ def get_args_parser() -> Parser:
     parser = Parser("main_udi.py", "Pre-train a vision transformer with UDI. (added): not in the published script.")
     add_student_teacher_flags(parser)
     add = parser.group("network").add_argument
-    words = "stochastic depth rate of the student"
-    add("--drop_path_rate", "--drop_path", type=SHARE, default=0.1, help=words)
-    words = "class tokens: 2 is UDI; 1 is for networks without a second one, as Swin, CvT, ViL and ResNet"
-    add("--number_cls_token", type=int, default=2, choices=(1, 2), help=words)
-    words = "attention heads of the sampled region pooling; 0: as many as the backbone's (added)"
-    add("--srs_heads", type=integer(0, 1024), default=0, help=words)
-    words = "share one projection head between class tokens and patches, or use one for each (added)"
-    add("--shared_head", type=bool_flag, default=True, help=words)
+    add("--drop_path_rate", "--drop_path", type=SHARE, default=0.1, help="stochastic depth rate of the student")
+    text = "class tokens: 2 is UDI; 1 is for networks without a second one, as Swin, CvT, ViL and ResNet"
+    add("--number_cls_token", type=int, default=2, choices=(1, 2), help=text)
+    text = "attention heads of the sampled region pooling; 0: as many as the backbone's (added)"
+    add("--srs_heads", type=integer(0, 1024), default=0, help=text)
+    text = "share one projection head between class tokens and patches, or use one for each (added)"
+    add("--shared_head", type=bool_flag, default=True, help=text)
 
     add = parser.group("loss").add_argument
-    words = "distill sampled patches too; off requires --number_cls_token 1"
-    add("--include_patch", type=bool_flag, default=True, help=words)
-    words = (
+    text = "distill sampled patches too; off requires --number_cls_token 1"
+    add("--include_patch", type=bool_flag, default=True, help=text)
+    text = (
         "weight of the teacher's patches in the target of the second class token, against the teacher's class token; "
         "raise it if training is unstable"
     )
-    add("--alpha", type=SHARE, default=0.5, help=words)
-    words = "what --alpha blends: logits as in the published code, or probs as in the paper (added)"
-    add("--target_mix", default="logits", choices=TARGET_MIXES, help=words)
+    add("--alpha", type=SHARE, default=0.5, help=text)
+    text = "what --alpha blends: logits as in the published code, or probs as in the paper (added)"
+    add("--target_mix", default="logits", choices=TARGET_MIXES, help=text)
     add("--local_patch", type=bool_flag, default=False, help="distill patches of local views too (added)")
-    words = f"loss weights of {', '.join(LEVELS)}: class token, second class token, patches (added)"
-    add("--level_weights", type=FACTOR, nargs=3, default=(1.0, 1.0, 1.0), help=words)
+    text = f"loss weights of {', '.join(LEVELS)}: class token, second class token, patches (added)"
+    add("--level_weights", type=FACTOR, nargs=3, default=(1.0, 1.0, 1.0), help=text)
     add("--student_temp", type=TEMPERATURE, default=0.1, help="student temperature (added)")
     add("--center_momentum", type=SHARE, default=0.9, help="EMA momentum of the centers (added)")
     add_loss_flags(parser)
@@ -56,20 +55,18 @@ def get_args_parser() -> Parser:
     add_view_flags(parser)
     add = parser.group("views").add_argument
     add("--flip_prob", type=SHARE, default=0.5, help="probability of a view's horizontal flip (added)")
-    words = "second global view: overlapping the first as in the published code, or nested as in the paper (added)"
-    add("--global_pair_mode", default="overlap", choices=PAIR_MODES, help=words)
-    words = "region of the global views that local views overlap (added)"
-    add("--local_reference", default="intersection", choices=REFERENCES, help=words)
-    words = "side of the windows of tokens in global views, in each of which one patch is sampled"
-    add("--global_sampling_window_size", type=integer(1, 1024), default=3, help=words)
-    words = "side of the sampling windows in local views"
-    add("--local_sampling_window_size", type=integer(1, 1024), default=2, help=words)
-    words = "position of the tokens: outer tokens on the corners of the crop, or tokens in the centers of their cells (added)"
-    add("--srs_align", default="corners", choices=ALIGNMENTS, help=words)
-    words = (
-        "sample once per image for all views of a size, for each view, or always the first token of a window (added)"
-    )
-    add("--srs_drawing", default="image", choices=DRAWINGS, help=words)
+    text = "second global view: overlapping the first as in the published code, or nested as in the paper (added)"
+    add("--global_pair_mode", default="overlap", choices=PAIR_MODES, help=text)
+    text = "region of the global views that local views overlap (added)"
+    add("--local_reference", default="intersection", choices=REFERENCES, help=text)
+    text = "side of the windows of tokens in global views, in each of which one patch is sampled"
+    add("--global_sampling_window_size", type=integer(1, 1024), default=3, help=text)
+    text = "side of the sampling windows in local views"
+    add("--local_sampling_window_size", type=integer(1, 1024), default=2, help=text)
+    text = "position of the tokens: outer tokens on the corners of the crop, or tokens in the centers of their cells (added)"
+    add("--srs_align", default="corners", choices=ALIGNMENTS, help=text)
+    text = "sample once per image for all views of a size, for each view, or always the first token of a window (added)"
+    add("--srs_drawing", default="image", choices=DRAWINGS, help=text)
     add_run_flags(parser)
     parser.set_defaults(**PUBLISHED)
     return parser

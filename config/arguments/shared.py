@@ -9,7 +9,7 @@ import re
 from typing import Any, NoReturn
 
 from config.choices import PATCH_SIZE, TOKENS
-from config.ranges import BATCH, CROP_RATIO, PIXELS, WORKERS, Range, integer, number
+from config.ranges import BATCH, CROP_RATIO, PIXELS, SEED, WORKERS, Range, integer, number
 from utils import UsageError
 
 STARTING_POINTS = {"init_weights", "pretrained_weights_ckpt"}  # not read by a run that resumes from its own checkpoint
@@ -82,8 +82,8 @@ class Parser(argparse.ArgumentParser):
         """Keep the usage to one line: a list of all flags is what follows anyway."""
         required = [action.option_strings[0] for action in self._actions if action.required and action.option_strings]
         others = [str(action.metavar) for action in self._actions if not action.option_strings]
-        words = [self.prog, *(f"{flag} ..." for flag in required), "[flags]", *others]
-        self.usage = " ".join(words).replace("KEY VALUE", "[KEY VALUE ...]")
+        text = [self.prog, *(f"{flag} ..." for flag in required), "[flags]", *others]
+        self.usage = " ".join(text).replace("KEY VALUE", "[KEY VALUE ...]")
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
@@ -136,12 +136,14 @@ def add_network_flags(
     default_cfg: str = "the config in the checkpoint, else the published yaml of --arch",
     patch_size: int = PATCH_SIZE,
 ) -> None:
-    """Add the flags that name a network."""
+    """Add the flags that name a network, and its config overrides."""
     add = parser.group("network").add_argument
     add("--cfg", type=existing_path, default=None, help=f"yaml file of the network (default: {default_cfg})")
     add("--arch", default="deit_small", metavar="NAME", help="architecture, e.g. swin_tiny")
-    words = "patch size in pixels, for architectures whose yaml has no PATCH_SIZE"
-    add("--patch_size", type=integer(1, 1024), default=patch_size, help=words)
+    text = "patch size in pixels, for architectures whose yaml has no PATCH_SIZE"
+    add("--patch_size", type=integer(1, 1024), default=patch_size, help=text)
+    text = "config overrides after all flags, e.g. MODEL.SPEC.WINDOW_SIZE 14"
+    add("opts", nargs="*", metavar="KEY VALUE", help=text)
 
 
 def add_weights_flags(parser: Parser, *, required: bool = False) -> None:
@@ -150,10 +152,10 @@ def add_weights_flags(parser: Parser, *, required: bool = False) -> None:
     Unless they are `required`, --random_weights may stand in for --pretrained_weights; `check_weights` checks that one is given.
     """
     group = parser.group("weights")
-    words = "checkpoint, of this project or any published EsViT, DINO or UDI layout"
-    group.add_argument("--pretrained_weights", type=existing_path, default="", required=required, help=words)
-    words = "network to load from a full checkpoint: teacher or student"
-    group.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help=words)
+    text = "checkpoint, of this project or any published EsViT, DINO or UDI layout"
+    group.add_argument("--pretrained_weights", type=existing_path, default="", required=required, help=text)
+    text = "network to load from a full checkpoint: teacher or student"
+    group.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help=text)
     add_switch(group, "--allow_partial", "load the tensors that fit and ignore the rest")
     if not required:
         add_switch(group, "--random_weights", "use an untrained network instead of --pretrained_weights")
@@ -175,17 +177,21 @@ def check_weights(args: argparse.Namespace) -> None:
 
 def add_token_flag(parser: Parser) -> None:
     """Add the flag that chooses among the class tokens of a network that has two."""
-    words = (
+    text = (
         "class token used as the view feature by networks with two (UDI): the first, the second or both, concatenated"
     )
-    parser.group("network").add_argument("--token", choices=list(TOKENS), default="cls", help=words)
+    parser.group("network").add_argument("--token", choices=list(TOKENS), default="cls", help=text)
 
 
-def add_data_flags(parser: Parser, words: str = "dataset folder with train/CLASS/ and val/CLASS/") -> None:
-    """Add --data_path and the flags of its layout."""
-    group = parser.group("data")
-    group.add_argument("--data_path", type=existing_path, default="", help=words)
+def add_data_flags(
+    parser: Parser, batch_size: int, text: str = "dataset folder with train/CLASS/ and val/CLASS/"
+) -> None:
+    """Add the flags of an evaluation's images and data loader; `text` describes --data_path."""
+    add = parser.group("data").add_argument
+    add("--data_path", type=existing_path, default="", help=text)
     add_layout_flags(parser)
+    add("--batch_size_per_gpu", type=BATCH, default=batch_size, help="images per process and step")
+    add_workers_flag(parser)
 
 
 def add_layout_flags(parser: Parser) -> None:
@@ -195,34 +201,38 @@ def add_layout_flags(parser: Parser) -> None:
     add_switch(group, "--tsv_mode", "read DIR/{train,val}.tsv, or a folder of tsv files")
 
 
-def add_loader_flags(parser: Parser, batch_size: int) -> None:
-    """Add the flags of an evaluation's data loader."""
-    add = parser.group("data").add_argument
-    add("--batch_size_per_gpu", type=BATCH, default=batch_size, help="images per process and step")
-    add("--num_workers", type=WORKERS, default=10, help="data loader workers per process, at most one per core")
+def add_workers_flag(parser: Parser) -> None:
+    """Add --num_workers."""
+    text = "data loader workers per process, at most one per core"
+    parser.group("data").add_argument("--num_workers", type=WORKERS, default=10, help=text)
 
 
 def add_crop_flags(parser: Parser) -> None:
     """Add the flags of the evaluation's center crop."""
     add = parser.group("data").add_argument
-    words = "size of the crops in pixels (default: MODEL.IMAGE_SIZE of the config)"
-    add("--image_size", type=PIXELS, default=None, help=words)
-    words = "center crop as a fraction of the resized image; 0.875 is 224 / 256"
-    add("--crop_ratio", type=CROP_RATIO, default=0.875, help=words)
+    text = "size of the crops in pixels (default: MODEL.IMAGE_SIZE of the config)"
+    add("--image_size", type=PIXELS, default=None, help=text)
+    text = "center crop as a fraction of the resized image; 0.875 is 224 / 256"
+    add("--crop_ratio", type=CROP_RATIO, default=0.875, help=text)
 
 
 def add_list_flag(parser: Parser) -> None:
     """Add the flag that restricts training to a list of images."""
-    words = (
+    text = (
         "text file with the names of the training images to use, one per line, such as SimCLR's 1%% list (default: all)"
     )
-    parser.group("data").add_argument("--target_list_path", type=existing_path, default=None, help=words)
+    parser.group("data").add_argument("--target_list_path", type=existing_path, default=None, help=text)
 
 
 def add_device_flag(parser: Parser) -> None:
     """Add --device."""
-    words = "auto, cuda, cuda:N, mps or cpu; auto prefers cuda, then mps"
-    parser.group("launch").add_argument("--device", default="auto", metavar="NAME", help=words)
+    text = "auto, cuda, cuda:N, mps or cpu; auto prefers cuda, then mps"
+    parser.group("launch").add_argument("--device", default="auto", metavar="NAME", help=text)
+
+
+def add_seed_flag(parser: Parser, seeded: str, seed: int = 0) -> None:
+    """Add --seed, which seeds what `seeded` names."""
+    parser.group("launch").add_argument("--seed", type=SEED, default=seed, help=f"random seed of {seeded}")
 
 
 def add_launch_flags(parser: Parser) -> None:
@@ -230,13 +240,7 @@ def add_launch_flags(parser: Parser) -> None:
     add_device_flag(parser)
     add = parser.group("launch").add_argument
     add("--dist_url", default="env://", metavar="URL", help="init_method of torch.distributed")
-    words = "timeout of collective operations in minutes"
-    add("--dist_timeout", type=number(0.001, 1_000_000), default=30.0, help=words)
-    words = "set by old launchers; the environment variable LOCAL_RANK takes precedence"
-    add("--local_rank", "--local-rank", type=integer(0, 1023), default=None, help=words)
-
-
-def add_overrides(parser: Parser) -> None:
-    """Add the config overrides that follow all flags."""
-    words = "config overrides, e.g. MODEL.SPEC.WINDOW_SIZE 14"
-    parser.group("network").add_argument("opts", nargs="*", metavar="KEY VALUE", help=words)
+    text = "timeout of collective operations in minutes"
+    add("--dist_timeout", type=number(0.001, 1_000_000), default=30.0, help=text)
+    text = "set by old launchers; the environment variable LOCAL_RANK takes precedence"
+    add("--local_rank", "--local-rank", type=integer(0, 1023), default=None, help=text)
