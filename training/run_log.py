@@ -1,13 +1,5 @@
 """Logging of a run: the terminal, `log.txt` and TensorBoard, written by the main process alone.
 
-    log = RunLog(output_dir, epochs, ...)
-    meter = EpochMeter(epoch, steps, images_per_step)
-    with log.epoch(meter) as show:
-        for batch in meter.timed(loader):
-            meter.update({"loss": ...})
-            show(lr=...)
-    log.finish_epoch(meter)
-
 `log.txt` has one JSON object per epoch, with the published keys (train_loss, train_lr, train_wd, epoch) and more. Epochs count from
 0, as in DINO.
 """
