@@ -1,6 +1,6 @@
 """Allowed values and defaults that command-line flags share with the modules behind them.
 
-They stand here, and not in those modules, so that a command line is parsed without importing torch.
+Defined here rather than in those modules, so that parsing a command line does not import torch.
 """
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ def test_pairs_after_a_flag_of_several_values(capsys: pytest.CaptureFixture[str]
     assert (args.nb_knn, args.opts) == ([10, 20], ["MODEL.IMAGE_SIZE", "32"])
     with pytest.raises(SystemExit):
         parser.parse_args(["--seed", "0", "MODEL.IMAGE_SIZE", "32", "--temperature", "1", "MODEL.NUM_CLASSES", "0"])
-    assert "MODEL.NUM_CLASSES 0; KEY VALUE pairs stand together" in capsys.readouterr().err
+    assert "MODEL.NUM_CLASSES 0; KEY VALUE pairs must be together" in capsys.readouterr().err
 
 
 @pytest.fixture

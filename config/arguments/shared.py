@@ -79,22 +79,22 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def format_help(self) -> str:
-        """Keep the usage to one line: a list of all flags is what follows anyway."""
+        """Shorten the usage to one line; the flags are listed below it."""
         required = [action.option_strings[0] for action in self._actions if action.required and action.option_strings]
         others = [str(action.metavar) for action in self._actions if not action.option_strings]
-        text = [self.prog, *(f"{flag} ..." for flag in required), "[flags]", *others]
-        self.usage = " ".join(text).replace("KEY VALUE", "[KEY VALUE ...]")
+        usage = [self.prog, *(f"{flag} ..." for flag in required), "[flags]", *others]
+        self.usage = " ".join(usage).replace("KEY VALUE", "[KEY VALUE ...]")
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and argparse's message, with a remedy."""
+        """Exit with code 2, and extend argparse's message by a suggestion."""
         _, unknown, rest = message.partition("unrecognized arguments: ")
         flag = next((word.partition("=")[0] for word in rest.split() if word.startswith("-")), None)
         if flag is not None:
             names = difflib.get_close_matches(flag, self._option_string_actions, n=3)
             message += f"; did you mean {' or '.join(names)}?" if names else "; see --help"
         elif unknown:
-            message += "; KEY VALUE pairs stand together, after all flags"
+            message += "; KEY VALUE pairs must be together, after all flags"
         elif re.search(r"'[A-Z_]+(\.[A-Z0-9_]+)+'", message):
             message += "; put -- before KEY VALUE pairs that follow a flag of several or optional values"
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -149,7 +149,7 @@ def add_network_flags(
 def add_weights_flags(parser: Parser, *, required: bool = False) -> None:
     """Add the flags that name the weights of an evaluated network.
 
-    Unless they are `required`, --random_weights may stand in for --pretrained_weights; `check_weights` checks that one is given.
+    Unless they are `required`, --random_weights is an alternative to --pretrained_weights; `check_weights` requires one of them.
     """
     group = parser.group("weights")
     text = "checkpoint, of this project or any published EsViT, DINO or UDI layout"
