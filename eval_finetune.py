@@ -17,6 +17,11 @@ Origin: the recipe of DeiT (Touvron et al., ICML 2021) with the layer-wise rates
 
 from __future__ import annotations
 
+from config.arguments.eval_finetune import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 from contextlib import closing
 from functools import partial
@@ -34,21 +39,6 @@ import utils
 from checkpoints import files
 from checkpoints.loading import load_backbone
 from config import arguments
-from config.arguments import add_token_flag
-from config.ranges import (
-    ABOVE_ZERO,
-    BATCH,
-    BELOW_ONE,
-    COUNT,
-    EPOCHS,
-    FACTOR,
-    SEED,
-    SHARE,
-    WARMUP,
-    WORKERS,
-    integer,
-    number,
-)
 from data.datasets import Transform
 from data.layouts.image_list import list_digest
 from data.transforms import augment
@@ -71,63 +61,6 @@ from training import checkpointing, setup, stopping
 from training.engine import steps_per_epoch
 from training.run_log import EpochMeter, RunLog
 from utils import UsageError, logger
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = arguments.Parser("eval_finetune.py", description="supervised fine-tuning of a backbone")
-    add = parser.add_argument
-    switch = partial(arguments.add_switch, parser)
-    arguments.add_network_flags(parser)
-    arguments.add_weights_flags(parser)
-    add(
-        "--drop_path", type=SHARE, default=None, help="stochastic depth, MODEL.SPEC.DROP_PATH_RATE; default: the yaml's"
-    )
-    add_token_flag(parser)
-    add(
-        "--finetune_head_layer",
-        type=integer(0, 1000),
-        default=0,
-        help="hidden layers of the checkpoint's projection head that are kept",
-    )
-    add("--init_scale", type=FACTOR, default=1.0, help="factor on the first weights of the linear layer")
-    arguments.add_list_flag(parser)
-    switch("--grad_checkpointing", "recompute blocks in the backward: less memory, more time")
-    add("--epochs", type=EPOCHS, default=100, help="passes over the training images")
-    add("--warmup_epochs", type=WARMUP, default=5, help="epochs of the learning rate's warm-up")
-    add("--batch_size_per_gpu", type=BATCH, default=64, help="images per process and batch")
-    add("--accum_iter", type=BATCH, default=1, help="batches that count as one")
-    add("--lr", type=FACTOR, default=5e-4, help="of the head for 256 images a step, scaled with them")
-    add("--min_lr", type=FACTOR, default=1e-6, help="at the end, not scaled")
-    add(
-        "--layer_decay",
-        type=ABOVE_ZERO,
-        default=0.75,
-        help="factor of the rate from a block to the one before it; 1: none",
-    )
-    add("--weight_decay", type=FACTOR, default=0.05, help="of all but biases, norms and positions")
-    add("--clip_grad", type=number(0, 1e30), default=5.0, help="largest norm of all gradients together; 0: no clipping")
-    add("--mixup", type=FACTOR, default=0.8, help="alpha of mixup; 0: none")
-    add("--cutmix", type=FACTOR, default=1.0, help="alpha of cutmix; 0: none")
-    add("--smoothing", type=BELOW_ONE, default=0.1, help="of the labels")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of timm; empty: color jitter instead")
-    add("--color_jitter", type=number(0, 2), default=0.4, help="where there is no --aa")
-    add("--reprob", type=SHARE, default=0.25, help="probability of random erasing")
-    switch("--model_ema", "validate an average of the weights too")
-    add("--model_ema_decay", type=BELOW_ONE, default=0.9999, help="of that average; lower at the start")
-    arguments.add_crop_flags(parser)
-    add("--val_interpolation", choices=("bicubic", "bilinear"), default="bicubic", help="resize of validation images")
-    add("--precision", choices=utils.PRECISIONS, default="auto", help="of the network; losses are always float32")
-    add("--val_freq", type=COUNT, default=1, help="epochs between two validations; the last epoch always has one")
-    add("--log_freq", type=COUNT, default=10, help="steps between two lines")
-    add("--seed", type=SEED, default=0, help="of the head, order and views, and of random weights")
-    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
-    add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    arguments.add_layout_flags(parser)
-    add("--output_dir", default=".", help="folder for checkpoint.pth, best.pth, log.txt and results.json")
-    arguments.add_launch_flags(parser)
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -294,7 +227,7 @@ def train(
             meter = EpochMeter(epoch, recipe.steps, images_per_step=batch)
             done = position.steps if epoch == position.epoch else 0
             if done:
-                meter.go_on_from(position.meter, done)
+                meter.resume(position.meter, done)
             ending.save_within = partial(save_within, meter)
             tuner.train_epoch(train_loader, epoch, meter, log, tally, ending, done)
             accuracies: dict[str, Accuracy] = {}
@@ -383,10 +316,10 @@ def fine_tune(args: argparse.Namespace, device: torch.device) -> None:
 def main(args: argparse.Namespace) -> None:
     """Fine-tune a network, and report its accuracy."""
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     with checkpointing.training_run(Path(args.output_dir) / checkpointing.CHECKPOINT):
         fine_tune(args, device)
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

@@ -16,9 +16,15 @@ Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et a
 
 from __future__ import annotations
 
+from config.arguments.eval_knn import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +37,6 @@ import utils
 from checkpoints import files
 from checkpoints.loading import load_tensor, save_file
 from config import arguments
-from config.arguments import add_token_flag, bool_flag
-from config.ranges import BATCH, COUNT, SEED, TEMPERATURE, WORKERS
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation.features import (
@@ -44,45 +48,11 @@ from evaluation.features import (
     labeled_datasets,
     network_config,
 )
-from evaluation.knn import BACKENDS, KnnScore, Split, check_faiss, knn_scores
+from evaluation.knn import KnnScore, Split, check_faiss, knn_scores
 from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
 from utils import UsageError
 
 FILES = {"features": "{}feat.pth", "labels": "{}labels.pth"}  # of --dump_features, with `train` or `test`, as published
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: names and defaults of the published script, and this project's additions."""
-    parser = arguments.Parser("eval_knn.py", description="k-NN on frozen features")
-    add = parser.add_argument
-    arguments.add_network_flags(parser)
-    add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process")
-    add(
-        "--nb_knn",
-        type=COUNT,
-        nargs="+",
-        default=[10, 20, 100, 200],
-        help="numbers of neighbors; 20 usually works best",
-    )
-    add("--temperature", type=TEMPERATURE, default=0.07, help="of the vote's weights")
-    arguments.add_weights_flags(parser)
-    add_token_flag(parser)
-    add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU, if there is one")
-    arguments.add_switch(parser, "--half", "store and compare features in float16")
-    add("--backend", default="torch", choices=BACKENDS, help="of the search; faiss has to be installed")
-    arguments.add_switch(parser, "--leave_one_out", "one labeled set: each image is judged by all others")
-    add("--dump_features", default=None, help="folder without such files, to save features and labels to")
-    add("--load_features", default=None, help="folder of saved features; nothing is extracted then")
-    arguments.add_crop_flags(parser)
-    arguments.add_switch(parser, "--baselines", "score simple features too")
-    add("--output_dir", default=None, help="folder for results.json")
-    add("--seed", type=SEED, default=0, help="of random weights")
-    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
-    add("--data_path", default="", help="folder with train/<class>/ and val/<class>/, or see --leave_one_out")
-    arguments.add_layout_flags(parser)
-    arguments.add_launch_flags(parser)
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -245,7 +215,7 @@ def report(scores: dict[str, list[KnnScore]], found: FeatureSets, args: argparse
 def main(args: argparse.Namespace) -> None:
     """Extract or load features, classify, report."""
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     with collectives.failing_together():
         check_args(args)
         if args.output_dir:
@@ -277,4 +247,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

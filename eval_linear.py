@@ -19,6 +19,12 @@ Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 
 
 from __future__ import annotations
 
+from config.arguments.eval_linear import DEFAULT_LABELS, Inferred
+from config.arguments.eval_linear import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 from collections.abc import Sequence
 from contextlib import closing
@@ -33,8 +39,6 @@ import data
 import utils
 from checkpoints import files
 from config import arguments
-from config.arguments import add_token_flag
-from config.ranges import BATCH, BLOCKS, COUNT, EPOCHS, SEED, WORKERS, integer, number
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation import linear
@@ -61,12 +65,6 @@ from models import Backbone
 from training import checkpointing, setup, stopping
 from utils import UsageError, logger
 
-
-class Inferred(int):
-    """A default that is replaced by the number of classes of the data; an equal number on the command line is not."""
-
-
-DEFAULT_LABELS = Inferred(1000)
 TRAIN_VIEWS = {"standard": augment.train_view, "strong": augment.strong_view}
 ROW_NAMES = {  # of result files, by the names in checkpoints
     "best_acc1": "top1",
@@ -75,56 +73,6 @@ ROW_NAMES = {  # of result files, by the names in checkpoints
     "last_acc1": "last_top1",
     "last_acc5": "last_top5",
 }
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: names and defaults of the published script, and this project's additions."""
-    parser = arguments.Parser("eval_linear.py", description="linear classifiers on frozen features")
-    add = parser.add_argument
-    switch = partial(arguments.add_switch, parser)
-    arguments.add_network_flags(parser)
-    arguments.add_weights_flags(parser)
-    add_token_flag(parser)
-    add(
-        "--n_last_blocks", type=BLOCKS, nargs="+", default=[4], help="blocks whose tokens are the features, one or more"
-    )
-    switch(
-        "--avgpool_patchtokens", "append the mean region of the last block; nothing for networks without class tokens"
-    )
-    add("--train_aug", choices=list(TRAIN_VIEWS), default="standard", help="strong: RandAugment and erasing, too")
-    add("--epochs", type=EPOCHS, default=100, help="passes over the training images")
-    add(
-        "--lr",
-        type=number(0, 1000, above_low=True),
-        nargs="+",
-        default=[0.001],
-        help="for 256 images a step, scaled with them; one or more",
-    )
-    add("--lr_min", type=number(0, 1000), default=0.0, help="learning rate at the end of the cosine, not scaled")
-    add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process and step")
-    add("--val_freq", type=COUNT, default=1, help="epochs between two validations")
-    add(
-        "--num_labels",
-        type=integer(1, 10_000_000),
-        default=DEFAULT_LABELS,
-        help="outputs; if not given: as many as the data has classes",
-    )
-    switch("--evaluate", "score a trained classifier on val; nothing is trained or written")
-    add("--linear_weights", default="", help="file of --evaluate; default: checkpoint.pth.tar in --output_dir")
-    words = "how its inputs lie with --avgpool_patchtokens: token, then mean region (esvit), or alternating (dino)"
-    add("--linear_order", choices=("esvit", "dino"), default="esvit", help=words)
-    switch("--cache_features", "another protocol: train on features of center crops, computed once; takes minutes")
-    add("--precision", choices=utils.PRECISIONS, default="fp32", help="of the network; classifiers are always float32")
-    arguments.add_crop_flags(parser)
-    add("--seed", type=SEED, default=0, help="of classifiers, order and crops, and of random weights")
-    add("--log_freq", type=COUNT, default=20, help="steps between two lines")
-    add("--output_dir", default=".", help="folder for checkpoint.pth.tar, log.txt and results.json")
-    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
-    add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    arguments.add_layout_flags(parser)
-    arguments.add_launch_flags(parser)
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -336,7 +284,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
 def main(args: argparse.Namespace) -> None:
     """Train linear classifiers, or evaluate a trained one."""
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     with checkpointing.training_run(checkpoint_path(args)):
         with collectives.failing_together():
             check_args(args)
@@ -347,4 +295,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

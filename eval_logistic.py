@@ -17,8 +17,15 @@ Origin: the protocol of UDI (Su and Ji, ECCV 2024) after Mugs (Zhou et al., 2022
 
 from __future__ import annotations
 
+from config.arguments.eval_logistic import POOLED
+from config.arguments.eval_logistic import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +39,6 @@ import data
 import utils
 from checkpoints import files
 from config import arguments
-from config.arguments import add_token_flag, bool_flag
-from config.ranges import BATCH, BLOCKS, EPOCHS, SEED, WORKERS, number
 from data.layouts.image_list import list_digest
 from data.transforms import augment
 from distributed import collectives, launch
@@ -52,7 +57,6 @@ from models import Backbone
 from utils import UsageError, logger
 
 TOLERANCE = 1e-5  # largest entry of the gradient at the end
-POOLED = ("view feature", "mean of the regions", "view feature and mean of the regions")  # by --avgpool_patchtokens
 
 
 class Score(NamedTuple):
@@ -63,43 +67,6 @@ class Score(NamedTuple):
     top5: float
     iterations: int
     converged: bool
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: published names where there are any, and this project's additions."""
-    parser = arguments.Parser("eval_logistic.py", description="logistic regression on frozen features")
-    add = parser.add_argument
-    arguments.add_network_flags(parser)
-    arguments.add_weights_flags(parser)
-    add_token_flag(parser)
-    add("--n_last_blocks", type=BLOCKS, default=1, help="blocks whose tokens are the features")
-    add(
-        "--avgpool_patchtokens",
-        type=int,
-        choices=range(len(POOLED)),
-        default=0,
-        help="0: token, 1: mean region, 2: both",
-    )
-    add(
-        "--lr_lambd",
-        type=number(1e-12, 1e12),
-        nargs="+",
-        default=[0.01, 0.1, 1.0],
-        help="weights of the penalty, one or more",
-    )
-    add("--adjust_lambd", type=bool_flag, default=True, help="divide them by the number of training images")
-    add("--epochs", type=EPOCHS, default=1000, help="most iterations of the solver")
-    arguments.add_list_flag(parser)
-    add("--batch_size_per_gpu", type=BATCH, default=128, help="images per process")
-    arguments.add_crop_flags(parser)
-    add("--output_dir", default=None, help="folder for results.json")
-    add("--seed", type=SEED, default=0, help="of random weights")
-    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
-    add("--data_path", default="", help="folder with train/<class>/ and val/<class>/")
-    arguments.add_layout_flags(parser)
-    arguments.add_launch_flags(parser)
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    return parser
 
 
 def feature_function(backbone: Backbone, n_last_blocks: int, pooled: int) -> FeatureFunction:
@@ -168,7 +135,7 @@ def fit(args: argparse.Namespace, train: LabeledFeatures, val: LabeledFeatures, 
 def main(args: argparse.Namespace) -> None:
     """Extract features, fit, report."""
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     with collectives.failing_together():
         arguments.check_weights(args)
         if args.output_dir:
@@ -206,4 +173,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

@@ -17,6 +17,11 @@ Origin: the protocol of DINO (Caron et al., ICCV 2021) on DAVIS (Pont-Tuset et a
 
 from __future__ import annotations
 
+from config.arguments.eval_video import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import io
 import os
@@ -39,7 +44,6 @@ from analysis.images import Scale, scale_of
 from analysis.propagation import PropagationConfig, propagate, to_pixels, to_regions
 from checkpoints import files
 from config import arguments
-from config.ranges import COUNT, PIXELS, SEED, TEMPERATURE, integer
 from data.datasets import format_error
 from data.decode import ImageLike, UndeclaredRange, open_image, read_image
 from data.layouts.folder_scan import is_image_file
@@ -53,33 +57,6 @@ from utils import UsageError, logger
 
 LONGER_SIDE_STEP = 64  # pixels
 INDEXED = ("P", "L")  # modes of images with labels as values
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: names and defaults of DINO's script where it has them."""
-    parser = arguments.Parser("eval_video.py", description="follow the objects of a video's first frame")
-    add = parser.add_argument
-    arguments.add_network_flags(parser)
-    arguments.add_weights_flags(parser)
-    add("--frames", required=True, help="folder with the images of one video")
-    add("--first_mask", required=True, help="indexed PNG with the objects of the first image")
-    add("--output_dir", required=True, help="folder for an indexed PNG of each image; none of them may be there yet")
-    add("--image_size", type=PIXELS, default=480, help="shorter side in pixels")
-    rule = PropagationConfig()
-    add(
-        "--n_last_frames",
-        type=integer(0),
-        default=rule.last_frames,
-        help="frames that give labels, beside the first one",
-    )
-    add("--size_mask_neighborhood", type=integer(0), default=rule.radius, help="how many regions away; 0: any number")
-    add("--topk", type=COUNT, default=rule.top, help="regions that give a region its label")
-    add("--temperature", type=TEMPERATURE, default=rule.temperature, help="of their weights, exp(cosine / temperature)")
-    add("--seed", type=SEED, default=0, help="of random weights")
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    parser.set_defaults(token="cls")  # regions are no class tokens
-    return parser
 
 
 # --------------------------------------------------------------------------- the video
@@ -254,7 +231,7 @@ def write_masks(masks: Iterator[Image.Image], paths: Sequence[Path], output_dir:
 
 def main(args: argparse.Namespace) -> None:
     """Read the video, load the network, propagate and write the masks."""
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     device = utils.resolve_device(args.device)
     arguments.check_weights(args)
     config = network_config(args)
@@ -270,4 +247,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

@@ -23,11 +23,18 @@ Origin: this project's own.
 
 from __future__ import annotations
 
+from config.arguments.export import CLASS_TOKENS
+from config.arguments.export import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import importlib.util
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -38,33 +45,11 @@ from yacs.config import CfgNode
 
 from checkpoints import files
 from checkpoints.loading import load_backbone, write_file
-from config import arguments
-from distributed import collectives, launch
+from distributed import launch
 from evaluation.features import network_config
 from models import Backbone, build_model
 from models.base import HEADS
-from utils import UsageError, logger
-
-CLASS_TOKENS = {"all": None, "first": 1, "none": 0}
-FORMATS = ("backbone", "safetensors", "timm", "detectron2", "mmdet", "onnx")
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = arguments.Parser("export.py", description="Export a backbone, on the CPU: there is no --device")
-    add = parser.add_argument
-    arguments.add_network_flags(parser)
-    arguments.add_weights_flags(parser, required=True)
-    add("--format", required=True, choices=FORMATS, help="what to write")
-    add(
-        "--class_tokens",
-        choices=list(CLASS_TOKENS),
-        default="all",
-        help="which of them to keep; see the top of export.py",
-    )
-    add("--output", type=Path, required=True, help="file to write; it must not exist yet")
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    return parser
+from utils import UsageError, logger, setup_logging
 
 
 def main(args: argparse.Namespace) -> None:
@@ -73,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError: an output that exists, has no folder or another ending than the format, or a network that does not fit.
     """
-    collectives.setup_logging()
+    setup_logging()
     if os.path.lexists(args.output):
         raise UsageError(f"--output {args.output} exists already and is not overwritten; name another file")
     if not os.path.isdir(args.output.parent):
@@ -193,4 +178,4 @@ def write_onnx(backbone: Backbone, output: Path, image_size: tuple[int, ...], in
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

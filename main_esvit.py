@@ -11,9 +11,15 @@ Origin: EsViT (Li et al., ICLR 2022) and DINO (Caron et al., ICCV 2021); flags a
 
 from __future__ import annotations
 
+from config.arguments.main_esvit import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +30,6 @@ import data
 import utils
 from checkpoints import loading
 from config import arguments
-from config.arguments import bool_flag
-from config.ranges import BELOW_ONE, FACTOR, SHARE, integer
 from data.transforms import augment
 from data.transforms.crops import split_views
 from data.transforms.mixup import ViewMixup
@@ -38,46 +42,6 @@ from models import Backbone, build_model, load_arch_config
 from training import checkpointing, collapse, engine, setup
 from training.step import Method
 from utils import UsageError, logger
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: names and defaults of the published script, and this project's additions."""
-    parser = arguments.Parser("main_esvit.py", description="EsViT pre-training")
-    add = parser.add_argument
-    arguments.add_student_teacher_flags(parser)
-    add("--use_dense_prediction", type=bool_flag, default=False, help="add the region-matching task")
-    words = "stochastic depth of the student; default: the yaml's"
-    add("--drop_path", "--drop_path_rate", type=SHARE, default=None, help=words)
-    arguments.add_optimization_flags(parser)
-
-    arguments.add_view_flags(parser)
-    add("--aug-opt", dest="aug_opt", default="dino_aug", choices=("dino_aug", "deit_aug"), help="augmentation policy")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy of deit_aug")
-    add("--train-interpolation", dest="train_interpolation", default="bicubic", help="of deit_aug")
-    add("--reprob", type=SHARE, default=0.25, help="probability of random erasing in deit_aug")
-    add("--remode", default="pixel", help="what random erasing fills with")
-    add("--recount", type=integer(1, 1000), default=1, help="erased patches")
-    add("--resplit", action="store_true", help="no erasing in the first global view")
-
-    add("--use_mixup", type=bool_flag, default=False, help="mix the student's images and their targets")
-    add("--num_mixup_views", type=integer(0), default=10, help="views that are mixed, from the first")
-    add("--mixup", type=FACTOR, default=0.8, help="alpha, 0 for none")
-    add("--cutmix", type=FACTOR, default=1.0, help="alpha, 0 for none")
-    add(
-        "--cutmix-minmax",
-        action=arguments.Ascending,
-        dest="cutmix_minmax",
-        type=SHARE,
-        nargs=2,
-        default=None,
-        help="side of the cut, instead of alpha",
-    )
-    add("--mixup-prob", dest="mixup_prob", type=SHARE, default=1.0, help="of mixing a batch at all")
-    add("--mixup-switch-prob", dest="mixup_switch_prob", type=SHARE, default=0.5, help="of cutmix, where both are on")
-    add("--mixup-mode", dest="mixup_mode", default="batch", help="batch, pair or elem")
-    add("--smoothing", type=BELOW_ONE, default=0.0, help="label smoothing of the mixed targets")
-    arguments.add_run_flags(parser)
-    return parser
 
 
 class EsViT(Method):
@@ -115,7 +79,7 @@ class EsViT(Method):
 def main(args: argparse.Namespace) -> None:
     """Pre-train, or resume the run in --output_dir."""
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     output_dir = Path(args.output_dir)
     with checkpointing.training_run(output_dir / checkpointing.CHECKPOINT):
         args.precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
@@ -260,4 +224,4 @@ def check_cut(args: argparse.Namespace, crops: augment.Crops) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

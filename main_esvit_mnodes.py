@@ -10,41 +10,26 @@ Origin: names and meaning of the flags are those of microsoft/esvit.
 
 from __future__ import annotations
 
+from config.arguments.main_esvit_mnodes import add_node_flags
+from config.arguments.main_esvit_mnodes import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    get_args_parser().parse_command_line()
+
 import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.distributed import run as torchrun
 
-import main_esvit
-from config.ranges import integer
 from distributed import launch
 from utils import UsageError
 
 SCRIPT = Path(__file__).with_name("main_esvit.py")
-
-
-def add_node_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that are not main_esvit.py's."""
-    parser.add_argument("--num_nodes", type=integer(1, 100_000), default=1, help="machines")
-    parser.add_argument("--num_gpus_per_node", type=integer(1, 1024), default=8, help="processes on each, one a GPU")
-    parser.add_argument(
-        "--node_rank",
-        type=integer(0, 99_999),
-        default=None,
-        help="of this machine, from 0; default: mpirun's OMPI_COMM_WORLD_RANK",
-    )
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The whole command line, as it is checked and explained."""
-    parser = main_esvit.get_args_parser()
-    parser.prog, parser.description = Path(__file__).name, "EsViT pre-training on several nodes"
-    add_node_flags(parser)
-    return parser
 
 
 def torchrun_arguments(argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
@@ -117,4 +102,4 @@ def main(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(sys.argv[1:]))
+    launch.run_script(partial(main, sys.argv[1:]))

@@ -12,9 +12,15 @@ Origin: UDI (Su and Ji, ECCV 2024); flags and defaults are those of ISL-CV/udi, 
 
 from __future__ import annotations
 
+from config.arguments.main_udi import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,15 +30,8 @@ from yacs.config import CfgNode
 import data
 import utils
 from config import arguments
-from config.arguments import bool_flag
-from config.ranges import FACTOR, SHARE, TEMPERATURE, integer
 from config.schema import SPECS
-from data.transforms import geometry
-from data.transforms.recipe import FLIP
 from data.transforms.udi_views import (
-    DRAWINGS,
-    PAIR_MODES,
-    REFERENCES,
     Correspondence,
     Sampling,
     split_correspondence,
@@ -41,7 +40,7 @@ from data.transforms.udi_views import (
 from distributed import collectives, launch
 from evaluation import knn_callback
 from losses.distillation import TEACHER_VIEWS
-from losses.udi import LEVELS, TARGET_MIXES, StudentLevels, TeacherLevels, UDILoss
+from losses.udi import StudentLevels, TeacherLevels, UDILoss
 from models import Backbone, build_model, load_arch_config
 from models.outputs import LevelOutput
 from models.registry import config_name
@@ -50,69 +49,6 @@ from ops.logits import changed, split_rows
 from training import checkpointing, engine, setup
 from training.step import Method
 from utils import UsageError, logger
-
-# What the published script does by itself where others do something else.
-PUBLISHED = {
-    "arch": "vit_small", "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30,
-    "weight_decay_end": 0.1, "batch_size_per_gpu": 128, "epochs": 300, "min_lr": 1e-5, "saveckp_freq": 20,
-    "global_crops_scale": (0.25, 1.0), "local_crops_number": (6,), "local_crops_scale": (0.05, 0.25),
-}  # fmt: skip
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: names and defaults of the published script, and this project's additions."""
-    parser = arguments.Parser("main_udi.py", description="UDI pre-training")
-    add = parser.add_argument
-    arguments.add_student_teacher_flags(parser)
-    add(
-        "--number_cls_token",
-        type=int,
-        default=2,
-        choices=(1, 2),
-        help="class tokens that learn: 2 is UDI, 1 leaves the second out, as networks without any need it (Swin, CvT, ViL, ResNet)",
-    )
-    add("--include_patch", type=bool_flag, default=True, help="learn sampled patches; off needs --number_cls_token 1")
-    add("--drop_path_rate", "--drop_path", type=SHARE, default=0.1, help="stochastic depth of the student")
-    add(
-        "--srs_heads",
-        type=integer(0, 1024),
-        default=0,
-        help="heads of the pooling at samples; 0: as the backbone's (added)",
-    )
-    add("--shared_head", type=bool_flag, default=True, help="one head for all levels; off: one each (added)")
-
-    words = (
-        "0..1: what the second class token learns is this share of the teacher's patches, the rest is its class token"
-    )
-    add("--alpha", type=SHARE, default=0.5, help=f"{words}; raise it if training is unstable")
-    add(
-        "--target_mix",
-        default="logits",
-        choices=TARGET_MIXES,
-        help="what of patches and class token is blended by --alpha; logits: the published code, probs: the paper (added)",
-    )
-    add("--local_patch", type=bool_flag, default=False, help="learn patches of local views too (added)")
-    add("--level_weights", type=FACTOR, nargs=3, default=(1.0, 1.0, 1.0), help=f"of {', '.join(LEVELS)} (added)")
-    add("--student_temp", type=TEMPERATURE, default=0.1, help="temperature of the student (added)")
-    add("--center_momentum", type=SHARE, default=0.9, help="EMA momentum of the centers (added)")
-    arguments.add_optimization_flags(parser)
-
-    arguments.add_view_flags(parser)
-    add("--flip_prob", type=SHARE, default=FLIP, help="probability of the horizontal flip of a view (added)")
-    add("--global_pair_mode", default="overlap", choices=PAIR_MODES, help="second global view; nested: paper (added)")
-    add("--local_reference", default="intersection", choices=REFERENCES, help="what local views overlap (added)")
-    add(
-        "--global_sampling_window_size",
-        type=integer(1, 1024),
-        default=3,
-        help="tokens on a side, one of which is sampled",
-    )
-    add("--local_sampling_window_size", type=integer(1, 1024), default=2, help="the same in local views")
-    add("--srs_align", default="corners", choices=geometry.ALIGNMENTS, help="where in its cell a token stands (added)")
-    add("--srs_drawing", default="image", choices=DRAWINGS, help="once for views of a size, for each, or never (added)")
-    arguments.add_run_flags(parser)
-    parser.set_defaults(**PUBLISHED)
-    return parser
 
 
 class UDI(Method):
@@ -172,7 +108,7 @@ class UDI(Method):
 def main(args: argparse.Namespace) -> None:
     """Pre-train, or resume the run in --output_dir."""
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     output_dir = Path(args.output_dir)
     with checkpointing.training_run(output_dir / checkpointing.CHECKPOINT):
         args.precision = utils.resolve_precision(args.precision if args.use_fp16 else "fp32", device)
@@ -388,4 +324,4 @@ def _of_locals(rows: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

@@ -14,9 +14,16 @@ Origin: the pictures and measures of EsViT (Li et al., ICLR 2022) and DINO (Caro
 
 from __future__ import annotations
 
+from config.arguments.run_analysis import LEARNING
+from config.arguments.run_analysis import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,68 +33,15 @@ from torch import Tensor
 import utils
 from analysis import attention, measures, pictures, plots
 from analysis import report as pages
-from analysis.context import LEARNING, AnalysisContext, build_context
+from analysis.context import AnalysisContext, build_context
 from analysis.images import Picture, Views, plain_view, random_views, save_views, saved_views
 from analysis.output import save_image, save_json, write_new
 from checkpoints import files
 from checkpoints.files import unused
 from config import arguments
-from config.arguments import add_token_flag
-from config.ranges import ABOVE_ZERO, BATCH, COUNT, MANY, PIXELS, SEED, WORKERS, integer, number
 from distributed import collectives, launch
 from evaluation.results import Results, describe_network, save_results
 from utils import UsageError
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line: names and defaults of the published script, and this project's additions."""
-    parser = arguments.Parser(
-        "run_analysis.py", description="attention, correspondences and features of a frozen network"
-    )
-    add = parser.add_argument
-    arguments.add_network_flags(parser)
-    parser.set_defaults(patch_size=8)
-    tasks = parser.add_argument_group("what to do, at least one of")
-    for flag, words in {
-        "vis_attention": "where a query looks, head by head",
-        "vis_correspondence": "the most similar regions of two views, or of two images",
-        "measure_correspondence": "how often regions find their place in the flipped image, over a folder",
-        "measure_stereo": "how well regions find their place in the other picture of a stereo pair",
-        "vis_entropy": "mean entropy of each head's attention, over a folder",
-        "vis_features": "principal components of the region features as colors",
-        "report": "one HTML page with the run's curves, scores and pictures",
-    }.items():
-        arguments.add_switch(tasks, f"--{flag}", words)
-    arguments.add_weights_flags(parser)
-    add_token_flag(parser)
-    add("--learning", default="ssl", choices=list(LEARNING), help="how the network was trained, as file names tell it")
-    add("--image_path", default=None, help="image, or folder of images of which some are taken; default: --data_path")
-    add("--image_path2", default=None, help="second image for --vis_correspondence; default: two views of the first")
-    add("--num_images", type=COUNT, default=4, help="how many images of a folder are looked at")
-    add("--image_size", type=PIXELS, default=None, help="shorter side in pixels; default: that of MODEL.IMAGE_SIZE")
-    add("--query", type=number(0, MANY), nargs=2, metavar=("X", "Y"), default=None,
-        help="pixel of the image whose region looks; default: the class token where there is one, else the center")  # fmt: skip
-    add(
-        "--block",
-        type=integer(-1000, 1000),
-        default=-1,
-        help="block to look at, counted from the first (0) or from the last (-1)",
-    )
-    add("--threshold", type=ABOVE_ZERO, default=0.6, help="share of the attention that masks keep")
-    arguments.add_switch(
-        parser, "--use_saved_aug", "take the views that an earlier --vis_correspondence saved in --output_dir"
-    )
-    add("--output_dir", default=".", help="folder for pictures and figures")
-    add("--run_dir", default=None, help="folder of the training run for --report; default: --output_dir")
-    add("--seed", type=SEED, default=8, help="of views, and of random weights")
-    add("--batch_size_per_gpu", type=BATCH, default=32, help="images per process")
-    add("--num_workers", type=WORKERS, default=10, help="loader processes, at most one a core")
-    add("--data_path", default="", help="folder of images for what is measured over many")
-    arguments.add_layout_flags(parser)
-    arguments.add_launch_flags(parser)
-    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    return parser
-
 
 # --------------------------------------------------------------------------- pictures of single images
 
@@ -321,7 +275,7 @@ def run_tasks(tasks: Mapping[str, Task], context: AnalysisContext) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     """Run the tasks that the flags name."""
     device = launch.init_processes(args)
-    collectives.setup_logging()
+    utils.setup_logging(collectives.is_main_process())
     with collectives.failing_together():
         check_args(args)
         context = build_context(args, device)
@@ -333,4 +287,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

@@ -1,22 +1,24 @@
-"""Processes and devices, precision, seeding, logging: nothing about models, images or files.
+"""Errors, logging, devices, precision and seeding.
 
-Every helper for several processes falls through when there is only one, so callers never ask.
-Origin: the launch conventions are those of torchrun, SLURM and MPI; the division of labour follows DINO's utils.py.
+This module imports torch where a function needs it, so that command lines are parsed without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import logging
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("esvit")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -24,40 +26,65 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
 
 class UsageError(ValueError):
-    """A mistake of the person who started the program, told in one sentence that names the remedy."""
+    """A mistake in arguments, configs or files, reported as one line that names the remedy."""
 
 
 class Stopped(BaseException):
-    """The end that somebody asked a run for, told in one sentence; no error, and nothing that an `except Exception` should see.
+    """A stop that was asked for, by a signal or Ctrl-C; not an error, so `except Exception` does not catch it.
 
-    `code` is the exit code: 0 where nothing is lost and it was a scheduler who asked.
+    Args:
+        message: shown to the user.
+        code: exit code; 0 if nothing is lost and a scheduler asked for the stop.
     """
 
-    def __init__(self, sentence: str = "", code: int = 0) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str = "", code: int = 0) -> None:
+        super().__init__(message)
         self.code = code
 
 
 def lack_of_memory(error: Exception) -> UsageError | None:
-    """An error of Python, numpy or torch in words, if it says that there is not enough memory."""
-    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    """Return a `UsageError` if Python, numpy or torch ran out of memory, else None."""
+    import torch
+
+    patterns = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
     lacking = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in patterns)
     )
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     remedy = "lower the batch size, the crops or the network's sizes, or use more processes"
     return UsageError(f"not enough memory ({reason}); {remedy}") if lacking else None
 
 
+# --------------------------------------------------------------------------- logging
+
+
+def setup_logging(is_main_process: bool = True) -> None:
+    """Log to stderr, at INFO in the main process and at ERROR in others."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: file names need not be UTF-8
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """Return "1 image", "2 images", ...; `several` is the plural where it is not formed with s."""
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
 # --------------------------------------------------------------------------- devices and precision
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device for `name`; `auto` prefers CUDA, then MPS, then the CPU.
+    """Return the device for `name`; `auto` prefers CUDA, then MPS, then the CPU.
 
     Raises:
-        UsageError: the device is unknown or not present on this machine.
+        UsageError: the device is unknown or not available on this machine.
     """
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -75,21 +102,23 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = local_rank if device.index is None else device.index
         if index >= count:
-            here = counted(count, "CUDA device is", "CUDA devices are")
-            raise UsageError(f"device '{name}' (index {index}) is not here, {here}; try --device cpu")
+            available = counted(count, "CUDA device is", "CUDA devices are")
+            raise UsageError(f"device '{name}' (index {index}) is not available, {available}; try --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("device 'mps' is not here; try --device auto")
+        raise UsageError("device 'mps' is not available; try --device auto")
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """The precision that `auto` stands for: bf16 where the device computes in it, fp16 on older GPUs, else fp32.
+    """Return the precision for `name`; `auto` is bf16 where the device computes in it, fp16 on older GPUs, else fp32.
 
     Raises:
         UsageError: an unknown name, or fp16 without a CUDA device (its gradient scaling needs one).
     """
+    import torch
+
     if name not in PRECISIONS:
         raise UsageError(f"unknown precision '{name}'; choose one of {', '.join(PRECISIONS)}")
     if name == "fp16" and device.type != "cuda":
@@ -103,21 +132,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
-def keep_freed_memory() -> None:
-    """Let memory that tensors on a CPU leave be used by the next ones, where the C library is glibc.
-
-    By default it gives large blocks back at once and takes new ones for the next tensor, whose every page the system then clears.
-    In a step, where tensors of many megabytes live for a moment, that takes longer than what is computed on them. It settles within
-    a few steps; what the process holds stays what it held at its peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def _cpu_multiplies_bf16() -> bool:
-    """Whether the processor has matrix instructions for bf16 (AMX); emulation would be slower than fp32."""
+    """Check for matrix instructions in bf16 (AMX); emulation would be slower than fp32."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -125,15 +141,31 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context of a resolved precision; fp32 gives one that does nothing."""
+    """Return the autocast context of a resolved precision; a null context for fp32."""
+    import torch
+
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
+def keep_freed_memory() -> None:
+    """Keep glibc from returning freed memory to the system between steps.
+
+    By default it returns large blocks at once, and the kernel clears every page of the next one: for the short-lived tensors of a
+    training step on a CPU that takes longer than the computation. The process stays at its peak memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB so far: allocated on a GPU, else the resident set of this process."""
+    """Return the peak memory so far in MiB: allocated on a GPU, else the resident set of this process."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # not on Windows
 
@@ -145,14 +177,18 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators."""
+    """Seed the generators of Python, numpy and torch."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def get_rng_state() -> dict[str, Any]:
-    """The state of all generators of this process, made of tensors and plain values so that it loads safely."""
+    """Return the state of all generators as tensors and plain values, which `torch.load` reads with weights_only."""
+    import torch
+
     _, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -168,6 +204,8 @@ def get_rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore what `get_rng_state` returned."""
+    import torch
+
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]
@@ -181,11 +219,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def isolated_rng(*entropy: int) -> Iterator[None]:
-    """Inside the block all generators are seeded by `entropy`; afterwards they are as they were.
+    """Seed all generators by `entropy` inside the block, and restore them afterwards.
 
-    What a sample looks like then depends on (seed, epoch, index) alone: not on the number of workers, of processes,
-    nor on what was drawn before.
+    A sample drawn inside depends on (seed, epoch, index) alone, not on the number of workers or processes.
     """
+    import torch
+
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         sequence = np.random.SeedSequence([number % 2**64 for number in entropy])
@@ -198,11 +237,3 @@ def isolated_rng(*entropy: int) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
-
-
-# --------------------------------------------------------------------------- words
-
-
-def counted(count: int, one: str, several: str = "") -> str:
-    """A count with its noun, whose plural has an s unless it is given."""
-    return f"{count} {one if count == 1 else several or one + 's'}"

@@ -13,11 +13,10 @@ import data
 from analysis import attention
 from analysis.images import Scale, Selection, load_pictures, scale_of
 from checkpoints import files
+from config.arguments.run_analysis import LEARNING
 from data.transforms import augment
 from evaluation.features import frozen_backbone, network_config
 from models import Backbone
-
-LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # --learning in file names
 
 
 class AnalysisContext(NamedTuple):

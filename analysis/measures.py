@@ -15,7 +15,7 @@ from data.transforms import augment
 from data.transforms.augment import MultiCrop
 from distributed import collectives
 from evaluation.features import frozen_backbone, readable_batches
-from training.run_log import one_pass
+from training.run_log import tracked
 from utils import UsageError
 
 
@@ -38,7 +38,7 @@ def sum_over_folder(
     pin_memory = context.device.type == "cuda"
     loader = data.build_eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, pin_memory)
     total: Tensor | None = None
-    with one_pass(loader, label) as batches:
+    with tracked(loader, label) as batches:
         for batch in readable_batches(batches, data.FailureTally(len(dataset)), context.device):
             sums = measure([view.to(context.device, non_blocking=True) for view in batch.views])
             total = sums if total is None else total + sums

@@ -79,8 +79,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "resnet": {"IN_CHANS": 3},  # its name is the flag --arch
 }
 
-PATCH_SIZE = 16  # pixels, of networks whose yaml does not say; the flag --patch_size
-
 # Everything else that code reads.
 SCHEMA: dict[str, Any] = {
     "MODEL": {"NAME": "swin_transformer", "IMAGE_SIZE": [224, 224]},

@@ -13,6 +13,11 @@ classes that are integers keep their number. Existing files are never overwritte
 
 from __future__ import annotations
 
+from config.arguments.convert import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
 import argparse
 import base64
 import contextlib
@@ -24,6 +29,7 @@ import tarfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +38,6 @@ from tqdm import tqdm
 
 from checkpoints import files
 from checkpoints.files import read_text
-from config import arguments
-from config.ranges import COUNT
 from data.datasets import LAYOUTS, layout_of
 from data.decode import open_image
 from data.layouts.folder_scan import EXTENSIONS
@@ -42,8 +46,8 @@ from data.layouts.sources import UNLABELED, Files, Listing, Source, check_inside
 from data.layouts.tars import LABEL_SUFFIX, SIZES
 from data.layouts.tsv import TsvLines, parse_label_column
 from data.layouts.zips import ZipMembers
-from distributed import collectives, launch
-from utils import UsageError, counted, logger
+from distributed import launch
+from utils import UsageError, counted, logger, setup_logging
 
 SPLITS = ("train", "val")
 CLASSES = "classes.txt"
@@ -206,20 +210,9 @@ class FolderWriter(Writer):
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Return the parser of this script."""
-    parser = arguments.Parser("python -m data.convert", description="Convert images to zip, tsv or shards, and back.")
-    parser.add_argument("data_path", metavar="SOURCE", help="a --data_path of the other scripts")
-    parser.add_argument("dest", metavar="DEST", help="output folder, created if missing")
-    parser.add_argument("--to", required=True, choices=("zip", "tsv", "shards", "files"), help="layout of DEST")
-    parser.add_argument("--shard_images", type=COUNT, default=5000, help="images of a shard")
-    arguments.add_layout_flags(parser)
-    return parser
-
-
 def main(args: argparse.Namespace) -> None:
     """Convert all splits of the source."""
-    collectives.setup_logging()
+    setup_logging()
     layout = layout_of(args)
     listings = {split: list_split(args.data_path, layout, split) for split in find_splits(args.data_path, layout)}
     labels, classes = merge_classes(list(listings.values()))
@@ -388,4 +381,4 @@ def write_metadata(writers: Sequence[Writer], classes: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(get_args_parser().parse_args()))
+    launch.run_script(partial(main, ARGS))

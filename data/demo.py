@@ -8,15 +8,21 @@ so that they share no pixel. Crops are squares of random scale, resized to 64 pi
 
 from __future__ import annotations
 
+from config.arguments.demo import get_args_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
+    ARGS = get_args_parser().parse_command_line()
+
+import argparse
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from config.arguments import Parser
 from data.decode import open_image
 from distributed.launch import run_script
 from utils import UsageError
@@ -131,15 +137,12 @@ def write_demo_data(root: Path) -> None:
     record_file.write_text(complete)
 
 
-def main() -> None:
-    """Parse the command line and write the dataset."""
-    parser = Parser("data/demo.py", description="Create the demo dataset from photographs of installed packages.")
-    parser.add_argument("root", type=Path, help="output folder")
-    root = parser.parse_args().root
-    write_demo_data(root)
-    counts = {part: len(list((root / part).glob("*/*.png"))) for part in CROPS}
-    print(f"demo data in {root}: {counts['train']} training and {counts['val']} validation crops", file=sys.stderr)
+def main(args: argparse.Namespace) -> None:
+    """Write the dataset."""
+    write_demo_data(args.root)
+    counts = {part: len(list((args.root / part).glob("*/*.png"))) for part in CROPS}
+    print(f"demo data in {args.root}: {counts['train']} training and {counts['val']} validation crops", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(partial(main, ARGS))

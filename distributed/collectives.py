@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from utils import UsageError, logger
+from utils import UsageError
 
 
 @contextlib.contextmanager
@@ -105,17 +102,3 @@ def all_gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
     gathered = [torch.empty_like(padded) for _ in shapes]
     dist.all_gather(gathered, padded)
     return [part[:count] for part, (count, _, _) in zip(gathered, shapes)]
-
-
-# --------------------------------------------------------------------------- logging
-
-
-def setup_logging() -> None:
-    """The main process logs at INFO to stderr, the others only errors."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)

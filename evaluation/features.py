@@ -30,7 +30,7 @@ from data.layouts.image_list import select_listed
 from data.transforms import augment
 from distributed import collectives
 from models import Backbone, build_model, load_arch_config
-from training.run_log import one_pass
+from training.run_log import tracked
 from utils import UsageError, logger
 
 FeatureFunction = Callable[[Tensor], Tensor]
@@ -249,7 +249,7 @@ def extract_features(
     labels: list[Tensor] = []
     indices: list[Tensor] = []
     tally = data.FailureTally(len(loader.dataset))  # type: ignore[arg-type]
-    with one_pass(loader, label) as batches:
+    with tracked(loader, label) as batches:
         for batch in readable_batches(batches, tally, device):
             images = batch.views[0].to(device, non_blocking=True)
             for name, function in functions.items():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config.choices import KNN_BACKENDS
 from distributed import collectives
 from evaluation.features import LabeledFeatures
 from utils import UsageError, logger
@@ -237,8 +238,8 @@ def knn_scores(
 
 
 def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown --backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    if backend not in KNN_BACKENDS:
+        raise UsageError(f"unknown --backend '{backend}'; choose one of {', '.join(KNN_BACKENDS)}")
     if voters < 1 or not len(split.val.labels_N):
         raise UsageError("k-NN needs at least one training and one validation image, --leave_one_out two images")
     if min(ks) < 1 or not 0 < temperature < float("inf"):

@@ -342,7 +342,7 @@ def train(
         meter = EpochMeter(epoch, loader.steps, images_per_step=batch)
         done = start.steps if epoch == start.epoch else 0
         if done:
-            meter.go_on_from(start.meter, done)
+            meter.resume(start.meter, done)
         lrs = probe.lrs
         losses = train_epoch(probe, loader, epoch, meter, log, ending, partial(save_within, meter), done)
         probe.scheduler.step()

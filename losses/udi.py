@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from config.choices import LEVELS, TARGET_MIXES
 from distributed.collectives import all_reduce_sum, get_world_size
 from losses.distillation import (
     MONITORED_ROWS,
@@ -34,9 +35,7 @@ from ops.chunked_cross_entropy import Targets
 from ops.logits import FactoredLogits, Logits, changed, materialize
 from utils import UsageError
 
-TARGET_MIXES = ("logits", "probs")
 EPSILON = 1e-5  # in the mean over samples, as published: one without samples is 0
-LEVELS = ("cl", "mcl", "pch")  # class token, second token, patches: their names in the log
 
 
 class UDILoss(SelfDistillation):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from yacs.config import CfgNode
 
+from config.choices import TOKENS
 from models.interop import Converter
 from models.outputs import LevelOutput, MultiCropOutput
 from models.resize import resize_square_table
@@ -33,8 +34,6 @@ from utils import UsageError
 # What the names of tensors begin with that a method puts beside a backbone: heads, and what pools patches at samples.
 HEADS = ("head.", "head_dense.")
 BESIDE = (*HEADS, "srs.")
-# Which class tokens a view feature is made of, by the values of --token.
-TOKENS = {"cls": (0,), "cls+": (1,), "both": (0, 1)}
 
 
 class Tokens(NamedTuple):

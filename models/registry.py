@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol
 
 from yacs.config import CfgNode
 
+from config.choices import PATCH_SIZE
 from config.loading import SavedConfig, load_config
-from config.schema import PATCH_SIZE, SPECS
+from config.schema import SPECS
 from models.base import Backbone
 from utils import UsageError, logger
 

@@ -1,13 +1,17 @@
-"""The command lines: frozen names and defaults, and one sentence with exit code 2 for every mistake."""
+"""Command lines: frozen names and defaults, and one line with exit code 2 for every usage error."""
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 
 import eval_finetune
@@ -21,6 +25,8 @@ import main_esvit_mnodes
 import main_udi
 import run_analysis
 import utils
+from config.arguments.shared import existing_path
+from data import convert
 from distributed.launch import run_script as run_as_script
 from models.registry import register
 from models.swin import build_swin
@@ -146,6 +152,7 @@ NODES = {"num_nodes": 1, "num_gpus_per_node": 8, "node_rank": None}
 NEEDED: dict[Any, list[str]] = {
     export: ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"],
     eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"],
+    convert: ["source", "dest", "--to", "zip"],
 }
 
 
@@ -200,44 +207,83 @@ SCRIPTS = (
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_help_tells_every_flag(script: Any) -> None:
+def test_help_lists_every_flag(script: Any) -> None:
     parser = script.get_args_parser()
-    told = parser.format_help()
+    text = parser.format_help()
     for action in parser._actions:
-        assert all(option in told for option in action.option_strings)
-        assert action.help, f"{action.dest}: without a help its default is not told either"
-    assert "default: None" not in told
-    assert "default: )" not in told
-
-
-def test_the_help_of_udi_says_which_tokens_and_shares_are_meant() -> None:
-    told = " ".join(main_udi.get_args_parser().format_help().split())
-    for words in (
-        "class tokens that learn: 2 is UDI, 1 leaves the second out, as networks without any need it",
-        "what the second class token learns is this share of the teacher's patches, the rest is its class token",
-        "what of patches and class token is blended by --alpha",
-    ):
-        assert words in told
+        assert all(option in text for option in action.option_strings)
+        assert action.help, action.dest
+    assert "default: None" not in text
+    assert "default: )" not in text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--data_path", "/no/such/folder"], "'/no/such/folder' does not exist"),
-        (["--arch", "swim_tiny"], "unknown arch 'swim_tiny'"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate; see --help"),
-        (["--use_dense_prediction", "maybe"], "'maybe' is not a boolean"),
-    ],
-    ids=["path", "arch", "flag", "boolean"],
-)
-def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str) -> None:
-    result = run_script("main_esvit.py", *TINY_RUN, *flags, "--seed", "1", *TINY_SWIN)
+def test_mistake_that_needs_torch_ends_with_one_line_and_code_2() -> None:
+    result = run_script("main_esvit.py", *TINY_RUN, "--arch", "swim_tiny", "--seed", "1", *TINY_SWIN)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("main_esvit.py: error: ")
-    assert words in last
+    assert "unknown arch 'swim_tiny'" in last
     assert "Traceback" not in result.stderr
+
+
+# Runs a script in this interpreter's place, where importing torch and its relatives is an error.
+WITHOUT_TORCH = """
+import runpy, sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "timm", "torchvision"}:
+            raise RuntimeError(f"{name} was imported")
+sys.meta_path.insert(0, NoTorch())
+name, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+runpy.run_module(name, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, main_esvit_mnodes, convert], ids=lambda script: script.__name__)
+def test_help_and_mistakes_do_not_wait_for_torch(script: Any) -> None:
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITHOUT_TORCH, script.__name__, *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    asked = run("--help")
+    assert asked.returncode == 0, asked.stderr
+    assert "--help" in asked.stdout
+    needed = NEEDED.get(script, [])
+    paths = [action for action in script.get_args_parser()._actions if action.type is existing_path]
+    assert paths
+    path = (
+        ["/no/such/place", *needed[1:]]
+        if script is convert
+        else [*needed, f"{paths[0].option_strings[0]}=/no/such/place"]
+    )
+    for flags, words in ((["--frobnicate", *needed], "--frobnicate"), (path, "'/no/such/place' does not exist")):
+        mistaken = run(*flags)
+        assert mistaken.returncode == 2, mistaken.stderr
+        assert words in mistaken.stderr
+        assert mistaken.stderr.count("\n") == 1
+
+
+def test_paths_are_checked_where_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not addresses and patterns of shards, nor what a run was begun with that resumes from its own checkpoint."""
+    parser = main_esvit.get_args_parser()
+    flags = ["--output_dir", str(tmp_path), "--data_path"]
+
+    def accepts(*words: str) -> bool:
+        monkeypatch.setattr(sys, "argv", ["main_esvit.py", *flags, *words])
+        with contextlib.suppress(SystemExit):
+            return bool(parser.parse_command_line())
+        return False
+
+    assert accepts(str(tmp_path))
+    assert not accepts(str(tmp_path / "absent"))
+    for shards in ("https://host/a.tar", "pipe:cat a.tar", "a-{000000..000009}.tar"):
+        assert accepts(shards)
+    for flag in ("--init_weights", "--pretrained_weights_ckpt"):
+        assert not accepts(str(tmp_path), flag, "absent.pth")
+    (tmp_path / "checkpoint.pth").touch()
+    for flag in ("--init_weights", "--pretrained_weights_ckpt"):
+        assert accepts(str(tmp_path), flag, "absent.pth")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -252,10 +298,10 @@ def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str) -> 
         (["--patch_size", "eight"], "argument --patch_size: 'eight' is not a whole number from 1 to 1_024"),
     ],
 )  # fmt: skip
-def test_mistakes_of_spelling_name_what_was_meant(
+def test_misspelled_flags_get_a_suggestion(
     script: Any, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Abbreviations are refused too: a flag of tomorrow could make them mean another."""
+    """Abbreviations are rejected too: a new flag could change their meaning."""
     needed = NEEDED.get(script, [])
     with pytest.raises(SystemExit) as caught:
         script.get_args_parser().parse_args([*needed, *flags])
@@ -271,13 +317,13 @@ def test_pairs_after_a_flag_of_several_values(capsys: pytest.CaptureFixture[str]
     parser = eval_knn.get_args_parser()
     with pytest.raises(SystemExit):
         parser.parse_args(["--nb_knn", "10", "20", "MODEL.IMAGE_SIZE", "32"])
-    told = capsys.readouterr().err
-    assert "'MODEL.IMAGE_SIZE' is not a whole number from 1 to 1_000_000_000; put -- before KEY VALUE pairs" in told
+    text = capsys.readouterr().err
+    assert "'MODEL.IMAGE_SIZE' is not a whole number from 1 to 1_000_000_000; put -- before KEY VALUE pairs" in text
     args = parser.parse_args(["--nb_knn", "10", "20", "--", "MODEL.IMAGE_SIZE", "32"])
     assert (args.nb_knn, args.opts) == ([10, 20], ["MODEL.IMAGE_SIZE", "32"])
     with pytest.raises(SystemExit):
         parser.parse_args(["--seed", "0", "MODEL.IMAGE_SIZE", "32", "--temperature", "1", "MODEL.NUM_CLASSES", "0"])
-    assert "MODEL.NUM_CLASSES 0; KEY VALUE pairs stand together" in capsys.readouterr().err
+    assert "MODEL.NUM_CLASSES 0; KEY VALUE pairs must be together" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -327,8 +373,7 @@ def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str)
 @pytest.mark.parametrize(
     "script", [eval_knn, eval_linear, eval_finetune, run_analysis], ids=lambda script: script.__name__
 )
-def test_random_weights_are_taken_on_request_only(script: Any, images: str, tmp_path: Path) -> None:
-    """Before anything is read or written."""
+def test_random_weights_need_a_flag(script: Any, images: str, tmp_path: Path) -> None:
     command = ["--device", "cpu", "--data_path", images, "--output_dir", str(tmp_path / "out")]
     command += ["--vis_entropy"] if script is run_analysis else []
     for flags in ([], ["--pretrained_weights", "a.pth", "--random_weights"]):
@@ -380,14 +425,14 @@ def test_usage_error_of_a_script_is_exit_code_2(capsys: pytest.CaptureFixture[st
     "ask",
     [lambda: torch.empty(10**16), lambda: torch.empty(2**62), lambda: np.zeros(10**16), lambda: bytearray(10**17)],
 )
-def test_sizes_that_no_machine_has_are_one_sentence(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """What torch, numpy and Python themselves raise; any other error keeps its traceback."""
+def test_out_of_memory_is_a_usage_error(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """As raised by torch, numpy and Python; any other error keeps its traceback."""
     with pytest.raises(SystemExit) as caught:
         run_as_script(ask)
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "not enough memory" in told
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert "not enough memory" in text
 
     def multiply() -> None:
         torch.zeros(2) @ torch.zeros(3, 3)

@@ -147,7 +147,7 @@ def test_one_micro_batch_of_a_run_is_on_the_device(tmp_path: Path, monkeypatch: 
         return made
 
     monkeypatch.setattr(Batch, "views_on", watched)
-    monkeypatch.setattr(RunLog, "crops_once", lambda self, views_of_batch: pictured.append(len(views)))
+    monkeypatch.setattr(RunLog, "save_crops", lambda self, views_of_batch: pictured.append(len(views)))
     flags = ["--data_path", str(write_images(tmp_path / "images", 16)), "--output_dir", str(tmp_path / "out")]
     command_line = [*TINY_RUN, *flags, "--epochs", "1", "--accum_iter", "2", *TINY_SWIN]
     main_esvit.main(main_esvit.get_args_parser().parse_args(command_line))

@@ -15,6 +15,7 @@ from token_runs import NETWORK, QUICK, TWO, features, last_tokens, make_folder, 
 from torch import Tensor
 
 import eval_logistic
+from config.arguments.eval_logistic import POOLED
 from eval_logistic import solve
 from evaluation.features import LabeledFeatures
 from models import Backbone
@@ -100,7 +101,7 @@ def test_features_go_in_as_asked(
     torch.testing.assert_close(seen[0].features_NC, features(folder, "train", expected)[[1, 11]])
     assert seen[0].labels_N.tolist() == [0, 2]
     assert len(seen) == 3
-    assert results["protocol"]["features"] == eval_logistic.POOLED[pooled]
+    assert results["protocol"]["features"] == POOLED[pooled]
     assert {"train_images": 2, "val_images": 6, "classes": 3}.items() <= results["data"].items()
     assert [row["converged"] for row in results["scores"].values()] == [False] * 3
     assert results["protocol"]["top5_is"] == "top3"

@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("esvit"), "propagate", True)
-    monkeypatch.setattr("distributed.collectives.setup_logging", lambda: None)
+    monkeypatch.setattr("utils.setup_logging", lambda *_: None)
 
 
 def knn(folder: Path, out: Path, *flags: str) -> dict[str, Any]:

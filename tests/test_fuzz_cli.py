@@ -1,4 +1,4 @@
-"""tools/fuzz_cli.py: it tells a sentence from a traceback, and a share of its cases ends well."""
+"""tools/fuzz_cli.py: failures are told apart from usage errors, and a sample of the cases passes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tools import fuzz_cli
 
 
 def behave(args: argparse.Namespace) -> None:
-    """What a script may do, and what it must not."""
+    """Stand in for a script's `main`: end in each way that a script may, and must not."""
     errors = {
         "refuse": utils.UsageError("it is wrong"),
         "diverge": FloatingPointError("not finite"),
@@ -37,7 +37,7 @@ def behave(args: argparse.Namespace) -> None:
     if args.how == "abort":
         os.abort()
     if args.how == "leave":
-        sys.exit(2)  # without a word
+        sys.exit(2)  # without a message
 
 
 def script() -> ModuleType:
@@ -72,7 +72,7 @@ def test_how_a_case_ends(word: str, end: str, tmp_path: Path) -> None:
     assert fuzz_cli.run_case(fuzz_cli.Case(script(), (word,)), 0.5 if end == "stopped" else 20, tmp_path)[0] == end
 
 
-def test_a_share_of_the_cases_ends_well() -> None:
+def test_sample_of_cases_passes() -> None:
     command = [sys.executable, "-m", "tools.fuzz_cli", "--share", "0.004", "--seed", "1", "--seconds", "30"]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Where launchers put a process, and scripts/pretrain_slurm.sh with stand-ins for SLURM's commands."""
+"""Launchers' environments, and scripts/pretrain_slurm.sh with stubs for SLURM's commands."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_place(env: dict[str, str], place: ProcessInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_info(env: dict[str, str], place: ProcessInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in env.items():
         monkeypatch.setenv(name, text)
     assert process_info() == place
 
 
-def test_old_launchers_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_rank_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_info(3) == ProcessInfo(0, 1, 3)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -77,7 +77,7 @@ def test_old_launchers_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         (PMI | {"PMI_SIZE": "-4"}, "PMI_SIZE=-4"),
     ],
 )
-def test_variables_that_cannot_be(env: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_environment(env: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in env.items():
         monkeypatch.setenv(name, text)
     with pytest.raises(UsageError, match=words):
@@ -85,7 +85,7 @@ def test_variables_that_cannot_be(env: dict[str, str], words: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("env", [OPEN_MPI, PMI, SLURM, TORCHRUN])
-def test_meeting_place_is_needed(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendezvous_needs_an_address(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in (env | {"MASTER_ADDR": "127.0.0.1"}).items():
         monkeypatch.setenv(name, text)
     args = argparse.Namespace(device="cpu", dist_url="env://", dist_timeout=1.0, local_rank=None)
@@ -94,7 +94,7 @@ def test_meeting_place_is_needed(env: dict[str, str], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_do_not_come(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendezvous_timeout(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, text)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
@@ -106,15 +106,15 @@ def test_processes_that_do_not_come(rank: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
-def test_timeout_that_is_none(minutes: float) -> None:
+def test_invalid_timeout(minutes: float) -> None:
     with pytest.raises(UsageError, match="must be minutes above 0"):
         launch.init_processes(
             argparse.Namespace(device="cpu", dist_timeout=minutes, dist_url="env://", local_rank=None)
         )
 
 
-def test_restarted_workers_do_not_read_what_the_dead_wrote() -> None:
-    """torchrun keeps one store; the addresses in it are those of processes that are gone, whose places have changed."""
+def test_restarted_workers_do_not_read_stale_keys() -> None:
+    """torchrun's store outlives the workers: it holds addresses of processes that no longer exist."""
     agent = torch.distributed.HashStore()  # type: ignore[attr-defined]
     minute = datetime.timedelta(minutes=1)
     seen: list[str] = []
@@ -128,7 +128,7 @@ def test_restarted_workers_do_not_read_what_the_dead_wrote() -> None:
     assert seen == [f"here, in start {start}" for start in range(4)]
 
 
-def test_process_of_a_start_that_does_not_answer() -> None:
+def test_missing_worker_after_a_restart() -> None:
     agent = torch.distributed.HashStore()  # type: ignore[attr-defined]
     for rank in (0, 1):
         with pytest.raises(torch.distributed.DistStoreError, match="did not answer"):
@@ -137,7 +137,7 @@ def test_process_of_a_start_that_does_not_answer() -> None:
 
 # --------------------------------------------------------------------------- SLURM
 
-# The run: waits for USR1, writes the log line of an epoch, ends as it is told to.
+# The run: waits for USR1, writes the log line of an epoch, ends as it is output to.
 SRUN = """#!/bin/bash
 echo "$@" >> "$CALLS"
 [ "$MASTER_ADDR" = node1 ] && [ "$MASTER_PORT" = 10042 ] || exit 9
@@ -173,16 +173,16 @@ def submit(
         time.sleep(0.02)
     if signalled and job.poll() is None:
         job.send_signal(signal.SIGUSR1)
-    told = job.communicate(timeout=30)[0]
-    return job.returncode, told, calls.read_text().splitlines()
+    output = job.communicate(timeout=30)[0]
+    return job.returncode, output, calls.read_text().splitlines()
 
 
 RUN = ["--output_dir", "out", "--arch", "swin_tiny"]
 
 
 def test_job_out_of_time_goes_back_to_the_queue(tmp_path: Path) -> None:
-    code, told, calls = submit(tmp_path, *RUN)
-    assert code == 0, told
+    code, output, calls = submit(tmp_path, *RUN)
+    assert code == 0, output
     assert calls == [
         f"--kill-on-bad-exit=1 {sys.executable} {ROOT}/main_esvit.py --output_dir out --arch swin_tiny",
         "scontrol requeue 42",
@@ -192,13 +192,13 @@ def test_job_out_of_time_goes_back_to_the_queue(tmp_path: Path) -> None:
 
 def test_job_of_another_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRIPT", "main_udi.py")
-    code, told, calls = submit(tmp_path, *RUN, signalled=False)
-    assert code == 0, told
+    code, output, calls = submit(tmp_path, *RUN, signalled=False)
+    assert code == 0, output
     assert calls == [f"--kill-on-bad-exit=1 {sys.executable} {ROOT}/main_udi.py --output_dir out --arch swin_tiny"]
     monkeypatch.setenv("SCRIPT", "main_of_tomorrow.py")
-    code, told, calls = submit(tmp_path, *RUN, signalled=False)
+    code, output, calls = submit(tmp_path, *RUN, signalled=False)
     assert (code, calls) == (2, [])
-    assert f"{ROOT} has no main_of_tomorrow.py" in told
+    assert f"{ROOT} has no main_of_tomorrow.py" in output
 
 
 @pytest.mark.parametrize(
@@ -207,13 +207,13 @@ def test_job_of_another_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ids=["last epoch done", "ended by itself", "ended early without a signal", "failed to save", "failed"],
 )
 def test_job_that_is_not_requeued(tmp_path: Path, signalled: bool, epoch: int, code: int) -> None:
-    exit_code, told, calls = submit(tmp_path, "--output_dir=out", signalled=signalled, epoch=epoch, code=code)
-    assert exit_code == code, told
+    exit_code, output, calls = submit(tmp_path, "--output_dir=out", signalled=signalled, epoch=epoch, code=code)
+    assert exit_code == code, output
     assert len(calls) == 1
-    assert ("main_esvit.py ended with code 1" in told) == (code == 1)
+    assert ("main_esvit.py ended with code 1" in output) == (code == 1)
 
 
 def test_job_without_a_folder(tmp_path: Path) -> None:
-    code, told, calls = submit(tmp_path, "--arch", "swin_tiny", signalled=False)
+    code, output, calls = submit(tmp_path, "--arch", "swin_tiny", signalled=False)
     assert (code, calls) == (2, [])
-    assert "--output_dir OUT is needed" in told
+    assert "--output_dir OUT is needed" in output

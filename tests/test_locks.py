@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import files, locks
-from distributed import collectives
-from utils import UsageError
+from utils import UsageError, setup_logging
 
 HELD: list[object] = []
 
@@ -85,7 +84,7 @@ def test_second_run_is_refused_and_told_of_the_first(tmp_path: Path, owner: int)
 
 
 def test_dead_owner_gives_way_at_once_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    collectives.setup_logging()
+    setup_logging()
     child = forked(lambda: hold(tmp_path))
     bury(child)
     begun = time.monotonic()
@@ -121,7 +120,7 @@ def test_owner_on_another_host_is_watched(
     tmp_path: Path, alive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As long as a lock says: if it is touched, its owner lives."""
-    collectives.setup_logging()
+    setup_logging()
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
         child = forked(lambda: hold(tmp_path))

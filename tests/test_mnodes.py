@@ -1,4 +1,4 @@
-"""main_esvit_mnodes.py: what it hands to torchrun, and what it refuses."""
+"""main_esvit_mnodes.py: the arguments for torchrun, and usage errors."""
 
 from __future__ import annotations
 
@@ -16,62 +16,29 @@ OWN = ["--arch", "swin_tiny", "--local_crops_number", "2", "6", "--local_crops_s
 @pytest.mark.parametrize(
     ("flags", "env", "where"),
     [
-        ([], {}, ["--nnodes", "1", "--nproc_per_node", "8", "--standalone"]),
+        ("", {}, "--nnodes 1 --nproc_per_node 8 --standalone"),
         (
-            ["--num_gpus_per_node", "2"],
+            "--num_gpus_per_node 2",
             {"MASTER_PORT": "77"},
-            [
-                "--nnodes",
-                "1",
-                "--nproc_per_node",
-                "2",
-                "--node_rank",
-                "0",
-                "--master_addr",
-                "127.0.0.1",
-                "--master_port",
-                "77",
-            ],
+            "--nnodes 1 --nproc_per_node 2 --node_rank 0 --master_addr 127.0.0.1 --master_port 77",
         ),
         (
-            ["--num_nodes=4", "--node_rank", "3"],
-            MEET | {"OMPI_COMM_WORLD_RANK": "1"},  # the flag wins
-            [
-                "--nnodes",
-                "4",
-                "--nproc_per_node",
-                "8",
-                "--node_rank",
-                "3",
-                "--master_addr",
-                "node0",
-                "--master_port",
-                "29501",
-            ],
+            "--num_nodes=4 --node_rank 3",
+            MEET | {"OMPI_COMM_WORLD_RANK": "1"},  # the flag takes precedence
+            "--nnodes 4 --nproc_per_node 8 --node_rank 3 --master_addr node0 --master_port 29501",
         ),
         (
-            ["--num_nodes", "2", "--num_gpus_per_node", "1"],
+            "--num_nodes 2 --num_gpus_per_node 1",
             MEET | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
-            [
-                "--nnodes",
-                "2",
-                "--nproc_per_node",
-                "1",
-                "--node_rank",
-                "1",
-                "--master_addr",
-                "node0",
-                "--master_port",
-                "29501",
-            ],
+            "--nnodes 2 --nproc_per_node 1 --node_rank 1 --master_addr node0 --master_port 29501",
         ),
     ],
 )
-def test_what_torchrun_is_called_with(flags: list[str], env: dict[str, str], where: list[str]) -> None:
-    """Node flags may stand anywhere before the --; all other words pass unchanged and in order."""
-    expected = [*where, str(SCRIPT), *OWN]
-    assert torchrun_arguments([*flags, *OWN], env) == expected
-    assert torchrun_arguments([*OWN[:2], *flags, *OWN[2:]], env) == expected
+def test_arguments_for_torchrun(flags: str, env: dict[str, str], where: str) -> None:
+    """Node flags may be anywhere before --; all other words are passed unchanged and in order."""
+    expected = [*where.split(), str(SCRIPT), *OWN]
+    assert torchrun_arguments([*flags.split(), *OWN], env) == expected
+    assert torchrun_arguments([*OWN[:2], *flags.split(), *OWN[2:]], env) == expected
 
 
 def test_torchrun_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,14 @@
-"""Meters, log lines and the picture of the crops."""
+"""training/run_log.py: meters, the terminal, log.txt, TensorBoard and the picture of the crops."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import select
+import struct
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +33,7 @@ def test_means_leave_skipped_steps_out() -> None:
 
 
 def test_scalars_stay_on_the_device_until_they_are_read() -> None:
-    """Means, the last values and what `read` returns are those of numbers added up one by one."""
+    """Means, latest values and `read` are the same for tensors and for numbers."""
     losses = torch.randn(5)
     tensors, numbers = (EpochMeter(epoch=0, steps=5, images_per_step=4) for _ in range(2))
     returned = []
@@ -45,7 +51,7 @@ def test_scalars_stay_on_the_device_until_they_are_read() -> None:
 
 
 class Clock:
-    """Stands for `time.perf_counter`."""
+    """Replace `time.perf_counter`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -81,7 +87,7 @@ def test_time_after_the_last_step_does_not_count(monkeypatch: pytest.MonkeyPatch
 
 
 def test_epoch_of_skipped_steps_alone_has_no_means(tmp_path: Path) -> None:
-    """Its line has the same keys as any other, with null for what was not measured."""
+    """Its line has the usual keys, with null for the means."""
     log = RunLog(tmp_path, epochs=1, log_freq=2, mean=[0.5], std=[0.5], device=CPU, images=12)
     meter = EpochMeter(epoch=0, steps=2, images_per_step=4)
     for _ in range(2):
@@ -108,27 +114,69 @@ def test_epoch_line_and_step_lines(
         for i in range(3):
             meter.update({"loss": float(i), "skipped": 0.0})
             show(lr=0.1 * i, wd=0.5)
-    log.finish_epoch(meter, unreadable_images=7)
+    log.finish_epoch(meter, unreadable_images=7, knn_top1=12.345)
     log.close()
     assert capsys.readouterr().err == ""  # the progress bar is for terminals
     assert [line for line in caplog.messages if line.startswith("epoch 1/2  step")] == [
         line for line in caplog.messages if "  step 2/3  loss 1.0000" in line or "  step 3/3  loss 2.0000" in line
     ]
     record = json.loads((tmp_path / "log.txt").read_text())
-    assert caplog.messages[-1].startswith(f"epoch {record['epoch']}/2 done: {{")  # counted as in the file
+    line = caplog.messages[-1]
+    assert line.startswith("epoch 1/2 done  loss 1.0000  lr 2.00e-01  ")  # the epoch is counted as in the file
+    assert "images/s  k-NN 12.35  00:00 left" in line
     assert (record["train_loss"], record["train_lr"], record["train_wd"], record["epoch"]) == (1.0, 0.2, 0.5, 1)
     assert record["unreadable_images"] == 7
     assert record["peak_memory_mb"] > 0
 
 
+def test_bar_and_time_left_of_the_run_fit_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    terminal, stderr = os.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    monkeypatch.setattr(sys, "stderr", os.fdopen(stderr, "w"))
+    log = RunLog(tmp_path, epochs=300, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
+    meter = EpochMeter(epoch=100, steps=12_502, images_per_step=1024)
+    with log.epoch(meter) as show:
+        clock.now += 1.0
+        time.sleep(0.15)  # tqdm redraws every 0.1 seconds
+        meter.update({"loss": 10.12345})
+        show(lr=0.1)
+    log.close()
+    output = b""
+    while select.select([terminal], [], [], 0.5)[0]:  # what was written arrives a little later
+        output += os.read(terminal, 10_000)
+    bars = [bar for bar in output.decode().split("\r") if bar.strip()]
+    assert [bar for bar in bars if len(bar.rstrip("\n")) > 80] == []
+    assert "1/12502, loss 10.1235  694:33:19 left  1024 images/s" in bars[-1]  # 200 epochs, at one second a step
+
+
+def test_terminal_shows_some_epochs_and_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
+    caplog.set_level("INFO", logger="esvit")
+    log = RunLog(tmp_path, epochs=12, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=1, epoch_freq=5)
+    for epoch in range(12):
+        meter = EpochMeter(epoch, steps=1, images_per_step=1)
+        with log.epoch(meter) as show:
+            meter.update({"loss": 1.0})
+            show(lr=0.1)
+        log.finish_epoch(meter)
+    log.close()
+    shown = [[line for line in caplog.messages if line.startswith(f"epoch {epoch}/")] for epoch in range(12)]
+    assert [len(lines) for lines in shown] == [2 if epoch in {0, 5, 10, 11} else 0 for epoch in range(12)]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 12
+
+
 def test_tensorboard_counts_images(tmp_path: Path) -> None:
-    """Steps go on where a run goes on with another batch size: 10 images, by 2 for an epoch and two steps, then by 4."""
+    """The x axis stays continuous if a run resumes with another batch size: 10 images, batch 2 for 7 steps, then 4."""
     for batch, first, seen, epochs in ((2, 0, 0, (5, 3)), (4, 1, 14, (2, 2))):
         log = RunLog(tmp_path, epochs=3, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=10, seen=seen)
         for epoch, steps in enumerate(epochs, first):
             meter = EpochMeter(epoch, steps=10 // batch, images_per_step=batch)
             if epoch == first and seen:
-                meter.go_on_from({}, (seen - 10) // batch)
+                meter.resume({}, (seen - 10) // batch)
             with log.epoch(meter) as show:
                 while meter.done < steps:
                     meter.update({"loss": 0.0})
@@ -139,7 +187,7 @@ def test_tensorboard_counts_images(tmp_path: Path) -> None:
 
 
 def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
-    """All of it goes to log.txt, the numbers to TensorBoard; without weight decay there is none in the line."""
+    """log.txt gets everything, TensorBoard the numbers; without weight decay there is no train_wd."""
     log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5], std=[0.5], device=CPU, images=12)
     meter = EpochMeter(epoch=0, steps=1, images_per_step=1)
     with log.epoch(meter) as show:
@@ -156,12 +204,12 @@ def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
     assert not {"epoch/each/b/loss", "epoch/note", "step/wd", "epoch/epoch"} & set(tags)
 
 
-def test_picture_shows_the_crops(tmp_path: Path) -> None:
+def test_picture_of_the_crops(tmp_path: Path) -> None:
     """Rows are views and columns images; normalization is undone and small views are centered on white."""
     log = RunLog(tmp_path, epochs=1, log_freq=1, mean=[0.5, 0.0, 0.0], std=[0.5, 1.0, 1.0], device=CPU, images=2)
     red, black = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), torch.tensor([-1.0, 0.0, 0.0]).view(1, 3, 1, 1)
     large = torch.cat([red, black]).expand(2, 3, 8, 8)
-    log.crops_once([large, large[:, :, :4, :4]])
+    log.save_crops([large, large[:, :, :4, :4]])
     log.close()
     with Image.open(tmp_path / "crops.png") as picture:
         assert picture.size == (2 * 10 + 2, 2 * 10 + 2)  # make_grid puts 2 pixels between tiles
@@ -170,5 +218,5 @@ def test_picture_shows_the_crops(tmp_path: Path) -> None:
         assert picture.getpixel((13, 13)) == (255, 255, 255)
         assert picture.getpixel((6, 16)) == (255, 0, 0)
     before = (tmp_path / "crops.png").stat().st_mtime_ns
-    RunLog(tmp_path, 1, 1, [0.0] * 3, [1.0] * 3, CPU, images=2).crops_once([large])
+    RunLog(tmp_path, 1, 1, [0.0] * 3, [1.0] * 3, CPU, images=2).save_crops([large])
     assert (tmp_path / "crops.png").stat().st_mtime_ns == before

@@ -21,10 +21,10 @@ from training_runs import assert_identical, train
 import data
 import eval_knn
 from checkpoints import loading
-from distributed import collectives, launch
+from distributed import launch
 from evaluation import feature_loaders, finetune
 from training import run_log, stopping
-from utils import Stopped, UsageError
+from utils import Stopped, UsageError, setup_logging
 
 Run = Callable[..., None]
 SCRIPTS: list[tuple[Run, list[str], str]] = [
@@ -219,7 +219,7 @@ def test_interrupted_features_tell_how_far_they_were(
         "--random_weights",
     ]
     command += ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), *TINY_SWIN]
-    with pytest.raises(Stopped, match="train: 2 of 12 batches") as end:
+    with pytest.raises(Stopped, match="2 of 12 batches of train") as end:
         eval_knn.main(eval_knn.get_args_parser().parse_args(command))
     assert end.value.code == 130
 
@@ -240,7 +240,7 @@ def test_interrupt_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_end_that_was_asked_for_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     def stop() -> None:
-        collectives.setup_logging()
+        setup_logging()
         raise Stopped("the sentence")
 
     launch.run_script(stop)  # no exit code

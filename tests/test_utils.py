@@ -1,4 +1,4 @@
-"""Counts in words, and what the process asks of the C library."""
+"""utils.py: counts with nouns, and memory kept by glibc."""
 
 from __future__ import annotations
 
@@ -25,12 +25,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a request that only glibc knows")
-def test_freed_memory_is_used_again() -> None:
-    """A tensor of 64 MiB comes to touch hardly a page that none has touched before; by default each one touches new pages.
-
-    The first few still do: glibc keeps a small rest behind each aligned block, until it has enough of them.
-    """
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_reused() -> None:
+    """A tensor of 64 MiB causes hardly any page faults, except the first few; by default every tensor faults on each page."""
     root = Path(__file__).parent.parent
     faults = {}
     for way in ("keep", "default"):
@@ -40,6 +37,6 @@ def test_freed_memory_is_used_again() -> None:
     assert faults["keep"] < pages / 100 < faults["default"]
 
 
-def test_counts_have_their_nouns() -> None:
+def test_counted() -> None:
     assert [counted(count, "image") for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
     assert [counted(count, "batch", "batches") for count in (1, 21)] == ["1 batch", "21 batches"]

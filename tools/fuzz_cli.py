@@ -1,15 +1,12 @@
-"""Wrong, negative, zero, huge and non-finite values for every flag and config key of every script, from one process.
+"""Fuzz the command lines: wrong, negative, zero, huge and non-finite values for every flag and config key of every script.
 
     python -m tools.fuzz_cli                           # all cases, about half an hour
-    python -m tools.fuzz_cli --share 0.02 --seed 1     # some of them
-    python -m tools.fuzz_cli --only eval_knn           # of one script
+    python -m tools.fuzz_cli --share 0.02 --seed 1     # a random sample
+    python -m tools.fuzz_cli --only eval_knn           # one script
 
-A case is a command line on tiny images, given to the script as it is: its parser, its checks, its `main`. It may run to its end,
-run until it is ended after --seconds, or end with one line that says what is wrong and code 2 (1 for a training that diverged).
-Any other exception is a failure, shown with its traceback; with one the program ends with code 1. Memory is limited, so that sizes
-that this machine does not have are refused by the allocator instead of taking the machine down.
-
-Origin: this project's own.
+A case is a command line on tiny images, run through the script's parser and `main` in a fork of this process. It may finish, run
+until --seconds have passed, or end with one line on stderr and code 2 (1 if the training diverged). Anything else is a failure,
+shown with its traceback; after one the program ends with code 1. Memory is limited, so that the allocator rejects huge sizes.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ import main_esvit_mnodes
 import main_udi
 import run_analysis
 from config import arguments
-from config.ranges import COUNT, SEED, Range, number
+from config.ranges import ABOVE_ZERO, COUNT, SEED, Range, number
 from config.schema import SCHEMA, SPECS
 from data import convert
 from distributed import launch
@@ -56,33 +53,16 @@ NUMBERS = (
     *("1" + "0" * 30, "9" * 5000),
 )
 TEXTS = (
-    "",
-    "nonsense",
-    "no/such/place",
-    "/proc/x",
-    "/dev/null",
-    "n" * 5000,
-    "{0..999999999}.tar",
-    "pipe:false",
-    "\udcff",
-)
-CRASHED = 70  # exit code that no script gives
+    "", "nonsense", "no/such/place", "/proc/x", "/dev/null", "n" * 5000, "{0..999999999}.tar", "pipe:false", "\udcff",
+)  # fmt: skip
+CRASHED = 70  # exit code that no script uses
 BOOLEANS = ("", "maybe", "2", "on", "off")
 YAMLS = (".nan", ".inf", "[]", "{}", "[.nan]", "[[1]]", "null", "true", "2020-99-99", "[" * 900, "{a: " * 900)
 SWIN = (
-    *(
-        "MODEL.IMAGE_SIZE",
-        "32",
-        "MODEL.SPEC.DIM_EMBED",
-        "12",
-        "MODEL.SPEC.DEPTHS",
-        "[1,2]",
-        "MODEL.SPEC.NUM_HEADS",
-        "[1,2]",
-    ),
-    *("MODEL.SPEC.WINDOW_SIZE", "4"),
-)
-VIT = (*("MODEL.IMAGE_SIZE", "32", "MODEL.SPEC.DIM_EMBED", "16", "MODEL.SPEC.DEPTH", "2", "MODEL.SPEC.NUM_HEADS", "2"),)
+    "MODEL.IMAGE_SIZE", "32", "MODEL.SPEC.DIM_EMBED", "12", "MODEL.SPEC.DEPTHS", "[1,2]", "MODEL.SPEC.NUM_HEADS", "[1,2]",
+    "MODEL.SPEC.WINDOW_SIZE", "4",
+)  # fmt: skip
+VIT = ("MODEL.IMAGE_SIZE", "32", "MODEL.SPEC.DIM_EMBED", "16", "MODEL.SPEC.DEPTH", "2", "MODEL.SPEC.NUM_HEADS", "2")
 NETWORKS = {  # by MODEL.NAME: the architecture, and its yaml under experiments/demo
     "swin_transformer": ("swin", "swin_micro"),
     "cvt_v4_transformer": ("cvt_tiny", "cvt_micro"),
@@ -93,31 +73,31 @@ NETWORKS = {  # by MODEL.NAME: the architecture, and its yaml under experiments/
 
 
 class Case(NamedTuple):
-    """A command line."""
+    """A command line of a script."""
 
     script: ModuleType
     words: tuple[str, ...]
     tail: tuple[str, ...] = ()  # KEY VALUE pairs, after all flags
 
 
-# --------------------------------------------------------------------------- the scripts on tiny images
+# --------------------------------------------------------------------------- command lines on tiny images
 
 
 def write_inputs(folder: Path) -> None:
-    """Images of two classes, and a video with its first mask."""
+    """Write images of two classes, and a video with its first mask."""
     rng = np.random.default_rng(0)
     for part in ("images/train/0", "images/train/1", "images/val/0", "images/val/1", "frames"):
         (folder / part).mkdir(parents=True)
-        for number_ in range(4):
+        for i in range(4):
             pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / part / f"{number_}.png")
+            Image.fromarray(pixels).save(folder / part / f"{i}.png")
     mask = np.zeros((40, 48), dtype=np.uint8)
     mask[8:24, 8:24] = 1
     Image.fromarray(mask).save(folder / "mask.png")
 
 
 def commands(folder: Path) -> dict[ModuleType, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Each script's flags and KEY VALUE pairs for a run of a second; OUT stands for a new folder."""
+    """Return the flags and KEY VALUE pairs of a short run by script; OUT is replaced by a new folder."""
     demo = ROOT / "experiments/demo"
     swin = ("--arch", "swin", "--cfg", f"{demo}/swin_micro.yaml")
     out = ("--output_dir", "OUT")
@@ -153,7 +133,7 @@ def commands(folder: Path) -> dict[ModuleType, tuple[tuple[str, ...], tuple[str,
 
 
 def start(case: Case) -> None:
-    """Hand a case to its script, as its last lines do; of the one that starts others, up to where it would."""
+    """Run a case as the script does; main_esvit_mnodes only up to its call of torchrun."""
     words = [*case.words, *case.tail]
     if case.script is main_esvit_mnodes:
         main_esvit_mnodes.torchrun_arguments(words, {})
@@ -165,7 +145,7 @@ def start(case: Case) -> None:
 
 
 def values_for(action: argparse.Action) -> Iterator[tuple[str, ...]]:
-    """What a flag is given: for several values the same one for all, and the largest before the smallest."""
+    """Yield the values for a flag; a flag of several gets the same one for all, and the largest before the smallest."""
     if isinstance(action.type, Range):
         low, high = str(action.type.low), str(action.type.high)
         singles: tuple[str, ...] = (*NUMBERS, low, high)
@@ -180,7 +160,7 @@ def values_for(action: argparse.Action) -> Iterator[tuple[str, ...]]:
 
 
 def flag_cases(script: ModuleType, words: tuple[str, ...], tail: tuple[str, ...]) -> Iterator[Case]:
-    """Every flag with every value, each on top of a command line that works."""
+    """Yield every flag with every value, each appended to a working command line."""
     known = main_esvit.get_args_parser()._option_string_actions if script is main_esvit_mnodes else {"--help": None}
     for action in script.get_args_parser()._actions:
         if not action.option_strings or action.option_strings[-1] in known:
@@ -195,7 +175,7 @@ def flag_cases(script: ModuleType, words: tuple[str, ...], tail: tuple[str, ...]
 
 
 def key_cases(script: ModuleType, words: tuple[str, ...]) -> Iterator[Case]:
-    """Every config key of every network with every value, and in every place of a list."""
+    """Yield every config key of every network with every value, also in every place of a list."""
     for name, (arch, yaml) in NETWORKS.items():
         cfg = ROOT / "experiments/demo" / f"{yaml}.yaml"
         network = ("--arch", arch, "--cfg", str(cfg), "--pretrained_weights=", "--random_weights")
@@ -209,7 +189,7 @@ def key_cases(script: ModuleType, words: tuple[str, ...]) -> Iterator[Case]:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
+    """Yield dotted keys and their values."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -218,7 +198,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def all_cases(folder: Path) -> Iterator[Case]:
-    """Of all scripts; config keys by way of k-NN, which builds a network and runs it."""
+    """Yield the cases of all scripts; config keys are tested with eval_knn, which builds and runs a network."""
     for script, (words, tail) in commands(folder).items():
         yield from flag_cases(script, words, tail)
     yield from key_cases(eval_knn, commands(folder)[eval_knn][0])
@@ -228,10 +208,7 @@ def all_cases(folder: Path) -> Iterator[Case]:
 
 
 def run_case(case: Case, seconds: float, out: Path) -> tuple[str, str]:
-    """How a case ends, in a word, and what it wrote to stderr; `failed` is the word that must not be.
-
-    What its parser takes runs in a fork of this process, which can be ended at any moment and leaves nothing behind.
-    """
+    """Run a case and return how it ended (ran, stopped, refused, diverged or failed) and what it wrote to stderr."""
     words, tail = (tuple(word.replace("OUT", str(out)) for word in part) for part in (case.words, case.tail))
     written = io.StringIO()
     try:
@@ -242,18 +219,18 @@ def run_case(case: Case, seconds: float, out: Path) -> tuple[str, str]:
         return "refused" if one_line else "failed", written.getvalue()
     except Exception:
         return "failed", traceback.format_exc()
-    with tempfile.TemporaryFile("w+", errors="backslashreplace") as told:
+    with tempfile.TemporaryFile("w+", errors="backslashreplace") as stderr:
         child = os.fork()
         if child == 0:
             os.setsid()  # with its loader's processes
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
             os.dup2(0, 1)
-            os.dup2(told.fileno(), 2)
+            os.dup2(stderr.fileno(), 2)
             sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
             os._exit(exit_code(Case(case.script, words, tail)))
         status = wait_for(child, seconds)
-        told.seek(0)
-        text = told.read()
+        stderr.seek(0)
+        text = stderr.read()
     if status is None:
         return "stopped", text
     code, lines = os.waitstatus_to_exitcode(status), text.splitlines() or [""]
@@ -263,12 +240,12 @@ def run_case(case: Case, seconds: float, out: Path) -> tuple[str, str]:
 
 
 def exit_code(case: Case) -> int:
-    """Run a case as a script runs, and give the code that it would end with."""
+    """Run a case and return the exit code of the script."""
     try:
         launch.run_script(lambda: start(case))
     except SystemExit as ended:
         return int(ended.code or 0)
-    except BaseException:  # whatever it is, it is what this program looks for
+    except BaseException:  # a finding
         traceback.print_exc()
         return CRASHED
     finally:
@@ -277,7 +254,7 @@ def exit_code(case: Case) -> int:
 
 
 def wait_for(child: int, seconds: float) -> int | None:
-    """The status with which a process ends; None if it is still there after so many seconds, and then ended here."""
+    """Return the exit status of a process, or None after killing it if it runs longer than `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -290,60 +267,56 @@ def wait_for(child: int, seconds: float) -> int | None:
 
 
 def limit_memory(gibibytes: float) -> None:
-    """Let this process have so much address space more than it has now."""
+    """Limit the address space of this process to its present size plus `gibibytes`."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + int(gibibytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def fuzz(cases: Sequence[Case], seconds: float, folder: Path, show: Callable[[str], None] = print) -> Counter[str]:
-    """Run the cases in `folder`, where those that take their paths from there may write, and show what failed.
-
-    Returns:
-        how many ended in which way.
-    """
+    """Run the cases with `folder` as working directory, show the failures, and return the number of cases by ending."""
     ends: Counter[str] = Counter()
     back = os.getcwd()
     os.chdir(folder)
     try:
-        for place, case in enumerate(cases):
-            end, told = run_case(case, seconds, folder / f"out{place}")
+        for index, case in enumerate(cases):
+            end, output = run_case(case, seconds, folder / f"out{index}")
             ends[end] += 1
             if end == "failed":
                 words = " ".join(word if len(word) < 200 else f"{word[:50]}..." for word in (*case.words, *case.tail))
-                show(f"FAILED {case.script.__name__} {words!a}\n{told}")
+                show(f"FAILED {case.script.__name__} {words!a}\n{output}")
     finally:
         os.chdir(back)
     return ends
 
 
 def prepare(folder: Path) -> None:
-    """Write the inputs and train the network that evaluations take.
+    """Write the images, and train the network that the evaluations load.
 
     Raises:
-        RuntimeError: the training itself does not work.
+        RuntimeError: the training fails.
     """
     write_inputs(folder)
     words, tail = commands(folder)[main_esvit]
-    end, told = run_case(Case(main_esvit, words, tail), 600, folder / "trained")
+    end, output = run_case(Case(main_esvit, words, tail), 600, folder / "trained")
     if end != "ran":
-        raise RuntimeError(told)
+        raise RuntimeError(output)
     os.replace(folder / "trained/checkpoint.pth", folder / "checkpoint.pth")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Which cases, and how long each may run."""
-    parser = arguments.Parser("python -m tools.fuzz_cli", description="wrong values for every flag and config key")
-    parser.add_argument("--share", type=number(0, 1, above_low=True), default=1.0, help="of the cases, drawn by --seed")
-    parser.add_argument("--seed", type=SEED, default=0, help="of the draw")
-    parser.add_argument("--only", default="", help="script whose cases count")
-    parser.add_argument("--seconds", type=COUNT, default=5, help="after which a case that runs is stopped")
-    parser.add_argument("--memory", type=number(0.5, 1000), default=4.0, help="GiB that cases may take")
+    """Return the parser of tools/fuzz_cli.py."""
+    parser = arguments.Parser("python -m tools.fuzz_cli", "Fuzz the command lines of all scripts.")
+    parser.add_argument("--share", type=ABOVE_ZERO, default=1.0, help="fraction of the cases to run, drawn by --seed")
+    parser.add_argument("--seed", type=SEED, default=0, help="random seed of the sample")
+    parser.add_argument("--only", default="", help="run only the cases of this script")
+    parser.add_argument("--seconds", type=COUNT, default=5, help="stop a case after this time")
+    parser.add_argument("--memory", type=number(0.5, 1000), default=4.0, help="memory limit in GiB")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the cases and count how they end."""
+    """Run the cases and print how many ended in which way."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)

@@ -401,7 +401,7 @@ def _within_epoch(content: Mapping[str, Any], args: Any, path: Path) -> tuple[in
     with restore.reading("in_epoch", path):
         batch = _images_per_step(args)
         steps, repeated = divmod(position["images"], batch)
-        EpochMeter(0, 1, 1).go_on_from(position["meter"], steps)  # fails here if it cannot be continued
+        EpochMeter(0, 1, 1).resume(position["meter"], steps)  # fails here if it cannot be continued
         if steps != position["steps"]:
             logger.warning(
                 "%d images of the epoch are done, %s of %d images now instead of %d; %d images are repeated, and the run is not "

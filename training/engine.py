@@ -72,7 +72,7 @@ def train(
         step.method.start_epoch(epoch, epochs)
         meter = EpochMeter(epoch, steps, images_per_step=_global_batch(loader, accum_iter))
         if done:
-            meter.go_on_from(start.meter, done)
+            meter.resume(start.meter, done)
         with log.epoch(meter) as show:
             for i, micro_batches in enumerate(in_groups(meter.timed(loader), accum_iter), done):
                 failures = [failure for batch in micro_batches for failure in batch.failures]
@@ -98,7 +98,7 @@ def train(
 
 def _load_views(batch: Batch, step: TrainStep, log: RunLog) -> Views:
     views = batch.views_on(step.device)
-    log.crops_once(step.method.images(views))
+    log.save_crops(step.method.images(views))
     return views
 
 

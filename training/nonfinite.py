@@ -16,11 +16,11 @@ from torch import Tensor
 
 import utils
 from checkpoints import files, loading
+from config.choices import MAX_BAD_STEPS
 from distributed import collectives
 from utils import logger
 
 LISTED_TENSORS = 5
-MAX_BAD_STEPS = 20
 
 
 class NonFiniteSteps:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from config.choices import OPTIMIZERS as OPTIMIZERS
 from distributed import fsdp
 from training.lars import LARS
 from utils import UsageError, counted, logger
 
-OPTIMIZERS = ("adamw", "sgd", "lars")
 FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW and SGD have a fused kernel that a flag on the device can hold back
 # What each optimizer keeps of a parameter, and whether it has the parameter's shape; else it is one number.
 MOMENTS: dict[type[torch.optim.Optimizer], dict[str, bool]] = {

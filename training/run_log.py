@@ -1,16 +1,14 @@
-"""What a run tells: meters of an epoch, a progress bar or plain lines, `log.txt` and TensorBoard.
+"""Logging of a run: the terminal, `log.txt` and TensorBoard, written by the main process alone.
 
-`log.txt` has one JSON object a line with the published keys (train_loss, train_lr, train_wd, epoch) and more. Epochs count from 0,
-in every file and on the terminal, as in DINO.
-Only the main process shows and writes; the others keep quiet.
-
-Origin: this project's own.
+`log.txt` has one JSON object per epoch, with the published keys (train_loss, train_lr, train_wd, epoch) and more. Epochs count from
+0, as in DINO.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -29,37 +27,40 @@ from tqdm import tqdm
 from checkpoints.files import check_held, whole_file
 from distributed.collectives import is_main_process
 from distributed.launch import stop_on_interrupt
-from utils import UsageError, logger, peak_memory_mb
+from utils import UsageError, counted, logger, peak_memory_mb
 
 CROP_GRID_IMAGES = 8
+SCORES = {"knn_top1": "k-NN", "test_acc1": "top-1"}  # keys of log.txt that the terminal shows too
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 @contextlib.contextmanager
-def one_pass(loader: DataLoader[Any], label: str) -> Iterator[Iterator[Any]]:
-    """The batches of a pass that nothing is kept of before its end, with a bar on a terminal.
+def tracked(loader: DataLoader[Any], label: str) -> Iterator[Iterator[Any]]:
+    """Yield an iterator over the batches of an evaluation, with a progress bar on a terminal.
 
     Raises:
-        Stopped: Ctrl-C, which tells how far it was.
+        Stopped: on Ctrl-C, naming the number of finished batches.
     """
     done = 0
 
-    def counted() -> Iterator[Any]:
+    def batches() -> Iterator[Any]:
         nonlocal done
         for batch in tqdm(loader, desc=label, disable=None if is_main_process() else True, leave=False):
             yield batch
             done += 1
 
-    with stop_on_interrupt(lambda: f"{label}: {done} of {len(loader)} batches were done, nothing of them is kept"):
-        yield counted()
+    with stop_on_interrupt(lambda: f"after {done} of {len(loader)} batches of {label}; nothing is saved"):
+        yield batches()
 
 
 class EpochMeter:
-    """Running means of one epoch, its speed, and the share of time spent waiting for data.
+    """Running means of an epoch's scalars, its speed, and the share of time spent waiting for data.
 
-    Scalars may lie on a device; they stay there until somebody asks for a number.
+    Scalars on a device are not read until a number is needed.
 
     Args:
-        epoch, steps: which epoch and how many optimizer steps it has.
+        epoch: index of the epoch.
+        steps: optimizer steps of the epoch.
         images_per_step: over all processes and micro-batches.
     """
 
@@ -76,24 +77,24 @@ class EpochMeter:
         self._stopped: float | None = None
 
     def state(self) -> dict[str, Any]:
-        """What has been measured, for an epoch that goes on in another process."""
+        """Return the measurements so far, for an epoch that is resumed in another process."""
         self.read()
         sums = {name: list(pair) for name, pair in self._sums.items()}
         return {"sums": sums, "waited": self._waited, "seconds": self.seconds}
 
-    def go_on_from(self, state: Mapping[str, Any], done: int) -> None:
-        """Take over the `state` of an epoch of which `done` steps are done."""
+    def resume(self, state: Mapping[str, Any], done: int) -> None:
+        """Continue from the `state` of an epoch after `done` steps."""
         self.done = done
         self._sums = {name: (float(total), int(count)) for name, (total, count) in state.get("sums", {}).items()}
         self._waited = float(state.get("waited", 0.0))
         self._started -= float(state.get("seconds", 0.0))
 
     def stop(self) -> None:
-        """The steps are done: what follows in the epoch does not count as their time."""
+        """Stop the clock after the last step: evaluation and saving do not count for the speed."""
         self._stopped = time.perf_counter()
 
     def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Pass `batches` on and count the time they take to come."""
+        """Iterate over `batches` and measure the time spent waiting for them."""
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
@@ -104,12 +105,12 @@ class EpochMeter:
             yield batch
 
     def update(self, scalars: Mapping[str, Tensor | float]) -> None:
-        """Count a finished step, whose scalars (tensors of no axis, on one device, or numbers) are not read yet."""
+        """Count a finished step; its scalars (0-dim tensors on one device, or numbers) are not read yet."""
         self.done += 1
         self._unread.append(scalars)
 
     def read(self) -> list[dict[str, float]]:
-        """Take in the steps since the last reading and return their scalars: one wait for the device, however many they are."""
+        """Return the scalars of all steps since the last reading, at the cost of one synchronization with the device."""
         tensors = [value for scalars in self._unread for value in scalars.values() if isinstance(value, Tensor)]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])
         steps = [
@@ -118,11 +119,11 @@ class EpochMeter:
         ]
         self._unread.clear()
         for scalars in steps:
-            self._take_in(scalars)
+            self._add(scalars)
         return steps
 
-    def _take_in(self, scalars: dict[str, float]) -> None:
-        """What a skipped step measured is left out of the means."""
+    def _add(self, scalars: dict[str, float]) -> None:
+        """Add a step to the sums; of a skipped step only that it was skipped."""
         self._latest = scalars
         skipped = bool(scalars.get("skipped"))
         for name, value in scalars.items():
@@ -133,12 +134,12 @@ class EpochMeter:
 
     @property
     def latest(self) -> dict[str, float]:
-        """The scalars of the last step."""
+        """Scalars of the last step."""
         self.read()
         return self._latest
 
     def means(self) -> dict[str, float | None]:
-        """Mean of each scalar, None where every step was skipped, and `skipped_steps`, a count."""
+        """Return the mean of each scalar (None if all steps were skipped) and the number of `skipped_steps`."""
         self.read()
         means = {
             name: total / count if count else None for name, (total, count) in self._sums.items() if name != "skipped"
@@ -147,36 +148,44 @@ class EpochMeter:
 
     @property
     def skipped_steps(self) -> int:
-        """How many of the steps that were read changed nothing."""
+        """Number of skipped steps among those that were read."""
         return int(self._sums.get("skipped", (0.0, 0))[0])
 
     @property
     def seconds(self) -> float:
-        """Since the epoch began, until `stop` if it was called."""
+        """Time since the start of the epoch, until `stop` if it was called."""
         return (self._stopped or time.perf_counter()) - self._started
 
     @property
+    def seconds_with_evaluation(self) -> float:
+        """Time since the start of the epoch, also after `stop`."""
+        return time.perf_counter() - self._started
+
+    @property
     def images_per_second(self) -> float:
-        """Over all processes."""
+        """Throughput over all processes."""
         return self.done * self.images_per_step / self.seconds
 
     @property
     def waiting_share(self) -> float:
-        """Share of the time in which no batch was ready, 0..1."""
+        """Fraction of the time in which no batch was ready, 0..1."""
         return self._waited / self.seconds
 
 
 class RunLog:
-    """Everything a run writes down as it goes.
+    """Write a run's progress to the terminal, `log.txt` and TensorBoard.
+
+    A full disk or a lost mount does not end the run: lines of `log.txt` are written when the disk works again.
 
     Args:
-        output_dir: where `log.txt`, `crops.png` and the TensorBoard files go.
-        epochs: of the whole run, for the time left.
-        log_freq: steps between two lines (or TensorBoard points).
-        mean, std: the images' normalization, undone in the picture of the crops.
-        device: whose memory is reported.
-        images: of an epoch. The steps of TensorBoard's `step/` curves are images seen, which go on where the batch size changes.
-        seen: images that the run has seen already; TensorBoard hides what the folder holds of later ones.
+        output_dir: folder of `log.txt`, `crops.png` and the TensorBoard files.
+        epochs: epochs of the whole run, for the time left.
+        log_freq: steps between log lines and TensorBoard points.
+        mean, std: normalization of the images, undone in `crops.png`.
+        device: device whose peak memory is reported.
+        images: images of an epoch. TensorBoard's `step/` curves count images, so that they continue if the batch size changes.
+        seen: images that the run has seen before; TensorBoard points beyond are hidden.
+        epoch_freq: epochs between those that the terminal shows; the last one is always shown.
     """
 
     def __init__(
@@ -189,60 +198,62 @@ class RunLog:
         device: torch.device,
         images: int,
         seen: int = 0,
+        epoch_freq: int = 1,
     ) -> None:
         try:
             str(output_dir).encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"--output_dir {output_dir} is not UTF-8, in which TensorBoard takes names; choose another"
+                f"--output_dir {output_dir} is not UTF-8, which TensorBoard requires; choose another"
             ) from None
         self.output_dir = output_dir
         self.epochs = epochs
         self.log_freq = log_freq
+        self.epoch_freq = epoch_freq
         self.mean, self.std = mean, std
         self.device = device
         self.images = images
         self._rates: dict[str, float] = {}
         self.writer: SummaryWriter | None = None
         if is_main_process():
-            threading.excepthook = _pass_over_disks
+            threading.excepthook = _ignore_disk_errors
             self.writer = SummaryWriter(str(output_dir), purge_step=seen + 1)
-        self._failed = False  # some time; then it has been told
-        self._writer_failed = False  # since the last epoch; then it is of no more use
+        self._warned = False  # of a disk error
+        self._writer_failed = False  # in this epoch; the next one gets a new writer
         self._unwritten: list[str] = []  # lines of log.txt
-        self._pictured = (output_dir / "crops.png").exists()
+        self._crops_saved = (output_dir / "crops.png").exists()
 
     def close(self) -> None:
-        """Write what is not written yet, and flush TensorBoard."""
+        """Write the remaining lines, and close TensorBoard."""
         if self.writer is None:
             return
         if self._unwritten:
-            with self.failing_softly():
+            with self.best_effort():
                 self._write_lines()
         if self._unwritten:
-            count = len(self._unwritten)
-            logger.warning("log.txt lacks its last %s", "line" if count == 1 else f"{count} lines")
-        with self._drawing() as writer:
+            logger.warning("%s of log.txt could not be written", counted(len(self._unwritten), "line"))
+        with self._tensorboard() as writer:
             writer.close()
 
     @contextlib.contextmanager
-    def failing_softly(self) -> Iterator[None]:
-        """A full disk or a lost mount does not end a run because of what it tells: warned about once, then passed over."""
+    def best_effort(self) -> Iterator[None]:
+        """Ignore disk errors inside the block, with one warning per run."""
         try:
             yield
         except OSError as error:
-            if not self._failed:
+            if not self._warned:
                 logger.warning(
-                    "cannot write to %s (%s): the run goes on; log.txt gets its lines when that works again, TensorBoard not",
-                    *(self.output_dir, error),
+                    "cannot write to %s (%s); the run continues, log.txt is completed when the disk works again",
+                    self.output_dir,
+                    error,
                 )
-            self._failed = True
+            self._warned = True
 
     @contextlib.contextmanager
-    def _drawing(self) -> Iterator[SummaryWriter]:
-        """The TensorBoard writer, in the main process; it cannot be used again after an error."""
+    def _tensorboard(self) -> Iterator[SummaryWriter]:
+        """Yield the TensorBoard writer; after an error it cannot be used again."""
         assert self.writer is not None
-        with self.failing_softly():
+        with self.best_effort():
             try:
                 yield self.writer
             except OSError:
@@ -250,7 +261,7 @@ class RunLog:
                 raise
 
     def _write_lines(self) -> None:
-        """Append what is not written yet to `log.txt`, whole or not at all."""
+        """Append the pending lines to `log.txt`, all or none."""
         check_held(self.output_dir)
         path = self.output_dir / "log.txt"
         size = path.stat().st_size if path.exists() else 0
@@ -264,50 +275,77 @@ class RunLog:
         self._unwritten.clear()
 
     def due(self, meter: EpochMeter, ahead: int = 0) -> bool:
-        """Whether the last step, or the one so many steps `ahead`, ends a log interval."""
+        """Return whether the last step, or the one `ahead` steps later, ends a log interval."""
         done = meter.done + ahead
         return done % self.log_freq == 0 or done == meter.steps
 
     @contextlib.contextmanager
     def epoch(self, meter: EpochMeter) -> Iterator[Callable[..., None]]:
-        """Give the function that shows a step: a progress bar on a terminal, a line every `log_freq` steps elsewhere."""
-        terminal = is_main_process() and sys.stderr.isatty()
+        """Yield the function that shows a step: in a progress bar on a terminal, elsewhere in a line every `log_freq` steps."""
+        shown = self._shows(meter.epoch)
+        terminal = shown and sys.stderr.isatty()
         label = f"epoch {meter.epoch}/{self.epochs}"
-        with tqdm(total=meter.steps, initial=meter.done, desc=label, disable=not terminal, leave=False) as bar:
+        settings = {"bar_format": BAR, "dynamic_ncols": True, "leave": False, "disable": not terminal}
+        with tqdm(total=meter.steps, initial=meter.done, desc=label, **settings) as bar:  # type: ignore[call-overload]
 
             def show(lr: float, wd: float | None = None) -> None:
+                due = self.due(meter)
+                if due and terminal:
+                    bar.set_postfix_str(self._brief(meter), refresh=False)
                 bar.update()
-                if not self.due(meter):
+                if not due:
                     return
-                line = self._describe(meter, lr)
-                bar.set_postfix_str(line, refresh=False)
-                if not terminal:
-                    logger.info("%s  step %d/%d  %s", label, meter.done, meter.steps, line)
+                if shown and not terminal:
+                    logger.info("%s  step %d/%d  %s", label, meter.done, meter.steps, self._describe(meter, lr))
                 rates = {"lr": lr} if wd is None else {"lr": lr, "wd": wd}
                 points = meter.latest | rates
                 points |= {"images_per_s": meter.images_per_second, "waiting_share": meter.waiting_share}
                 if self.writer is not None:
                     seen = meter.epoch * self.images + min(meter.done * meter.images_per_step, self.images)
-                    with self._drawing() as writer:
+                    with self._tensorboard() as writer:
                         for name, value in points.items():
                             writer.add_scalar(f"step/{name}", value, seen)
                 self._rates = {f"train_{name}": value for name, value in rates.items()}
 
             yield show
 
-    def _describe(self, meter: EpochMeter, lr: float) -> str:
+    def _shows(self, epoch: int) -> bool:
+        """Return whether the terminal shows this epoch."""
+        return is_main_process() and (epoch % self.epoch_freq == 0 or epoch == self.epochs - 1)
+
+    def _time_left(self, meter: EpochMeter) -> str:
+        """Return the time left for the whole run, at the speed of this epoch's steps."""
         steps_left = (self.epochs - meter.epoch) * meter.steps - meter.done
-        left = tqdm.format_interval(steps_left * meter.seconds / meter.done)
+        return f"{tqdm.format_interval(steps_left * meter.seconds / meter.done)} left"
+
+    def _brief(self, meter: EpochMeter) -> str:
+        """Describe the last step beside a progress bar, so that both fit in 80 columns."""
+        loss = meter.latest.get("loss", math.nan)
+        return f"loss {loss:.4f}  {self._time_left(meter)}  {meter.images_per_second:.0f} images/s"
+
+    def _describe(self, meter: EpochMeter, lr: float) -> str:
         losses = "  ".join(
             f"{name} {value:.4f}" for name, value in meter.latest.items() if name != "skipped" and "/" not in name
         )
         return (
             f"{losses}  lr {lr:.2e}  {meter.images_per_second:.1f} images/s  waiting {meter.waiting_share:.0%}  "
-            f"memory {peak_memory_mb(self.device):.0f} MiB  left {left}"
+            f"memory {peak_memory_mb(self.device):.0f} MiB  {self._time_left(meter)}"
         )
 
+    def _describe_epoch(self, meter: EpochMeter, record: Mapping[str, Any]) -> str:
+        loss = record.get("train_loss")
+        parts = ["no finite loss" if loss is None else f"loss {loss:.4f}"]
+        if "train_lr" in record:
+            parts.append(f"lr {record['train_lr']:.2e}")
+        parts.append(f"{meter.images_per_second:.1f} images/s")
+        parts += [f"{name} {record[key]:.2f}" for key, name in SCORES.items() if record.get(key) is not None]
+        if meter.skipped_steps:
+            parts.append(counted(meter.skipped_steps, "skipped step"))
+        seconds_left = (self.epochs - meter.epoch - 1) * meter.seconds_with_evaluation
+        return "  ".join([*parts, f"{tqdm.format_interval(seconds_left)} left"])
+
     def finish_epoch(self, meter: EpochMeter, **more: Any) -> None:
-        """Append the epoch's line, with `more` numbers and mappings of numbers, to `log.txt` and to TensorBoard, and say it."""
+        """Append the epoch, with `more` numbers and mappings of numbers, to `log.txt` and TensorBoard, and log one line."""
         means = meter.means()
         record: dict[str, Any] = {f"train_{k}": v for k, v in means.items() if k != "skipped_steps"}
         record |= self._rates | {"epoch": meter.epoch, "skipped_steps": meter.skipped_steps}
@@ -321,39 +359,35 @@ class RunLog:
         if self.writer is None:
             return
         self._unwritten.append(json.dumps(record) + "\n")
-        with self.failing_softly():
+        with self.best_effort():
             self._write_lines()
         if self._writer_failed:
-            with self.failing_softly():
+            with self.best_effort():
                 self.writer, self._writer_failed = SummaryWriter(str(self.output_dir)), False
-        with self._drawing() as writer:
+        with self._tensorboard() as writer:
             for name, value in _numbers(record, "epoch/"):
                 if name != "epoch/epoch":
                     writer.add_scalar(name, value, meter.epoch)
             writer.flush()
-        logger.info(
-            "epoch %d/%d done: %s",
-            meter.epoch,
-            self.epochs,
-            json.dumps(record),
-        )
+        if self._shows(meter.epoch):
+            logger.info("epoch %d/%d done  %s", meter.epoch, self.epochs, self._describe_epoch(meter, record))
 
-    def crops_once(self, views: Sequence[Tensor]) -> None:
-        """Once a run: a picture of some images (columns) in all their views (rows), to TensorBoard and `crops.png`."""
-        if self.writer is None or self._pictured:
+    def save_crops(self, views: Sequence[Tensor]) -> None:
+        """Save a picture of some images (columns) in all their views (rows), unless the run has one."""
+        if self.writer is None or self._crops_saved:
             return
-        self._pictured = True
+        self._crops_saved = True
         side = max(view.shape[-1] for view in views)
         images = min(CROP_GRID_IMAGES, len(views[0]))
         tiles = [self._tile(view[:images].detach().float().cpu(), side) for view in views]
         grid = make_grid(torch.cat(tiles), nrow=images)
-        with self._drawing() as writer:
+        with self._tensorboard() as writer:
             writer.add_image("crops", grid, 0)
-        with self.failing_softly(), whole_file(self.output_dir / "crops.png") as temporary:
+        with self.best_effort(), whole_file(self.output_dir / "crops.png") as temporary:
             save_image(grid, temporary, format="png")
 
     def _tile(self, view: Tensor, side: int) -> Tensor:
-        """Undo the normalization, show one or three channels, and center small views on a canvas of `side` pixels."""
+        """Undo the normalization, keep one or three channels, and pad small views to `side` pixels."""
         shape = (1, -1, 1, 1)
         pixels = (view * torch.tensor(self.std).view(shape) + torch.tensor(self.mean).view(shape)).clamp(0, 1)
         pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
@@ -363,14 +397,14 @@ class RunLog:
         )
 
 
-def _pass_over_disks(failed: threading.ExceptHookArgs) -> None:
-    """No traceback of TensorBoard's own thread, whose error `RunLog` meets too and tells in words."""
+def _ignore_disk_errors(failed: threading.ExceptHookArgs) -> None:
+    """Print no traceback for a disk error in TensorBoard's own thread: `RunLog` gets the same error and logs it."""
     if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
         threading.__excepthook__(failed)
 
 
 def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """The numbers of nested mappings with their names joined by slashes; anything else is left out."""
+    """Yield the numbers in nested mappings, with their names joined by slashes."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{name}/")

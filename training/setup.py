@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoints import files, loading
-from config.schema import PATCH_SIZE
+from config.choices import PATCH_SIZE
 from data.transforms import augment
 from distributed import collectives, ddp, fsdp
 from models import Backbone

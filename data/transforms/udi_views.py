@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from config.choices import ALIGNMENTS, DRAWINGS, PAIR_MODES
+from config.choices import REFERENCES as REFERENCES
 from data.decode import ImageLike
 from data.transforms import geometry
 from data.transforms.crops import random_box, resized_crop, to_pixels
@@ -26,9 +28,6 @@ from data.transforms.recipe import FLIP, Crops, ViewSpec, dino_recipe
 from utils import UsageError
 
 GLOBALS = 2
-PAIR_MODES = ("overlap", "nested")
-REFERENCES = ("intersection", "union")  # of the global views; local views overlap it
-DRAWINGS = ("image", "view", "fixed")
 BLUR_AND_SOLARIZE = ((0.5, 0.0), (1.0, 0.0), (0.1, 0.2), (0.1, 0.2))  # probabilities, one pair drawn for each crop
 BLUR_DRAW, SOLARIZE_DRAW = DRAWS - 3, DRAWS - 1
 
@@ -72,7 +71,7 @@ class UDICrops:
     def __init__(self, views: Sequence[ViewSpec], sampling: Sampling, flip: float = FLIP) -> None:
         for flag, value, known in (
             ("global_pair_mode", sampling.pair_mode, PAIR_MODES),
-            ("srs_align", sampling.align, geometry.ALIGNMENTS),
+            ("srs_align", sampling.align, ALIGNMENTS),
             ("local_reference", sampling.reference, REFERENCES),
             ("srs_drawing", sampling.drawing, DRAWINGS),
         ):

@@ -1,0 +1,9 @@
+"""Command lines: one module per script with its parser, and the flags and checks that several scripts share.
+
+Nothing here imports torch, so that `--help` and mistakes are answered at once.
+"""
+
+from config.arguments.pretraining import check_pretraining as check_pretraining
+from config.arguments.shared import Parser as Parser
+from config.arguments.shared import bool_flag as bool_flag
+from config.arguments.shared import check_weights as check_weights
