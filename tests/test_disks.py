@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import finetune_runs
 import linear_runs
 import pytest
-import test_eval_finetune
 import torch
 from PIL import Image
 from runs import TINY_RUN, TINY_SWIN, run_script, write_images
@@ -63,7 +63,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 RUNS: dict[str, Callable[[Path, Path], None]] = {
     "main_esvit": lambda images, out: train(out, images),
-    "eval_finetune": lambda images, out: test_eval_finetune.run(images, out, *test_eval_finetune.PLAIN),
+    "eval_finetune": lambda images, out: finetune_runs.run(images, out, *finetune_runs.PLAIN),
     "eval_linear": lambda images, out: linear_runs.run(images, out),
 }
 

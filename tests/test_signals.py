@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import finetune_runs
 import linear_runs
 import pytest
-import test_eval_finetune as finetune_runs
 import torch
 from conftest import ROOT
 from linear_runs import write_colors
