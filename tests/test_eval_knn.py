@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -18,9 +19,12 @@ from runs import TINY_SWIN, write_images
 from torch import Tensor
 
 import eval_knn
+from config.loading import load_config
 from evaluation import features, knn
 from evaluation.features import LabeledFeatures
 from evaluation.knn import KnnScore, Split, knn_scores, nearest
+from evaluation.knn_callback import build_knn_callback
+from models import build_model
 from utils import UsageError
 
 
@@ -437,3 +441,24 @@ def test_wrong_weights(images: Path, tmp_path: Path) -> None:
     torch.save({"teacher": {"module.body": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(UsageError, match="is of another network"):
         run(images, "--pretrained_weights", str(tmp_path / "other.pth"))
+
+
+# --------------------------------------------------------------------------- the callback of pre-training
+
+
+def test_callback_scores_both_networks_and_restores_the_state(images: Path) -> None:
+    config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
+    teacher, student = (build_model("swin", config, is_teacher=is_teacher) for is_teacher in (True, False))
+    args = argparse.Namespace(knn_every=2, knn_data_path=str(images), seed=0, precision="fp32")
+    args.batch_size_per_gpu, args.num_workers = 4, 0
+    callback = build_knn_callback(args, config, teacher, student, 32, torch.device("cpu"))
+    assert callback is not None
+    assert callback(0) == {}
+    before = torch.get_rng_state()
+    scores = callback(1)
+    assert set(scores) == {"knn_top1", "knn_top1_student"}
+    assert all(0 <= score <= 100 for score in scores.values())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert student.training
+    args.knn_every = 0
+    assert build_knn_callback(args, config, teacher, student, 32, torch.device("cpu")) is None
