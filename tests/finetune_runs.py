@@ -1,4 +1,4 @@
-"""Tiny fine-tuning runs in this process."""
+"""Short fine-tuning runs of a small Swin, for tests."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from runs import TINY_SWIN
 import eval_finetune
 
 NETWORK = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml"]
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--aa", "", "--color_jitter", "0", "--reprob", "0"]
+SMALL_RUN = [*NETWORK, "--device", "cpu", "--precision", "fp32", "--num_workers", "0", "--batch_size_per_gpu", "4",
+             "--epochs", "2", "--warmup_epochs", "1", "--lr", "0.05", "--log_freq", "1"]  # fmt: skip
 
 
 def command(images: Path, output_dir: Path, *extra: str) -> list[str]:
     weights = [] if "--pretrained_weights" in extra else ["--random_weights"]
     paths = ["--data_path", str(images), "--output_dir", str(output_dir)]
     return [*SMALL_RUN, *paths, *weights, *extra, "--seed", "0", *TINY_SWIN]
-
-
-PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--aa", "", "--color_jitter", "0", "--reprob", "0"]
-SMALL_RUN = [*NETWORK, "--device", "cpu", "--precision", "fp32", "--num_workers", "0", "--batch_size_per_gpu", "4",
-             "--epochs", "2", "--warmup_epochs", "1", "--lr", "0.05", "--log_freq", "1"]  # fmt: skip
 
 
 def run(images: Path, output_dir: Path, *extra: str, **changed: Any) -> None:

@@ -267,7 +267,7 @@ def test_views_are_kept_and_depend_on_the_seed_alone(channels: int, tmp_path: Pa
         load_views(tmp_path / "views.pth", 2)
 
 
-def test_saved_views_that_are_none(tmp_path: Path) -> None:
+def test_invalid_saved_views(tmp_path: Path) -> None:
     torch.save({"other": torch.zeros(2)}, tmp_path / "views.pth")
     with pytest.raises(UsageError, match="no saved views"):
         load_views(tmp_path / "views.pth", 3)
@@ -304,7 +304,7 @@ def test_output_files_are_numbered(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- drawing
 
 
-def test_heat_is_bright_where_weights_are_large_and_leaves_the_picture_where_they_are_none() -> None:
+def test_heat() -> None:
     image = Image.new("RGB", (8, 4), (200, 100, 50))
     gray = draw.darkened_gray(image, 0.6).getpixel((0, 0))
     assert isinstance(gray, tuple)
@@ -333,7 +333,7 @@ def test_masks_and_frames() -> None:
     assert draw.pixel_box((0, 1, 2, 3), (2, 4), (40, 81)) == (20, 0, 61, 40)
 
 
-def test_lines_join_the_pairs_and_bear_their_ranks() -> None:
+def test_lines_and_ranks_of_pairs() -> None:
     image = Image.new("RGB", (200, 100), (128, 128, 128))
     drawn = draw.paired((image, image), [((0.1, 0.9), (0.9, 0.9)), ((0.1, 0.2), (0.9, 0.2))], ((0.5, 0.5), (0.5, 0.0)))
     assert drawn.size == (416, 100)
@@ -344,7 +344,7 @@ def test_lines_join_the_pairs_and_bear_their_ranks() -> None:
     assert len({draw.rank_color(rank, 10) for rank in range(10)}) == 10
 
 
-def test_a_point_of_several_pairs_bears_all_their_ranks() -> None:
+def test_point_of_several_pairs_has_all_their_ranks() -> None:
     image, apart = Image.new("RGB", (200, 100), (128, 128, 128)), ((0.5, 0.1), (0.5, 0.1))
     pairs = [((0.1, 0.5), (0.5, 0.8)), ((0.1, 0.2), (0.5, 0.8))]
     one, both = draw.paired((image, image), pairs[:1], apart), draw.paired((image, image), pairs, apart)
@@ -394,7 +394,7 @@ def test_a_small_window_is_shown_zoomed(size: tuple[int, int], zoomed: bool) -> 
     assert page.width == 3 * 232 + 8
 
 
-def test_the_regions_that_are_seen_are_those_of_the_window() -> None:
+def test_window_of_a_query() -> None:
     network = small_network("swin").eval()
     maps = attention.head_maps(network, torch.randn(1, 3, 128, 192), 3, 0.6, (60.0, 60.0))
     assert maps.grid == (16, 24)
@@ -452,14 +452,14 @@ def test_plots_are_the_same_files_each_time() -> None:
 
 
 @torch.no_grad()
-def test_uniform_attention_counts_the_keys_that_are_seen() -> None:
+def test_entropy_of_uniform_attention() -> None:
     """Swin's shifted windows of a 16 x 16 grid, window 4, shift 2: 9 inner windows see 16 keys, 6 on borders 8, one 4."""
     plain, shifted = attention.uniform_entropies(small_network("swin").eval(), torch.zeros(1, 3, 64, 64))[:2]
     assert plain == pytest.approx([4.0] * len(plain))
     assert shifted == pytest.approx([(9 * 4 + 6 * 3 + 2) / 16] * len(shifted))
 
 
-def test_names_of_pictures_are_short_and_their_own() -> None:
+def test_unique_names() -> None:
     assert unique_names(["d/a.jpg", "d/b.jpg"]) == ["a", "b"]
     assert unique_names(["x/0.png", "y/0.png"]) == ["x_0", "y_0"]
     assert unique_names(["x/c/0.png", "y/c/0.png"]) == ["x_c_0", "y_c_0"]

@@ -113,7 +113,7 @@ def test_schedule_by_value() -> None:
 # --------------------------------------------------------------------------- the run
 
 
-def test_learns_and_leaves_everything_behind(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accuracy_and_files_of_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(images, tmp_path, *PLAIN, "--epochs", "12", "--lr", "0.5", "--layer_decay", "0.9", "--model_ema")
     found = results(tmp_path)
     best = found["scores"]["best"]
@@ -193,7 +193,7 @@ def test_every_weight_of_every_architecture_is_trained(name: str, images: Path, 
     loading.load_backbone(tuned, tmp_path / "run" / "best.pth")  # for the other evaluations
 
 
-def test_starts_from_the_weights_and_not_from_others(images: Path, tmp_path: Path) -> None:
+def test_starts_from_the_given_weights(images: Path, tmp_path: Path) -> None:
     """A rate of 0 leaves the backbone as it was in the checkpoint."""
     torch.manual_seed(7)
     config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
@@ -214,7 +214,7 @@ class Killed(Exception):
 @pytest.mark.parametrize(
     "flags", [["--model_ema"], ["--accum_iter", "2", *PLAIN]], ids=["mixup and ema", "accumulation"]
 )
-def test_resuming_equals_never_having_stopped(
+def test_resumed_equals_uninterrupted(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
     """Bit for bit: weights, average, optimizer, best accuracy and random states."""
@@ -239,7 +239,7 @@ def test_resuming_equals_never_having_stopped(
     assert len((tmp_path / "parts" / "log.txt").read_text().splitlines()) == 2
 
 
-def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_falls_back_to_the_previous_one(images: Path, tmp_path: Path) -> None:
     """The last epoch is trained again to the same bits; the damaged file and the line of that epoch are kept aside."""
     out = tmp_path / "run"
     run(images, out, *PLAIN)
@@ -255,7 +255,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: 
         assert [json.loads(line)["epoch"] for line in (out / name).open()] == epochs
 
 
-def test_average_moves_shared_weights_once_a_step() -> None:
+def test_shared_weights_are_averaged_once_a_step() -> None:
     """ViL's global projections are its local ones; against lerp in double precision, with timm's decay by the step."""
     network = with_head("vil")
     state = network.state_dict()
@@ -277,7 +277,7 @@ def test_average_moves_shared_weights_once_a_step() -> None:
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_average_of_other_networks_is_timms() -> None:
+def test_weight_average_equals_timm_without_shared_weights() -> None:
     """Bit for bit, buffers of BatchNorm included."""
     network = with_head("resnet")
     ours, theirs = (kind(network, 0.9, use_warmup=True) for kind in (finetune.WeightAverage, ModelEmaV3))
@@ -292,7 +292,7 @@ def test_average_of_other_networks_is_timms() -> None:
         assert torch.equal(ours.module.state_dict()[name], tensor), name
 
 
-def test_best_is_kept_and_the_first_of_equals() -> None:
+def test_best_epoch() -> None:
     best = finetune.Best()
     for epoch, (model, ema) in enumerate([(30.0, 20.0), (30.0, 40.0), (40.0, 10.0)]):
         accuracies = {"model": finetune.Accuracy(model, 90.0), "ema": finetune.Accuracy(ema, 95.0)}
@@ -312,7 +312,7 @@ def test_gray_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_validation_images_are_resized_as_asked(images: Path, tmp_path: Path, interpolation: str) -> None:
+def test_val_interpolation(images: Path, tmp_path: Path, interpolation: str) -> None:
     flags = [] if interpolation == "bicubic" else ["--val_interpolation", interpolation]
     args = eval_finetune.get_args_parser().parse_args(command(images, tmp_path, *flags))
     config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
@@ -348,7 +348,7 @@ def test_usage_errors(images: Path, tmp_path: Path, flags: list[str], words: str
     assert "\n" not in str(caught.value)
 
 
-def test_folders_of_other_runs_are_left_alone(images: Path, tmp_path: Path) -> None:
+def test_folders_of_other_runs_are_refused(images: Path, tmp_path: Path) -> None:
     torch.save({"student": {}, "teacher": {}, "epoch": 3}, tmp_path / "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with pytest.raises(UsageError, match="has no model"):
@@ -462,9 +462,7 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     assert_identical(before, everything(), "after the step")
 
 
-def test_finished_run_says_its_score_and_mends_its_results(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_run_reports_again(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(images, tmp_path, *PLAIN)
     said, record = capsys.readouterr().out.splitlines()[-1], (tmp_path / "results" / "finetune.json").read_bytes()
     found = json.loads(record)

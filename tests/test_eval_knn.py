@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -18,9 +19,12 @@ from runs import TINY_SWIN, write_images
 from torch import Tensor
 
 import eval_knn
+from config.loading import load_config
 from evaluation import features, knn
 from evaluation.features import LabeledFeatures
 from evaluation.knn import KnnScore, Split, knn_scores, nearest
+from evaluation.knn_callback import build_knn_callback
+from models import build_model
 from utils import UsageError
 
 
@@ -81,9 +85,7 @@ def test_vote_equals_the_formula(classes: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("chunks", [(1, 1), (3, 7), (40, 2), (1, 61), (64, 64)], ids=str)
-def test_ties_and_duplicates_are_broken_the_same_way_whatever_the_chunks(
-    chunks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ties_do_not_depend_on_the_chunks(chunks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(knn.CHUNKS, "cpu", chunks)
     split = split_of_ties(60, 40, 7)
     similarity = split.val.features_NC @ split.train.features_NC.T
@@ -96,14 +98,14 @@ def test_ties_and_duplicates_are_broken_the_same_way_whatever_the_chunks(
         assert_equal_scores(knn_scores(split, [k], 0.5)[0], slow_scores(split, k, 0.5))
 
 
-def test_keys_that_come_in_rising_order() -> None:
+def test_keys_of_increasing_similarity() -> None:
     """Each chunk beats all before it, which is the most there can be to sort."""
     keys = torch.linspace(-1, 1, 501)[:, None]
     found = nearest(torch.tensor([[1.0], [-1.0]]), keys, 3, key_chunk=97)
     assert found.index_Qk.tolist() == [[500, 499, 498], [0, 1, 2]]
 
 
-def test_top5_counts_classes_that_got_a_vote() -> None:
+def test_top5_counts_classes_with_votes_only() -> None:
     """Labels that no neighbor has are not among the first five, however few classes have votes."""
     train = LabeledFeatures(torch.eye(4), torch.tensor([4, 5, 5, 6]))
     val = LabeledFeatures(torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0], [0.8, 0.6, 0, 0]]), torch.tensor([4, 0, 5]))
@@ -131,7 +133,7 @@ def test_leave_one_out_of_a_pair_and_of_one() -> None:
         knn_scores(Split(one, one), [1], 0.07, leave_one_out=True)
 
 
-def test_half_precision_votes_like_the_rounded_features() -> None:
+def test_half_precision_equals_rounded_features() -> None:
     split = random_split(60, 40, 10)
     half = Split(*(LabeledFeatures(features.half(), labels) for features, labels in split))
     assert_equal_scores(knn_scores(half, [5], 0.07)[0], slow_scores(half, 5, 0.07))
@@ -187,7 +189,7 @@ def test_faiss_gives_the_same_neighbors(monkeypatch: pytest.MonkeyPatch) -> None
     assert searched == [pytest.approx(int(tied.sum()), abs=5)]
 
 
-def test_faiss_is_given_the_keys_once_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faiss_gets_the_keys_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same memory for every chunk of queries, so that nothing is converted again."""
     pytest.importorskip("faiss")
     monkeypatch.setattr(knn, "FAISS_QUERIES", 7)
@@ -206,7 +208,7 @@ def test_faiss_is_given_the_keys_once_as_they_are(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("row", [0, 6, 7, 59])
-def test_numbers_that_are_not_finite_are_found_in_every_chunk(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_features_are_found_in_every_chunk(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "CHECKED_ROWS", 7)
     train, val = random_split(60, 4, 3)
     half = LabeledFeatures(train.features_NC.half(), train.labels_N)
@@ -215,7 +217,7 @@ def test_numbers_that_are_not_finite_are_found_in_every_chunk(row: int, monkeypa
         knn_scores(Split(half, val._replace(features_NC=val.features_NC.half())), [1], 0.07)
 
 
-def test_own_neighbors_are_always_right() -> None:
+def test_identical_sets_score_100_percent() -> None:
     train = random_split(30, 1, 30).train
     train = train._replace(labels_N=torch.arange(30))
     assert knn_scores(Split(train, train), [1], 0.07) == [KnnScore(1, 100.0, 100.0, dict.fromkeys(range(30), 100.0))]
@@ -231,7 +233,7 @@ def test_k_beyond_the_set_is_clamped_with_a_warning(
     assert "using k = 6" in caplog.text
 
 
-def test_impossible_votes() -> None:
+def test_invalid_arguments_of_the_vote() -> None:
     split = random_split(6, 4, 3)
     empty = LabeledFeatures(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long))
     with pytest.raises(UsageError, match="at least one training and one validation"):
@@ -295,7 +297,7 @@ def test_saved_features_give_the_same_scores(images: Path, tmp_path: Path, capsy
     assert capsys.readouterr().out == first
 
 
-def test_saved_features_are_moved_and_rounded_as_asked(images: Path, tmp_path: Path) -> None:
+def test_dtype_of_saved_features(images: Path, tmp_path: Path) -> None:
     run(images, "--dump_features", str(tmp_path / "full"), "--use_cuda", "off")
     run(images, "--dump_features", str(tmp_path / "half"), "--half")
     full, half = (torch.load(tmp_path / name / "trainfeat.pth") for name in ("full", "half"))
@@ -331,7 +333,7 @@ def test_leave_one_out_of_a_folder_without_a_split(
     assert capsys.readouterr().out == printed
 
 
-def test_features_come_in_the_order_of_the_images_and_are_held_once() -> None:
+def test_gathered_features_are_in_dataset_order() -> None:
     """Batches in any order, as processes that take turns give them."""
     indices = [torch.tensor([4, 0]), torch.tensor([3]), torch.tensor([1, 2])]
     cpu = torch.device("cpu")
@@ -343,7 +345,7 @@ def test_features_come_in_the_order_of_the_images_and_are_held_once() -> None:
     assert not rows
 
 
-def test_faiss_that_is_missing(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_faiss(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UsageError, match="pip install faiss-cpu"):
         run(images, "--backend", "faiss")
@@ -367,7 +369,7 @@ def test_saved_features_are_never_overwritten(images: Path, tmp_path: Path) -> N
         run(images, "--dump_features", str(tmp_path / "file" / "folder"))
 
 
-def test_record_says_what_was_scored(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_result_file(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also for loaded features, of which neither network nor data are known."""
     out = ["--output_dir", str(tmp_path / "out")]
     run(images, "--half", *out, "--dump_features", str(tmp_path / "features"))
@@ -383,7 +385,7 @@ def test_record_says_what_was_scored(images: Path, tmp_path: Path, capsys: pytes
     assert loaded["protocol"]["half"] is False
 
 
-def test_networks_that_are_not_square_need_a_size(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nonsquare_config_needs_image_size(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = ["--seed", "0", *TINY_SWIN, "MODEL.IMAGE_SIZE", "[32, 48]"]
     flags = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
     flags += ["--data_path", str(images), "--nb_knn", "1", "--random_weights"]
@@ -393,7 +395,7 @@ def test_networks_that_are_not_square_need_a_size(images: Path, capsys: pytest.C
     assert "network: 1-NN classifier result" in capsys.readouterr().out
 
 
-def test_processes_that_see_different_images_stop(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_must_agree_on_the_images(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other process counts one image less, or cannot read its data at all."""
 
     def other_sees_less(value: Any) -> list[Any]:
@@ -427,7 +429,7 @@ def test_random_weights_are_named(images: Path, capsys: pytest.CaptureFixture[st
     ],
     ids=["no val", "classes", "unlabeled", "no split"],
 )
-def test_data_that_cannot_be_scored(images: Path, prepare: object, words: str) -> None:
+def test_invalid_data(images: Path, prepare: object, words: str) -> None:
     prepare(images)  # type: ignore[operator]
     with pytest.raises(UsageError, match=words):
         run(images)
@@ -439,3 +441,24 @@ def test_wrong_weights(images: Path, tmp_path: Path) -> None:
     torch.save({"teacher": {"module.body": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(UsageError, match="is of another network"):
         run(images, "--pretrained_weights", str(tmp_path / "other.pth"))
+
+
+# --------------------------------------------------------------------------- the callback of pre-training
+
+
+def test_callback_scores_both_networks_and_restores_the_state(images: Path) -> None:
+    config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
+    teacher, student = (build_model("swin", config, is_teacher=is_teacher) for is_teacher in (True, False))
+    args = argparse.Namespace(knn_every=2, knn_data_path=str(images), seed=0, precision="fp32")
+    args.batch_size_per_gpu, args.num_workers = 4, 0
+    callback = build_knn_callback(args, config, teacher, student, 32, torch.device("cpu"))
+    assert callback is not None
+    assert callback(0) == {}
+    before = torch.get_rng_state()
+    scores = callback(1)
+    assert set(scores) == {"knn_top1", "knn_top1_student"}
+    assert all(0 <= score <= 100 for score in scores.values())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert student.training
+    args.knn_every = 0
+    assert build_knn_callback(args, config, teacher, student, 32, torch.device("cpu")) is None

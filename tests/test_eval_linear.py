@@ -88,7 +88,7 @@ def order_of(epoch: int, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["published", "cached"])
-def test_one_value_equals_the_protocol_written_out(images: Path, tmp_path: Path, cached: bool) -> None:
+def test_published_protocol_equals_a_manual_loop(images: Path, tmp_path: Path, cached: bool) -> None:
     """Three epochs over 12 images in batches of 5, 5 and 2: weights, losses, learning rates and accuracies."""
     flags, lr_min = (["--cache_features", "--lr_min", "0.01"], 0.01) if cached else ([], 0.0)
     run(images, tmp_path / "out", "--lr", "2", *flags)
@@ -132,7 +132,7 @@ def test_colors_are_learned(images: Path, tmp_path: Path, capsys: pytest.Capture
 @torch.no_grad()
 @pytest.mark.parametrize("avgpool", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_fewer_blocks_are_the_tail_of_more(name: str, avgpool: bool) -> None:
+def test_features_of_fewer_blocks_are_the_tail(name: str, avgpool: bool) -> None:
     network, images = small_network(name).eval(), torch.randn(2, 3, 64, 64)
     largest = min(4, sum(network.stage_depths))
     whole = network.forward_return_n_last_blocks(images, largest, avgpool)
@@ -142,9 +142,7 @@ def test_fewer_blocks_are_the_tail_of_more(name: str, avgpool: bool) -> None:
         torch.testing.assert_close(whole[:, -alone.shape[1] :], alone, rtol=1e-6, atol=1e-7)
 
 
-def test_classifiers_among_others_are_what_they_are_alone(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classifiers_are_independent(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(images, tmp_path / "grid", "--lr", "0.001", "20", "--n_last_blocks", "1", "3")
     printed, table, grid = capsys.readouterr().out, results(tmp_path / "grid")["scores"], saved(tmp_path / "grid")
     names = ["lr0.001_n1", "lr20.0_n1", "lr0.001_n3", "lr20.0_n3"]
@@ -168,7 +166,7 @@ def test_classifiers_among_others_are_what_they_are_alone(
     assert last["classifiers"][names[best]].items() <= last.items()  # the published keys are those of the best
 
 
-def test_diverging_classifier_leaves_the_others_alone(images: Path, tmp_path: Path) -> None:
+def test_diverged_classifier_does_not_affect_others(images: Path, tmp_path: Path) -> None:
     """Its weights are in no file, and it stays diverged when the run goes on."""
     run(images, tmp_path / "grid", "--cache_features", lr=[1e40, 20.0])
     run(images, tmp_path / "alone", "--lr", "20", "--cache_features")
@@ -210,7 +208,7 @@ class Given(FeatureLoader):
 
 
 @pytest.mark.parametrize("classes", [2, 5, 9])
-def test_scores_are_counts_over_images(classes: int) -> None:
+def test_validation_scores(classes: int) -> None:
     """Batches of different sizes weigh by their images."""
     probe = Probe([Setting(1.0, 1), Setting(1.0, 2)], [3, 5], classes, 256, 1, CPU, seed=0)
     features, labels = torch.randn(11, 5), torch.randint(classes, (11,))
@@ -274,7 +272,7 @@ def test_every_architecture(images: Path, tmp_path: Path, name: str) -> None:
     assert widths == [(3, probe_width(network, n, True)) for n in (1, 3)]
 
 
-def test_what_a_run_leaves_behind(images: Path, tmp_path: Path) -> None:
+def test_files_of_a_run(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path, "--lr", "1", "2", "--val_freq", "2", "--epochs", "4", "--cache_features")
     assert ["test_acc1" in line for line in log_lines(tmp_path)] == [True, False, True, True]  # and the last epoch
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -384,7 +382,7 @@ def test_evaluate_of_a_published_file(images: Path, tmp_path: Path, capsys: pyte
         run(images, tmp_path / "no", "--evaluate", "--linear_weights", str(tmp_path / "linear.pth"))
 
 
-def test_alternating_inputs_of_dino_are_put_in_order(tmp_path: Path) -> None:
+def test_inputs_of_dino_classifiers_are_reordered(tmp_path: Path) -> None:
     token, mean = torch.randn(2, 5), torch.randn(2, 5)
     weight, bias = torch.randn(3, 10), torch.randn(3)
     torch.save({"state_dict": {"module.linear.weight": weight, "module.linear.bias": bias}}, tmp_path / "linear.pth")

@@ -63,7 +63,7 @@ def test_resumed_equals_uninterrupted(
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
-def test_damaged_checkpoint_gives_way_to_the_one_before(
+def test_damaged_checkpoint_falls_back_to_the_previous_one(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last epoch is trained again to the same bits; the damaged file and the line of that epoch are kept aside."""
@@ -83,7 +83,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
     assert len((out / "log_repeated.txt").read_text().splitlines()) == 1
 
 
-def test_finished_run_prints_again_and_ends(
+def test_finished_run_reports_again(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(images, tmp_path / "out", "--epochs", "1")
@@ -121,7 +121,7 @@ def test_folder_of_another_run_is_refused_and_left_alone(
     assert contents(tmp_path / "out") == files
 
 
-def test_other_weights_are_another_run_and_moved_ones_are_not(images: Path, tmp_path: Path) -> None:
+def test_weights_are_identified_by_value(images: Path, tmp_path: Path) -> None:
     config = load_config("experiments/demo/swin_micro.yaml", TINY_SWIN)
     for name, fill in (("a", 0.01), ("moved", 0.01), ("b", 0.02)):
         network = build_model("swin", config, is_teacher=True)
@@ -135,7 +135,7 @@ def test_other_weights_are_another_run_and_moved_ones_are_not(images: Path, tmp_
         run(images, tmp_path / "out", "--epochs", "1", "--pretrained_weights", str(tmp_path / "b.pth"))
 
 
-def test_published_files_are_continued(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_checkpoints_are_resumed(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only the five published keys; damaged and foreign ones are refused in words."""
     run(images, tmp_path / "out", "--epochs", "2")
     published = {"epoch", "state_dict", "optimizer", "scheduler", "best_acc"}
@@ -200,7 +200,7 @@ def test_other_classes_or_labels_are_another_run(images: Path, tmp_path: Path) -
         run(images, tmp_path / "out", "--epochs", "1")
 
 
-def test_cached_features_outlive_a_killed_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_features_are_reused_after_a_kill(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are computed once; again where flags differ or the file is damaged, and leave with the end of the run."""
     extracted, extract = [], extract_splits
 

@@ -36,9 +36,7 @@ def clusters(images: int, classes: int, seed: int) -> LabeledFeatures:
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 @pytest.mark.parametrize(("lambd", "adjust"), [(0.01, False), (0.5, True)])
-def test_the_optimum_is_that_of_the_objective_written_out(
-    classes: int, lambd: float, adjust: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_optimum_of_the_objective(classes: int, lambd: float, adjust: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of mean cross-entropy + lambda / 2 * squared norm vanishes, and accuracies are those of its logits."""
     train, val = clusters(60, classes, 1), clusters(40, classes, 2)
     fitted: list[LogisticRegression] = []
@@ -66,7 +64,7 @@ def test_the_optimum_is_that_of_the_objective_written_out(
     assert score.top1 > 100 / classes
 
 
-def test_too_few_iterations_are_told_and_labels_need_not_be_dense() -> None:
+def test_convergence_flag_and_sparse_labels() -> None:
     train, val = clusters(60, 4, 1), clusters(40, 4, 2)
     assert not solve(train, val, 1e-6, True, 1).converged
     spread = (train._replace(labels_N=3 * train.labels_N + 2), val._replace(labels_N=3 * val.labels_N + 2))
@@ -74,7 +72,7 @@ def test_too_few_iterations_are_told_and_labels_need_not_be_dense() -> None:
 
 
 @pytest.mark.parametrize("pooled", [0, 1, 2])
-def test_features_go_in_as_asked(
+def test_pooled_features(
     pooled: int,
     folder: Path,
     tmp_path: Path,

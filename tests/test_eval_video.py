@@ -90,14 +90,14 @@ def dinos(features: Tensor, context: list[Labeled], grid: tuple[int, int], rule:
 
 @pytest.mark.parametrize(("radius", "top"), [(1, 3), (2, 5), (9, 1), (9, 40)])
 @pytest.mark.parametrize("frames", [1, 3])
-def test_the_rule_is_dinos(radius: int, top: int, frames: int) -> None:
+def test_propagation_equals_dino(radius: int, top: int, frames: int) -> None:
     grid, rule = (5, 7), PropagationConfig(radius=radius, top=min(top, frames * 35))
     made = [Labeled(F.normalize(torch.randn(35, 6), dim=1), torch.rand(35, 4)) for _ in range(frames + 1)]
     found = propagated(made[0].features_NC, made[1:], near(grid, radius), rule)
     assert torch.allclose(found, dinos(made[0].features_NC, made[1:], grid, rule), atol=1e-5)
 
 
-def test_no_radius_is_the_whole_frame() -> None:
+def test_radius_0_is_the_whole_frame() -> None:
     assert near((4, 6), 0).all()
     assert torch.equal(near((4, 6), 0), near((4, 6), 6))
     assert near((4, 6), 1).sum() == sum(
@@ -105,7 +105,7 @@ def test_no_radius_is_the_whole_frame() -> None:
     )
 
 
-def test_the_first_frame_and_the_last_ones_give_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[float]] = []
 
     def remember(features: Tensor, context: list[Labeled], *rest: object) -> Tensor:
@@ -120,7 +120,7 @@ def test_the_first_frame_and_the_last_ones_give_labels(monkeypatch: pytest.Monke
     assert seen == [pytest.approx([angles[i].cos().item() for i in frames]) for frames in expected]
 
 
-def test_known_features_move_the_squares_exactly() -> None:
+def test_propagation_of_known_features() -> None:
     """Each region's feature is its label's own direction: every frame has the true labels, to the last region."""
     directions = torch.eye(3)
     maps = [directions[torch.from_numpy(truth(frame)).long()].permute(2, 0, 1) for frame in range(6)]
@@ -132,7 +132,7 @@ def test_known_features_move_the_squares_exactly() -> None:
         assert overlap(pixels, truth(frame, 8), 1) > 0.9  # corners are rounded
 
 
-def test_a_radius_that_is_too_small_loses_what_is_fast() -> None:
+def test_small_radius_loses_fast_objects() -> None:
     directions = torch.eye(3)
     maps = [directions[torch.from_numpy(truth(frame)).long()].permute(2, 0, 1) for frame in (0, 5)]
     first = to_regions(torch.from_numpy(truth(0)), torch.tensor([0, 1, 2]), (14, 20))
@@ -181,7 +181,7 @@ def test_masks_follow_the_squares(tokens: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["swin", "resnet", "cvt", "vil"])
-def test_every_architecture_follows(name: str, tmp_path: Path) -> None:
+def test_every_architecture(name: str, tmp_path: Path) -> None:
     """Also with larger regions than a square's parts, and on a shorter side that is not the frames' own."""
     folder = write_video(tmp_path, 2)
     run(folder, "--image_size", "128", name=name)
@@ -200,7 +200,7 @@ def test_every_architecture_follows(name: str, tmp_path: Path) -> None:
         ((60, 100), 42, 14, (42, 70)),
     ],
 )
-def test_sizes_are_dinos(size: tuple[int, int], shorter: int, region: int, expected: tuple[int, int]) -> None:
+def test_sizes_equal_dino(size: tuple[int, int], shorter: int, region: int, expected: tuple[int, int]) -> None:
     assert eval_video.resized_size(size, Scale(shorter, (region, region), (0.5,), (0.5,))) == expected
 
 
@@ -245,7 +245,7 @@ def test_mistakes(what: str, words: str, tmp_path: Path) -> None:
         run(folder, *flags)
 
 
-def test_what_is_no_frame_is_passed_over(tmp_path: Path) -> None:
+def test_other_files_are_ignored(tmp_path: Path) -> None:
     """A pipe would be waited for for ever; macOS hides files beside images."""
     folder = write_video(tmp_path, 2)
     (folder / "frames/._8.png").write_bytes(b"no image")
@@ -260,7 +260,7 @@ def test_what_is_no_frame_is_passed_over(tmp_path: Path) -> None:
         run(folder)
 
 
-def test_objects_that_no_region_holds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_objects_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_video(tmp_path, 2)
     with Image.open(folder / "mask.png") as opened:
         mask = opened.copy()
@@ -271,7 +271,7 @@ def test_objects_that_no_region_holds_are_told(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
-def test_every_video_of_a_list_gets_a_folder_once(tmp_path: Path) -> None:
+def test_davis_script(tmp_path: Path) -> None:
     """In the layout of DAVIS, the last line of the list without an end; a folder that is there is left alone."""
     arch, overrides, patch_size = SMALL["vit"]
     for name in ("dog", "swan", "train"):

@@ -47,9 +47,7 @@ def knn(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
     return found | {"features": torch.load(out / "dump" / "trainfeat.pth")}
 
 
-def test_a_checkpoint_of_a_run_brings_its_config(
-    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_config_is_read_from_the_checkpoint(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two class tokens, positions and size without --cfg, and said; the features are those of the run's own yaml."""
     caplog.set_level(logging.INFO)
     told = f"the network is built from the config inside checkpoint '{trained / 'run' / 'checkpoint.pth'}'"
@@ -61,14 +59,14 @@ def test_a_checkpoint_of_a_run_brings_its_config(
     assert torch.equal(found["features"], named["features"])
 
 
-def test_pairs_go_on_top_of_the_config_of_a_checkpoint(trained: Path, tmp_path: Path) -> None:
+def test_overrides_of_the_config_in_a_checkpoint(trained: Path, tmp_path: Path) -> None:
     found = knn(trained, tmp_path / "out", "--seed", "0", "MODEL.IMAGE_SIZE", "16")
     assert found["protocol"]["image_size"] == 16
     assert found["features"].shape == (6, 16)
 
 
 @pytest.mark.parametrize("script", [export, eval_video], ids=lambda script: script.__name__)
-def test_other_scripts_find_it_too(script: Any, trained: Path, tmp_path: Path) -> None:
+def test_other_scripts_read_the_config_too(script: Any, trained: Path, tmp_path: Path) -> None:
     weights = [*ARCH, "--pretrained_weights", str(trained / "run" / "checkpoint.pth")]
     needed = {export: ["--format", "backbone", "--output", str(tmp_path / "x.pth")],
               eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"]}  # fmt: skip
@@ -79,13 +77,13 @@ def test_other_scripts_find_it_too(script: Any, trained: Path, tmp_path: Path) -
         assert loading.load_file(tmp_path / "x.pth")["cls_token"].shape == (1, 2, 16)
 
 
-def test_a_checkpoint_of_another_architecture_is_told_at_once(trained: Path) -> None:
+def test_checkpoint_of_another_architecture(trained: Path) -> None:
     weights = ["--arch", "swin_tiny", "--pretrained_weights", str(trained / "run" / "checkpoint.pth")]
     with pytest.raises(UsageError, match=r"'swin_tiny' needs a yaml .*, the config inside .* describes 'vision_transf"):
         features.network_config(eval_knn.get_args_parser().parse_args(weights))
 
 
-def test_files_without_a_config_leave_the_published_one(trained: Path, tmp_path: Path) -> None:
+def test_files_without_config_use_the_published_one(trained: Path, tmp_path: Path) -> None:
     """Of this project one without; of others a bare backbone, what a Swin file calls so, a text that names a yaml or is one."""
     content = loading.load_file(trained / "run" / "checkpoint.pth")
     foreign: list[Any] = [
@@ -107,7 +105,7 @@ def test_files_without_a_config_leave_the_published_one(trained: Path, tmp_path:
     assert features.network_config(args).MODEL.SPEC.NUM_CLS_TOKENS == 1
 
 
-def test_a_config_that_is_damaged_inside_a_checkpoint_is_named(trained: Path, tmp_path: Path) -> None:
+def test_damaged_config_in_a_checkpoint(trained: Path, tmp_path: Path) -> None:
     for text, words in (("MODEL: [", "is not valid yaml"), ("MODEL: {SPEC: {DEPHT: 2}}", "unknown config key")):
         torch.save({"teacher": {}, "config": text, "rng": [], "world_size": 1}, tmp_path / "x.pth")
         args = eval_knn.get_args_parser().parse_args(["--pretrained_weights", str(tmp_path / "x.pth")])
@@ -117,7 +115,7 @@ def test_a_config_that_is_damaged_inside_a_checkpoint_is_named(trained: Path, tm
         assert str(caught.value).endswith("; name a yaml with --cfg")
 
 
-def test_safetensors_are_not_read_for_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_have_no_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     monkeypatch.setattr("safetensors.torch.load_file", None)
     assert loading.saved_config(tmp_path / "x.safetensors") is None

@@ -78,7 +78,7 @@ EVALUATIONS: dict[str, tuple[Any, dict[str, str], list[str], list[str]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", EVALUATIONS)
-def test_evaluations_leave_the_results_of_their_script(
+def test_evaluation_recipes_equal_their_script(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     """Started from another folder, with paths relative to it."""
@@ -107,7 +107,7 @@ ANALYSES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ANALYSES)
-def test_analyses_leave_what_their_script_leaves(
+def test_analysis_recipes_equal_their_script(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     expected, out, direct = ANALYSES[recipe], tmp_path / "out", tmp_path / "direct"
@@ -155,7 +155,7 @@ def test_numbers_that_do_not_fit(tmp_path: Path, recipe: str, env: dict[str, str
     assert words in done.stderr
 
 
-def test_every_recipe_is_here() -> None:
+def test_every_recipe_is_tested() -> None:
     """What tests/test_scripts.py and this file start, and what sets up, shows and compares."""
     found = {path.stem for path in (ROOT / "scripts").glob("*.sh")}
     assert {*EVALUATIONS, *ANALYSES, "pretrain"} <= found

@@ -150,7 +150,7 @@ def test_the_pictures_are_whole_and_inside_the_page(full_report: Path) -> None:
     assert "4.0</text>" in loss
 
 
-def test_the_page_asks_for_nothing(full_report: Path) -> None:
+def test_the_page_has_no_external_resources(full_report: Path) -> None:
     text = full_report.read_text(encoding="utf-8")
     for tag, attributes in Page(text).tags:
         assert tag not in {"script", "link", "iframe", "object"}
@@ -193,7 +193,7 @@ def test_a_log_of_a_resumed_run_counts_each_epoch_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"command": 3, "packages": []}'])
-def test_a_damaged_record_of_a_run_is_left_out(content: str, tmp_path: Path) -> None:
+def test_damaged_records_are_omitted(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "knn.json").write_text(content)
@@ -202,7 +202,7 @@ def test_a_damaged_record_of_a_run_is_left_out(content: str, tmp_path: Path) -> 
     assert list(pages.scores(tmp_path, tmp_path)) == []
 
 
-def test_a_continued_run_tells_all_its_commands(tmp_path: Path) -> None:
+def test_commands_of_a_resumed_run(tmp_path: Path) -> None:
     """Each of them once where it was only repeated, and what its starts differ in."""
     starts = (("run", "2", 1, "a"), ("run_2", "2", 1, "a"), ("run_3", "4", 8, "b"))
     for name, epochs, processes, revision in starts:
@@ -216,7 +216,7 @@ def test_a_continued_run_tells_all_its_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["crops.png", "log.txt", "run.json", "results/knn.json"])
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + bytes(99), b"\xff\xfe{", b"[" * 10**5, b""])
-def test_a_report_goes_without_what_cannot_be_read(name: str, content: bytes, tmp_path: Path) -> None:
+def test_unreadable_files_are_omitted(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / name).write_bytes(content)
     page = pages.build_report("title", {}, tmp_path, tmp_path, [])
@@ -245,7 +245,7 @@ def test_a_result_file_of_an_earlier_version_is_named(
     assert str(tmp_path / "results.json") in caplog.text
 
 
-def test_curves_leave_out_what_is_no_number() -> None:
+def test_curves_omit_nonfinite_values() -> None:
     log: list[dict[str, Any]] = [
         {"epoch": 0, "train_loss": float("nan"), "train_lr": None},
         {"epoch": 1, "train_loss": float("inf"), "train_wd": 0.25},
@@ -253,7 +253,7 @@ def test_curves_leave_out_what_is_no_number() -> None:
     assert [figure.caption for figure in pages.curves(log)] == ["weight decay 0.25"]
 
 
-def test_columns_of_a_table_have_one_form() -> None:
+def test_number_format_of_columns() -> None:
     rows = {"a": {"share": 7.5, "lr": 0.001, "n": 3, "ok": True}, "b": {"share": 10, "lr": 1.0, "words": "<x>"}}
     page = Page(pages.table({"scores": rows}))
     assert page.words == [
@@ -263,7 +263,7 @@ def test_columns_of_a_table_have_one_form() -> None:
     ]
 
 
-def test_facts_of_a_table_are_words_and_those_that_are_not_set_are_left_out() -> None:
+def test_facts_and_labels_of_a_table() -> None:
     """For fewer than five classes the labels name the actual number."""
     protocol = {"train_aug": None, "crop_ratio": 0.875, "half": False, "image_size": [32, 48], "top5_is": "top3"}
     record = {"data": {"train_images": 1281167}, "protocol": protocol, "scores": {"x": {"last_top5": 50.0}}}
@@ -274,7 +274,7 @@ def test_facts_of_a_table_are_words_and_those_that_are_not_set_are_left_out() ->
     assert Page(pages.table({"scores": {"x": {"top5": 1.5}}})).words == ["top-5, %", "x", "1.50"]
 
 
-def test_figures_stand_in_even_rows() -> None:
+def test_figures_are_in_even_rows() -> None:
     """Of 224 pixels five fit beside each other: six are three and three, eleven four, four and three."""
     figures = [pages.photo(Image.new("RGB", (224, 8)), str(number)) for number in range(11)]
     for count, lengths in ((1, [1]), (5, [5]), (6, [3, 3]), (11, [4, 4, 3])):
@@ -346,7 +346,7 @@ def shown(folder: Path, page: str, width: int = 1280) -> Shown:
 
 
 @pytest.mark.slow
-def test_a_browser_shows_every_picture_and_asks_for_nothing(full_report: Path, tmp_path: Path) -> None:
+def test_browser_shows_every_picture_without_requests(full_report: Path, tmp_path: Path) -> None:
     text = full_report.read_text(encoding="utf-8")
     seen = shown(tmp_path / "wide", text)
     assert len(seen.images) == 12
@@ -368,7 +368,7 @@ def test_the_report_fits_on_a_narrow_screen(full_report: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_browser_tells_what_is_wrong_with_a_page(tmp_path: Path) -> None:
+def test_browser_checks_can_fail(tmp_path: Path) -> None:
     """The checks above can fail."""
     figures = [
         pages.photo(Image.new("RGB", (40, 30)), "whole"),
@@ -387,7 +387,7 @@ def test_the_browser_tells_what_is_wrong_with_a_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_screenshot_of_the_report_is_no_blank_page(full_report: Path, tmp_path: Path) -> None:
+def test_screenshot_is_not_blank(full_report: Path, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
     browse(tmp_path, full_report.read_text(encoding="utf-8"), f"--screenshot={shot}", "--window-size=1280,3500")
     with Image.open(shot) as image:

@@ -128,7 +128,7 @@ def test_measures_of_every_architecture(name: str, folder: str, tmp_path: Path) 
     assert 0 <= score["distance"] < math.hypot(64, 96)
 
 
-def test_stereo_beside_its_baselines(photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stereo_and_its_baselines(photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = small_network("swin")
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     flags = ("--measure_stereo", "--image_size", "128", "--pretrained_weights", str(tmp_path / "weights.pth"))
@@ -149,7 +149,7 @@ def test_entropies_over_a_folder_do_not_depend_on_the_batches(folder: str, tmp_p
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_a_second_run_overwrites_nothing_and_can_take_the_saved_views(photo: str, tmp_path: Path) -> None:
+def test_existing_files_are_kept_and_saved_views_reused(photo: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("swin", out, "--vis_correspondence", "--image_path", photo)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -220,7 +220,7 @@ def test_unreadable_picture_of_a_folder_is_replaced(tmp_path: Path, capsys: pyte
         run("swin", tmp_path / "out", "--vis_features", "--image_path", str(folder))
 
 
-def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(os.fsdecode(bytes(tmp_path / "bilder") + b"\xe4"))
     write_images(folder, 1)
     (folder / "000.png").rename(folder / os.fsdecode(b"gr\xf6\xdfe.png"))
@@ -244,7 +244,7 @@ def test_query_block_and_threshold_change_the_picture(photo: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(folder: str, tmp_path: Path) -> None:
+def test_two_processes_equal_one(folder: str, tmp_path: Path) -> None:
     flags = ["--measure_correspondence", "--vis_entropy", "--data_path", folder, "--batch_size_per_gpu", "2"]
     run("swin", tmp_path / "one", *flags)
     result = run_script("run_analysis.py", *command("swin", tmp_path / "two", *flags), processes=2)
@@ -284,7 +284,7 @@ def test_usage_errors(flags: list[str], words: str, photo: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("flags", [[], ["--vis_features"], ["--measure_correspondence"], ["--report"]])
-def test_there_is_something_to_do_before_weights_are_read(
+def test_missing_flags_are_found_before_weights_are_read(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def not_yet(*_: object) -> None:
@@ -296,7 +296,7 @@ def test_there_is_something_to_do_before_weights_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_report_tells_how_many_images_it_shows(folder: str, tmp_path: Path) -> None:
+def test_the_report_has_the_number_of_images(folder: str, tmp_path: Path) -> None:
     run("swin", tmp_path / "out", "--report", "--data_path", folder, "--num_images", "2")
     assert f"<td>2 of 5 in {folder}</td>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
