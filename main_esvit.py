@@ -34,7 +34,7 @@ from data.transforms import augment
 from data.transforms.crops import split_views
 from data.transforms.mixup import ViewMixup
 from distributed import collectives, launch
-from evaluation import knn_callback
+from evaluation.knn_callback import build_knn_callback
 from losses.dino import DINOLoss as DINOLoss
 from losses.distillation import TEACHER_VIEWS
 from losses.region import RegionMatchingLoss as RegionMatchingLoss
@@ -87,7 +87,6 @@ def main(args: argparse.Namespace) -> None:
             check_args(args)
             config = load_config(args)
             loader = setup.build_loader(args, config, *build_views(args, config), device)
-            knn_images = knn_callback.load_images(args, config, setup.get_crops(args, config).global_size)
         images = len(loader.dataset)  # type: ignore[arg-type]
         collectives.must_agree("numbers of images", images)
 
@@ -96,6 +95,9 @@ def main(args: argparse.Namespace) -> None:
         utils.seed_everything(args.seed + collectives.get_rank())
         step = setup.build_step(args, method, len(loader), device, args.precision)  # optimizer and schedules
 
+        image_size = setup.get_crops(args, config).global_size
+        evaluate = build_knn_callback(args, config, method.teacher, method.student, image_size, device)
+
         position = setup.resume(args, step)
         if position.epoch >= args.epochs:
             logger.info("%s has %s already, nothing to do", output_dir, utils.counted(position.epoch, "epoch"))
@@ -103,7 +105,6 @@ def main(args: argparse.Namespace) -> None:
             return
         log = setup.open_log(args, config, setup.global_batch(args), images, position, device)
         setup.log_run(args, method, loader, device)
-        evaluate = knn_callback.build_knn_probe(args, method.student, method.teacher, knn_images, device)
         config = setup.config_of(method, config)
         with checkpointing.Saver(output_dir, step, args, config) as saver, closing(log):
             finished = engine.train(step, loader, args.epochs, args.accum_iter, log, saver, position, evaluate)

@@ -140,21 +140,3 @@ def labeled_images(folder: str, size: int, config: CfgNode, seed: int) -> list[d
     if len(images) < 2:
         raise UsageError(f"--knn_data_path {folder} has only one image; add more")
     return [images]
-
-
-def load_images(args: argparse.Namespace, config: CfgNode, size: int) -> list[data.ImageDataset]:
-    """The labeled images of --knn_every; none where that is off."""
-    return labeled_images(args.knn_data_path, size, config, args.seed) if args.knn_every else []
-
-
-def build_knn_probe(
-    args: argparse.Namespace,
-    student: nn.Module,
-    teacher: nn.Module,
-    images: list[data.ImageDataset],
-    device: torch.device,
-) -> KnnProbe | None:
-    """k-NN scores of both networks; the teacher's is the one without a suffix. None without images."""
-    networks = {"knn_top1": teacher, "knn_top1_student": student}
-    sizes = args.knn_every, args.batch_size_per_gpu, args.num_workers
-    return KnnProbe(networks, images, *sizes, device, args.precision) if images else None
