@@ -381,7 +381,7 @@ def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     utils.seed_everything(args.seed)
     with collectives.failing_together():
         network = build_network(args, config, classes, size)
-        config = network.settled(config)
+        config = network.resolve_config(config)
     utils.seed_everything(args.seed + collectives.get_rank())
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
     with collectives.failing_together(), files.usable(output_dir):

@@ -226,7 +226,7 @@ def identity(
     precision: str,
 ) -> dict[str, Any]:
     """What must be the same for a run to go on: everything that changes its numbers, by the name of the flag."""
-    digest = hashlib.sha256(backbone.settled(config).dump().encode())
+    digest = hashlib.sha256(backbone.resolve_config(config).dump().encode())
     weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(loading.DERIVED)}
     for name, tensor in weights.items():
         digest.update(name.encode())

@@ -42,7 +42,7 @@ from config import arguments
 from distributed import collectives, launch
 from evaluation.features import network_config
 from models import Backbone, build_model
-from models.base import HEADS
+from models.base import HEAD_PREFIXES
 from utils import UsageError, logger
 
 CLASS_TOKENS = {"all": None, "first": 1, "none": 0}
@@ -123,7 +123,7 @@ def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> Non
     state = backbone.state_dict()  # kept as torch made it: its metadata goes into the file
     for name, tensor in list(state.items()):
         state[name] = tensor.clone(memory_format=torch.contiguous_format)
-        if name.startswith(HEADS) or not tensor.numel():  # empty: class tokens of which none was kept
+        if name.startswith(HEAD_PREFIXES) or not tensor.numel():  # empty: class tokens of which none was kept
             del state[name]
     if target in {"timm", "detectron2", "mmdet"}:
         if target not in backbone.converters:

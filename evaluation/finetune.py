@@ -32,7 +32,7 @@ from checkpoints import loading
 from data.loader import Batch, FailureTally, in_groups, set_epoch
 from distributed import collectives
 from distributed.ddp import SYNC_BUFFERS
-from models.base import HEADS, Backbone, batch_norms
+from models.base import HEAD_PREFIXES, Backbone, batch_norms
 from training import optim
 from training.checkpointing import (
     EndRequest,
@@ -68,7 +68,7 @@ def layer_depths(network: Backbone) -> dict[str, int]:
             number_of |= {id(parameter): number for parameter in part.parameters()}
     depths, passed = {}, 0
     for name, parameter in network.named_parameters():
-        if name.startswith(HEADS):
+        if name.startswith(HEAD_PREFIXES):
             depths[name] = len(blocks) + 1
             continue
         passed = number_of.get(id(parameter), passed)

@@ -269,12 +269,12 @@ def test_logits_are_widened_where_they_are_narrower_only(dtype: torch.dtype) -> 
     z, weight = torch.randn(1, 3, 2).to(dtype), torch.randn(5, 2).to(dtype)
     targets = Targets(torch.zeros(1, 3, 1, dtype=torch.long), torch.ones(1, 3, 1))
     factors = FactoredLogits(z, weight)
-    walk = chunked_module._Walk(
+    chunks = chunked_module._ChunkedPass(
         factors, factors, targets, torch.zeros(1, 5), Temperatures(1.0, 1.0), 2**20, (False, False)
     )
-    assert (walk.widened_nK is None) == (dtype == torch.float32)
+    assert (chunks.widened_nK is None) == (dtype == torch.float32)
     probs = torch.softmax((z[0] @ weight.T).float(), dim=-1)
-    torch.testing.assert_close(walk.run(), -(probs[0] * probs.log()).sum())
+    torch.testing.assert_close(chunks.run(), -(probs[0] * probs.log()).sum())
 
 
 class Watch(TorchDispatchMode):

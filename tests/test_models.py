@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from config.loading import load_config
 from models import Backbone, MultiCropOutput, build_model, list_models
 from models.heads import DINOHead
-from models.registry import config_name, default_config
-from ops import mlp
+from models.registry import lookup
 from utils import UsageError
 
 NAMES = list_models()
@@ -22,13 +21,13 @@ NAMES = list_models()
 
 def network_of(name: str, *, dense: bool = False, is_teacher: bool = False) -> Backbone:
     """The network of a registered name, with the small config of its family."""
-    own = next(small for small in SMALL.values() if small.overrides[1] == config_name(name))
+    own = next(small for small in SMALL.values() if small.overrides[1] == lookup(name).spec.name)
     config = load_config(None, own.overrides)
     return build_model(name, config, dense=dense, is_teacher=is_teacher, patch_size=own.patch_size)
 
 
 # Networks of torchvision cannot be made small; two stand for the contract, all of them go through the slow tests at full size.
-BIG = [name for name in NAMES if config_name(name) == "resnet" and name not in {"resnet18", "resnext50_32x4d"}]
+BIG = [name for name in NAMES if lookup(name).spec.name == "resnet" and name not in {"resnet18", "resnext50_32x4d"}]
 
 
 @pytest.fixture(params=[name for name in NAMES if name not in BIG])
@@ -167,8 +166,7 @@ def test_images_smaller_than_a_patch_are_refused() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_checkpointed_blocks_give_the_same_gradients(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp, "KEPT_BYTES", 0)  # as for layers that are not small
+def test_checkpointed_blocks_give_the_same_gradients(architecture: str) -> None:
     network, x = small_network(architecture, *no_drop_path(architecture)), images()
     other = small_network(architecture, *no_drop_path(architecture))
     other.load_state_dict(network.state_dict())
@@ -278,7 +276,7 @@ def test_export_gives_equal_results(architecture: str) -> None:
 # --------------------------------------------------------------------------- at full size
 
 
-FULL_SIZE = [name for name in NAMES if default_config(name) is not None]  # the others have no size of their own
+FULL_SIZE = [name for name in NAMES if lookup(name).default_config is not None]  # the others have no size of their own
 
 
 @pytest.mark.slow

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import pytest
 import torch
-from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
-from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 
 from config.loading import load_config
 from models import Backbone, build_model
@@ -141,24 +135,3 @@ def test_shift_mask_separates_what_was_not_adjacent() -> None:
     mask = shift_mask((height, width), window, shift, torch.device("cpu"))
     assert torch.equal(mask == 0, near)
     assert set(mask.unique().tolist()) == {0.0, -100.0}
-
-
-@pytest.mark.slow
-def test_a_compiled_graph_only_uses_what_was_made_for_its_size() -> None:
-    """Routes and masks go into it as they are, and attention is computed as outside of it, backward included."""
-    network, x = tiny_network(), torch.randn(2, 3, 72, 72)
-    targets: list[str] = []
-
-    def note(module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        targets.extend(str(node.target) for node in module.graph.nodes)
-        return make_boxed_func(module.forward)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(network, backend=aot_autograd(fw_compiler=note), fullgraph=True)
-    found, expected = (
-        torch.autograd.grad(run(x).square().sum(), list(network.parameters())) for run in (compiled, network)
-    )
-    torch.testing.assert_close(found, expected)
-    used = [target.split(".")[1] for target in targets if target.startswith(("aten.", "esvit."))]
-    assert used.count("few_keys") == used.count("few_keys_backward") == 4
-    assert not {"sort", "arange", "roll", "masked_fill", "_softmax"} & set(used)

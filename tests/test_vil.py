@@ -16,7 +16,7 @@ from config.loading import load_config
 from models import Backbone, build_model
 from models.vil import PatchEmbedding
 from models.vil_arch import StageSpec, parse_arch
-from models.vil_attention import ALL, OFFSETS, OWN, ChunkAttention, FullAttention
+from models.vil_attention import ALL, OFFSETS, CENTER, ChunkAttention, FullAttention
 from ops.windows import neighbor_position_index
 from utils import UsageError
 
@@ -154,7 +154,7 @@ def _attend(q_HD: Tensor, k_NHD: Tensor, v_NHD: Tensor, bias_NH: Tensor) -> Tens
 def test_chunk_attention_is_the_definition(mode: int, grid: tuple[int, int], exact: int) -> None:
     attn = chunk_attention(STAGE, MSVIT + "SW_EXACT", str(exact), MSVIT + "MODE", str(mode))
     x = torch.randn(2, 1 + math.prod(grid), 8)
-    wanted = torch.stack([slow_chunk_attention(attn, image, grid, ALL if mode == 0 else (OWN,)) for image in x])
+    wanted = torch.stack([slow_chunk_attention(attn, image, grid, ALL if mode == 0 else (CENTER,)) for image in x])
     torch.testing.assert_close(attn(x, grid)[0], wanted)
 
 
@@ -178,7 +178,7 @@ def test_training_draws_each_neighbor_and_evaluation_sees_all() -> None:
     attn, grid = chunk_attention(STAGE, MSVIT + "MODE", "1"), (6, 9)
     x = torch.randn(1, 1 + math.prod(grid), 8)
     torch.testing.assert_close(attn(x, grid)[0][0], slow_chunk_attention(attn, x[0], grid, ALL))
-    choices = {i: slow_chunk_attention(attn, x[0], grid, (OWN, i)) for i in ALL if i != OWN}
+    choices = {i: slow_chunk_attention(attn, x[0], grid, (CENTER, i)) for i in ALL if i != CENTER}
     attn.train()
     drawn = []
     for _ in range(60):

@@ -220,9 +220,9 @@ def save_run(output_dir: Path, step: TrainStep, place: RunPosition, images: int,
 
 
 def _settled(network: nn.Module, config: Any) -> Any:
-    """See `Backbone.settled`."""
+    """See `Backbone.resolve_config`."""
     backbone = loading.unwrap(network)
-    return backbone.settled(config) if isinstance(backbone, Backbone) else config
+    return backbone.resolve_config(config) if isinstance(backbone, Backbone) else config
 
 
 def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:

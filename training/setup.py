@@ -27,7 +27,7 @@ from data.transforms import augment
 from distributed import collectives, ddp, fsdp, launch
 from evaluation.knn_callback import KnnProbe, labeled_images
 from models import Backbone
-from models.base import BESIDE
+from models.base import METHOD_PREFIXES
 from models.heads import DINOHead
 from training import checkpointing, engine, optim
 from training.nonfinite import NonFiniteSteps
@@ -262,7 +262,7 @@ def describe_run(
 ) -> None:
     """Say once what is trained on what."""
     network = loading.unwrap(method.student)
-    in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(BESIDE))
+    in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(METHOD_PREFIXES))
     logger.info(
         "%s, %.1fM parameters (with heads %.1fM), %s; %s, %s of %d on %s; %s, %s",
         args.arch,
