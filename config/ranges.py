@@ -1,10 +1,8 @@
-"""Ranges of numbers: what a flag of a command line and a key of a config may be, and the sentence for what lies outside.
+"""Ranges of numbers, for flags of the command line and keys of a config.
 
-    parser.add_argument("--lr", type=number(0, 1000), default=0.0005)      # finite, and checked when it is parsed
+    parser.add_argument("--lr", type=number(0, 1000), default=0.0005)
 
-Upper bounds are far above anything useful: they refuse what no machine has, or what overflows float32, before anything is built.
-
-Origin: this project's own.
+Upper bounds are far above useful values: they reject early what no machine can hold or what overflows float32.
 """
 
 from __future__ import annotations
@@ -18,11 +16,12 @@ MANY = 10**9
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers of a kind between two bounds; as the `type` of a flag it parses the flag's text.
+    """An interval of finite numbers; as the `type` of a flag it parses and checks the value.
 
     Args:
         kind: int or float.
-        low, high: bounds, which belong to the range unless `above_low` or `below_high` says that they do not.
+        low, high: bounds.
+        above_low, below_high: exclude the bound.
     """
 
     kind: type[int] | type[float]
@@ -32,7 +31,7 @@ class Range:
     below_high: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        within = self.low <= value <= self.high  # false for nan
+        within = self.low <= value <= self.high  # False for NaN
         return within and not (self.above_low and value == self.low) and not (self.below_high and value == self.high)
 
     def __str__(self) -> str:
@@ -46,7 +45,7 @@ class Range:
         """Parse the text of a flag.
 
         Raises:
-            argparse.ArgumentTypeError: no number of the range.
+            argparse.ArgumentTypeError: not a number of the range.
         """
         try:
             value = self.kind(text)
@@ -58,12 +57,12 @@ class Range:
 
 
 def integer(low: int, high: int = MANY) -> Range:
-    """Whole numbers from `low` to `high`."""
+    """Return the range of whole numbers from `low` to `high`."""
     return Range(int, low, high)
 
 
 def number(low: float, high: float, *, above_low: bool = False, below_high: bool = False) -> Range:
-    """Numbers between bounds, which belong to them unless it is said that they do not."""
+    """Return the range of numbers from `low` to `high`, whose bounds can be excluded."""
     return Range(float, low, high, above_low, below_high)
 
 
@@ -71,7 +70,7 @@ SHARE = number(0, 1)  # probabilities, momenta
 ABOVE_ZERO = number(0, 1, above_low=True)
 BELOW_ONE = number(0, 1, below_high=True)
 FACTOR = number(0, 1000)  # rates, decays, alphas, weights
-TEMPERATURE = number(1e-4, 100)  # below, a cosine over it leaves what float16 holds
+TEMPERATURE = number(1e-4, 100)  # a cosine divided by less overflows float16
 CROP_RATIO = number(0.1, 1)
 COUNT = integer(1)
 SEED = integer(0, 2**63 - 1)
@@ -79,5 +78,5 @@ PIXELS = integer(1, 16_384)
 BATCH = integer(1, 65_536)
 BLOCKS = integer(1, 1000)
 EPOCHS = integer(1, 100_000)
-WARMUP = integer(0, 100_000)  # epochs of a part of the training
+WARMUP = integer(0, 100_000)  # epochs
 WORKERS = integer(0, 1024)

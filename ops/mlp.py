@@ -1,7 +1,8 @@
 """timm's MLP (of ViT, Dosovitskiy et al., ICLR 2021) that recomputes the output of its activation in the backward.
 
-The hidden layer is the largest tensor of a transformer block. A training step without this file peaks 16 % higher for Swin-T and 13 %
-higher for DeiT-S (bf16, batch 8, simulated as in benchmarks/memory.py), and takes the same CPU time (0.96 to 1.07 times).
+The hidden layer is the largest tensor of a transformer block. A training step without this file peaks 16 % higher for Swin-T
+and 13 % higher for DeiT-S (bf16, batch 8, simulated as in benchmarks/memory.py), and takes the same CPU time (0.96 to 1.07
+times).
 
 Shapes: C channels of the hidden layer, D of the output, N rows of all leading axes together.
 """

@@ -197,7 +197,18 @@ def test_stochastic_depth_is_the_students_alone(architecture: str) -> None:
         torch.testing.assert_close(teacher(x), student.eval()(x))
 
 
-# --------------------------------------------------------------------------- torch.compile and torch.export
+# --------------------------------------------------------------------------- tracing, torch.compile and torch.export
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradients", [False, True], ids=["no gradients", "gradients"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_traced_forward_gives_equal_results(architecture: str, gradients: bool) -> None:
+    network = small_network(architecture).eval()
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(network, images())
+        x = images()
+        torch.testing.assert_close(traced(x), network(x))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from config.loading import load_config
 from models import Backbone, build_model
 from models.vil import PatchEmbedding
 from models.vil_arch import StageSpec, parse_arch
-from models.vil_attention import ALL, OFFSETS, CENTER, ChunkAttention, FullAttention
+from models.vil_attention import ALL, CENTER, OFFSETS, ChunkAttention, FullAttention
 from ops.windows import neighbor_position_index
 from utils import UsageError
 
