@@ -357,7 +357,7 @@ def test_vit_takes_any_patch_size(patch_size: int) -> None:
 
 
 def test_vit_refuses_a_patch_larger_than_the_image() -> None:
-    with pytest.raises(UsageError, match=r"--patch_size 65 must lie in 1\.\.64"):
+    with pytest.raises(UsageError, match=r"--patch_size 65 must be in 1\.\.64"):
         build_model("vit", load_config(None, SMALL["vit"].overrides), patch_size=65)
 
 

@@ -80,9 +80,9 @@ def test_teacher_has_no_stochastic_depth() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        (["MODEL.SPEC.NUM_HEADS", "[1]"], "one entry for each of DEPTHS"),
+        (["MODEL.SPEC.NUM_HEADS", "[1]"], "NUM_HEADS [1] .* DEPTHS"),
         (["MODEL.SPEC.NUM_HEADS", "[5, 5]"], "must divide the 12 channels"),
-        (["MODEL.IMAGE_SIZE", "4"], "below 8 pixels"),
+        (["MODEL.IMAGE_SIZE", "4"], "IMAGE_SIZE .* 8 pixels"),
         (["MODEL.SPEC.USE_APE", "true"], "USE_APE"),
     ],
 )

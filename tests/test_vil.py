@@ -87,8 +87,8 @@ def test_full_attention_lasts() -> None:
         ("h3,d96,n2,s2", "has s2, only s0 and s1"),
         ("h3,d96,n2,a2", "has a2, only a0 and a1"),
         ("h3,d96,n2,r2", "has r2, only r0 and r1"),
-        ("h3,d95,n2", "h3 heads that do not divide its d95"),
-        ("h3,d9,n2,a1", "a1, which halves the channels"),
+        ("h3,d95,n2", "h3, which does not divide d95"),
+        ("h3,d9,n2,a1", "odd d9; a1"),
     ],
 )
 def test_malformed_string(text: str, words: str) -> None:
@@ -481,10 +481,10 @@ def test_what_is_kept_out_of_weight_decay() -> None:
         ("MODE", "-2", "MODE. takes .*, not -2"),
         ("VIL_MODE_SWITCH", "1.5", "VIL_MODE_SWITCH. takes a number from 0 to 1,"),
         ("LN_EPS", "0", "LN_EPS. takes a number above 0"),
-        ("POOL_METHOD", "avg", "POOL_METHOD' may only be 'None'"),
-        ("WITH_SE", "SE", "WITH_SE' may only be 'None'"),
-        ("SE_MLP_RATIO", "0.25", "SE_MLP_RATIO' may only be 0.0625"),
-        ("SE_MLP_BALANCE", "True", "SE_MLP_BALANCE' may only be False"),
+        ("POOL_METHOD", "avg", "POOL_METHOD'.*only 'None'"),
+        ("WITH_SE", "SE", "WITH_SE'.*only 'None'"),
+        ("SE_MLP_RATIO", "0.25", "SE_MLP_RATIO'.*only 0.0625"),
+        ("SE_MLP_BALANCE", "True", "SE_MLP_BALANCE'.*only False"),
         ("ARCH", "h5,d12,n1", "stage 1 .* h5"),
     ],
 )
@@ -494,5 +494,5 @@ def test_refused_values(key: str, value: str, words: str) -> None:
 
 
 def test_image_too_small_for_the_stages() -> None:
-    with pytest.raises(UsageError, match="below 8 pixels"):
+    with pytest.raises(UsageError, match="at least 8 pixels"):
         network_of(ARCH, "MODEL.IMAGE_SIZE", "[7, 64]")
