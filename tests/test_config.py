@@ -321,7 +321,7 @@ def test_a_mistyped_key_of_a_group_in_use_is_an_error(tmp_path: Path, content: s
 
 
 def test_a_key_of_another_network_names_it(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"'MODEL.SPEC.WINDOW_SIZE' .*; cvt_.* and swin_.*MODEL.NAME is vision"):
+    with pytest.raises(UsageError, match=r"'MODEL.SPEC.WINDOW_SIZE' .*cvt_.* and swin_.*MODEL.NAME is vision"):
         load_config(write_yaml(tmp_path, "MODEL: {NAME: vision_longformer, SPEC: {WINDOW_SIZE: 7}}"))
 
 

@@ -322,7 +322,7 @@ def test_one_value_for_batch_norm_is_refused_in_one_sentence(architecture: str) 
     overrides = ["MODEL.SPEC.PATCH_STRIDE", "[8,8]"] if architecture == "cvt" else []
     network = small_network(architecture, *overrides)
     with pytest.raises(
-        UsageError, match=r"one value per channel.*1 x 1; raise --batch_size_per_gpu or enlarge the crops"
+        UsageError, match=r"one value per channel.*1 x 1.*raise --batch_size_per_gpu or enlarge the crops"
     ):
         network([images(1, 16, 16)])
     assert torch.isfinite(network(images(2, 16, 16))).all()
