@@ -71,7 +71,7 @@ def attend(network: Backbone, number: int, grid: tuple[int, int]) -> tuple[Block
 @torch.no_grad()
 @pytest.mark.parametrize("grid", [(8, 8), (5, 10), (12, 7), (3, 4)], ids=str)
 @pytest.mark.parametrize("name", ["swin", "cvt", "vil", "vit"])
-def test_planes_are_the_weights_that_make_the_output(name: str, grid: tuple[int, int]) -> None:
+def test_plane_times_input_is_the_output(name: str, grid: tuple[int, int]) -> None:
     """Windows, shifts, padding and chunks: at every region the plane times the input is the output of the attention."""
     network = open_up(small_network(name).eval())
     for number in range(sum(network.stage_depths)):
@@ -104,25 +104,25 @@ def test_a_plane_is_zero_outside_its_window_and_sums_to_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "cut", [WindowPartition(4), WindowPartition(4, 2), WindowPartition(3, 1), WindowPartition(1)], ids=str
+    "partition", [WindowPartition(4), WindowPartition(4, 2), WindowPartition(3, 1), WindowPartition(1)], ids=str
 )
 @pytest.mark.parametrize("grid", [(8, 8), (5, 10), (2, 9)], ids=str)
-def test_cutting_is_undone(cut: WindowPartition, grid: tuple[int, int]) -> None:
+def test_join_windows_undoes_partition_windows(partition: WindowPartition, grid: tuple[int, int]) -> None:
     x = torch.randn(BATCH, *grid, 3)
-    assert torch.equal(join_windows(partition_windows(x, cut), cut, grid), x)
-    assert int(valid_tokens(cut, grid).sum()) == math.prod(grid)
+    assert torch.equal(join_windows(partition_windows(x, partition), partition, grid), x)
+    assert int(valid_tokens(partition, grid).sum()) == math.prod(grid)
 
 
-def test_an_impulse_stays_where_it_is() -> None:
+def test_attention_to_itself_is_an_impulse_at_the_query() -> None:
     """A map whose query gives all weight to itself is an impulse at the query, wherever that is."""
-    cut, grid = WindowPartition(4, 2), (6, 11)
-    windows = len(valid_tokens(cut, grid))
+    partition, grid = WindowPartition(4, 2), (6, 11)
+    windows = len(valid_tokens(partition, grid))
     maps = torch.eye(16).expand(BATCH * windows, 3, 16, 16)
     for y in range(grid[0]):
         for x in range(grid[1]):
             impulse = torch.zeros(BATCH, 3, *grid)
             impulse[:, :, y, x] = 1
-            assert torch.equal(window_attention_plane(maps, cut, grid, (y, x)), impulse)
+            assert torch.equal(window_attention_plane(maps, partition, grid, (y, x)), impulse)
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def test_last_blocks_have_the_widths_of_their_stages(name: str) -> None:
 
 
 @torch.no_grad()
-def test_images_do_not_mix_and_sides_are_told_apart(name: str) -> None:
+def test_images_are_independent_and_may_be_rectangular(name: str) -> None:
     network, x = network_of(name).eval(), images(3, 40, 72)
     maps = network.forward_feature_maps(x)
     assert relative_error(network.forward_feature_maps(x[1:2]), maps[1:2]) < 1e-4
@@ -126,7 +126,7 @@ def test_the_teacher_equals_its_student_in_evaluation(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_attention_maps_are_those_used(architecture: str) -> None:
+def test_features_with_attention_maps_equal_those_without(architecture: str) -> None:
     """The path with maps and the fused one give the same features; rows of the maps sum to 1."""
     network = small_network(architecture).eval()
     n = sum(network.stage_depths)
@@ -313,11 +313,11 @@ def test_networks_of_full_size(full: str) -> None:
         assert network.eval().forward_return_n_last_blocks(images(1), 4).shape == (1, sum(widths[-4:]))
 
 
-# --------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------- errors and layouts
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "cvt"])
-def test_one_value_for_batch_norm_is_refused_in_one_sentence(architecture: str) -> None:
+def test_one_value_for_batch_norm_is_rejected(architecture: str) -> None:
     """One image whose map is down to 1 x 1 can be looked at, but not trained on; two of them can."""
     overrides = ["MODEL.SPEC.PATCH_STRIDE", "[8,8]"] if architecture == "cvt" else []
     network = small_network(architecture, *overrides)
@@ -329,19 +329,19 @@ def test_one_value_for_batch_norm_is_refused_in_one_sentence(architecture: str) 
     assert torch.isfinite(network.eval()(images(1, 16, 16))).all()
 
 
-def test_one_row_for_batch_norm_of_a_head_is_refused_in_one_sentence() -> None:
+def test_one_row_for_batch_norm_of_a_head_is_rejected() -> None:
     network = small_network("vit")
     network.head = DINOHead(network.num_features, 8, use_bn=True, hidden_dim=16, bottleneck_dim=4)
     with pytest.raises(UsageError, match="one value per channel"):
         network(images(1))
 
 
-def test_other_errors_of_a_forward_stay_as_they_are() -> None:
+def test_other_errors_of_forward_are_unchanged() -> None:
     with pytest.raises(RuntimeError, match="expected input"):
         small_network("resnet")(torch.randn(2, 4, 64, 64))
 
 
-def test_config_of_another_family_is_refused() -> None:
+def test_config_of_another_architecture_is_rejected() -> None:
     config = load_config(None, SMALL["vit"].overrides)
     with pytest.raises(UsageError, match=r"needs a yaml of MODEL.NAME 'swin_transformer'"):
         build_model("swin", config)
@@ -361,7 +361,7 @@ def test_vit_refuses_a_patch_larger_than_the_image() -> None:
         build_model("vit", load_config(None, SMALL["vit"].overrides), patch_size=65)
 
 
-def test_convolutions_of_resnet_stay_channels_last_whatever_is_loaded_and_so_are_their_maps() -> None:
+def test_resnet_stays_channels_last_after_loading() -> None:
     network = small_network("resnet")
     network.load_state_dict({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
     convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]

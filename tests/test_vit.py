@@ -70,7 +70,7 @@ def test_positions_of_another_image_size_keep_both_class_tokens() -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("NUM_CLS_TOKENS", "3"), ("POS_RESIZE", "nearest")])
-def test_other_values_are_refused(key: str, value: str) -> None:
+def test_other_values_are_rejected(key: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{key} {value} must be"):
         small_network("vit", f"MODEL.SPEC.{key}", value)
 
@@ -97,7 +97,7 @@ def test_the_chosen_token_is_the_view_feature_in_every_block() -> None:
 
 @pytest.mark.parametrize("name", ["vit", "swin", "vil", "resnet"])
 @pytest.mark.parametrize("token", ["cls+", "both"])
-def test_a_second_token_is_not_taken_from_networks_that_have_none(name: str, token: str) -> None:
+def test_networks_without_a_second_token_reject_it(name: str, token: str) -> None:
     network = small_network(name)
     network.choose_token("cls")
     with pytest.raises(UsageError, match=rf"--token {re.escape(token)} needs two class tokens"):
@@ -124,7 +124,7 @@ def test_dropped_class_tokens_are_gone_with_their_positions(kept: int) -> None:
     assert torch.equal(after.regions_BTC, before.regions_BTC) == (kept == 2)
 
 
-def test_only_tokens_that_are_there_are_dropped() -> None:
+def test_missing_class_tokens_cannot_be_kept() -> None:
     with pytest.raises(UsageError, match="SwinTransformer has no class tokens"):
         small_network("swin").keep_class_tokens(0)
     with pytest.raises(UsageError, match="cannot keep 2 of 1 class tokens"):
