@@ -11,7 +11,7 @@ The forward computes the gradients of z and W in float32 and stores them for the
 chunk, independent of the number of rows; results equal those of the direct computation up to rounding.
 
 Shapes: G groups (images), S student rows and R teacher rows of a group, M targets of a student row, K prototypes, C channels of the
-bottleneck; N rows of a chunk, n rows of a block.
+bottleneck; N rows of a chunk.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from ops.logits import FactoredLogits
 
 # Size of a chunk: float32 logits that are computed by one matrix product.
 CHUNK_BYTES = 128 * 2**20
-# On a CPU, size of the blocks of a chunk (float32 logits) whose probabilities are computed at once, small enough for its cache.
-BLOCK_BYTES = 4 * 2**20
 
 
 class Targets(NamedTuple):
@@ -148,18 +146,13 @@ class _ChunkedPass:
 
         groups, self.rows_per_group = self.weights_GS.shape
         prototypes, teacher_rows = len(student.prototypes), teacher.bottleneck.shape[1]
-        row_bytes = prototypes * dtype.itemsize
-        self.groups_per_chunk, self.rows_per_chunk = _divide(
-            groups, self.rows_per_group, teacher_rows, chunk_bytes // row_bytes
-        )
+        rows_that_fit = chunk_bytes // (prototypes * dtype.itemsize)
+        self.groups_per_chunk, self.rows_per_chunk = _divide(groups, self.rows_per_group, teacher_rows, rows_that_fit)
         student_N, teacher_N = (self.groups_per_chunk * rows for rows in (self.rows_per_chunk, teacher_rows))
-        most_N = max(student_N, teacher_N)
-        on_cpu = student.bottleneck.device.type == "cpu"
-        self.rows_per_block = min(max(BLOCK_BYTES // row_bytes, 1), most_N) if on_cpu else most_N
         new = student.bottleneck.new_empty
         self.teacher_probs_NK = new(teacher_N, prototypes, dtype=dtype)
-        self.probs_nK = new(self.rows_per_block, prototypes, dtype=dtype)
-        self.widened_nK = None if factors == dtype else torch.empty_like(self.probs_nK)
+        self.probs_NK = new(student_N, prototypes, dtype=dtype)
+        self.widened_NK = None if factors == dtype else new(max(student_N, teacher_N), prototypes, dtype=dtype)
         self.scale = _safe_scale(factors, student_N)
         self.prototypes_factor = self.largest_weight / (temperatures.student * self.scale)
 
@@ -178,9 +171,8 @@ class _ChunkedPass:
 
     def _compute_teacher_probs(self, groups: slice) -> None:
         logits_NK = self.teacher.bottleneck[groups].flatten(0, 1) @ self.teacher.prototypes.T
-        for block in _slices(len(logits_NK), self.rows_per_block):
-            scaled_nK = self._widened(logits_NK[block]).sub_(self.center).mul_(1 / self.temperatures.teacher)
-            torch.softmax(scaled_nK, dim=-1, out=self.teacher_probs_NK[block])
+        scaled_NK = self._widened(logits_NK).sub_(self.center).mul_(1 / self.temperatures.teacher)
+        torch.softmax(scaled_NK, dim=-1, out=self.teacher_probs_NK[: len(scaled_NK)])
 
     def _process_chunk(self, chunk: tuple[slice, slice]) -> Tensor:
         """Return the loss of the student rows of a chunk, and accumulate their gradients."""
@@ -190,22 +182,17 @@ class _ChunkedPass:
         rows_NM = (rows_gsM + first_row_g[:, None, None]).flatten(0, 1)
 
         logits_NK = bottleneck_NC @ self.student.prototypes.T
-        cross_entropies = []
-        for block in _slices(len(logits_NK), self.rows_per_block):
-            scaled_nK = self._widened(logits_NK[block]).mul_(1 / self.temperatures.student)
-            probs_nK = torch.softmax(scaled_nK, dim=-1, out=self.probs_nK[: len(scaled_nK)])
-            # The largest probability is 1 / sum exp(l - largest l).
-            log_sum_exp_n = scaled_nK.amax(dim=-1) - probs_nK.amax(dim=-1).log()
-            targets_nK = F.embedding_bag(
-                rows_NM[block], self.teacher_probs_NK, per_sample_weights=mixture_NM[block], mode="sum"
-            )
-            cross_entropies.append(log_sum_exp_n - scaled_nK.mul_(targets_nK).sum(dim=-1))
-            if any(self.needs_grad):
-                grad_nK = probs_nK.sub_(targets_nK)
-                logits_NK[block] = grad_nK if self.scale == 1 else grad_nK.mul_(self.scale)
+        scaled_NK = self._widened(logits_NK).mul_(1 / self.temperatures.student)
+        probs_NK = torch.softmax(scaled_NK, dim=-1, out=self.probs_NK[: len(scaled_NK)])
+        # The largest probability is 1 / sum exp(l - largest l).
+        log_sum_exp_N = scaled_NK.amax(dim=-1) - probs_NK.amax(dim=-1).log()
+        targets_NK = F.embedding_bag(rows_NM, self.teacher_probs_NK, per_sample_weights=mixture_NM, mode="sum")
+        cross_entropy_N = log_sum_exp_N - scaled_NK.mul_(targets_NK).sum(dim=-1)
         if any(self.needs_grad):
-            self._add_gradients(chunk, grad_logits_NK=logits_NK)
-        return (weights_N * torch.cat(cross_entropies)).sum()
+            grad_NK = probs_NK.sub_(targets_NK)
+            grad_NK = grad_NK if self.scale == 1 else grad_NK.mul_(self.scale)
+            self._add_gradients(chunk, grad_NK if self.widened_NK is None else logits_NK.copy_(grad_NK))
+        return (weights_N * cross_entropy_N).sum()
 
     def _add_gradients(self, chunk: tuple[slice, slice], grad_logits_NK: Tensor) -> None:
         """Accumulate the gradients of both factors from those of the logits, which are times `scale` and for rows of weight 1."""
@@ -220,11 +207,11 @@ class _ChunkedPass:
             else:
                 self.grad_prototypes_KC += grad_logits_NK.T @ weighted_NC
 
-    def _widened(self, logits_nK: Tensor) -> Tensor:
+    def _widened(self, logits_NK: Tensor) -> Tensor:
         """Return logits in float32 or wider; the caller may overwrite them."""
-        if self.widened_nK is None:
-            return logits_nK
-        return self.widened_nK[: len(logits_nK)].copy_(logits_nK)
+        if self.widened_NK is None:
+            return logits_NK
+        return self.widened_NK[: len(logits_NK)].copy_(logits_NK)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
