@@ -290,7 +290,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     utils.seed_everything(args.seed)
     with collectives.failing_together():
         network = build_network(args, config, len(train_set.classes), size)
-        config = network.settled(config)
+        config = network.resolve_config(config)
     utils.seed_everything(args.seed + collectives.get_rank())
     tuner = FineTuner(network.to(device), recipe, len(train_set.classes), device, precision)
 

@@ -2,23 +2,19 @@
 
     python export.py --arch swin_tiny --pretrained_weights OUT/checkpoint.pth --format timm --output swin_tiny_timm.pth
 
-backbone, safetensors   the published names; read by this project, `hubconf.py` and whatever knows EsViT files
-timm                    timm's names; `timm.create_model(NAME, num_classes=0)`, then `load_state_dict`
-detectron2 (.pkl)       `cfg.MODEL.WEIGHTS` or `train.init_checkpoint`; its matching finds the prefix
-mmdet                   `init_cfg=dict(type="Pretrained", checkpoint=FILE)` of the backbone
-onnx                    a graph from images of MODEL.IMAGE_SIZE, any number, to `view_features` and `region_features`
+backbone, safetensors   the published names, for this project, `hubconf.py` and other readers of EsViT files
+timm                    for `timm.create_model(NAME, num_classes=0)` and `load_state_dict`
+detectron2 (.pkl)       for `cfg.MODEL.WEIGHTS` or `train.init_checkpoint`
+mmdet                   for `init_cfg=dict(type="Pretrained", checkpoint=FILE)` of the backbone
+onnx                    a graph from images of MODEL.IMAGE_SIZE, in any number, to `view_features` and `region_features`
 
-Networks with two class tokens (UDI) keep both. To timm that is a class and a register token: `timm.create_model(NAME, reg_tokens=1,
-no_embed_class=False, num_classes=0)`. For programs that know one, or none as detectors do, `--class_tokens first` and `none` drop
-the others with their positions, (1, 1 + N, C) or (1, N, C) for a grid of N patches; this is not function-preserving, for patches
-attended to all class tokens in training.
+All formats expect RGB images normalized with INPUT.MEAN and INPUT.STD. timm's Swin has LayerNorm with eps 1e-5, these networks
+1e-6: for equal features pass `norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)` to `create_model`.
 
-Names are changed and tensors written as they are: all of it is the CPU's work, there is no --device.
-
-All of them want images in RGB order, normalized as INPUT.MEAN and INPUT.STD say. timm's Swin has a LayerNorm eps of 1e-5, these
-networks 1e-6; for equal features to the last digit pass `norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)` to `create_model`.
-
-Origin: this project's own.
+Networks with two class tokens (UDI) keep both. In timm they are a class and a register token: `timm.create_model(NAME,
+reg_tokens=1, no_embed_class=False, num_classes=0)`. For programs that support one class token or none, as detectors, pass
+`--class_tokens first` or `none`, which also drops the positions of the others. This changes all features: patches attended to
+all class tokens in training.
 """
 
 from __future__ import annotations
@@ -48,7 +44,7 @@ from checkpoints.loading import load_backbone, write_file
 from distributed import launch
 from evaluation.features import network_config
 from models import Backbone, build_model
-from models.base import HEADS
+from models.base import HEAD_PREFIXES
 from utils import UsageError, logger, setup_logging
 
 
@@ -56,16 +52,16 @@ def main(args: argparse.Namespace) -> None:
     """Load, convert, write.
 
     Raises:
-        UsageError: an output that exists, has no folder or another ending than the format, or a network that does not fit.
+        UsageError: an invalid --output, or weights of another network.
     """
     setup_logging()
     if os.path.lexists(args.output):
-        raise UsageError(f"--output {args.output} exists already and is not overwritten; name another file")
+        raise UsageError(f"--output {args.output} exists already; choose another file")
     if not os.path.isdir(args.output.parent):
         raise UsageError(f"--output {args.output}: the folder {args.output.parent} does not exist; create it first")
     if (args.output.suffix == ".safetensors") != (args.format == "safetensors"):
         raise UsageError(
-            f"--output {args.output}: --format safetensors and the ending .safetensors go together; change one"
+            f"--output {args.output} and --format {args.format} do not match: the suffix of safetensors files is .safetensors"
         )
     config = network_config(args)
     backbone = build_model(args.arch, config, is_teacher=True, patch_size=args.patch_size).eval()
@@ -78,19 +74,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def drop_class_tokens(backbone: Backbone, kept: int | None) -> None:
-    """Drop all class tokens but the first `kept`, where that is not None; tell what that does to the features.
-
-    Raises:
-        UsageError: see `Backbone.keep_class_tokens`.
-    """
+    """Keep the first `kept` class tokens, or all if it is None, and warn if any are dropped."""
     if kept is None:
         return
     before = backbone.num_cls_tokens
     backbone.keep_class_tokens(kept)
     if kept < before:
         logger.warning(
-            "class tokens kept: %d of %d. The export is not function-preserving: in training the patches attended to every class "
-            "token in every block, so all features change; keep all where the program that reads the file can",
+            "kept %d of %d class tokens: this changes all features, because patches attended to every class token in training; "
+            "keep all class tokens if the program that reads the file supports them",
             kept,
             before,
         )
@@ -100,20 +92,20 @@ def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> Non
     """Write a backbone in one of `FORMATS`.
 
     Raises:
-        UsageError: the library has no such architecture, or onnx is not installed.
+        UsageError: the library does not have the architecture, or onnx is not installed.
     """
     if target == "onnx":
         write_onnx(backbone, output, tuple(config.MODEL.IMAGE_SIZE), config.MODEL.SPEC.IN_CHANS)
         return
-    state = backbone.state_dict()  # kept as torch made it: its metadata goes into the file
+    state = backbone.state_dict()  # modified in place, because its metadata is saved with it
     for name, tensor in list(state.items()):
         state[name] = tensor.clone(memory_format=torch.contiguous_format)
-        if name.startswith(HEADS) or not tensor.numel():  # empty: class tokens of which none was kept
+        if name.startswith(HEAD_PREFIXES) or not tensor.numel():  # empty: all class tokens were dropped
             del state[name]
     if target in {"timm", "detectron2", "mmdet"}:
         if target not in backbone.converters:
-            able = ", ".join(["backbone", "safetensors", "onnx", *backbone.converters])
-            raise UsageError(f"{target} has no {type(backbone).__name__}; choose --format {able}")
+            choices = ", ".join(["backbone", "safetensors", "onnx", *backbone.converters])
+            raise UsageError(f"--format {target} does not support {type(backbone).__name__}; choose one of {choices}")
         state = backbone.converters[target](state)
     writers: dict[str, Callable[[Path], object]] = {
         "safetensors": lambda path: safetensors.torch.save_file(state, path),
@@ -124,46 +116,42 @@ def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> Non
 
 
 def _detectron2_pickle(state: dict[str, Tensor]) -> bytes:
-    """detectron2's converted files hold numpy arrays; the heuristics find the prefix of the detector's backbone."""
+    """Return a file of detectron2: numpy arrays, and a request to find the prefix of the backbone by heuristics."""
     arrays = {name: tensor.numpy() for name, tensor in state.items()}
     return pickle.dumps({"model": arrays, "__author__": "EsViT", "matching_heuristics": True})
 
 
 def _write_new(output: Path, writer: Callable[[Path], object]) -> None:
-    """Write the file whole, if it has not come meanwhile.
-
-    Raises:
-        UsageError: it has, or the disk refuses.
-    """
+    """Write a new file atomically; raise UsageError if it exists or cannot be written."""
     with files.usable(output, "--output"):
         try:
             files.write_new([output], writer)
-        except safetensors.SafetensorError as error:  # which it makes of what the disk says
+        except safetensors.SafetensorError as error:  # wraps an error of the disk
             raise OSError(str(error)) from error
 
 
 class _ViewAndRegions(nn.Module):
-    """Plain outputs for a graph."""
+    """A module with tuple outputs, for export to a graph."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) to the view features (B, C') and the region features (B, T, C')."""
+        """Return view features (B, C') and region features (B, T, C') of images (B, C, H, W)."""
         features = self.backbone.forward_features(images)
         return features.view_BC, features.regions_BTC
 
 
 def write_onnx(backbone: Backbone, output: Path, image_size: tuple[int, ...], in_chans: int) -> None:
-    """Write a graph from images (B, C, H, W) to `view_features` and `region_features`, B free.
+    """Write a graph from images (B, C, H, W) to `view_features` and `region_features`, with dynamic B.
 
     Raises:
         UsageError: onnx or onnxscript is not installed.
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"--format onnx needs the package {package}; run pip install onnx onnxscript")
+            raise UsageError(f"--format onnx needs the package {package}; install it with pip install onnx onnxscript")
     program = torch.onnx.export(
         _ViewAndRegions(backbone).eval(),
         (torch.zeros(2, in_chans, *image_size),),

@@ -1,18 +1,16 @@
-"""Backbones for `torch.hub.load`, one entry for each published network of EsViT, and UDI's.
+"""Backbones for `torch.hub.load`: the published networks of EsViT (Li et al., ICLR 2022) and UDI (Su and Ji, ECCV 2024).
 
     backbone = torch.hub.load("PATH/TO/THIS/CHECKOUT", "esvit_swin_tiny", source="local", weights="checkpoint.pth")
     view_BC = backbone(images_BCHW)
     view_BC, regions_BTC = backbone.forward_features(images_BCHW)
-    backbone.choose_token("both")                   # udi_vit_small: view features of both class tokens, (B, 2 C) from here on
+    backbone.choose_token("both")                   # udi_vit_small: view features (B, 2 C) of both class tokens
 
-Every entry takes
-    weights: checkpoint file of any known layout; None: random weights.
+All entries return a `models.Backbone` in evaluation mode without heads, and accept
+    weights: checkpoint file of any supported layout; None for random weights.
     checkpoint_key: network of a full checkpoint, `teacher` or `student`.
-    allow_partial: take what fits of a file that is not of this network in full.
-and returns a `models.Backbone` in evaluation mode without heads. `utils.UsageError` tells what is wrong with a file. The modules
-of this checkout are imported as `models`, `config`, `utils`, ...; a program with modules of these names takes `export.py` instead.
-
-Origin: this project's own; networks of EsViT (Li et al., ICLR 2022) and UDI (Su and Ji, ECCV 2024).
+    allow_partial: load the tensors that match, and ignore the rest.
+They raise `utils.UsageError` for an invalid file. The modules of this checkout are imported as `models`, `config`, `utils`, ...;
+use `export.py` in a program that has modules of the same names.
 """
 
 from __future__ import annotations
@@ -46,11 +44,11 @@ def _backbone(
 
 
 def _without_flags(message: str, allow_partial: bool) -> str:
-    """With what helps here, where the remedy is a flag or key of the scripts."""
+    """Replace a remedy that names flags or keys of the scripts by arguments of the entries."""
     problem, _, remedy = message.replace("even with --allow_partial", "even partially").rpartition("; ")
     if "--" in remedy or "MODEL." in remedy:
-        remedy = "call the entry of the network that the file was made with"
-        remedy += "" if allow_partial else ", or pass allow_partial=True to take what fits"
+        remedy = "call the entry of the network in the file"
+        remedy += "" if allow_partial else ", or pass allow_partial=True to load the tensors that match"
     return f"{problem}; {remedy}"
 
 
@@ -104,7 +102,7 @@ def esvit_deit_small(**kwargs: Any) -> Backbone:
 
 
 def udi_vit_small(**kwargs: Any) -> Backbone:
-    """UDI's ViT-S, patches of 16 pixels; its view feature is that of the first class token, see `Backbone.choose_token`."""
+    """ViT-S of UDI, patches of 16 pixels; the view feature is the first class token, see `Backbone.choose_token`."""
     return _backbone("deit_small", _TWO_TOKENS, **kwargs)
 
 

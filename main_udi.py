@@ -30,7 +30,6 @@ from yacs.config import CfgNode
 import data
 import utils
 from config import arguments
-from config.schema import SPECS
 from data.transforms.udi_views import (
     Correspondence,
     Sampling,
@@ -43,9 +42,9 @@ from losses.distillation import TEACHER_VIEWS
 from losses.udi import StudentLevels, TeacherLevels, UDILoss
 from models import Backbone, build_model, load_arch_config
 from models.outputs import LevelOutput
-from models.registry import config_name
+from models.registry import lookup
 from models.srs import SRS, bilinear_weights, default_heads, one_hot_weights
-from ops.logits import changed, split_rows
+from ops.logits import map_rows, split_rows
 from training import checkpointing, engine, setup
 from training.step import Method
 from utils import UsageError, logger
@@ -166,7 +165,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         UsageError: another number of class tokens in the yaml or an override, or see `load_arch_config`.
     """
-    has_tokens = "NUM_CLS_TOKENS" in SPECS[config_name(args.arch)]
+    has_tokens = "NUM_CLS_TOKENS" in lookup(args.arch).spec.defaults
     if args.number_cls_token > 1 and not has_tokens:
         raise UsageError(
             f"--number_cls_token {args.number_cls_token}: {args.arch} has no class tokens; pass --number_cls_token 1, which "
@@ -282,18 +281,18 @@ def teacher_levels(output: LevelOutput, found: Correspondence) -> TeacherLevels:
     """Of both global views, sampled as `teacher_weights` says or not at all."""
     batch, _, samples = found.valid_2M.shape
     _, local_views, _, local_samples = found.local_valid_L2m.shape
-    levels = TeacherLevels(changed(output.token_logits[0], lambda x: x.unflatten(0, (TEACHER_VIEWS, batch))))
+    levels = TeacherLevels(map_rows(output.token_logits[0], lambda x: x.unflatten(0, (TEACHER_VIEWS, batch))))
     if output.sample_logits is None:
         return levels
-    rows = changed(output.sample_logits, lambda x: x.unflatten(0, (TEACHER_VIEWS, batch, -1)))
+    rows = map_rows(output.sample_logits, lambda x: x.unflatten(0, (TEACHER_VIEWS, batch, -1)))
     levels = levels._replace(
-        patch_VBSK=changed(rows, lambda x: x[:, :, :samples].flip(0)), valid_VBS=found.valid_2M.transpose(0, 1)
+        patch_VBSK=map_rows(rows, lambda x: x[:, :, :samples].flip(0)), valid_VBS=found.valid_2M.transpose(0, 1)
     )
     if not local_views:
         return levels
     local_shape = (local_views, local_samples)
     return levels._replace(
-        local_patch_LVBSK=changed(rows, lambda x: x[:, :, samples:].unflatten(2, local_shape).movedim(2, 0)),
+        local_patch_LVBSK=map_rows(rows, lambda x: x[:, :, samples:].unflatten(2, local_shape).movedim(2, 0)),
         local_valid_LVBS=found.local_valid_L2m.movedim(0, 2),
     )
 
@@ -301,19 +300,19 @@ def teacher_levels(output: LevelOutput, found: Correspondence) -> TeacherLevels:
 def student_levels(output: LevelOutput, found: Correspondence) -> StudentLevels:
     """Of all views, sampled as `student_weights` says or not at all."""
     batch, _, samples = found.valid_2M.shape
-    tokens = [changed(rows, lambda x: x.unflatten(0, (-1, batch))) for rows in output.token_logits]
-    halves = [changed(rows, part) for rows in tokens for part in (_of_globals, _of_locals)]
+    tokens = [map_rows(rows, lambda x: x.unflatten(0, (-1, batch))) for rows in output.token_logits]
+    halves = [map_rows(rows, part) for rows in tokens for part in (_of_globals, _of_locals)]
     levels = StudentLevels(*halves)
     if output.sample_features is None:
         return levels
     of_globals = TEACHER_VIEWS * batch * samples
     of_locals = len(output.sample_features) - of_globals
     rows, local = split_rows(output.sample_logits, [of_globals, of_locals])
-    levels = levels._replace(patch_VBSK=changed(rows, lambda x: x.unflatten(0, (TEACHER_VIEWS, batch, samples))))
+    levels = levels._replace(patch_VBSK=map_rows(rows, lambda x: x.unflatten(0, (TEACHER_VIEWS, batch, samples))))
     if not of_locals:
         return levels
     local_shape = (found.local_tokens_Lm.shape[1], batch, found.local_tokens_Lm.shape[2])
-    return levels._replace(local_patch_LBSK=changed(local, lambda x: x.unflatten(0, local_shape)))
+    return levels._replace(local_patch_LBSK=map_rows(local, lambda x: x.unflatten(0, local_shape)))
 
 
 def _of_globals(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention of a block: the weights of a query by region, their entropy, and masks of the top mass.
 
-The layout of attention maps is hidden by `Backbone.attention_plane` and `Backbone.real_queries`.
+The layout of attention maps is hidden by `Backbone.attention_plane` and `Backbone.valid_queries`.
 
 Shapes: B images, H heads, W windows of an image, Q queries, N keys, h x w grid of regions, L blocks.
 Origin: head-wise masks of DINO (Caron et al., ICCV 2021) section 4.2.2; entropy as in EsViT (Li et al., ICLR 2022).
@@ -123,7 +123,7 @@ def head_maps(
     query: tuple[int, int] | None = None
     if point is not None:
         query = region_at(point, size or (image_1CHW.shape[2], image_1CHW.shape[3]), output.grid)
-    elif not backbone.has_summary_query(output):
+    elif not backbone.has_class_query(output):
         query = output.grid[0] // 2, output.grid[1] // 2
     planes_Hhw = backbone.attention_plane(output, query)[0].float().cpu()
     flat_HN = planes_Hhw.flatten(1)
@@ -135,7 +135,7 @@ def head_maps(
 
 def mean_over_queries(backbone: Backbone, output: BlockOutput, rows_WHQ: Tensor) -> Tensor:
     """Return the mean (B, H) of values of each query (windows of all images, H, Q), without queries that are padding."""
-    real_WQ = backbone.real_queries(output).to(rows_WHQ.device)
+    real_WQ = backbone.valid_queries(output).to(rows_WHQ.device)
     rows_BWHQ = rows_WHQ.unflatten(0, (output.tokens_BNC.shape[0], -1))
     return (rows_BWHQ * real_WQ[:, None]).sum(dim=(1, 3)) / real_WQ.sum()
 

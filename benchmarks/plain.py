@@ -1,12 +1,8 @@
-"""The straightforward step that the benchmarks compare with: the same numbers, nothing done to save time or memory.
+"""The baseline of the benchmarks: a training step with the same results and without optimizations of time or memory.
 
-It goes about a step as the published implementation does. Attention is spelled out on windows that are padded, rolled and copied,
-with shift masks built anew in every forward; layers are torch's own; losses hold all logits and go from pair of views to pair of
-views; old gradients are dropped when the new ones come; gradients are clipped with one reading a parameter; the optimizer goes
-from tensor to tensor, the teacher from parameter to parameter; the host reads every loss.
-
-Origin: this project's own; it restates the update of DINO (Caron et al., ICCV 2021) and the windows of Swin Transformer (Liu et
-al., ICCV 2021) in their plainest form.
+It follows the published implementations of DINO (Caron et al., ICCV 2021) and Swin Transformer (Liu et al., ICCV 2021): explicit
+attention on padded windows, losses that store all logits and loop over pairs of views, and loops over parameters for clipping,
+the optimizer and the teacher, with a synchronization for each parameter and each loss.
 """
 
 from __future__ import annotations
@@ -24,12 +20,11 @@ import utils
 from losses.dino import DINOLoss
 from losses.distillation import TEACHER_VIEWS, at_least_float32
 from losses.region import RegionMatchingLoss
-from models.outputs import MultiCropOutput
+from models.outputs import MultiCropOutput, by_view
 from models.swin import SwinBlock, WindowAttention
 from ops.attention import pairwise_bias
-from ops.linear import Linear
 from ops.mlp import Mlp
-from ops.windows import WindowPartition, join_windows, padded_grid, partition_windows, window_partition
+from ops.windows import WindowPartition, join_windows, padded_grid, partition_windows, shift_mask
 from training import optim
 from training.step import MicroBatch, TrainStep
 
@@ -37,51 +32,37 @@ Loss = TypeVar("Loss", bound=DINOLoss)
 
 
 class PlainSwinBlock(SwinBlock):
-    """A Swin block whose attention is written down as in the paper; takes the place of another by `make_plain`."""
+    """A Swin block with explicit attention; `make_plain` turns a `SwinBlock` into it."""
 
     def attend(self, x_BHWC: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Pad, shift, cut into windows, attend, and all of it back."""
-        attn, cut = self.attn, WindowPartition(self.window, self.shift)
+        attn, partition = self.attn, WindowPartition(self.window, self.shift)
         assert isinstance(attn, WindowAttention)
         grid = (x_BHWC.shape[1], x_BHWC.shape[2])
-        windows = partition_windows(x_BHWC, cut)  # (B * windows, N, C)
+        windows = partition_windows(x_BHWC, partition)  # (B * windows, N, C)
         count, tokens, channels = windows.shape
         q, k, v = attn.qkv(windows).view(count, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         logits = logits + pairwise_bias(attn.relative_position_bias_table, attn.relative_position_index)
         if self.shift:
-            mask = plain_shift_mask(padded_grid(grid, self.window), cut).to(x_BHWC.device)
+            mask = shift_mask(padded_grid(grid, self.window), self.window, self.shift, torch.device("cpu"))
+            mask = mask.to(x_BHWC.device)
             logits = logits.view(len(x_BHWC), len(mask), *logits.shape[1:]) + mask[:, None]
             logits = logits.flatten(0, 1)
         maps = logits.softmax(dim=-1)
         x = (maps.to(v.dtype) @ v).transpose(1, 2).reshape(count, tokens, channels)
-        return join_windows(attn.proj_drop(attn.proj(x)), cut, grid), maps if attention else None
-
-
-def plain_shift_mask(grid: tuple[int, int], cut: WindowPartition) -> Tensor:
-    """(windows, N, N): -100 between tokens that were not neighbors before the shift; made on the host."""
-    bands = (slice(0, -cut.window), slice(-cut.window, -cut.shift), slice(-cut.shift, None))
-    regions = torch.zeros(1, *grid, 1)
-    for number, (rows, columns) in enumerate((rows, columns) for rows in bands for columns in bands):
-        regions[:, rows, columns] = number
-    region = window_partition(regions, cut.window).squeeze(-1)
-    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+        return join_windows(attn.proj_drop(attn.proj(x)), partition, grid), maps if attention else None
 
 
 def make_plain(network: nn.Module) -> nn.Module:
-    """Turn the Swin blocks, MLPs and linear layers of a network into plain ones, in place; parameters and their names stay."""
-    plain: dict[type[nn.Module], type[nn.Module]] = {
-        SwinBlock: PlainSwinBlock,
-        Mlp: timm.layers.Mlp,
-        Linear: nn.Linear,
-    }
+    """Replace the Swin blocks and MLPs of a network by plain ones, in place; parameters and their names stay."""
+    plain: dict[type[nn.Module], type[nn.Module]] = {SwinBlock: PlainSwinBlock, Mlp: timm.layers.Mlp}
     for module in network.modules():
         module.__class__ = plain.get(type(module), type(module))
     return network
 
 
 class PlainViewLoss(DINOLoss):
-    """The view loss on all logits, pair of views by pair of views; takes the place of another by `make_plain_loss`."""
+    """The view loss with all logits stored, in a loop over pairs of views."""
 
     def _cross_entropy(self, targets: Tensor, student_logits: Tensor) -> Tensor:
         return -(targets * F.log_softmax(student_logits, dim=-1)).sum(dim=-1)
@@ -90,7 +71,7 @@ class PlainViewLoss(DINOLoss):
         return at_least_float32(student) / self.student_temp, self.teacher_probs(teacher, center, epoch)
 
     def view_loss(self, student_logits: Any, teacher_logits: Any, epoch: int, sources: Any = None) -> Tensor:
-        """See `DINOLoss.view_loss`; images are not mixed."""
+        """Return the view loss, without mixup."""
         student, teacher = self._sharpened(student_logits, teacher_logits, self.center, epoch)
         loss = self.center.new_zeros(())
         for q, targets in enumerate(teacher.chunk(TEACHER_VIEWS)):
@@ -101,16 +82,16 @@ class PlainViewLoss(DINOLoss):
 
 
 class PlainRegionLoss(PlainViewLoss, RegionMatchingLoss):
-    """The same with regions, whose targets are gathered for each pair of views."""
+    """The region loss with targets gathered for each pair of views."""
 
     def region_loss(
         self, student: MultiCropOutput, teacher: MultiCropOutput, epoch: int, sources: Any = None
     ) -> Tensor:
-        """See `RegionMatchingLoss.region_loss`; images are not mixed."""
+        """Return the region loss, without mixup."""
         logits = self._sharpened(student.region_logits, teacher.region_logits, self.center_grid, epoch)
         (student_views, teacher_views), (student_features, teacher_features) = (
-            [_by_view(rows, output) for rows, output in zip(of_both, (student, teacher))]
-            for of_both in (logits, (student.region_features, teacher.region_features))
+            [by_view(rows, output) for rows, output in zip(pair, (student, teacher))]
+            for pair in (logits, (student.region_features, teacher.region_features))
         )
         loss = self.center_grid.new_zeros(())
         for q, targets_BUK in enumerate(teacher_views):
@@ -125,26 +106,19 @@ class PlainRegionLoss(PlainViewLoss, RegionMatchingLoss):
         return loss / self._pairs
 
 
-def _by_view(rows: Tensor, output: MultiCropOutput) -> list[Tensor]:
-    """(B, T, ...) of each view."""
-    batch = len(rows) // sum(output.regions_per_view)
-    views = rows.split([batch * regions for regions in output.regions_per_view])
-    return [view.unflatten(0, (batch, -1)) for view in views]
-
-
 def make_plain_loss(loss: Loss) -> Loss:
-    """Turn a loss into a plain one, in place."""
+    """Replace a loss by the plain one, in place."""
     plain: dict[type[DINOLoss], type[DINOLoss]] = {DINOLoss: PlainViewLoss, RegionMatchingLoss: PlainRegionLoss}
     loss.__class__ = plain[type(loss)]  # type: ignore[assignment]
     return loss
 
 
 class PlainStep(TrainStep):
-    """An update in which the host decides everything; takes the place of a `TrainStep` on the same method.
+    """A step with loops over parameters, and a synchronization for each.
 
     Args:
-        step: what to do the plain way; its optimizer is not used.
-        read: a number of a tensor; replaced where tensors have no values.
+        step: the step to replace; its optimizer is not used.
+        read: return the value of a scalar tensor; replaced for fake tensors.
     """
 
     def __init__(self, step: TrainStep, read: Callable[[Tensor], float] = Tensor.item) -> None:
@@ -156,7 +130,7 @@ class PlainStep(TrainStep):
     def __call__(
         self, micro_batches: Sequence[MicroBatch], iteration: int, epoch: int, watch: bool = False
     ) -> dict[str, Tensor]:
-        """One update.
+        """Update student and teacher.
 
         Raises:
             FloatingPointError: a loss that is not finite.

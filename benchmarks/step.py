@@ -1,20 +1,16 @@
-"""Time and memory of a whole training step of Swin-T, beside the plain step and beside timm's backbone alone.
+"""Time and memory of a training step of Swin-T, compared with the plain step and with timm's backbone.
 
     python benchmarks/step.py                                  # batch 4, K 65536, views and regions: some minutes
     python benchmarks/step.py --precisions fp32 --compile      # a fourth side: lean with --compile
-    python benchmarks/step.py --scaling --batch 2 --out_dim 8192   # also how the lean step grows with batch, K and local crops
+    python benchmarks/step.py --scaling --batch 2 --out_dim 8192   # also the lean step over batch, K and local crops
 
-A step is everything between two batches: teacher, student, both losses, backward, clipping, optimizer, centers, teacher's average.
-timm's side is the floor: its Swin-T on the same crops, a forward of the teacher on the two global ones, forward and backward of the
-student on all, without heads, loss and update. bf16 is autocast; on processors without instructions for it (AMX, AVX-512) it is
-emulated and says nothing.
+A step includes teacher, student, both losses, backward, clipping, optimizer, centers and the update of the teacher. The side of
+timm is a lower bound: its Swin-T on the same crops, with forward passes of teacher and student and the backward, and no heads,
+losses or updates. bf16 is autocast, which processors without AMX or AVX-512 emulate: its times are meaningless there.
 
-Every side runs in processes of its own, in turn; each takes three steps to warm up, by which time its memory has settled (see
-`utils.keep_freed_memory`), and `--steps` to measure. Times are the best of all, by the clock and of the CPU. Memory is `ru_maxrss`
-of the whole process. The first step of --compile waits for the code of its graphs; torch keeps it on the disk, in a folder that
-TORCHINDUCTOR_CACHE_DIR names, so that a second process waits less: give it an empty one to see both.
-
-Origin: this project's own.
+Sides alternate, each in new processes with three warm-up steps and `--steps` measured ones. Times are minima of wall-clock and CPU
+time; memory is `ru_maxrss` of the process. With --compile the first step includes compilation, unless TORCHINDUCTOR_CACHE_DIR has
+the compiled graphs.
 """
 
 from __future__ import annotations
@@ -48,15 +44,15 @@ Figures = dict[str, float]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Sizes, and which side this process runs (set by the process that starts all)."""
+    """Return the parser; --side is passed to the processes of the sides."""
     parser = argparse.ArgumentParser(
         "benchmarks/step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_sizes(parser, batch=4)
     add = parser.add_argument
     add("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    add("--rounds", type=COUNT, default=2, help="processes a side")
-    add("--steps", type=COUNT, default=1, help="measured steps a process")
+    add("--rounds", type=COUNT, default=2, help="processes per side")
+    add("--steps", type=COUNT, default=1, help="measured steps per process")
     add("--threads", type=COUNT, default=1)
     add("--compile", action="store_true", help="also the lean step with --compile")
     add("--scaling", action="store_true", help="also a table of the lean step's time over batch, K and local crops")
@@ -65,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def build_side(args: argparse.Namespace, precision: str) -> Callable[[], object]:
-    """What one side does with a batch."""
+    """Return a function that runs one step of a side."""
     crops = make_crops(args.batch, args.local_crops)
     if args.side == "timm":
         run = build_timm(precision, DROP_PATH)
@@ -78,7 +74,7 @@ def build_side(args: argparse.Namespace, precision: str) -> Callable[[], object]
 
 
 def run_side(args: argparse.Namespace) -> None:
-    """Measure one side and print its figures as JSON."""
+    """Measure one side in this process, and print its figures as JSON."""
     work = build_side(args, args.precisions[0])
     warm_up = [time_step(work) for _ in range(WARM_UP_STEPS)]
     seconds, cpu_seconds = zip(*(time_step(work) for _ in range(args.steps)))
@@ -87,14 +83,14 @@ def run_side(args: argparse.Namespace) -> None:
 
 
 def time_step(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of one step by the clock and of the CPU."""
+    """Return wall-clock and CPU seconds of one step."""
     start, cpu_start = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def start_side(args: argparse.Namespace, side: str, precision: str, **sizes: int) -> Figures:
-    """Run this program for one side in a fresh process."""
+    """Measure one side in a new process."""
     names = ("batch", "out_dim", "local_crops", "steps", "threads")
     flags = [f"--{name}={sizes.get(name, getattr(args, name))}" for name in names]
     command = [sys.executable, __file__, *flags, "--side", side, "--precisions", precision]
@@ -104,7 +100,7 @@ def start_side(args: argparse.Namespace, side: str, precision: str, **sizes: int
 
 
 def measure(args: argparse.Namespace, precision: str) -> dict[str, Figures]:
-    """The best figures of each side, measured in turn."""
+    """Measure all sides alternately, and return the minimum of each figure."""
     sides = [*SIDES, *([COMPILED] if args.compile else [])]
     rounds: dict[str, list[Figures]] = {side: [] for side in sides}
     for _ in range(args.rounds):
@@ -112,17 +108,17 @@ def measure(args: argparse.Namespace, precision: str) -> dict[str, Figures]:
             rounds[side].append(start_side(args, side, precision))
     if args.compile:
         first_steps = ", ".join(f"{figures['first_seconds']:.0f}" for figures in rounds[COMPILED])
-        print(f"  {COMPILED}: seconds of the first step, process after process: {first_steps}", flush=True)
+        print(f"  {COMPILED}: seconds of the first step of each process: {first_steps}", flush=True)
     return {side: {key: min(f[key] for f in figures) for key in figures[0]} for side, figures in rounds.items()}
 
 
 def report(args: argparse.Namespace, precision: str) -> None:
-    """Measure one precision and print its figures and ratios."""
+    """Measure and print figures and ratios of one precision."""
     crops = f"2 + {args.local_crops} crops"
     print(f"Swin-T, batch {args.batch}, K {args.out_dim}, {crops}, {precision}, {args.threads} thread(s):", flush=True)
     best = measure(args, precision)
     for side, figures in best.items():
-        times = f"{figures['seconds']:7.2f} s ({figures['cpu_seconds']:.2f} s of the CPU)"
+        times = f"{figures['seconds']:7.2f} s ({figures['cpu_seconds']:.2f} s of CPU time)"
         print(f"  {side:9} {times}   peak {figures['peak_mb']:7.0f} MiB")
     for side, target in PLAIN_TARGETS.items():
         if side in best:
@@ -136,8 +132,8 @@ def report(args: argparse.Namespace, precision: str) -> None:
 
 
 def report_scaling(args: argparse.Namespace, precision: str) -> None:
-    """Change one size at a time, the others as given."""
-    print(f"the lean step over its sizes, {precision}: CPU seconds and peak MiB")
+    """Measure and print the lean step over one size at a time."""
+    print(f"the lean step over one size at a time, {precision}: CPU seconds and peak MiB")
     for name, values in SCALING.items():
         for value in values:
             figures = start_side(args, "lean", precision, **{name: value})
@@ -145,7 +141,7 @@ def report_scaling(args: argparse.Namespace, precision: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compare all sides, or do the part of it that --side names."""
+    """Compare all sides, or measure the one of --side."""
     torch.set_num_threads(args.threads)
     if args.side != "all":
         run_side(args)

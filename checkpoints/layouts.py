@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import yaml
 from torch import Tensor, nn
 
-from models.base import BESIDE, Backbone
+from models.base import METHOD_PREFIXES, Backbone
 from models.interop import vit_from_timm
 from models.resize import RULES
 from models.srs import PUBLISHED as OF_SRS
@@ -38,7 +38,7 @@ MOMENTUM = ("momentum_encoder", "momentum_backbone", "target_encoder", "encoder_
 INSIDE = re.compile(rf"^(?:(?:{'|'.join((*ONLINE, *MOMENTUM))})\.)+")
 IN_MOMENTUM = re.compile(rf"^(?:(?:{'|'.join(ONLINE)})\.)*(?:{'|'.join(MOMENTUM)})\.")
 UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
-# What other programs train beside a backbone, besides `BESIDE`: linear classifiers, projectors and queues, decoders and masks.
+# Other tensors that programs train beside a backbone: linear classifiers, projectors and queues, decoders and masks.
 PARTS = (
     *("fc.", "head_dist.", "classifier."),
     *("projector", "momentum_projector", "predictor", "queue"),
@@ -212,7 +212,7 @@ def in_our_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
     Of the published names and those of timm and torchvision those count that fit most of the network's tensors.
     """
-    inner = {name: name if name.startswith(BESIDE) else bare(name) for name in names}
+    inner = {name: name if name.startswith(METHOD_PREFIXES) else bare(name) for name in names}
     wanted = network.state_dict()
     namings: list[Callable[[str], str]] = [str, network.timm_name] if isinstance(network, Backbone) else [str]
     found = set(inner.values())

@@ -35,7 +35,7 @@ from checkpoints.layouts import network_state as network_state
 from config.loading import SavedConfig
 from distributed import fsdp
 from distributed.collectives import all_gather_objects, is_main_process
-from models.base import BESIDE, HEADS, Backbone
+from models.base import HEAD_PREFIXES, METHOD_PREFIXES, Backbone
 from utils import UsageError, counted, logger
 
 PREFIX = "module."
@@ -248,7 +248,7 @@ class LoadReport(NamedTuple):
     matched: int
     resized: int
     left_out: int
-    fresh: tuple[str, ...] = ()  # what is `BESIDE` the network's backbone and not in the file
+    fresh: tuple[str, ...] = ()  # what is `METHOD_PREFIXES` the network's backbone and not in the file
     parts: tuple[str, ...] = ()  # that were left out, by the first words of their names
 
     def __str__(self) -> str:
@@ -270,7 +270,7 @@ def load_network(
 ) -> LoadReport:
     """Load a state dict into a network, wrapped or not; every tensor of the network must be there in its shape.
 
-    A network without what may lie `BESIDE` a backbone leaves that of the file out, and the `PARTS` of other programs always.
+    Tensors of `METHOD_PREFIXES` are ignored if the network has none of them, and the `PARTS` of other programs always.
     Buffers that follow from the architecture are neither asked for nor taken. A backbone resizes positions as the file's program
     does, unless its config says.
 
@@ -279,7 +279,7 @@ def load_network(
         state: see `network_state`.
         source: how messages name the file.
         resize: let a backbone resize its tables of positions to its own image or window size.
-        new_parts: what lies `BESIDE` the backbone may be missing in the file as a whole; it stays as it is then.
+        new_parts: what lies `METHOD_PREFIXES` the backbone may be missing in the file as a whole; it stays as it is then.
         allow_partial: take what fits; what is missing is warned about instead of being an error.
 
     Raises:
@@ -293,10 +293,10 @@ def load_network(
     tensors = {ours[name]: tensor for name, tensor in offered.items()}
     _fill_second_names(wanted, tensors, source)
     in_file = [name for name in tensors if name in wanted or "last_layer." in name]  # also heads of another form
-    lacking = (part for part in BESIDE if not any(name.startswith(part) for name in in_file))
+    lacking = (part for part in METHOD_PREFIXES if not any(name.startswith(part) for name in in_file))
     fresh = tuple(part for part in lacking if any(name.startswith(part) for name in wanted)) if new_parts else ()
     if isinstance(network, Backbone):
-        network.follow(state.pos_resize)
+        network.adopt_pos_resize(state.pos_resize)
     taken, misfits, resized = {}, [], 0
     for name in sorted(wanted.keys() & tensors.keys()):
         tensor = tensors[name]
@@ -316,7 +316,9 @@ def load_network(
         and not name.endswith((*DERIVED, *OPTIONAL))
         and not name.startswith(fresh)
     ]
-    unexpected = [name for name in tensors if name not in wanted and not bare(name).startswith((*BESIDE, *PARTS))]
+    unexpected = [
+        name for name in tensors if name not in wanted and not bare(name).startswith((*METHOD_PREFIXES, *PARTS))
+    ]
     if missing or unexpected or misfits:
         problem = _problem(source, missing, unexpected, misfits, tensors, wanted)
         if not allow_partial:
@@ -378,7 +380,7 @@ def _problem(
     check = "--arch, --cfg and --use_dense_prediction" if of_regions else "--arch and --cfg"
     remedy = f"check {check}, or pass --allow_partial True"
     if misfits:
-        of_backbone = [name for name in misfits if not name.startswith(BESIDE)]
+        of_backbone = [name for name in misfits if not name.startswith(METHOD_PREFIXES)]
         prototypes = [name for name in misfits if "last_layer.weight" in name]
         name = (of_backbone or prototypes or misfits)[0]
         ours, theirs = tuple(wanted[name].shape), tuple(tensors[name].shape)
@@ -397,7 +399,7 @@ def _problem(
 
 def _remedy(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str | None:
     """The flag or key that makes a tensor of another shape fit, where one is likely."""
-    if name.startswith(HEADS):
+    if name.startswith(HEAD_PREFIXES):
         return "check --use_bn_in_head, --head_hidden_dim and --head_bottleneck_dim"
     if len(theirs) == len(ours) == 4 and theirs[1] != ours[1] and theirs[0] == ours[0] and ours[1] <= MOST_CHANNELS:
         return f"set MODEL.SPEC.IN_CHANS {theirs[1]}"

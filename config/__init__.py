@@ -1,3 +1,3 @@
-"""Configuration: the YACS schema, yaml files with their bases and overrides, and the command line's shared flags."""
+"""Configuration: schema and loading of yaml files, and flags shared by the scripts."""
 
 from config.loading import load_config as load_config

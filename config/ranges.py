@@ -1,6 +1,6 @@
 """Ranges of numeric flags and config keys.
 
-    parser.add_argument("--lr", type=number(0, 1000), default=0.0005)      # finite, and checked when it is parsed
+    parser.add_argument("--lr", type=number(0, 1000), default=0.0005)
 
 Upper bounds are far above anything useful: they reject sizes that no machine can hold, and values that overflow float32.
 """
@@ -31,7 +31,7 @@ class Range:
     below_high: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        within = self.low <= value <= self.high  # false for nan
+        within = self.low <= value <= self.high  # False for NaN
         return within and not (self.above_low and value == self.low) and not (self.below_high and value == self.high)
 
     def __str__(self) -> str:

@@ -32,7 +32,7 @@ from data.loader import Batch, FailureTally, in_groups, set_epoch
 from distributed import collectives
 from distributed.ddp import SYNC_BUFFERS
 from evaluation.features import readable_batches
-from models.base import HEADS, Backbone, batch_norms
+from models.base import HEAD_PREFIXES, Backbone, batch_norms
 from training import optim
 from training.checkpointing import (
     RunPosition,
@@ -65,7 +65,7 @@ def layer_depths(network: Backbone) -> dict[str, int]:
             block_of |= {id(parameter): number for parameter in part.parameters()}
     depths, depth = {}, 0
     for name, parameter in network.named_parameters():
-        if name.startswith(HEADS):
+        if name.startswith(HEAD_PREFIXES):
             depths[name] = len(blocks) + 1
             continue
         depth = block_of.get(id(parameter), depth)

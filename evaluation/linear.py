@@ -301,7 +301,7 @@ def run_identity(
     precision: str,
 ) -> dict[str, Any]:
     """Return everything that affects the scores of a run, by flag; a checkpoint with another identity is not resumed."""
-    digest = hashlib.sha256(backbone.settled(config).dump().encode())
+    digest = hashlib.sha256(backbone.resolve_config(config).dump().encode())
     weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(loading.DERIVED)}
     for name, tensor in weights.items():
         digest.update(name.encode())

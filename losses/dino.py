@@ -24,7 +24,7 @@ from losses.distillation import (
 )
 from losses.matching import Sources, mixup_sources, unmixed_sources
 from ops.chunked_cross_entropy import Targets
-from ops.logits import Logits, changed
+from ops.logits import Logits, map_rows
 
 
 class DINOLoss(SelfDistillation):
@@ -98,7 +98,7 @@ class DINOLoss(SelfDistillation):
         weights_VBQP = different_VQ[:, None, :, None] * sources.weights_VPB.transpose(1, 2)[:, :, None]
         rows_VBM = rows_BQP.flatten(1).expand(self.ncrops, -1, -1)
         targets = Targets(rows_VBM.flatten(0, 1)[None], weights_VBQP.flatten(2).flatten(0, 1)[None])
-        student, teacher = (changed(logits, lambda rows: rows[None]) for logits in (student_logits, teacher_logits))
+        student, teacher = (map_rows(logits, lambda rows: rows[None]) for logits in (student_logits, teacher_logits))
         return self.cross_entropy(student, teacher, targets, self.center, epoch) / (batch * self._pairs)
 
     @property

@@ -27,7 +27,7 @@ from losses.distillation import (
 from losses.matching import Sources, match_regions, match_views, unmixed_sources
 from models.outputs import MultiCropOutput, by_view
 from ops.chunked_cross_entropy import Targets
-from ops.logits import changed
+from ops.logits import map_rows
 
 
 class RegionMatchingLoss(DINOLoss):
@@ -70,8 +70,8 @@ class RegionMatchingLoss(DINOLoss):
             raise ValueError(f"the student has {images} images and the teacher {batch}")
         mixed, sources = sources is not None, sources or unmixed_sources(self.ncrops, batch, self.center.device)
         # A group is a student image: the regions of all its views, and those of the teacher views that it is mixed from.
-        student_BSK = changed(student.region_logits, lambda rows: torch.cat(by_view(rows, student), dim=1))
-        teacher_BRK = changed(
+        student_BSK = map_rows(student.region_logits, lambda rows: torch.cat(by_view(rows, student), dim=1))
+        teacher_BRK = map_rows(
             teacher.region_logits,
             lambda rows: torch.cat(
                 [view[images_B] for images_B in sources.images_PB for view in by_view(rows, teacher)], dim=1

@@ -32,7 +32,7 @@ from losses.distillation import (
     evenly_spaced,
 )
 from ops.chunked_cross_entropy import Targets
-from ops.logits import FactoredLogits, Logits, changed, materialize
+from ops.logits import FactoredLogits, Logits, map_rows, materialize
 from utils import UsageError
 
 EPSILON = 1e-5  # in the mean over samples, as published: one without samples is 0
@@ -131,7 +131,7 @@ class UDILoss(SelfDistillation):
         assert teacher.patch_VBSK is not None
         assert teacher.valid_VBS is not None
         # As for local views: pairs of a student's view and the only other one.
-        patches, valid = changed(teacher.patch_VBSK, lambda x: x[:, None]), teacher.valid_VBS[:, None]
+        patches, valid = map_rows(teacher.patch_VBSK, lambda x: x[:, None]), teacher.valid_VBS[:, None]
         other_VV = self._numbers(TEACHER_VIEWS).flip(0)[:, None]
         terms = {"g_mcl": blend(student.plus_VBK, patches, valid, teacher.cls_VBK, other_VV, epoch)}
         if student.local_plus_LBK is not None and _shape(student.local_plus_LBK)[0]:
@@ -159,7 +159,7 @@ class UDILoss(SelfDistillation):
             samples = valid_GSV.shape[1]
             columns_SV = self._numbers(samples)[:, None] + samples * self._numbers(TEACHER_VIEWS)
             targets = Targets(columns_SV.expand_as(valid_GSV), _shares(valid_GSV))
-            patches = changed(teacher.local_patch_LVBSK, lambda x: x.movedim(1, 2).flatten(2, 3).flatten(0, 1))
+            patches = map_rows(teacher.local_patch_LVBSK, lambda x: x.movedim(1, 2).flatten(2, 3).flatten(0, 1))
             compared = _flat(student.local_patch_LBSK, 2), patches
             terms["l_pch"] = self.cross_entropy(*compared, targets, self.center_patch, epoch)
         return terms
@@ -191,7 +191,7 @@ class UDILoss(SelfDistillation):
         self, student_XBK: Logits, patches: Logits, valid: Tensor, cls_VBK: Logits, views_XY: Tensor, epoch: int
     ) -> Tensor:
         """The second token's term: X views of a student learn from Y views of the teacher each, those that `views_XY` names."""
-        mixed_XYBK = self.mixed_logits(patches, valid, changed(cls_VBK, lambda x: x[views_XY]))
+        mixed_XYBK = self.mixed_logits(patches, valid, map_rows(cls_VBK, lambda x: x[views_XY]))
         columns_XY = self._numbers(views_XY.numel()).view_as(views_XY)
         targets = self._even(columns_XY, _shape(cls_VBK)[1])
         return self.cross_entropy(
@@ -210,7 +210,7 @@ class UDILoss(SelfDistillation):
         weights_BXYS = alpha_BXY[..., None] * shares_XYBS.movedim(2, 0) / (batch * pairs)
         rows_XM = self._numbers(pairs * samples).view(len(views_XY), -1)
         targets = Targets(rows_XM.expand(batch, -1, -1), weights_BXYS.flatten(2))
-        rows = changed(patches, lambda x: x.movedim(2, 0).flatten(1, 3))
+        rows = map_rows(patches, lambda x: x.movedim(2, 0).flatten(1, 3))
         of_patches = self.cross_entropy(student, rows, targets, self.center_patch, epoch)
         targets = Targets(views_XY.expand(batch, -1, -1), (1 - alpha_BXY) / (batch * pairs))
         return of_patches + self.cross_entropy(student, _per_image(cls_VBK), targets, self.center, epoch)
@@ -235,7 +235,7 @@ class UDILoss(SelfDistillation):
         """Patches, their validity and the class tokens beside them, of the global views and of the local ones."""
         assert teacher.patch_VBSK is not None
         assert teacher.valid_VBS is not None
-        found = [(teacher.patch_VBSK, teacher.valid_VBS, changed(teacher.cls_VBK, lambda x: x.flip(0)))]
+        found = [(teacher.patch_VBSK, teacher.valid_VBS, map_rows(teacher.cls_VBK, lambda x: x.flip(0)))]
         if teacher.local_patch_LVBSK is not None and teacher.local_valid_LVBS is not None:
             found.append((teacher.local_patch_LVBSK, teacher.local_valid_LVBS, teacher.cls_VBK))
         return found
@@ -285,12 +285,12 @@ def _shares(valid: Tensor) -> Tensor:
 
 
 def _per_image(logits_XBK: Logits) -> Logits:
-    return changed(logits_XBK, lambda x: x.movedim(1, 0))
+    return map_rows(logits_XBK, lambda x: x.movedim(1, 0))
 
 
 def _flat(logits: Logits, axes: int) -> Logits:
     """The first `axes` axes as one."""
-    return changed(logits, lambda x: x.flatten(0, axes - 1))
+    return map_rows(logits, lambda x: x.flatten(0, axes - 1))
 
 
 def _shape(logits: Logits) -> tuple[int, int]:

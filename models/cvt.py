@@ -1,12 +1,11 @@
-"""Convolutional vision transformer (CvT): convolutional embeddings, and attention in windows of convolutional projections.
+"""CvT (Wu et al., ICCV 2021) in the variant of EsViT (Li et al., ICLR 2022): convolutional embeddings, and window attention with
+convolutional projections.
 
-State-dict keys and numbers are those of the EsViT network (golden file cvt_tiny); any image size goes in, square or not.
-Beyond the published network, by yaml keys: windows shifted in every second block, a relative position bias, another stem.
+State-dict keys and outputs agree with microsoft/esvit (golden file cvt_tiny): logits are scaled by the full width, and queries,
+keys and values share one projection. Options of the yaml add shifted windows, a relative position bias and another stem. Any
+image size is accepted. 1x1 convolutions are computed as linear layers on channels-last tokens.
 
 Shapes: B images, H x W token grid, C channels, N tokens of a window.
-Origin: CvT (Wu et al., ICCV 2021) as EsViT (Li et al., ICLR 2022) changed it: attention in windows (Swin Transformer, Liu et al.,
-ICCV 2021), logits scaled by the whole width, one projection for queries, keys and values. The 1x1 convolutions are computed
-as linear layers on channels-last tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +15,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerNormFp32, QuickGELU
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from config.ranges import integer
+from config.schema import ArchSpec
 from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, grid_tokens
 from models.registry import register
 from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
-from ops.linear import linear
 from ops.mlp import activated_linear
 from ops.windows import (
     WindowPartition,
@@ -39,20 +40,65 @@ LayerNorm = partial(LayerNormFp32, eps=1e-5)
 CONFIGS = "experiments/imagenet/cvt_v4/{}.yaml"
 RES_STEM_STRIDE = 4
 
+SPEC = ArchSpec(
+    "cvt_v4_transformer",
+    {
+        "IN_CHANS": 3,
+        "NUM_STAGES": 0,  # 0: the length of DEPTHS
+        "PATCH_SIZE": [7, 3, 3, 3],
+        "PATCH_STRIDE": [4, 2, 2, 2],
+        "PATCH_PADDING": [2, 1, 1, 1],
+        "DIM_EMBED": [64, 192, 384, 768],
+        "DEPTHS": [2, 2, 6, 2],
+        "NUM_HEADS": [1, 3, 6, 12],
+        "WINDOW_SIZE": [7, 7, 7, 7],
+        "MLP_RATIO": [4.0, 4.0, 4.0, 4.0],
+        "QKV_BIAS": True,
+        "SHIFT": False,
+        "REL_POS_EMBED": False,
+        "RES_STEM": False,
+        "DROP_RATE": 0.0,
+        "ATTN_DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.1,
+    },
+    ranges={
+        "NUM_STAGES": integer(0, 100),
+        "PATCH_STRIDE": integer(1, 1024),
+        "PATCH_PADDING": integer(0, 1024),
+    },
+    name_aliases=("cls_cvt_v4",),
+    key_aliases={"MODEL.SPEC.DEPTH": "MODEL.SPEC.DEPTHS"},
+    fixed_choices={
+        "MODEL.SPEC.INIT": ("trunc_norm",),
+        "MODEL.SPEC.CLS_TOKEN": (False,),
+        "MODEL.SPEC.POS_EMBED": (False,),
+        "MODEL.SPEC.QKV_PROJ_METHOD": ("dw_bn",),
+        "MODEL.SPEC.KERNEL_QKV": (3,),
+        "MODEL.SPEC.PADDING_QKV": (1,),
+        "MODEL.SPEC.STRIDE_QKV": (1,),
+        "MODEL.SPEC.PADDING_KV": (1,),
+        "MODEL.SPEC.STRIDE_KV": (1,),
+        "MODEL.SPEC.PADDING_Q": (1,),
+        "MODEL.SPEC.STRIDE_Q": (1,),
+        "MODEL.SPEC.NORM": ("layernorm", "layer_norm", "LayerNorm", "ln"),
+        "MODEL.SPEC.ACT": ("quick_gelu", "quickgelu", "QuickGELU"),
+    },
+    per_stage=True,
+)
+
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, by its weight's shape, of channels-last tokens (B, H, W, C)."""
+    """A 1x1 convolution of channels-last tokens (B, H, W, C)."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, H, W, C')."""
-        return linear(x_BHWC, self.weight.flatten(1), self.bias)
+        return F.linear(x_BHWC, self.weight.flatten(1), self.bias)
 
 
 class QKVProjection(nn.Module):
-    """Queries, keys and values of a grid: a depth-wise 3x3 convolution, BatchNorm, a point-wise convolution."""
+    """Project (B, H, W, C) to queries, keys and values (B, H, W, 3 C): depth-wise 3x3 convolution, BatchNorm, 1x1 convolution."""
 
     def __init__(self, dim: int, bias: bool) -> None:
         super().__init__()
@@ -61,23 +107,22 @@ class QKVProjection(nn.Module):
         self.pw = PointwiseConv(dim, 3 * dim, bias)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, H, W, 3 C)."""
         return self.pw(self.bn(self.dw(x_BHWC.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 
 
 class ConvAttention(nn.Module):
     """Multi-head self-attention in windows of a grid (B, H, W, C).
 
-    The window shrinks to the shorter side of the grid at hand. The grid is padded with zeros to whole windows before the
-    projection, and what is padded is attended to like any token.
+    The window shrinks to the shorter side of the grid. The grid is zero-padded to whole windows before the projection, and padding
+    is attended to like any other token.
 
     Args:
-        dim, num_heads: channels, and heads that share them.
-        window: side of the largest window.
-        shifts: shift the windows by half their side, where the grid is longer than one both ways, and mask what the shift
-            brings together; the reference masks that way without shifting.
+        dim, num_heads: channels, and number of heads.
+        window: maximum side of a window.
+        shifts: shift windows by half their side if both sides of the grid are larger than one, and mask attention across borders;
+            microsoft/esvit applies the mask without shifting.
         drop_path: rate of stochastic depth.
-        spec: the keys of `config.SPECS["cvt_v4_transformer"]`.
+        spec: MODEL.SPEC, with the keys of `SPEC`.
     """
 
     relative_position_index: Tensor
@@ -87,7 +132,7 @@ class ConvAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.shifts = shifts
-        self.scale = dim**-0.5  # of the whole width, as published, not of a head
+        self.scale = dim**-0.5  # of the full width, not of a head, as in microsoft/esvit
         self.attn_drop = spec.ATTN_DROP_RATE
         self.qkv = QKVProjection(dim, spec.QKV_BIAS)
         self.proj_out = PointwiseConv(dim, dim)
@@ -99,26 +144,26 @@ class ConvAttention(nn.Module):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x_BHWC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Attend in windows: (B, H, W, C) to the same, with the maps (B * windows, heads, N, N) if asked for."""
+        """Attend (B, H, W, C) in windows, and return the maps (B * windows, heads, N, N) if requested."""
         grid = (x_BHWC.shape[1], x_BHWC.shape[2])
-        cut = self.cut_of(grid)
-        qkv = self.qkv(pad_to_windows(x_BHWC, cut.window))
+        partition = self.partition_of(grid)
+        qkv = self.qkv(pad_to_windows(x_BHWC, partition.window))
         mask = None
-        if cut.shift:
-            mask = shift_mask((qkv.shape[1], qkv.shape[2]), cut.window, cut.shift, qkv.device)
-        windows, maps = self.attend_windows(partition_windows(qkv, cut), self.bias(cut.window, mask), attention)
-        return self.drop(self.proj_out(join_windows(windows, cut, grid))), maps
+        if partition.shift:
+            mask = shift_mask((qkv.shape[1], qkv.shape[2]), partition.window, partition.shift, qkv.device)
+        windows = partition_windows(qkv, partition)
+        windows, maps = self.attend_windows(windows, self.bias(partition.window, mask), attention)
+        return self.drop(self.proj_out(join_windows(windows, partition, grid))), maps
 
-    def cut_of(self, grid: tuple[int, int]) -> WindowPartition:
-        """The window and the shift for a grid."""
+    def partition_of(self, grid: tuple[int, int]) -> WindowPartition:
+        """Return the partition of a grid into windows."""
         window = min(self.window, *grid)
         return WindowPartition(window, window // 2 if self.shifts and window < min(grid) else 0)
 
     def bias(self, window: int, mask: Tensor | None) -> Tensor | None:
-        """What is added to the logits, (1 or windows, heads, N, N): relative position bias, shift mask, both, or nothing.
+        """Return the sum of relative position bias and shift mask, (1 or windows, heads, N, N), or None without either.
 
-        An offset keeps its bias in every window: a smaller one uses the part of the table that its offsets reach, which are
-        those of the upper left corner of the full window.
+        A window smaller than the learned one uses the biases of its offsets, those of the upper left corner of the full window.
         """
         bias = None if mask is None else mask.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         if self.relative_position_bias_table is None:
@@ -128,8 +173,8 @@ class ConvAttention(nn.Module):
         return relative if bias is None else relative + bias
 
     def attend_windows(self, qkv: Tensor, bias: Tensor | None, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Attention inside windows: (B * windows, N, 3 C) to (B * windows, N, C), and the maps if asked for."""
-        if bias is not None:  # the windows of an image become an axis: one bias serves all images without a copy
+        """Attend from (B * windows, N, 3 C) to (B * windows, N, C), and return the maps if requested."""
+        if bias is not None:  # make windows an axis, so that the bias broadcasts over images
             qkv = qkv.unflatten(0, (-1, len(bias)))
         q, k, v = split_heads(qkv, 3, self.num_heads)
         dropout = drop_rate(self, self.attn_drop)
@@ -141,7 +186,7 @@ class ConvAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two 1x1 convolutions with QuickGELU between them."""
+    """An MLP of two 1x1 convolutions with QuickGELU."""
 
     def __init__(self, dim: int, hidden: int, drop_path: float, spec: CfgNode) -> None:
         super().__init__()
@@ -150,14 +195,13 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) to the same shape."""
         enter, activation, leave, drop = self.net
         assert isinstance(leave, PointwiseConv)
         return drop(activated_linear(enter(x_BHWC), activation, leave.weight.flatten(1), leave.bias))
 
 
 class PreNorm(nn.Module):
-    """A norm, and a function of what it normalized."""
+    """Apply a norm, then a module."""
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
@@ -165,18 +209,17 @@ class PreNorm(nn.Module):
         self.fn = fn
 
     def forward(self, x_BHWC: Tensor, *args: bool) -> Any:
-        """What the function makes of the normalized tokens."""
         return self.fn(self.norm(x_BHWC), *args)
 
 
 class CvTBlock(nn.ModuleList):
-    """The pre-norm block as the published keys nest it: attention at 0, MLP at 1; tokens are (B, H, W, C)."""
+    """The pre-norm block for tokens (B, H, W, C), nested as in the published keys: attention at 0, MLP at 1."""
 
     def __init__(self, attn: ConvAttention, mlp: FeedForward, dim: int) -> None:
         super().__init__([PreNorm(dim, attn), PreNorm(dim, mlp)])
 
     def forward(self, x_BHWC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x to the same shape, and the attention maps if asked for."""
+        """Return tokens of the same shape, and the attention maps if requested."""
         attn, mlp = self
         attended, maps = attn(x_BHWC, attention)
         x = x_BHWC + attended
@@ -184,12 +227,12 @@ class CvTBlock(nn.ModuleList):
 
 
 def residual_drop(drop_path: float, spec: CfgNode) -> nn.Module:
-    """What training does to a residual before it is added: dropout and stochastic depth."""
+    """Return dropout and stochastic depth of a residual branch."""
     return nn.Sequential(nn.Dropout(spec.DROP_RATE), DropPath(drop_path))
 
 
 class ResStem(nn.Module):
-    """The way into the first stage with RES_STEM: three 3x3 convolutions, each with BatchNorm and ReLU."""
+    """The stem of RES_STEM: three 3x3 convolutions with BatchNorm and ReLU."""
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -199,12 +242,12 @@ class ResStem(nn.Module):
         self.stem = nn.Sequential(*layers)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, ceil(H / 4), ceil(W / 4), dim)."""
+        """Embed (B, C, H, W) to (B, ceil(H / 4), ceil(W / 4), dim)."""
         return self.stem(x_BCHW).permute(0, 2, 3, 1)
 
 
 class ConvEmbed(nn.Module):
-    """The way into a stage: a strided convolution, then a norm over the channels."""
+    """The entry to a stage: a strided convolution and a norm over channels."""
 
     def __init__(self, in_channels: int, dim: int, patch_size: int, stride: int, padding: int) -> None:
         super().__init__()
@@ -212,28 +255,18 @@ class ConvEmbed(nn.Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, H', W', dim)."""
+        """Embed (B, C, H, W) to (B, H', W', dim)."""
         return self.norm(self.proj(x_BCHW).permute(0, 2, 3, 1))
 
 
-class CvTStage(nn.Module):
-    """The blocks of one resolution."""
-
-    def __init__(self, blocks: Sequence[CvTBlock]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(blocks)
-
-
 class CvT(Backbone):
-    """CvT as a backbone of the common contract.
+    """CvT as a `Backbone`.
 
     Args:
-        spec: the keys of `config.SPECS["cvt_v4_transformer"]`; with RES_STEM the first of PATCH_SIZE and PATCH_PADDING is unused.
-        dense: as in `Backbone`.
+        spec: MODEL.SPEC, with the keys of `SPEC`; RES_STEM ignores the first entries of PATCH_SIZE and PATCH_PADDING.
 
     Raises:
-        UsageError: a stage list of another length than DEPTHS, heads that do not divide the width, or a patch stride that the
-            stem of RES_STEM does not have.
+        UsageError: a list of another length than DEPTHS, heads that do not divide the width, or RES_STEM with another stride.
     """
 
     def __init__(self, spec: CfgNode, dense: bool = False) -> None:
@@ -255,7 +288,9 @@ class CvT(Backbone):
                 shifts = spec.SHIFT and j % 2 == 1
                 attn = ConvAttention(dim, spec.NUM_HEADS[i], spec.WINDOW_SIZE[i], shifts, drop_path, spec)
                 blocks.append(CvTBlock(attn, FeedForward(dim, int(dim * spec.MLP_RATIO[i]), drop_path, spec), dim))
-            self.add_module(f"stage{i}", nn.Sequential(embed, CvTStage(blocks)))
+            stage = nn.Module()
+            stage.layers = nn.ModuleList(blocks)
+            self.add_module(f"stage{i}", nn.ModuleList([embed, stage]))
             in_channels = dim
         self.norm = LayerNorm(self.num_features)
         self.apply(init_conv_weights)
@@ -263,48 +298,42 @@ class CvT(Backbone):
     def _check(self, spec: CfgNode) -> None:
         stages = len(spec.DEPTHS)
         if spec.NUM_STAGES not in (0, stages):
-            raise UsageError(
-                f"MODEL.SPEC.NUM_STAGES {spec.NUM_STAGES} must be the number of entries of DEPTHS {spec.DEPTHS}"
-            )
+            raise UsageError(f"MODEL.SPEC.NUM_STAGES {spec.NUM_STAGES} must be the length of DEPTHS {spec.DEPTHS}")
         for key, value in spec.items():
             if isinstance(value, list) and len(value) != stages:
-                raise UsageError(f"MODEL.SPEC.{key} {value} must have one entry for each of DEPTHS {spec.DEPTHS}")
+                raise UsageError(f"MODEL.SPEC.{key} {value} must have one entry for each entry of DEPTHS {spec.DEPTHS}")
         for dim, num_heads in zip(spec.DIM_EMBED, spec.NUM_HEADS):
             if dim % num_heads:
                 raise UsageError(f"MODEL.SPEC.NUM_HEADS {num_heads} must divide the {dim} channels of its stage")
         if spec.RES_STEM and spec.PATCH_STRIDE[0] != RES_STEM_STRIDE:
             raise UsageError(
-                f"MODEL.SPEC.RES_STEM True has stride {RES_STEM_STRIDE}; set the first of PATCH_STRIDE {spec.PATCH_STRIDE} to it"
+                f"MODEL.SPEC.RES_STEM has stride {RES_STEM_STRIDE}, PATCH_STRIDE is {spec.PATCH_STRIDE}; set its first entry to "
+                f"{RES_STEM_STRIDE}"
             )
 
     def enter_stage(self, stage: int, x: Tensor) -> Tensor:
-        """Images (B, C, H, W), or the tokens of the stage before, to tokens (B, H', W', C')."""
+        """Embed images (B, C, H, W), or tokens of the previous stage, to tokens (B, H', W', C')."""
         return getattr(self, f"stage{stage}")[0](x if stage == 0 else x.permute(0, 3, 1, 2))
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
-        """See `Backbone.stage_blocks`."""
         return getattr(self, f"stage{stage}")[1].layers
 
     def tokens(self, x_BHWC: Tensor) -> Tokens:
-        """See `Backbone.tokens`."""
         return grid_tokens(x_BHWC)
 
-    def cut_of(self, output: BlockOutput) -> WindowPartition:
-        """See `Backbone.cut_of`."""
-        return self.block_at(output.block)[0].fn.cut_of(output.grid)
+    def partition_of(self, output: BlockOutput) -> WindowPartition:
+        return self.block_at(output.block)[0].fn.partition_of(output.grid)
 
 
 def init_conv_weights(module: nn.Module) -> None:
-    """Convolutions start from a truncated normal of deviation 0.02 with zero bias; for `nn.Module.apply`."""
+    """Initialize a convolution from a truncated normal of standard deviation 0.02 with zero bias; for `nn.Module.apply`."""
     if isinstance(module, nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-@register(
-    {"cvt_tiny": CONFIGS.format("s1"), "cvt_small": CONFIGS.format("s3"), "cvt": None}, config_name="cvt_v4_transformer"
-)
+@register({"cvt_tiny": CONFIGS.format("s1"), "cvt_small": CONFIGS.format("s3"), "cvt": None}, SPEC)
 def build_cvt(arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> CvT:
-    """CvT from a config, whose patch sizes count."""
+    """Build a CvT; its patch sizes are in the config."""
     return CvT(config.MODEL.SPEC, dense)

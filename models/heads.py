@@ -1,6 +1,6 @@
-"""The projection head of self-distillation: an MLP to a bottleneck, L2 normalization, weight-normalized prototypes.
+"""The projection head of DINO (Caron et al., ICCV 2021): an MLP to a bottleneck, L2 normalization, weight-normalized prototypes.
 
-Origin: DINO (Caron et al., ICCV 2021) section 3.1 and appendix; state-dict keys are the published ones.
+State-dict keys are those of facebookresearch/dino.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import init_linear_weights
-from ops.linear import Linear
 from ops.logits import FactoredLogits
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows are gain times direction: `weight_g` (K, 1) and `weight_v` (K, C).
+    """A weight-normalized linear layer without bias: gains `weight_g` (K, 1) times directions `weight_v` (K, C).
 
-    Directions start as the weights of torch's own linear layer do, uniform in +-1 / sqrt(C).
+    Directions are initialized like the weights of `nn.Linear`, uniformly in +-1 / sqrt(C).
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -31,35 +30,32 @@ class WeightNormLinear(nn.Module):
         nn.init.uniform_(self.weight_v, -bound, bound)
 
     def weight(self) -> Tensor:
-        """The prototypes (K, C)."""
-        # One kernel; spelled out it writes (K, C) six times more.
+        """Return the prototypes (K, C)."""
+        # A fused kernel: the explicit form writes six more tensors (K, C).
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., K)."""
+        """Return the logits (..., K) of bottleneck vectors (..., C)."""
         return F.linear(x, self.weight())
 
     def factors(self, x: Tensor) -> FactoredLogits:
-        """What `forward` would multiply; under autocast the bottleneck has its dtype, in which the product is computed.
-
-        So have prototypes without gradient, which take half the memory then.
-        """
+        """Return the factors of the logits, under autocast in its dtype; prototypes that need a gradient keep theirs."""
         device, prototypes = x.device.type, self.weight()
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         return FactoredLogits(x, prototypes if prototypes.requires_grad else prototypes.to(x.dtype))
 
 
 class DINOHead(nn.Module):
-    """Features (..., in_dim) to logits over `out_dim` prototypes.
+    """The projection head, from features to logits over `out_dim` prototypes.
 
     Args:
         in_dim: channels of the features.
         out_dim: number of prototypes K.
         use_bn: BatchNorm after each hidden layer.
-        norm_last_layer: freeze the prototypes' gain at 1.
+        norm_last_layer: fix the gains of the prototypes at 1.
         nlayers: linear layers of the MLP, at least 1.
-        hidden_dim, bottleneck_dim: widths inside the MLP and at its end.
-        factored: give the logits as `FactoredLogits`.
+        hidden_dim, bottleneck_dim: widths of the hidden layers and of the output of the MLP.
+        factored: return `FactoredLogits`.
     """
 
     def __init__(
@@ -79,7 +75,7 @@ class DINOHead(nn.Module):
         widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
         for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-            layers.append(Linear(width_in, width_out))
+            layers.append(nn.Linear(width_in, width_out))
             if i < len(widths) - 2:
                 layers += [nn.BatchNorm1d(width_out), nn.GELU()] if use_bn else [nn.GELU()]
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
@@ -88,11 +84,12 @@ class DINOHead(nn.Module):
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
     def forward(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor | FactoredLogits:
-        """(rows, in_dim) to logits (rows, K), multiplied unless `factored`.
+        """Return the logits (rows, K) of features (rows, in_dim).
 
-        `parts` are numbers of consecutive rows that BatchNorm normalizes apart: levels of features are no one distribution.
+        Args:
+            parts: numbers of consecutive rows with separate BatchNorm statistics, as for levels of different distributions.
         """
-        apart = self.use_bn and parts is not None
-        hidden = torch.cat([self.mlp(part) for part in x.split(list(parts or ()))]) if apart else self.mlp(x)
+        separate = self.use_bn and parts is not None
+        hidden = torch.cat([self.mlp(part) for part in x.split(list(parts or ()))]) if separate else self.mlp(x)
         bottleneck = F.normalize(hidden, dim=-1)
         return self.last_layer.factors(bottleneck) if self.factored else self.last_layer(bottleneck)

@@ -1,10 +1,8 @@
-"""What other libraries call the tensors of these networks, and how they lay them out: for loading their files and for export.
+"""Conversion of state dicts between these networks and other libraries.
 
-timm and torchvision: names only. detectron2: names of its `modeling/backbone` and of its torchvision converter, without the
-prefix `backbone.`, which its matching finds by itself. mmdet: names of its `models/backbones`; its Swin merges patches with
-`nn.Unfold`, whose channel order differs.
-
-Origin: this project's own, from the documented names of the libraries.
+timm and torchvision differ in names only. detectron2 has the names of its `modeling/backbone` and of its torchvision converter,
+without the prefix `backbone.`, which its matching heuristics find. mmdet has the names of its `models/backbones`; its Swin merges
+patches with `nn.Unfold`, which orders channels differently.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ Converter = Callable[[State], dict[str, Tensor]]
 
 
 def renamed(state: State, rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """`state` under other names."""
+    """Return `state` with its keys renamed."""
     return {rename(name): tensor for name, tensor in state.items()}
 
 
@@ -36,30 +34,30 @@ def _substitute(name: str, rules: Mapping[str, str]) -> str:
 
 
 def swin_timm_name(name: str) -> str:
-    """timm merges patches at the start of a stage, the published keys at the end of the one before."""
+    """Return timm's name: timm merges patches at the start of a stage, the published keys at the end of the previous one."""
     return re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name)
 
 
 def swin_to_timm(state: State) -> dict[str, Tensor]:
-    """The names of timm's Swin, which makes the index of relative positions anew."""
+    """Convert to timm's Swin, which has no buffers of relative position indices."""
     kept = {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
     return renamed(kept, swin_timm_name)
 
 
 def _output_norm(state: State) -> dict[str, str]:
-    """Detectors norm the output of every stage; the published networks have the last one's."""
+    """Return the rename rule of the final norm, for detectors that normalize the output of every stage."""
     last = max(int(match[1]) for name in state if (match := re.match(r"layers\.(\d+)\.", name)))
     return {r"^norm\.": f"norm{last}."}
 
 
 def swin_to_detectron2(state: State) -> dict[str, Tensor]:
-    """The names of detectron2's Swin."""
+    """Convert to detectron2's Swin."""
     rules = _output_norm(state)
     return renamed(state, lambda name: _substitute(name, rules))
 
 
 def swin_to_mmdet(state: State) -> dict[str, Tensor]:
-    """The names of mmdet's Swin, with the merged channels in the order of `nn.Unfold`."""
+    """Convert to mmdet's Swin, with merged channels in the order of `nn.Unfold`."""
     rules = {
         **_output_norm(state),
         r"^layers\.": "stages.",
@@ -73,7 +71,7 @@ def swin_to_mmdet(state: State) -> dict[str, Tensor]:
 
 
 def _in_unfold_order(weight: Tensor) -> Tensor:
-    """Merged channels (..., 4 C) of patch merging: from (column, row, C) to the (C, row, column) of `nn.Unfold`."""
+    """Reorder the input channels (..., 4 C) of patch merging from (column, row, C) to the (C, row, column) of `nn.Unfold`."""
     return weight.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3)
 
 
@@ -81,7 +79,7 @@ def _in_unfold_order(weight: Tensor) -> Tensor:
 
 
 def vit_to_timm(state: State) -> dict[str, Tensor]:
-    """timm's names; a second class token is what timm calls a register token."""
+    """Convert to timm's ViT, where a second class token is a register token."""
     kept = dict(state)
     if "cls_token" in kept and kept["cls_token"].shape[1] == 2:
         kept["cls_token"], kept["reg_token"] = (token.contiguous() for token in kept["cls_token"].split(1, dim=1))
@@ -89,7 +87,7 @@ def vit_to_timm(state: State) -> dict[str, Tensor]:
 
 
 def vit_from_timm(state: State) -> dict[str, Tensor]:
-    """Register tokens beside a class token are further class tokens here; other files stay as they are."""
+    """Convert from timm's ViT: append register tokens to the class token."""
     joined = dict(state)
     if {"cls_token", "reg_token"} <= joined.keys():
         joined["cls_token"] = torch.cat([joined["cls_token"], joined.pop("reg_token")], dim=1)
@@ -97,13 +95,13 @@ def vit_from_timm(state: State) -> dict[str, Tensor]:
 
 
 def vit_to_detectron2(state: State) -> dict[str, Tensor]:
-    """detectron2's names, which are the published ones; it takes one class token or none.
+    """Convert to detectron2's ViT, which has the published names.
 
     Raises:
-        UsageError: two class tokens.
+        UsageError: more than one class token.
     """
     if "cls_token" in state and state["cls_token"].shape[1] > 1:
-        raise UsageError("detectron2's ViT takes one class token or none; pass --class_tokens first or none")
+        raise UsageError("detectron2's ViT supports at most one class token; pass --class_tokens first or none")
     return dict(state)
 
 
@@ -111,12 +109,12 @@ def vit_to_detectron2(state: State) -> dict[str, Tensor]:
 
 
 def resnet_timm_name(name: str) -> str:
-    """timm and torchvision know no prefix."""
+    """Return the name in timm and torchvision, without the published prefix."""
     return name.removeprefix("backbone.backbone.")
 
 
 def resnet_to_detectron2(state: State) -> dict[str, Tensor]:
-    """The names that detectron2's converter gives torchvision networks: stem, res2 .. res5, shortcut."""
+    """Convert to the names that detectron2's converter gives torchvision networks: stem, res2 .. res5, shortcut."""
     rules = {
         r"^(conv1|bn1)\.": r"stem.\1.",
         r"^layer(\d)\.": lambda match: f"res{int(match[1]) + 1}.",

@@ -1,10 +1,6 @@
-"""The registry of architectures: a name and a config in, a backbone of the common contract out.
+"""The registry of architectures: build a backbone from its name and a config.
 
-    backbone = build_model("swin_tiny", load_config("experiments/imagenet/swin/swin_tiny_patch4_window7_224.yaml"))
-
-This is the only place that knows which name belongs to which family.
-
-Origin: this project's own.
+backbone = build_model("swin_tiny", load_config("experiments/imagenet/swin/swin_tiny_patch4_window7_224.yaml"))
 """
 
 from __future__ import annotations
@@ -18,73 +14,65 @@ from yacs.config import CfgNode
 
 from config.choices import PATCH_SIZE
 from config.loading import SavedConfig, load_config
-from config.schema import SPECS
+from config.schema import ArchSpec, register_spec
 from models.base import Backbone
 from utils import UsageError, logger
 
+ROOT = Path(__file__).parent.parent
 SIZE_KEYS = ("DIM_EMBED", "DEPTH", "DEPTHS", "NUM_HEADS")
 
 
 class Builder(Protocol):
-    """Makes a headless backbone of a registered name from a config."""
+    """Builds a headless backbone."""
 
     def __call__(self, arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> Backbone: ...
 
 
 class Entry(NamedTuple):
-    """What the registry knows of a name.
-
-    `default_config` is the yaml used when none is given, relative to the project's root; an empty one stands for the schema's
-    defaults, None for a yaml that must be given.
-    """
+    """A registered name."""
 
     build: Builder
-    config_name: str  # the MODEL.NAME its yaml must have
-    default_config: str | None
+    spec: ArchSpec
+    default_config: (
+        str | None
+    )  # a yaml relative to the repository; "" for the schema's defaults, None if --cfg is required
 
 
 _REGISTRY: dict[str, Entry] = {}
 
 
-def register(names: Mapping[str, str | None], *, config_name: str) -> Callable[[Builder], Builder]:
-    """Register a builder under `names`, each with its default yaml; see `Entry`."""
+def register(names: Mapping[str, str | None], spec: ArchSpec) -> Callable[[Builder], Builder]:
+    """Register a builder and the part of the config that it reads.
+
+    Args:
+        names: values of --arch, each with its `Entry.default_config`.
+        spec: the keys below MODEL.SPEC.
+    """
 
     def decorate(build: Builder) -> Builder:
-        _REGISTRY.update({name: Entry(build, config_name, default) for name, default in names.items()})
+        register_spec(spec)
+        _REGISTRY.update({name: Entry(build, spec, default) for name, default in names.items()})
         return build
 
     return decorate
 
 
 def list_models() -> list[str]:
-    """All registered names, sorted."""
+    """Return all registered names, sorted."""
     return sorted(_REGISTRY)
 
 
-def _lookup(arch: str) -> Entry:
+def lookup(arch: str) -> Entry:
+    """Return the entry of a name.
+
+    Raises:
+        UsageError: unknown name.
+    """
     if arch not in _REGISTRY:
-        near = difflib.get_close_matches(arch, _REGISTRY, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UsageError(f"unknown arch '{arch}', the registered ones are {', '.join(list_models())}{hint}")
+        nearest = difflib.get_close_matches(arch, _REGISTRY, n=1)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise UsageError(f"unknown arch '{arch}'; choose one of {', '.join(list_models())}{hint}")
     return _REGISTRY[arch]
-
-
-def config_name(arch: str) -> str:
-    """The MODEL.NAME that a yaml for `arch` must have.
-
-    Raises:
-        UsageError: unknown arch.
-    """
-    return _lookup(arch).config_name
-
-
-def default_config(arch: str) -> str | None:
-    """The yaml that `arch` has of its own; see `Entry`.
-
-    Raises:
-        UsageError: unknown arch.
-    """
-    return _lookup(arch).default_config
 
 
 def load_arch_config(
@@ -94,44 +82,48 @@ def load_arch_config(
     drop_path: float | None = None,
     defaults: Sequence[str] = (),
 ) -> CfgNode:
-    """The config for `arch`: the yaml at `path`, or the published one of that name when `path` is None.
+    """Load the config of `arch` from `path`, or from the default yaml of that name.
 
-    `drop_path` stands for an override of MODEL.SPEC.DROP_PATH_RATE; `defaults`: see `load_config`.
+    Args:
+        arch: a registered name.
+        path, overrides, defaults: as in `load_config`.
+        drop_path: overrides MODEL.SPEC.DROP_PATH_RATE.
 
     Raises:
-        UsageError: unknown arch, no yaml where the arch needs one, one that describes another architecture, or stochastic
-            depth for a network that has none.
+        UsageError: an unknown name, a name that needs a yaml and got none, a yaml of another architecture, or stochastic depth
+            for an architecture without it.
     """
-    entry, given = _lookup(arch), path
-    has_drop_path = "DROP_PATH_RATE" in SPECS.get(entry.config_name, {})
+    entry = lookup(arch)
+    has_drop_path = "DROP_PATH_RATE" in entry.spec.defaults
     if drop_path and not has_drop_path:
         raise UsageError(f"--drop_path {drop_path}: {arch} has no stochastic depth; set it to 0")
     if drop_path is not None and has_drop_path:
         overrides = [*overrides, "MODEL.SPEC.DROP_PATH_RATE", str(drop_path)]
-    if path is None:
-        if entry.default_config is None:
-            raise UsageError(f"arch '{arch}' has no yaml of its own; name one with --cfg (see experiments/)")
-        path = str(Path(__file__).parent.parent / entry.default_config) if entry.default_config else None
-    config = load_config(path, overrides if path else ["MODEL.NAME", entry.config_name, *overrides], defaults)
-    _check_family(arch, entry, config, str(path or "the command line"))
-    if given is not None and entry.default_config:
-        _report_other_size(arch, load_config(Path(__file__).parent.parent / entry.default_config), config, given)
+    default = str(ROOT / entry.default_config) if entry.default_config else None
+    if path is None and entry.default_config is None:
+        raise UsageError(f"arch '{arch}' has no default yaml; pass one with --cfg (see experiments/)")
+    source = default if path is None else path
+    if source is None:
+        overrides = ["MODEL.NAME", entry.spec.name, *overrides]
+    config = load_config(source, overrides, defaults)
+    _check_architecture(arch, entry, config, str(source or "the command line"))
+    if path is not None and default is not None:
+        _warn_of_other_size(arch, load_config(default), config, path)
     return config
 
 
-def _report_other_size(arch: str, named: CfgNode, given: CfgNode, path: str | SavedConfig) -> None:
-    """Say so where a yaml describes a network of another size than the name: the yaml counts."""
-    different = [key for key in SIZE_KEYS if named.MODEL.SPEC.get(key) != given.MODEL.SPEC.get(key)]
-    if "MSVIT" in named.MODEL.SPEC and named.MODEL.SPEC.MSVIT.ARCH != given.MODEL.SPEC.MSVIT.ARCH:
+def _warn_of_other_size(arch: str, default: CfgNode, config: CfgNode, path: str | SavedConfig) -> None:
+    different = [key for key in SIZE_KEYS if default.MODEL.SPEC.get(key) != config.MODEL.SPEC.get(key)]
+    if default.MODEL.SPEC.get("MSVIT", {}).get("ARCH") != config.MODEL.SPEC.get("MSVIT", {}).get("ARCH"):
         different.append("MSVIT.ARCH")
     if different:
-        logger.warning("%s has another %s than --arch %s; the yaml counts", path, " and ".join(different), arch)
+        logger.warning("%s overrides %s of --arch %s", path, " and ".join(different), arch)
 
 
-def _check_family(arch: str, entry: Entry, config: CfgNode, source: str) -> None:
-    if entry.config_name != config.MODEL.NAME:
+def _check_architecture(arch: str, entry: Entry, config: CfgNode, source: str) -> None:
+    if entry.spec.name != config.MODEL.NAME:
         raise UsageError(
-            f"arch '{arch}' needs a yaml of MODEL.NAME '{entry.config_name}', {source} describes '{config.MODEL.NAME}'; "
+            f"arch '{arch}' needs a yaml of MODEL.NAME '{entry.spec.name}', {source} describes '{config.MODEL.NAME}'; "
             "change --arch or --cfg"
         )
 
@@ -144,22 +136,22 @@ def build_model(
     is_teacher: bool = False,
     patch_size: int = PATCH_SIZE,
 ) -> Backbone:
-    """Build a backbone whose `head` (and `head_dense` when dense) are still empty.
+    """Build a backbone whose `head` (and `head_dense` when dense) are empty.
 
     Args:
         arch: a registered name, see `list_models`.
-        config: a loaded config; None takes the published yaml of that name. It is never changed.
-        dense: give region outputs too.
+        config: a loaded config, which is not modified; None for the default yaml of that name.
+        dense: also return region outputs.
         is_teacher: build without stochastic depth.
-        patch_size: pixels per patch, for architectures whose yaml does not say.
+        patch_size: pixels, for architectures whose config has no patch size.
 
     Raises:
-        UsageError: an unknown arch, a config of another architecture, or values that do not fit together.
+        UsageError: an unknown name, a config of another architecture, or inconsistent values.
     """
-    entry = _lookup(arch)
+    entry = lookup(arch)
     if config is None:
         config = load_arch_config(arch, None)
-    _check_family(arch, entry, config, "the config")
+    _check_architecture(arch, entry, config, "the config")
     if is_teacher and "DROP_PATH_RATE" in config.MODEL.SPEC:
         config = config.clone()
         config.defrost()

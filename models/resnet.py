@@ -1,9 +1,8 @@
-"""ResNet and its kin, as torchvision defines them: regions are the positions of the last map, the view feature is their mean.
+"""ResNet (He et al., CVPR 2016), ResNeXt and Wide ResNet of torchvision. Regions are the positions of the last feature map.
 
-Keys carry the published prefix `backbone.backbone.` (golden file resnet50).
+State-dict keys have the prefix `backbone.backbone.`, as in microsoft/esvit.
 
-Shapes: B images, C channels, H x W map.
-Origin: ResNet (He et al., CVPR 2016), networks of torchvision; key names of microsoft/esvit.
+Shapes: B images, C channels, H x W feature map.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from config.schema import ArchSpec
 from models.base import Backbone, Tokens, grid_tokens
 from models.interop import Converter, renamed, resnet_timm_name, resnet_to_detectron2
 from models.registry import register
@@ -24,12 +24,11 @@ CONFIG = "experiments/imagenet/resnet/resnet50.yaml"
 
 
 class ResNet(Backbone):
-    """A torchvision ResNet, ResNeXt or wide ResNet as a backbone of the common contract.
+    """A network of torchvision as a `Backbone`.
 
     Args:
-        name: torchvision's name of the network.
+        name: name in torchvision.
         in_chans: channels of the images.
-        dense: as in `Backbone`.
     """
 
     has_attention = False
@@ -50,39 +49,34 @@ class ResNet(Backbone):
         del network.fc
         self.patch_size = 1
         self.backbone = nn.Module()
-        self.backbone.backbone = network  # the published nesting
+        self.backbone.backbone = network  # as in the published keys
         self.stage_dims = tuple(width // 2**i for i in (3, 2, 1, 0))
         self.stage_depths = tuple(len(self.stage_blocks(stage)) for stage in range(4))
         self.norm = nn.Identity()
-        self.to(memory_format=torch.channels_last)  # how convolutions run fastest, in half precision above all
+        self.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
     def enter_stage(self, stage: int, x_BCHW: Tensor) -> Tensor:
-        """The stem before the first stage; later stages stride inside their first block."""
+        """Apply the stem before the first stage; later stages have strides in their first block."""
         network: Any = self.backbone.backbone
         return network.maxpool(network.relu(network.bn1(network.conv1(x_BCHW)))) if stage == 0 else x_BCHW
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
-        """See `Backbone.stage_blocks`."""
         return getattr(self.backbone.backbone, f"layer{stage + 1}")
 
     def call_block(self, block: nn.Module, x_BCHW: Tensor, attention: bool) -> tuple[Tensor, None]:
-        """torchvision's blocks take and return a map."""
         return block(x_BCHW), None
 
     def tokens(self, x_BCHW: Tensor) -> Tokens:
-        """See `Backbone.tokens`; a position of the map is a token."""
         return grid_tokens(x_BCHW.permute(0, 2, 3, 1))
 
     def timm_name(self, name: str) -> str:
-        """See `Backbone.timm_name`."""
         return resnet_timm_name(name)
 
 
-# Every ResNet-like name of the installed torchvision.
 NAMES = torchvision.models.list_models(module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
 
 
-@register({name: CONFIG if name == "resnet50" else "" for name in NAMES}, config_name="resnet")
+@register({name: CONFIG if name == "resnet50" else "" for name in NAMES}, ArchSpec("resnet", {"IN_CHANS": 3}))
 def build_resnet(arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> ResNet:
-    """ResNet by torchvision's name; it has no patches."""
+    """Build the network of torchvision of that name; it has no patches."""
     return ResNet(arch, config.MODEL.SPEC.IN_CHANS, dense)

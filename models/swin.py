@@ -1,11 +1,9 @@
-"""Swin Transformer: attention in windows, shifted in every second block, with patch merging between stages.
+"""Swin Transformer (Liu et al., ICCV 2021): window attention, shifted in every second block, and patch merging between stages.
 
-State-dict keys and numbers are those of the EsViT networks (golden files swin_tiny_w7 and swin_tiny_w14); any image size goes
-in, square or not.
+State-dict keys and outputs agree with microsoft/esvit (golden files swin_tiny_w7 and swin_tiny_w14), which uses LayerNorm with
+eps 1e-6, derives window and shift from MODEL.IMAGE_SIZE, and pads smaller crops after the first norm. Any image size is accepted.
 
-Shapes: B images, H x W token grid, C channels, N tokens of a window (or of the whole grid where said).
-Origin: Swin Transformer (Liu et al., ICCV 2021); conventions of EsViT (Li et al., ICLR 2022): LayerNorm eps 1e-6, window and
-shift fixed by IMAGE_SIZE, smaller crops padded after the first norm.
+Shapes: B images, H x W token grid, C channels, N tokens of a window.
 """
 
 from __future__ import annotations
@@ -19,22 +17,48 @@ from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from config.schema import ArchSpec
 from models.base import Backbone, BlockOutput, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
 from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
 from models.registry import register
-from ops.attention import attend, drop_rate, pairwise_bias
-from ops.linear import Linear
+from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
 from ops.mlp import Mlp
-from ops.window_gather import to_grid, to_windows
-from ops.windows import WindowPartition, pad_to_windows, padded_grid, relative_position_index, shift_mask
+from ops.windows import (
+    WindowPartition,
+    join_windows,
+    pad_to_windows,
+    padded_grid,
+    partition_windows,
+    relative_position_index,
+    shift_mask,
+)
 from utils import UsageError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 CONFIGS = "experiments/imagenet/swin/swin_{}_patch4_window7_224.yaml"
 
+SPEC = ArchSpec(
+    "swin_transformer",
+    {
+        "PATCH_SIZE": 4,
+        "IN_CHANS": 3,
+        "DIM_EMBED": 96,
+        "DEPTHS": [2, 2, 6, 2],
+        "NUM_HEADS": [3, 6, 12, 24],
+        "WINDOW_SIZE": 7,
+        "MLP_RATIO": 4.0,
+        "QKV_BIAS": True,
+        "DROP_RATE": 0.0,
+        "ATTN_DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.1,
+        "PATCH_NORM": True,
+        "USE_APE": False,
+    },
+)
+
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows with a learned bias for each relative position."""
+    """Multi-head self-attention in windows, with a learned bias for each relative position."""
 
     relative_position_index: Tensor
 
@@ -51,34 +75,34 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(window))
-        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = attn_drop
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, x_BHWC: Tensor, cut: WindowPartition, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Attend inside windows of a grid; (B, H, W, C) as it went in.
+    def forward(
+        self, x_BHWC: Tensor, partition: WindowPartition, attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend (B, H, W, C) in windows, and return the maps (B * windows, heads, N, N) if requested.
 
-        Args:
-            cut: how the grid becomes windows.
-            attention: also return the attention maps (B * windows, heads, N, N); they are not kept otherwise.
+        The projection of padding is its bias, so padding is added after the projection.
         """
-        bias = pairwise_bias(self.relative_position_bias_table, self.relative_position_index)
-        if cut.shift:
-            grid = padded_grid((x_BHWC.shape[1], x_BHWC.shape[2]), cut.window)
-            mask = shift_mask(grid, cut.window, cut.shift, x_BHWC.device)
-            bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # (windows * heads, N, N)
-        q, k, v = to_windows(self.qkv(x_BHWC), self.qkv.bias, cut, self.num_heads, bias.shape[0])
+        grid = (x_BHWC.shape[1], x_BHWC.shape[2])
+        qkv = self.qkv(x_BHWC)
+        bias = pairwise_bias(self.relative_position_bias_table, self.relative_position_index).unsqueeze(0)
+        if partition.shift:
+            padded = padded_grid(grid, partition.window)
+            bias = bias + shift_mask(padded, partition.window, partition.shift, x_BHWC.device).unsqueeze(1)
+        windows = partition_windows(qkv, partition, fill_C=self.qkv.bias).unflatten(0, (-1, len(bias)))
+        q, k, v = split_heads(windows, 3, self.num_heads)  # the bias is that of each window (of an image)
         x, maps = attend(q, k, v, bias=bias, dropout=drop_rate(self, self.attn_drop), attention=attention)
-        x = to_grid(x, cut, x_BHWC.shape, self.num_heads)
-        if maps is not None:
-            maps = maps.reshape(-1, self.num_heads, *maps.shape[2:])
-        return self.proj_drop(self.proj(x)), maps
+        x = join_windows(join_heads(x).flatten(0, 1), partition, grid)
+        return self.proj_drop(self.proj(x)), None if maps is None else maps.flatten(0, 1)
 
 
 class SwinBlock(ResidualBlock):
-    """Attention in windows, which every second block shifts, and an MLP; tokens are (B, H, W, C)."""
+    """Window attention and an MLP, for tokens (B, H, W, C)."""
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int, drop_path: float, spec: CfgNode) -> None:
         super().__init__(
@@ -92,20 +116,19 @@ class SwinBlock(ResidualBlock):
         self.shift = shift
 
     def attend(self, x_BHWC: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """See `ResidualBlock.attend`."""
         return self.attn(x_BHWC, WindowPartition(self.window, self.shift), attention)
 
 
 class PatchMerging(nn.Module):
-    """Join 2 x 2 neighbors into one token of twice the channels; odd sides are padded with zeros."""
+    """Merge 2 x 2 tokens into one with twice the channels; odd sides are padded with zeros."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = LayerNorm(4 * dim)
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+        """Merge (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
         x = pad_to_windows(x_BHWC, 2)
         batch, height, width, channels = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, channels)
@@ -113,7 +136,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks of one resolution and the merging that leads to the next."""
+    """Blocks of one resolution, and patch merging to the next."""
 
     def __init__(
         self, dim: int, num_heads: int, resolution: tuple[int, int], drop_paths: list[float], merge: bool, spec: CfgNode
@@ -129,16 +152,15 @@ class SwinStage(nn.Module):
 
 
 class SwinTransformer(Backbone):
-    """Swin as a backbone of the common contract.
+    """Swin Transformer as a `Backbone`.
 
     Args:
-        image_size: the (height, width) that fixes window and shift of each stage; other sizes may go in.
-        spec: the keys of `config.SPECS["swin_transformer"]`.
-        dense: as in `Backbone`.
+        image_size: the (height, width) that determines window and shift of each stage; other sizes are accepted.
+        spec: MODEL.SPEC, with the keys of `SPEC`.
 
     Raises:
-        UsageError: a stage list of another length than DEPTHS, heads that do not divide the width, or an image too small
-            for the number of stages.
+        UsageError: a list of another length than DEPTHS, heads that do not divide the width, or an image too small for the
+            number of stages.
     """
 
     converters: ClassVar[Mapping[str, Converter]] = {
@@ -175,7 +197,7 @@ class SwinTransformer(Backbone):
     def _check(self, image_size: tuple[int, int], spec: CfgNode) -> None:
         if len(spec.NUM_HEADS) != len(spec.DEPTHS):
             raise UsageError(
-                f"MODEL.SPEC.NUM_HEADS {spec.NUM_HEADS} must have one entry for each of DEPTHS {spec.DEPTHS}"
+                f"MODEL.SPEC.NUM_HEADS {spec.NUM_HEADS} must have one entry for each entry of DEPTHS {spec.DEPTHS}"
             )
         for dim, num_heads in zip(self.stage_dims, spec.NUM_HEADS):
             if dim % num_heads:
@@ -183,15 +205,13 @@ class SwinTransformer(Backbone):
         smallest = spec.PATCH_SIZE * 2 ** (len(spec.DEPTHS) - 1)
         if min(image_size) < smallest:
             raise UsageError(
-                f"MODEL.IMAGE_SIZE {list(image_size)} is below {smallest} pixels, what {len(spec.DEPTHS)} stages need"
+                f"MODEL.IMAGE_SIZE {list(image_size)} must be at least {smallest} pixels for {len(spec.DEPTHS)} stages"
             )
         if spec.USE_APE:
-            raise UsageError(
-                "MODEL.SPEC.USE_APE True is not supported, no published EsViT network has it; set it to False"
-            )
+            raise UsageError("MODEL.SPEC.USE_APE True is not supported (no EsViT network has it); set it to False")
 
     def enter_stage(self, stage: int, x: Tensor) -> Tensor:
-        """Patch embedding (B, C, H, W) to (B, H', W', C) before stage 0, patch merging before the others."""
+        """Apply patch embedding, (B, C, H, W) to (B, H', W', C), before stage 0, else patch merging."""
         if stage == 0:
             return self.pos_drop(self.patch_embed(x))
         merge = self.layers[stage - 1].downsample
@@ -199,20 +219,16 @@ class SwinTransformer(Backbone):
         return merge(x)
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
-        """See `Backbone.stage_blocks`."""
         return self.layers[stage].blocks  # type: ignore[return-value]
 
     def tokens(self, x_BHWC: Tensor) -> Tokens:
-        """See `Backbone.tokens`."""
         return grid_tokens(x_BHWC)
 
-    def cut_of(self, output: BlockOutput) -> WindowPartition:
-        """See `Backbone.cut_of`."""
+    def partition_of(self, output: BlockOutput) -> WindowPartition:
         block = self.block_at(output.block)
         return WindowPartition(block.window, block.shift)
 
     def timm_name(self, name: str) -> str:
-        """See `Backbone.timm_name`."""
         return swin_timm_name(name)
 
 
@@ -222,8 +238,8 @@ class SwinTransformer(Backbone):
         for size in ("swin_tiny", "swin_small", "swin_base", "swin_large")
     }
     | {"swin": None},
-    config_name="swin_transformer",
+    SPEC,
 )
 def build_swin(arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> SwinTransformer:
-    """Swin from a config, whose patch size counts."""
+    """Build a Swin Transformer; its patch size is in the config."""
     return SwinTransformer(tuple(config.MODEL.IMAGE_SIZE), config.MODEL.SPEC, dense)

@@ -1,12 +1,11 @@
-"""ViL, the multi-scale Vision Longformer: early stages attend to nearby chunks and to global tokens, later ones to everything.
+"""Vision Longformer (ViL; Zhang et al., ICCV 2021): sliding chunk attention in early stages, full attention in later ones.
 
-State-dict keys and numbers are those of the EsViT networks (golden file vil_2262); any image size goes in, square or not.
-At another size than MODEL.IMAGE_SIZE full attention resizes, as published, the matrix of its biases; a network built for that
-size resizes the table they come from, so the two differ a little. `layer1.0` embeds the patches of a stage, `layer1.1`,
-`layer1.2`, ... are attention and MLP in turn; the two make one block.
+State-dict keys and outputs agree with microsoft/esvit (golden file vil_2262). Any image size is accepted; at another size than
+MODEL.IMAGE_SIZE full attention interpolates its matrix of biases as published, whereas a network built for that size interpolates
+the table behind it, so their outputs differ slightly. `layer1.0` embeds the patches of a stage; `layer1.1`, `layer1.2`, ...
+alternate between attention and MLP, which together are one block.
 
-Shapes: B images, N tokens (the global ones first, then the regions row by row), C channels, H x W map.
-Origin: Vision Longformer (Zhang et al., ICCV 2021), conventions of EsViT (Li et al., ICLR 2022).
+Shapes: B images, N tokens (global tokens first, then the regions row by row), C channels, H x W feature map.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from config.ranges import SHARE, integer, number
+from config.schema import ArchSpec
 from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, init_linear_weights
 from models.registry import register
 from models.resize import resize_grid
@@ -34,15 +35,55 @@ from utils import UsageError
 CONFIGS = "experiments/imagenet/vil/{}.yaml"
 MLP_RATIO = 4
 
+SPEC = ArchSpec(
+    "vision_longformer",
+    {
+        "IN_CHANS": 3,
+        "DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.1,
+        "NORM_EMBED": True,
+        "AVG_POOL": False,
+        "MSVIT": {
+            "ARCH": "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_"
+            "l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0",
+            "SHARE_W": True,
+            "SHARE_KV": True,
+            "ONLY_GLOBAL": False,
+            "ATTN_TYPE": "longformerhand",
+            "SW_EXACT": 0,
+            "MODE": 0,
+            "VIL_MODE_SWITCH": 1.0,
+            "LN_EPS": 1e-6,
+        },
+    },
+    ranges={
+        "SW_EXACT": integer(-1, 1),
+        "MODE": integer(-1, 8),
+        "VIL_MODE_SWITCH": SHARE,
+        "LN_EPS": number(0, 1, above_low=True),
+    },
+    name_aliases=("cls_vil",),
+    key_aliases={
+        "MODEL.SPEC.DROP": "MODEL.SPEC.DROP_RATE",
+        "MODEL.SPEC.DROP_PATH": "MODEL.SPEC.DROP_PATH_RATE",
+    },
+    fixed_choices={  # no squeeze-and-excitation, whose ratio is then irrelevant, and no pooled tokens
+        "MODEL.SPEC.MSVIT.POOL_METHOD": ("None", None),
+        "MODEL.SPEC.MSVIT.WITH_SE": ("None", None, False),
+        "MODEL.SPEC.MSVIT.SE_MLP_RATIO": (0.0625,),
+        "MODEL.SPEC.MSVIT.SE_MLP_BALANCE": (False,),
+    },
+)
+
 
 class PatchEmbedding(nn.Module):
-    """Patches of a map become the regions of a stage, behind global tokens of its own.
+    """Embed patches of a feature map as the regions of a stage, and prepend the global tokens of the stage.
 
     Args:
-        in_chans: channels of the map.
-        stage: of which stage.
-        grid: the regions at MODEL.IMAGE_SIZE, for which learned embeddings of row (x) and column (y) are made.
-        norm: of the regions.
+        in_chans: channels of the feature map.
+        stage: settings of the stage.
+        grid: (height, width) in regions at MODEL.IMAGE_SIZE, the size of the learned embeddings of row (x) and column (y).
+        norm: norm of the regions.
         drop: dropout of the tokens.
     """
 
@@ -61,14 +102,14 @@ class PatchEmbedding(nn.Module):
         if stage.absolute:
             self.x_pos_embed = random_parameter(1, grid[0], stage.dim // 2)
             self.y_pos_embed = random_parameter(1, grid[1], stage.dim // 2)
-            self.cls_pos_embed = random_parameter(1, g, stage.dim)  # published files hold it empty too
+            self.cls_pos_embed = random_parameter(1, g, stage.dim)  # empty if g is 0, as in the published files
         self.pos_drop = nn.Dropout(drop)
 
     def forward(self, x_BCHW: Tensor) -> Tokens:
-        """A map to tokens; what is left of it beside whole patches is cut off, what is smaller than one is padded."""
-        below, beside = (max(0, self.patch_size - side) for side in x_BCHW.shape[2:])
-        if below or beside:
-            x_BCHW = F.pad(x_BCHW, (0, beside, 0, below))
+        """Embed (B, C, H, W); maps smaller than a patch are padded, incomplete patches of larger ones are ignored."""
+        bottom, right = (max(0, self.patch_size - side) for side in x_BCHW.shape[2:])
+        if bottom or right:
+            x_BCHW = F.pad(x_BCHW, (0, right, 0, bottom))
         x_BCHW = self.proj(x_BCHW)
         grid = (x_BCHW.shape[2], x_BCHW.shape[3])
         x = self.norm_embed(x_BCHW.flatten(2).transpose(1, 2))
@@ -79,10 +120,10 @@ class PatchEmbedding(nn.Module):
         return Tokens(self.pos_drop(x), self.num_global, grid)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """(1, regions, C): half of the channels tell the row, half the column.
+        """Return the position embeddings (1, regions, C): half of the channels encode the row, half the column.
 
-        As published the global tokens count among those that the embeddings are resized to: both axes are stretched by the root of
-        their share, which at the learned size moves the embeddings a little too.
+        As published, the embeddings are interpolated for the number of all tokens: global tokens stretch both axes by the square
+        root of their share, which changes the embeddings even at the learned size.
         """
         regions = grid[0] * grid[1]
         stretch = math.sqrt(1 + self.num_global / regions)
@@ -91,19 +132,19 @@ class PatchEmbedding(nn.Module):
         return torch.cat([row, column], dim=-1).flatten(1, 2)
 
 
-def resize_axis(embed_1NC: Tensor, wanted: int, stretch: float = 1.0) -> Tensor:
-    """Embeddings of the positions of one axis, resized (bicubic) to the first `wanted` of `stretch` times as many."""
+def resize_axis(embed_1NC: Tensor, length: int, stretch: float = 1.0) -> Tensor:
+    """Resize the embeddings of one axis (bicubic) to `stretch * length` positions, and return the first `length`."""
     learned = embed_1NC.shape[1]
     if stretch == 1:
-        return resize_grid(embed_1NC[0], (learned, 1), (wanted, 1)).unsqueeze(0)
+        return resize_grid(embed_1NC[0], (learned, 1), (length, 1)).unsqueeze(0)
     axis_1CN1 = embed_1NC.float().transpose(1, 2).unsqueeze(3)
-    factors = (stretch * wanted / learned, 1.0)
+    factors = (stretch * length / learned, 1.0)
     resized = F.interpolate(axis_1CN1, scale_factor=factors, mode="bicubic", align_corners=False)
-    return resized.squeeze(3).transpose(1, 2)[:, :wanted].to(embed_1NC.dtype)
+    return resized.squeeze(3).transpose(1, 2)[:, :length].to(embed_1NC.dtype)
 
 
 class AttentionHalf(nn.Module):
-    """Norm and attention on a residual path with stochastic depth."""
+    """Pre-norm attention with a residual connection and stochastic depth."""
 
     def __init__(self, norm: nn.Module, attn: BiasedAttention, drop_path: float) -> None:
         super().__init__()
@@ -112,13 +153,12 @@ class AttentionHalf(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tokens, attention: bool) -> tuple[Tokens, Tensor | None]:
-        """Tokens to tokens, and the attention maps if asked for."""
         attended, maps = self.attn(self.norm(x.tokens_BNC), x.grid, attention)
         return x._replace(tokens_BNC=x.tokens_BNC + self.drop_path(attended)), maps
 
 
 class MlpHalf(nn.Module):
-    """Norm and MLP on a residual path with stochastic depth."""
+    """Pre-norm MLP with a residual connection and stochastic depth."""
 
     def __init__(self, norm: nn.Module, mlp: nn.Module, drop_path: float) -> None:
         super().__init__()
@@ -127,28 +167,25 @@ class MlpHalf(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tokens) -> Tokens:
-        """Tokens to tokens."""
         return x._replace(tokens_BNC=x.tokens_BNC + self.drop_path(self.mlp(self.norm(x.tokens_BNC))))
 
 
 class Block(NamedTuple):
-    """Two neighbors of a stage's list that make one block."""
+    """Two consecutive modules of a stage, which are one block."""
 
     attention: AttentionHalf
     mlp: MlpHalf
 
 
 class VisionLongformer(Backbone):
-    """ViL as a backbone of the common contract.
+    """Vision Longformer as a `Backbone`.
 
     Args:
-        image_size: the (height, width) that fixes the biases of full attention and learned positions; other sizes may go in.
-        spec: the keys of `config.SPECS["vision_longformer"]`.
-        dense: as in `Backbone`.
+        image_size: the (height, width) of learned positions and of the biases of full attention; other sizes are accepted.
+        spec: MODEL.SPEC, with the keys of `SPEC`.
 
     Raises:
-        UsageError: a variant that is not here, an architecture string or values that do not fit, an image too small for the
-            number of stages.
+        UsageError: an unsupported variant, an invalid architecture string, or an image too small for the number of stages.
     """
 
     def __init__(self, image_size: tuple[int, int], spec: CfgNode, dense: bool = False) -> None:
@@ -159,7 +196,7 @@ class VisionLongformer(Backbone):
         smallest = math.prod(stage.patch_size for stage in stages)
         if min(image_size) < smallest:
             raise UsageError(
-                f"MODEL.IMAGE_SIZE {list(image_size)} is below {smallest} pixels, one token of the last stage"
+                f"MODEL.IMAGE_SIZE {list(image_size)} must be at least {smallest} pixels, one token of the last stage"
             )
         self.image_size = image_size
         self.patch_sizes = [stage.patch_size for stage in stages]
@@ -190,36 +227,32 @@ class VisionLongformer(Backbone):
         self.apply(init_linear_weights)
 
     def enter_stage(self, stage: int, x: Any) -> Tokens:
-        """Patches of the image, or of the former stage's regions: its global tokens end with it."""
+        """Embed patches of the image, or of the regions of the previous stage, whose global tokens are dropped."""
         if stage:
             x = x.tokens_BNC[:, x.num_prefix_tokens :].transpose(1, 2).unflatten(2, x.grid)
         return self._layer(stage)[0](x)
 
     def stage_blocks(self, stage: int) -> Sequence[Any]:
-        """The pairs of a stage, for `call_block`."""
         halves: list[Any] = list(self._layer(stage))[1:]
         return [Block(attention, mlp) for attention, mlp in zip(halves[::2], halves[1::2])]
 
     def call_block(self, block: Any, x: Tokens, attention: bool) -> tuple[Tokens, Tensor | None]:
-        """Attention, then the MLP."""
         x, maps = block.attention(x, attention)
         return block.mlp(x), maps
 
     def tokens(self, x: Tokens) -> Tokens:
-        """See `Backbone.tokens`; the global tokens are the prefix."""
         return x
 
-    def cut_of(self, output: BlockOutput) -> WindowPartition | None:
-        """The chunks of the queries, whose keys lie in the chunks around theirs too."""
+    def partition_of(self, output: BlockOutput) -> WindowPartition | None:
+        """Return the partition of the queries into chunks; their keys are in neighboring chunks too."""
         attn = self.block_at(output.block).attention.attn
         return WindowPartition(attn.window) if isinstance(attn, ChunkAttention) else None
 
-    def plane_of_query(self, maps: Tensor, output: BlockOutput, query_yx: tuple[int, int] | None) -> Tensor:
-        """See `Backbone.plane_of_query`."""
+    def query_plane(self, maps: Tensor, output: BlockOutput, query_yx: tuple[int, int] | None) -> Tensor:
         attn = self.block_at(output.block).attention.attn
         if isinstance(attn, ChunkAttention) and query_yx is not None:
-            return attn.plane(maps, output.grid, query_yx)
-        return super().plane_of_query(maps, output, query_yx)
+            return attn.attention_plane(maps, output.grid, query_yx)
+        return super().query_plane(maps, output, query_yx)
 
     def _layer(self, stage: int) -> nn.ModuleList:
         layer = getattr(self, f"layer{stage + 1}")
@@ -227,21 +260,21 @@ class VisionLongformer(Backbone):
         return layer
 
     def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-        """The first global token of a stage that has one, unless AVG_POOL is on; else the mean of all tokens."""
+        """Return the first global token, or the mean of all tokens if AVG_POOL is on or the stage has none."""
         return tokens_BNC[:, 0] if num_prefix_tokens and not self.avg_pool else tokens_BNC.mean(dim=1)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Training that draws neighbors (MODE above 0) sees all nine chunks once VIL_MODE_SWITCH of the epochs are over.
+        """Stop sampling neighbors (MODE above 0) after the fraction VIL_MODE_SWITCH of the epochs; then attend to all chunks.
 
-        The reference reads that key and never uses it. Nothing is remembered: the epoch alone decides, after a resume too.
+        microsoft/esvit reads that key and does not use it.
         """
-        drawing = self.mode > 0 and epoch < self.mode_switch * epochs
+        sampling = self.mode > 0 and epoch < self.mode_switch * epochs
         for module in self.modules():
             if isinstance(module, ChunkAttention):
-                module.mode = self.mode if drawing else min(self.mode, 0)
+                module.mode = self.mode if sampling else min(self.mode, 0)
 
     def fit_tensor(self, name: str, tensor: Tensor, image_size: tuple[int, int] | None = None) -> Tensor | None:
-        """Positions of rows and columns are resized too, and tables of full attention; unknown image sizes are taken as square."""
+        """Resize tables of full attention and of row and column positions too; an unknown image size is assumed square."""
         owner = self.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, FullAttention) and name.endswith("relative_position_bias_table"):
             side = (math.isqrt(len(tensor)) + 1) // 2
@@ -255,7 +288,7 @@ class VisionLongformer(Backbone):
 
 
 def _grid(image_size: tuple[int, int], patch_sizes: Sequence[int]) -> tuple[int, int]:
-    """Regions of an image after patches of these sizes, one stage after the other."""
+    """Return the (height, width) in regions of an image after stages with these patch sizes."""
     height, width = image_size
     for patch_size in patch_sizes:
         height, width = height // patch_size, width // patch_size
@@ -263,7 +296,6 @@ def _grid(image_size: tuple[int, int], patch_sizes: Sequence[int]) -> tuple[int,
 
 
 def _check(spec: CfgNode) -> None:
-    """Refuse what is not here."""
     key, msvit = "MODEL.SPEC.MSVIT", spec.MSVIT
     allowed: dict[str, tuple[Any, ...]] = {
         "ATTN_TYPE": ("longformerhand", "longformerauto", "full"),
@@ -277,8 +309,8 @@ def _check(spec: CfgNode) -> None:
 
 @register(
     {"vil": None} | {name: CONFIGS.format(name) for name in ("vil_1281", "vil_2262", "vil_14121")},
-    config_name="vision_longformer",
+    SPEC,
 )
 def build_vil(arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> VisionLongformer:
-    """ViL from a config, whose patch sizes count."""
+    """Build a Vision Longformer; its patch sizes are in the config."""
     return VisionLongformer(tuple(config.MODEL.IMAGE_SIZE), config.MODEL.SPEC, dense)

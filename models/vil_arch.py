@@ -1,4 +1,5 @@
-"""The architecture string of ViL: stages joined by `_`, each a list of letters with numbers.
+"""Parser of the architecture strings of Vision Longformer (Zhang et al., ICCV 2021): stages joined by `_`, each a list of letters
+with numbers.
 
     l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s0,g0,p2,f7,a0
 
@@ -11,9 +12,7 @@
 | p | side of the patches that become a token |
 | f | side of a chunk |
 | a | 0: relative position bias, 1: learned embeddings of row and column |
-| r | reduction of the linear variants; only 0 and 1, no reduction, are supported |
-
-Origin: the strings of Vision Longformer (Zhang et al., ICCV 2021); the parser is this project's own.
+| r | reduction of the linear variants; only 0 and 1 (no reduction) are supported |
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ CHOICES = {"s": (0, 1), "a": (0, 1), "r": (0, 1)}
 
 
 class StageSpec(NamedTuple):
-    """One stage of the string; `sparse` already heeds the stages before it."""
+    """One stage; `sparse` is False after a stage that is not."""
 
     num_heads: int
     dim: int
@@ -51,15 +50,15 @@ class StageSpec(NamedTuple):
 
 
 def parse_arch(text: str) -> tuple[StageSpec, ...]:
-    """The stages of an architecture string; letters that it leaves out are s1, g1, p2, f7, a1 and r0.
+    """Return the stages of an architecture string; omitted letters default to s1, g1, p2, f7, a1 and r0.
 
     Raises:
-        UsageError: an empty string, or a stage that is malformed, misnumbered or inconsistent; names the stage and the letter.
+        UsageError: a stage that is empty, malformed, misnumbered or inconsistent.
     """
     stages: list[StageSpec] = []
     for number, part in enumerate(text.split("_"), start=1):
         stage = _parse_stage(part, number)
-        stages.append(stage._replace(sparse=stage.sparse and all(former.sparse for former in stages)))
+        stages.append(stage._replace(sparse=stage.sparse and all(previous.sparse for previous in stages)))
     return tuple(stages)
 
 
@@ -75,10 +74,10 @@ def _parse_stage(part: str, number: int) -> StageSpec:
             raise UsageError(f"{where} gives the letter {match[1]} twice")
         given[match[1]] = int(match[2])
     if given.pop("l", number) != number:
-        raise UsageError(f"{where} must be numbered l{number}; stages stand in order")
+        raise UsageError(f"{where} must be numbered l{number}")
     for letter in REQUIRED:
         if letter not in given:
-            raise UsageError(f"{where} lacks the letter {letter}")
+            raise UsageError(f"{where} lacks the letter {letter}, which is required")
     values = DEFAULTS | given
     for letter, value in values.items():
         if letter in CHOICES and value not in CHOICES[letter]:
@@ -86,9 +85,9 @@ def _parse_stage(part: str, number: int) -> StageSpec:
         if letter in RANGES and value not in RANGES[letter]:
             raise UsageError(f"{where} has {letter}{value}, the letter {letter} takes {RANGES[letter]}")
     if values["d"] % values["h"]:
-        raise UsageError(f"{where} has h{values['h']} heads that do not divide its d{values['d']} channels")
+        raise UsageError(f"{where} has h{values['h']}, which does not divide d{values['d']}")
     if values["a"] and values["d"] % 2:
-        raise UsageError(f"{where} has a1, which halves the channels, with an odd d{values['d']}")
+        raise UsageError(f"{where} has an odd d{values['d']}; a1 needs an even number of channels")
     return StageSpec(
         num_heads=values["h"],
         dim=values["d"],

@@ -1,11 +1,9 @@
-"""The plain Vision Transformer (DeiT and DINO sizes): class tokens and patch tokens of one resolution.
+"""Vision Transformer (Dosovitskiy et al., ICLR 2021) in the sizes of DeiT (Touvron et al., ICML 2021) and DINO.
 
-UDI has two class tokens (MODEL.SPEC.NUM_CLS_TOKENS); the first one is the view feature unless `choose_token` says otherwise.
-State-dict keys are those of the released DINO backbones (golden file deit_small). Any patch size, any image size, square or not.
+State-dict keys and outputs agree with facebookresearch/dino (golden file deit_small). UDI (Su and Ji, ECCV 2024) adds a second
+class token by MODEL.SPEC.NUM_CLS_TOKENS. Any patch size and image size are accepted, square or not.
 
 Shapes: B images, N tokens, C channels.
-Origin: ViT (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), position resizing of DINO (Caron et al., ICCV 2021),
-second class token of UDI (Su and Ji, ECCV 2024).
 """
 
 from __future__ import annotations
@@ -20,18 +18,39 @@ from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from config.ranges import integer
+from config.schema import ArchSpec
 from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_linear_weights
 from models.interop import Converter, vit_to_detectron2, vit_to_timm
 from models.registry import register
 from models.resize import RULES, resize_pos_embed
 from ops.attention import attend, drop_rate, join_heads, split_heads
-from ops.linear import Linear
 from ops.mlp import Mlp
 from utils import UsageError, logger
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 CLASS_TOKENS = (1, 2)
 CONFIGS = "experiments/imagenet/vit/{}.yaml"
+
+SPEC = ArchSpec(
+    "vision_transformer",
+    {  # the patch size is the flag --patch_size
+        "IN_CHANS": 3,
+        "NUM_CLS_TOKENS": 1,  # 2 for UDI
+        # How position embeddings are resized, see models/resize.py: size, scale (DINO and UDI), or auto for the rule of the code
+        # base that wrote the loaded file.
+        "POS_RESIZE": "auto",
+        "DIM_EMBED": 384,
+        "DEPTH": 12,
+        "NUM_HEADS": 6,
+        "MLP_RATIO": 4.0,
+        "QKV_BIAS": True,
+        "DROP_RATE": 0.0,
+        "ATTN_DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.1,
+    },
+    ranges={"NUM_CLS_TOKENS": integer(0, 1024)},
+)
 
 
 class Attention(nn.Module):
@@ -40,38 +59,36 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = attn_drop
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x_BNC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C) to the same shape, with the maps (B, heads, N, N) if asked for."""
+        """Attend (B, N, C), and return the maps (B, heads, N, N) if requested."""
         q, k, v = split_heads(self.qkv(x_BNC), 3, self.num_heads)
         x, maps = attend(q, k, v, dropout=drop_rate(self, self.attn_drop), attention=attention)
         return self.proj_drop(self.proj(join_heads(x))), maps
 
 
 class ViTBlock(ResidualBlock):
-    """The pre-norm block on `Tokens`."""
+    """A `ResidualBlock` for `Tokens`."""
 
     def forward(self, x: Tokens, attention: bool = False) -> tuple[Tokens, Tensor | None]:  # type: ignore[override]
-        """Tokens to tokens, and the attention maps if asked for."""
         tokens_BNC, maps = super().forward(x.tokens_BNC, attention)
         return x._replace(tokens_BNC=tokens_BNC), maps
 
 
 class VisionTransformer(Backbone):
-    """ViT as a backbone of the common contract.
+    """ViT as a `Backbone`.
 
     Args:
-        image_size: the (height, width) whose grid of patches the position embedding holds; other sizes may go in.
-        patch_size: pixels of a patch's side.
-        spec: the keys of `config.SPECS["vision_transformer"]`.
-        dense: as in `Backbone`.
+        image_size: the (height, width) of the learned position embedding; other sizes are accepted.
+        patch_size: side of a patch in pixels.
+        spec: MODEL.SPEC, with the keys of `SPEC`.
 
     Raises:
-        UsageError: heads that do not divide the width, an image smaller than a patch, or no or too many class tokens.
+        UsageError: heads that do not divide the width, a patch larger than the image, or an invalid choice.
     """
 
     converters: ClassVar[Mapping[str, Converter]] = {"timm": vit_to_timm, "detectron2": vit_to_detectron2}
@@ -82,16 +99,14 @@ class VisionTransformer(Backbone):
         if dim % spec.NUM_HEADS:
             raise UsageError(f"MODEL.SPEC.NUM_HEADS {spec.NUM_HEADS} must divide the {dim} channels of DIM_EMBED")
         if not 1 <= patch_size <= min(image_size):
-            raise UsageError(
-                f"--patch_size {patch_size} must lie in 1..{min(image_size)}, the side of MODEL.IMAGE_SIZE"
-            )
+            raise UsageError(f"--patch_size {patch_size} must be in 1..{min(image_size)}, the side of MODEL.IMAGE_SIZE")
         if spec.NUM_CLS_TOKENS not in CLASS_TOKENS:
-            raise UsageError(f"MODEL.SPEC.NUM_CLS_TOKENS {spec.NUM_CLS_TOKENS} must be 1, or 2 as UDI has")
+            raise UsageError(f"MODEL.SPEC.NUM_CLS_TOKENS {spec.NUM_CLS_TOKENS} must be 1, or 2 for UDI")
         if spec.POS_RESIZE not in ("auto", *RULES):
             raise UsageError(f"MODEL.SPEC.POS_RESIZE {spec.POS_RESIZE} must be one of auto, {', '.join(RULES)}")
         self.num_cls_tokens: int = spec.NUM_CLS_TOKENS
-        self.rule_is_open = spec.POS_RESIZE == "auto"
-        self.pos_resize: str = "size" if self.rule_is_open else spec.POS_RESIZE
+        self.auto_pos_resize = spec.POS_RESIZE == "auto"
+        self.pos_resize: str = "size" if self.auto_pos_resize else spec.POS_RESIZE
         self.patch_size = patch_size
         self.image_size = image_size
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
@@ -121,60 +136,56 @@ class VisionTransformer(Backbone):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear_weights)
-        self.register_state_dict_post_hook(_keep_rule)
+        self.register_state_dict_post_hook(_save_pos_resize)
 
     def enter_stage(self, stage: int, x_BCHW: Tensor) -> Tokens:
-        """Patches with the class tokens before them, and the position embedding resized to their grid."""
+        """Embed patches, prepend class tokens and add positions, resized to the grid of the image."""
         patches_BHWC = self.patch_embed(x_BCHW)
         grid = (patches_BHWC.shape[1], patches_BHWC.shape[2])
         class_tokens = self.cls_token.expand(patches_BHWC.shape[0], -1, -1)
         tokens_BNC = torch.cat([class_tokens, patches_BHWC.flatten(1, 2)], dim=1)
         prefix = self.num_cls_tokens
-        # DINO keeps its square table for square images only, also where the sides differ by less than a patch.
+        # DINO skips resizing for square images only, and not for sides that differ by less than a patch.
         height, width = x_BCHW.shape[2:]
         always = self.pos_resize == "scale" and height != width and self.grid[0] == self.grid[1]
         positions_1NC = resize_pos_embed(self.pos_embed, prefix, self.grid, grid, self.pos_resize, always)
         return Tokens(self.pos_drop(tokens_BNC + positions_1NC), prefix, grid)
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
-        """See `Backbone.stage_blocks`."""
         return self.blocks  # type: ignore[return-value]
 
     def tokens(self, x: Tokens) -> Tokens:
-        """See `Backbone.tokens`; the class tokens are the prefix tokens."""
         return x
 
     def pool(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-        """The class tokens of `view_tokens`, one after the other; the mean of the patches where all were dropped."""
+        """Return the class tokens of `view_tokens`, concatenated, or the mean patch without class tokens."""
         if not self.view_tokens:
             return tokens_BNC[:, num_prefix_tokens:].mean(dim=1)
         return torch.cat([tokens_BNC[:, token] for token in self.view_tokens], dim=-1)
 
     def keep_class_tokens(self, kept: int) -> None:
-        """See `Backbone.keep_class_tokens`; of more tokens than there are it is a UsageError too."""
+        """Keep the first `kept` class tokens and their positions; raise UsageError if there are fewer."""
         if kept > self.num_cls_tokens:
-            raise UsageError(f"{kept} class tokens cannot be kept of {self.num_cls_tokens}; keep fewer")
+            raise UsageError(f"cannot keep {kept} of {self.num_cls_tokens} class tokens; keep fewer")
         positions = self.pos_embed.detach()
         self.pos_embed = nn.Parameter(torch.cat([positions[:, :kept], positions[:, self.num_cls_tokens :]], dim=1))
         self.cls_token = nn.Parameter(self.cls_token.detach()[:, :kept].clone())
         self.num_cls_tokens, self.view_tokens = kept, tuple(range(min(kept, 1)))
 
-    def summary_tokens(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
-        """All class tokens."""
+    def class_features(self, tokens_BNC: Tensor, num_prefix_tokens: int) -> Tensor:
+        """Return all class tokens, normalized."""
         return self.norm(tokens_BNC[:, :num_prefix_tokens])
 
-    def follow(self, pos_resize: str | None) -> None:
-        """See `Backbone.follow`; told in a line where the file asks for another rule than `size`."""
-        if not self.rule_is_open or pos_resize not in RULES:
+    def adopt_pos_resize(self, rule: str | None) -> None:
+        """Adopt the rule of a loaded file if MODEL.SPEC.POS_RESIZE is auto."""
+        if not self.auto_pos_resize or rule not in RULES:
             return
-        self.pos_resize = pos_resize
-        if pos_resize == "scale":
-            logger.info(
-                "positions are resized by scale, as DINO and UDI do, whose layout the file has (MODEL.SPEC.POS_RESIZE)"
-            )
+        self.pos_resize = rule
+        if rule == "scale":
+            logger.info("position embeddings are resized by the rule 'scale' of DINO and UDI (MODEL.SPEC.POS_RESIZE)")
 
-    def settled(self, config: CfgNode) -> CfgNode:
-        """See `Backbone.settled`."""
+    def resolve_config(self, config: CfgNode) -> CfgNode:
+        """Return the config with the rule of resizing that is in use."""
         config = config.clone()
         config.defrost()
         config.MODEL.SPEC.POS_RESIZE = self.pos_resize
@@ -182,7 +193,7 @@ class VisionTransformer(Backbone):
         return config
 
     def fit_tensor(self, name: str, tensor: Tensor, image_size: tuple[int, int] | None = None) -> Tensor | None:
-        """Position embeddings of another image size are resized; where that is unknown, the file's grid is taken to be square."""
+        """Resize position embeddings of another image size, whose grid is assumed to be square if it is unknown."""
         if name != "pos_embed" or tensor.ndim != 3 or tensor.shape[2] != self.num_features:
             return None
         prefix = self.num_cls_tokens
@@ -195,8 +206,8 @@ class VisionTransformer(Backbone):
         return resize_pos_embed(tensor, prefix, grid, self.grid, self.pos_resize)
 
 
-def _keep_rule(module: nn.Module, _state: Mapping[str, Tensor], _prefix: str, metadata: dict[str, str]) -> None:
-    """torch keeps `metadata` with a state dict and in its file: a bare backbone tells how its positions are resized."""
+def _save_pos_resize(module: nn.Module, _state: Mapping[str, Tensor], _prefix: str, metadata: dict[str, str]) -> None:
+    """Store the rule of resizing in the metadata of the state dict, which is saved with it."""
     metadata["pos_resize"] = str(module.pos_resize)
 
 
@@ -209,8 +220,8 @@ def _keep_rule(module: nn.Module, _state: Mapping[str, Tensor], _prefix: str, me
         "vit_base": CONFIGS.format("vit_base"),
         "vit": None,
     },
-    config_name="vision_transformer",
+    SPEC,
 )
 def build_vit(arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> VisionTransformer:
-    """ViT from a config; the patch size is the caller's."""
+    """Build a ViT."""
     return VisionTransformer(tuple(config.MODEL.IMAGE_SIZE), patch_size, config.MODEL.SPEC, dense)

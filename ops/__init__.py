@@ -1,1 +1,1 @@
-"""Numerics that stand in for torch's own: attention, linear layers, windows, and logits that are not multiplied out."""
+"""Building blocks below the networks: attention, windows, a memory-saving MLP, and cross-entropy of factored logits."""

@@ -1,7 +1,6 @@
-"""What travels from networks to losses: named fields, known to both and owned by neither.
+"""Logits over prototypes, as a tensor or as factors that are multiplied later, chunk by chunk.
 
-Shapes: B images, V views, T regions of a view, S samples of a view, K prototypes, C channels; UDI's levels also have L local views.
-Origin: this project's own.
+Shapes: N rows, K prototypes, C channels of the bottleneck.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from torch import Tensor
 
 
 class FactoredLogits(NamedTuple):
-    """Logits not multiplied yet, for losses that never need all of them at once.
+    """The factors of logits, for losses that never need all logits at once.
 
-    The product is computed in the dtype of the bottleneck; prototypes may be wider, so that their gradient is.
+    The product is computed in the dtype of the bottleneck; prototypes may have a wider one, for their gradient.
     """
 
-    bottleneck: Tensor  # (..., C), of any length; DINO's head gives it length 1
+    bottleneck: Tensor  # (..., C); of unit norm from DINO's head
     prototypes: Tensor  # (K, C)
 
     def product(self) -> Tensor:
-        """The logits (..., K)."""
+        """Return the logits (..., K)."""
         return F.linear(self.bottleneck, self.prototypes.to(self.bottleneck.dtype))
 
 
@@ -31,19 +30,19 @@ Logits = Tensor | FactoredLogits
 
 
 def materialize(logits: Logits) -> Tensor:
-    """Logits as a tensor, whichever they are."""
+    """Return logits as a tensor."""
     return logits.product() if isinstance(logits, FactoredLogits) else logits
 
 
 def split_rows(logits: Any, rows: Sequence[int]) -> list[Any]:
-    """Logits (N, K), multiplied or not, cut into consecutive parts of so many rows."""
+    """Split logits (N, K) into consecutive parts with these numbers of rows."""
     if isinstance(logits, FactoredLogits):
         return [logits._replace(bottleneck=part) for part in logits.bottleneck.split(list(rows))]
     return list(logits.split(list(rows)))
 
 
-def changed(logits: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Logits, multiplied or not, with the same change of their leading axes."""
+def map_rows(logits: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function of the leading axes (a reshape, transposition or selection) to logits (..., K)."""
     if isinstance(logits, FactoredLogits):
-        return logits._replace(bottleneck=change(logits.bottleneck))
-    return change(logits)
+        return logits._replace(bottleneck=function(logits.bottleneck))
+    return function(logits)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models import Backbone
 from models.base import BlockOutput
-from ops.windows import WindowPartition, join_windows, partition_windows, real_tokens, window_plane
+from ops.windows import WindowPartition, join_windows, partition_windows, valid_tokens, window_attention_plane
 
 BATCH = 2
 
@@ -71,7 +71,7 @@ def attend(network: Backbone, number: int, grid: tuple[int, int]) -> tuple[Block
 @torch.no_grad()
 @pytest.mark.parametrize("grid", [(8, 8), (5, 10), (12, 7), (3, 4)], ids=str)
 @pytest.mark.parametrize("name", ["swin", "cvt", "vil", "vit"])
-def test_planes_are_the_weights_that_make_the_output(name: str, grid: tuple[int, int]) -> None:
+def test_plane_times_input_is_the_output(name: str, grid: tuple[int, int]) -> None:
     """Windows, shifts, padding and chunks: at every region the plane times the input is the output of the attention."""
     network = open_up(small_network(name).eval())
     for number in range(sum(network.stage_depths)):
@@ -89,7 +89,10 @@ def test_planes_are_the_weights_that_make_the_output(name: str, grid: tuple[int,
 def test_a_plane_is_zero_outside_its_window_and_sums_to_one() -> None:
     network = small_network("swin").eval()
     plain, shifted = network.forward_blocks(torch.randn(1, 3, 64, 64), 4, attention=True)[:2]
-    assert (network.cut_of(plain), network.cut_of(shifted)) == (WindowPartition(4, 0), WindowPartition(4, 2))
+    assert (network.partition_of(plain), network.partition_of(shifted)) == (
+        WindowPartition(4, 0),
+        WindowPartition(4, 2),
+    )
     for output, rows, columns in ((plain, (4, 8), (8, 12)), (shifted, (2, 6), (10, 14))):
         plane = network.attention_plane(output, (5, 11))
         torch.testing.assert_close(plane.sum((2, 3)), torch.ones(1, plane.shape[1]))
@@ -101,25 +104,25 @@ def test_a_plane_is_zero_outside_its_window_and_sums_to_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "cut", [WindowPartition(4), WindowPartition(4, 2), WindowPartition(3, 1), WindowPartition(1)], ids=str
+    "partition", [WindowPartition(4), WindowPartition(4, 2), WindowPartition(3, 1), WindowPartition(1)], ids=str
 )
 @pytest.mark.parametrize("grid", [(8, 8), (5, 10), (2, 9)], ids=str)
-def test_cutting_is_undone(cut: WindowPartition, grid: tuple[int, int]) -> None:
+def test_join_windows_undoes_partition_windows(partition: WindowPartition, grid: tuple[int, int]) -> None:
     x = torch.randn(BATCH, *grid, 3)
-    assert torch.equal(join_windows(partition_windows(x, cut), cut, grid), x)
-    assert int(real_tokens(cut, grid).sum()) == math.prod(grid)
+    assert torch.equal(join_windows(partition_windows(x, partition), partition, grid), x)
+    assert int(valid_tokens(partition, grid).sum()) == math.prod(grid)
 
 
-def test_an_impulse_stays_where_it_is() -> None:
+def test_attention_to_itself_is_an_impulse_at_the_query() -> None:
     """A map whose query gives all weight to itself is an impulse at the query, wherever that is."""
-    cut, grid = WindowPartition(4, 2), (6, 11)
-    windows = len(real_tokens(cut, grid))
+    partition, grid = WindowPartition(4, 2), (6, 11)
+    windows = len(valid_tokens(partition, grid))
     maps = torch.eye(16).expand(BATCH * windows, 3, 16, 16)
     for y in range(grid[0]):
         for x in range(grid[1]):
             impulse = torch.zeros(BATCH, 3, *grid)
             impulse[:, :, y, x] = 1
-            assert torch.equal(window_plane(maps, cut, grid, (y, x)), impulse)
+            assert torch.equal(window_attention_plane(maps, partition, grid, (y, x)), impulse)
 
 
 @torch.no_grad()
@@ -129,14 +132,14 @@ def test_the_class_token_looks_where_full_attention_is(name: str, block: int) ->
     depth = sum(network.stage_depths)
     output = network.forward_blocks(torch.randn(1, 3, 40, 72), depth - block, attention=True)[0]
     assert output.block == block
-    if network.has_summary_query(output):
+    if network.has_class_query(output):
         assert output.attention is not None
         expected = output.attention[:, :, 0, 1:].unflatten(-1, (5, 9))
         torch.testing.assert_close(network.attention_plane(output, None), expected)
     else:
-        with pytest.raises(ValueError, match="no class or global token has attention maps in block 0"):
+        with pytest.raises(ValueError, match="block 0 has no attention of a class or global token"):
             network.attention_plane(output, None)
-    assert network.has_summary_query(output) == (name == "vit")
+    assert network.has_class_query(output) == (name == "vit")
 
 
 @torch.no_grad()
@@ -145,7 +148,7 @@ def test_planes_that_are_not_there() -> None:
     (output,) = network.forward_blocks(torch.randn(1, 3, 64, 64), attention=True)
     with pytest.raises(ValueError, match=r"region \(8, 0\) is outside the grid \(8, 8\)"):
         network.attention_plane(output, (8, 0))
-    with pytest.raises(ValueError, match="no class or global token"):
+    with pytest.raises(ValueError, match="class or global token"):
         network.attention_plane(output, None)
     with pytest.raises(ValueError, match="block 3 of SwinTransformer has no attention maps"):
         network.attention_plane(network.forward_blocks(torch.randn(1, 3, 64, 64))[0], (0, 0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +103,13 @@ def test_empty_base_is_none(tmp_path: Path, nothing: str) -> None:
 def test_circle_of_bases(tmp_path: Path, length: int) -> None:
     for i in range(length):
         write_yaml(tmp_path, f"BASE: [{(i + 1) % length}.yaml]", f"{i}.yaml")
-    with pytest.raises(UsageError, match=r"0\.yaml names itself through its BASE"):
+    with pytest.raises(UsageError, match=r"0\.yaml .*BASE"):
         load_config(tmp_path / "0.yaml")
 
 
 def test_missing_base_names_who_asked(tmp_path: Path) -> None:
     file = write_yaml(tmp_path, "BASE: [absent.yaml]")
-    with pytest.raises(UsageError, match=r"absent\.yaml does not exist \(named under BASE in .*network\.yaml\)"):
+    with pytest.raises(UsageError, match=r"absent\.yaml does not exist \(.*BASE in .*network\.yaml\)"):
         load_config(file)
 
 
@@ -173,7 +175,7 @@ def test_override_of_a_group_leaves_its_other_keys() -> None:
     "overrides", [["MODEL.SPEC.WINDOW_SIZE"], ["MODEL.SPEC.DIM_EMBED", "96", "MODEL.SPEC.WINDOW_SIZE"]]
 )
 def test_override_without_a_value(overrides: list[str]) -> None:
-    with pytest.raises(UsageError, match=r"KEY VALUE, 'MODEL\.SPEC\.WINDOW_SIZE' stands alone"):
+    with pytest.raises(UsageError, match=r"KEY VALUE.*'MODEL\.SPEC\.WINDOW_SIZE'"):
         load_config(TINY, overrides)
 
 
@@ -319,9 +321,7 @@ def test_a_mistyped_key_of_a_group_in_use_is_an_error(tmp_path: Path, content: s
 
 
 def test_a_key_of_another_network_names_it(tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"'MODEL.SPEC.WINDOW_SIZE' .*; it is one of swin_.* and cvt_.*, MODEL.NAME is vision"
-    ):
+    with pytest.raises(UsageError, match=r"'MODEL.SPEC.WINDOW_SIZE' .*cvt_.* and swin_.*MODEL.NAME is vision"):
         load_config(write_yaml(tmp_path, "MODEL: {NAME: vision_longformer, SPEC: {WINDOW_SIZE: 7}}"))
 
 
@@ -427,3 +427,25 @@ def test_building_leaves_the_config_as_it_was(is_teacher: bool) -> None:
 def test_dump_loads_as_the_same_config(tmp_path: Path) -> None:
     config = load_config(TINY, [SPEC + "WINDOW_SIZE", "14", "MODEL.IMAGE_SIZE", "96"])
     assert load_config(write_yaml(tmp_path, config.dump())) == config
+
+
+def test_config_loads_in_a_program_that_has_not_imported_models() -> None:
+    program = f"from config import load_config; print(load_config({str(TINY)!r}).MODEL.SPEC.WINDOW_SIZE)"
+    output = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert output == "7\n"
+
+
+def test_config_imports_neither_torch_nor_timm() -> None:
+    """Programs parse their flags before they import these; what `utils` imports is not counted."""
+    modules = ["torch", "timm", "models"]
+    program = f"""
+import sys, types
+utils = types.ModuleType("utils")
+utils.UsageError, utils.logger = ValueError, None
+sys.modules["utils"] = utils
+import config
+assert not set(sys.modules) & set({modules!r})
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

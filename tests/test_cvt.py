@@ -147,7 +147,7 @@ def influences(layer: ConvAttention, height: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize("shifts", [False, True])
 @pytest.mark.parametrize("size", [(8, 12), (7, 9)])
-def test_shifted_windows_join_what_plain_ones_part(size: tuple[int, int], shifts: bool) -> None:
+def test_shifted_windows_attend_across_the_borders_of_plain_ones(size: tuple[int, int], shifts: bool) -> None:
     """Two tokens see each other exactly if they lie in one window of the plane, which starts at the shift."""
     height, width = size
     shift = 2 if shifts else 0
@@ -271,7 +271,7 @@ def test_stochastic_depth_grows_over_both_halves_of_all_blocks() -> None:
     assert {m.drop_prob for m in teacher.modules() if isinstance(m, DropPath)} == {0.0}
 
 
-def test_convolutions_start_small() -> None:
+def test_initialization_of_convolutions() -> None:
     network = tiny_network()
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -339,7 +339,7 @@ def test_published_way_of_writing(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert message.split(": ")[-1].split(", ") == sorted(SPEC + key for key in WITHOUT_EFFECT.split())
 
 
-def test_what_was_said_last_counts_under_either_name(tmp_path: Path) -> None:
+def test_the_last_value_counts_under_either_name(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("MODEL: {NAME: cvt_v4_transformer, SPEC: {DEPTHS: [1, 1, 1, 1]}}")
     file = tmp_path / "top.yaml"
     file.write_text("BASE: [base.yaml]\nMODEL: {SPEC: {DEPTH: [2, 2, 2, 2]}}")
@@ -385,7 +385,7 @@ def test_value_of_another_network_is_refused(key: str, value: str) -> None:
     "key", ["PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "DIM_EMBED", "NUM_HEADS", "WINDOW_SIZE"]
 )
 def test_lists_have_one_entry_for_each_stage(key: str) -> None:
-    with pytest.raises(UsageError, match=f"{key}.* must have one entry for each of DEPTHS"):
+    with pytest.raises(UsageError, match=f"{key}.* must have .*DEPTHS"):
         tiny_network(SPEC + key, "[4, 4]")
 
 
@@ -393,18 +393,18 @@ def test_lists_have_one_entry_for_each_stage(key: str) -> None:
     ("key", "value", "words"),
     [
         ("NUM_HEADS", "[3, 3, 3]", "must divide the 8 channels"),
-        ("NUM_STAGES", "4", "NUM_STAGES 4 must be the number of entries"),
-        ("DEPTHS", "[2, 2]", "one entry for each of DEPTHS"),
+        ("NUM_STAGES", "4", "NUM_STAGES 4"),
+        ("DEPTHS", "[2, 2]", "DEPTHS"),
         ("PATCH_PADDING", "[-1, 1, 1]", "PATCH_PADDING. takes a whole number from 0 to 1_024"),
     ],
 )
-def test_values_that_do_not_fit_together(key: str, value: str, words: str) -> None:
+def test_inconsistent_values_are_rejected(key: str, value: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         tiny_network(SPEC + key, value)
 
 
 def test_stem_has_one_stride() -> None:
-    with pytest.raises(UsageError, match="RES_STEM True has stride 4"):
+    with pytest.raises(UsageError, match="RES_STEM has stride 4"):
         tiny_network(SPEC + "RES_STEM", "True", SPEC + "PATCH_STRIDE", "[2, 2, 2]")
 
 

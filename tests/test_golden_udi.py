@@ -189,7 +189,7 @@ def test_tokens_attention_pooling_and_logits(case: Case) -> None:
     ours: dict[str, Tensor] = {}
     for name, images in (("global", crops[0]), ("local", crops[2])):
         last = student.forward_blocks(images)[-1]
-        ours[f"tokens_{name}"] = student.summary_tokens(last.tokens_BNC, last.num_prefix_tokens)
+        ours[f"tokens_{name}"] = student.class_features(last.tokens_BNC, last.num_prefix_tokens)
     blocks = student.forward_blocks(crops[2], 2)
     ours["intermediate2_local"] = torch.stack([student.norm(block.tokens_BNC) for block in blocks])
     ours["attention_global"] = student.forward_selfattention(crops[0])[:, :, :2]

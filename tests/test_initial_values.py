@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import main_esvit
 
 REFERENCE = golden_json("init_ref")
-HEADS = ["--out_dim", "4096", "--norm_last_layer", "false", "--use_dense_prediction", "True"]
+HEAD_PREFIXES = ["--out_dim", "4096", "--norm_last_layer", "false", "--use_dense_prediction", "True"]
 ARTIFACT = 2.0  # the reference's truncated normal gives its bound where its uniform number is exactly the bound
 
 
@@ -32,7 +32,7 @@ def largest_drop_path(network: nn.Module) -> float:
 def test_every_kind_of_tensor_starts_with_the_spread_of_the_reference(case: str) -> None:
     """Means and deviations within six of their own standard errors; exactly where nothing is drawn."""
     reference = REFERENCE[case]["parameters"]
-    args = main_esvit.get_args_parser().parse_args(["--arch", case.split()[0], *HEADS])
+    args = main_esvit.get_args_parser().parse_args(["--arch", case.split()[0], *HEAD_PREFIXES])
     student = main_esvit.build_network(args, main_esvit.load_config(args), is_teacher=False)
     found: dict[str, list[Tensor]] = {}
     for name, parameter in student.named_parameters():
@@ -49,7 +49,7 @@ def test_every_kind_of_tensor_starts_with_the_spread_of_the_reference(case: str)
 
 @pytest.mark.parametrize("case", REFERENCE)
 def test_largest_drop_path(case: str) -> None:
-    args = main_esvit.get_args_parser().parse_args(["--arch", case.split()[0], *HEADS])
+    args = main_esvit.get_args_parser().parse_args(["--arch", case.split()[0], *HEAD_PREFIXES])
     with torch.device("meta"):
         networks = {
             who: main_esvit.build_network(args, main_esvit.load_config(args), is_teacher=who == "teacher")

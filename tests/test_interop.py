@@ -338,7 +338,7 @@ def test_mmdet_swin_names_and_its_order_of_merged_channels() -> None:
 
 @pytest.mark.parametrize(("name", "target"), [("cvt", "timm"), ("vil", "mmdet"), ("vit", "mmdet")])
 def test_what_a_library_has_not_is_refused(name: str, target: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"{target} has no .*; choose --format backbone, safetensors, onnx"):
+    with pytest.raises(UsageError, match=f"--format {target} .* choose one of backbone, safetensors, onnx"):
         export.write(small_network(name), target, tmp_path / "x", load_config(None))
     assert not list(tmp_path.iterdir())
 
@@ -362,7 +362,7 @@ def test_the_script(tmp_path: Path) -> None:
         assert "Traceback" not in refused.stderr
     again = run_script("export.py", *command)
     assert again.returncode == 2
-    assert "exists already and is not overwritten" in again.stderr
+    assert "exists already" in again.stderr
 
 
 # --------------------------------------------------------------------------- torch.hub

@@ -131,8 +131,8 @@ def test_exports_and_checkpoints_of_this_project_keep_their_rule(rule: str, tmp_
     export.write(network, "backbone", tmp_path / "export.pth", load_config(None, VIT))
     assert rule_after(torch.load(tmp_path / "export.pth", weights_only=False), tmp_path) == rule
     followed = small_network("vit")
-    followed.follow(rule)
-    config = followed.settled(load_config(None, VIT))
+    followed.adopt_pos_resize(rule)
+    config = followed.resolve_config(load_config(None, VIT))
     assert rule == config.MODEL.SPEC.POS_RESIZE
     content = {"teacher": prefixed("backbone.", dict(network.state_dict())), "student": {}, "config": config.dump()}
     assert rule_after(content, tmp_path) == rule

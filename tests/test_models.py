@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from config.loading import load_config
 from models import Backbone, MultiCropOutput, build_model, list_models
 from models.heads import DINOHead
-from models.registry import config_name, default_config
-from ops import mlp
+from models.registry import lookup
 from utils import UsageError
 
 NAMES = list_models()
@@ -22,13 +21,13 @@ NAMES = list_models()
 
 def network_of(name: str, *, dense: bool = False, is_teacher: bool = False) -> Backbone:
     """The network of a registered name, with the small config of its family."""
-    own = next(small for small in SMALL.values() if small.overrides[1] == config_name(name))
+    own = next(small for small in SMALL.values() if small.overrides[1] == lookup(name).spec.name)
     config = load_config(None, own.overrides)
     return build_model(name, config, dense=dense, is_teacher=is_teacher, patch_size=own.patch_size)
 
 
 # Networks of torchvision cannot be made small; two stand for the contract, all of them go through the slow tests at full size.
-BIG = [name for name in NAMES if config_name(name) == "resnet" and name not in {"resnet18", "resnext50_32x4d"}]
+BIG = [name for name in NAMES if lookup(name).spec.name == "resnet" and name not in {"resnet18", "resnext50_32x4d"}]
 
 
 @pytest.fixture(params=[name for name in NAMES if name not in BIG])
@@ -73,7 +72,7 @@ def test_last_blocks_have_the_widths_of_their_stages(name: str) -> None:
 
 
 @torch.no_grad()
-def test_images_do_not_mix_and_sides_are_told_apart(name: str) -> None:
+def test_images_are_independent_and_may_be_rectangular(name: str) -> None:
     network, x = network_of(name).eval(), images(3, 40, 72)
     maps = network.forward_feature_maps(x)
     assert relative_error(network.forward_feature_maps(x[1:2]), maps[1:2]) < 1e-4
@@ -127,7 +126,7 @@ def test_the_teacher_equals_its_student_in_evaluation(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_attention_maps_are_those_used(architecture: str) -> None:
+def test_features_with_attention_maps_equal_those_without(architecture: str) -> None:
     """The path with maps and the fused one give the same features; rows of the maps sum to 1."""
     network = small_network(architecture).eval()
     n = sum(network.stage_depths)
@@ -167,8 +166,7 @@ def test_images_smaller_than_a_patch_are_refused() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_checkpointed_blocks_give_the_same_gradients(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp, "KEPT_BYTES", 0)  # as for layers that are not small
+def test_checkpointed_blocks_give_the_same_gradients(architecture: str) -> None:
     network, x = small_network(architecture, *no_drop_path(architecture)), images()
     other = small_network(architecture, *no_drop_path(architecture))
     other.load_state_dict(network.state_dict())
@@ -199,7 +197,18 @@ def test_stochastic_depth_is_the_students_alone(architecture: str) -> None:
         torch.testing.assert_close(teacher(x), student.eval()(x))
 
 
-# --------------------------------------------------------------------------- torch.compile and torch.export
+# --------------------------------------------------------------------------- tracing, torch.compile and torch.export
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradients", [False, True], ids=["no gradients", "gradients"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_traced_forward_gives_equal_results(architecture: str, gradients: bool) -> None:
+    network = small_network(architecture).eval()
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(network, images())
+        x = images()
+        torch.testing.assert_close(traced(x), network(x))
 
 
 @torch.no_grad()
@@ -278,7 +287,7 @@ def test_export_gives_equal_results(architecture: str) -> None:
 # --------------------------------------------------------------------------- at full size
 
 
-FULL_SIZE = [name for name in NAMES if default_config(name) is not None]  # the others have no size of their own
+FULL_SIZE = [name for name in NAMES if lookup(name).default_config is not None]  # the others have no size of their own
 
 
 @pytest.mark.slow
@@ -304,35 +313,35 @@ def test_networks_of_full_size(full: str) -> None:
         assert network.eval().forward_return_n_last_blocks(images(1), 4).shape == (1, sum(widths[-4:]))
 
 
-# --------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------- errors and layouts
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "cvt"])
-def test_one_value_for_batch_norm_is_refused_in_one_sentence(architecture: str) -> None:
+def test_one_value_for_batch_norm_is_rejected(architecture: str) -> None:
     """One image whose map is down to 1 x 1 can be looked at, but not trained on; two of them can."""
     overrides = ["MODEL.SPEC.PATCH_STRIDE", "[8,8]"] if architecture == "cvt" else []
     network = small_network(architecture, *overrides)
     with pytest.raises(
-        UsageError, match=r"one value per channel.*1 x 1; raise --batch_size_per_gpu or enlarge the crops"
+        UsageError, match=r"one value per channel.*1 x 1.*raise --batch_size_per_gpu or enlarge the crops"
     ):
         network([images(1, 16, 16)])
     assert torch.isfinite(network(images(2, 16, 16))).all()
     assert torch.isfinite(network.eval()(images(1, 16, 16))).all()
 
 
-def test_one_row_for_batch_norm_of_a_head_is_refused_in_one_sentence() -> None:
+def test_one_row_for_batch_norm_of_a_head_is_rejected() -> None:
     network = small_network("vit")
     network.head = DINOHead(network.num_features, 8, use_bn=True, hidden_dim=16, bottleneck_dim=4)
     with pytest.raises(UsageError, match="one value per channel"):
         network(images(1))
 
 
-def test_other_errors_of_a_forward_stay_as_they_are() -> None:
+def test_other_errors_of_forward_are_unchanged() -> None:
     with pytest.raises(RuntimeError, match="expected input"):
         small_network("resnet")(torch.randn(2, 4, 64, 64))
 
 
-def test_config_of_another_family_is_refused() -> None:
+def test_config_of_another_architecture_is_rejected() -> None:
     config = load_config(None, SMALL["vit"].overrides)
     with pytest.raises(UsageError, match=r"needs a yaml of MODEL.NAME 'swin_transformer'"):
         build_model("swin", config)
@@ -348,11 +357,11 @@ def test_vit_takes_any_patch_size(patch_size: int) -> None:
 
 
 def test_vit_refuses_a_patch_larger_than_the_image() -> None:
-    with pytest.raises(UsageError, match=r"--patch_size 65 must lie in 1\.\.64"):
+    with pytest.raises(UsageError, match=r"--patch_size 65 must be in 1\.\.64"):
         build_model("vit", load_config(None, SMALL["vit"].overrides), patch_size=65)
 
 
-def test_convolutions_of_resnet_stay_channels_last_whatever_is_loaded_and_so_are_their_maps() -> None:
+def test_resnet_stays_channels_last_after_loading() -> None:
     network = small_network("resnet")
     network.load_state_dict({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
     convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]

@@ -23,7 +23,7 @@ import main_udi
 import run_analysis
 from config.loading import load_config
 from config.ranges import Range, integer, number
-from config.schema import RANGES, SCHEMA, SPECS
+from config.schema import RANGES, SCHEMA, arch_specs
 from tools import fuzz_cli
 from utils import UsageError
 
@@ -166,16 +166,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-KEYS = {key: default for tree, prefix in [*((spec, "MODEL.SPEC.") for spec in SPECS.values()), (SCHEMA, "")]
+KEYS = {key: default for tree, prefix in [*((spec.defaults, "MODEL.SPEC.") for spec in arch_specs().values()), (SCHEMA, "")]
         for key, default in fuzz_cli.leaves(tree, prefix)
         if is_number(default) or (isinstance(default, list) and default and is_number(default[0]))}  # fmt: skip
-NAMES = {key: name for name, spec in SPECS.items() for key, _ in fuzz_cli.leaves(spec, "MODEL.SPEC.")}
+NAMES = {key: name for name, spec in arch_specs().items() for key, _ in fuzz_cli.leaves(spec.defaults, "MODEL.SPEC.")}
 
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "99999999999", "-2000000", "1" + "0" * 400])
 def test_every_numeric_config_key_enforces_its_range(key: str, value: str) -> None:
-    assert key.rsplit(".", 1)[-1] in RANGES
+    ranges = RANGES | dict(arch_specs()[NAMES[key]].ranges if key in NAMES else {})
     default = KEYS[key]
     whole = isinstance(default[0] if isinstance(default, list) else default, int)
     text = f"[{', '.join([value] * len(default))}]" if isinstance(default, list) else value
@@ -183,7 +183,7 @@ def test_every_numeric_config_key_enforces_its_range(key: str, value: str) -> No
     with pytest.raises(UsageError, match=key.replace(".", r"\.")) as caught:
         load_config(None, [*name, key, text])
     assert "\n" not in str(caught.value)
-    assert whole is (RANGES[key.rsplit(".", 1)[-1]].kind is int)
+    assert whole is (ranges[key.rsplit(".", 1)[-1]].kind is int)
 
 
 @pytest.mark.parametrize("text", ["[" * 900, "{a: " * 900, "A: " + "9" * 5000, "A: 2020-99-99"])

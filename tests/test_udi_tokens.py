@@ -115,7 +115,7 @@ def test_attention_is_drawn_from_either_token(folder: Path, tmp_path: Path) -> N
     assert (tmp_path / "vit_ssl_000_correspondence.png").exists()
     with pytest.raises(UsageError, match=r"--query and --token both"):
         analyze(folder, tmp_path, "--vis_attention", "--token", "both", "--query", "3", "3")
-    with pytest.raises(UsageError, match="--token both needs a network with two class tokens"):
+    with pytest.raises(UsageError, match="--token both needs two class tokens"):
         analyze(folder, tmp_path, "--vis_attention", "--token", "both", tokens=())
 
 
@@ -123,9 +123,7 @@ def test_attention_is_drawn_from_either_token(folder: Path, tmp_path: Path) -> N
     "script", [eval_knn, eval_linear, eval_logistic, eval_finetune], ids=lambda script: script.__name__
 )
 def test_one_class_token_leaves_nothing_to_choose(script: Any, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"^--token cls\+ needs a network with two class tokens, VisionTransformer has 1 "
-    ):
+    with pytest.raises(UsageError, match=r"^--token cls\+ needs two class tokens, VisionTransformer has 1"):
         run(script, folder, tmp_path, "--token", "cls+", tokens=())
 
 

@@ -20,7 +20,7 @@ from timm.layers import DropPath
 import main_esvit
 import main_udi
 from config.loading import load_config
-from config.schema import ALIASES, NAME_ALIASES, ONLY_CHOICES
+from config.schema import arch_specs
 from models import build_model, load_arch_config
 
 YAMLS = sorted((ROOT / "experiments").rglob("*.yaml"))
@@ -197,11 +197,11 @@ def test_which_published_yamls_are_here() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_our_yaml_has_every_key_of_the_published_one(tmp_path: Path, name: str) -> None:
     ours = load_config(ROOT / name)
-    model = ours.MODEL.NAME
+    spec = arch_specs()[ours.MODEL.NAME]
     for published_key, expected in PUBLISHED[name]["keys"].items():
-        key = ALIASES.get(model, {}).get(published_key, published_key)
-        if key in ONLY_CHOICES.get(model, {}):
-            continue  # has no other value here; loading the published file checks that
+        key = spec.key_aliases.get(published_key, published_key)
+        if key in spec.fixed_choices:
+            continue  # loading the published file checks its value
         value: Any = ours
         for part in key.split("."):
             value = value[part]
@@ -209,7 +209,9 @@ def test_our_yaml_has_every_key_of_the_published_one(tmp_path: Path, name: str) 
             value = [value] * len(expected)
         if isinstance(value, float):
             expected = float(expected)  # yaml 1.1 reads 1e-06 as text
-        assert value == NAME_ALIASES.get(expected, expected) if key == "MODEL.NAME" else value == expected, key
+        if key == "MODEL.NAME" and expected in spec.name_aliases:
+            expected = spec.name
+        assert value == expected, key
     assert load_config(write_published(tmp_path, name)) == ours
 
 

@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ import main_udi
 import run_analysis
 from config import arguments
 from config.ranges import ABOVE_ZERO, COUNT, SEED, Range, number
-from config.schema import SCHEMA, SPECS
+from config.schema import SCHEMA, arch_specs
 from data import convert
 from distributed import launch
 
@@ -179,7 +179,7 @@ def key_cases(script: ModuleType, words: tuple[str, ...]) -> Iterator[Case]:
     for name, (arch, yaml) in NETWORKS.items():
         cfg = ROOT / "experiments/demo" / f"{yaml}.yaml"
         network = ("--arch", arch, "--cfg", str(cfg), "--pretrained_weights=", "--random_weights")
-        for key, default in [*leaves(SPECS[name], "MODEL.SPEC."), *leaves(SCHEMA)]:
+        for key, default in [*leaves(arch_specs()[name].defaults, "MODEL.SPEC."), *leaves(SCHEMA)]:
             size = len(default) if isinstance(default, list) else 1
             lists = [f"[{', '.join([value] * size)}]" for value in NUMBERS] if size > 1 else []
             for value in (*NUMBERS, *YAMLS, *TEXTS, *lists):
@@ -188,7 +188,7 @@ def key_cases(script: ModuleType, words: tuple[str, ...]) -> Iterator[Case]:
         yield Case(script, words, (key, "1"))
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted keys and their values."""
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -22,7 +22,7 @@ from config.choices import PATCH_SIZE
 from data.transforms import augment
 from distributed import collectives, ddp, fsdp
 from models import Backbone
-from models.base import BESIDE
+from models.base import METHOD_PREFIXES
 from models.heads import DINOHead
 from training import checkpointing, engine, optim
 from training.checkpointing import RunPosition
@@ -225,7 +225,7 @@ def open_log(
 def config_of(method: Method, config: CfgNode) -> CfgNode:
     """Return the config with the values that the backbone has chosen itself, as checkpoints hold it."""
     backbone = loading.unwrap(method.student)
-    return backbone.settled(config) if isinstance(backbone, Backbone) else config
+    return backbone.resolve_config(config) if isinstance(backbone, Backbone) else config
 
 
 def global_batch(args: argparse.Namespace) -> int:
@@ -236,7 +236,7 @@ def global_batch(args: argparse.Namespace) -> int:
 def log_run(args: argparse.Namespace, method: Method, loader: DataLoader[data.Batch], device: torch.device) -> None:
     """Log what is trained on what."""
     network = loading.unwrap(method.student)
-    in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(BESIDE))
+    in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(METHOD_PREFIXES))
     logger.info(
         "%s, %.1fM parameters (with heads %.1fM), %s; %s, %s of %d on %s; %s, %s",
         args.arch,
