@@ -3,8 +3,9 @@
     python main_esvit.py --arch swin_tiny --data_path IMAGES --output_dir OUT --use_dense_prediction True      # one process
     torchrun --nproc_per_node=8 main_esvit.py ...                                                              # many
 
-Without --use_dense_prediction it is DINO's view-level task alone. A started run in --output_dir is continued. What every method
-shares (flags, data, optimizer, the story of a run) is in training/setup.py.
+Without --use_dense_prediction only the view-level loss of DINO is trained. A run in --output_dir is resumed.
+The losses are in losses/, the training step in training/step.py, the loop in training/engine.py, and the builders that all methods
+share in training/setup.py.
 
 Origin: EsViT (Li et al., ICLR 2022) and DINO (Caron et al., ICCV 2021); flags are those of microsoft/esvit.
 """
@@ -45,7 +46,7 @@ from utils import UsageError, logger
 
 
 class EsViT(Method):
-    """Student, teacher and loss of EsViT, for the engine."""
+    """The method of EsViT, and of DINO without regions."""
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, criterion: DINOLoss, mixup: ViewMixup | None = None
@@ -57,7 +58,7 @@ class EsViT(Method):
         self.tasks = "views and regions" if isinstance(criterion, RegionMatchingLoss) else "views"
 
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher sees the global views, the student all of them (mixed, if mixup is on)."""
+        """Compare the student's outputs for all views, mixed if mixup is on, with the teacher's for the global views."""
         with torch.no_grad(), collapse.record_inputs(self._heads() if self.monitor else {}) as features:
             teacher_output = self.teacher(views[:TEACHER_VIEWS])
         self.criterion.accumulate_center(teacher_output)
@@ -70,7 +71,7 @@ class EsViT(Method):
         return self.criterion.total(terms), terms if len(terms) > 1 else {}
 
     def _heads(self) -> dict[str, nn.Module]:
-        """The teacher's heads by level."""
+        """Return the teacher's heads by level."""
         backbone = loading.unwrap(self.teacher)
         heads = {"view": backbone.head, "region": getattr(backbone, "head_dense", None)}
         return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
@@ -115,41 +116,38 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Stop on values that no part of the program would refuse by itself.
-
-    Raises:
-        UsageError: naming the flag.
-    """
+    """Raise a `UsageError` for flags that do not go together."""
     arguments.check_pretraining(args)
     if args.smoothing and args.use_mixup and args.use_dense_prediction:
         raise UsageError(
-            "--smoothing mixes every image with every other, too much for regions; set it to 0 or turn regions off"
+            f"--smoothing {args.smoothing} mixes every image with every other, which is too slow for regions; set it to 0, or turn "
+            "--use_dense_prediction off"
         )
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
-    """The network's config; what `--aug_backend auto` stands for with it is kept in the arguments."""
+    """Load the config of the network, and resolve `--aug_backend auto` in the arguments."""
     config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path)
     args.aug_backend = augment.choose_backend(args.aug_backend, args.aug_opt, config.MODEL.SPEC.IN_CHANS)
     return config
 
 
 def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.DeviceTransform | None]:
-    """The augmentation policy that --aug-opt names: what workers do, and what is left to do on batches, if anything.
+    """Build the augmentation of --aug-opt: the transform of the loader workers, and the one of batches on the device, if any.
 
     Raises:
-        UsageError: images without colors for deit_aug, or see `augment.deit_views`.
+        UsageError: deit_aug for images that are not RGB, or invalid parameters.
     """
     crops, in_chans = setup.get_crops(args, config), config.MODEL.SPEC.IN_CHANS
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     backend = augment.choose_backend(args.aug_backend, args.aug_opt, in_chans)
-    logger.info("views of %s by the backend %s", args.aug_opt, backend)
+    logger.info("augmentation %s, backend %s", args.aug_opt, backend)
     if backend == "split":
         return split_views(crops, mean, std, args.color_jitter)
     if args.aug_opt == "dino_aug":
         return augment.dino_views(crops, in_chans, mean, std, args.color_jitter), None
     if in_chans != 3:
-        raise UsageError(f"--aug-opt deit_aug works on color images, these have {in_chans} channels; use dino_aug")
+        raise UsageError(f"--aug-opt deit_aug needs RGB images, these have {in_chans} channels; use dino_aug")
     transform = augment.deit_views(
         crops,
         mean,
@@ -166,7 +164,7 @@ def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transfo
 
 
 def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool) -> Backbone:
-    """A backbone with its heads."""
+    """Build a backbone with its heads."""
     network = build_model(
         args.arch, config, dense=args.use_dense_prediction, is_teacher=is_teacher, patch_size=args.patch_size
     )
@@ -178,7 +176,7 @@ def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool
 
 
 def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device) -> EsViT:
-    """Student, teacher as its copy, and the loss, on the device and wrapped for several processes."""
+    """Build student, teacher and loss on the device, wrapped for several processes."""
     student = build_network(args, config, is_teacher=False)
     teacher = build_network(args, config, is_teacher=True)
     crops = setup.get_crops(args, config)
@@ -210,11 +208,7 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
 
 
 def check_cut(args: argparse.Namespace, crops: augment.Crops) -> None:
-    """Stop on a --cutmix-minmax that leaves no number of whole pixels to draw from.
-
-    Raises:
-        UsageError: naming the flag, and a size of views.
-    """
+    """Raise a `UsageError` if the range of --cutmix-minmax holds no whole number of pixels for some size of views."""
     locals_ = [size for number, size in zip(crops.local_numbers, crops.local_sizes) for _ in range(number)]
     low, high = args.cutmix_minmax or (0, 1)
     for side in [crops.global_size, crops.global_size, *locals_][: args.num_mixup_views]:

@@ -1,11 +1,11 @@
-"""Pre-train a vision transformer with UDI: two class tokens and sampled patches, distilled between views whose geometry is known.
+"""Pre-train a vision transformer with UDI: self-distillation of two class tokens and of sampled patches between overlapping views.
 
     python main_udi.py --arch vit_small --data_path IMAGES --output_dir OUT      # one process
     torchrun --nproc_per_node=8 main_udi.py ...                                  # many
 
-The second class token learns from a blend of the teacher's patches, at the places that its own view shows, and its class token.
-Networks without class tokens (Swin, CvT, ViL, ResNet) learn views and patches with --number_cls_token 1: an extension, not UDI's
-own. A started run in --output_dir is continued. What every method shares is in training/setup.py.
+The target of the second class token is a blend of the teacher's class token and its patches inside the student's view. Networks
+without class tokens (Swin, CvT, ViL, ResNet) train with --number_cls_token 1, an extension of UDI. A run in
+--output_dir is resumed.
 
 Origin: UDI (Su and Ji, ECCV 2024); flags and defaults are those of ISL-CV/udi, which the help marks where they are not.
 """
@@ -51,12 +51,16 @@ from utils import UsageError, logger
 
 
 class UDI(Method):
-    """Student, teacher and loss of UDI, for the engine.
+    """The method of UDI.
 
     Args:
-        class_tokens: of the student that learn.
-        grid_of: tokens on a side of a view, by its side in pixels.
-        patches, local_patches: whether samples of the global views learn, and of the local ones.
+        student: Network that is trained.
+        teacher: Network with the same parameters.
+        criterion: The loss.
+        class_tokens: Number of the student's class tokens that are trained.
+        grid_of: Tokens per side of a view by its size in pixels.
+        patches: Whether sampled patches of the global views are trained.
+        local_patches: Whether those of the local views are trained as well.
     """
 
     criterion_key = "udi_loss"
@@ -79,11 +83,11 @@ class UDI(Method):
         self.tasks = " and ".join(levels)
 
     def images(self, views: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Views without their correspondences."""
+        """Return the views without their correspondences."""
         return split_correspondence(views)[0]
 
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher sees the global views, and is sampled where the student's samples lie in them."""
+        """Compare the student's class tokens and samples with the teacher's, which is sampled at the same places of the image."""
         crops, found = split_correspondence(views)
         sides = [crop.shape[-1] for crop in crops]
         of_teacher: list[Tensor | None] = [None] * TEACHER_VIEWS
@@ -143,36 +147,32 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Stop on values that no part of the program would refuse by itself.
-
-    Raises:
-        UsageError: naming the flag.
-    """
+    """Raise a `UsageError` for flags that do not go together."""
     arguments.check_pretraining(args)
     if not args.include_patch and args.number_cls_token > 1:
         raise UsageError(
-            "--include_patch off leaves the second class token nothing to learn from; pass --number_cls_token 1 too"
+            "--include_patch off leaves the second class token without a target; pass --number_cls_token 1 as well"
         )
     if not args.include_patch and args.local_patch:
-        raise UsageError("--local_patch learns patches, which --include_patch off leaves out; turn one of them around")
+        raise UsageError("--local_patch on needs --include_patch on; change one of them")
     if args.aug_backend == "pil":
-        raise UsageError("--aug_backend pil does not tell where its crops lie, which UDI needs; leave it at auto")
+        raise UsageError("--aug_backend pil does not return the positions of its crops, which UDI needs; use auto")
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
-    """The network's config with the class tokens of --number_cls_token, and positions resized as in the published networks.
+    """Load the config of the network, with --number_cls_token class tokens and positions resized as in the published networks.
 
     Raises:
-        UsageError: another number of class tokens in the yaml or an override, or see `load_arch_config`.
+        UsageError: The yaml or an override has another number of class tokens, or the config is invalid.
     """
     has_tokens = "NUM_CLS_TOKENS" in lookup(args.arch).spec.defaults
     if args.number_cls_token > 1 and not has_tokens:
         raise UsageError(
-            f"--number_cls_token {args.number_cls_token}: {args.arch} has no class tokens; pass --number_cls_token 1, which "
-            "learns its views and patches (an extension of UDI)"
+            f"--number_cls_token {args.number_cls_token}: {args.arch} has no class tokens; pass --number_cls_token 1 "
+            "(an extension of UDI)"
         )
-    of_udi = ["MODEL.SPEC.NUM_CLS_TOKENS", str(args.number_cls_token), "MODEL.SPEC.POS_RESIZE", "scale"]
-    config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path_rate, of_udi if has_tokens else ())
+    udi_defaults = ["MODEL.SPEC.NUM_CLS_TOKENS", str(args.number_cls_token), "MODEL.SPEC.POS_RESIZE", "scale"]
+    config = load_arch_config(args.arch, args.cfg, args.opts, args.drop_path_rate, udi_defaults if has_tokens else ())
     given = config.MODEL.SPEC.get("NUM_CLS_TOKENS", args.number_cls_token)
     if given != args.number_cls_token:
         raise UsageError(
@@ -180,19 +180,19 @@ def load_config(args: argparse.Namespace) -> CfgNode:
             f"yaml and overrides, or pass --number_cls_token {given}"
         )
     if config.MODEL.SPEC.IN_CHANS != 3:
-        raise UsageError(f"UDI's views are of color images, MODEL.SPEC.IN_CHANS {config.MODEL.SPEC.IN_CHANS} is not 3")
+        raise UsageError(f"MODEL.SPEC.IN_CHANS {config.MODEL.SPEC.IN_CHANS}: UDI needs RGB images, set it to 3")
     args.aug_backend = "split"
     return config
 
 
 def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.DeviceTransform]:
-    """Crops of which workers also tell where they lie, and their colors."""
+    """Build the transform of the workers, which also returns the geometry of the crops, and the one of batches on the device."""
     crops = setup.get_crops(args, config)
     grid_of = token_grids(args, config)
     smallest = min(grid_of.values())
     sampling = Sampling(
         grid_of,
-        args.global_sampling_window_size if args.include_patch else smallest,  # else they are not looked at
+        args.global_sampling_window_size if args.include_patch else smallest,  # unused
         args.local_sampling_window_size if args.include_patch else smallest,
         args.global_pair_mode,
         args.srs_align,
@@ -203,10 +203,7 @@ def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transfo
 
 
 def token_grids(args: argparse.Namespace, config: CfgNode) -> dict[int, int]:
-    """Tokens on a side of a view, by its side in pixels; the network is asked, because strides are its own affair.
-
-    One on the meta device: shapes alone, no numbers.
-    """
+    """Return the tokens per side of a view by its size in pixels, from a network on the meta device."""
     crops = setup.get_crops(args, config)
     sizes = {crops.global_size, *(size for number, size in zip(crops.local_numbers, crops.local_sizes) if number)}
     with torch.device("meta"):
@@ -215,7 +212,7 @@ def token_grids(args: argparse.Namespace, config: CfgNode) -> dict[int, int]:
 
 
 def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool) -> Backbone:
-    """A backbone with its head, or one a level, and what pools its patches at samples."""
+    """Build a backbone with one head, or one per level, and the module that samples its patches."""
     network = build_model(args.arch, config, is_teacher=is_teacher, patch_size=args.patch_size)
     head = setup.head_builder(args, network)
     levels = args.number_cls_token + args.include_patch
@@ -226,7 +223,7 @@ def build_network(args: argparse.Namespace, config: CfgNode, *, is_teacher: bool
 
 
 def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device) -> UDI:
-    """Student, teacher as its copy, and the loss, on the device and wrapped for several processes."""
+    """Build student, teacher and loss on the device, wrapped for several processes."""
     crops = setup.get_crops(args, config)
     student = build_network(args, config, is_teacher=False)
     teacher = build_network(args, config, is_teacher=True)
@@ -250,11 +247,13 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
     return UDI(*networks, criterion, args.number_cls_token, grid_of, args.include_patch, args.local_patch)
 
 
-# --------------------------------------------------------------------------- into the networks
+# --------------------------------------------------------------------------- samples
+#
+# Shapes: B images, L local views, M samples of a global view, m of a local one (S of either), N tokens of a view.
 
 
 def teacher_weights(found: Correspondence, grid: int) -> list[Tensor]:
-    """Of each teacher view (B, M + L m, N): at the samples of the other global view, then at those of all local ones."""
+    """Return sampling weights (B, M + L m, N) of each teacher view: at the samples of all other views."""
     local = found.local_target_L2m2
     places = [
         torch.cat([found.target_2M2[:, 1 - view], local[:, :, view].flatten(1, 2)], dim=1)
@@ -266,7 +265,7 @@ def teacher_weights(found: Correspondence, grid: int) -> list[Tensor]:
 def student_weights(
     found: Correspondence, sides: Sequence[int], grid_of: Mapping[int, int], local: bool
 ) -> list[Tensor | None]:
-    """Of each view, whose side in pixels is given, (B, S, N) at its own samples; with `local` also of the local ones."""
+    """Return sampling weights (B, S, N) of each student view at its own samples; None for local views unless `local`."""
     tokens = [*found.tokens_2M.unbind(1), *found.local_tokens_Lm.unbind(1)]
     return [
         one_hot_weights(own, grid_of[side] ** 2) if local or view < TEACHER_VIEWS else None
@@ -274,11 +273,11 @@ def student_weights(
     ]
 
 
-# --------------------------------------------------------------------------- out of the networks
+# --------------------------------------------------------------------------- levels
 
 
 def teacher_levels(output: LevelOutput, found: Correspondence) -> TeacherLevels:
-    """Of both global views, sampled as `teacher_weights` says or not at all."""
+    """Arrange the teacher's output, sampled with `teacher_weights` or not at all, by level and view."""
     batch, _, samples = found.valid_2M.shape
     _, local_views, _, local_samples = found.local_valid_L2m.shape
     levels = TeacherLevels(map_rows(output.token_logits[0], lambda x: x.unflatten(0, (TEACHER_VIEWS, batch))))
@@ -298,28 +297,28 @@ def teacher_levels(output: LevelOutput, found: Correspondence) -> TeacherLevels:
 
 
 def student_levels(output: LevelOutput, found: Correspondence) -> StudentLevels:
-    """Of all views, sampled as `student_weights` says or not at all."""
+    """Arrange the student's output, sampled with `student_weights` or not at all, by level and view."""
     batch, _, samples = found.valid_2M.shape
     tokens = [map_rows(rows, lambda x: x.unflatten(0, (-1, batch))) for rows in output.token_logits]
-    halves = [map_rows(rows, part) for rows in tokens for part in (_of_globals, _of_locals)]
+    halves = [map_rows(rows, part) for rows in tokens for part in (_global_views, _local_views)]
     levels = StudentLevels(*halves)
     if output.sample_features is None:
         return levels
-    of_globals = TEACHER_VIEWS * batch * samples
-    of_locals = len(output.sample_features) - of_globals
-    rows, local = split_rows(output.sample_logits, [of_globals, of_locals])
+    global_rows = TEACHER_VIEWS * batch * samples
+    local_rows = len(output.sample_features) - global_rows
+    rows, local = split_rows(output.sample_logits, [global_rows, local_rows])
     levels = levels._replace(patch_VBSK=map_rows(rows, lambda x: x.unflatten(0, (TEACHER_VIEWS, batch, samples))))
-    if not of_locals:
+    if not local_rows:
         return levels
     local_shape = (found.local_tokens_Lm.shape[1], batch, found.local_tokens_Lm.shape[2])
     return levels._replace(local_patch_LBSK=map_rows(local, lambda x: x.unflatten(0, local_shape)))
 
 
-def _of_globals(rows: Tensor) -> Tensor:
+def _global_views(rows: Tensor) -> Tensor:
     return rows[:TEACHER_VIEWS]
 
 
-def _of_locals(rows: Tensor) -> Tensor:
+def _local_views(rows: Tensor) -> Tensor:
     return rows[TEACHER_VIEWS:]
 
 
