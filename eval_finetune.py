@@ -317,7 +317,7 @@ def train(
     batch = args.batch_size_per_gpu * recipe.accum_iter * collectives.get_world_size()
     images = len(train_loader.dataset)
     seen = progress.epochs * images + progress.steps * batch
-    with collectives.failing_together(), files.usable(output_dir):
+    with collectives.failing_together(), files.disk_errors(output_dir):
         normalization = config.INPUT.MEAN, config.INPUT.STD
         log = RunLog(output_dir, recipe.epochs, args.log_freq, *normalization, tuner.device, images, seen)
     tally = data.FailureTally(len(train_loader.dataset))
@@ -384,7 +384,7 @@ def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
         config = network.settled(config)
     utils.seed_everything(args.seed + collectives.get_rank())
     tuner = FineTuner(network.to(device), recipe, classes, device, precision)
-    with collectives.failing_together(), files.usable(output_dir):
+    with collectives.failing_together(), files.disk_errors(output_dir):
         progress = resume_run(output_dir, tuner, about, args)
     collectives.must_agree("checkpoints", (progress.epochs, progress.steps))
     if progress.epochs >= args.epochs:
@@ -393,7 +393,7 @@ def _fine_tune(args: argparse.Namespace, device: torch.device) -> None:
         if collectives.is_main_process():
             report(progress, val_set, about, args)
         return
-    with collectives.failing_together(), files.usable(output_dir):
+    with collectives.failing_together(), files.disk_errors(output_dir):
         if collectives.is_main_process():
             checkpointing.clean_up(output_dir, progress.place)
             files.save_provenance(output_dir, args, config)

@@ -26,7 +26,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoints import files
-from checkpoints.loading import load_tensor, save_file
+from checkpoints.serialization import load_tensor, save_file
 from config import arguments
 from config.arguments import add_token_flag, bool_flag
 from config.ranges import BATCH, COUNT, SEED, TEMPERATURE, WORKERS
@@ -264,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.dump_features:
         score_features(args, device)
         return
-    with files.sole_run(args.dump_features, "features", "--dump_features"):
+    with files.lock_folder(args.dump_features, "features", "--dump_features"):
         with collectives.failing_together():
             check_dump_folder(args.dump_features)
         score_features(args, device)
@@ -284,7 +284,7 @@ def score_features(args: argparse.Namespace, device: torch.device) -> None:
     dumping: UsageError | None = None
     if args.dump_features and collectives.is_main_process():
         try:
-            with files.usable(args.dump_features, "--dump_features"):
+            with files.disk_errors(args.dump_features, "--dump_features"):
                 dump_features(Path(args.dump_features), splits["network"])
         except UsageError as error:  # told when the scores are
             dumping = error

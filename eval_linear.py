@@ -34,7 +34,7 @@ from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoints import files, loading
+from checkpoints import files, layouts, serialization
 from config import arguments
 from config.arguments import add_token_flag
 from config.ranges import BATCH, BLOCKS, COUNT, EPOCHS, SEED, WORKERS, integer, number
@@ -156,7 +156,7 @@ def feature_source(
             cached.append(found["network"])
         if collectives.is_main_process():
             try:
-                loading.save_file({"run": run, "features": [list(part) for part in cached]}, path)
+                serialization.save_file({"run": run, "features": [list(part) for part in cached]}, path)
             except OSError as error:
                 logger.warning("cannot keep the features in %s (%s): they are computed again at a resume", path, error)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
@@ -227,7 +227,7 @@ def identity(
 ) -> dict[str, Any]:
     """What must be the same for a run to go on: everything that changes its numbers, by the name of the flag."""
     digest = hashlib.sha256(backbone.settled(config).dump().encode())
-    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(loading.DERIVED)}
+    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(layouts.DERIVED)}
     for name, tensor in weights.items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -255,7 +255,7 @@ def resume_run(
         UsageError: all files are damaged or of another run, on all processes at once.
     """
     place, sums = checkpointing.RunPosition(), [0.0] * len(probe.settings)
-    with collectives.failing_together(), files.usable(args.output_dir):
+    with collectives.failing_together(), files.disk_errors(args.output_dir):
         found = checkpointing.newest_whole(checkpoint_path(args))
         if found is not None:
             path, content, damaged = found
@@ -344,7 +344,7 @@ def claim_folder(args: argparse.Namespace) -> Path:
         UsageError: it cannot be created, or holds what this run would overwrite or mix with its own.
     """
     folder = files.make_output_dir(args.output_dir)
-    with files.usable(folder):
+    with files.disk_errors(folder):
         begun = bool(checkpointing.saved(checkpoint_path(args)))
     strangers = {
         "a pre-training run (checkpoint.pth)": (folder / "checkpoint.pth").exists() and not begun,
@@ -511,7 +511,7 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
     run = identity(args, config, backbone, datasets, precision)
     start, sums = resume_run(probe, args, run)
     if start.epoch < args.epochs:
-        with collectives.failing_together(), files.usable(folder):
+        with collectives.failing_together(), files.disk_errors(folder):
             if collectives.is_main_process():
                 checkpointing.clean_up(folder, start)
                 files.save_provenance(folder, args, config)
@@ -519,7 +519,7 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
         source = feature_source(args, function, datasets, device, run)
         images = source.training_images
         seen = start.epoch * images + start.steps * args.batch_size_per_gpu * collectives.get_world_size()
-        with collectives.failing_together(), files.usable(folder):
+        with collectives.failing_together(), files.disk_errors(folder):
             normalization = config.INPUT.MEAN, config.INPUT.STD
             log = RunLog(folder, args.epochs, args.log_freq, *normalization, device, images, seen)
     with stopping.StopSignals():  # a signal after the last step takes no result away
@@ -527,7 +527,7 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
             with closing(log), checkpointing.StopRequest(checkpoint_path(args)) as ending:
                 train(probe, source, start, sums, args, log, ending, run, datasets[0].classes)
         if collectives.is_main_process():
-            with files.usable(folder):
+            with files.disk_errors(folder):
                 report(probe, args, run)
                 (folder / FEATURES).unlink(missing_ok=True)
 

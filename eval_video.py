@@ -248,7 +248,7 @@ def main(args: argparse.Namespace) -> None:
     config = network_config(args)
     augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS, config.INPUT.RANGE)
-    with files.sole_run(args.output_dir, "masks"):
+    with files.lock_folder(args.output_dir, "masks"):
         write_masks(args, config, video, device)
 
 
@@ -264,7 +264,7 @@ def write_masks(args: argparse.Namespace, config: CfgNode, video: Video, device:
     done = 0
     with launch.stop_on_interrupt(lambda: f"after {done} of {len(written)} masks, which {args.output_dir} has"):
         for path, mask in zip(written, tqdm(masks, total=len(written), disable=None)):
-            with files.usable(args.output_dir):
+            with files.disk_errors(args.output_dir):
                 files.write_new([path], partial(mask.save, format="png"))
             done += 1
     logger.info("wrote %d masks to %s", len(written), args.output_dir)

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from checkpoints import files
-from checkpoints.loading import load_backbone, write_file
+from checkpoints.loading import load_backbone
+from checkpoints.serialization import write_file
 from config import arguments
 from distributed import collectives, launch
 from evaluation.features import network_config
@@ -87,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     report = load_backbone(backbone, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
     logger.info("%s: %s", args.pretrained_weights, report)
     drop_class_tokens(backbone, CLASS_TOKENS[args.class_tokens])
-    with files.usable(args.output, "--output"):
+    with files.disk_errors(args.output, "--output"):
         write(backbone, args.format, args.output, config)
     logger.info("wrote %s (%s, %.1f MB)", args.output, args.format, args.output.stat().st_size / 1e6)
 
@@ -150,7 +151,7 @@ def _write_new(output: Path, writer: Callable[[Path], object]) -> None:
     Raises:
         UsageError: it has, or the disk refuses.
     """
-    with files.usable(output, "--output"):
+    with files.disk_errors(output, "--output"):
         try:
             files.write_new([output], writer)
         except safetensors.SafetensorError as error:  # which it makes of what the disk says

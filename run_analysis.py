@@ -174,7 +174,7 @@ def vis_attention(lab: Lab) -> None:
             drawing, single = attention_of(lab, picture, block, token)
             what = "attention" if token == "cls" else f"attention_{token}"
             save_drawing(lab, drawing, f"{picture.name}_{what}")
-            with files.usable(lab.folder):
+            with files.disk_errors(lab.folder):
                 folder = unused(lab.output(f"{picture.name}_{what}_heads"))
                 folder.mkdir()
                 for name, image in single.items():
@@ -183,7 +183,7 @@ def vis_attention(lab: Lab) -> None:
 
 def save_drawing(lab: Lab, drawing: pictures.Drawing, name: str) -> None:
     """The drawing as one picture, and the figures behind it, if any, as JSON."""
-    with files.usable(lab.folder):
+    with files.disk_errors(lab.folder):
         _say(save_image(pictures.on_one_page(drawing), lab.output(f"{name}.png")))
     if drawing.record:
         save_record(lab, drawing.record, lab.output(f"{name}.json"))
@@ -191,7 +191,7 @@ def save_drawing(lab: Lab, drawing: pictures.Drawing, name: str) -> None:
 
 def save_record(lab: Lab, record: Mapping[str, Any], path: Path) -> None:
     """The figures of a task as JSON."""
-    with files.usable(lab.folder):
+    with files.disk_errors(lab.folder):
         _say(save_json(record, path))
 
 
@@ -242,7 +242,7 @@ def views_of(lab: Lab, picture: Picture) -> Views:
     if lab.args.use_saved_aug:
         return saved_views(path, picture, lab.in_chans)
     views = random_views(picture, lab.args.seed)
-    with files.usable(lab.folder):
+    with files.disk_errors(lab.folder):
         write_new(path, lambda place: save_views(views, place))
     return views
 
@@ -341,7 +341,7 @@ def vis_entropy(lab: Lab) -> None:
         uniform = [heads[0] for heads in by_head]
         print("entropy of attention by block, in bits:", " ".join(f"{sum(heads) / len(heads):.3f}" for heads in values))
         png = plots.as_png(plots.entropy_plot(values, uniform, lab.backbone.stage_depths))
-        with files.usable(lab.folder):
+        with files.disk_errors(lab.folder):
             _say(write_new(lab.output("entropy.png"), lambda place: place.write_bytes(png)))
         record = {"bits_by_block_and_head": values, "bits_of_uniform_attention": uniform}
         save_record(lab, record, lab.output("entropy.json"))
@@ -418,7 +418,7 @@ def report(lab: Lab) -> None:
     }
     title = f"Report on {run_dir.resolve().name}"
     page = pages.build_report(title, facts, run_dir, lab.folder, sections)
-    with files.usable(lab.folder):  # names of files need not be UTF-8
+    with files.disk_errors(lab.folder):  # names of files need not be UTF-8
         _say(write_new(lab.folder / "report.html", lambda place: place.write_text(page, "utf-8", "backslashreplace")))
 
 

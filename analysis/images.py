@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 
 import data
 from checkpoints.files import numbered
-from checkpoints.loading import load_file, write_file
+from checkpoints.serialization import load_file, write_file
 from data.datasets import REPLACEMENT_TRIES, reason_of
 from data.decode import ImageLike, UndeclaredRange, decode_image
 from data.layouts.sources import Files, Source
@@ -211,7 +211,7 @@ def random_views(picture: Picture, seed: int) -> Views:
 
 
 def save_views(views: Views, path: Path) -> None:
-    """Keep two views for another network; see `checkpoint.write_file`."""
+    """Keep two views for another network; see `serialization.write_file`."""
     content = {"first": views.first_CHW, "second": views.second_CHW, "made": views.made, "digest": views.digest}
     write_file(content, path)
 

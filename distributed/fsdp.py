@@ -59,14 +59,14 @@ def units(network: Backbone) -> Iterator[nn.Module]:
     yield from (part for part in (network.head_dense, network.srs) if part is not None)
 
 
-def exchange_gradients(network: nn.Module, wanted: bool) -> None:
+def set_gradient_sync(network: nn.Module, wanted: bool) -> None:
     """Whether the next backward of a sharded network averages gradients over processes; others are left as they are."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(wanted)
 
 
 @contextlib.contextmanager
-def gathered(*networks: nn.Module) -> Iterator[None]:
+def unsharded(*networks: nn.Module) -> Iterator[None]:
     """In the block sharded networks are whole in every process, which calls them (or their parts) as often as it likes.
 
     Outside it calls are exchanges that all processes make equally often, through the network's `forward`. No gradients inside.
@@ -83,7 +83,7 @@ def gathered(*networks: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(True, recurse=False)
 
 
-def forget_forwards(network: nn.Module) -> None:
+def reset_forward_state(network: nn.Module) -> None:
     """Drop what torch notes of each forward for a backward, which a teacher never has: it would grow with every step."""
     if isinstance(network, FSDPModule) and hasattr(network, "reset_iter_state"):  # not in older releases of torch
         network.reset_iter_state()
@@ -111,14 +111,14 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return collectives.all_reduce_sum(squares).sqrt_().to(of_shares.dtype)
 
 
-def placed_like(own: Any, whole: Any) -> Any:
+def shard_like(own: Any, whole: Any) -> Any:
     """A whole value, equal in every process, cut as `own` is cut; anything else as it is. No process talks to another."""
     if not isinstance(own, DTensor) or not isinstance(whole, Tensor) or own.shape != whole.shape:
         return whole
     return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def whole_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
+def full_state_dict(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
     """The state dict of a network or an optimizer with every tensor whole, those that were shared out on the CPU.
 
     All processes must call this together; the main one gets the tensors, the others None in their places.

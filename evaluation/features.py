@@ -25,7 +25,8 @@ from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoints.loading import load_backbone, load_file, saved_config
+from checkpoints.loading import load_backbone
+from checkpoints.serialization import load_file, saved_config
 from config.loading import load_config
 from data.datasets import Transform
 from data.layouts.lists import keep_listed

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from checkpoints import loading
+from checkpoints import layouts, loading, serialization
 from data.loader import Batch, FailureTally, in_groups, set_epoch
 from distributed import collectives
 from distributed.ddp import SYNC_BUFFERS
@@ -111,7 +111,7 @@ def projection_layers(path: str, key: str, token: int, count: int, width: int) -
     Raises:
         UsageError: no such head in the file, fewer hidden layers, layers with BatchNorm, or of another width.
     """
-    tensors = loading.network_state(loading.load_file(path), key, path).tensors
+    tensors = layouts.network_state(serialization.load_file(path), key, path).tensors
     source = f"checkpoint '{path}'"
     mlp = f"head.{token}.mlp" if any(name.startswith(f"head.{token}.") for name in tensors) else "head.mlp"
     if f"{mlp}.1.weight" in tensors:
@@ -383,7 +383,7 @@ def save_run(
         FloatingPointError: see `checkpoint.check_finite`.
     """
     rng_of_rank = collectives.all_gather_objects(utils.get_rng_state())
-    loading.check_finite(**{name: network.state_dict() for name, network in tuner.networks().items()})
+    serialization.check_finite(**{name: network.state_dict() for name, network in tuner.networks().items()})
     if not collectives.is_main_process():
         return ""
     best = progress.best
@@ -442,7 +442,7 @@ def resume_run(output_dir: Path, tuner: FineTuner, identity: Mapping[str, Any], 
         raise UsageError(f"{source} was made with --model_ema {flag}; pass that, or choose another --output_dir")
     for key, network in tuner.networks().items():
         with reading(key, path):
-            loading.load_network(network, loading.NetworkState(content[key], "full checkpoint", key), source)
+            loading.load_network(network, layouts.NetworkState(content[key], "full checkpoint", key), source)
     optim.load_own_moments(tuner.optimizer, content["optimizer"], source)
     with reading("fp16_scaler", path):
         if tuner.scaler.is_enabled() and content.get("fp16_scaler"):

@@ -63,7 +63,7 @@ class KnnProbe:
         if (epoch + 1) % self.every:
             return {}
         functions = {name: self._features_of(network) for name, network in self.networks.items()}
-        with _untouched(*self.networks.values()), fsdp.gathered(*self.networks.values()):
+        with _untouched(*self.networks.values()), fsdp.unsharded(*self.networks.values()):
             parts = [
                 extract_features(loader, functions, self.device, torch.device("cpu"), "k-NN") for loader in self.loaders
             ]

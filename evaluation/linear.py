@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import loading
+from checkpoints import loading, serialization
 from distributed import collectives
 from evaluation.features import FeatureSource
 from models import Backbone
@@ -173,13 +173,13 @@ class Probe:
             FloatingPointError: all of them have.
         """
         weights = [classifier.state_dict() for classifier in self.classifiers.each]
-        finite = [row for row, state in enumerate(weights) if not any(loading.nonfinite(state))]
+        finite = [row for row, state in enumerate(weights) if not any(serialization.nonfinite(state))]
         if not finite:
             raise FloatingPointError("no classifier has finite weights any more, nothing is saved; lower --lr")
         kept = self.best if self.best in finite else max(finite, key=self._accuracy)
         state = {
             "epoch": epoch + 1,
-            "state_dict": loading.prefixed(weights[kept]),
+            "state_dict": loading.add_module_prefix(weights[kept]),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "best_acc": self.table[kept]["best_acc1"] or 0.0,
@@ -335,7 +335,7 @@ def load_classifier(path: Path, channels_alternate: int = 0) -> SavedClassifier:
     Raises:
         UsageError: see `checkpoint.load_file`; no linear layer in the file, or one of other shapes.
     """
-    content = loading.load_file(path)
+    content = serialization.load_file(path)
     state = content.get("state_dict", content)
     if isinstance(state, dict):
         state = {str(name).removeprefix(loading.PREFIX): tensor for name, tensor in state.items()}

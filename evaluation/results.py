@@ -95,7 +95,7 @@ def write_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> W
         return Written(save_json(whole, path), changed=True)
     if read_json(path) == whole:
         return Written(path, changed=False)
-    with files.whole_file(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(whole, indent=2) + "\n")
     return Written(path, changed=True)
 
@@ -104,10 +104,10 @@ def add_results(folder: Path, evaluation: str, record: Mapping[str, Any]) -> Wri
     """Write results that belong to no run: under a new number, unless the last ones are the same.
 
     Raises:
-        UsageError: the disk refuses, see `files.usable`.
+        UsageError: the disk refuses, see `files.disk_errors`.
     """
     whole, last = {"evaluation": evaluation} | dict(record), newest(folder / FILE)
     if last is not None and read_json(last) == whole:
         return Written(last, changed=False)
-    with files.usable(folder):
+    with files.disk_errors(folder):
         return Written(save_json(whole, folder / FILE), changed=True)

@@ -113,32 +113,34 @@ class UDILoss(SelfDistillation):
 
     def _class_level(self, views_VBK: Logits, local_LBK: Logits, cls_VBK: Logits, epoch: int) -> dict[str, Tensor]:
         """Global views learn from each other, local ones from both."""
-        teacher = _per_image(cls_VBK)
-        views, batch = _shape(cls_VBK)
-        flipped = self._numbers(views).flip(0)[:, None]
+        teacher = _images_first(cls_VBK)
+        views, batch = _leading_shape(cls_VBK)
+        flipped = self._arange(views).flip(0)[:, None]
         terms = {
-            "g_cl": self.cross_entropy(_per_image(views_VBK), teacher, self._even(flipped, batch), self.center, epoch)
+            "g_cl": self.cross_entropy(
+                _images_first(views_VBK), teacher, self._uniform_targets(flipped, batch), self.center, epoch
+            )
         }
-        if _shape(local_LBK)[0]:
-            both = self._numbers(views).expand(_shape(local_LBK)[0], -1)
+        if _leading_shape(local_LBK)[0]:
+            both = self._arange(views).expand(_leading_shape(local_LBK)[0], -1)
             terms["l_cl"] = self.cross_entropy(
-                _per_image(local_LBK), teacher, self._even(both, batch), self.center, epoch
+                _images_first(local_LBK), teacher, self._uniform_targets(both, batch), self.center, epoch
             )
         return terms
 
     def _plus_level(self, student: StudentLevels, teacher: TeacherLevels, epoch: int) -> dict[str, Tensor]:
         assert student.plus_VBK is not None
-        blend = self._from_mixed_logits if self.target_mix == "logits" else self._from_mixed_probs
+        blend = self._plus_term_logits if self.target_mix == "logits" else self._plus_term_probs
         assert teacher.patch_VBSK is not None
         assert teacher.valid_VBS is not None
         # As for local views: pairs of a student's view and the only other one.
         patches, valid = changed(teacher.patch_VBSK, lambda x: x[:, None]), teacher.valid_VBS[:, None]
-        other_VV = self._numbers(TEACHER_VIEWS).flip(0)[:, None]
+        other_VV = self._arange(TEACHER_VIEWS).flip(0)[:, None]
         terms = {"g_mcl": blend(student.plus_VBK, patches, valid, teacher.cls_VBK, other_VV, epoch)}
-        if student.local_plus_LBK is not None and _shape(student.local_plus_LBK)[0]:
+        if student.local_plus_LBK is not None and _leading_shape(student.local_plus_LBK)[0]:
             assert teacher.local_patch_LVBSK is not None
             assert teacher.local_valid_LVBS is not None
-            both_LV = self._numbers(TEACHER_VIEWS).expand(_shape(student.local_plus_LBK)[0], -1)
+            both_LV = self._arange(TEACHER_VIEWS).expand(_leading_shape(student.local_plus_LBK)[0], -1)
             local = teacher.local_patch_LVBSK, teacher.local_valid_LVBS
             terms["l_mcl"] = blend(student.local_plus_LBK, *local, teacher.cls_VBK, both_LV, epoch)
         return terms
@@ -149,26 +151,26 @@ class UDILoss(SelfDistillation):
         assert teacher.patch_VBSK is not None
         assert teacher.valid_VBS is not None
         valid_GS = teacher.valid_VBS.flatten(0, 1).to(self.center.dtype)
-        rows_GS1 = self._numbers(valid_GS.shape[1]).expand_as(valid_GS)[..., None]
-        targets = Targets(rows_GS1, _shares(valid_GS)[..., None])
-        compared = _flat(student.patch_VBSK, 2), _flat(teacher.patch_VBSK, 2)
+        rows_GS1 = self._arange(valid_GS.shape[1]).expand_as(valid_GS)[..., None]
+        targets = Targets(rows_GS1, _valid_weights(valid_GS)[..., None])
+        compared = _flatten(student.patch_VBSK, 2), _flatten(teacher.patch_VBSK, 2)
         terms = {"g_pch": self.cross_entropy(*compared, targets, self.center_patch, epoch)}
-        if student.local_patch_LBSK is not None and _shape(student.local_patch_LBSK)[0]:
+        if student.local_patch_LBSK is not None and _leading_shape(student.local_patch_LBSK)[0]:
             assert teacher.local_patch_LVBSK is not None
             assert teacher.local_valid_LVBS is not None
             valid_GSV = teacher.local_valid_LVBS.movedim(1, -1).flatten(0, 1).to(self.center.dtype)
             samples = valid_GSV.shape[1]
-            columns_SV = self._numbers(samples)[:, None] + samples * self._numbers(TEACHER_VIEWS)
-            targets = Targets(columns_SV.expand_as(valid_GSV), _shares(valid_GSV))
+            columns_SV = self._arange(samples)[:, None] + samples * self._arange(TEACHER_VIEWS)
+            targets = Targets(columns_SV.expand_as(valid_GSV), _valid_weights(valid_GSV))
             patches = changed(teacher.local_patch_LVBSK, lambda x: x.movedim(1, 2).flatten(2, 3).flatten(0, 1))
-            compared = _flat(student.local_patch_LBSK, 2), patches
+            compared = _flatten(student.local_patch_LBSK, 2), patches
             terms["l_pch"] = self.cross_entropy(*compared, targets, self.center_patch, epoch)
         return terms
 
-    def _numbers(self, count: int) -> Tensor:
+    def _arange(self, count: int) -> Tensor:
         return torch.arange(count, device=self.center.device)
 
-    def _even(self, rows_XY: Tensor, batch: int) -> Targets:
+    def _uniform_targets(self, rows_XY: Tensor, batch: int) -> Targets:
         """In each image, X student rows learn from Y teacher rows each; every pair of all images counts alike, together 1."""
         weights = self.center.new_full((batch, *rows_XY.shape), 1 / (batch * rows_XY.numel()))
         return Targets(rows_XY.expand(batch, -1, -1), weights)
@@ -188,33 +190,33 @@ class UDILoss(SelfDistillation):
             return mean._replace(bottleneck=alpha * mean.bottleneck + (1 - alpha) * rows)
         return alpha * materialize(mean) + (1 - alpha) * at_least_float32(materialize(cls).detach())
 
-    def _from_mixed_logits(
+    def _plus_term_logits(
         self, student_XBK: Logits, patches: Logits, valid: Tensor, cls_VBK: Logits, views_XY: Tensor, epoch: int
     ) -> Tensor:
         """The second token's term: X views of a student learn from Y views of the teacher each, those that `views_XY` names."""
         mixed_XYBK = self.mixed_logits(patches, valid, changed(cls_VBK, lambda x: x[views_XY]))
-        columns_XY = self._numbers(views_XY.numel()).view_as(views_XY)
-        targets = self._even(columns_XY, _shape(cls_VBK)[1])
+        columns_XY = self._arange(views_XY.numel()).view_as(views_XY)
+        targets = self._uniform_targets(columns_XY, _leading_shape(cls_VBK)[1])
         return self.cross_entropy(
-            _per_image(student_XBK), _per_image(_flat(mixed_XYBK, 2)), targets, self.center_plus, epoch
+            _images_first(student_XBK), _images_first(_flatten(mixed_XYBK, 2)), targets, self.center_plus, epoch
         )
 
-    def _from_mixed_probs(
+    def _plus_term_probs(
         self, student_XBK: Logits, patches: Logits, valid: Tensor, cls_VBK: Logits, views_XY: Tensor, epoch: int
     ) -> Tensor:
         """The same where probabilities are blended: each part keeps its own center, and the cross-entropy is linear in them."""
-        student, (batch, samples) = _per_image(student_XBK), valid.shape[2:]
+        student, (batch, samples) = _images_first(student_XBK), valid.shape[2:]
         pairs = views_XY.numel()
         alpha_BXY = self._alpha(valid).movedim(-1, 0)
         valid = valid.to(self.center.dtype)
         shares_XYBS = valid / (valid.sum(dim=-1, keepdim=True) + EPSILON)
         weights_BXYS = alpha_BXY[..., None] * shares_XYBS.movedim(2, 0) / (batch * pairs)
-        rows_XM = self._numbers(pairs * samples).view(len(views_XY), -1)
+        rows_XM = self._arange(pairs * samples).view(len(views_XY), -1)
         targets = Targets(rows_XM.expand(batch, -1, -1), weights_BXYS.flatten(2))
         rows = changed(patches, lambda x: x.movedim(2, 0).flatten(1, 3))
         of_patches = self.cross_entropy(student, rows, targets, self.center_patch, epoch)
         targets = Targets(views_XY.expand(batch, -1, -1), (1 - alpha_BXY) / (batch * pairs))
-        return of_patches + self.cross_entropy(student, _per_image(cls_VBK), targets, self.center, epoch)
+        return of_patches + self.cross_entropy(student, _images_first(cls_VBK), targets, self.center, epoch)
 
     # ----------------------------------------------------------------- centers
 
@@ -222,15 +224,15 @@ class UDILoss(SelfDistillation):
     def accumulate_center(self, teacher: TeacherLevels) -> None:
         """Add a micro-batch of teacher logits to the next centers; samples that are not valid have no weight."""
         with torch.autocast(self.center.device.type, enabled=False):
-            self._accumulate("center", _flat(teacher.cls_VBK, 2))
+            self._accumulate("center", _flatten(teacher.cls_VBK, 2))
             if teacher.patch_VBSK is None:
                 return
             for patches, valid, cls in self._pairs_with_patches(teacher):
                 if valid.numel():
                     if self.target_mix == "logits":
                         mixed = self.mixed_logits(patches, valid, cls)
-                        self._accumulate("center_plus", _flat(mixed, valid.ndim - 1))
-                    self._accumulate("center_patch", _flat(patches, valid.ndim), valid.flatten())
+                        self._accumulate("center_plus", _flatten(mixed, valid.ndim - 1))
+                    self._accumulate("center_patch", _flatten(patches, valid.ndim), valid.flatten())
 
     def _pairs_with_patches(self, teacher: TeacherLevels) -> list[tuple[Logits, Tensor, Logits]]:
         """Patches, their validity and the class tokens beside them, of the global views and of the local ones."""
@@ -250,22 +252,22 @@ class UDILoss(SelfDistillation):
 
         `features`: of the teacher's backbone, by level.
         """
-        views, batch = _shape(teacher.cls_VBK)
+        views, batch = _leading_shape(teacher.cls_VBK)
         images_N = evenly_spaced(batch, MONITORED_ROWS // views, self.center.device)
         here_N, there_N = torch.cat([images_N, batch + images_N]), torch.cat([batch + images_N, images_N])
-        cls = _flat(student.cls_VBK, 2), here_N, _flat(teacher.cls_VBK, 2), there_N
+        cls = _flatten(student.cls_VBK, 2), here_N, _flatten(teacher.cls_VBK, 2), there_N
         found = {"cls": self._monitored(*cls, self.center, epoch, features["cls"], "g_cl")}
         if teacher.patch_VBSK is None or teacher.valid_VBS is None:
             return found
         if student.plus_VBK is not None:
             patches, valid, beside = self._pairs_with_patches(teacher)[0]
-            mixed = _flat(self.mixed_logits(patches, valid, beside), 2)
-            plus = _flat(student.plus_VBK, 2), here_N, mixed, here_N
+            mixed = _flatten(self.mixed_logits(patches, valid, beside), 2)
+            plus = _flatten(student.plus_VBK, 2), here_N, mixed, here_N
             found["cls+"] = self._monitored(*plus, self.center_plus, epoch, features["cls+"], "g_mcl")
         if student.patch_VBSK is not None:
             valid_first = teacher.valid_VBS.flatten().float().argsort(descending=True, stable=True)
             some_N = valid_first[:MONITORED_ROWS]
-            patch = _flat(student.patch_VBSK, 3), some_N, _flat(teacher.patch_VBSK, 3), some_N
+            patch = _flatten(student.patch_VBSK, 3), some_N, _flatten(teacher.patch_VBSK, 3), some_N
             found["patch"] = self._monitored(*patch, self.center_patch, epoch, features["patch"], "g_pch")
         return found
 
@@ -279,22 +281,22 @@ def masked_mean(logits: Logits, valid: Tensor) -> Logits:
     return logits._replace(bottleneck=mean) if isinstance(logits, FactoredLogits) else mean
 
 
-def _shares(valid: Tensor) -> Tensor:
+def _valid_weights(valid: Tensor) -> Tensor:
     """What each valid sample counts of a mean over those of all processes, whose losses are averaged; the release: of its own."""
     processes = get_world_size()
     return valid * processes / all_reduce_sum(valid.sum()).clamp(min=1)
 
 
-def _per_image(logits_XBK: Logits) -> Logits:
+def _images_first(logits_XBK: Logits) -> Logits:
     return changed(logits_XBK, lambda x: x.movedim(1, 0))
 
 
-def _flat(logits: Logits, axes: int) -> Logits:
+def _flatten(logits: Logits, axes: int) -> Logits:
     """The first `axes` axes as one."""
     return changed(logits, lambda x: x.flatten(0, axes - 1))
 
 
-def _shape(logits: Logits) -> tuple[int, int]:
+def _leading_shape(logits: Logits) -> tuple[int, int]:
     """The first two axes."""
     rows = logits.bottleneck if isinstance(logits, FactoredLogits) else logits
     return rows.shape[0], rows.shape[1]

@@ -75,7 +75,7 @@ def train(arch: str, precision: str, *flags: str) -> tuple[list[dict[str, float]
     noted = getattr(loading.unwrap(method.teacher), "_get_fsdp_state", lambda: None)()
     assert noted is None or not noted._comm_ctx.post_forward_order
     networks = {"student": method.student, "teacher": method.teacher}
-    state = {name: fsdp.whole_state(network) for name, network in networks.items()}
+    state = {name: fsdp.full_state_dict(network) for name, network in networks.items()}
     state["student"] = {name.removeprefix("module."): value for name, value in state["student"].items()}
     return scalars, state | {"centers": copy.deepcopy(method.criterion.state_dict())}, features
 
@@ -85,7 +85,7 @@ def features_of(method: Method) -> list[Tensor]:
     found = []
     for network in (loading.unwrap(method.student), loading.unwrap(method.teacher)):
         assert isinstance(network, Backbone)
-        with fsdp.gathered(network), torch.no_grad():
+        with fsdp.unsharded(network), torch.no_grad():
             network.eval()
             for _ in range(collectives.get_rank() + 1):
                 features = network.forward_features(torch.ones(1, 3, 64, 64)).view_BC

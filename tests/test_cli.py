@@ -304,7 +304,7 @@ def images(tmp_path: Path) -> str:
         (["--dataset", "openimages_v4", "--tsv_mode"], "--tsv_mode and --dataset openimages_v4 name different layouts"),
         (["--dataset", "birds"], "birds' does not exist"),
         (["--dataset", "n" * 300], r"--data_path .*n cannot be looked at \(File name too long\)"),
-        (["--output_dir", "a\udcff"], r"--output_dir 'a\\udcff' is no text in UTF-8"),
+        (["--output_dir", "a\udcff"], r"--output_dir 'a\\udcff' is not UTF-8"),
         (["--pretrained_weights_ckpt", "no.pth"], "'no.pth' does not exist"),
         (["--use_mixup", "on", "--batch_size_per_gpu", "3"], "must be even"),
         (["--use_mixup", "on", "--smoothing", "0.1"], "--smoothing"),
@@ -359,7 +359,7 @@ def test_checkpoint_of_another_network(images: str, tmp_path: Path) -> None:
         weights,
     ]
     wider = [*TINY_SWIN, "MODEL.SPEC.DIM_EMBED", "24"]
-    with pytest.raises(UsageError, match=r"another network: .* has shape .* check --arch and --cfg"):
+    with pytest.raises(UsageError, match=r"has shape .* check --arch and --cfg"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--seed", "0", *wider]))
 
 

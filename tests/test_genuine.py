@@ -19,7 +19,7 @@ from conftest import relative_error
 from genuine_runs import GENUINE, NAMES, STEPS, GenuineRun, probe_images
 from torch import nn
 
-from checkpoints import layouts, loading
+from checkpoints import layouts, loading, serialization
 from models import build_model
 from training import checkpointing
 from utils import UsageError
@@ -40,7 +40,7 @@ def assert_same_numbers(run: GenuineRun, told: list[dict[str, float]], network: 
     for key in [key for key in run.golden if key.startswith("terms/")]:
         np.testing.assert_allclose([step[key.removeprefix("terms/")] for step in told], run.golden[key], rtol=LOSS)
     theirs = after(run, who)
-    published = loading.load_file(run.path)[who]
+    published = serialization.load_file(run.path)[who]
     names = layouts.parameter_names(network, published)
     ours = dict(network.named_parameters())
     compared = {name.removeprefix("module."): ours[our_name] for name, our_name in names.items() if our_name}
@@ -112,7 +112,7 @@ def test_our_file_of_a_genuine_run_holds_the_names(tmp_path: Path) -> None:
     run.go_on(step, 2, 3)
     assert checkpointing.save_run(tmp_path, step, checkpointing.RunPosition(3), 0, run.args, run.config) == ""
     whole = run.go_on(step, 3, 4)
-    content = loading.load_file(tmp_path / "checkpoint.pth")
+    content = serialization.load_file(tmp_path / "checkpoint.pth")
     groups = content["optimizer"]["param_groups"]
     student = dict(step.method.student.named_parameters())
     assert sorted(name for group in groups for name in group["param_names"]) == sorted(student)
@@ -140,8 +140,8 @@ def rewritten(path: Path, old: bytes, new: bytes, out: Path) -> Path:
 def test_older_spelling_of_numpy(tmp_path: Path) -> None:
     """Files written with numpy 1 name the constructor of its scalars otherwise; floats of all sizes occur."""
     old = rewritten(GENUINE / "dino_vit.pth", b"numpy._core.multiarray", b"numpy.core.multiarray", tmp_path / "old.pth")
-    group = loading.load_file(old)["optimizer"]["param_groups"][0]
-    assert group["lr"] == loading.load_file(GENUINE / "dino_vit.pth")["optimizer"]["param_groups"][0]["lr"]
+    group = serialization.load_file(old)["optimizer"]["param_groups"][0]
+    assert group["lr"] == serialization.load_file(GENUINE / "dino_vit.pth")["optimizer"]["param_groups"][0]["lr"]
     values = [
         np.float16(0.5),
         np.float32(0.1),
@@ -152,7 +152,7 @@ def test_older_spelling_of_numpy(tmp_path: Path) -> None:
         np.bool_(True),
     ]
     torch.save({"values": values}, tmp_path / "scalars.pth")
-    read = loading.load_file(tmp_path / "scalars.pth")["values"]
+    read = serialization.load_file(tmp_path / "scalars.pth")["values"]
     assert [(value.dtype, value) for value in read] == [(value.dtype, value) for value in values]
 
 
@@ -184,7 +184,7 @@ def test_nothing_else_of_numpy_or_python_is_read(
 ) -> None:
     torch.save({"teacher": {}, "args": argparse.Namespace(x=value)}, tmp_path / "file.pth")
     with pytest.raises(UsageError, match=r"file\.pth"):
-        loading.load_file(tmp_path / "file.pth")
+        serialization.load_file(tmp_path / "file.pth")
     assert "executed" not in capsys.readouterr().out
 
 
@@ -194,7 +194,7 @@ def test_cut_anywhere(share: float, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth").write_bytes(content[: int(share * len(content))])
     run = GenuineRun("dino_vit")
     with pytest.raises(UsageError, match=r"checkpoint\.pth"):
-        loading.load_file(tmp_path / "checkpoint.pth")
+        serialization.load_file(tmp_path / "checkpoint.pth")
     with pytest.raises(UsageError, match=r"checkpoint\.pth"):
         checkpointing.resume_run(tmp_path / checkpointing.CHECKPOINT, run.build_step().load_state_dict, run.args)
 
@@ -255,7 +255,7 @@ WRONG = [
 )
 def test_wrong_fields_are_named(where: str, value: Any, named: str, tmp_path: Path) -> None:
     run = GenuineRun("dino_vit")
-    content = loading.load_file(run.path)
+    content = serialization.load_file(run.path)
     change(content, where, value)
     torch.save(content, tmp_path / "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()

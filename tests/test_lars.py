@@ -68,7 +68,7 @@ def test_steps_are_those_of_the_equations(decay: float, dtype: torch.dtype, tole
                 weights[i], mus[i] = by_hand(weights[i], g.double(), mus[i], lr, decay)
             elif g is not None:
                 g.view(-1)[i % 2] = float("inf") if i % 2 else float("nan")
-        optim.step_where(optimizer, torch.tensor(not bad))
+        optim.step_if(optimizer, torch.tensor(not bad))
         for p, w, mu in zip(net.parameters(), weights, mus):
             torch.testing.assert_close(p.detach().double(), w, rtol=tolerance, atol=tolerance)
             ours = optimizer.state[p].get("mu", torch.zeros_like(p))
@@ -85,7 +85,7 @@ def test_a_held_back_step_changes_nothing() -> None:
         for group in optimizer.param_groups:
             group.update(lr=0.1, weight_decay=0.1)
         before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-        optim.step_where(optimizer, torch.tensor(applied))
+        optim.step_if(optimizer, torch.tensor(applied))
         pairs = [(net.state_dict()[name], value) for name, value in before[0].items()]
         state = optimizer.state_dict()["state"]
         pairs += [(state[i]["mu"], of_one["mu"]) for i, of_one in before[1]["state"].items()]
@@ -99,11 +99,11 @@ def test_the_first_step_may_be_held_back_and_a_plain_step_is_applied() -> None:
     optimizers = [LARS(model.parameters(), lr=1.0) for model in (held, plain)]
     for parameter in held.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    optim.step_where(optimizers[0], torch.tensor(False))
+    optim.step_if(optimizers[0], torch.tensor(False))
     for ours, other in zip(held.parameters(), plain.parameters()):
         assert torch.equal(ours, other)
         ours.grad, other.grad = torch.ones_like(ours), torch.ones_like(ours)
-    optim.step_where(optimizers[0], torch.tensor(True))
+    optim.step_if(optimizers[0], torch.tensor(True))
     optimizers[1].step()
     for ours, other in zip(held.parameters(), plain.parameters()):
         assert torch.equal(ours, other)
@@ -140,7 +140,7 @@ def test_the_host_never_waits_for_the_device() -> None:
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         applied = torch.zeros(()) > 0
-        optim.step_where(optimizer, applied)
+        optim.step_if(optimizer, applied)
         with pytest.raises(DataDependentOutputException):
             applied.item()
     assert len(optimizer.state) == 4

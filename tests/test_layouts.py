@@ -154,7 +154,7 @@ def test_words_before_names(name: str, prefix: str) -> None:
     state = dict(theirs.state_dict())
     for content in (prefixed(prefix, state), {"student": prefixed(prefix, state)}):
         nn.init.zeros_(next(ours.parameters()))
-        report = loading.load_network(ours, loading.network_state(content, "student", "x"), "x")
+        report = loading.load_network(ours, layouts.network_state(content, "student", "x"), "x")
         assert_loaded(ours, state)
         assert report.left_out == 0
 

@@ -22,8 +22,8 @@ HELD: list[object] = []
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "ABANDONED_AFTER", 1.0)
-    monkeypatch.setattr(locks, "POLL", 0.02)
+    monkeypatch.setattr(locks, "LEASE_DURATION", 1.0)
+    monkeypatch.setattr(locks, "POLL_INTERVAL", 0.02)
 
 
 def forked(act: Callable[[], None]) -> int:
@@ -42,7 +42,7 @@ def forked(act: Callable[[], None]) -> int:
 
 
 def hold(folder: Path) -> None:
-    run = files.sole_run(folder, "training")
+    run = files.lock_folder(folder, "training")
     run.__enter__()
     HELD.append(run)
 
@@ -65,7 +65,7 @@ def test_second_run_is_refused_and_told_of_the_first(tmp_path: Path, owner: int)
     """By process, host and time; a stopped owner is one that lives, for it will go on."""
     for number in (signal.SIGCONT, signal.SIGSTOP):
         os.kill(owner, number)
-        with pytest.raises(UsageError) as refused, files.sole_run(tmp_path, "training"):
+        with pytest.raises(UsageError) as refused, files.lock_folder(tmp_path, "training"):
             pytest.fail("two owners")
         for word in (
             f"--output_dir {tmp_path}",
@@ -75,7 +75,7 @@ def test_second_run_is_refused_and_told_of_the_first(tmp_path: Path, owner: int)
         ):
             assert word in str(refused.value)
     os.kill(owner, signal.SIGCONT)
-    with files.sole_run(tmp_path, "masks"):  # other files
+    with files.lock_folder(tmp_path, "masks"):  # other files
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             ".masks.lock",
             ".masks.since",
@@ -89,8 +89,8 @@ def test_dead_owner_gives_way_at_once_and_is_told(tmp_path: Path, capsys: pytest
     child = forked(lambda: hold(tmp_path))
     bury(child)
     begun = time.monotonic()
-    with files.sole_run(tmp_path, "training"):
-        assert time.monotonic() - begun < locks.ABANDONED_AFTER / 2
+    with files.lock_folder(tmp_path, "training"):
+        assert time.monotonic() - begun < locks.LEASE_DURATION / 2
         assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
     assert capsys.readouterr().err.count(f"process {child} on") == 1
     assert os.listdir(tmp_path) == []
@@ -102,7 +102,7 @@ def test_number_of_a_dead_owner_may_be_in_use_again(tmp_path: Path) -> None:
     bury(child)
     marker = tmp_path / ".training.lock"
     marker.write_text(marker.read_text().replace(f"pid={child}\n", f"pid={os.getppid()}\n"))
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         assert locks.lease(marker).pid == os.getpid()
 
 
@@ -111,7 +111,7 @@ def test_child_that_nobody_buries_is_dead(tmp_path: Path) -> None:
     child = forked(lambda: hold(tmp_path))
     os.kill(child, signal.SIGKILL)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
     os.waitpid(child, 0)
 
@@ -129,30 +129,30 @@ def test_owner_on_another_host_is_watched(
         bury(child)
     begun = time.monotonic()
     if alive:
-        with pytest.raises(UsageError, match=f"process {child} on elsewhere"), files.sole_run(tmp_path, "training"):
+        with pytest.raises(UsageError, match=f"process {child} on elsewhere"), files.lock_folder(tmp_path, "training"):
             pytest.fail("two owners")
-        assert time.monotonic() - begun < locks.ABANDONED_AFTER
+        assert time.monotonic() - begun < locks.LEASE_DURATION
         bury(child)
     else:
-        with files.sole_run(tmp_path, "training"):
-            assert time.monotonic() - begun >= locks.ABANDONED_AFTER
+        with files.lock_folder(tmp_path, "training"):
+            assert time.monotonic() - begun >= locks.LEASE_DURATION
             assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
         assert f"process {child} on elsewhere" in capsys.readouterr().err
 
 
 def test_owner_that_died_before_it_could_write_its_name(tmp_path: Path) -> None:
     (tmp_path / ".training.lock").touch()
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
 
 
 def test_run_that_seemed_dead_writes_nothing_more(tmp_path: Path) -> None:
     """Another has taken its folder over meanwhile."""
     (tmp_path / "checkpoint.pth").write_text("of the other")
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         (tmp_path / ".training.lock").unlink()
         child = forked(lambda: hold(tmp_path))
-        with pytest.raises(UsageError, match=f"process {child}"), files.whole_file(tmp_path / "checkpoint.pth"):
+        with pytest.raises(UsageError, match=f"process {child}"), files.atomic_write(tmp_path / "checkpoint.pth"):
             pytest.fail("written by both")
     assert (tmp_path / "checkpoint.pth").read_text() == "of the other"
     assert locks.lease(tmp_path / ".training.lock").pid == child  # which is not released by us
@@ -160,24 +160,24 @@ def test_run_that_seemed_dead_writes_nothing_more(tmp_path: Path) -> None:
 
 
 def test_lock_that_was_lost_with_its_disk_is_renewed(tmp_path: Path) -> None:
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         (tmp_path / ".training.lock").unlink()
-        with files.whole_file(tmp_path / "checkpoint.pth") as temporary:
+        with files.atomic_write(tmp_path / "checkpoint.pth") as temporary:
             temporary.write_text("saved")
         assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
-        time.sleep(2 * locks.ABANDONED_AFTER)  # and its heart beats again
-        assert locks.hold_on(files._held[tmp_path.resolve()])
+        time.sleep(2 * locks.LEASE_DURATION)  # and its heart beats again
+        assert locks.renew(files._held[tmp_path.resolve()])
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
 
 def test_folder_that_a_run_leaves_empty_is_removed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a mistake"), files.sole_run(tmp_path / "a" / "b", "training"):
+    with pytest.raises(UsageError, match="a mistake"), files.lock_folder(tmp_path / "a" / "b", "training"):
         raise UsageError("a mistake")
     assert os.listdir(tmp_path) == []
     (tmp_path / "mine").mkdir()
-    with files.sole_run(tmp_path / "mine", "training"):
+    with files.lock_folder(tmp_path / "mine", "training"):
         pass
-    with files.sole_run(tmp_path / "full", "training"):
+    with files.lock_folder(tmp_path / "full", "training"):
         (tmp_path / "full" / "file").touch()
     assert sorted(os.listdir(tmp_path)) == ["full", "mine"]
 
@@ -190,17 +190,17 @@ def test_disk_that_fills_up_while_a_folder_is_taken(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(UsageError, match="No space left"), files.sole_run(tmp_path / "a" / "b", "training"):
+        with pytest.raises(UsageError, match="No space left"), files.lock_folder(tmp_path / "a" / "b", "training"):
             pass
     assert os.listdir(tmp_path) == []
-    with files.sole_run(tmp_path / "a" / "b", "training"):
+    with files.lock_folder(tmp_path / "a" / "b", "training"):
         pass
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     """Each has a temporary name of its own: the file is that of the last, whole."""
     path = tmp_path / "file"
-    with files.whole_file(path) as first, files.whole_file(path) as second:
+    with files.atomic_write(path) as first, files.atomic_write(path) as second:
         first.write_text("one")
         second.write_text("two, longer")
     assert path.read_text() == "one"

@@ -79,7 +79,7 @@ def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range
                 parameter.grad[..., 0] = float("nan")
         for group, decay in zip(optimizer.param_groups, (0.3, 0.0)):
             group.update(lr=0.05, weight_decay=decay)
-        optim.step_where(optimizer, torch.tensor(seed != bad))
+        optim.step_if(optimizer, torch.tensor(seed != bad))
 
 
 PLAIN = {

@@ -14,7 +14,7 @@ from torch import nn
 
 import main_esvit
 from benchmarks.scaling import Sizes, memory_ddp, memory_fsdp, sent_ddp, sent_fsdp
-from checkpoints import loading
+from checkpoints import serialization
 from distributed import fsdp
 from models.heads import DINOHead
 from training import optim
@@ -30,7 +30,7 @@ def train(out: Path, images: Path, *flags: str, processes: int = 2, batch: int =
     line += ["--data_path", str(images), "--output_dir", str(out), *TINY_SWIN[:-1], "0.0"]
     result = run_script("main_esvit.py", *line, processes=processes)
     assert result.returncode == 0, result.stderr
-    return loading.load_file(out / "checkpoint.pth")
+    return serialization.load_file(out / "checkpoint.pth")
 
 
 def losses_of(run: Path) -> list[float]:
@@ -139,10 +139,10 @@ def test_whole_tensors_pass_as_they_are() -> None:
     optimizer = optim.build_optimizer("adamw", optim.param_groups(network))
     network(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    state = fsdp.whole_state(network)
+    state = fsdp.full_state_dict(network)
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
-    assert fsdp.whole_state(optimizer)["state"].keys() == optimizer.state_dict()["state"].keys()
-    assert fsdp.placed_like(network.weight, state["weight"]) is state["weight"]
+    assert fsdp.full_state_dict(optimizer)["state"].keys() == optimizer.state_dict()["state"].keys()
+    assert fsdp.shard_like(network.weight, state["weight"]) is state["weight"]
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     torch.testing.assert_close(fsdp.norms(gradients), torch.stack([g.norm() for g in gradients]))
 

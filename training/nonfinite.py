@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import utils
-from checkpoints import files, loading
+from checkpoints import files, serialization
 from distributed import collectives
 from utils import logger
 
@@ -41,7 +41,7 @@ class NonFiniteSteps:
         self._scalars: Tensor | None = None  # of this process alone
         self._recent: list[dict[str, float]] = []
 
-    def remember(self, names: Sequence[str], norms: Tensor, scalars: Mapping[str, Tensor], applied: Tensor) -> None:
+    def record(self, names: Sequence[str], norms: Tensor, scalars: Mapping[str, Tensor], applied: Tensor) -> None:
         """Keep the norms of the gradients and this process's scalars of the last step that was not `applied`.
 
         The host does not wait.
@@ -107,7 +107,7 @@ class NonFiniteSteps:
             return ""
         path = files.unused(self.folder / "bad_step.pth")
         try:
-            loading.save_file(content, path)
+            serialization.save_file(content, path)
         except (OSError, RuntimeError) as error:
             return f"; {path} could not be written ({error})"
         return f"; the last batch, its statistics and the norms of all gradients are in {path}"

@@ -1,7 +1,7 @@
 """Parameter groups, schedules, the optimizers, gradient clipping and the teacher's moving average.
 
 Whether a step counts is known on the device alone (`applied`, a boolean scalar tensor): nothing here makes the host wait for it,
-apart from the optimizers that `step_where` names.
+apart from the optimizers that `step_if` names.
 
 Origin: DINO (Caron et al., ICCV 2021), implementation details; EsViT (Li et al., ICLR 2022) appendix.
 """
@@ -57,7 +57,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
         return torch.optim.AdamW(groups, lr=0.0, fused=fused)
     if name == "sgd":
         fused = None if fsdp.is_sharded(parameters) else fused  # torch has no such kernel for shards
-        return _with_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused))
+        return _init_momentum(torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused))
     if name == "lars":
         return LARS(groups)
     raise UsageError(f"unknown optimizer '{name}'; choose one of {', '.join(OPTIMIZERS)}")
@@ -87,7 +87,7 @@ def cosine_schedule(
     return np.concatenate([warmup, cosine])
 
 
-def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _init_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Let each parameter's momentum start at zero: the same numbers as none, and a first step can be held back."""
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
         for parameter in group["params"]:
@@ -164,27 +164,27 @@ def load_moments(
                 )
             if saved:
                 fitted[number] = {
-                    k: _fitted(v, parameter, wanted[k], f"{source}: {k} of {name}") for k, v in saved.items()
+                    k: _check_moment(v, parameter, wanted[k], f"{source}: {k} of {name}") for k, v in saved.items()
                 }
         except UsageError as misfit:
             if not skip_misfits:
                 raise
             logger.warning("%s; --allow_partial lets it start afresh", misfit)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": fitted})
-    _with_momentum(optimizer)
+    _init_momentum(optimizer)
 
 
-def _fitted(value: Any, parameter: Tensor, has_shape: bool, what: str) -> Tensor:
+def _check_moment(value: Any, parameter: Tensor, has_shape: bool, what: str) -> Tensor:
     """A moment where and as its parameter is stored, whose shape it `has`; else it counts steps."""
     shape = parameter.shape if has_shape else torch.Size()
     tensor = torch.as_tensor(value) if isinstance(value, Tensor | int | float) else None
     if tensor is None or tensor.shape != shape or tensor.is_complex():
         found = f"is a {type(value).__name__}" if tensor is None else f"has shape {tuple(tensor.shape)}"
         raise UsageError(f"{what} {found}, this run wants shape {tuple(shape)}; use another file")
-    return _laid_out_like(parameter, fsdp.placed_like(parameter, tensor)) if has_shape else tensor.float()
+    return _match_strides(parameter, fsdp.shard_like(parameter, tensor)) if has_shape else tensor.float()
 
 
-def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+def _match_strides(parameter: Tensor, value: Tensor) -> Tensor:
     """A moment in the memory format of its parameter, which fused optimizers take for granted."""
     if value.stride() == parameter.stride():
         return value
@@ -192,7 +192,7 @@ def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def step_where(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+def step_if(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
     """Step the optimizer where `applied` is true; elsewhere no parameter, moment or step counter changes.
 
     Fused optimizers and LARS read the flag on the device (`found_inf`). SGD on shards, and AdamW and SGD outside `FUSED_DEVICES`,

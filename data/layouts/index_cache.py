@@ -38,7 +38,7 @@ def make_once(path: Path, write: Callable[[BinaryIO], None]) -> bool:
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = locks.lease(path.with_name(f".{path.name}.lock"))
-        locks.take(lock)
+        locks.acquire(lock)
         try:
             if not path.exists():
                 _write_whole(path, write)
