@@ -292,7 +292,7 @@ def images(tmp_path: Path) -> str:
         (["--arch", "swin", "--cfg", "no.yaml"], "no.yaml does not exist"),
         (["--batch_size_per_gpu", "7"], "6 images do not fill one batch of 7 x 1"),
         (["--accum_iter", "4"], "--accum_iter 4"),
-        (["--warmup_epochs", "3"], "3 warm-up epochs do not fit in 2"),
+        (["--warmup_epochs", "3"], "--warmup_epochs 3"),
         (["--local_crops_number", "2", "3"], "must have the same length"),
         (["--precision", "fp16"], "needs a CUDA device"),
         (["--zip_mode"], r"--zip_mode needs train\.zip and train_map\.txt"),

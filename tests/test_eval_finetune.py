@@ -352,7 +352,7 @@ def test_validation_images_are_resized_as_asked(images: Path, tmp_path: Path, in
         (["--batch_size_per_gpu", "3"], "--batch_size_per_gpu 3 must be even"),
         (["--batch_size_per_gpu", "16"], "12 images do not fill one batch of 16 x 1"),
         (["--accum_iter", "4"], "--accum_iter 4"),
-        (["--warmup_epochs", "3"], "3 warm-up epochs do not fit in 2"),
+        (["--warmup_epochs", "3"], "--warmup_epochs 3"),
         (["--aa", "random"], "timm does not take --aa random"),
         (["--pretrained_weights", "no.pth"], r"'no\.pth' does not exist"),
         (["--image_size", "3"], "3 pixels are smaller than a patch of 4"),

@@ -216,7 +216,7 @@ def test_diagnosis_names_terms_tensors_and_images_and_keeps_them(tmp_path: Path)
         assert "2 steps in a row" in words
         assert "view_loss" in words
         assert "lr " in words
-        assert "images of process 0 hold such numbers" in words
+        assert "images of process 0 contain such values" in words
         kept = torch.load(tmp_path / f"bad_step{number}.pth", weights_only=True)
         bad = [name for name, norm in kept["gradient_norms"].items() if not math.isfinite(norm)]
         assert bad
@@ -264,7 +264,7 @@ def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
     finite = [all(math.isfinite(value) for value in scalars.values()) for scalars in kept["scalars"]]
     assert finite == [True, False]
     if what == "images":
-        assert "images of process 1 hold such numbers" in result.stderr
+        assert "images of process 1 contain such values" in result.stderr
         assert kept["view_statistics"][1][2]["not_finite"] == 1
     else:
         assert "not finite were loss, region_loss of process 1 (loss inf)" in result.stderr

@@ -122,7 +122,7 @@ def test_what_does_not_go_with_shards_is_refused(flags: list[str]) -> None:
 
 def test_one_process_is_refused() -> None:
     network: Any = DINOHead(4, 8)
-    with pytest.raises(UsageError, match="this run has one; use torchrun, or leave --fsdp out"):
+    with pytest.raises(UsageError, match="--fsdp needs several processes"):
         fsdp.shard_networks(network, network, torch.device("cpu"))
 
 
@@ -130,7 +130,7 @@ def test_one_process_is_refused() -> None:
 def test_batch_norm_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distributed.collectives.get_world_size", lambda: 2)
     network: Any = DINOHead(4, 8, use_bn=True) if name == "head" else small_network(name)
-    with pytest.raises(UsageError, match="--fsdp takes no network or head with BatchNorm"):
+    with pytest.raises(UsageError, match=r"--fsdp .* BatchNorm"):
         fsdp.shard_networks(network, network, torch.device("cpu"))
 
 

@@ -171,7 +171,7 @@ class TrainStep:
             no_sync = isinstance(student, DistributedDataParallel) and not last
             if monitor and last:
                 self.method.monitor = lambda levels: monitored.update(self.monitor.measure(levels))
-            fsdp.set_gradient_sync(student, wanted=last)
+            fsdp.set_gradient_sync(student, enabled=last)
             with student.no_sync() if no_sync else contextlib.nullcontext():  # type: ignore[operator]
                 with utils.autocast(self.device, self.precision):
                     loss, extra = self.method.compute_loss(views, epoch)
@@ -211,7 +211,7 @@ class TrainStep:
                     "lr": float(self.schedules.lr[iteration]),
                     "precision": self.precision,
                 }
-                self.nonfinite.end(settings, last_views and (lambda: self.method.images(last_views())))
+                self.nonfinite.fail(settings, last_views and (lambda: self.method.images(last_views())))
         if steps:
             self.monitor.check(steps[-1], warmed_up=last_iteration > int(self.schedules.lr.argmax()))
 
