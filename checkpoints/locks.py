@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from filelock import AcquireReturnProxy, SoftFileLease, Timeout
 
 HEARTBEAT_INTERVAL = 5.0  # seconds
 LEASE_DURATION = 60.0  # seconds without a heartbeat; must be the same for all processes
@@ -37,12 +37,15 @@ def lease(path: Path) -> SoftFileLease:
     )
 
 
-def acquire(lock: SoftFileLease, on_busy: Callable[[bool], None] | None = None) -> None:
+def acquire(lock: SoftFileLease, on_busy: Callable[[bool], None] | None = None) -> AcquireReturnProxy:
     """Wait until this process holds the lock.
 
     Args:
         lock: The lock.
         on_busy: Called after each failed attempt, with whether there was a heartbeat since the first one; may raise.
+
+    Returns:
+        A context manager that releases the lock.
 
     Raises:
         OSError: The lock file cannot be written.
@@ -51,9 +54,10 @@ def acquire(lock: SoftFileLease, on_busy: Callable[[bool], None] | None = None) 
     since = time.monotonic()
     while True:
         with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-            return
+            return lock.acquire(timeout=0)
         heartbeat = _last_heartbeat(lock)
+        if heartbeat < 0:
+            continue  # filelock 4.1 removes the lock of a dead owner in one attempt and acquires it in the next
         if heartbeat != seen:
             seen, since = heartbeat, time.monotonic()
         elif lock.owner is None and time.monotonic() - since > LEASE_DURATION:
