@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, read safely, and loaded in full or refused with names."""
+"""Checkpoint files: written atomically, read safely, and loaded in full or rejected with names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def full_checkpoint(net: nn.Module) -> dict[str, object]:
-    """A file as published: prefixed networks and an argparse.Namespace."""
+    """Return content as published: names with prefix and an argparse.Namespace."""
     state = loading.add_module_prefix(net.state_dict())
     return {"student": state, "teacher": state, "epoch": 3, "args": argparse.Namespace(arch="net", lr=0.1)}
 
@@ -51,7 +51,7 @@ def test_round_trip_with_published_namespace(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], value)
 
 
-def test_backbone_leaves_heads_out_and_bare_files_load(tmp_path: Path) -> None:
+def test_backbone_ignores_heads_and_loads_bare_files(tmp_path: Path) -> None:
     net, headless = Net(), Net(head=False)
     serialization.save_file(full_checkpoint(net), tmp_path / "full.pth")
     report = loading.load_backbone(headless, tmp_path / "full.pth")
@@ -75,22 +75,22 @@ def test_backbone_leaves_heads_out_and_bare_files_load(tmp_path: Path) -> None:
     ],
     ids=["shape", "prototypes", "names"],
 )
-def test_another_network_is_refused_and_left_alone(net: nn.Module, message: str) -> None:
+def test_mismatching_network_is_rejected_and_unchanged(net: nn.Module, message: str) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(UsageError, match=message):
         loading.load_network(net, layouts.network_state(Net().state_dict(), "teacher", "x"), "the file")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_missing_key_names_those_that_are_there() -> None:
+def test_error_of_a_missing_key_lists_the_existing_ones() -> None:
     with pytest.raises(UsageError, match=r"has no network 'teacher'; .* student"):
         layouts.network_state({"student": {}, "epoch": 1}, "teacher", "file.pth")
     with pytest.raises(UsageError, match="holds no tensors"):
         layouts.network_state({"epoch": 1}, "teacher", "file.pth")
 
 
-class Sneaky:
-    """Unpickling it would run a command."""
+class RunsCommand:
+    """Runs a command when unpickled."""
 
     def __init__(self, command: str = "true") -> None:
         self.command = command
@@ -109,7 +109,7 @@ def test_damaged_and_foreign_files(tmp_path: Path, kind: str) -> None:
         "empty": b"",
         "text": b"hello, this is no checkpoint",
         "picture": b"\x89PNG\r\n\x1a\n" + bytes(200),
-        "code": pickle.dumps({"teacher": Sneaky()}),
+        "code": pickle.dumps({"teacher": RunsCommand()}),
     }
     if kind == "list":
         torch.save([1, 2], path)
@@ -126,7 +126,7 @@ def test_damaged_and_foreign_files(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("read", [serialization.load_file, lambda path: loading.load_backbone(Net(head=False), path)])
-def test_one_flipped_bit_of_a_weight_is_found_by_every_reader(tmp_path: Path, read: Callable[[Path], object]) -> None:
+def test_flipped_bit_of_a_weight_is_detected_by_every_reader(tmp_path: Path, read: Callable[[Path], object]) -> None:
     path = tmp_path / "file.pth"
     net = Net()
     serialization.save_file(full_checkpoint(net), path)
@@ -135,13 +135,13 @@ def test_one_flipped_bit_of_a_weight_is_found_by_every_reader(tmp_path: Path, re
     place = content.index(net.body.weight.detach().numpy().tobytes()) + 2
     content[place] ^= 1
     path.write_bytes(bytes(content))
-    torch.load(path, weights_only=False)  # torch itself does not see it
+    torch.load(path, weights_only=False)  # torch does not detect it
     with pytest.raises(serialization.DamagedError, match=r"file\.pth' is damaged \(Bad CRC-32") as caught:
         read(path)
     assert str(caught.value).count(str(path)) == 1
 
 
-def test_a_tensor_alone_is_checked_too(tmp_path: Path) -> None:
+def test_flipped_bit_of_a_single_tensor_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "trainfeat.pth"
     features = torch.randn(5, 3)
     serialization.save_file(features, path)
@@ -152,7 +152,7 @@ def test_a_tensor_alone_is_checked_too(tmp_path: Path) -> None:
         serialization.load_tensor(path)
 
 
-def test_files_that_torch_wrote_without_checksums_are_read(tmp_path: Path) -> None:
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
     net, before = Net(), torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -165,7 +165,7 @@ def test_files_that_torch_wrote_without_checksums_are_read(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path, value: float) -> None:
+def test_nonfinite_weights_are_neither_saved_nor_loaded(tmp_path: Path, value: float) -> None:
     net = Net()
     serialization.check_finite(student=net.state_dict())
     net.body.weight.data[1, 2] = value
@@ -179,8 +179,8 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path
     assert torch.equal(loaded.body.bias, before)
 
 
-def test_the_config_of_original_swin_files_is_no_obstacle(tmp_path: Path) -> None:
-    """They hold their yacs config beside the network; one that smuggles code in is refused all the same."""
+def test_files_of_swin_with_their_yacs_config(tmp_path: Path) -> None:
+    """The config is read, but not if it contains code."""
     net, path = Net(), tmp_path / "swin.pth"
     config = CfgNode({"MODEL": {"TYPE": "swin", "SWIN": {"DEPTHS": [2, 2, 6, 2]}}, "DATA": {"IMG_SIZE": 224}})
     config.freeze()
@@ -198,7 +198,7 @@ def test_the_config_of_original_swin_files_is_no_obstacle(tmp_path: Path) -> Non
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in net.state_dict().items())
     assert serialization.load_file(path)["config"]["MODEL"]["SWIN"]["DEPTHS"] == [2, 2, 6, 2]
     marker = tmp_path / "code has run"
-    torch.save(wrapped | {"config": CfgNode({"MODEL": {"TYPE": 1}}) | {"SNEAKY": Sneaky(f"touch '{marker}'")}}, path)
+    torch.save(wrapped | {"config": CfgNode({"MODEL": {"TYPE": 1}}) | {"CODE": RunsCommand(f"touch '{marker}'")}}, path)
     with pytest.raises(UsageError, match="not read for safety"):
         serialization.load_file(path)
     assert not marker.exists()
@@ -206,7 +206,7 @@ def test_the_config_of_original_swin_files_is_no_obstacle(tmp_path: Path) -> Non
 
 def test_code_is_never_run(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
-    torch.save({"teacher": Sneaky()}, path)
+    torch.save({"teacher": RunsCommand()}, path)
     with pytest.raises(UsageError, match=r"not read for safety.*convert it once"):
         serialization.load_file(path)
 

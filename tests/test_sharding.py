@@ -1,4 +1,4 @@
-"""Networks spread over two processes give what whole networks give, and files that either reads."""
+"""Networks sharded over two processes: same results as whole networks, and checkpoints that either can resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLAT = ["--min_lr", str(0.01 * 4 / 256), "--weight_decay_end", "0.04", "--moment
 
 
 def train(out: Path, images: Path, *flags: str, processes: int = 2, batch: int = 2, epochs: int = 2) -> dict[str, Any]:
-    """Run the script without stochastic depth, whose draws depend on the process, and read its last checkpoint."""
+    """Run the script without stochastic depth, which draws per process, and return its last checkpoint."""
     line = [*TINY_RUN, "--clip_grad", "0.3", "--epochs", str(epochs), "--batch_size_per_gpu", str(batch), *flags]
     line += ["--data_path", str(images), "--output_dir", str(out), *TINY_SWIN[:-1], "0.0"]
     result = run_script("main_esvit.py", *line, processes=processes)
@@ -43,7 +43,7 @@ def knn_of(run: Path) -> list[dict[str, float]]:
 
 
 def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
-    """Networks and centers, under the same names in the same order."""
+    """Compare networks and centers, with names in the same order."""
     for part in ("student", "teacher", "dino_loss"):
         assert list(one[part]) == list(two[part])
         for name, value in one[part].items():
@@ -61,8 +61,8 @@ def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> 
     ],
     ids=str,
 )
-def test_shards_equal_whole_networks(tmp_path: Path, flags: list[str]) -> None:
-    """Losses, weights, centers and teacher after two epochs; the files have the same layout."""
+def test_sharded_training_equals_whole_networks(tmp_path: Path, flags: list[str]) -> None:
+    """Losses, weights, centers and teacher after two epochs, and the layout of the files."""
     images = write_images(tmp_path / "images", 17)
     if "--accum_iter" in flags:  # nine labeled images: one process has three batches of them, the other two
         labeled = write_images(tmp_path / "labeled", 3, classes=3)
@@ -80,8 +80,8 @@ def test_shards_equal_whole_networks(tmp_path: Path, flags: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_every_architecture_beside_its_whole_self() -> None:
-    """Mixup, micro-batches, drawn neighbors of ViL, fp16 and its scaler, and a step that one process alone finds not finite."""
+def test_sharded_architectures_equal_whole_ones() -> None:
+    """With mixup, micro-batches, random neighbors of ViL, fp16, and a step that is nonfinite in one process only."""
     result = run_script("tests/side_by_side.py", processes=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["swin, fp32: equal", "vit, fp16: equal", "vil, fp32: equal"]
@@ -93,8 +93,8 @@ def test_every_architecture_beside_its_whole_self() -> None:
     [(["--fsdp"], []), ([], ["--fsdp"]), (["--fsdp"], ["--fsdp"])],
     ids=["shards, whole", "whole, shards", "shards, shards"],
 )
-def test_either_resumes_what_the_other_saved(tmp_path: Path, before: list[str], after: list[str]) -> None:
-    """One epoch so, one epoch otherwise, as two epochs in one go."""
+def test_checkpoints_are_resumed_with_and_without_fsdp(tmp_path: Path, before: list[str], after: list[str]) -> None:
+    """One epoch each way equals two epochs in one run."""
     images = write_images(tmp_path / "images", 17)
     flags = [*FLAT, "--freeze_last_layer", "0"]
     whole = train(tmp_path / "whole", images, *flags)
@@ -105,7 +105,7 @@ def test_either_resumes_what_the_other_saved(tmp_path: Path, before: list[str], 
 
 
 @pytest.mark.slow
-def test_one_process_continues_from_shards(tmp_path: Path) -> None:
+def test_one_process_resumes_a_sharded_run(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 17)
     before = train(tmp_path, images, "--fsdp", epochs=1)
     after = train(tmp_path, images, processes=0, batch=4)
@@ -114,27 +114,27 @@ def test_one_process_continues_from_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--compile"], ["--optimizer", "lars"]], ids=str)
-def test_what_does_not_go_with_shards_is_refused(flags: list[str]) -> None:
+def test_incompatible_flags_are_rejected(flags: list[str]) -> None:
     args = main_esvit.get_args_parser().parse_args(["--fsdp", *flags])
     with pytest.raises(UsageError, match=f"--fsdp and {' '.join(flags)} do not work together"):
         main_esvit.check_args(args)
 
 
-def test_one_process_is_refused() -> None:
+def test_one_process_is_rejected() -> None:
     network: Any = DINOHead(4, 8)
     with pytest.raises(UsageError, match="--fsdp needs several processes"):
         fsdp.shard_networks(network, network, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["cvt", "resnet", "head"])
-def test_batch_norm_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_norm_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distributed.collectives.get_world_size", lambda: 2)
     network: Any = DINOHead(4, 8, use_bn=True) if name == "head" else small_network(name)
     with pytest.raises(UsageError, match=r"--fsdp .* BatchNorm"):
         fsdp.shard_networks(network, network, torch.device("cpu"))
 
 
-def test_whole_tensors_pass_as_they_are() -> None:
+def test_functions_return_whole_tensors_unchanged() -> None:
     network = nn.Linear(2, 3)
     optimizer = optim.build_optimizer("adamw", optim.param_groups(network))
     network(torch.ones(1, 2)).sum().backward()
@@ -147,8 +147,8 @@ def test_whole_tensors_pass_as_they_are() -> None:
     torch.testing.assert_close(fsdp.norms(gradients), torch.stack([g.norm() for g in gradients]))
 
 
-def test_plan_by_hand() -> None:
-    """A network of 10 bytes in blocks, 6 in heads (1 of them frozen) and 2 elsewhere, centers of 3, on four processes."""
+def test_scaling_formulas() -> None:
+    """10 bytes in blocks, 6 in heads (1 of them frozen), 2 elsewhere, centers of 3, on four processes."""
     sizes = Sizes(parameters=18, trainable=17, blocks=10, heads=6, rest=2, largest_units=(6, 5), centers=3)
     assert memory_ddp(sizes, 4) == 18 + 18 + 17 + 2 * 17 + 3
     assert memory_fsdp(sizes, 4) == (18 + 18 + 17 + 2 * 17) / 4 + (2 + 6 + 5) + 6 + 3
