@@ -37,7 +37,7 @@ NETWORK_PREFIX = re.compile(rf"^(?:(?:{'|'.join((*ONLINE, *MOMENTUM))})\.)+")
 MOMENTUM_PREFIX = re.compile(rf"^(?:(?:{'|'.join(ONLINE)})\.)*(?:{'|'.join(MOMENTUM)})\.")
 UDI_HEAD = re.compile(r"^head\.\d+\.")  # UDI's single head, stored once per level
 # Prefixes of what other programs train beside a backbone: linear classifiers, projectors and queues, decoders and masks.
-PARTS = (
+IGNORED_PREFIXES = (
     *("fc.", "head_dist.", "classifier."),
     *("projector", "momentum_projector", "predictor", "queue"),
     *("decoder", "mask_token", "masked_embed"),

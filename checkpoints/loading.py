@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoints.layouts import DERIVED, PARTS, NetworkState, match_names, network_state, strip_prefix
+from checkpoints.layouts import DERIVED, IGNORED_PREFIXES, NetworkState, match_names, network_state, strip_prefix
 from checkpoints.serialization import load_file, nonfinite
 from distributed import fsdp
 from models.base import BESIDE, HEADS, Backbone
@@ -67,8 +67,8 @@ def load_network(
 ) -> LoadReport:
     """Load a state dict into a network; every tensor of the network must be present with its shape.
 
-    Heads that the network lacks are left out, and so are the `PARTS` of other programs. Buffers that the architecture computes are
-    neither required nor loaded. Unless its config decides, a backbone resizes positions as the program that wrote the file.
+    Heads that the network lacks are left out, and so are `IGNORED_PREFIXES`. Buffers that the architecture computes are neither
+    required nor loaded. A backbone resizes positions as the program that wrote the file, unless its config specifies how.
 
     Args:
         network: The network, wrapped or not; unchanged if an error is raised.
@@ -112,7 +112,9 @@ def load_network(
         and not name.startswith(fresh)
     ]
     unexpected = [
-        name for name in tensors if name not in wanted and not strip_prefix(name).startswith((*BESIDE, *PARTS))
+        name
+        for name in tensors
+        if name not in wanted and not strip_prefix(name).startswith((*BESIDE, *IGNORED_PREFIXES))
     ]
     if missing or unexpected or misfits:
         problem = _describe_mismatch(source, missing, unexpected, misfits, tensors, wanted)

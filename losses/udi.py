@@ -90,7 +90,15 @@ class UDILoss(SelfDistillation):
     # ----------------------------------------------------------------- terms
 
     def terms(self, student: StudentLevels, teacher: TeacherLevels, epoch: int) -> dict[str, Tensor]:
-        """Return mean cross-entropies in float32, named `g_` or `l_` (global or local views) and one of `LEVELS`."""
+        """Return mean cross-entropies in float32, named `g_` or `l_` (global or local student view v) and one of `LEVELS`.
+
+        With a teacher view w other than v, the teacher's patches p of w at the valid samples of v, P = softmax((. - center) /
+        teacher_temp) and Q = softmax(. / student_temp)::
+
+            cl  = H(P(teacher.cls[w]), Q(student.cls[v]))
+            mcl = H(P(alpha mean(p) + (1 - alpha) teacher.cls[w]), Q(student.plus[v]))
+            pch = mean over samples of H(P(p), Q(student.patch[v]))
+        """
         with torch.autocast(self.center.device.type, enabled=False):
             terms = self._class_level(student.cls_VBK, student.local_cls_LBK, teacher.cls_VBK, epoch)
             if student.plus_VBK is not None:
@@ -237,10 +245,10 @@ class UDILoss(SelfDistillation):
         """Return patches, their validity and the class tokens they are blended with, for global and for local views."""
         assert teacher.patch_VBSK is not None
         assert teacher.valid_VBS is not None
-        found = [(teacher.patch_VBSK, teacher.valid_VBS, changed(teacher.cls_VBK, lambda x: x.flip(0)))]
+        groups = [(teacher.patch_VBSK, teacher.valid_VBS, changed(teacher.cls_VBK, lambda x: x.flip(0)))]
         if teacher.local_patch_LVBSK is not None and teacher.local_valid_LVBS is not None:
-            found.append((teacher.local_patch_LVBSK, teacher.local_valid_LVBS, teacher.cls_VBK))
-        return found
+            groups.append((teacher.local_patch_LVBSK, teacher.local_valid_LVBS, teacher.cls_VBK))
+        return groups
 
     # ----------------------------------------------------------------- collapse monitor
 
@@ -250,22 +258,22 @@ class UDILoss(SelfDistillation):
         """Sample rows of the global views for the collapse monitor, by level `cls`, `cls+` and `patch`."""
         views, batch = _leading_shape(teacher.cls_VBK)
         images_N = evenly_spaced(batch, MONITORED_ROWS // views, self.center.device)
-        here_N, there_N = torch.cat([images_N, batch + images_N]), torch.cat([batch + images_N, images_N])
-        cls = _flatten(student.cls_VBK, 2), here_N, _flatten(teacher.cls_VBK, 2), there_N
-        found = {"cls": self._monitored(*cls, self.center, epoch, features["cls"], "g_cl")}
+        student_N, other_N = torch.cat([images_N, batch + images_N]), torch.cat([batch + images_N, images_N])
+        cls = _flatten(student.cls_VBK, 2), student_N, _flatten(teacher.cls_VBK, 2), other_N
+        levels = {"cls": self._monitored(*cls, self.center, epoch, features["cls"], "g_cl")}
         if teacher.patch_VBSK is None or teacher.valid_VBS is None:
-            return found
+            return levels
         if student.plus_VBK is not None:
-            patches, valid, beside = self._pairs_with_patches(teacher)[0]
-            mixed = _flatten(self.mixed_logits(patches, valid, beside), 2)
-            plus = _flatten(student.plus_VBK, 2), here_N, mixed, here_N
-            found["cls+"] = self._monitored(*plus, self.center_plus, epoch, features["cls+"], "g_mcl")
+            patches, valid, other_cls = self._pairs_with_patches(teacher)[0]
+            mixed = _flatten(self.mixed_logits(patches, valid, other_cls), 2)
+            plus = _flatten(student.plus_VBK, 2), student_N, mixed, student_N
+            levels["cls+"] = self._monitored(*plus, self.center_plus, epoch, features["cls+"], "g_mcl")
         if student.patch_VBSK is not None:
             valid_first = teacher.valid_VBS.flatten().float().argsort(descending=True, stable=True)
-            some_N = valid_first[:MONITORED_ROWS]
-            patch = _flatten(student.patch_VBSK, 3), some_N, _flatten(teacher.patch_VBSK, 3), some_N
-            found["patch"] = self._monitored(*patch, self.center_patch, epoch, features["patch"], "g_pch")
-        return found
+            sampled_N = valid_first[:MONITORED_ROWS]
+            patch = _flatten(student.patch_VBSK, 3), sampled_N, _flatten(teacher.patch_VBSK, 3), sampled_N
+            levels["patch"] = self._monitored(*patch, self.center_patch, epoch, features["patch"], "g_pch")
+        return levels
 
 
 def masked_mean(logits: Logits, valid: Tensor) -> Logits:
