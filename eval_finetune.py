@@ -268,7 +268,7 @@ def report(
         {name: getattr(args, name) for name in flags} | {"image_size": size, "top5_is": topk_name(classes).lower()},
         scores,
     )
-    with files.usable(args.output_dir):
+    with files.disk_errors(args.output_dir):
         save_results(args.output_dir, results)
 
 
@@ -295,7 +295,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     tuner = FineTuner(network.to(device), recipe, len(train_set.classes), device, precision)
 
     identity = run_identity(args, size, train_set, val_set)
-    with collectives.failing_together(), files.usable(output_dir):
+    with collectives.failing_together(), files.disk_errors(output_dir):
         load = partial(tuner.load_state_dict, identity=identity)
         position = checkpointing.resume_run(output_dir / checkpointing.CHECKPOINT, load, args)
     collectives.must_agree("checkpoints", (position.epoch, position.steps))

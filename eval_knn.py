@@ -35,7 +35,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoints import files
-from checkpoints.loading import load_tensor, save_file
+from checkpoints.serialization import load_tensor, save_file
 from config import arguments
 from data.transforms import augment
 from distributed import collectives, launch
@@ -134,7 +134,7 @@ def dump_folder(folder: str | None) -> Iterator[None]:
     if not folder:
         yield
         return
-    with files.sole_run(folder, "features", "--dump_features"):
+    with files.lock_folder(folder, "features", "--dump_features"):
         with collectives.failing_together():
             names = [kind.format(part) for part in ("train", "test") for kind in FILES.values()]
             found = [name for name in names if (Path(folder) / name).exists()]
@@ -145,7 +145,7 @@ def dump_folder(folder: str | None) -> Iterator[None]:
 
 def dump_features(folder: str, split: Split) -> None:
     """Save the features and labels of both sets, or of the single set of leave-one-out, under their published names."""
-    with files.usable(folder, "--dump_features"):
+    with files.disk_errors(folder, "--dump_features"):
         for part, labeled in zip(("train", "test"), split if split.train is not split.val else split[:1]):
             for kind, tensor in zip(FILES.values(), labeled):
                 save_file(tensor.cpu(), Path(folder) / kind.format(part))

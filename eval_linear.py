@@ -187,7 +187,7 @@ def train_classifiers(args: argparse.Namespace, device: torch.device) -> None:
 
     probe = build_probe(args, backbone, args.num_labels, device)
     run = run_identity(args, config, backbone, datasets, precision)
-    with collectives.failing_together(), files.usable(output_dir):
+    with collectives.failing_together(), files.disk_errors(output_dir):
         start = checkpointing.resume_run(checkpoint_path(args), partial(probe.load_state_dict, run=run), args)
     collectives.must_agree("checkpoints", (start.epoch, start.steps))
     unfinished = start.epoch < args.epochs
@@ -202,7 +202,7 @@ def train_classifiers(args: argparse.Namespace, device: torch.device) -> None:
             with closing(log), checkpointing.StopRequest(checkpoint_path(args)) as ending:
                 linear.train(probe, loader, start, args, log, ending, about_run)
         if collectives.is_main_process():
-            with files.usable(output_dir):
+            with files.disk_errors(output_dir):
                 report(probe, args, evaluation_size(args, config), run)
                 (output_dir / CACHE).unlink(missing_ok=True)
 

@@ -223,7 +223,7 @@ def write_masks(masks: Iterator[Image.Image], paths: Sequence[Path], output_dir:
     done = 0
     with launch.stop_on_interrupt(lambda: f"after {done} of {len(paths)} masks, which are in {output_dir}"):
         for path, mask in zip(paths, tqdm(masks, total=len(paths), disable=None)):
-            with files.usable(output_dir):
+            with files.disk_errors(output_dir):
                 files.write_new([path], partial(mask.save, format="png"))
             done += 1
     logger.info("wrote %d masks to %s", len(paths), output_dir)
@@ -237,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
     config = network_config(args)
     augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     video = open_video(args.frames, args.first_mask, config.MODEL.SPEC.IN_CHANS, config.INPUT.RANGE)
-    with files.sole_run(args.output_dir, "masks"):
+    with files.lock_folder(args.output_dir, "masks"):
         output_dir = files.make_output_dir(args.output_dir)
         paths = mask_paths(output_dir, video.frames)
         backbone = frozen_backbone(args, config, args.pretrained_weights, device)

@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from checkpoints import files
-from checkpoints.loading import load_backbone, write_file
+from checkpoints.loading import load_backbone
+from checkpoints.serialization import write_file
 from distributed import launch
 from evaluation.features import network_config
 from models import Backbone, build_model
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     report = load_backbone(backbone, args.pretrained_weights, args.checkpoint_key, allow_partial=args.allow_partial)
     logger.info("%s: %s", args.pretrained_weights, report)
     drop_class_tokens(backbone, CLASS_TOKENS[args.class_tokens])
-    with files.usable(args.output, "--output"):
+    with files.disk_errors(args.output, "--output"):
         write(backbone, args.format, args.output, config)
     logger.info("wrote %s (%s, %.1f MB)", args.output, args.format, args.output.stat().st_size / 1e6)
 
@@ -123,7 +124,7 @@ def _detectron2_pickle(state: dict[str, Tensor]) -> bytes:
 
 def _write_new(output: Path, writer: Callable[[Path], object]) -> None:
     """Write a new file atomically; raise UsageError if it exists or cannot be written."""
-    with files.usable(output, "--output"):
+    with files.disk_errors(output, "--output"):
         try:
             files.write_new([output], writer)
         except safetensors.SafetensorError as error:  # wraps an error of the disk

@@ -54,7 +54,7 @@ def vis_attention(context: AnalysisContext) -> None:
             drawing, single = draw_attention(context, picture, block, token)
             name = f"{picture.name}_attention" if token == "cls" else f"{picture.name}_attention_{token}"
             save_drawing(context, drawing, name)
-            with files.usable(context.output_dir):
+            with files.disk_errors(context.output_dir):
                 folder = unused(context.output_path(f"{name}_heads"))
                 folder.mkdir()
                 for file, image in single.items():

@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 import data
 from checkpoints.files import numbered
-from checkpoints.loading import load_file, write_file
+from checkpoints.serialization import load_file, write_file
 from data.datasets import REPLACEMENT_TRIES, format_error
 from data.decode import ImageLike, UndeclaredRange, decode_image
 from data.layouts.sources import Files, Source

@@ -19,7 +19,7 @@ def write_new(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         DiskError: the file cannot be written.
     """
-    with files.usable(path.parent):
+    with files.disk_errors(path.parent):
         written = files.write_new(files.numbered_names(path), write)
     logger.info("wrote %s", written)
 

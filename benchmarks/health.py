@@ -1,12 +1,10 @@
-"""What watching for a collapse costs: the monitor's time beside that of a log interval of plain steps.
+"""Time of the collapse monitor relative to a log interval.
 
     python benchmarks/health.py                          # Swin-T, batch 4, K = 65536
     python benchmarks/health.py --batch 32
 
-Steps are watched, and the time inside the monitor is taken out of theirs: its median is paid once in --log_freq steps. Picking the
-rows to look at counts as the step's. The target is 2 % of the interval.
-
-Origin: this project's own.
+The monitor runs once per --log_freq steps; its median time is compared with that of so many steps without it. Sampling the rows
+counts as part of the step. The target is 2 % of the interval.
 """
 
 from __future__ import annotations
@@ -33,16 +31,16 @@ TARGET = 0.02
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Sizes."""
+    """Return the parser."""
     parser = argparse.ArgumentParser("benchmarks/health.py", description=__doc__)
     add_sizes(parser, batch=4)
-    parser.add_argument("--log_freq", type=COUNT, default=10, help="steps of an interval")
+    parser.add_argument("--log_freq", type=COUNT, default=10, help="steps per interval")
     parser.add_argument("--repeats", type=COUNT, default=3)
     return parser
 
 
-class _Timed(Monitor):
-    """Adds up the time that it takes."""
+class _TimedMonitor(Monitor):
+    """Measures its own time."""
 
     seconds = 0.0
 
@@ -54,20 +52,22 @@ class _Timed(Monitor):
 
 
 def main(args: argparse.Namespace) -> None:
-    """Time steps, and the monitor inside them, and print the ratio."""
+    """Time steps and the monitor, and print the ratio."""
     step = build_step("lean", args)
-    step.monitor = monitor = _Timed()
+    step.monitor = monitor = _TimedMonitor()
     crops = make_crops(args.batch, args.local_crops)
     step([crops], 0, 0, monitor=True)
-    plain, cost = [], []
+    step_times, monitor_times = [], []
     for i in range(1, args.repeats + 1):
         before, started = monitor.seconds, time.perf_counter()
         step([crops], i, 0, monitor=True)
-        cost.append(monitor.seconds - before)
-        plain.append(time.perf_counter() - started - cost[-1])
-    one, more = statistics.median(plain), statistics.median(cost)
-    share = more / (args.log_freq * one)
-    print(f"Swin-T, batch {args.batch}, K = {args.out_dim}, cpu, fp32: a step {one:.2f} s, the monitor {more:.3f} s")
+        monitor_times.append(monitor.seconds - before)
+        step_times.append(time.perf_counter() - started - monitor_times[-1])
+    step_time, monitor_time = statistics.median(step_times), statistics.median(monitor_times)
+    share = monitor_time / (args.log_freq * step_time)
+    print(
+        f"Swin-T, batch {args.batch}, K = {args.out_dim}, cpu, fp32: step {step_time:.2f} s, monitor {monitor_time:.3f} s"
+    )
     print(f"monitor / interval of {args.log_freq} steps: {share:.2%} (target: below {TARGET:.0%})")
 
 

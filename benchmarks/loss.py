@@ -1,22 +1,19 @@
-"""Time and peak memory of the loss in chunks (ops/chunked_cross_entropy.py) against the plain form that holds all logits.
+"""Time and peak memory of the chunked loss (ops/chunked_cross_entropy.py) and of the plain loss, which holds all logits.
 
-    python benchmarks/loss.py                                        # the full size: minutes, and 9 GB for the plain side
+    python benchmarks/loss.py                                        # full size: minutes, and 9 GB for the plain side
     python benchmarks/loss.py --batch 4 --out_dim 16384 --dtypes float32
-    python benchmarks/loss.py --dtypes float32 --skip_plain          # memory and time of the chunks alone
+    python benchmarks/loss.py --dtypes float32 --skip_plain          # the chunked side only
 
-Measured is what follows the bottleneck: prototypes of both heads, logits, matching, both losses, centers, and the backward to
-bottleneck vectors and prototypes, for the views and regions that Swin-T has of 2 crops of 224 and 8 of 96 pixels. bfloat16 is
-autocast; on processors without instructions for it (AMX, AVX-512) it is emulated and takes many minutes. Below full size a chunk
-is not filled, and the growth says little.
+Measures everything after the bottleneck: logits of both heads, matching, both losses, centers, and the backward to bottleneck
+vectors and prototypes, for the views and regions of Swin-T with 2 crops of 224 and 8 of 96 pixels. bfloat16 uses autocast, which is
+emulated and very slow on processors without AMX or AVX-512 instructions for it. Below full size a chunk is not filled, so that the
+growth with K means little.
 
-Each side runs in a process of its own. Its peak memory is `ru_maxrss` at the end less what was resident when parameters and
-inputs were there and everything warmed up. For the growth with K the weights themselves are taken off: for each of the two heads
-the prototypes of student and teacher and a gradient.
+Each side runs in its own process. Peak memory is `ru_maxrss` at the end minus the resident memory after the warmup. For the growth
+with K the weights are subtracted: prototypes of student and teacher and a gradient, for each of the two heads.
 
-The plain side is `--plain_loss` of main_esvit.py, which goes over logits once a view. That of benchmarks/plain.py goes over them
-once a pair of views, as published, and would take some 25 GB.
-
-Origin: this project's own.
+The plain side is `--plain_loss` of main_esvit.py, which computes logits once per view. The loss of benchmarks/plain.py computes
+them once per pair of views, as published, and would take about 25 GB.
 """
 
 from __future__ import annotations
@@ -45,32 +42,32 @@ from models.heads import WeightNormLinear
 from models.outputs import MultiCropOutput
 
 SIDES = ("plain", "chunked")
-REGIONS = (49, 49, *[9] * 8)  # of every view, last stage of Swin-T
+REGIONS = (49, 49, *[9] * 8)  # per view, last stage of Swin-T
 BOTTLENECK, CHANNELS = 256, 768
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
-TARGETS = {"float32": 0.6, "bfloat16": 0.5}  # share of the plain side's time
+TARGETS = {"float32": 0.6, "bfloat16": 0.5}  # time relative to the plain side
 TARGET_MEMORY, TARGET_GROWTH = 1 / 6, 1.1
 MIB = 2**20
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Sizes, and which side this process runs (set by the process that starts all)."""
+    """Return the parser; the parent process sets --side for its children."""
     parser = argparse.ArgumentParser(
         "benchmarks/loss.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--batch", type=COUNT, default=32)
-    add("--out_dim", type=COUNT, default=65536, help="prototypes K; the growth is measured from a quarter of it")
+    add("--out_dim", type=COUNT, default=65536, help="prototypes K; growth is measured from K / 4")
     add("--dtypes", nargs="+", choices=tuple(PRECISIONS), default=list(PRECISIONS))
-    add("--repeats", type=COUNT, default=2, help="the best time of so many counts")
+    add("--repeats", type=COUNT, default=2, help="runs, of which the fastest counts")
     add("--threads", type=COUNT, default=1)
-    add("--skip_plain", action="store_true", help="only the chunked side")
+    add("--skip_plain", action="store_true", help="run the chunked side only")
     add("--side", choices=("both", *SIDES), default="both")
     return parser
 
 
 class Inputs(NamedTuple):
-    """What the networks give for one batch before their prototypes; rows as in `MultiCropOutput`."""
+    """Outputs of the networks before the prototypes, with rows as in `MultiCropOutput`."""
 
     views: Tensor
     regions: Tensor
@@ -79,7 +76,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(batch: int, regions_per_view: tuple[int, ...], student: bool) -> Inputs:
-    """Random unit vectors, and features to match."""
+    """Return random unit vectors, and features for matching."""
     rows = batch * sum(regions_per_view)
     views = F.normalize(torch.randn(batch * len(regions_per_view), BOTTLENECK), dim=-1).requires_grad_(student)
     regions = F.normalize(torch.randn(rows, BOTTLENECK), dim=-1).requires_grad_(student)
@@ -87,7 +84,7 @@ def make_inputs(batch: int, regions_per_view: tuple[int, ...], student: bool) ->
 
 
 class Problem:
-    """Last layers of student and teacher, inputs and loss; `run` is one step without its optimizer."""
+    """Last layers of student and teacher, inputs and loss; `run` is a step without the optimizer."""
 
     def __init__(self, side: str, batch: int, out_dim: int, precision: str) -> None:
         torch.manual_seed(0)
@@ -101,9 +98,9 @@ class Problem:
         self.loss = RegionMatchingLoss(out_dim, len(REGIONS), 0.04, 0.04, 0, 1)
 
     def _output(self, layers: list[WeightNormLinear], inputs: Inputs) -> MultiCropOutput:
-        of_views, of_regions = (layer.factors if self.factored else layer for layer in layers)
+        view_layer, region_layer = (layer.factors if self.factored else layer for layer in layers)
         return MultiCropOutput(
-            of_views(inputs.views), of_regions(inputs.regions), inputs.features, inputs.regions_per_view
+            view_layer(inputs.views), region_layer(inputs.regions), inputs.features, inputs.regions_per_view
         )
 
     def _forward(self) -> Tensor:
@@ -115,7 +112,7 @@ class Problem:
         return loss
 
     def run(self) -> float:
-        """Forward, backward and centers; gradients are dropped."""
+        """Run forward, backward and the update of the centers, drop the gradients, and return the loss."""
         loss = self._forward()
         loss.backward()
         self.loss.update_center()
@@ -125,7 +122,7 @@ class Problem:
 
 
 def resident_mb() -> float:
-    """What of this process lies in memory now, in MiB."""
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / MIB
 
@@ -147,14 +144,14 @@ def run_side(args: argparse.Namespace) -> None:
 
 
 def start_side(args: argparse.Namespace, side: str, dtype: str, out_dim: int) -> dict[str, float]:
-    """Run this program for one side in a fresh process, print and return its figures."""
+    """Run one side in a new process, print its figures and return them."""
     command = [sys.executable, __file__, "--side", side, "--dtypes", dtype, "--out_dim", str(out_dim)]
     command += [f"--{name}={getattr(args, name)}" for name in ("batch", "repeats", "threads")]
     threads = {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
     output = subprocess.run(command, env=os.environ | threads, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, float] = json.loads(output)
     print(
-        f"{dtype:9} {side:8} K {out_dim:6}: {figures['seconds']:7.2f} s ({figures['cpu_seconds']:.2f} s of the CPU)  "
+        f"{dtype:9} {side:8} K {out_dim:6}: {figures['seconds']:7.2f} s ({figures['cpu_seconds']:.2f} s CPU time)  "
         f"peak {figures['peak_mb']:7.0f} MiB, {figures['peak_mb'] - weights_mb(out_dim, dtype):.0f} without weights  "
         f"loss {figures['loss']:.5f}",
         flush=True,
@@ -163,21 +160,21 @@ def start_side(args: argparse.Namespace, side: str, dtype: str, out_dim: int) ->
 
 
 def weights_mb(out_dim: int, dtype: str) -> float:
-    """What two heads take whatever the loss does: the student's prototypes and a gradient, both in float32, and the teacher's.
+    """Return the memory of the prototypes of two heads in MiB: student and gradient in float32, teacher, and a copy.
 
-    Where products are narrower than float32, these are, and one head's of the student have a copy.
+    With bfloat16 the teacher's prototypes have that dtype, and those of one head of the student are copied to it.
     """
     student, teacher, gradient, copy = {"float32": (4, 4, 4, 0), "bfloat16": (4, 2, 4, 2)}[dtype]
     return out_dim * BOTTLENECK * (2 * (student + teacher + gradient) + copy) / MIB
 
 
 def compare(args: argparse.Namespace, dtype: str) -> None:
-    """Run both sides, and the chunks with a quarter of the prototypes; print figures and ratios."""
+    """Run both sides, and the chunked side with K / 4; print figures and ratios."""
     chunked = start_side(args, "chunked", dtype, args.out_dim)
     smaller = start_side(args, "chunked", dtype, args.out_dim // 4)
     rest = [f["peak_mb"] - weights_mb(k, dtype) for f, k in ((chunked, args.out_dim), (smaller, args.out_dim // 4))]
     print(
-        f"{dtype:9} four times the prototypes take {rest[0] - rest[1]:+.0f} MiB apart from the weights, "
+        f"{dtype:9} four times the prototypes take {rest[0] - rest[1]:+.0f} MiB without the weights, "
         f"{rest[0] / rest[1]:.2f}x (target: {TARGET_GROWTH})"
     )
     if args.skip_plain:
@@ -192,7 +189,7 @@ def compare(args: argparse.Namespace, dtype: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compare, or do the part of it that --side names."""
+    """Compare both sides, or run the one of --side."""
     torch.set_num_threads(args.threads)
     if args.side != "both":
         run_side(args)

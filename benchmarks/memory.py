@@ -1,17 +1,14 @@
-"""Peak memory of a whole training step, simulated with fake tensors: no GPU, no memory and no time for the arithmetic is needed.
+"""Peak memory of a training step, simulated with fake tensors, without a GPU.
 
     python benchmarks/memory.py                          # Swin-T at batch 32: plain, lean, lean with --grad_checkpointing
-    python benchmarks/memory.py --rows                   # and the largest batch of every published row for 24, 40 and 80 GB
+    python benchmarks/memory.py --rows                   # and the largest batch of every published network for 24, 40 and 80 GB
     python benchmarks/memory.py --batch 8 --out_dim 4096
 
-Every storage that an operation of the second step makes or holds is counted from its birth to its death: parameters, gradients,
-optimizer, centers, what autograd keeps, and results on the way. The lean side's attention is that of the fused kernel of CUDA
-(memory-efficient attention), the plain side's is spelled out; the loss walks blocks as on a CPU, on CUDA it holds some 0.2 GB
-more of each chunk. Not counted: the context and libraries of CUDA, scratch memory
-inside a kernel, fragmentation, images of the next batch; leave one or two GB for them. The largest batch is the line through two
+Counts every storage that is alive during the second step: parameters, gradients, optimizer state, centers, tensors saved by
+autograd and temporaries. The lean side uses CUDA's memory-efficient attention, the plain side explicit attention. The loss uses
+the blocks of a CPU; on CUDA it holds about 0.2 GB more per chunk. Not counted are the CUDA context and libraries, scratch memory
+of kernels, fragmentation and prefetched images: leave one or two GB for them. The largest batch is extrapolated linearly from two
 batch sizes.
-
-Origin: this project's own.
 """
 
 from __future__ import annotations
@@ -48,19 +45,15 @@ FIT_BATCHES = (8, 16)
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive inside the `with` block.
-
-    Attributes:
-        now, peak: bytes.
-    """
+    """Counts the bytes `now` and at the `peak` of all storages that are alive inside the `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def see(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor until it dies."""
+    def track(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor until it is freed."""
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -68,23 +61,23 @@ class LiveStorages(TorchDispatchMode):
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, size)
+        weakref.finalize(storage, self._free, size)
 
-    def _forget(self, size: int) -> None:
+    def _free(self, size: int) -> None:
         self.now -= size
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.see(leaf)
+                self.track(leaf)
         return result
 
 
 def fake_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0, *, scale: float | None = None
 ) -> Tensor:
-    """The operator that `scaled_dot_product_attention` chooses on CUDA where there is a bias with a gradient."""
+    """Run the operator that `scaled_dot_product_attention` selects on CUDA for a bias with gradient."""
     if bias is not None:
         bias = bias.expand(*q.shape[:-1], k.shape[-2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -93,7 +86,7 @@ def fake_attention(
 
 @contextmanager
 def simulated() -> Iterator[FakeTensorMode]:
-    """Inside, tensors have shapes but no values, and the fused attention is that of CUDA."""
+    """Make tensors fake (shapes without values) inside the block, and use CUDA's fused attention."""
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
@@ -107,12 +100,12 @@ def simulated() -> Iterator[FakeTensorMode]:
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Give a module's tensors up for fake ones."""
+    """Replace the tensors of a module by fake ones."""
     module._apply(lambda tensor: mode.from_tensor(tensor, static_shapes=True))
 
 
 def peak_bytes(side: str, args: argparse.Namespace, batch: int, *, flags: tuple[str, ...] = (), **build: Any) -> int:
-    """The peak of a second step of a `side`: plain, lean or checkpointed."""
+    """Return the peak of the second step of a side: plain, lean or checkpointed."""
     if side == "checkpointed":
         flags = (*flags, "--grad_checkpointing", "on")
     sizes = argparse.Namespace(batch=batch, out_dim=args.out_dim, local_crops=args.local_crops)
@@ -121,21 +114,21 @@ def peak_bytes(side: str, args: argparse.Namespace, batch: int, *, flags: tuple[
     with simulated() as mode:
         for module in (method.student, method.teacher, method.criterion):
             make_fake(module, mode)
-        step = rebuilt(step, plain=side == "plain")
+        step = rebuild_step(step, plain=side == "plain")
         crops = make_crops(batch, args.local_crops)
         step([crops], 0, 0)
         counter = LiveStorages()
-        held = [*crops, *tensors_of(step)]
+        held = [*crops, *step_tensors(step)]
         for tensor in held:
-            counter.see(tensor)
+            counter.track(tensor)
         del held
         with counter:
             step([crops], 1, 0)
     return counter.peak
 
 
-def rebuilt(step: TrainStep, *, plain: bool) -> TrainStep:
-    """The same step with an optimizer on the parameters that the networks have now."""
+def rebuild_step(step: TrainStep, *, plain: bool) -> TrainStep:
+    """Return the step with a new optimizer for the current parameters of the networks."""
     assert isinstance(step.method, main_esvit.EsViT)
     optimizer = optim.build_optimizer("adamw", optim.param_groups(step.method.student))
     settings = (step.schedules, step.device, step.precision, step.clip_grad, step.freeze_last_layer)
@@ -143,8 +136,8 @@ def rebuilt(step: TrainStep, *, plain: bool) -> TrainStep:
     return PlainStep(new, read=lambda tensor: 1.0) if plain else new
 
 
-def tensors_of(step: TrainStep) -> Iterator[Tensor]:
-    """Parameters, buffers and the optimizer's state."""
+def step_tensors(step: TrainStep) -> Iterator[Tensor]:
+    """Yield parameters, buffers and the optimizer's state."""
     for module in (step.method.student, step.method.teacher, step.method.criterion):
         yield from module.parameters()
         yield from module.buffers()
@@ -153,7 +146,7 @@ def tensors_of(step: TrainStep) -> Iterator[Tensor]:
 
 
 def largest_batches(args: argparse.Namespace, side: str, **build: Any) -> list[int]:
-    """For each of `CAPACITIES`, by the line through the peaks at `FIT_BATCHES`."""
+    """Return the largest batch for each of `CAPACITIES`, extrapolated from the peaks at `FIT_BATCHES`."""
     (small, large), peaks = FIT_BATCHES, [peak_bytes(side, args, batch, **build) for batch in FIT_BATCHES]
     slope = (peaks[1] - peaks[0]) / (large - small)
     fixed = peaks[0] - slope * small
@@ -161,18 +154,20 @@ def largest_batches(args: argparse.Namespace, side: str, **build: Any) -> list[i
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Sizes, and whether to go through the published rows."""
+    """Return the parser."""
     parser = argparse.ArgumentParser(
         "benchmarks/memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_sizes(parser, batch=32)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--rows", nargs="*", choices=tuple(ROWS), default=None, metavar="ROW", help="none: all of them")
+    parser.add_argument(
+        "--rows", nargs="*", choices=tuple(ROWS), default=None, metavar="ROW", help="networks; default all"
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the peaks and ratios, and the table of the rows."""
+    """Print peaks and ratios, and the table of published networks."""
     print(
         f"Swin-T, views and regions, batch {args.batch}, K {args.out_dim}, 2 + {args.local_crops} crops, {args.precision}:"
     )

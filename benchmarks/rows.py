@@ -1,4 +1,4 @@
-"""The published rows, for the benchmarks that go through all of them.
+"""The published networks, for benchmarks that measure all of them.
 
 Origin: EsViT (Li et al., ICLR 2022), tables of results and of speed.
 """
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """A published row: our name and overrides, timm's name (None: it has none), images a second of the paper (None: not given)."""
+    """A published network."""
 
     arch: str
     overrides: tuple[str, ...] = ()
-    timm_name: str | None = None
-    paper: int | None = None
+    timm_name: str | None = None  # None if timm lacks the network
+    paper: int | None = None  # images per second in the paper, None if not given
 
 
 WINDOW_14 = ("MODEL.SPEC.WINDOW_SIZE", "14")

@@ -1,19 +1,19 @@
-"""Memory of a GPU and what it sends in a step, against the number of GPUs, for whole networks (DDP) and spread ones (--fsdp).
+"""Memory and communication per GPU against the number of GPUs, for DDP and --fsdp.
 
     python benchmarks/scaling.py                                        # Swin-L, K = 65536, views and regions, batch 32
     python benchmarks/scaling.py --arch swin_tiny --out_dim 4096 --batch 4 --worlds 1 2
 
-A plan, not a measurement: no GPU takes part. Parameters, gradients, AdamW's moments and the teacher are counted from the networks;
-activations are what benchmarks/memory.py's simulated step needs at its peak beyond these, of one process and so of each.
+This is a calculation, not a measurement. Parameters, gradients, AdamW's moments and the teacher are counted from the networks;
+activations are what the simulated step of benchmarks/memory.py needs beyond these at its peak.
 
-With --fsdp each process holds its share, and for the moment what is gathered: the rest of the network that is no block or head, the
-two largest units (one computes while the next arrives), and the gradient of the largest. Sent by a process in a ring of N: DDP
-2 (N - 1) / N of the gradients; FSDP (N - 1) / N of every gathering of parameters and every averaging of gradients. A block of the
-student works once for each size of crops, in the forward and in the backward, and its gradient is averaged as often; the teacher
-sees the global crops only. Under autocast the gradients of a block's matrices come once, not for each size: then it is less.
-One micro-batch a step; with --accum_iter the gatherings are repeated for each, and whole gradients are kept between them.
+With --fsdp a process holds its shard and what is gathered: the rest of the network (no block or head), the two largest units (one
+is computed while the next one arrives) and the gradient of the largest. In a ring of N processes, DDP sends 2 (N - 1) / N of the
+gradients; FSDP sends (N - 1) / N of all gathered parameters and all reduced gradients. A block of the student is gathered once
+per crop size in the forward and in the backward, and its gradient is reduced as often; the teacher runs on global crops only.
+Under autocast the gradients of matrices are reduced once per step, which is less. This is for one micro-batch per step;
+--accum_iter repeats the gathers and keeps whole gradients in between.
 
-Origin: this project's own; rings as in Rajbhandari et al., SC 2020, section 7.
+Origin: ring communication as in Rajbhandari et al., SC 2020, section 7.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ from benchmarks.sides import add_sizes, build_step
 from distributed import fsdp, launch
 from models import Backbone
 
-WHAT = ("networks and optimizer", "with activations", "with checkpointed ones", "sent")
+COLUMNS = ("networks and optimizer", "with activations", "with checkpointing", "sent")
 
 
 class Sizes(NamedTuple):
-    """Bytes of one whole network and of the run around it."""
+    """Bytes of one network and of its training state."""
 
     parameters: int
     trainable: int
-    blocks: int  # of the parameters: in blocks, in heads, and elsewhere
-    heads: int
-    rest: int
+    blocks: int  # parameters in blocks
+    heads: int  # in heads
+    rest: int  # elsewhere
     largest_units: tuple[int, int]
     centers: int
 
     @property
     def state(self) -> int:
-        """Student, teacher, gradients and two moments."""
+        """Bytes of student, teacher, gradients and two moments."""
         return 2 * self.parameters + 3 * self.trainable
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of tensors that share nothing."""
+    """Return the bytes of tensors that share no memory."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def measure(student: Backbone, criterion: nn.Module) -> Sizes:
-    """Count a network in the units in which it would be gathered."""
+    """Count a network by the units in which FSDP gathers it."""
     heads = [head for head in (student.head, student.head_dense) if head is not None]
     units = sorted(bytes_of(unit.parameters()) for unit in fsdp.units(student))
     parameters, in_heads = bytes_of(student.parameters()), sum(bytes_of(head.parameters()) for head in heads)
@@ -77,12 +77,12 @@ def measure(student: Backbone, criterion: nn.Module) -> Sizes:
 
 
 def memory_ddp(sizes: Sizes, world: int) -> float:
-    """Bytes of a process without activations; gradients lie in the buckets of their exchange."""
+    """Return the bytes of a process without activations; the buckets of DDP hold the gradients."""
     return sizes.state + sizes.centers
 
 
 def memory_fsdp(sizes: Sizes, world: int) -> float:
-    """Bytes of a process without activations: its share, and what is gathered."""
+    """Return the bytes of a process without activations: its shard and what is gathered."""
     if world == 1:
         return memory_ddp(sizes, world)
     gathered = sizes.rest + sum(sizes.largest_units) + sizes.largest_units[0]
@@ -90,12 +90,12 @@ def memory_fsdp(sizes: Sizes, world: int) -> float:
 
 
 def sent_ddp(sizes: Sizes, world: int, crop_sizes: int) -> float:
-    """Bytes that a process sends in a step: gradients and centers, all-reduced."""
+    """Return the bytes that a process sends in a step: gradients and centers, all-reduced."""
     return 2 * (world - 1) / world * (sizes.trainable + sizes.centers)
 
 
 def sent_fsdp(sizes: Sizes, world: int, crop_sizes: int) -> float:
-    """Bytes that a process sends in a step: gathered parameters of student and teacher, scattered gradients, centers."""
+    """Return the bytes that a process sends in a step: gathered parameters of both networks, scattered gradients, centers."""
     student = 2 * (crop_sizes * sizes.blocks + sizes.heads + sizes.rest)
     frozen = sizes.parameters - sizes.trainable  # gains of the prototypes
     gradients = crop_sizes * sizes.blocks + sizes.heads + sizes.rest - frozen
@@ -103,7 +103,7 @@ def sent_fsdp(sizes: Sizes, world: int, crop_sizes: int) -> float:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The network, its sizes and the numbers of GPUs."""
+    """Return the parser."""
     parser = argparse.ArgumentParser(
         "benchmarks/scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,7 +115,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the sizes and the table."""
+    """Print sizes and table."""
     method = build_step("lean", args, arch=args.arch, precision=args.precision).method
     student = method.student
     assert isinstance(student, Backbone)
@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     crop_sizes = 2 if args.local_crops else 1
     del method, student
     print(
-        f"{args.arch}, views and regions, K {args.out_dim}, batch {args.batch} a GPU, 2 + {args.local_crops} crops, AdamW"
+        f"{args.arch}, views and regions, K {args.out_dim}, batch {args.batch} per GPU, 2 + {args.local_crops} crops, AdamW"
     )
     print(
         f"student {sizes.parameters / GB:.2f} GB (blocks {sizes.blocks / GB:.2f}, heads {sizes.heads / GB:.2f}, "
@@ -138,8 +138,8 @@ def main(args: argparse.Namespace) -> None:
         f"activations, {args.precision}: {extra['lean'] / GB:.2f} GB, "
         f"with --grad_checkpointing True {extra['checkpointed'] / GB:.2f} GB"
     )
-    columns = ["GPUs", *(f"{name}, {what}" for what in WHAT for name in ("DDP", "FSDP"))]
-    print(f"\nGB of a GPU; sent in a step\n\n| {' | '.join(columns)} |\n|{' ---: |' * len(columns)}")
+    columns = ["GPUs", *(f"{name}, {column}" for column in COLUMNS for name in ("DDP", "FSDP"))]
+    print(f"\nGB per GPU; sent per step\n\n| {' | '.join(columns)} |\n|{' ---: |' * len(columns)}")
     for world in args.worlds:
         states = (memory_ddp(sizes, world), memory_fsdp(sizes, world))
         held = [state + more for more in (0, extra["lean"], extra["checkpointed"]) for state in states]

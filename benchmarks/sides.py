@@ -1,7 +1,4 @@
-"""What the benchmarks of a step run: this project's step (`lean`), the plain one, and the backbone of timm alone, on random crops.
-
-Origin: this project's own.
-"""
+"""The steps that benchmarks compare, on random crops: this project's (`lean`), the plain one, and the backbone of timm alone."""
 
 from __future__ import annotations
 
@@ -33,14 +30,16 @@ CPU = torch.device("cpu")
 
 
 def add_sizes(parser: argparse.ArgumentParser, batch: int) -> None:
-    """Add the flags of a step's size."""
-    parser.add_argument("--batch", type=COUNT, default=batch, help="images")
+    """Add the flags for the size of a step."""
+    parser.add_argument("--batch", type=COUNT, default=batch, help="images per step")
     parser.add_argument("--out_dim", type=COUNT, default=65536, help="prototypes K")
-    parser.add_argument("--local_crops", type=integer(0, 1000), default=8, help="crops of 96 pixels beside two of 224")
+    parser.add_argument(
+        "--local_crops", type=integer(0, 1000), default=8, help="crops of 96 pixels, besides two of 224"
+    )
 
 
 def make_crops(batch: int, local_crops: int) -> list[Tensor]:
-    """Two global and some local crops of random numbers."""
+    """Return two global and some local random crops."""
     sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * local_crops
     return [torch.randn(batch, 3, size, size) for size in sizes]
 
@@ -55,7 +54,7 @@ def build_step(
     flags: tuple[str, ...] = (),
     overrides: tuple[str, ...] = (),
 ) -> TrainStep:
-    """The lean or the plain step as main_esvit.py would build it from `flags`, past the first epoch's frozen prototypes."""
+    """Return the lean or the plain step as main_esvit.py builds it from `flags`, with prototypes that are not frozen."""
     sizes = ["--batch_size_per_gpu", args.batch, "--out_dim", args.out_dim, "--local_crops_number", args.local_crops]
     plain = ["--plain_loss", "on"] if side == "plain" else []
     line = ["--arch", arch, "--use_dense_prediction", dense, "--freeze_last_layer", 0, "--epochs", 1, *sizes, *plain]
@@ -73,31 +72,31 @@ def build_step(
     return step
 
 
-def keep_masks(network: nn.Module) -> nn.Module:
-    """Let timm's Swin make its shift masks once for a size; where sizes may differ it makes them in every forward."""
+def cache_masks(network: nn.Module) -> nn.Module:
+    """Cache the shift masks of timm's Swin by size; with `strict_img_size=False` it would compute them in every forward."""
     for module in network.modules():
         if isinstance(module, SwinTransformerBlock):
-            module.get_attn_mask = _once_a_size(module.get_attn_mask)
+            module.get_attn_mask = _cached_by_size(module.get_attn_mask)
     return network
 
 
-def _once_a_size(make: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-    kept: dict[tuple[torch.Size, torch.dtype], Tensor | None] = {}
+def _cached_by_size(make: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    cache: dict[tuple[torch.Size, torch.dtype], Tensor | None] = {}
 
     def get(x_BHWC: Tensor) -> Tensor | None:
         key = x_BHWC.shape[1:3], x_BHWC.dtype
-        if key not in kept:
-            kept[key] = make(x_BHWC)
-        return kept[key]
+        if key not in cache:
+            cache[key] = make(x_BHWC)
+        return cache[key]
 
     return get
 
 
 def build_timm(precision: str, drop_path: float) -> Callable[[list[Tensor]], None]:
-    """timm's Swin-T on a step's crops: a teacher forward, a student forward and its backward; no head and no loss."""
+    """Return a function that runs timm's Swin-T on crops: teacher forward, student forward and backward, without head and loss."""
     settings = {"num_classes": 0, "strict_img_size": False}
-    student = keep_masks(timm.create_model(TIMM_NAME, drop_path_rate=drop_path, **settings))
-    teacher = keep_masks(timm.create_model(TIMM_NAME, drop_path_rate=0.0, **settings))
+    student = cache_masks(timm.create_model(TIMM_NAME, drop_path_rate=drop_path, **settings))
+    teacher = cache_masks(timm.create_model(TIMM_NAME, drop_path_rate=0.0, **settings))
 
     def run(crops: list[Tensor]) -> None:
         with utils.autocast(CPU, precision):

@@ -1,16 +1,13 @@
-"""How often a step makes the host wait for the device, and how many operations it dispatches: plain beside lean.
+"""Synchronizations and dispatched operations of a step, plain and lean.
 
-    python benchmarks/syncs.py                         # Swin-T, views and regions and views alone, a minute
+    python benchmarks/syncs.py                         # Swin-T, with and without regions, a minute
     python benchmarks/syncs.py --batch 2 --out_dim 4096
 
-Counted on the CPU while one step runs. A wait is a number read by the host (`item`, `tolist`, a tensor used as a condition), a
-shape that depends on values (`nonzero`, boolean indices), or a copy to another device: on a GPU each of them stops the host until
-all work is done. An operation is what reaches a kernel or makes a view, forward and backward; only those that are no views are
-launched on a GPU; a foreach is one unless it has a factor for each tensor. The lean step's scalars are read once a log interval;
-that reading is counted apart. The plain side's counts do not depend on the sizes; the lean side's operations grow with the chunks
-of the loss, few at the default size.
-
-Origin: this project's own.
+Both are counted on the CPU while one step runs. A synchronization is a number read by the host (`item`, `tolist`, a tensor used
+as a condition), a shape that depends on values (`nonzero`, boolean indices), or a copy to another device. Operations are counted
+in forward and backward; views launch no kernel on a GPU, and a foreach counts once unless it has one factor per tensor. The
+scalars of the lean step are read once per log interval, which is counted separately. The operations of the lean step grow with
+the chunks of the loss.
 """
 
 from __future__ import annotations
@@ -55,7 +52,7 @@ READING_METHODS = {Tensor.tolist, Tensor.numpy}  # on a CPU these dispatch nothi
 TARGET_WAITS, TARGET_OPERATIONS = 1, 0.5
 
 
-class _Readings(TorchFunctionMode):
+class _ReadingCount(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
@@ -66,18 +63,18 @@ class _Readings(TorchFunctionMode):
 
 
 class OperationCount(TorchDispatchMode):
-    """Counts what is dispatched in a `with` block.
+    """Counts the operations dispatched inside the `with` block.
 
     Attributes:
-        operations: by name, views included.
-        waits: by name, those of them for which the host must wait.
+        operations: Counts by name, including views.
+        waits: Counts of synchronizations by name.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
-        self._readings = _Readings()
+        self._readings = _ReadingCount()
 
     def __enter__(self) -> OperationCount:
         self._readings.__enter__()
@@ -103,11 +100,11 @@ class OperationCount(TorchDispatchMode):
 
 
 def _launches(name: str, args: Sequence[Any]) -> int:
-    """One; as many as there are tensors for a foreach with a number on the device for each, which CUDA does one by one."""
+    """Return the number of kernels: one, except for a foreach with one factor per tensor, which CUDA runs tensor by tensor."""
     if not name.startswith("_foreach") or len(args) < 2 or not isinstance(args[1], list | tuple):
         return 1
-    by_numbers = any(isinstance(f, Tensor) and f.shape != tensor.shape for tensor, f in zip(args[0], args[1]))
-    return len(args[0]) if by_numbers else 1
+    factor_per_tensor = any(isinstance(f, Tensor) and f.shape != tensor.shape for tensor, f in zip(args[0], args[1]))
+    return len(args[0]) if factor_per_tensor else 1
 
 
 def _has_boolean_index(name: str, args: Sequence[Any]) -> bool:
@@ -117,14 +114,14 @@ def _has_boolean_index(name: str, args: Sequence[Any]) -> bool:
 
 
 def count(work: Callable[[], Any]) -> OperationCount:
-    """What `work` dispatches."""
+    """Count what `work` dispatches."""
     with OperationCount() as counter:
         work()
     return counter
 
 
 def count_step(side: str, args: argparse.Namespace, dense: bool) -> tuple[OperationCount, int]:
-    """The counts of a second step (the first one also makes what is kept), and the waits of reading a log interval of them."""
+    """Return the counts of a second step (the first one fills caches), and the synchronizations of reading a log interval."""
     step = build_step(side, args, dense=dense)
     crops = make_crops(args.batch, args.local_crops)
     meter = EpochMeter(0, 3, args.batch)
@@ -135,13 +132,13 @@ def count_step(side: str, args: argparse.Namespace, dense: bool) -> tuple[Operat
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Sizes."""
+    """Return the parser."""
     parser = argparse.ArgumentParser(
         "benchmarks/syncs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_sizes(parser, batch=1)
     parser.set_defaults(out_dim=1024)
-    parser.add_argument("--top", type=integer(0), default=0, help="also list so many of the most frequent operations")
+    parser.add_argument("--top", type=integer(0), default=0, help="also list the N most frequent operations")
     return parser
 
 
@@ -157,8 +154,8 @@ def main(args: argparse.Namespace) -> None:
             waits = sum(counter.waits.values())
             target = f" (target: at most {TARGET_WAITS})" if side == "lean" else ""
             print(
-                f"  {side:6} {totals[side][0]:6} operations, {totals[side][1]} of them no views; {waits} waits a step{target}, "
-                f"{reading} a log interval"
+                f"  {side:6} {totals[side][0]:6} operations, {totals[side][1]} without views; {waits} synchronizations per step"
+                f"{target}, {reading} per log interval"
             )
             if args.top:
                 print("   ", "  ".join(f"{name} {times}" for name, times in counter.operations.most_common(args.top)))

@@ -1,16 +1,14 @@
-"""Images a second of feature extraction for every published row, beside timm's model of the same network where there is one.
+"""Images per second of feature extraction (or training) for every published network, and for timm's implementation if it has one.
 
     python benchmarks/throughput.py                              # small batches: a minute or two on a CPU
     python benchmarks/throughput.py --rows "Swin-T, window 7" --batch 32 256 --precision bf16
     python benchmarks/throughput.py --device cuda --batch 32 256
     python benchmarks/throughput.py --rows "Swin-T, window 7" --backward
 
-Features as k-NN takes them: evaluation mode, no gradient, 224 pixels. With --backward the network trains: forward and backward to
-all weights. Both sides hold the same weights (ours, exported) and their features are compared first; they take turns, and the best
-of `--repeats` counts. On a CPU the ratio is that of its time in this process. The last column is what the paper measured on a V100:
-for orientation, another machine.
-
-Origin: this project's own; the paper's figures are those of EsViT (Li et al., ICLR 2022).
+Features are extracted as for k-NN: evaluation mode, no gradient, 224 pixels. With --backward the network is trained: forward and
+backward to all weights. Both sides have the same weights (ours, exported), and their features are compared first. They take
+turns, and the best of --repeats counts; on a CPU the time is CPU time of this process. The last column is the figure of the paper
+on a V100 (EsViT, Li et al., ICLR 2022), for orientation.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ SIZE = 224
 
 
 def build_pair(row: Row) -> tuple[Backbone, nn.Module | None]:
-    """Our network with random weights, and timm's with the same ones."""
+    """Return our network with random weights, and timm's with the same weights."""
     torch.manual_seed(0)
     ours = build_model(row.arch, load_arch_config(row.arch, None, list(row.overrides))).eval()
     if row.timm_name is None:
@@ -52,8 +50,8 @@ def build_pair(row: Row) -> tuple[Backbone, nn.Module | None]:
     return ours, theirs
 
 
-def seconds_of(work: Callable[[], Tensor], device: torch.device) -> float:
-    """CPU time of one call, or the time on the clock until a GPU is done."""
+def time_call(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Return the seconds of one call: CPU time, or wall-clock time until a GPU has finished."""
     if device.type == "cpu":
         start = time.process_time()
         work()
@@ -64,22 +62,22 @@ def seconds_of(work: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def measure(row: Row, batch: int, args: argparse.Namespace, device: torch.device) -> tuple[float, float | None, float]:
-    """Images a second of ours and of timm's, and the largest difference of their features relative to the largest feature."""
+    """Return images per second of ours and timm's, and the largest difference of features relative to the largest feature."""
     networks = [network.to(device) for network in build_pair(row) if network is not None]
     images = torch.randn(batch, 3, SIZE, SIZE, device=device)
     with torch.inference_mode(not args.backward), utils.autocast(device, args.precision):
-        features = [network(images).detach().float() for network in networks]  # the warm-up
+        features = [network(images).detach().float() for network in networks]  # also warms up
         works = [partial(train if args.backward else nn.Module.__call__, network, images) for network in networks]
         best = [float("inf")] * len(works)
-        for _ in range(args.repeats + args.backward):  # the first gradients warm up, too
+        for _ in range(args.repeats + args.backward):  # the first backward is a warmup
             for i, work in enumerate(works):
-                best[i] = min(best[i], seconds_of(work, device))
+                best[i] = min(best[i], time_call(work, device))
     difference = (features[0] - features[-1]).abs().max() / features[0].abs().max()
     return batch / best[0], batch / best[1] if len(best) > 1 else None, difference.item()
 
 
 def train(network: nn.Module, images: Tensor) -> Tensor:
-    """Forward in training mode and backward to all weights, which keep no gradient."""
+    """Run forward and backward in training mode, and drop the gradients."""
     features = network.train()(images)
     features.float().square().mean().backward()
     network.zero_grad(set_to_none=True)
@@ -87,7 +85,7 @@ def train(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """What to measure where."""
+    """Return the parser."""
     parser = argparse.ArgumentParser(
         "benchmarks/throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,15 +101,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and print row by row."""
+    """Measure and print each network."""
     torch.set_num_threads(args.threads)
     device = utils.resolve_device(args.device)
     if device.type == "cpu":
         utils.keep_freed_memory()  # as eval_knn.py does, here for both sides
     for batch in args.batch:
-        what = "forward and backward" if args.backward else "features"
+        mode = "forward and backward" if args.backward else "features"
         print(
-            f"{what}, images a second at batch {batch}, {SIZE} pixels, {args.precision}, {device}, {args.threads} thread(s)"
+            f"{mode}, images per second at batch {batch}, {SIZE} pixels, {args.precision}, {device}, {args.threads} thread(s)"
         )
         print(f"  {'row':18} {'ours':>8} {'timm':>8} {'ours/timm':>9}   {'V100, paper':>11}")
         for name in args.rows:

@@ -1,1 +1,1 @@
-"""Checkpoint files: written whole or not at all, read safely, and translated between published layouts."""
+"""Checkpoint files: written atomically, read safely, and translated between published layouts."""

@@ -1,7 +1,4 @@
-"""What a run leaves on the disk: files that are whole or not there, folders that one run at a time writes to, and what made them.
-
-Origin: this project's own.
-"""
+"""Files and folders of a run: atomic writes, a lock against a second run, and provenance."""
 
 from __future__ import annotations
 
@@ -27,28 +24,28 @@ from checkpoints import locks
 from distributed.collectives import failing_together, get_world_size, is_main_process
 from utils import UsageError, logger
 
-TEMPORARY = ".esvit.tmp"  # how names end of files that are not whole yet and take the place of others; the next run removes them
-UNBORN = ".esvit.part"  # of those that take no file's place
+TEMPORARY_SUFFIX = ".esvit.tmp"  # of `atomic_write`; leftovers are removed by the next run
+NEW_FILE_SUFFIX = ".esvit.part"  # of `write_new`
 
-_held: dict[Path, SoftFileLease] = {}  # this process's locks, by their folders
+_held: dict[Path, SoftFileLease] = {}  # locks of this process by folder
 
 
 # --------------------------------------------------------------------------- files and folders
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, before_replacing: Callable[[], None] | None = None) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; after the block the file is synced to disk and replaces `path`.
+def atomic_write(path: Path, before_replacing: Callable[[], None] | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; after the block, sync that file to disk and let it replace `path`.
 
     Args:
         path: The file to write.
-        before_replacing: Called when the new file is on the disk and the old one still in its place.
+        before_replacing: Called when the new file is on disk and the old one still in place.
 
     Raises:
         UsageError: Another run has taken over the folder.
     """
-    check_held(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    check_lock(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         _sync(temporary)
@@ -60,11 +57,15 @@ def whole_file(path: Path, before_replacing: Callable[[], None] | None = None) -
 
 
 def write_new(names: Iterable[Path], write: Callable[[Path], object]) -> Path:
-    """Let `write` write a file, which then appears whole, under the first of `names` that no file has; return that name.
+    """Write a file atomically under the first of `names` that does not exist, and return that name.
+
+    Args:
+        names: Candidate paths in one folder.
+        write: Writes the file to the path that it is given.
 
     Raises:
-        FileExistsError: all are taken.
-        OSError: the disk refuses; nothing is left there.
+        FileExistsError: All names exist.
+        OSError: The file cannot be written; nothing is left behind.
     """
     temporary: Path | None = None
     try:
@@ -72,11 +73,11 @@ def write_new(names: Iterable[Path], write: Callable[[Path], object]) -> Path:
             if os.path.lexists(path):
                 continue
             if temporary is None:
-                temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{UNBORN}")
+                temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{NEW_FILE_SUFFIX}")
                 write(temporary)
                 _sync(temporary)
-            with contextlib.suppress(FileExistsError):  # it came meanwhile
-                _name_new(temporary, path)
+            with contextlib.suppress(FileExistsError):  # created meanwhile
+                _rename_new(temporary, path)
                 return path
     finally:
         if temporary is not None:
@@ -84,13 +85,13 @@ def write_new(names: Iterable[Path], write: Callable[[Path], object]) -> Path:
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
-def _name_new(temporary: Path, path: Path) -> None:
-    """Give a file its name, unless that is taken."""
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename a file, or raise a FileExistsError instead of replacing another one."""
     try:
-        os.link(temporary, path)  # unlike a renaming it overwrites nothing
+        os.link(temporary, path)  # unlike os.rename, never overwrites
     except FileExistsError:
         raise
-    except OSError:  # a disk without links
+    except OSError:  # a file system without hard links
         path.open("x").close()
         os.replace(temporary, path)
 
@@ -100,12 +101,8 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def is_there(path: Path) -> bool:
-    """Whether anything has this name, be it a link to nothing.
-
-    Raises:
-        OSError: the disk does not tell.
-    """
+def lexists(path: Path) -> bool:
+    """Return whether `path` exists, be it a dangling link; unlike `os.path.lexists`, let errors of the disk through."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -114,20 +111,21 @@ def is_there(path: Path) -> bool:
 
 
 class DiskError(UsageError):
-    """A folder or file that the disk refuses to write or read."""
+    """A folder or file cannot be read or written."""
 
 
 def read_text(path: Path, remedy: str = "repair it", errors: str = "strict") -> str:
-    """The text of a file from outside: UTF-8, with or without a byte-order mark, with any kind of line ends.
+    """Return the text of a UTF-8 file, with or without a byte-order mark.
 
     Args:
-        remedy: what such a file holds, or what to do.
-        errors: see `bytes.decode`; `surrogateescape` keeps names of files that are no UTF-8.
+        path: Path of the file.
+        remedy: End of the error message: what to do, or what the file should hold.
+        errors: As in `bytes.decode`; `surrogateescape` keeps file names that are not UTF-8.
 
     Raises:
-        UsageError: it cannot be read, or is no such text.
+        UsageError: The file cannot be read or is not UTF-8.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device may never end
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or device may never end
         raise UsageError(f"{path} is a folder, pipe, socket or device; {remedy}")
     try:
         text = path.read_text(encoding="utf-8-sig", errors=errors)
@@ -141,144 +139,141 @@ def read_text(path: Path, remedy: str = "repair it", errors: str = "strict") -> 
 
 
 @contextlib.contextmanager
-def usable(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
-    """A block that reads and writes files of a folder, which `flag` names.
-
-    Raises:
-        DiskError: the disk refuses: it is full, read-only, damaged or no longer mounted, or there is no permission.
-    """
+def disk_errors(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Turn an OSError of a block that uses `folder` into a `DiskError` that names it and its flag."""
     try:
         yield
     except OSError as error:
         raise DiskError(
-            f"{flag} {folder} cannot be used ({error.strerror or error}); see that its disk is there, writable and not full, "
+            f"{flag} {folder} cannot be used ({error.strerror or error}); check that its disk is mounted, writable and not full, "
             "or choose another"
         ) from error
 
 
 def make_output_dir(folder: str | Path, flag: str = "--output_dir") -> Path:
-    """Create the folder of a run, or another one that `flag` names, and see that the main process can write there.
+    """Create the folder that `flag` names, and check that the main process can write there.
 
     Raises:
-        UsageError: it cannot be created or written to, or its name is not UTF-8.
+        UsageError: It cannot be created or written to, or its name is not UTF-8.
     """
     try:
-        str(folder).encode()  # TensorBoard takes no other names
+        str(folder).encode()  # TensorBoard accepts UTF-8 only
         Path(folder).mkdir(parents=True, exist_ok=True)
     except UnicodeEncodeError:
-        raise UsageError(f"{flag} {str(folder)!a} is no text in UTF-8; choose another") from None
+        raise UsageError(f"{flag} {str(folder)!a} is not UTF-8; choose another") from None
     except OSError as error:
         raise UsageError(f"{flag} {folder} cannot be created ({error.strerror}); choose another") from None
     if is_main_process():
-        with usable(folder, flag), tempfile.TemporaryFile(dir=folder):
+        with disk_errors(folder, flag), tempfile.TemporaryFile(dir=folder):
             pass
     return Path(folder)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that a JSON text holds.
-
-    Raises:
-        ValueError: it is not JSON, or nested deeper than Python reads.
-    """
+    """Return the value of a JSON text; also raise a ValueError if it is nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
-# --------------------------------------------------------------------------- one run in a folder
+# --------------------------------------------------------------------------- locked folders
 
 
 @contextlib.contextmanager
-def sole_run(folder: str | Path, kind: str, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold a folder, which is made, against other runs that write the same files there. All processes enter; the main one holds it.
+def lock_folder(folder: str | Path, kind: str, flag: str = "--output_dir") -> Iterator[None]:
+    """Create a folder and lock it against other runs that write the same files; a collective operation.
 
-    A folder that was made for it and holds nothing in the end is removed again. `kind` is one word that tells which files.
+    Folders that were created here and are empty at the end are removed.
+
+    Args:
+        folder: The folder.
+        kind: Name of the files that are written, part of the name of the lock.
+        flag: Flag that names the folder, for messages.
 
     Raises:
-        UsageError: another run holds it, or the folder cannot be made or written to, on all processes at once.
+        UsageError: Another run holds the lock, or the folder cannot be written; raised on all processes.
     """
     folder = Path(folder)
-    made: list[Path] = []
+    created: list[Path] = []
     with failing_together():
         if is_main_process():
-            made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+            created = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
             make_output_dir(folder, flag)
             try:
-                _take(folder, kind, flag)
+                _acquire(folder, kind, flag)
             except BaseException:
-                _let_go(folder, kind, made)
+                _release(folder, kind, created)
                 raise
     try:
         yield
     finally:
-        _let_go(folder, kind, made)
+        _release(folder, kind, created)
 
 
-def _take(folder: Path, kind: str, flag: str) -> None:
-    """Take the lock of a folder, or wait until its owner turns out to be dead.
+def _acquire(folder: Path, kind: str, flag: str) -> None:
+    """Acquire the lock of a folder, if necessary after waiting to see whether its owner is dead.
 
     Raises:
-        UsageError: it lives, or the disk refuses.
+        UsageError: The owner is alive, or the folder cannot be written.
     """
-    lock = locks.lease(folder / f".{kind}.lock")
+    lock, since_file = locks.lease(folder / f".{kind}.lock"), _since_file(folder, kind)
     waiting = False
 
-    def refuse_if_alive(beaten: bool) -> None:
+    def raise_if_alive(heartbeat: bool) -> None:
         nonlocal waiting
-        if beaten or (not waiting and locks.runs_here(lock)):
-            since = _since(folder, kind).read_text().strip() if _since(folder, kind).exists() else ""
+        if heartbeat or (not waiting and locks.has_live_local_owner(lock)):
+            since = since_file.read_text().strip() if since_file.exists() else ""
             raise UsageError(
-                f"{flag} {folder} is being written to by another run ({locks.name_of_owner(lock)}"
-                f"{since and f', since {since}'}); let it end or stop it, or choose another {flag}"
+                f"{flag} {folder} is in use by another run ({locks.describe_owner(lock)}{since and f', since {since}'}); "
+                f"stop it or wait for its end, or choose another {flag}"
             )
         if not waiting:
             waiting = True
             logger.warning(
-                "%s was written to by %s; waiting for up to %.0f seconds to see whether it lives",
-                *(folder, locks.name_of_owner(lock), locks.ABANDONED_AFTER),
+                "%s is locked by %s; waiting up to %.0f seconds for a heartbeat",
+                *(folder, locks.describe_owner(lock), locks.LEASE_DURATION),
             )
 
-    with usable(folder, flag):
-        before = locks.name_of_owner(lock) if lock.owner is not None else ""
-        locks.take(lock, refuse_if_alive)
-        if before:
-            logger.warning("%s, which wrote to %s, has ended without saying so; this run takes over", before, folder)
+    with disk_errors(folder, flag):
+        previous = locks.describe_owner(lock) if lock.owner is not None else ""
+        locks.acquire(lock, raise_if_alive)
+        if previous:
+            logger.warning("%s has ended without unlocking %s; this run takes over", previous, folder)
         _held[folder.resolve()] = lock
-        _since(folder, kind).write_text(time.strftime("%Y-%m-%d %H:%M:%S\n"))
+        since_file.write_text(time.strftime("%Y-%m-%d %H:%M:%S\n"))
 
 
-def _let_go(folder: Path, kind: str, made: Sequence[Path]) -> None:
-    """Release the lock of a folder, if this process has it, and remove the folders that were `made` for it and are empty."""
+def _release(folder: Path, kind: str, created: Sequence[Path]) -> None:
+    """Release the lock of a folder if this process holds it, and remove the `created` folders that are empty."""
     lock = _held.pop(folder.resolve(), None)
     if lock is not None:
-        with contextlib.suppress(OSError):  # the disk may be gone
-            _since(folder, kind).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk may be unmounted
+            _since_file(folder, kind).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             lock.release(force=True)
     with contextlib.suppress(OSError):
-        for place in made:
-            place.rmdir()
+        for parent in created:
+            parent.rmdir()
 
 
-def _since(folder: Path, kind: str) -> Path:
-    """The file that says when the owner of a folder's lock took it."""
+def _since_file(folder: Path, kind: str) -> Path:
+    """Return the file with the time at which the folder was locked."""
     return folder / f".{kind}.since"
 
 
-def check_held(folder: Path) -> None:
-    """Stop if this process had a folder for itself, and another run has it now, because this one seemed dead.
+def check_lock(folder: Path) -> None:
+    """Check that no other run has taken over a folder that this process has locked.
 
     Raises:
-        UsageError: so it is.
-        OSError: the disk does not tell.
+        UsageError: Another run has.
+        OSError: The lock cannot be read.
     """
     lock = _held.get(folder.resolve())
-    if lock is not None and not locks.hold_on(lock):
+    if lock is not None and not locks.renew(lock):
         raise UsageError(
-            f"{folder} was taken over by another run ({locks.name_of_owner(lock)}) while this one gave no sign of life for "
-            f"{locks.ABANDONED_AFTER:.0f} seconds; this one ends and writes nothing more there"
+            f"{folder} was taken over by another run ({locks.describe_owner(lock)}) because this one had no heartbeat for "
+            f"{locks.LEASE_DURATION:.0f} seconds; this run stops and writes nothing more there"
         )
 
 
@@ -286,16 +281,13 @@ def check_held(folder: Path) -> None:
 
 
 def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> None:
-    """Write what made this run: `config.yaml` (resolved) and `run.json` (arguments, git revision, versions, seed).
-
-    A resumed run adds a numbered pair beside the first, nothing is overwritten.
-    """
+    """Write `config.yaml` (resolved) and `run.json` (arguments, git revision, versions); a resumed run adds a numbered pair."""
     suffix, number = "", 1
     while any((output_dir / name).exists() for name in (f"run{suffix}.json", f"config{suffix}.yaml")):
         number += 1
         suffix = f"_{number}"
     if config is not None:
-        with whole_file(output_dir / f"config{suffix}.yaml") as temporary:
+        with atomic_write(output_dir / f"config{suffix}.yaml") as temporary:
             temporary.write_text(config.dump())
     record = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -307,12 +299,12 @@ def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> 
         "python": sys.version.split()[0],
         "packages": package_versions(),
     }
-    with whole_file(output_dir / f"run{suffix}.json") as temporary:
+    with atomic_write(output_dir / f"run{suffix}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def git_revision() -> str:
-    """The checkout's commit, with `-dirty` when files differ from it; `unknown` outside a git checkout."""
+    """Return the commit of the checkout, with `-dirty` if files differ from it; `unknown` outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -321,7 +313,7 @@ def git_revision() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages named in requirements.txt that are installed."""
+    """Return the versions of the installed packages of requirements.txt."""
     versions = {}
     for line in (Path(__file__).parent.parent / "requirements.txt").read_text().splitlines():
         name = line.split(">")[0].split("<")[0].split("=")[0].strip()
@@ -334,16 +326,16 @@ def package_versions() -> dict[str, str]:
 
 
 def numbered_names(path: Path) -> Iterator[Path]:
-    """The path itself, then with _2, _3, ... before its ending, without end."""
+    """Yield the path itself, then the path with _2, _3, ... before its suffix, without end."""
     yield path
     yield from (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(2))
 
 
 def unused(path: Path) -> Path:
-    """The first of a path's names that does not exist."""
+    """Return the first of a path's numbered names that does not exist."""
     return next(candidate for candidate in numbered_names(path) if not candidate.exists())
 
 
 def numbered(path: Path) -> list[Path]:
-    """The names that `unused` gave out for a path, as far as they exist without a gap, in their order."""
+    """Return the existing numbered names of a path, in order, up to the first gap."""
     return list(takewhile(Path.exists, numbered_names(path)))

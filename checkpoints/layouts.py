@@ -1,9 +1,9 @@
-"""Layouts of published checkpoints: which network of a file is taken, and what its tensors are called here.
+"""Layouts of published checkpoints: find the network in a file and convert its tensor names.
 
-A network lies under a key, or the file is one; its names have words before them that say how it was wrapped, and each project
-spells the parts beside a backbone its own way. What is read:
+A network lies under a key, or is the whole file. Its names have prefixes that depend on the program that wrote it, and each program
+names the modules beside a backbone differently:
 
-| program | words before names | beside the backbone |
+| program | prefixes | beside the backbone |
 | --- | --- | --- |
 | torch | `module.`, `_orig_mod.`, anywhere and repeated | |
 | EsViT | none (ResNet: `backbone.backbone.`) | `head.`, `head_dense.` |
@@ -11,8 +11,6 @@ spells the parts beside a backbone its own way. What is read:
 | UDI | `backbone.backbone.`; its extraction script: `backbone.` | `head.N.`, `backbone.norm1.`, `backbone.attn.` |
 | MoCo, MoBY | `encoder.`, `base_encoder.`, `encoder_q.`; momentum: `momentum_encoder.`, `encoder_k.` | projectors, queues |
 | MAE, timm, torchvision, Swin, DeiT | none, `encoder.` | decoder, linear classifier |
-
-Origin: this project's own, from the names that the files of these programs have.
 """
 
 from __future__ import annotations
@@ -28,25 +26,25 @@ from torch import Tensor, nn
 from models.base import METHOD_PREFIXES, Backbone
 from models.interop import vit_from_timm
 from models.resize import RULES
-from models.srs import PUBLISHED as OF_SRS
+from models.srs import PUBLISHED as UDI_NAMES
 from utils import UsageError
 
 WRAPPING_KEYS = ("model", "state_dict")  # where timm, Swin, DeiT and others keep a network
 WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")  # DistributedDataParallel, torch.compile
 ONLINE = ("backbone", "encoder", "base_encoder", "online_encoder", "encoder_q", "student")
 MOMENTUM = ("momentum_encoder", "momentum_backbone", "target_encoder", "encoder_k", "teacher")
-INSIDE = re.compile(rf"^(?:(?:{'|'.join((*ONLINE, *MOMENTUM))})\.)+")
-IN_MOMENTUM = re.compile(rf"^(?:(?:{'|'.join(ONLINE)})\.)*(?:{'|'.join(MOMENTUM)})\.")
-UDI_HEAD = re.compile(r"^head\.\d+\.")  # their one head, kept once a level
-# Other tensors that programs train beside a backbone: linear classifiers, projectors and queues, decoders and masks.
-PARTS = (
+NETWORK_PREFIX = re.compile(rf"^(?:(?:{'|'.join((*ONLINE, *MOMENTUM))})\.)+")
+MOMENTUM_PREFIX = re.compile(rf"^(?:(?:{'|'.join(ONLINE)})\.)*(?:{'|'.join(MOMENTUM)})\.")
+UDI_HEAD = re.compile(r"^head\.\d+\.")  # UDI's single head, stored once per level
+# Prefixes of what other programs train beside a backbone: linear classifiers, projectors and queues, decoders and masks.
+IGNORED_PREFIXES = (
     *("fc.", "head_dist.", "classifier."),
     *("projector", "momentum_projector", "predictor", "queue"),
     *("decoder", "mask_token", "masked_embed"),
 )
-OF_TIMM = {"norm_pre", "fc_norm", "head_drop", "pre_logits"}  # modules of its ViT that DINO's has not
-CENTERS = ("center", "center_plus")  # of UDI's class tokens in their order; the patches' are the last
-# Buffers that the architecture computes itself; older files have the masks.
+TIMM_ONLY_MODULES = {"norm_pre", "fc_norm", "head_drop", "pre_logits"}  # modules of timm's ViT that DINO's lacks
+CENTERS = ("center", "center_plus")  # of UDI's class tokens, in order; that of the patches comes last
+# Buffers that the architecture computes; older files contain the masks.
 DERIVED = ("relative_position_index", "rel_pos_idx", "attn_mask")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -57,25 +55,27 @@ class NetworkState(NamedTuple):
     tensors: dict[str, Tensor]
     layout: str
     key: str | None
-    image_size: tuple[int, int] | None = None  # MODEL.IMAGE_SIZE of the run, where the file tells
-    pos_resize: str | None = (
-        None  # how its program resizes positions, one of `models.resize.RULES`, where the file tells
-    )
+    image_size: tuple[int, int] | None = None  # MODEL.IMAGE_SIZE of the run, if known
+    pos_resize: str | None = None  # how the program resizes positions, one of `models.resize.RULES`, if known
 
 
 def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> NetworkState:
-    """The network of a file under its `published_names`: `key` of a full checkpoint, what lies under `model`, or all of a bare one.
+    """Return the network of a file, with `published_names`.
 
-    Of an online and a momentum network side by side (MoCo, MoBY) it is the online one for the key `student`, else the other.
+    Args:
+        content: Content of the file.
+        key: Field of a full checkpoint. If a file has an online and a momentum network (MoCo, MoBY), `student` selects the online
+            one and any other key the momentum one.
+        path: Path of the file, for messages.
 
     Raises:
-        UsageError: a full checkpoint without `key`, or content that is no state dict.
+        UsageError: A full checkpoint lacks `key`, or the content is no state dict.
     """
     layout, found_under, whole = "bare state dict", None, content
     if "student" in content or "teacher" in content:
         if key not in content:
             raise UsageError(
-                f"checkpoint '{path}' has no network '{key}'; name one that it has: "
+                f"checkpoint '{path}' has no network '{key}'; choose one that it has: "
                 + " or ".join(sorted(content.keys() & {"student", "teacher"}))
             )
         layout, found_under = "full checkpoint", key
@@ -95,27 +95,29 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
     names = published_names(tensors)
     if any(names[name].startswith("srs.") and not WRAPPERS.sub(r"\1", name).startswith("srs.") for name in names):
         layout += " of UDI"
-    others = _of_the_other_network(names.values(), key)
-    if others:
+    unselected = _names_of_other_network(names.values(), key)
+    if unselected:
         layout += f", its {'online' if key == 'student' else 'momentum'} network"
-    kept = {names[name]: tensor for name, tensor in tensors.items() if names[name] not in others}
+    kept = {names[name]: tensor for name, tensor in tensors.items() if names[name] not in unselected}
     model = _saved_model(whole)
     rule = model["SPEC"].get("POS_RESIZE") if isinstance(model["SPEC"], dict) else None
     rule = rule or _pos_resize(content, kept, layout, path)
     return NetworkState(vit_from_timm(kept), layout, found_under, _image_size(model), rule)
 
 
-def _of_the_other_network(names: Iterable[str], key: str) -> set[str]:
-    """Where a file holds an online and a momentum network: the names of that which `key` does not mean."""
-    momentum = {name for name in names if IN_MOMENTUM.match(name)}
+def _names_of_other_network(names: Iterable[str], key: str) -> set[str]:
+    """Return the names of the network that `key` does not select, if a file holds an online and a momentum network."""
+    momentum = {name for name in names if MOMENTUM_PREFIX.match(name)}
     online = {name for name in names if name not in momentum}
-    if not {bare(name) for name in momentum} & {bare(name) for name in online if bare(name) != name}:
+    if not {strip_prefix(name) for name in momentum} & {
+        strip_prefix(name) for name in online if strip_prefix(name) != name
+    }:
         return set()
-    return momentum if key == "student" else {name for name in online if bare(name) != name}
+    return momentum if key == "student" else {name for name in online if strip_prefix(name) != name}
 
 
 def _saved_model(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of this project says of its network, the group MODEL of its config; nothing of other files."""
+    """Return the group MODEL of the config in a checkpoint of this project; for other files only an empty SPEC."""
     config = content.get("config")
     try:
         model = yaml.safe_load(config)["MODEL"] if isinstance(config, str) else {}
@@ -125,7 +127,7 @@ def _saved_model(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image_size(model: Mapping[str, Any]) -> tuple[int, int] | None:
-    """MODEL.IMAGE_SIZE of the run, where the file tells."""
+    """Return MODEL.IMAGE_SIZE of the run, if known."""
     try:
         height, width = model["IMAGE_SIZE"]
         return int(height), int(width)
@@ -134,32 +136,34 @@ def _image_size(model: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _pos_resize(content: Mapping[str, Any], names: Iterable[str], layout: str, path: str | Path) -> str:
-    """How the program that made a network resizes its positions: by `scale` in DINO and what descends from it.
+    """Return how the program that wrote a network resizes positions: `scale` for DINO and its descendants, else `size`.
 
-    Its checkpoints and UDI's have `backbone.` before the ViT's names and heads beside it. The released backbones of DINO are bare
-    state dicts without any head, in torch's format; those of timm and DeiT have a classifier, lie under a key, are safetensors, or
-    name modules of timm's in what torch keeps with a state dict. So kept, backbones of this project tell their rule.
+    Checkpoints of DINO and UDI have `backbone.` in front of the ViT's names and heads beside it. The released backbones of DINO are
+    bare state dicts without a head, in torch's format. Files of timm and DeiT have a classifier, lie under a key, are safetensors,
+    or list timm's modules in the metadata of the state dict; backbones of this project store their rule in that metadata.
     """
     modules = getattr(content, "_metadata", None)
     modules = modules if isinstance(modules, Mapping) else {}
-    told = modules.get("")
-    if isinstance(told, Mapping) and told.get("pos_resize") in RULES:
-        return str(told["pos_resize"])
+    metadata = modules.get("")
+    if isinstance(metadata, Mapping) and metadata.get("pos_resize") in RULES:
+        return str(metadata["pos_resize"])
     if "UDI" in layout:
         return "scale"
-    in_wrapper = "backbone.pos_embed" in names
+    wrapped = "backbone.pos_embed" in names
     if layout == "full checkpoint" or any(name.startswith("head.last_layer.") for name in names):
-        return "scale" if in_wrapper else "size"
-    alone = layout == "bare state dict" and Path(path).suffix != ".safetensors" and not OF_TIMM & modules.keys()
-    of_vit = all(name.startswith(("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")) for name in names)
-    return "scale" if alone and of_vit else "size"
+        return "scale" if wrapped else "size"
+    is_bare = (
+        layout == "bare state dict" and Path(path).suffix != ".safetensors" and not TIMM_ONLY_MODULES & modules.keys()
+    )
+    is_vit = all(name.startswith(("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")) for name in names)
+    return "scale" if is_bare and is_vit else "size"
 
 
 def criterion_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a published loss under this project's names.
+    """Return the state of a published loss under this project's names.
 
-    EsViT's and DINO's are the same here. UDI has its centers as rows of one tensor, those of the class tokens first and that of the
-    patches last, and a count that is zero between two steps.
+    EsViT and DINO use the same names. UDI stores its centers as rows of one tensor (class tokens first, patches last), and a count
+    that is zero between steps.
     """
     rows = published.get("centering.center")
     if rows is None:
@@ -167,75 +171,73 @@ def criterion_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: row[None] for name, row in zip((*CENTERS[: len(rows) - 1], "center_patch"), rows)}
 
 
-def bare(name: str) -> str:
-    """A name without the words that say which network it is of."""
-    return INSIDE.sub("", name)
+def strip_prefix(name: str) -> str:
+    """Return a name without the prefixes of `ONLINE` and `MOMENTUM` networks."""
+    return NETWORK_PREFIX.sub("", name)
 
 
 def published_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each name of a network as a file has it, with its name here, but for what depends on the network that takes it.
+    """Return the published name of each tensor name of a file.
 
-    Wrappers are left out, weight norm in torch's parametrized spelling and CvT's tables get the published names, and a network of
-    UDI's files gets this project's, with one head where those of all levels are equal.
+    Prefixes of wrappers are dropped, and the parametrized spelling of weight norm and abbreviated names of CvT are expanded. Names
+    of UDI are converted to this project's, with a single head if the heads of all levels are equal.
     """
     named = {name: _published_spelling(WRAPPERS.sub(r"\1", name)) for name in state}
-    if not any(bare(name).startswith(tuple(OF_SRS)) for name in named.values()):
+    if not any(strip_prefix(name).startswith(tuple(UDI_NAMES)) for name in named.values()):
         return named
     one_head = _heads_are_one({named[name]: tensor for name, tensor in state.items()})
-    return {name: _from_udi(spelled, one_head) for name, spelled in named.items()}
+    return {name: _convert_udi_name(spelled, one_head) for name, spelled in named.items()}
 
 
 def _published_spelling(name: str) -> str:
-    """`parametrizations.weight.original0` and `1` of torch >= 2 are gain and direction; EsViT's CvT abbreviates its tables."""
     name = name.replace("parametrizations.weight.original0", "weight_g")
     name = name.replace("parametrizations.weight.original1", "weight_v")
     return name.replace("rel_pos_bias_table", "relative_position_bias_table")
 
 
-def _from_udi(name: str, one_head: bool) -> str:
-    inner = bare(name)
-    part = next((part for part in OF_SRS if inner.startswith(part)), None)
+def _convert_udi_name(name: str, one_head: bool) -> str:
+    inner = strip_prefix(name)
+    part = next((part for part in UDI_NAMES if inner.startswith(part)), None)
     if part is not None:
-        return f"srs.{OF_SRS[part]}{inner.removeprefix(part)}"
+        return f"srs.{UDI_NAMES[part]}{inner.removeprefix(part)}"
     return UDI_HEAD.sub("head.", name) if one_head else name
 
 
 def _heads_are_one(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether UDI's heads of all levels have equal tensors."""
+    """Return whether UDI's heads of all levels have equal tensors."""
     first: dict[str, Tensor] = {}
-    of_heads = [name for name in tensors if UDI_HEAD.match(name)]
-    return all(tensors[name].equal(first.setdefault(UDI_HEAD.sub("", name), tensors[name])) for name in of_heads)
+    head_names = [name for name in tensors if UDI_HEAD.match(name)]
+    return all(tensors[name].equal(first.setdefault(UDI_HEAD.sub("", name), tensors[name])) for name in head_names)
 
 
-def in_our_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Each of the `published_names` of a file, with the name of the network's own tensor; others stay as they are.
+def match_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return, for each of the `published_names` of a file, the name of the network's own tensor; unknown names map to themselves.
 
-    Of the published names and those of timm and torchvision those count that fit most of the network's tensors.
+    Of the published naming and that of timm or torchvision, the one that matches more tensors of the network is used.
     """
-    inner = {name: name if name.startswith(METHOD_PREFIXES) else bare(name) for name in names}
+    inner = {name: name if name.startswith(METHOD_PREFIXES) else strip_prefix(name) for name in names}
     wanted = network.state_dict()
     namings: list[Callable[[str], str]] = [str, network.timm_name] if isinstance(network, Backbone) else [str]
     found = set(inner.values())
-    best = max(namings, key=lambda naming: sum(bare(naming(name)) in found for name in wanted))
-    ours = {bare(best(name)): name for name in wanted}
+    best = max(namings, key=lambda naming: sum(strip_prefix(naming(name)) in found for name in wanted))
+    ours = {strip_prefix(best(name)): name for name in wanted}
     return {name: ours.get(inside, name) for name, inside in inner.items()}
 
 
 def parameter_names(network: nn.Module, student: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """The parameters of a published student in the order of its file, which is that of its program's optimizer.
+    """Return the parameters of a published student in the order of its file, which is the order of its optimizer.
 
-    Buffers are left out, and of a parameter that the program uses under several names (UDI's one head of all levels, ViL's shared
-    projections) all but the first.
+    Buffers are left out, and so are all but the first name of a shared parameter (UDI's head of all levels, ViL's projections).
 
     Args:
-        network: not wrapped.
-        student: of the file, with the names as it has them.
+        network: The network, not wrapped.
+        student: The state dict in the file.
 
     Returns:
-        names of the file, each with the name of the same parameter of `network`; None where it has no such.
+        For each name in the file, the name of the parameter of `network`, or None if there is none.
     """
     published = published_names(student)
-    ours = in_our_names(network, published.values())
+    ours = match_names(network, published.values())
     parameters, buffers = dict(network.named_parameters(remove_duplicate=False)), dict(network.named_buffers())
     seen: set[object] = set()
     found: dict[str, str | None] = {}

@@ -1,17 +1,14 @@
-"""Locks for one writer at a time: with a heartbeat, and taken over from an owner that died.
-
-A lock is a file that names its owner's host and process, filelock's `SoftFileLease`. The owner touches it every `BEAT` seconds. A
-dead owner on this machine gives way at once, also where its process number is in use again. Of one elsewhere (another host, another
-container) nothing is known but its heartbeat: whoever wants the lock watches it for `ABANDONED_AFTER` seconds by its own clock.
+"""File locks with a heartbeat, which are taken over from an owner that died.
 
     lock = lease(folder / ".training.lock")
-    take(lock)          # waits; `give_up` may refuse instead
+    acquire(lock)       # waits; the callback `on_busy` may raise instead
     ...
     lock.release()
 
-Unlike locks of the kernel (`flock`) these work on every network disk, and can be looked at.
-
-Origin: this project's own, on filelock.
+A lock is a file that names its owner's host and process (filelock's `SoftFileLease`), touched every `HEARTBEAT_INTERVAL` seconds. A
+dead owner on this machine is detected at once, even if its process number is in use again. An owner elsewhere (another host or
+container) counts as dead after `LEASE_DURATION` seconds without a heartbeat, by the clock of the waiting process. Unlike `flock`,
+this works on every network file system.
 """
 
 from __future__ import annotations
@@ -25,84 +22,81 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, SoftFileLease, Timeout
 
-BEAT = 5.0  # seconds
-ABANDONED_AFTER = 60.0  # seconds without a beat; the same for all who want a lock
-POLL = 0.1  # seconds
+HEARTBEAT_INTERVAL = 5.0  # seconds
+LEASE_DURATION = 60.0  # seconds without a heartbeat; must be the same for all processes
+POLL_INTERVAL = 0.1  # seconds
 
 
 def lease(path: Path) -> SoftFileLease:
-    """Make the lock whose file is `path`; it is not taken yet, and counts for the process, whichever of its threads asks."""
+    """Return the lock with file `path`, not acquired yet; it is shared by all threads of the process."""
     return SoftFileLease(
-        path, lease_duration=ABANDONED_AFTER, heartbeat_interval=min(BEAT, ABANDONED_AFTER / 4), thread_local=False
+        path,
+        lease_duration=LEASE_DURATION,
+        heartbeat_interval=min(HEARTBEAT_INTERVAL, LEASE_DURATION / 4),
+        thread_local=False,
     )
 
 
-def take(lock: SoftFileLease, give_up: Callable[[bool], None] | None = None) -> AcquireReturnProxy:
+def acquire(lock: SoftFileLease, on_busy: Callable[[bool], None] | None = None) -> AcquireReturnProxy:
     """Wait until this process holds the lock.
 
     Args:
-        give_up: called after each failed try, with whether the owner's heartbeat was seen since the first one; may raise.
+        lock: The lock.
+        on_busy: Called after each failed attempt, with whether there was a heartbeat since the first one; may raise.
 
     Returns:
-        a context manager that releases the lock.
+        A context manager that releases the lock.
 
     Raises:
-        OSError: the lock file cannot be written.
+        OSError: The lock file cannot be written.
     """
-    first = seen = _last_beat(lock)
+    first = seen = _last_heartbeat(lock)
     since = time.monotonic()
     while True:
         with contextlib.suppress(Timeout):
             return lock.acquire(timeout=0)
-        beat = _last_beat(lock)
-        if beat < 0:
-            continue  # removed: filelock 4.1 removes a dead owner's lock in one try and takes it in the next
-        if beat != seen:
-            seen, since = beat, time.monotonic()
-        elif lock.owner is None and time.monotonic() - since > ABANDONED_AFTER:
-            lock.force_break()  # its owner died before its name was on the disk, for which filelock would wait for ever
-        if give_up is not None:
-            give_up(seen != first)
-        time.sleep(POLL)
+        heartbeat = _last_heartbeat(lock)
+        if heartbeat < 0:
+            continue  # filelock 4.1 removes the lock of a dead owner in one attempt and acquires it in the next
+        if heartbeat != seen:
+            seen, since = heartbeat, time.monotonic()
+        elif lock.owner is None and time.monotonic() - since > LEASE_DURATION:
+            lock.force_break()  # the owner died before it wrote its name; filelock would wait forever
+        if on_busy is not None:
+            on_busy(seen != first)
+        time.sleep(POLL_INTERVAL)
 
 
-def runs_here(lock: SoftFileLease) -> bool:
-    """Whether the owner of a lock that could not be taken is a process of this machine that lives, be it stopped."""
+def has_live_local_owner(lock: SoftFileLease) -> bool:
+    """Return whether the owner of a busy lock is a live process of this machine; stopped processes count as live."""
     owner = lock.owner
-    own = lease(Path(lock.lock_file).with_name(f".{uuid.uuid4().hex}.lock"))
-    with own:
-        if owner is None or own.owner is None or owner.hostname != own.owner.hostname:
+    probe = lease(Path(lock.lock_file).with_name(f".{uuid.uuid4().hex}.lock"))
+    with probe:  # filelock's name of this host
+        if owner is None or probe.owner is None or owner.hostname != probe.owner.hostname:
             return False
-    with contextlib.suppress(OSError):  # no /proc: not Linux
-        return Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"  # dead, not buried
+    with contextlib.suppress(OSError):  # no /proc outside Linux
+        return Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"  # zombie, dead
     return True
 
 
-def name_of_owner(lock: SoftFileLease) -> str:
-    """The owner of a lock in words."""
+def describe_owner(lock: SoftFileLease) -> str:
+    """Return process and host of a lock's owner, for messages."""
     owner = lock.owner
-    return (
-        "a process without a name yet"
-        if owner is None
-        else f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
-    )
+    return "an unknown process" if owner is None else f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
 
 
-def hold_on(lock: SoftFileLease) -> bool:
-    """See that a lock that was taken is this process's still, and renew it where its file or its heartbeat was lost.
+def renew(lock: SoftFileLease) -> bool:
+    """Renew a lock whose file or heartbeat was lost, and return whether this process still holds it.
 
-    A process that hung, or whose disk was gone, for longer than `ABANDONED_AFTER` may find that another has it.
-
-    Returns:
-        whether it is.
+    It does not if another process took it over because this one hung, or lost its disk, for longer than `LEASE_DURATION`.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: The lock file cannot be written.
     """
     if lock.owner is not None and not lock.is_lock_held_by_us:
         return False
     if lock.compromise is not None or lock.owner is None:
-        os.stat(os.path.dirname(lock.lock_file))  # filelock would make a folder that has vanished
+        os.stat(os.path.dirname(lock.lock_file))  # filelock would create a folder that has disappeared
         lock.release(force=True)
         try:
             lock.acquire(timeout=0)
@@ -111,8 +105,8 @@ def hold_on(lock: SoftFileLease) -> bool:
     return True
 
 
-def _last_beat(lock: SoftFileLease) -> int:
-    """Of the lock's clock, which need not be ours."""
+def _last_heartbeat(lock: SoftFileLease) -> int:
+    """Return the time of the last heartbeat by the file system's clock; -1 if there is no lock file."""
     try:
         return os.stat(lock.lock_file).st_mtime_ns
     except OSError:

@@ -219,7 +219,7 @@ def main(args: argparse.Namespace) -> None:
     if args.to == "files" and not classes:
         classes = read_classes(Path(args.data_path))
     folder = Path(args.dest)
-    with files.sole_run(folder, "conversion", "DEST"):
+    with files.lock_folder(folder, "conversion", "DEST"):
         convert(args, listings, labels, classes)
     for split, listing in listings.items():
         images, names = counted(len(listing.source), "image"), counted(len(listing.classes), "class", "classes")
@@ -240,7 +240,7 @@ def convert(
     interrupted = launch.stop_on_interrupt(
         lambda: f"after {counted(done, 'image')}, of which nothing is left in {args.dest}"
     )
-    with interrupted, files.usable(args.dest, "DEST"), contextlib.ExitStack() as stack:
+    with interrupted, files.disk_errors(args.dest, "DEST"), contextlib.ExitStack() as stack:
         writers: list[Writer] = []
         for (split, listing), label_N in zip(listings.items(), labels):
             writer = make_writer(args, Path(args.dest), split, classes)

@@ -1,9 +1,9 @@
-"""Networks whose parameters are spread over the processes (`--fsdp`), and what the rest has to know of it.
+"""Fully sharded data parallelism: networks whose parameters are sharded over the processes (`--fsdp`).
 
-A unit (a block, a head, what remains of the network) is gathered when its forward or backward begins and given up when that ends;
-its gradient is averaged into shards. Student and teacher are cut alike, so that the optimizer and the moving average work on shards
-without a word to other processes. Prototypes are computed inside the forward of their head, from gathered parameters: losses see
-plain tensors. Files are those of a run without --fsdp.
+The parameters of a unit (a block, a head, the rest of the network) are gathered for its forward and backward, and its gradient is
+averaged into shards. Student and teacher are sharded alike, so that the optimizer and the teacher's moving average need no
+communication. Heads compute their prototypes from gathered parameters, so losses get plain tensors. Checkpoints are the same as
+without --fsdp.
 
 Origin: PyTorch's `fully_shard` (FSDP2); the idea is ZeRO stage 3 (Rajbhandari et al., SC 2020).
 """
@@ -29,19 +29,18 @@ from utils import UsageError
 
 
 def shard_networks(student: Backbone, teacher: Backbone, device: torch.device) -> tuple[Backbone, Backbone]:
-    """Shard both networks, in place: a share for each process, and move the shares to the device.
+    """Shard both networks in place and move the shards to the device.
 
-    They must hold the same values in every process, and stay where they were made until then: only a unit at a time is whole on
-    the device.
+    The networks must be equal in every process and not yet on the device, so that the device holds only one whole unit at a time.
 
     Raises:
-        UsageError: one process, or a network with BatchNorm.
+        UsageError: There is only one process, or a network has BatchNorm.
     """
     if collectives.get_world_size() == 1:
-        raise UsageError("--fsdp spreads networks over processes, this run has one; use torchrun, or leave --fsdp out")
+        raise UsageError("--fsdp needs several processes, this run has one; start it with torchrun, or drop --fsdp")
     if batch_norms(student):
         raise UsageError(
-            "--fsdp takes no network or head with BatchNorm, which are small enough without it; leave it out"
+            "--fsdp does not support BatchNorm in network or heads; drop --fsdp, such networks are small enough without it"
         )
     mesh = init_device_mesh(device.type, (collectives.get_world_size(),))
     for network in (student, teacher):
@@ -51,7 +50,7 @@ def shard_networks(student: Backbone, teacher: Backbone, device: torch.device) -
 
 
 def units(network: Backbone) -> Iterator[nn.Module]:
-    """What is gathered together: every block (in parts, where these are called by themselves), every head, what pools samples."""
+    """Yield the modules that are gathered as a unit: blocks (or their separately called parts), heads and the SRS module."""
     for stage in range(len(network.stage_depths)):
         for block in network.stage_blocks(stage):
             yield from block if isinstance(block, tuple) else (block,)
@@ -59,17 +58,17 @@ def units(network: Backbone) -> Iterator[nn.Module]:
     yield from (part for part in (network.head_dense, network.srs) if part is not None)
 
 
-def exchange_gradients(network: nn.Module, wanted: bool) -> None:
-    """Whether the next backward of a sharded network averages gradients over processes; others are left as they are."""
+def set_gradient_sync(network: nn.Module, enabled: bool) -> None:
+    """Set whether the next backward of a sharded network averages gradients; does nothing for other networks."""
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(wanted)
+        network.set_requires_gradient_sync(enabled)
 
 
 @contextlib.contextmanager
-def gathered(*networks: nn.Module) -> Iterator[None]:
-    """In the block sharded networks are whole in every process, which calls them (or their parts) as often as it likes.
+def unsharded(*networks: nn.Module) -> Iterator[None]:
+    """Hold whole networks in every process inside the block, so that processes may call them (without gradients) independently.
 
-    Outside it calls are exchanges that all processes make equally often, through the network's `forward`. No gradients inside.
+    Outside the block a call of a sharded network is a collective operation.
     """
     parts = [module for network in networks for module in network.modules() if isinstance(module, FSDPModule)]
     for part in parts:
@@ -83,8 +82,8 @@ def gathered(*networks: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(True, recurse=False)
 
 
-def forget_forwards(network: nn.Module) -> None:
-    """Drop what torch notes of each forward for a backward, which a teacher never has: it would grow with every step."""
+def reset_forward_state(network: nn.Module) -> None:
+    """Drop the state that torch keeps for a backward; without one (the teacher) it would grow with every step."""
     if isinstance(network, FSDPModule) and hasattr(network, "reset_iter_state"):  # not in older releases of torch
         network.reset_iter_state()
 
@@ -93,40 +92,40 @@ def forget_forwards(network: nn.Module) -> None:
 
 
 def is_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are shares of larger tensors."""
+    """Return whether any of the tensors is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The shares that this process holds, as views; tensors that are whole come back as they are."""
+    """Return this process's shards, as views; tensors that are not sharded are returned unchanged."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each whole tensor: one exchange for all of them where they are sharded, none where they are not."""
-    of_shares = torch.stack(torch._foreach_norm(local(tensors)))
+    """Return the L2 norm of each whole tensor, with a single all-reduce if they are sharded."""
+    of_shards = torch.stack(torch._foreach_norm(local(tensors)))
     if not is_sharded(tensors):
-        return of_shares
-    squares = of_shares.double().square_()  # in float32 they would overflow or vanish where the norms do not
-    return collectives.all_reduce_sum(squares).sqrt_().to(of_shares.dtype)
+        return of_shards
+    squares = of_shards.double().square_()  # in float32 squares overflow or underflow where norms do not
+    return collectives.all_reduce_sum(squares).sqrt_().to(of_shards.dtype)
 
 
-def placed_like(own: Any, whole: Any) -> Any:
-    """A whole value, equal in every process, cut as `own` is cut; anything else as it is. No process talks to another."""
+def shard_like(own: Any, whole: Any) -> Any:
+    """Return `whole`, which is equal in every process, sharded like `own`, without communication; other values unchanged."""
     if not isinstance(own, DTensor) or not isinstance(whole, Tensor) or own.shape != whole.shape:
         return whole
     return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def whole_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
-    """The state dict of a network or an optimizer with every tensor whole, those that were shared out on the CPU.
+def full_state_dict(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state dict of a network or optimizer with whole tensors; a collective operation.
 
-    All processes must call this together; the main one gets the tensors, the others None in their places.
+    The main process gets sharded tensors on the CPU, the others None in their place.
     """
-    return tree_map(_gathered, owner.state_dict())
+    return tree_map(_gather, owner.state_dict())
 
 
-def _gathered(value: Any) -> Any:
+def _gather(value: Any) -> Any:
     if not isinstance(value, DTensor):
         return value
     whole = value.full_tensor()

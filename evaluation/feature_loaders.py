@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 import data
-from checkpoints import loading
+from checkpoints import serialization
 from data.loader import set_epoch
 from distributed import collectives
 from evaluation.features import FeatureFunction, LabeledFeatures, extract_splits, readable_batches
@@ -176,7 +176,7 @@ def build_feature_loader(
         cached = [split["network"] for split in splits]
         if collectives.is_main_process():
             try:
-                loading.save_file({"run": run, "features": [list(part) for part in cached]}, path)
+                serialization.save_file({"run": run, "features": [list(part) for part in cached]}, path)
             except OSError as error:
                 logger.warning("cannot write %s (%s); a resumed run will compute the features again", path, error)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
@@ -189,7 +189,7 @@ def load_cached(path: Path, run: dict[str, Any]) -> list[LabeledFeatures] | None
     content: dict[str, Any] = {}
     if path.exists():
         try:
-            content = loading.load_file(path)
+            content = serialization.load_file(path)
         except UsageError as error:
             logger.warning("%s; computing the features again", error)
         if content and content.get("run") != run:

@@ -23,7 +23,8 @@ from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoints.loading import load_backbone, saved_config
+from checkpoints.loading import load_backbone
+from checkpoints.serialization import saved_config
 from config.loading import load_config
 from data.datasets import Transform
 from data.layouts.image_list import select_listed

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from checkpoints import loading
+from checkpoints import layouts, loading, serialization
 from data.loader import Batch, FailureTally, in_groups, set_epoch
 from distributed import collectives
 from distributed.ddp import SYNC_BUFFERS
@@ -109,7 +109,7 @@ def projection_layers(path: str, key: str, token: int, count: int, width: int) -
     Raises:
         UsageError: no projection head, too few hidden layers, BatchNorm, or another width.
     """
-    tensors = loading.network_state(loading.load_file(path), key, path).tensors
+    tensors = layouts.network_state(serialization.load_file(path), key, path).tensors
     source = f"checkpoint '{path}'"
     mlp = f"head.{token}.mlp" if any(name.startswith(f"head.{token}.") for name in tensors) else "head.mlp"
     if f"{mlp}.1.weight" in tensors:
@@ -349,7 +349,7 @@ class FineTuner:
         Raises:
             FloatingPointError: A weight is not finite; on all processes.
         """
-        loading.check_finite(**{name: network.state_dict() for name, network in self.networks().items()})
+        serialization.check_finite(**{name: network.state_dict() for name, network in self.networks().items()})
         return {
             "model": self.network.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -384,7 +384,7 @@ class FineTuner:
             raise UsageError(f"{source} was made with --model_ema {flag}; pass that, or choose another --output_dir")
         for key, network in self.networks().items():
             with reading(key, path):
-                loading.load_network(network, loading.NetworkState(content[key], "full checkpoint", key), source)
+                loading.load_network(network, layouts.NetworkState(content[key], "full checkpoint", key), source)
         optim.load_own_moments(self.optimizer, content["optimizer"], source)
         with reading("fp16_scaler", path):
             if self.scaler.is_enabled() and content.get("fp16_scaler"):

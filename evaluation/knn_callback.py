@@ -89,7 +89,7 @@ class KnnProbe:
         if (epoch + 1) % self.every:
             return {}
         functions = {name: self._feature_function(network) for name, network in self.networks.items()}
-        with _evaluation_mode(*self.networks.values()), fsdp.gathered(*self.networks.values()):
+        with _evaluation_mode(*self.networks.values()), fsdp.unsharded(*self.networks.values()):
             parts = [
                 extract_features(loader, functions, self.device, torch.device("cpu"), "k-NN") for loader in self.loaders
             ]

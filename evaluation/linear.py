@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 import data
-from checkpoints import loading
+from checkpoints import layouts, loading, serialization
 from distributed import collectives
 from evaluation.feature_loaders import FeatureLoader
 from evaluation.features import check_blocks, data_identity
@@ -190,13 +190,13 @@ class Probe:
             FloatingPointError: all classifiers have diverged.
         """
         weights = [classifier.state_dict() for classifier in self.classifiers.each]
-        finite = [row for row, state in enumerate(weights) if not any(loading.nonfinite(state))]
+        finite = [row for row, state in enumerate(weights) if not any(serialization.nonfinite(state))]
         if not finite:
             raise FloatingPointError("no classifier has finite weights, so no checkpoint is written; lower --lr")
         kept = self.best if self.best in finite else max(finite, key=self._accuracy)
         state = {
             "epoch": epoch + 1,
-            "state_dict": loading.prefixed(weights[kept]),
+            "state_dict": loading.add_module_prefix(weights[kept]),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "best_acc": self.table[kept]["best_acc1"] or 0.0,
@@ -302,7 +302,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return everything that affects the scores of a run, by flag; a checkpoint with another identity is not resumed."""
     digest = hashlib.sha256(backbone.resolve_config(config).dump().encode())
-    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(loading.DERIVED)}
+    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(layouts.DERIVED)}
     for name, tensor in weights.items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -443,7 +443,7 @@ def load_classifier(path: Path, channels_alternate: int = 0) -> SavedClassifier:
     Raises:
         UsageError: the file cannot be read, or has no linear layer of such shapes.
     """
-    content = loading.load_file(path)
+    content = serialization.load_file(path)
     state = content.get("state_dict", content)
     if isinstance(state, dict):
         state = {str(name).removeprefix(loading.PREFIX): tensor for name, tensor in state.items()}

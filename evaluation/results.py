@@ -42,13 +42,13 @@ def save_results(output_dir: str | Path, results: Results) -> None:
     """
     path = Path(output_dir) / FOLDER / f"{results.evaluation}.json"
     text = json.dumps(results._asdict(), indent=2) + "\n"
-    with files.usable(output_dir):
-        files.check_held(Path(output_dir))
+    with files.disk_errors(output_dir):
+        files.check_lock(Path(output_dir))
         path.parent.mkdir(exist_ok=True)
         if path.exists() and path.read_text() == text:
             logger.info("%s is unchanged", path)
             return
-        with files.whole_file(path) as temporary:
+        with files.atomic_write(path) as temporary:
             temporary.write_text(text)
             if path.exists():
                 os.replace(path, path.with_name(f"{path.name}.bak"))

@@ -16,7 +16,7 @@ def make_run_dir(output_dir: str | Path, checkpoint: str, other_checkpoint: str)
         UsageError: it cannot be created or written to, or has `other_checkpoint`, that of another kind of run.
     """
     folder = files.make_output_dir(output_dir)
-    with files.usable(folder):
+    with files.disk_errors(folder):
         if (folder / other_checkpoint).exists() and not checkpointing.saved(folder / checkpoint):
             raise UsageError(
                 f"--output_dir {folder} has the {other_checkpoint} of another kind of run; choose another folder"

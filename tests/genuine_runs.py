@@ -1,4 +1,4 @@
-"""Runs of the released programs, continued by this project: their files (golden/genuine), their inputs and their command lines."""
+"""Runs of the released programs, to be continued by this project: files (golden/genuine), inputs and command lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VIT = ["--arch", "vit", "--cfg", str(GENUINE / "vit48.yaml"), "--local_crops_siz
 
 
 def views(iteration: int, local: int) -> list[Tensor]:
-    """Two global and `local` local views (4, 3, side, side) of a step, as the released programs saw them."""
+    """Return two global and `local` local views (4, 3, side, side) of a step, as in the released programs."""
     random = np.random.RandomState(1000 + iteration)
     base = random.standard_normal((4, 3, 64, 64))
     crops = [base + 0.3 * random.standard_normal(base.shape) for _ in range(2)]
@@ -38,16 +38,16 @@ def views(iteration: int, local: int) -> list[Tensor]:
 
 
 def probe_images() -> Tensor:
-    """The two images whose features are stored."""
+    """Return the two images whose features are stored."""
     return torch.from_numpy(np.random.RandomState(77).standard_normal((2, 3, 64, 64)).astype(np.float32))
 
 
 class GenuineRun:
-    """One released program's run: its numbers, and the same run under this project.
+    """A run of a released program, with its numbers, and the same run in this project.
 
     Args:
-        name: of the files in golden/genuine.
-        further: flags and overrides on top of the published command line, the last ones KEY VALUE pairs.
+        name: Name of the files in golden/genuine.
+        further: Additional flags and overrides, the last ones KEY VALUE pairs.
     """
 
     def __init__(self, name: str, *further: str) -> None:
@@ -65,19 +65,19 @@ class GenuineRun:
         self.config = self.script.load_config(self.args)
 
     def build_step(self) -> TrainStep:
-        """Networks, loss and optimizer as a new run has them."""
+        """Return the step of a new run."""
         self.script.check_args(self.args)
         method = self.script.build_method(self.args, self.config, torch.device("cpu"))
         return setup.build_step(self.args, method, STEPS, torch.device("cpu"), "fp32")
 
     def resume_in(self, folder: Path, path: Path | None = None) -> tuple[TrainStep, checkpointing.RunPosition]:
-        """A step that goes on from the program's own file, laid as checkpoint.pth into `folder`."""
+        """Return a step resumed from the program's file, copied to `folder` as checkpoint.pth, and its position."""
         shutil.copy(path or self.path, folder / "checkpoint.pth")
         step = self.build_step()
         return step, checkpointing.resume_run(folder / checkpointing.CHECKPOINT, step.load_state_dict, self.args)
 
     def batch(self, iteration: int) -> list[Any]:
-        """The views of a step, for UDI with the places that its own augmentation drew."""
+        """Return the views of a step, for UDI with the positions that its own augmentation sampled."""
         local = sum(self.args.local_crops_number)
         crops = views(iteration, local)
         if self.program != "udi":
@@ -89,11 +89,11 @@ class GenuineRun:
         of_global, of_local = (g["valid"], g["target"]), (g["local_valid"], g["local_target"])
         return [*crops, *Correspondence(tokens, *of_global, local_tokens, *of_local)]
 
-    def go_on(self, step: TrainStep, epoch: int, epochs: int) -> list[dict[str, float]]:
-        """Train to the end of the run; what each step gives."""
-        told = []
+    def train(self, step: TrainStep, epoch: int, epochs: int) -> list[dict[str, float]]:
+        """Train to the end of the run and return the scalars of each step."""
+        scalars = []
         for number in range(epoch, epochs):
             step.method.start_epoch(number, epochs)
             for iteration in range(number * STEPS, (number + 1) * STEPS):
-                told.append({k: float(v) for k, v in step([self.batch(iteration)], iteration, number).items()})
-        return told
+                scalars.append({k: float(v) for k, v in step([self.batch(iteration)], iteration, number).items()})
+        return scalars

@@ -9,7 +9,7 @@ from typing import Any
 from runs import TINY_SWIN, write_images
 
 import eval_linear
-from checkpoints import loading
+from checkpoints import serialization
 
 SWIN = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml"]
 QUICK = ["--device", "cpu", "--num_workers", "0", "--epochs", "3", "--batch_size_per_gpu", "5", "--n_last_blocks", "2"]
@@ -33,7 +33,7 @@ def run(images: Path, out: Path, *flags: str, **changed: Any) -> None:
 
 
 def saved(out: Path) -> dict[str, Any]:
-    return loading.load_file(out / "checkpoint.pth.tar")
+    return serialization.load_file(out / "checkpoint.pth.tar")
 
 
 def log_lines(out: Path) -> list[dict[str, Any]]:

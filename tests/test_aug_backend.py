@@ -13,7 +13,7 @@ from runs import TINY_RUN, TINY_SWIN, write_images
 from torch import Tensor
 
 import main_esvit
-from checkpoints.loading import load_file
+from checkpoints.serialization import load_file
 from training import checkpointing
 from utils import UsageError
 

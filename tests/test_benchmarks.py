@@ -142,7 +142,7 @@ def test_timm_makes_its_masks_once_for_each_size() -> None:
     images = [torch.randn(1, 3, size, size) for size in (32, 48, 32, 48)]
     expected = [network(image) for image in images]
     assert len(made) == 4
-    sides.keep_masks(network)
+    sides.cache_masks(network)
     for image, features in zip(images, expected):
         torch.testing.assert_close(network(image), features, rtol=0, atol=0)
     assert len(made) == 6

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, read safely, and loaded in full or refused with names."""
+"""Checkpoint files: written atomically, read safely, and loaded in full or rejected with names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from checkpoints import loading
+from checkpoints import layouts, loading, serialization
 from utils import UsageError
 
 
@@ -33,31 +33,31 @@ class Net(nn.Module):
 
 
 def full_checkpoint(net: nn.Module) -> dict[str, object]:
-    """A file as published: prefixed networks and an argparse.Namespace."""
-    state = loading.prefixed(net.state_dict())
+    """Return content as published: names with prefix and an argparse.Namespace."""
+    state = loading.add_module_prefix(net.state_dict())
     return {"student": state, "teacher": state, "epoch": 3, "args": argparse.Namespace(arch="net", lr=0.1)}
 
 
 def test_round_trip_with_published_namespace(tmp_path: Path) -> None:
     net = Net()
-    loading.save_file(full_checkpoint(net), tmp_path / "checkpoint.pth")
-    content = loading.load_file(tmp_path / "checkpoint.pth")
+    serialization.save_file(full_checkpoint(net), tmp_path / "checkpoint.pth")
+    content = serialization.load_file(tmp_path / "checkpoint.pth")
     assert content["args"].arch == "net"
     assert content["epoch"] == 3
     loaded = Net()
-    report = loading.load_network(loaded, loading.network_state(content, "teacher", "x"), "x")
+    report = loading.load_network(loaded, layouts.network_state(content, "teacher", "x"), "x")
     assert str(report) == "full checkpoint, key 'teacher': 9 tensors loaded, 0 of them resized, 0 left out"
     for name, value in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
 
 
-def test_backbone_leaves_heads_out_and_bare_files_load(tmp_path: Path) -> None:
+def test_backbone_ignores_heads_and_loads_bare_files(tmp_path: Path) -> None:
     net, headless = Net(), Net(head=False)
-    loading.save_file(full_checkpoint(net), tmp_path / "full.pth")
+    serialization.save_file(full_checkpoint(net), tmp_path / "full.pth")
     report = loading.load_backbone(headless, tmp_path / "full.pth")
     assert (report.matched, report.left_out) == (7, 2)
     assert torch.equal(headless.body.weight, net.body.weight)
-    loading.save_file(Net(head=False).state_dict(), tmp_path / "bare.pth")
+    serialization.save_file(Net(head=False).state_dict(), tmp_path / "bare.pth")
     assert loading.load_backbone(headless, tmp_path / "bare.pth").layout == "bare state dict"
     prototypes = dict(net.named_parameters())["head.last_layer.weight_v"]
     before = prototypes.detach().clone()
@@ -67,30 +67,30 @@ def test_backbone_leaves_heads_out_and_bare_files_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("net", "words"),
+    ("net", "message"),
     [
-        (Net(width=5), r"body.weight has shape \(2, 3\), this one wants \(2, 5\)"),
+        (Net(width=5), r"body.weight has shape \(2, 3\), expected \(2, 5\)"),
         (Net(prototypes=6), "heads of 4 prototypes, this run of 6; set --out_dim 4"),
         (nn.Linear(3, 2), r"2 tensors are missing \(weight, bias\), 7 unexpected \(body.weight"),
     ],
     ids=["shape", "prototypes", "names"],
 )
-def test_another_network_is_refused_and_left_alone(net: nn.Module, words: str) -> None:
+def test_mismatching_network_is_rejected_and_unchanged(net: nn.Module, message: str) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(UsageError, match=words):
-        loading.load_network(net, loading.network_state(Net().state_dict(), "teacher", "x"), "the file")
+    with pytest.raises(UsageError, match=message):
+        loading.load_network(net, layouts.network_state(Net().state_dict(), "teacher", "x"), "the file")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_missing_key_names_those_that_are_there() -> None:
-    with pytest.raises(UsageError, match="has no network 'teacher'; name one that it has: student"):
-        loading.network_state({"student": {}, "epoch": 1}, "teacher", "file.pth")
+def test_error_of_a_missing_key_lists_the_existing_ones() -> None:
+    with pytest.raises(UsageError, match=r"has no network 'teacher'; .* student"):
+        layouts.network_state({"student": {}, "epoch": 1}, "teacher", "file.pth")
     with pytest.raises(UsageError, match="holds no tensors"):
-        loading.network_state({"epoch": 1}, "teacher", "file.pth")
+        layouts.network_state({"epoch": 1}, "teacher", "file.pth")
 
 
-class Sneaky:
-    """Unpickling it would run a command."""
+class RunsCommand:
+    """Runs a command when unpickled."""
 
     def __init__(self, command: str = "true") -> None:
         self.command = command
@@ -102,14 +102,14 @@ class Sneaky:
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text", "picture", "list", "code", "missing", "folder"])
 def test_damaged_and_foreign_files(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file.pth"
-    loading.save_file(full_checkpoint(Net()), path)
+    serialization.save_file(full_checkpoint(Net()), path)
     whole = path.read_bytes()
     contents = {
         "truncated": whole[: len(whole) // 2],
         "empty": b"",
         "text": b"hello, this is no checkpoint",
         "picture": b"\x89PNG\r\n\x1a\n" + bytes(200),
-        "code": pickle.dumps({"teacher": Sneaky()}),
+        "code": pickle.dumps({"teacher": RunsCommand()}),
     }
     if kind == "list":
         torch.save([1, 2], path)
@@ -120,39 +120,39 @@ def test_damaged_and_foreign_files(tmp_path: Path, kind: str) -> None:
     else:
         path.write_bytes(contents[kind])
     with pytest.raises(UsageError) as caught:
-        loading.load_file(path)
+        serialization.load_file(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [loading.load_file, lambda path: loading.load_backbone(Net(head=False), path)])
-def test_one_flipped_bit_of_a_weight_is_found_by_every_reader(tmp_path: Path, read: Callable[[Path], object]) -> None:
+@pytest.mark.parametrize("read", [serialization.load_file, lambda path: loading.load_backbone(Net(head=False), path)])
+def test_flipped_bit_of_a_weight_is_detected_by_every_reader(tmp_path: Path, read: Callable[[Path], object]) -> None:
     path = tmp_path / "file.pth"
     net = Net()
-    loading.save_file(full_checkpoint(net), path)
+    serialization.save_file(full_checkpoint(net), path)
     read(path)
     content = bytearray(path.read_bytes())
     place = content.index(net.body.weight.detach().numpy().tobytes()) + 2
     content[place] ^= 1
     path.write_bytes(bytes(content))
-    torch.load(path, weights_only=False)  # torch itself does not see it
-    with pytest.raises(loading.DamagedError, match=r"file\.pth' is damaged \(Bad CRC-32") as caught:
+    torch.load(path, weights_only=False)  # torch does not detect it
+    with pytest.raises(serialization.DamagedError, match=r"file\.pth' is damaged \(Bad CRC-32") as caught:
         read(path)
     assert str(caught.value).count(str(path)) == 1
 
 
-def test_a_tensor_alone_is_checked_too(tmp_path: Path) -> None:
+def test_flipped_bit_of_a_single_tensor_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "trainfeat.pth"
     features = torch.randn(5, 3)
-    loading.save_file(features, path)
+    serialization.save_file(features, path)
     content = bytearray(path.read_bytes())
     content[content.index(features.numpy().tobytes())] ^= 128
     path.write_bytes(bytes(content))
-    with pytest.raises(loading.DamagedError, match="Bad CRC-32"):
-        loading.load_tensor(path)
+    with pytest.raises(serialization.DamagedError, match="Bad CRC-32"):
+        serialization.load_tensor(path)
 
 
-def test_files_that_torch_wrote_without_checksums_are_read(tmp_path: Path) -> None:
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
     net, before = Net(), torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -165,13 +165,13 @@ def test_files_that_torch_wrote_without_checksums_are_read(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path, value: float) -> None:
+def test_nonfinite_weights_are_neither_saved_nor_loaded(tmp_path: Path, value: float) -> None:
     net = Net()
-    loading.check_finite(student=net.state_dict())
+    serialization.check_finite(student=net.state_dict())
     net.body.weight.data[1, 2] = value
     with pytest.raises(FloatingPointError, match=r"student\.body\.weight is not finite"):
-        loading.check_finite(teacher=Net().state_dict(), student=net.state_dict())
-    loading.save_file(full_checkpoint(net), tmp_path / "old.pth")
+        serialization.check_finite(teacher=Net().state_dict(), student=net.state_dict())
+    serialization.save_file(full_checkpoint(net), tmp_path / "old.pth")
     loaded = Net(head=False)
     before = loaded.body.bias.clone()
     with pytest.raises(UsageError, match=r"old\.pth' has a weight that is not finite \(body\.weight\)"):
@@ -179,8 +179,8 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path
     assert torch.equal(loaded.body.bias, before)
 
 
-def test_the_config_of_original_swin_files_is_no_obstacle(tmp_path: Path) -> None:
-    """They hold their yacs config beside the network; one that smuggles code in is refused all the same."""
+def test_files_of_swin_with_their_yacs_config(tmp_path: Path) -> None:
+    """The config is read, but not if it contains code."""
     net, path = Net(), tmp_path / "swin.pth"
     config = CfgNode({"MODEL": {"TYPE": "swin", "SWIN": {"DEPTHS": [2, 2, 6, 2]}}, "DATA": {"IMG_SIZE": 224}})
     config.freeze()
@@ -196,24 +196,24 @@ def test_the_config_of_original_swin_files_is_no_obstacle(tmp_path: Path) -> Non
     report = loading.load_backbone(loaded, path)
     assert str(report) == "wrapped state dict, key 'model': 9 tensors loaded, 0 of them resized, 0 left out"
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in net.state_dict().items())
-    assert loading.load_file(path)["config"]["MODEL"]["SWIN"]["DEPTHS"] == [2, 2, 6, 2]
+    assert serialization.load_file(path)["config"]["MODEL"]["SWIN"]["DEPTHS"] == [2, 2, 6, 2]
     marker = tmp_path / "code has run"
-    torch.save(wrapped | {"config": CfgNode({"MODEL": {"TYPE": 1}}) | {"SNEAKY": Sneaky(f"touch '{marker}'")}}, path)
+    torch.save(wrapped | {"config": CfgNode({"MODEL": {"TYPE": 1}}) | {"CODE": RunsCommand(f"touch '{marker}'")}}, path)
     with pytest.raises(UsageError, match="not read for safety"):
-        loading.load_file(path)
+        serialization.load_file(path)
     assert not marker.exists()
 
 
 def test_code_is_never_run(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
-    torch.save({"teacher": Sneaky()}, path)
+    torch.save({"teacher": RunsCommand()}, path)
     with pytest.raises(UsageError, match=r"not read for safety.*convert it once"):
-        loading.load_file(path)
+        serialization.load_file(path)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pth"
-    loading.save_file({"epoch": 1}, path)
+    serialization.save_file({"epoch": 1}, path)
 
     def half_written(state: object, file: object) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
@@ -221,7 +221,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "save", half_written)
     with pytest.raises(OSError, match="disk full"):
-        loading.save_file({"epoch": 2}, path)
+        serialization.save_file({"epoch": 2}, path)
     monkeypatch.undo()
-    assert loading.load_file(path) == {"epoch": 1}
+    assert serialization.load_file(path) == {"epoch": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]

@@ -336,7 +336,7 @@ def images(tmp_path: Path) -> str:
         (["--arch", "swin", "--cfg", "no.yaml"], "no.yaml does not exist"),
         (["--batch_size_per_gpu", "7"], "--batch_size_per_gpu 7 .*6 images"),
         (["--accum_iter", "4"], "--accum_iter 4"),
-        (["--warmup_epochs", "3"], "3 warm-up epochs do not fit in 2"),
+        (["--warmup_epochs", "3"], "--warmup_epochs 3"),
         (["--local_crops_number", "2", "3"], "must have the same length"),
         (["--precision", "fp16"], "needs a CUDA device"),
         (["--zip_mode"], r"--zip_mode needs train\.zip and train_map\.txt"),
@@ -402,7 +402,7 @@ def test_checkpoint_of_another_network(images: str, tmp_path: Path) -> None:
         weights,
     ]
     wider = [*TINY_SWIN, "MODEL.SPEC.DIM_EMBED", "24"]
-    with pytest.raises(UsageError, match=r"another network: .* has shape .* check --arch and --cfg"):
+    with pytest.raises(UsageError, match=r"has shape .* check --arch and --cfg"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--seed", "0", *wider]))
 
 

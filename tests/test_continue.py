@@ -12,7 +12,7 @@ from runs import TINY_RUN, TINY_SWIN, run_script, write_images
 from training_runs import assert_identical, train
 
 import main_esvit
-from checkpoints import loading
+from checkpoints import serialization
 from training import checkpointing, setup
 from utils import UsageError
 
@@ -41,7 +41,7 @@ def test_views_go_on_with_regions(images: Path, tmp_path: Path, view_level: Path
     step = setup.build_step(args, method, 2, torch.device("cpu"), "fp32")
     place = checkpointing.continue_run(view_level, partial(step.load_state_dict, extend=True), args)
     assert (place.epoch, place.steps) == (2, 0)
-    old = loading.load_file(view_level)
+    old = serialization.load_file(view_level)
     torch.testing.assert_close(method.criterion.center, old["dino_loss"]["center"], rtol=0, atol=0)
     assert not method.criterion.state_dict()["center_grid"].any()
     for network, key, prefix in ((method.student, "student", "module."), (method.teacher, "teacher", "")):
@@ -68,7 +68,7 @@ def test_published_continuation(images: Path, tmp_path: Path, view_level: Path) 
     of_old = [json.loads(line) for line in (view_level.parent / "log.txt").open()]
     assert lines[0]["train_lr"] == pytest.approx(of_old[2]["train_lr"])  # that of the third epoch of three
     assert lines[0]["train_lr"] < 0.5 * of_old[1]["train_lr"]
-    done = loading.load_file(tmp_path / "continued_from0001_dense" / "checkpoint.pth")
+    done = serialization.load_file(tmp_path / "continued_from0001_dense" / "checkpoint.pth")
     assert done["epoch"] == 3
     assert done["dino_loss"]["center_grid"].any()
 
@@ -79,7 +79,7 @@ def test_a_run_of_its_own_wins_over_the_file_it_came_from(images: Path, tmp_path
     train(tmp_path / "parts", images, *flags, "--epochs", "4")
     (tmp_path / "parts" / "checkpoint.pth").write_bytes((tmp_path / "parts" / "checkpoint0002.pth").read_bytes())
     train(tmp_path / "parts", images, *flags)
-    whole, parts = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    whole, parts = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
     assert_identical(whole["student"], parts["student"])
     assert_identical(whole["optimizer"], parts["optimizer"])
 
@@ -105,13 +105,13 @@ def test_what_cannot_go_on_is_named(
 
 
 def test_bare_weights_do_not_go_on(images: Path, tmp_path: Path, view_level: Path) -> None:
-    torch.save(loading.load_file(view_level)["teacher"], tmp_path / "bare.pth")
+    torch.save(serialization.load_file(view_level)["teacher"], tmp_path / "bare.pth")
     with pytest.raises(UsageError, match="--init_weights"):
         train(tmp_path / "out", images, "--pretrained_weights_ckpt", str(tmp_path / "bare.pth"))
 
 
 def test_part_of_a_head_is_no_whole_head(images: Path, tmp_path: Path, view_level: Path) -> None:
-    content = loading.load_file(view_level)
+    content = serialization.load_file(view_level)
     for key, prefix in (("student", "module."), ("teacher", "")):
         del content[key][f"{prefix}head.mlp.0.bias"]
     torch.save(content, tmp_path / "part.pth")
@@ -135,7 +135,7 @@ def test_init_weights_start_a_new_schedule(images: Path, tmp_path: Path) -> None
         "--momentum_teacher",
         "1",
     )
-    first, second = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("first", "second"))
+    first, second = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in ("first", "second"))
     assert_identical(first["teacher"], second["teacher"])
     assert_identical(first["student"], second["student"])
     assert second["epoch"] == 2

@@ -29,7 +29,7 @@ import eval_knn
 import export
 import run_analysis
 from analysis import context
-from checkpoints import loading
+from checkpoints import serialization
 from data import convert
 from evaluation import finetune
 from models import build_model, load_arch_config
@@ -75,7 +75,7 @@ def test_folder_that_cannot_be_written_is_refused(images: Path, tmp_path: Path, 
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UsageError, match=r"--output_dir .*/file cannot be created \(File exists\); choose another"):
         RUNS[script](images, tmp_path / "file")
-    with pytest.raises(UsageError, match=r"--output_dir /proc/self cannot be used \(.*\); see that its disk is there"):
+    with pytest.raises(UsageError, match=r"--output_dir /proc/self cannot be used \(.*\)"):
         RUNS[script](images, Path("/proc/self"))
 
 
@@ -170,7 +170,7 @@ def test_run_survives_a_disk_that_refuses_for_a_while(
     assert told.count("the last whole checkpoint remains") == 2
     assert told.count(f"cannot write to {disk}") == 1
     assert "Traceback" not in told
-    assert loading.load_file(disk / "checkpoint.pth")["epoch"] == 5
+    assert serialization.load_file(disk / "checkpoint.pth")["epoch"] == 5
     assert [json.loads(line)["epoch"] for line in (disk / "log.txt").open()] == [0, 1, 2, 3, 4]
     points = [point.step for point in EventAccumulator(str(disk)).Reload().Scalars("step/loss")]
     kept = [4, 8, 36, 40]  # images seen
@@ -194,9 +194,9 @@ def test_end_that_cannot_be_saved_is_told(
         with pytest.raises(UsageError, match=rf"end of the run is not saved \(.*{os.strerror(code)}"):
             RUNS[script](images, out)
     (path,) = (path for path in out.glob("checkpoint.pth*") if "previous" not in path.name)
-    first = loading.load_file(path)["epoch"]
+    first = serialization.load_file(path)["epoch"]
     RUNS[script](images, out)
-    assert loading.load_file(path)["epoch"] > first == 1
+    assert serialization.load_file(path)["epoch"] > first == 1
     assert not list(out.glob(".*"))
 
 

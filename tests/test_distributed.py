@@ -13,7 +13,7 @@ import torch.distributed.run
 from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, free_port, run_script, start_script, write_images
 
-from checkpoints import loading
+from checkpoints import serialization
 
 pytestmark = pytest.mark.slow
 SAME_RUN = [
@@ -49,7 +49,7 @@ def test_several_processes_equal_one(tmp_path: Path, dense: str) -> None:
         flags += ["--output_dir", str(tmp_path / run)]
         result = run_script("main_esvit.py", *SAME_RUN, *flags, *no_drop_path, processes=processes)
         assert result.returncode == 0, result.stderr
-    one, *others = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in runs)
+    one, *others = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in runs)
     for run, many in zip(list(runs)[1:], others):
         assert losses_of(tmp_path / run) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
         for part in ("dino_loss", "student", "teacher"):
@@ -84,7 +84,7 @@ def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) == 2
     for name, rows in (("trainfeat", 15), ("testfeat", 9), ("trainlabels", 15), ("testlabels", 9)):
-        one, two = (loading.load_tensor(tmp_path / run / f"{name}.pth") for run in ("one", "two"))
+        one, two = (serialization.load_tensor(tmp_path / run / f"{name}.pth") for run in ("one", "two"))
         assert len(one) == rows
         torch.testing.assert_close(one, two)
 
@@ -112,7 +112,7 @@ def test_accumulation_and_batch_norm_heads_resume_on_two_processes(tmp_path: Pat
                 "main_esvit.py", *flags, *flat, "--output_dir", str(tmp_path / run), *TINY_SWIN, processes=2
             )
             assert result.returncode == 0, result.stderr
-    whole, parts = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    whole, parts = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
     assert all(key.startswith("module.") for key in whole["teacher"])  # wrapped, as published for BatchNorm networks
     for part in ("student", "teacher", "dino_loss"):
         for name, value in whole[part].items():
@@ -144,7 +144,7 @@ def test_srun_variables_make_a_group(tmp_path: Path) -> None:
     processes = [start_script("main_esvit.py", *flags, env=shared | rank) for rank in ranks]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert loading.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
+    assert serialization.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
     assert errors[1].count("epoch 0/1") == 0  # only the main process tells
 
 
@@ -406,7 +406,7 @@ def test_two_nodes_equal_two_processes(tmp_path: Path) -> None:
 
 def equal_checkpoints(one: Path, other: Path) -> None:
     """The same weights and centers of two processes, bit for bit."""
-    ours, theirs = (loading.load_file(folder / "checkpoint.pth") for folder in (one, other))
+    ours, theirs = (serialization.load_file(folder / "checkpoint.pth") for folder in (one, other))
     assert (ours["world_size"], ours["epoch"]) == (theirs["world_size"], theirs["epoch"])
     assert ours["world_size"] == 2
     for part in ("student", "teacher", "dino_loss"):
@@ -426,7 +426,7 @@ def test_mpi_variables_make_a_group(tmp_path: Path) -> None:
     processes = [start_script("main_esvit.py", *flags, env=shared | place) for place in places]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert loading.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
+    assert serialization.load_file(tmp_path / "out" / "checkpoint.pth")["world_size"] == 2
 
 
 # Process 1 is done while an exchange goes on that it does not wait for; its end holds the interpreter's lock until that is over.

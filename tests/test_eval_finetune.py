@@ -19,7 +19,7 @@ from torch import nn
 from training_runs import assert_identical
 
 import eval_finetune
-from checkpoints import loading
+from checkpoints import loading, serialization
 from config.loading import load_config
 from data.loader import Batch
 from data.transforms.augment import eval_view
@@ -129,12 +129,12 @@ def test_accuracy_and_files_of_a_run(images: Path, tmp_path: Path, capsys: pytes
     top1, epoch = max((line["val"][name]["top1"], -line["epoch"]) for line in lines for name in line["val"])
     assert (best["top1"], best["epoch"]) == (top1, -epoch)
 
-    content = loading.load_file(tmp_path / "best.pth")
+    content = serialization.load_file(tmp_path / "best.pth")
     assert content["model"]["head.weight"].shape == (CLASSES, 24)
     config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
     backbone = build_model("swin", config)
     loading.load_backbone(backbone, tmp_path / "best.pth")  # for the other evaluations, which need no --cfg then
-    saved = loading.saved_config(tmp_path / "best.pth")
+    saved = serialization.saved_config(tmp_path / "best.pth")
     assert saved is not None
     assert saved.text == config.dump()
     assert torch.equal(backbone.state_dict()["norm.weight"], content["model"]["norm.weight"])
@@ -183,7 +183,7 @@ def test_every_weight_of_every_architecture_is_trained(name: str, images: Path, 
     flags = ["--pretrained_weights", str(tmp_path / "pretrained.pth"), "--warmup_epochs", "0", "--model_ema"]
     flags += ["--batch_size_per_gpu", "2", "--accum_iter", "2", "--grad_checkpointing"]
     small_run(name, images, tmp_path / "run", *flags, *([] if name == "resnet" else ["--drop_path", "0.1"]))
-    content = loading.load_file(tmp_path / "run" / "checkpoint.pth")
+    content = serialization.load_file(tmp_path / "run" / "checkpoint.pth")
     for key, tensor in before.items():
         if key not in WITHOUT_EFFECT:
             assert not torch.equal(content["model"][key], tensor), key
@@ -202,7 +202,7 @@ def test_starts_from_the_given_weights(images: Path, tmp_path: Path) -> None:
     run(
         images, tmp_path / "run", "--pretrained_weights", str(tmp_path / "pretrained.pth"), "--lr", "0", "--min_lr", "0"
     )
-    tuned = loading.load_file(tmp_path / "run" / "checkpoint.pth")["model"]
+    tuned = serialization.load_file(tmp_path / "run" / "checkpoint.pth")["model"]
     for name, tensor in weights.items():
         assert torch.equal(tuned[name], tensor), name
 
@@ -231,7 +231,7 @@ def test_resumed_equals_uninterrupted(
         with pytest.raises(Killed):
             run(images, tmp_path / "parts", *flags)
     run(images, tmp_path / "parts", *flags)
-    whole, parts = (loading.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    whole, parts = (serialization.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     assert whole["epoch"] == 2
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
@@ -243,10 +243,10 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(images: Path, tmp_pat
     """The last epoch is trained again to the same bits; the damaged file and the line of that epoch are kept aside."""
     out = tmp_path / "run"
     run(images, out, *PLAIN)
-    whole, scores = loading.load_file(out / "checkpoint.pth"), results(out)
+    whole, scores = serialization.load_file(out / "checkpoint.pth"), results(out)
     (out / "checkpoint.pth").write_bytes(b"damaged")
     run(images, out, *PLAIN)
-    again = loading.load_file(out / "checkpoint.pth")
+    again = serialization.load_file(out / "checkpoint.pth")
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
     assert results(out) == scores

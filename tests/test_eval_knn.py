@@ -439,7 +439,7 @@ def test_wrong_weights(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'no\.pth' does not exist"):
         run(images, "--pretrained_weights", "no.pth")
     torch.save({"teacher": {"module.body": torch.zeros(2)}}, tmp_path / "other.pth")
-    with pytest.raises(UsageError, match="is of another network"):
+    with pytest.raises(UsageError, match="does not fit this network"):
         run(images, "--pretrained_weights", str(tmp_path / "other.pth"))
 
 

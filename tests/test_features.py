@@ -16,7 +16,7 @@ from udi_runs import run as train
 import eval_knn
 import eval_video
 import export
-from checkpoints import loading
+from checkpoints import serialization
 from evaluation import features
 from utils import UsageError
 
@@ -74,7 +74,7 @@ def test_other_scripts_read_the_config_too(script: Any, trained: Path, tmp_path:
     assert features.network_config(args).MODEL.SPEC.NUM_CLS_TOKENS == 2
     if script is export:
         export.main(args)
-        assert loading.load_file(tmp_path / "x.pth")["cls_token"].shape == (1, 2, 16)
+        assert serialization.load_file(tmp_path / "x.pth")["cls_token"].shape == (1, 2, 16)
 
 
 def test_checkpoint_of_another_architecture(trained: Path) -> None:
@@ -85,7 +85,7 @@ def test_checkpoint_of_another_architecture(trained: Path) -> None:
 
 def test_files_without_config_use_the_published_one(trained: Path, tmp_path: Path) -> None:
     """Of this project one without; of others a bare backbone, what a Swin file calls so, a text that names a yaml or is one."""
-    content = loading.load_file(trained / "run" / "checkpoint.pth")
+    content = serialization.load_file(trained / "run" / "checkpoint.pth")
     foreign: list[Any] = [
         {"MODEL": {"TYPE": "swin"}},
         "configs/swin_tiny.yaml",
@@ -96,9 +96,9 @@ def test_files_without_config_use_the_published_one(trained: Path, tmp_path: Pat
     contents += [{"model": content["teacher"], "config": config} for config in foreign]
     for number, other in enumerate(contents):
         torch.save(other, tmp_path / f"{number}.pth")
-        assert loading.saved_config(tmp_path / f"{number}.pth") is None
+        assert serialization.saved_config(tmp_path / f"{number}.pth") is None
     torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # cannot be read in place
-    old = loading.saved_config(tmp_path / "old.pth")
+    old = serialization.saved_config(tmp_path / "old.pth")
     assert old is not None
     assert "NUM_CLS_TOKENS: 2" in old.text
     args = eval_knn.get_args_parser().parse_args(["--pretrained_weights", str(tmp_path / "0.pth")])
@@ -118,4 +118,4 @@ def test_damaged_config_in_a_checkpoint(trained: Path, tmp_path: Path) -> None:
 def test_safetensors_have_no_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     monkeypatch.setattr("safetensors.torch.load_file", None)
-    assert loading.saved_config(tmp_path / "x.safetensors") is None
+    assert serialization.saved_config(tmp_path / "x.safetensors") is None

@@ -1,5 +1,6 @@
-"""Checkpoints of the released programs are read, and their runs continued: features, the next losses and weights are those of the
-programs themselves (golden/genuine). What is damaged or of wrong types is refused by name, and nothing is overwritten.
+"""Checkpoints of the released programs (golden/genuine) are loaded and resumed: features, next losses and weights agree.
+
+Damaged files and fields of wrong types are rejected by name, and nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from conftest import relative_error
 from genuine_runs import GENUINE, NAMES, STEPS, GenuineRun, probe_images
 from torch import nn
 
-from checkpoints import layouts, loading
+from checkpoints import layouts, loading, serialization
 from models import build_model
 from training import checkpointing
 from utils import UsageError
 
 FEATURES, LOSS, WEIGHTS = 1e-5, 1e-5, 1e-4  # largest relative errors
-NO_GRADIENT = ("qkv.bias", "attn_mask")  # keys' biases change no attention: their gradient is rounding
+NO_GRADIENT = ("qkv.bias", "attn_mask")  # biases of keys do not change attention: their gradient is rounding error
 
 
 def after(run: GenuineRun, who: str) -> dict[str, float]:
-    """Mean absolute values of the program's tensors after its last step."""
+    """Return mean absolute values of the program's tensors after its last step."""
     names = json.loads(str(run.golden[f"after/{who}/names"]))
     return dict(zip((name.removeprefix("module.") for name in names), run.golden[f"after/{who}/mean_abs"]))
 
 
-def assert_same_numbers(run: GenuineRun, told: list[dict[str, float]], network: nn.Module, who: str) -> None:
-    """The ten losses and their parts, and the mean of every parameter after them."""
-    np.testing.assert_allclose([step["loss"] for step in told], run.golden["loss"], rtol=LOSS)
+def assert_same_numbers(run: GenuineRun, scalars: list[dict[str, float]], network: nn.Module, who: str) -> None:
+    """Compare the ten losses, their terms, and the mean absolute value of every parameter afterwards."""
+    np.testing.assert_allclose([step["loss"] for step in scalars], run.golden["loss"], rtol=LOSS)
     for key in [key for key in run.golden if key.startswith("terms/")]:
-        np.testing.assert_allclose([step[key.removeprefix("terms/")] for step in told], run.golden[key], rtol=LOSS)
+        np.testing.assert_allclose([step[key.removeprefix("terms/")] for step in scalars], run.golden[key], rtol=LOSS)
     theirs = after(run, who)
-    published = loading.load_file(run.path)[who]
+    published = serialization.load_file(run.path)[who]
     names = layouts.parameter_names(network, published)
     ours = dict(network.named_parameters())
     compared = {name.removeprefix("module."): ours[our_name] for name, our_name in names.items() if our_name}
@@ -70,63 +71,63 @@ def test_features(name: str, key: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_next_ten_losses(name: str, tmp_path: Path) -> None:
-    """AdamW, SGD and LARS; views, regions and UDI; prototypes with a gain that is trained and frozen."""
     run = GenuineRun(name)
-    step, place = run.resume_in(tmp_path)
-    assert (place.epoch, place.steps, place.is_new) == (int(run.golden["saved"]), 0, False)
-    told = run.go_on(step, place.epoch, int(run.golden["epochs"]))
-    assert len(told) == 10
-    assert_same_numbers(run, told, step.method.student, "student")
+    step, position = run.resume_in(tmp_path)
+    assert (position.epoch, position.steps, position.is_new) == (int(run.golden["saved"]), 0, False)
+    scalars = run.train(step, position.epoch, int(run.golden["epochs"]))
+    assert len(scalars) == 10
+    assert_same_numbers(run, scalars, step.method.student, "student")
     if "lr" in run.golden:
         np.testing.assert_allclose(step.schedules.lr[-10:], run.golden["lr"])
         np.testing.assert_allclose(step.schedules.weight_decay[-10:], run.golden["weight_decay"])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_moments_matter(name: str, tmp_path: Path) -> None:
-    """That the ten losses agree says something: without the moments they do not."""
+def test_losses_differ_without_moments(name: str, tmp_path: Path) -> None:
+    """The agreement of the losses depends on the moments."""
     run = GenuineRun(name)
-    step, place = run.resume_in(tmp_path)
+    step, position = run.resume_in(tmp_path)
     for moments in step.optimizer.state.values():
         for moment in moments.values():
             moment.zero_()
-    told = run.go_on(step, place.epoch, place.epoch + 1)
-    errors = [abs(ours["loss"] / theirs - 1) for ours, theirs in zip(told, run.golden["loss"])]
+    scalars = run.train(step, position.epoch, position.epoch + 1)
+    errors = [abs(ours["loss"] / theirs - 1) for ours, theirs in zip(scalars, run.golden["loss"])]
     assert max(errors) > 1e-3
 
 
-def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
-    """`--pretrained_weights_ckpt` continues at the file's epoch with its moments and centers, as resuming in place does."""
+def test_run_is_continued_in_a_new_folder(tmp_path: Path) -> None:
+    """`--pretrained_weights_ckpt` continues at the epoch of the file with its moments and centers."""
     run = GenuineRun("esvit_swin_vr", "--pretrained_weights_ckpt", str(GENUINE / "esvit_swin_vr.pth"))
     step = run.build_step()
-    place = checkpointing.continue_run(run.path, partial(step.load_state_dict, extend=True), run.args)
-    assert (place.epoch, place.is_new) == (2, False)
-    told = run.go_on(step, place.epoch, 3)
-    np.testing.assert_allclose([numbers["loss"] for numbers in told], run.golden["loss"][:STEPS], rtol=LOSS)
+    position = checkpointing.continue_run(run.path, partial(step.load_state_dict, extend=True), run.args)
+    assert (position.epoch, position.is_new) == (2, False)
+    scalars = run.train(step, position.epoch, 3)
+    np.testing.assert_allclose([numbers["loss"] for numbers in scalars], run.golden["loss"][:STEPS], rtol=LOSS)
 
 
-def test_our_file_of_a_genuine_run_holds_the_names(tmp_path: Path) -> None:
-    """Saved again, moments are found by name whatever their order, and the run goes on to the bit."""
+def test_saved_again_moments_are_found_by_name(tmp_path: Path) -> None:
+    """In any order, and the resumed run is bit-identical."""
     run = GenuineRun("dino_vit")
-    step, place = run.resume_in(tmp_path)
-    run.go_on(step, 2, 3)
-    assert checkpointing.save_run(tmp_path, step, checkpointing.RunPosition(3), 0, run.args, run.config) == ""
-    whole = run.go_on(step, 3, 4)
-    content = loading.load_file(tmp_path / "checkpoint.pth")
+    step, position = run.resume_in(tmp_path)
+    run.train(step, 2, 3)
+    path = tmp_path / checkpointing.CHECKPOINT
+    assert not checkpointing.save_run(path, step, checkpointing.RunPosition(3), 0, run.args, run.config)
+    whole = run.train(step, 3, 4)
+    content = serialization.load_file(tmp_path / "checkpoint.pth")
     groups = content["optimizer"]["param_groups"]
     student = dict(step.method.student.named_parameters())
     assert sorted(name for group in groups for name in group["param_names"]) == sorted(student)
-    for group in groups:  # as if a later version of this project declared its layers in another order
+    for group in groups:  # as if a later version declared its layers in another order
         group["params"].reverse()
         group["param_names"].reverse()
     torch.save(content, tmp_path / "reversed.pth")
-    again, place = run.resume_in(tmp_path, tmp_path / "reversed.pth")
-    assert place.epoch == 3
-    assert run.go_on(again, 3, 4) == whole
+    again, position = run.resume_in(tmp_path, tmp_path / "reversed.pth")
+    assert position.epoch == 3
+    assert run.train(again, 3, 4) == whole
 
 
 def rewritten(path: Path, old: bytes, new: bytes, out: Path) -> Path:
-    """The same checkpoint with other bytes in its pickle."""
+    """Write the checkpoint with other bytes in its pickle."""
     with zipfile.ZipFile(path) as records, zipfile.ZipFile(out, "w") as copy:
         for record in records.namelist():
             content = records.read(record)
@@ -138,10 +139,10 @@ def rewritten(path: Path, old: bytes, new: bytes, out: Path) -> Path:
 
 
 def test_older_spelling_of_numpy(tmp_path: Path) -> None:
-    """Files written with numpy 1 name the constructor of its scalars otherwise; floats of all sizes occur."""
+    """numpy 1 names the constructor of scalars differently."""
     old = rewritten(GENUINE / "dino_vit.pth", b"numpy._core.multiarray", b"numpy.core.multiarray", tmp_path / "old.pth")
-    group = loading.load_file(old)["optimizer"]["param_groups"][0]
-    assert group["lr"] == loading.load_file(GENUINE / "dino_vit.pth")["optimizer"]["param_groups"][0]["lr"]
+    group = serialization.load_file(old)["optimizer"]["param_groups"][0]
+    assert group["lr"] == serialization.load_file(GENUINE / "dino_vit.pth")["optimizer"]["param_groups"][0]["lr"]
     values = [
         np.float16(0.5),
         np.float32(0.1),
@@ -152,12 +153,12 @@ def test_older_spelling_of_numpy(tmp_path: Path) -> None:
         np.bool_(True),
     ]
     torch.save({"values": values}, tmp_path / "scalars.pth")
-    read = loading.load_file(tmp_path / "scalars.pth")["values"]
+    read = serialization.load_file(tmp_path / "scalars.pth")["values"]
     assert [(value.dtype, value) for value in read] == [(value.dtype, value) for value in values]
 
 
 class RunsCode:
-    """Would call what a pickle names when it is read."""
+    """Calls a function when unpickled."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.call = function, args
@@ -179,28 +180,28 @@ class RunsCode:
     ],
     ids=["array", "objects", "date", "text", "numpy function", "print", "touch"],
 )
-def test_nothing_else_of_numpy_or_python_is_read(
+def test_other_types_of_numpy_and_python_are_rejected(
     value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"teacher": {}, "args": argparse.Namespace(x=value)}, tmp_path / "file.pth")
     with pytest.raises(UsageError, match=r"file\.pth"):
-        loading.load_file(tmp_path / "file.pth")
+        serialization.load_file(tmp_path / "file.pth")
     assert "executed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.99, 0.9999])
-def test_cut_anywhere(share: float, tmp_path: Path) -> None:
+def test_truncated_files_are_rejected(share: float, tmp_path: Path) -> None:
     content = (GENUINE / "dino_vit.pth").read_bytes()
     (tmp_path / "checkpoint.pth").write_bytes(content[: int(share * len(content))])
     run = GenuineRun("dino_vit")
     with pytest.raises(UsageError, match=r"checkpoint\.pth"):
-        loading.load_file(tmp_path / "checkpoint.pth")
+        serialization.load_file(tmp_path / "checkpoint.pth")
     with pytest.raises(UsageError, match=r"checkpoint\.pth"):
         checkpointing.resume_run(tmp_path / checkpointing.CHECKPOINT, run.build_step().load_state_dict, run.args)
 
 
 def change(content: dict[str, Any], where: str, value: Any) -> None:
-    """Set what lies at a dotted place, whose parts are keys, positions or attributes; `reversed` tensors for a function."""
+    """Set the value at a path of keys and positions; a function is applied to the old value."""
     *path, last = where.split("/")
     inside: Any = content
     for part in path:
@@ -255,7 +256,7 @@ WRONG = [
 )
 def test_wrong_fields_are_named(where: str, value: Any, named: str, tmp_path: Path) -> None:
     run = GenuineRun("dino_vit")
-    content = loading.load_file(run.path)
+    content = serialization.load_file(run.path)
     change(content, where, value)
     torch.save(content, tmp_path / "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()

@@ -17,7 +17,7 @@ from golden_udi import CASES, loss_inputs, network_crops, network_weights
 from torch import Tensor
 
 import main_udi
-from checkpoints import loading
+from checkpoints import layouts, loading
 from data.transforms import geometry
 from data.transforms.udi_views import Correspondence
 from losses.udi import StudentLevels, TeacherLevels, UDILoss
@@ -176,7 +176,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
         "teacher": published_state(keys, made["seed"] + 1),
     }
     for key, network in (("student", method.student), ("teacher", method.teacher)):
-        loading.load_network(network.double(), loading.network_state(content, key, "golden"), "golden")
+        loading.load_network(network.double(), layouts.network_state(content, key, "golden"), "golden")
     method.criterion.double()
     return Case(name, args, method, sorted(key for key in keys if key.startswith(("backbone.", "head.0."))))
 

@@ -34,7 +34,7 @@ def random_level(rows: int = 70, prototypes: int = 40, factored: bool = False) -
 
 
 @pytest.mark.parametrize("factored", [False, True])
-def test_measures_equal_slow_ones(factored: bool) -> None:
+def test_measures_equal_a_slow_reference(factored: bool) -> None:
     level = random_level(factored=factored)
     found = {name: value.item() for name, value in collapse.measure(level).items()}
     student, teacher = (
@@ -72,12 +72,12 @@ def test_effective_rank_equals_that_of_singular_values(rows: int, channels: int,
     assert collapse.effective_rank(features).item() == pytest.approx(slow_rank(features.double().numpy()), rel=3e-3)
 
 
-def test_effective_rank_without_any_spread_is_one_and_unknown_of_nan() -> None:
+def test_effective_rank_of_equal_rows_is_one_and_of_nan_is_nan() -> None:
     assert collapse.effective_rank(torch.ones(5, 7)) == 1
     assert torch.isnan(collapse.effective_rank(torch.full((5, 7), math.nan)))
 
 
-def test_spread_covers_evenly_without_doubles() -> None:
+def test_evenly_spaced() -> None:
     assert evenly_spaced(10, 5, torch.device("cpu")).tolist() == [0, 2, 4, 6, 8]
     assert evenly_spaced(3, 5, torch.device("cpu")).tolist() == [0, 1, 2]
 
@@ -113,7 +113,7 @@ def _propagated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("esvit"), "propagate", True)
 
 
-def test_a_level_is_judged_by_the_term_that_it_names(caplog: pytest.LogCaptureFixture) -> None:
+def test_level_is_checked_by_its_own_loss_term(caplog: pytest.LogCaptureFixture) -> None:
     monitor = Monitor()
     measured = monitor.measure({"cls+": collapsed("plateau")._replace(term="g_mcl")})
     scalars = {name: value.item() for name, value in measured.items()} | {
@@ -128,7 +128,7 @@ def test_a_level_is_judged_by_the_term_that_it_names(caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize(
-    ("cause", "words"),
+    ("cause", "message"),
     [
         ("plateau", "loss 3.466 stays at ln K = 3.466"),
         ("entropy", "entropy of the teacher's view outputs is 0.000"),
@@ -136,16 +136,18 @@ def test_a_level_is_judged_by_the_term_that_it_names(caplog: pytest.LogCaptureFi
         ("rank", "view features have lost rank"),
     ],
 )
-def test_each_collapse_is_told_alone_with_its_cures(cause: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
-    """After five readings, and again when it has lasted 10 and 20."""
-    told, _ = warnings_of(cause, 4, caplog)
-    assert not told
-    told, _ = warnings_of(cause, 39, caplog)
-    assert len(told) == 3
-    assert all(words in sentence and collapse.FIXES[cause] in sentence for sentence in told)
+def test_each_collapse_is_reported_alone_with_its_fixes(
+    cause: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After 5, 10 and 20 readings."""
+    warnings, _ = warnings_of(cause, 4, caplog)
+    assert not warnings
+    warnings, _ = warnings_of(cause, 39, caplog)
+    assert len(warnings) == 3
+    assert all(message in warning and collapse.FIXES[cause] in warning for warning in warnings)
 
 
-def test_nothing_is_told_of_healthy_outputs_nor_of_the_warm_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warning_for_healthy_outputs_and_during_warmup(caplog: pytest.LogCaptureFixture) -> None:
     assert not warnings_of("nothing", 50, caplog)[0]
     assert not warnings_of("plateau", 50, caplog, warmed_up=False)[0]
 
@@ -156,7 +158,7 @@ def test_nothing_is_told_of_healthy_outputs_nor_of_the_warm_up(caplog: pytest.Lo
 @pytest.mark.parametrize(
     "flags", [(), ("--use_dense_prediction", "off"), ("--use_mixup", "on"), ("--plain_loss", "on")]
 )
-def test_watching_changes_no_bit(flags: tuple[str, ...]) -> None:
+def test_monitor_changes_no_bit_of_a_step(flags: tuple[str, ...]) -> None:
     (method, step), (watched_method, watched) = tiny(*flags), tiny(*flags)
     for one, watch in ((step, False), (watched, True)):
         torch.manual_seed(3)
@@ -170,7 +172,7 @@ def test_watching_changes_no_bit(flags: tuple[str, ...]) -> None:
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
 
 
-def test_a_watched_step_never_waits() -> None:
+def test_monitored_step_does_not_synchronize() -> None:
     _, step = tiny()
     meter = EpochMeter(0, 2, 4)
     meter.update(step([random_views(4, 0)], 0, 1, monitor=True))
@@ -179,8 +181,8 @@ def test_a_watched_step_never_waits() -> None:
     assert sum(syncs.count(lambda: step.check(meter.read(), 1)).waits.values()) == 1
 
 
-def test_watched_rows_are_pairs_of_the_loss() -> None:
-    """Each watched student region is of the second view, its teacher region the most similar one of the same image's first."""
+def test_monitored_regions_are_matched_pairs() -> None:
+    """Student regions of the second view, each with the most similar teacher region of the first view of its image."""
     method, _ = tiny("--plain_loss", "on")
     views = random_views(4, 0)
     student, teacher = method.student(views), method.teacher(views[:2])
@@ -203,7 +205,7 @@ def test_watched_rows_are_pairs_of_the_loss() -> None:
 # --------------------------------------------------------------------------- bad steps
 
 
-def test_diagnosis_names_terms_tensors_and_images_and_keeps_them(tmp_path: Path) -> None:
+def test_diagnosis_of_nonfinite_steps_names_terms_tensors_and_images(tmp_path: Path) -> None:
     _, step = tiny("--max_bad_steps", "2", "--output_dir", str(tmp_path))
     for number in ("", "_2"):
         meter = EpochMeter(0, 2, 4)
@@ -212,16 +214,16 @@ def test_diagnosis_names_terms_tensors_and_images_and_keeps_them(tmp_path: Path)
             meter.update(step([views], i, 1))
         with pytest.raises(FloatingPointError) as caught:
             step.check(meter.read(), 1, partial(list, views))
-        words = str(caught.value)
-        assert "2 steps in a row" in words
-        assert "view_loss" in words
-        assert "lr " in words
-        assert "images of process 0 hold such numbers" in words
+        message = str(caught.value)
+        assert "2 steps in a row" in message
+        assert "view_loss" in message
+        assert "lr " in message
+        assert "images of process 0 contain such values" in message
         kept = torch.load(tmp_path / f"bad_step{number}.pth", weights_only=True)
         bad = [name for name, norm in kept["gradient_norms"].items() if not math.isfinite(norm)]
         assert bad
-        assert f"({len(bad)} of {len(kept['gradient_norms'])})" in words
-        assert bad[0] in words
+        assert f"({len(bad)} of {len(kept['gradient_norms'])})" in message
+        assert bad[0] in message
         assert [view["not_finite"] for view in kept["view_statistics"][0]] == [0, 0, 1, 0]
         assert torch.equal(kept["views"][0], views[0])
         assert [one["iteration"] for one in kept["steps"]] == [0, 1]
@@ -230,8 +232,8 @@ def test_diagnosis_names_terms_tensors_and_images_and_keeps_them(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["images", "a term"])
-def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
-    """Only the second process meets bad images, or a term that overflows; both end with the diagnosis, and it writes its batch."""
+def test_two_processes_fail_together(tmp_path: Path, what: str) -> None:
+    """Only the second process has bad images or a term that overflows; both raise the diagnosis, and it writes its batch."""
     script = tmp_path / "end.py"
     script.write_text(
         "import argparse, sys\n"
@@ -264,7 +266,7 @@ def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
     finite = [all(math.isfinite(value) for value in scalars.values()) for scalars in kept["scalars"]]
     assert finite == [True, False]
     if what == "images":
-        assert "images of process 1 hold such numbers" in result.stderr
+        assert "images of process 1 contain such values" in result.stderr
         assert kept["view_statistics"][1][2]["not_finite"] == 1
     else:
         assert "not finite were loss, region_loss of process 1 (loss inf)" in result.stderr
@@ -273,7 +275,7 @@ def test_two_processes_end_together(tmp_path: Path, what: str) -> None:
 
 @pytest.mark.slow
 def test_monitor_of_two_processes(tmp_path: Path) -> None:
-    """Means over rows are those of one process that sees both batches; what is no such mean is the mean of the processes'."""
+    """Means over rows equal those of one process with both batches; other scalars are averaged over processes."""
     script = tmp_path / "watch.py"
     script.write_text(
         "import argparse, json, pathlib, sys\n"
@@ -309,7 +311,7 @@ def test_monitor_of_two_processes(tmp_path: Path) -> None:
 
 
 def run(tmp_path: Path, name: str, *flags: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """The log without times, and the weights."""
+    """Train, and return the log without times and the weights."""
     out = tmp_path / name
     images = tmp_path / "images"
     if not images.exists():
@@ -322,8 +324,8 @@ def run(tmp_path: Path, name: str, *flags: str) -> tuple[list[dict[str, float]],
     return [{k: v for k, v in line.items() if k not in timed} for line in lines], state["student"] | state["teacher"]
 
 
-def test_same_seed_gives_the_same_log_and_a_score_changes_nothing(tmp_path: Path) -> None:
-    """A folder without a split is scored by leaving one out; its colors tell the two classes apart."""
+def test_same_seed_gives_the_same_log_and_probes_change_nothing(tmp_path: Path) -> None:
+    """A folder without a split is scored leave-one-out; colors separate its two classes."""
     (first, weights), (second, _) = run(tmp_path, "a"), run(tmp_path, "b")
     assert first == second
     assert first != run(tmp_path, "c", "--seed", "1")[0]
@@ -337,7 +339,7 @@ def test_same_seed_gives_the_same_log_and_a_score_changes_nothing(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_two_processes_score_and_draw_different_crops(tmp_path: Path) -> None:
+def test_two_processes_probe_and_draw_different_crops(tmp_path: Path) -> None:
     for part, seed in (("train", 0), ("val", 1)):
         write_images(tmp_path / "images" / part, 6, classes=2, seed=seed)
     flags = ["--data_path", str(tmp_path / "images"), "--knn_every", "1", "--knn_data_path", str(tmp_path / "images")]

@@ -67,12 +67,12 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_lock_of_a_dead_process_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once; a lock without an owner, as after a crash of the machine, after a while."""
-    monkeypatch.setattr(locks, "ABANDONED_AFTER", 1.0)
+    monkeypatch.setattr(locks, "LEASE_DURATION", 1.0)
     lock = tmp_path / ".index.lock"
 
     def die_as_owner() -> None:
         held = locks.lease(lock)
-        locks.take(held)
+        locks.acquire(held)
         os._exit(0)
 
     child = multiprocessing.get_context("fork").Process(target=die_as_owner)

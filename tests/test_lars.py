@@ -1,4 +1,4 @@
-"""LARS against a loop written from its equations, held-back steps, and no wait for the device."""
+"""LARS against a loop written from its equations, skipped steps, and no synchronization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOMENTUM, ETA = 0.9, 0.001
 
 
 def network(dtype: torch.dtype) -> nn.Module:
-    """Tensors of 1, 2 and 4 dimensions, one of norm 0, and a `last_layer` that may be frozen."""
+    """Return tensors of 1, 2 and 4 dimensions, one of norm 0, and a `last_layer` that may be frozen."""
     torch.manual_seed(0)
     zero = nn.Linear(4, 3)
     nn.init.zeros_(zero.weight)
@@ -27,7 +27,7 @@ def network(dtype: torch.dtype) -> nn.Module:
 
 
 def gradients(net: nn.Module, step: int) -> list[Tensor | None]:
-    """Random ones; none for the frozen layer in steps 0 and 3, and zeros for `zero` in the first two steps."""
+    """Return random gradients; none for the frozen layer in steps 0 and 3, zeros for `zero` in the first two steps."""
     generator = torch.Generator().manual_seed(step)
     found: list[Tensor | None] = []
     for name, p in net.named_parameters():
@@ -38,8 +38,8 @@ def gradients(net: nn.Module, step: int) -> list[Tensor | None]:
     return found
 
 
-def by_hand(w: Tensor, g: Tensor, mu: Tensor, lr: float, decay: float) -> tuple[Tensor, Tensor]:
-    """One tensor's step; returns it and its momentum."""
+def reference_step(w: Tensor, g: Tensor, mu: Tensor, lr: float, decay: float) -> tuple[Tensor, Tensor]:
+    """Return a tensor and its momentum after a step."""
     d = g
     if w.ndim > 1:
         d = g + decay * w
@@ -51,8 +51,8 @@ def by_hand(w: Tensor, g: Tensor, mu: Tensor, lr: float, decay: float) -> tuple[
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=str)
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_steps_are_those_of_the_equations(decay: float, dtype: torch.dtype, tolerance: float) -> None:
-    """Eight steps, the third and the sixth of which are held back by gradients that are not finite."""
+def test_steps_equal_the_equations(decay: float, dtype: torch.dtype, tolerance: float) -> None:
+    """Eight steps, two of which are skipped because of nonfinite gradients."""
     net = network(dtype)
     optimizer = optim.build_optimizer("lars", optim.param_groups(net))
     weights = [p.detach().clone().double() for p in net.parameters()]
@@ -65,10 +65,10 @@ def test_steps_are_those_of_the_equations(decay: float, dtype: torch.dtype, tole
         for i, (p, g) in enumerate(zip(net.parameters(), found)):
             p.grad = g
             if g is not None and not bad:
-                weights[i], mus[i] = by_hand(weights[i], g.double(), mus[i], lr, decay)
+                weights[i], mus[i] = reference_step(weights[i], g.double(), mus[i], lr, decay)
             elif g is not None:
                 g.view(-1)[i % 2] = float("inf") if i % 2 else float("nan")
-        optim.step_where(optimizer, torch.tensor(not bad))
+        optim.step_if(optimizer, torch.tensor(not bad))
         for p, w, mu in zip(net.parameters(), weights, mus):
             torch.testing.assert_close(p.detach().double(), w, rtol=tolerance, atol=tolerance)
             ours = optimizer.state[p].get("mu", torch.zeros_like(p))
@@ -76,7 +76,7 @@ def test_steps_are_those_of_the_equations(decay: float, dtype: torch.dtype, tole
     assert all(set(state) == {"mu"} for state in optimizer.state.values())
 
 
-def test_a_held_back_step_changes_nothing() -> None:
+def test_skipped_step_changes_nothing() -> None:
     net = network(torch.float32)
     optimizer = optim.build_optimizer("lars", optim.param_groups(net))
     for step, applied in ((1, True), (2, False)):
@@ -85,32 +85,32 @@ def test_a_held_back_step_changes_nothing() -> None:
         for group in optimizer.param_groups:
             group.update(lr=0.1, weight_decay=0.1)
         before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-        optim.step_where(optimizer, torch.tensor(applied))
+        optim.step_if(optimizer, torch.tensor(applied))
         pairs = [(net.state_dict()[name], value) for name, value in before[0].items()]
         state = optimizer.state_dict()["state"]
         pairs += [(state[i]["mu"], of_one["mu"]) for i, of_one in before[1]["state"].items()]
         assert all(torch.equal(*pair) for pair in pairs) is not applied
-    assert not hasattr(optimizer, "found_inf")  # the next step is its own
+    assert not hasattr(optimizer, "found_inf")  # does not affect the next step
 
 
-def test_the_first_step_may_be_held_back_and_a_plain_step_is_applied() -> None:
+def test_first_step_may_be_skipped() -> None:
     held, plain = (nn.Linear(3, 2) for _ in range(2))
     plain.load_state_dict(held.state_dict())
     optimizers = [LARS(model.parameters(), lr=1.0) for model in (held, plain)]
     for parameter in held.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    optim.step_where(optimizers[0], torch.tensor(False))
+    optim.step_if(optimizers[0], torch.tensor(False))
     for ours, other in zip(held.parameters(), plain.parameters()):
         assert torch.equal(ours, other)
         ours.grad, other.grad = torch.ones_like(ours), torch.ones_like(ours)
-    optim.step_where(optimizers[0], torch.tensor(True))
+    optim.step_if(optimizers[0], torch.tensor(True))
     optimizers[1].step()
     for ours, other in zip(held.parameters(), plain.parameters()):
         assert torch.equal(ours, other)
     torch.testing.assert_close(plain.bias.grad, torch.ones(2))  # gradients are not written to
 
 
-def test_the_state_of_timms_lars_is_continued() -> None:
+def test_state_of_timms_lars_is_loaded() -> None:
     theirs, ours = nn.Linear(3, 2), nn.Linear(3, 2)
     before = Lars(optim.param_groups(theirs), lr=0.1, momentum=0.9)
     for parameter in theirs.parameters():
@@ -132,15 +132,15 @@ def test_the_state_of_timms_lars_is_continued() -> None:
     assert all(group["eta"] == ETA for group in optimizer.param_groups)
 
 
-def test_the_host_never_waits_for_the_device() -> None:
-    """Fake tensors have no numbers that a host could ask for."""
+def test_step_does_not_synchronize() -> None:
+    """Fake tensors have no values that the host could read."""
     with FakeTensorMode():
         net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
         optimizer = optim.build_optimizer("lars", optim.param_groups(net))
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         applied = torch.zeros(()) > 0
-        optim.step_where(optimizer, applied)
+        optim.step_if(optimizer, applied)
         with pytest.raises(DataDependentOutputException):
             applied.item()
     assert len(optimizer.state) == 4

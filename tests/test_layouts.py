@@ -1,4 +1,4 @@
-"""Whichever program wrote a file, its network is found, named and loaded; DINO's layout brings DINO's positions with it."""
+"""Networks in files of other programs: found, renamed and loaded; files of DINO select DINO's resizing of positions."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def save(content: object, path: Path) -> Path:
     return path
 
 
-def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def head(channels: int) -> dict[str, Tensor]:
-    return prefixed("head.", DINOHead(channels, 8, hidden_dim=16, bottleneck_dim=4).state_dict())
+    return add_prefix("head.", DINOHead(channels, 8, hidden_dim=16, bottleneck_dim=4).state_dict())
 
 
 def assert_loaded(network: Backbone, theirs: dict[str, Tensor]) -> None:
@@ -51,7 +51,7 @@ def assert_loaded(network: Backbone, theirs: dict[str, Tensor]) -> None:
 
 
 def cubic(distance: Tensor) -> Tensor:
-    """The kernel of bicubic interpolation, with a = -0.75."""
+    """Return the kernel of bicubic interpolation with a = -0.75."""
     a, x = -0.75, distance.abs()
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
@@ -59,25 +59,25 @@ def cubic(distance: Tensor) -> Tensor:
 
 
 def dino_weights(old: int, new: int) -> Tensor:
-    """(new, old): what each position of an axis takes of the old ones, scaled by (new + 0.1) / old, whose border is repeated."""
-    place = (torch.arange(new, dtype=torch.float64) + 0.5) * old / (new + 0.1) - 0.5
+    """Return weights (new, old) of interpolation along an axis with scale factor (new + 0.1) / old and repeated border."""
+    source = (torch.arange(new, dtype=torch.float64) + 0.5) * old / (new + 0.1) - 0.5
     weights = torch.zeros(new, old, dtype=torch.float64)
     for offset in range(-1, 3):
-        at = place.floor() + offset
-        weights.scatter_add_(1, at.long().clamp(0, old - 1)[:, None], cubic(place - at)[:, None])
+        at = source.floor() + offset
+        weights.scatter_add_(1, at.long().clamp(0, old - 1)[:, None], cubic(source - at)[:, None])
     return weights
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(96, 96), (480, 832), (224, 320), (64, 72)])
-def test_a_dino_file_brings_dinos_positions(
+def test_positions_of_dino_files_are_resized_as_in_dino(
     size: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At 64 x 72 pixels the grid of patches is that of the table, which DINO keeps for square images only."""
+    """At 64 x 72 pixels the grid has the size of the table, which DINO still resizes unless the image is square."""
     config = load_config(None, VIT)
     theirs = filled(build_model("vit", config, patch_size=16))
     path = save(
-        {"teacher": prefixed("backbone.", theirs.state_dict()) | head(24), "student": {}}, tmp_path / "dino.pth"
+        {"teacher": add_prefix("backbone.", theirs.state_dict()) | head(24), "student": {}}, tmp_path / "dino.pth"
     )
     ours = build_model("vit", config, patch_size=16).eval()
     with caplog.at_level(logging.INFO, "esvit"):
@@ -98,7 +98,7 @@ def test_a_dino_file_brings_dinos_positions(
         assert float((a - b).abs().max() / b.abs().max()) < 1e-5
 
 
-def rule_after(content: object, tmp_path: Path, *overrides: str) -> str:
+def rule_after_loading(content: object, tmp_path: Path, *overrides: str) -> str:
     network = small_network("vit", *overrides)
     if isinstance(content, dict) and "safetensors" in content:
         path = tmp_path / "net.safetensors"
@@ -109,33 +109,35 @@ def rule_after(content: object, tmp_path: Path, *overrides: str) -> str:
     return str(network.pos_resize)
 
 
-def test_files_of_dino_and_udi_are_told_from_those_of_timm_deit_and_esvit(tmp_path: Path) -> None:
+def test_files_of_dino_and_udi_are_distinguished_from_timm_deit_and_esvit(tmp_path: Path) -> None:
     state = dict(filled(small_network("vit")).state_dict())
     classifier = {"head.weight": torch.zeros(5, 24), "head.bias": torch.zeros(5)}
-    of_timm = timm.models.vision_transformer.VisionTransformer(
+    timm_vit = timm.models.vision_transformer.VisionTransformer(
         img_size=64, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=0
     )
-    in_wrapper = prefixed("module.backbone.", state) | prefixed("module.", head(24))
-    for of_dino in (state, in_wrapper, {"teacher": in_wrapper, "student": {}}, {"state_dict": in_wrapper}):
-        assert rule_after(of_dino, tmp_path) == "scale"
-        assert rule_after(of_dino, tmp_path, "MODEL.SPEC.POS_RESIZE", "size") == "size"  # what the config says counts
+    wrapped = add_prefix("module.backbone.", state) | add_prefix("module.", head(24))
+    for dino in (state, wrapped, {"teacher": wrapped, "student": {}}, {"state_dict": wrapped}):
+        assert rule_after_loading(dino, tmp_path) == "scale"
+        assert (
+            rule_after_loading(dino, tmp_path, "MODEL.SPEC.POS_RESIZE", "size") == "size"
+        )  # the config takes precedence
     others: list[object] = [state | classifier, {"model": state}, {"model": state | classifier}, {"safetensors": state}]
-    others += [of_timm.state_dict(), {"teacher": state | head(24), "student": {}}, state | head(24)]
+    others += [timm_vit.state_dict(), {"teacher": state | head(24), "student": {}}, state | head(24)]
     for other in others:
-        assert rule_after(other, tmp_path) == "size"
+        assert rule_after_loading(other, tmp_path) == "size"
 
 
 @pytest.mark.parametrize("rule", ["size", "scale"])
 def test_exports_and_checkpoints_of_this_project_keep_their_rule(rule: str, tmp_path: Path) -> None:
     network = small_network("vit", "MODEL.SPEC.POS_RESIZE", rule)
     export.write(network, "backbone", tmp_path / "export.pth", load_config(None, VIT))
-    assert rule_after(torch.load(tmp_path / "export.pth", weights_only=False), tmp_path) == rule
+    assert rule_after_loading(torch.load(tmp_path / "export.pth", weights_only=False), tmp_path) == rule
     followed = small_network("vit")
     followed.adopt_pos_resize(rule)
     config = followed.resolve_config(load_config(None, VIT))
     assert rule == config.MODEL.SPEC.POS_RESIZE
-    content = {"teacher": prefixed("backbone.", dict(network.state_dict())), "student": {}, "config": config.dump()}
-    assert rule_after(content, tmp_path) == rule
+    content = {"teacher": add_prefix("backbone.", dict(network.state_dict())), "student": {}, "config": config.dump()}
+    assert rule_after_loading(content, tmp_path) == rule
 
 
 # --------------------------------------------------------------------------- names
@@ -149,21 +151,21 @@ def test_exports_and_checkpoints_of_this_project_keep_their_rule(rule: str, tmp_
         *("backbone.", "module.encoder._orig_mod.backbone.", "_orig_mod.module.momentum_encoder.module."),
     ],
 )
-def test_words_before_names(name: str, prefix: str) -> None:
+def test_prefixes_of_names(name: str, prefix: str) -> None:
     theirs, ours = filled(small_network(name)), small_network(name)
     state = dict(theirs.state_dict())
-    for content in (prefixed(prefix, state), {"student": prefixed(prefix, state)}):
+    for content in (add_prefix(prefix, state), {"student": add_prefix(prefix, state)}):
         nn.init.zeros_(next(ours.parameters()))
-        report = loading.load_network(ours, loading.network_state(content, "student", "x"), "x")
+        report = loading.load_network(ours, layouts.network_state(content, "student", "x"), "x")
         assert_loaded(ours, state)
         assert report.left_out == 0
 
 
-def test_words_of_torch_inside_names(tmp_path: Path) -> None:
-    """A part of a network that was compiled or wrapped."""
+def test_prefixes_of_torch_inside_names(tmp_path: Path) -> None:
+    """A module of the network was compiled."""
     theirs, ours = filled(small_network("vit")), small_network("vit")
     state = {name.replace("blocks.", "blocks._orig_mod."): tensor for name, tensor in theirs.state_dict().items()}
-    loading.load_backbone(ours, save(prefixed("module.", state), tmp_path / "net.pth"))
+    loading.load_backbone(ours, save(add_prefix("module.", state), tmp_path / "net.pth"))
     assert_loaded(ours, dict(theirs.state_dict()))
 
 
@@ -178,7 +180,7 @@ MOCO_V3 = ("module.base_encoder.", "module.momentum_encoder.", ("module.predicto
 
 @pytest.mark.parametrize(("online", "momentum", "beside"), [MOBY, MOCO, MOCO_V3])
 @pytest.mark.parametrize("name", ["swin", "resnet"])
-def test_of_two_networks_the_key_says_which(
+def test_key_selects_online_or_momentum_network(
     name: str, online: str, momentum: str, beside: tuple[str, ...], tmp_path: Path
 ) -> None:
     first, second = small_network(name).state_dict(), small_network(name).state_dict()
@@ -212,7 +214,7 @@ def test_of_two_networks_the_key_says_which(
     ],
     ids=["MAE", "iBOT", "torchvision", "classifiers"],
 )
-def test_what_others_train_beside_a_backbone_is_left_out_and_listed(beside: tuple[str, ...], tmp_path: Path) -> None:
+def test_heads_and_decoders_of_other_programs_are_left_out_and_listed(beside: tuple[str, ...], tmp_path: Path) -> None:
     theirs, ours = filled(small_network("vit")), small_network("vit")
     content = dict(theirs.state_dict()) | {name: torch.ones(2) for name in beside}
     report = loading.load_backbone(ours, save({"model": content}, tmp_path / "file.pth"))
@@ -223,10 +225,10 @@ def test_what_others_train_beside_a_backbone_is_left_out_and_listed(beside: tupl
 
 
 @pytest.mark.parametrize("prefix", ["", "encoder.", "module.base_encoder."])
-def test_foreign_networks_are_refused_with_the_first_names(prefix: str, tmp_path: Path) -> None:
+def test_foreign_networks_are_rejected_with_the_first_names(prefix: str, tmp_path: Path) -> None:
     ours = small_network("vit")
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    state = prefixed(prefix, {"layers.0.self_attention.in_proj_weight": torch.ones(3), "ln.weight": torch.ones(3)})
+    state = add_prefix(prefix, {"layers.0.self_attention.in_proj_weight": torch.ones(3), "ln.weight": torch.ones(3)})
     with pytest.raises(
         UsageError, match=r"42 tensors are missing .cls_token, pos_embed, .*2 unexpected .*self_attention"
     ):
@@ -234,7 +236,7 @@ def test_foreign_networks_are_refused_with_the_first_names(prefix: str, tmp_path
     assert_loaded(ours, before)
 
 
-def test_cvt_has_its_table_under_another_name(tmp_path: Path) -> None:
+def test_abbreviated_table_name_of_cvt(tmp_path: Path) -> None:
     theirs, ours = filled(small_network("cvt")), small_network("cvt")
     state = {
         name.replace("relative_position_bias_table", "rel_pos_bias_table"): t for name, t in theirs.state_dict().items()
@@ -249,7 +251,7 @@ def test_cvt_has_its_table_under_another_name(tmp_path: Path) -> None:
 
 
 def udi_state() -> tuple[Backbone, dict[str, Tensor]]:
-    """A network with SRS, and its tensors as UDI's files have them: two prefixes of a backbone, one head three times."""
+    """Return a network with SRS, and its tensors with UDI's names: repeated prefixes, and the same head three times."""
     network = small_network("vit", "MODEL.SPEC.NUM_CLS_TOKENS", "2")
     network.srs = SRS(24, 2)
     filled(network)
@@ -263,11 +265,11 @@ def udi_state() -> tuple[Backbone, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_what_udis_extraction_script_writes(prefix: str, tmp_path: Path) -> None:
-    """It cuts one `backbone.` off every name that begins so, and leaves the heads out."""
+def test_output_of_udis_extraction_script(prefix: str, tmp_path: Path) -> None:
+    """The script removes one `backbone.` from the names, and the heads."""
     network, state = udi_state()
     cut = f"{prefix}backbone."
-    extracted = {name.removeprefix(cut): t for name, t in prefixed(prefix, state).items() if name.startswith(cut)}
+    extracted = {name.removeprefix(cut): t for name, t in add_prefix(prefix, state).items() if name.startswith(cut)}
     assert {"backbone.cls_token", "attn.qkv.weight", "norm1.bias"} <= extracted.keys()
     path = save(extracted, tmp_path / "backbone.pth")
     ours = small_network("vit", "MODEL.SPEC.NUM_CLS_TOKENS", "2")
@@ -286,36 +288,36 @@ def test_centers_of_published_losses() -> None:
     assert list(found) == ["center", "center_plus", "center_patch"]
     assert torch.equal(torch.cat(list(found.values())), center)
     assert list(layouts.criterion_state({"centering.center": center[:2]})) == ["center", "center_patch"]
-    of_esvit = {"center": center[:1], "center_grid": center[1:2]}
-    assert layouts.criterion_state(of_esvit) == of_esvit
+    esvit = {"center": center[:1], "center_grid": center[1:2]}
+    assert layouts.criterion_state(esvit) == esvit
 
 
-# --------------------------------------------------------------------------- the order of an optimizer
+# --------------------------------------------------------------------------- order of the optimizer
 
 
 def trained(network: nn.Module) -> list[str]:
-    """The names that a program gives its optimizer, in order."""
+    """Return the names of the parameters in the order of the optimizer."""
     return [name for name, _ in network.named_parameters()]
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_parameters_in_the_order_of_the_file(name: str) -> None:
-    """Buffers and second names of shared modules are none; what the network lacks keeps its place."""
+def test_parameter_names_follow_the_order_of_the_file(name: str) -> None:
+    """Without buffers and second names of shared modules; parameters that the network lacks map to None."""
     theirs, ours = small_network(name), small_network(name)
     theirs.add_module("late", nn.Linear(2, 2))
     for network in (theirs, ours):
         network.head = DINOHead(network.num_features, 8, hidden_dim=16, bottleneck_dim=4)
-    names = layouts.parameter_names(ours, prefixed("module.", dict(theirs.state_dict())))
+    names = layouts.parameter_names(ours, add_prefix("module.", dict(theirs.state_dict())))
     assert list(names) == [f"module.{name}" for name in trained(theirs)]
     for theirs_name, our_name in names.items():
         lacks = theirs_name.startswith("module.late.")
         assert our_name == (None if lacks else theirs_name.removeprefix("module.")), theirs_name
 
 
-def test_parameters_of_udi_have_one_head() -> None:
+def test_parameter_names_of_udi_have_one_head() -> None:
     network, state = udi_state()
     network.head = DINOHead(24, 16, hidden_dim=12, bottleneck_dim=8)
-    names = layouts.parameter_names(network, prefixed("module.", state))
+    names = layouts.parameter_names(network, add_prefix("module.", state))
     assert len(names) == len(trained(network)) == len(set(names.values()))
     assert names["module.backbone.attn.norm.bias"] == "srs.out_norm.bias"
     assert names["module.head.0.last_layer.weight_v"] == "head.last_layer.weight_v"

@@ -1,4 +1,4 @@
-"""Locks: an owner that lives is not disturbed, one that is dead gives way, here at once and elsewhere after a while."""
+"""Folder locks: live owners keep them, dead owners lose them; atomic writes and new files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ HELD: list[object] = []
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "ABANDONED_AFTER", 1.0)
-    monkeypatch.setattr(locks, "POLL", 0.02)
+def _short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "LEASE_DURATION", 1.0)
+    monkeypatch.setattr(locks, "POLL_INTERVAL", 0.02)
 
 
 def forked(act: Callable[[], None]) -> int:
-    """A child that acts, says so and then sleeps."""
+    """Fork a child that calls `act` and then sleeps; return when it has acted."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -41,40 +41,40 @@ def forked(act: Callable[[], None]) -> int:
 
 
 def hold(folder: Path) -> None:
-    run = files.sole_run(folder, "training")
+    run = files.lock_folder(folder, "training")
     run.__enter__()
     HELD.append(run)
 
 
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[int]:
-    """A process that holds `tmp_path` for training."""
+    """A process that has locked `tmp_path`."""
     child = forked(lambda: hold(tmp_path))
     yield child
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
 
-def bury(child: int) -> None:
+def kill(child: int) -> None:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
 
-def test_second_run_is_refused_and_told_of_the_first(tmp_path: Path, owner: int) -> None:
-    """By process, host and time; a stopped owner is one that lives, for it will go on."""
+def test_second_run_is_rejected_with_process_host_and_time(tmp_path: Path, owner: int) -> None:
+    """A stopped owner counts as live."""
     for number in (signal.SIGCONT, signal.SIGSTOP):
         os.kill(owner, number)
-        with pytest.raises(UsageError) as refused, files.sole_run(tmp_path, "training"):
+        with pytest.raises(UsageError) as refused, files.lock_folder(tmp_path, "training"):
             pytest.fail("two owners")
-        for word in (
+        for part in (
             f"--output_dir {tmp_path}",
             f"process {owner}",
             socket.gethostname(),
             f"since {time.localtime().tm_year}-",
         ):
-            assert word in str(refused.value)
+            assert part in str(refused.value)
     os.kill(owner, signal.SIGCONT)
-    with files.sole_run(tmp_path, "masks"):  # other files
+    with files.lock_folder(tmp_path, "masks"):  # other files
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             ".masks.lock",
             ".masks.since",
@@ -86,37 +86,37 @@ def test_second_run_is_refused_and_told_of_the_first(tmp_path: Path, owner: int)
 def test_dead_owner_gives_way_at_once_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
     child = forked(lambda: hold(tmp_path))
-    bury(child)
+    kill(child)
     begun = time.monotonic()
-    with files.sole_run(tmp_path, "training"):
-        assert time.monotonic() - begun < locks.ABANDONED_AFTER / 2
+    with files.lock_folder(tmp_path, "training"):
+        assert time.monotonic() - begun < locks.LEASE_DURATION / 2
         assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
     assert capsys.readouterr().err.count(f"process {child} on") == 1
     assert os.listdir(tmp_path) == []
 
 
-def test_number_of_a_dead_owner_may_be_in_use_again(tmp_path: Path) -> None:
-    """Its start is on record: after a restart of the machine, or of a container, low numbers come again."""
+def test_reused_process_number_of_a_dead_owner(tmp_path: Path) -> None:
+    """The lock records the start of the process: low numbers are reused after a restart of a machine or container."""
     child = forked(lambda: hold(tmp_path))
-    bury(child)
+    kill(child)
     marker = tmp_path / ".training.lock"
     marker.write_text(marker.read_text().replace(f"pid={child}\n", f"pid={os.getppid()}\n"))
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         assert locks.lease(marker).pid == os.getpid()
 
 
-def test_child_that_nobody_buries_is_dead(tmp_path: Path) -> None:
-    """As in containers whose first process does not wait for orphans."""
+def test_zombie_is_dead(tmp_path: Path) -> None:
+    """Some containers do not reap orphans."""
     child = forked(lambda: hold(tmp_path))
     os.kill(child, signal.SIGKILL)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
     os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_owner_on_another_host_is_watched(
+def test_owner_on_another_host_is_dead_without_heartbeat(
     tmp_path: Path, alive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As long as a lock says: if it is touched, its owner lives."""
@@ -125,81 +125,79 @@ def test_owner_on_another_host_is_watched(
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
         child = forked(lambda: hold(tmp_path))
     if not alive:
-        bury(child)
+        kill(child)
     begun = time.monotonic()
     if alive:
-        with pytest.raises(UsageError, match=f"process {child} on elsewhere"), files.sole_run(tmp_path, "training"):
+        with pytest.raises(UsageError, match=f"process {child} on elsewhere"), files.lock_folder(tmp_path, "training"):
             pytest.fail("two owners")
-        assert time.monotonic() - begun < locks.ABANDONED_AFTER
-        bury(child)
+        assert time.monotonic() - begun < locks.LEASE_DURATION
+        kill(child)
     else:
-        with files.sole_run(tmp_path, "training"):
-            assert time.monotonic() - begun >= locks.ABANDONED_AFTER
+        with files.lock_folder(tmp_path, "training"):
+            assert time.monotonic() - begun >= locks.LEASE_DURATION
             assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
         assert f"process {child} on elsewhere" in capsys.readouterr().err
 
 
-def test_owner_that_died_before_it_could_write_its_name(tmp_path: Path) -> None:
+def test_owner_that_died_before_it_wrote_its_name(tmp_path: Path) -> None:
     (tmp_path / ".training.lock").touch()
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
 
 
-def test_run_that_seemed_dead_writes_nothing_more(tmp_path: Path) -> None:
-    """Another has taken its folder over meanwhile."""
+def test_run_that_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth").write_text("of the other")
-    with files.sole_run(tmp_path, "training"):
+    with files.lock_folder(tmp_path, "training"):
         (tmp_path / ".training.lock").unlink()
         child = forked(lambda: hold(tmp_path))
-        with pytest.raises(UsageError, match=f"process {child}"), files.whole_file(tmp_path / "checkpoint.pth"):
+        with pytest.raises(UsageError, match=f"process {child}"), files.atomic_write(tmp_path / "checkpoint.pth"):
             pytest.fail("written by both")
     assert (tmp_path / "checkpoint.pth").read_text() == "of the other"
-    assert locks.lease(tmp_path / ".training.lock").pid == child  # which is not released by us
-    bury(child)
+    assert locks.lease(tmp_path / ".training.lock").pid == child  # not released by this process
+    kill(child)
 
 
-def test_lock_that_was_lost_with_its_disk_is_renewed(tmp_path: Path) -> None:
-    with files.sole_run(tmp_path, "training"):
+def test_lock_whose_file_was_lost_is_renewed(tmp_path: Path) -> None:
+    with files.lock_folder(tmp_path, "training"):
         (tmp_path / ".training.lock").unlink()
-        with files.whole_file(tmp_path / "checkpoint.pth") as temporary:
+        with files.atomic_write(tmp_path / "checkpoint.pth") as temporary:
             temporary.write_text("saved")
         assert locks.lease(tmp_path / ".training.lock").pid == os.getpid()
-        time.sleep(2 * locks.ABANDONED_AFTER)  # and its heart beats again
-        assert locks.hold_on(files._held[tmp_path.resolve()])
+        time.sleep(2 * locks.LEASE_DURATION)  # the heartbeat works again
+        assert locks.renew(files._held[tmp_path.resolve()])
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
 
-def test_folder_that_a_run_leaves_empty_is_removed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a mistake"), files.sole_run(tmp_path / "a" / "b", "training"):
+def test_created_folder_is_removed_if_it_stays_empty(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a mistake"), files.lock_folder(tmp_path / "a" / "b", "training"):
         raise UsageError("a mistake")
     assert os.listdir(tmp_path) == []
     (tmp_path / "mine").mkdir()
-    with files.sole_run(tmp_path / "mine", "training"):
+    with files.lock_folder(tmp_path / "mine", "training"):
         pass
-    with files.sole_run(tmp_path / "full", "training"):
+    with files.lock_folder(tmp_path / "full", "training"):
         (tmp_path / "full" / "file").touch()
     assert sorted(os.listdir(tmp_path)) == ["full", "mine"]
 
 
-def test_disk_that_fills_up_while_a_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock has its file, and there is no room for another: nothing is left, and the folder is free."""
+def test_disk_that_fills_up_while_a_folder_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock file exists and nothing else can be written: nothing is left behind, and the folder is unlocked."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(UsageError, match="No space left"), files.sole_run(tmp_path / "a" / "b", "training"):
+        with pytest.raises(UsageError, match="No space left"), files.lock_folder(tmp_path / "a" / "b", "training"):
             pass
     assert os.listdir(tmp_path) == []
-    with files.sole_run(tmp_path / "a" / "b", "training"):
+    with files.lock_folder(tmp_path / "a" / "b", "training"):
         pass
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
-    """Each has a temporary name of its own: the file is that of the last, whole."""
+def test_concurrent_writers_use_separate_temporary_files(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with files.whole_file(path) as first, files.whole_file(path) as second:
+    with files.atomic_write(path) as first, files.atomic_write(path) as second:
         first.write_text("one")
         second.write_text("two, longer")
     assert path.read_text() == "one"
@@ -207,8 +205,8 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_new_files_take_no_name_that_is_taken(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of those that appear while they are written; on disks without links too."""
+def test_new_files_overwrite_nothing(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even files that are created meanwhile; also on file systems without hard links."""
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links")))
     names = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
@@ -228,7 +226,7 @@ def test_new_files_take_no_name_that_is_taken(tmp_path: Path, links: bool, monke
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "d"]
 
 
-def test_many_writers_of_new_files_all_get_one(tmp_path: Path) -> None:
+def test_concurrent_writers_of_new_files_get_one_each(tmp_path: Path) -> None:
     names = [tmp_path / str(number) for number in range(20)]
     writers = [
         threading.Thread(target=files.write_new, args=(names, lambda path, n=n: path.write_text(str(n))))

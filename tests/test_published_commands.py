@@ -26,7 +26,7 @@ import main_esvit
 import main_esvit_mnodes
 import main_udi
 import run_analysis
-from checkpoints import loading
+from checkpoints import serialization
 from models import build_model, load_arch_config
 
 PRETRAIN = (
@@ -206,7 +206,7 @@ def check_run(out: Path, name: str, processes: int) -> None:
     assert [line["epoch"] for line in lines] == [0, 1]
     assert all(0 < line["train_loss"] < 2 * math.log(32) for line in lines)
     assert max(line["train_lr"] for line in lines) <= 0.0005 * 4 * processes / 256
-    saved = loading.load_file(out / "checkpoint.pth")
+    saved = serialization.load_file(out / "checkpoint.pth")
     args, wanted = saved["args"], parsed(name)
     same = ("arch", "cfg", "teacher_temp", "norm_last_layer", "use_dense_prediction", "aug_opt")
     assert {key: getattr(args, key) for key in same} == {key: getattr(wanted, key) for key in same}

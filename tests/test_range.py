@@ -14,7 +14,7 @@ from runs import TINY_RUN, TINY_SWIN, TINY_UDI, TINY_VIT, run_script
 import eval_knn
 import main_esvit
 import main_udi
-from checkpoints.loading import load_file
+from checkpoints.serialization import load_file
 from config.loading import load_config
 from utils import UsageError
 

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing import event_accumulator
 from training_runs import LAYOUTS, assert_identical, train
 
 import main_esvit
-from checkpoints import loading
-from checkpoints.files import TEMPORARY
+from checkpoints import serialization
+from checkpoints.files import TEMPORARY_SUFFIX
 from data import convert
 from models import Backbone
 from training import checkpointing, collapse
@@ -78,10 +78,10 @@ def test_stopping_within_an_epoch_changes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(checkpointing.Saver, "due", signalled)
         train(tmp_path / "parts", data, *flags)
-    stopped = loading.load_file(tmp_path / "parts" / "checkpoint.pth")
+    stopped = serialization.load_file(tmp_path / "parts" / "checkpoint.pth")
     assert (stopped["epoch"], stopped["in_epoch"]["steps"], stopped["in_epoch"]["images"]) == (0, 1, 2)
     train(tmp_path / "parts", data, *flags)
-    whole, parts = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    whole, parts = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
     logs = [
@@ -154,16 +154,16 @@ def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_damaged_checkpoint_gives_way_to_the_one_before(images: Path, tmp_path: Path, damage: str) -> None:
     train(tmp_path, images)
-    whole = loading.load_file(tmp_path / "checkpoint.pth")
+    whole = serialization.load_file(tmp_path / "checkpoint.pth")
     content = flipped(tmp_path / "checkpoint.pth")
     broken = {"truncated": content[: len(content) // 2], "flipped": content, "empty": b""}[damage]
     (tmp_path / "checkpoint.pth").write_bytes(broken)
-    left, foreign = tmp_path / f".checkpoint.pth{TEMPORARY}", tmp_path / ".notes.tmp"
+    left, foreign = tmp_path / f".checkpoint.pth{TEMPORARY_SUFFIX}", tmp_path / ".notes.tmp"
     for file in (left, foreign):
         file.write_text("of a saving that did not end; of somebody else")
     train(tmp_path, images)
     assert (left.exists(), foreign.exists()) == (False, True)
-    again = loading.load_file(tmp_path / "checkpoint.pth")
+    again = serialization.load_file(tmp_path / "checkpoint.pth")
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
     assert (tmp_path / "checkpoint.pth.damaged").read_bytes() == broken
@@ -202,9 +202,9 @@ def test_weights_that_are_not_finite_end_the_run_and_the_last_checkpoint_stays(
         with pytest.raises(FloatingPointError, match=rf"{network}\..* is not finite"):
             train(tmp_path, images, *flags)
     assert sorted(file.name for file in tmp_path.glob("*.pth")) == ["checkpoint.pth", "checkpoint0000.pth"]
-    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
+    assert serialization.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
     train(tmp_path, images, *flags)
-    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
+    assert serialization.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
 @pytest.mark.parametrize("what", ["folder", "fifo", "link to nothing", "unreadable"])
@@ -213,7 +213,7 @@ def test_checkpoint_that_is_no_file_gives_way_to_the_one_before(
 ) -> None:
     """It is kept under another name; without one before, nothing is begun anew in its place."""
     train(tmp_path, images)
-    whole = loading.load_file(tmp_path / "checkpoint.pth")
+    whole = serialization.load_file(tmp_path / "checkpoint.pth")
     path, opened = tmp_path / "checkpoint.pth", Path.open
     path.unlink()
     if what == "folder":
@@ -234,7 +234,7 @@ def test_checkpoint_that_is_no_file_gives_way_to_the_one_before(
         monkeypatch.setattr(Path, "read_bytes", lambda self: opened(self, "rb").read())
         monkeypatch.setattr(Path, "open", refuse)
     train(tmp_path, images)
-    again = loading.load_file(path)
+    again = serialization.load_file(path)
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], again[key], key)
     assert os.path.lexists(tmp_path / "checkpoint.pth.damaged")
@@ -257,12 +257,12 @@ def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "write_file", full)
+        patch.setattr(serialization, "write_file", full)
         with pytest.raises(UsageError, match=r"end of the run is not saved .*No space left"):
             train(tmp_path, images)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     train(tmp_path, images)
-    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
+    assert serialization.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
 def test_kept_checkpoint_that_fails_alone_is_told_alone(
@@ -273,7 +273,7 @@ def test_kept_checkpoint_that_fails_alone_is_told_alone(
     told = [line for line in capsys.readouterr().err.splitlines() if "cannot" in line]
     assert len(told) == 1
     assert told[0].startswith("cannot keep checkpoint0000.pth (")
-    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
+    assert serialization.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
 
 
 def test_checkpoint_that_is_gone_is_told_and_written_again(
@@ -291,7 +291,7 @@ def test_checkpoint_that_is_gone_is_told_and_written_again(
     monkeypatch.setattr(checkpointing, "save_run", save_and_lose)
     train(tmp_path, images)
     assert capsys.readouterr().err.count("checkpoint.pth has disappeared") == 1
-    assert loading.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
+    assert serialization.load_file(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_two_steps_resume_two_steps_is_four_steps(
     train(tmp_path / "whole", images, *flags)
     train_until(1, monkeypatch, tmp_path / "parts", images, *flags)
     train(tmp_path / "parts", images, *flags)
-    whole, parts = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
+    whole, parts = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in ("whole", "parts"))
     assert whole["epoch"] == 2
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
@@ -328,7 +328,7 @@ def test_two_steps_resume_two_steps_is_four_steps(
 def test_run_folder(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Everything a run leaves behind, with the published keys; starting it again changes nothing."""
     train(tmp_path, images, "--precision", "auto")
-    content = loading.load_file(tmp_path / "checkpoint.pth")
+    content = serialization.load_file(tmp_path / "checkpoint.pth")
     assert content["args"].precision == resolve_precision("auto", torch.device("cpu"))
     assert content["args"].aug_backend == "split"  # what auto stood for
     assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"} <= content.keys()
@@ -394,7 +394,7 @@ def test_gray_and_many_channel_images_train(tmp_path: Path, in_chans: int) -> No
     per_channel = str([0.5] * in_chans)
     overrides = ["MODEL.SPEC.IN_CHANS", str(in_chans), "INPUT.MEAN", per_channel, "INPUT.STD", per_channel]
     train(tmp_path / "run", tmp_path / "images", overrides=overrides)
-    content = loading.load_file(tmp_path / "run" / "checkpoint.pth")
+    content = serialization.load_file(tmp_path / "run" / "checkpoint.pth")
     assert content["teacher"]["patch_embed.proj.weight"].shape == (12, in_chans, 4, 4)
     assert content["epoch"] == 2
     assert (tmp_path / "run" / "crops.png").is_file()
@@ -414,7 +414,7 @@ def test_views_of_every_kind_train(images: Path, tmp_path: Path, flags: list[str
     [
         (["--out_dim", "16"], "32 prototypes, this run of 16; set --out_dim 32"),
         (["--use_dense_prediction", "off"], "--use_dense_prediction"),
-        (["--head_hidden_dim", "8"], "is of another network"),
+        (["--head_hidden_dim", "8"], "does not fit this network"),
         (["--norm_last_layer", "off"], "--norm_last_layer"),
         (["--optimizer", "sgd"], "--optimizer adamw, not sgd"),
     ],
@@ -472,7 +472,7 @@ def test_drawn_neighbors_of_vil_resume_bit_for_bit(
         with pytest.raises(Killed):
             run("halves")
     run("halves")
-    whole, halves = (loading.load_file(tmp_path / folder / "checkpoint.pth") for folder in ("whole", "halves"))
+    whole, halves = (serialization.load_file(tmp_path / folder / "checkpoint.pth") for folder in ("whole", "halves"))
     for network in ("student", "teacher"):
         assert all(torch.equal(value, halves[network][name]) for name, value in whole[network].items())
 

@@ -58,7 +58,7 @@ def dangers(source: str) -> Iterator[str]:
 def test_sources_are_found() -> None:
     names = {str(path.relative_to(ROOT)) for path in SOURCES}
     assert {
-        "checkpoints/loading.py",
+        "checkpoints/serialization.py",
         "config/loading.py",
         "data/layouts/tars.py",
         "models/base.py",

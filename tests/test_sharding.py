@@ -1,4 +1,4 @@
-"""Networks spread over two processes give what whole networks give, and files that either reads."""
+"""Networks sharded over two processes: same results as whole networks, and checkpoints that either can resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 import main_esvit
 from benchmarks.scaling import Sizes, memory_ddp, memory_fsdp, sent_ddp, sent_fsdp
-from checkpoints import loading
+from checkpoints import serialization
 from distributed import fsdp
 from models.heads import DINOHead
 from training import optim
@@ -25,12 +25,12 @@ FLAT = ["--min_lr", str(0.01 * 4 / 256), "--weight_decay_end", "0.04", "--moment
 
 
 def train(out: Path, images: Path, *flags: str, processes: int = 2, batch: int = 2, epochs: int = 2) -> dict[str, Any]:
-    """Run the script without stochastic depth, whose draws depend on the process, and read its last checkpoint."""
+    """Run the script without stochastic depth, which draws per process, and return its last checkpoint."""
     line = [*TINY_RUN, "--clip_grad", "0.3", "--epochs", str(epochs), "--batch_size_per_gpu", str(batch), *flags]
     line += ["--data_path", str(images), "--output_dir", str(out), *TINY_SWIN[:-1], "0.0"]
     result = run_script("main_esvit.py", *line, processes=processes)
     assert result.returncode == 0, result.stderr
-    return loading.load_file(out / "checkpoint.pth")
+    return serialization.load_file(out / "checkpoint.pth")
 
 
 def losses_of(run: Path) -> list[float]:
@@ -43,7 +43,7 @@ def knn_of(run: Path) -> list[dict[str, float]]:
 
 
 def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
-    """Networks and centers, under the same names in the same order."""
+    """Compare networks and centers, with names in the same order."""
     for part in ("student", "teacher", "dino_loss"):
         assert list(one[part]) == list(two[part])
         for name, value in one[part].items():
@@ -61,8 +61,8 @@ def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> 
     ],
     ids=str,
 )
-def test_shards_equal_whole_networks(tmp_path: Path, flags: list[str]) -> None:
-    """Losses, weights, centers and teacher after two epochs; the files have the same layout."""
+def test_sharded_training_equals_whole_networks(tmp_path: Path, flags: list[str]) -> None:
+    """Losses, weights, centers and teacher after two epochs, and the layout of the files."""
     images = write_images(tmp_path / "images", 17)
     if "--accum_iter" in flags:  # nine labeled images: one process has three batches of them, the other two
         labeled = write_images(tmp_path / "labeled", 3, classes=3)
@@ -93,8 +93,8 @@ def test_every_architecture_beside_its_whole_self() -> None:
     [(["--fsdp"], []), ([], ["--fsdp"]), (["--fsdp"], ["--fsdp"])],
     ids=["shards, whole", "whole, shards", "shards, shards"],
 )
-def test_either_resumes_what_the_other_saved(tmp_path: Path, before: list[str], after: list[str]) -> None:
-    """One epoch so, one epoch otherwise, as two epochs in one go."""
+def test_checkpoints_are_resumed_with_and_without_fsdp(tmp_path: Path, before: list[str], after: list[str]) -> None:
+    """One epoch each way equals two epochs in one run."""
     images = write_images(tmp_path / "images", 17)
     flags = [*FLAT, "--freeze_last_layer", "0"]
     whole = train(tmp_path / "whole", images, *flags)
@@ -105,7 +105,7 @@ def test_either_resumes_what_the_other_saved(tmp_path: Path, before: list[str], 
 
 
 @pytest.mark.slow
-def test_one_process_continues_from_shards(tmp_path: Path) -> None:
+def test_one_process_resumes_a_sharded_run(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 17)
     before = train(tmp_path, images, "--fsdp", epochs=1)
     after = train(tmp_path, images, processes=0, batch=4)
@@ -114,41 +114,41 @@ def test_one_process_continues_from_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--compile"], ["--optimizer", "lars"]], ids=str)
-def test_what_does_not_go_with_shards_is_refused(flags: list[str]) -> None:
+def test_incompatible_flags_are_rejected(flags: list[str]) -> None:
     args = main_esvit.get_args_parser().parse_args(["--fsdp", *flags])
     with pytest.raises(UsageError, match=f"--fsdp and {' '.join(flags)} do not work together"):
         main_esvit.check_args(args)
 
 
-def test_one_process_is_refused() -> None:
+def test_one_process_is_rejected() -> None:
     network: Any = DINOHead(4, 8)
-    with pytest.raises(UsageError, match="this run has one; use torchrun, or leave --fsdp out"):
+    with pytest.raises(UsageError, match="--fsdp needs several processes"):
         fsdp.shard_networks(network, network, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["cvt", "resnet", "head"])
-def test_batch_norm_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_norm_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distributed.collectives.get_world_size", lambda: 2)
     network: Any = DINOHead(4, 8, use_bn=True) if name == "head" else small_network(name)
-    with pytest.raises(UsageError, match="--fsdp takes no network or head with BatchNorm"):
+    with pytest.raises(UsageError, match=r"--fsdp .* BatchNorm"):
         fsdp.shard_networks(network, network, torch.device("cpu"))
 
 
-def test_whole_tensors_pass_as_they_are() -> None:
+def test_functions_return_whole_tensors_unchanged() -> None:
     network = nn.Linear(2, 3)
     optimizer = optim.build_optimizer("adamw", optim.param_groups(network))
     network(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    state = fsdp.whole_state(network)
+    state = fsdp.full_state_dict(network)
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
-    assert fsdp.whole_state(optimizer)["state"].keys() == optimizer.state_dict()["state"].keys()
-    assert fsdp.placed_like(network.weight, state["weight"]) is state["weight"]
+    assert fsdp.full_state_dict(optimizer)["state"].keys() == optimizer.state_dict()["state"].keys()
+    assert fsdp.shard_like(network.weight, state["weight"]) is state["weight"]
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     torch.testing.assert_close(fsdp.norms(gradients), torch.stack([g.norm() for g in gradients]))
 
 
-def test_plan_by_hand() -> None:
-    """A network of 10 bytes in blocks, 6 in heads (1 of them frozen) and 2 elsewhere, centers of 3, on four processes."""
+def test_scaling_formulas() -> None:
+    """10 bytes in blocks, 6 in heads (1 of them frozen), 2 elsewhere, centers of 3, on four processes."""
     sizes = Sizes(parameters=18, trainable=17, blocks=10, heads=6, rest=2, largest_units=(6, 5), centers=3)
     assert memory_ddp(sizes, 4) == 18 + 18 + 17 + 2 * 17 + 3
     assert memory_fsdp(sizes, 4) == (18 + 18 + 17 + 2 * 17) / 4 + (2 + 6 + 5) + 6 + 3

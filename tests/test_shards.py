@@ -20,7 +20,7 @@ from runs import TINY_RUN, TINY_SWIN
 from shard_files import COUNTS, IMAGES, gray, indices, loader_of, one_epoch, write_tar
 
 import main_esvit
-from checkpoints import loading
+from checkpoints import serialization
 from data import convert
 from data.datasets import build_dataset
 from data.layouts import tars
@@ -474,5 +474,5 @@ def test_pretraining_is_reproducible(shards: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         command = [*TINY_RUN, "--data_path", f"{shards}/train-{{000..004}}.tar", "--output_dir", str(tmp_path / name)]
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--epochs", "1", "--seed", "0", *TINY_SWIN]))
-        students.append(loading.load_file(tmp_path / name / "checkpoint.pth")["student"])
+        students.append(serialization.load_file(tmp_path / name / "checkpoint.pth")["student"])
     torch.testing.assert_close(students[1], students[0], rtol=0, atol=0)

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, clean_environment, free_port, run_script, write_images
 
-from checkpoints import loading
+from checkpoints import serialization
 from data import convert
 from data.samplers import ChunkSampler
 
@@ -97,7 +97,7 @@ def check_same_result(one: Path, other: Path) -> None:
     """Losses and weights; up to rounding, since sums are taken in another order."""
     ours, theirs = ([json.loads(line)["train_loss"] for line in (run / "log.txt").open()] for run in (one, other))
     assert ours == pytest.approx(theirs, rel=1e-5)
-    one_state, other_state = (loading.load_file(run / "checkpoint.pth") for run in (one, other))
+    one_state, other_state = (serialization.load_file(run / "checkpoint.pth") for run in (one, other))
     for part in ("student", "teacher", "dino_loss"):
         for name, value in one_state[part].items():
             torch.testing.assert_close(other_state[part][name], value, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")

@@ -20,7 +20,7 @@ from training_runs import assert_identical, train
 
 import data
 import eval_knn
-from checkpoints import loading
+from checkpoints import serialization
 from distributed import launch
 from evaluation import feature_loaders, finetune
 from training import run_log, stopping
@@ -69,11 +69,11 @@ def test_a_signal_saves_the_run_within_the_epoch(
                 run(images, tmp_path / "parts", *flags)
             assert end.value.code == SIGNALS[number]
         assert signal.getsignal(number) == before
-        saved = loading.load_file(tmp_path / "parts" / file)
+        saved = serialization.load_file(tmp_path / "parts" / file)
         assert (saved["epoch"], saved["in_epoch"]["steps"]) == (epoch, 1)
     run(images, tmp_path / "parts", *flags)
     run(images, tmp_path / "whole", *flags)
-    whole, parts = (loading.load_file(tmp_path / name / file) for name in ("whole", "parts"))
+    whole, parts = (serialization.load_file(tmp_path / name / file) for name in ("whole", "parts"))
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
     assert linear_runs.results(tmp_path / "whole") == linear_runs.results(tmp_path / "parts")
@@ -159,11 +159,11 @@ def test_interrupted_pretraining_is_saved_and_has_a_code_of_its_own(
         with pytest.raises(Stopped) as end:
             pretrain_run(images, tmp_path / "parts")
     assert end.value.code == SIGNALS[number]
-    content = loading.load_file(tmp_path / "parts" / "checkpoint.pth")
+    content = serialization.load_file(tmp_path / "parts" / "checkpoint.pth")
     assert (content["epoch"], content["in_epoch"]["steps"]) == (0, 1)
     for name in ("parts", "whole"):
         pretrain_run(images, tmp_path / name)
-    whole, parts = (loading.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    whole, parts = (serialization.load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
 

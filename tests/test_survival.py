@@ -19,7 +19,7 @@ from conftest import ROOT
 from runs import TINY_RUN, TINY_SWIN, clean_environment, free_port, run_script, start_script, write_images
 from training_runs import LAYOUTS, assert_identical
 
-from checkpoints import loading
+from checkpoints import serialization
 from data import convert
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def test_signal_ends_a_run_that_is_saved(tmp_path: Path, number: signal.Signals,
     assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert errors.count("the same command continues the run") == 1
-    content = loading.load_file(tmp_path / "out" / "checkpoint.pth")
+    content = serialization.load_file(tmp_path / "out" / "checkpoint.pth")
     assert 0 < content["epoch"] < 500
 
 
@@ -123,9 +123,9 @@ def test_signal_to_one_of_two_processes_saves_both(tmp_path: Path, layout: str, 
         assert result.returncode == 0, result.stderr
         if script == str(stopped):
             assert result.stderr.count("stopped 1 step into epoch 1 and saved in") == 1
-            within = loading.load_file(tmp_path / run / "checkpoint.pth")
+            within = serialization.load_file(tmp_path / run / "checkpoint.pth")
             assert (within["epoch"], within["in_epoch"]["steps"], within["in_epoch"]["images"]) == (1, 1, 2 * batch)
-    parts, whole = (loading.load_file(tmp_path / run / "checkpoint.pth") for run in ("parts", "whole"))
+    parts, whole = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in ("parts", "whole"))
     assert whole["epoch"] == 2
     for key in whole.keys() - {"args"}:
         assert_identical(whole[key], parts[key], key)
@@ -156,7 +156,7 @@ def test_signal_to_torchrun_saves(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert errors.count("the same command continues the run") == 1, errors
     assert "SIGKILL" not in errors
-    within = loading.load_file(tmp_path / "out" / "checkpoint.pth")
+    within = serialization.load_file(tmp_path / "out" / "checkpoint.pth")
     assert 0 < within["epoch"] < 5000
 
 
@@ -236,7 +236,7 @@ def test_another_number_of_processes_goes_on_at_the_same_images(tmp_path: Path) 
     # 32 images: 4 steps of 2 x 4; the file after 3 of them stays, as the one before that of the epoch's end.
     result = run_script("main_esvit.py", *flags, "--epochs", "1", *TINY_SWIN, processes=2)
     assert result.returncode == 0, result.stderr
-    within = loading.load_file(tmp_path / "out" / "checkpoint_previous1.pth")
+    within = serialization.load_file(tmp_path / "out" / "checkpoint_previous1.pth")
     assert (within["epoch"], within["in_epoch"]["steps"], within["in_epoch"]["images"]) == (0, 3, 24)
     (tmp_path / "out" / "checkpoint_previous1.pth").replace(tmp_path / "out" / "checkpoint.pth")
     result = run_script("main_esvit.py", *flags, "--epochs", "1", *TINY_SWIN)

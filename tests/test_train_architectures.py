@@ -19,7 +19,7 @@ import eval_knn
 import export
 import main_esvit
 import utils
-from checkpoints import loading
+from checkpoints import loading, serialization
 from data import demo
 from models import build_model, load_arch_config
 from training import setup
@@ -107,7 +107,7 @@ def test_trained_exported_and_read_by_timm(photographs: Path, tmp_path: Path) ->
         img_size=64, embed_dim=48, depths=(2, 2, 2), num_heads=(3, 6, 12), window_size=4, num_classes=0,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     ).eval()  # fmt: skip
-    theirs.load_state_dict(loading.load_file(tmp_path / "timm.pth"), strict=True)
+    theirs.load_state_dict(serialization.load_file(tmp_path / "timm.pth"), strict=True)
     ours = build_model("swin", load_arch_config("swin", command[3])).eval()
     loading.load_backbone(ours, tmp_path / "checkpoint.pth")
     images = torch.randn(2, 3, 64, 64)

@@ -15,7 +15,7 @@ from PIL import Image
 from runs import TINY_RUN, TINY_SWIN, write_images
 
 import main_esvit
-from checkpoints import loading
+from checkpoints import serialization
 from data.datasets import ImageDataset, build_dataset
 from data.layouts import index_cache
 from data.layouts import tsv as tsv_layout
@@ -297,5 +297,5 @@ def test_pretraining_on_tsv_and_folders_is_equal(folders: Path, tsv: Path, tmp_p
     for name, flags in {"a": [str(folders)], "b": [str(tsv.parent), "--tsv_mode", "--dataset", "imagenet22k"]}.items():
         command = [*TINY_RUN, "--data_path", *flags, "--output_dir", str(tmp_path / name), "--epochs", "1"]
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, "--seed", "0", *TINY_SWIN]))
-        students.append(loading.load_file(tmp_path / name / "checkpoint.pth")["student"])
+        students.append(serialization.load_file(tmp_path / name / "checkpoint.pth")["student"])
     torch.testing.assert_close(students[1], students[0], rtol=0, atol=0)

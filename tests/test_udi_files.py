@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import export
 import hubconf
-from checkpoints import loading
+from checkpoints import loading, serialization
 from config.loading import load_config
 from models import Backbone
 from models.heads import DINOHead
@@ -100,8 +100,8 @@ def test_a_published_file_loads_with_nothing_missing_and_nothing_unexpected(key:
 
 def test_files_of_this_project_load_with_what_lies_beside_the_backbone(tmp_path: Path) -> None:
     theirs, bare = two_tokens(beside=True), two_tokens(filled=False)
-    content = {"student": loading.prefixed(theirs.state_dict()), "teacher": theirs.state_dict(), "epoch": 1}
-    loading.save_file(content, tmp_path / "checkpoint.pth")
+    content = {"student": loading.add_module_prefix(theirs.state_dict()), "teacher": theirs.state_dict(), "epoch": 1}
+    serialization.save_file(content, tmp_path / "checkpoint.pth")
     for key in ("teacher", "student"):
         loading.load_backbone(bare, tmp_path / "checkpoint.pth", key)
         assert torch.equal(bare.state_dict()["cls_token"], theirs.state_dict()["cls_token"])

@@ -1,4 +1,4 @@
-"""UDI's loss: values of a worked example, the cheaper form, no valid patch, and DINO as its limit."""
+"""UDI's loss: values of a worked example, factored logits, missing valid patches, and DINO as a special case."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def criterion(mix: str = "logits", centers: bool = True) -> UDILoss:
     return loss
 
 
-def test_the_worked_example() -> None:
+def test_worked_example() -> None:
     student, teacher = example()
     loss = criterion()
     terms = loss.terms(student, teacher, 0)
@@ -60,26 +60,26 @@ def test_the_worked_example() -> None:
         assert getattr(loss, name)[0].tolist() == pytest.approx(values, abs=1e-7), name
 
 
-def test_probabilities_are_blended_where_asked() -> None:
+def test_target_mix_probs() -> None:
     terms = criterion("probs").terms(*example(), 0)
     assert float(terms["g_mcl"]) == pytest.approx(3.013256, abs=1e-6)
     assert float(terms["l_mcl"]) == pytest.approx(4.393817, abs=1e-6)
 
 
 def factored_example(shared: bool = True) -> tuple[StudentLevels, TeacherLevels]:
-    """The worked example's sizes with a bottleneck of 3 channels; all in float64, the student's with gradients."""
+    """Return factored logits of the sizes of the worked example, in float64; those of the student with gradients."""
 
     def rows(prototypes: Tensor, *shape: int) -> FactoredLogits:
         return FactoredLogits(torch.randn(*shape, 3, dtype=torch.float64).requires_grad_(), prototypes)
 
     student, *others = (torch.randn(K, 3, dtype=torch.float64).requires_grad_() for _ in range(4))
-    of_cls, of_patches = (others[0], others[0]) if shared else others[:2]
+    cls, patches = (others[0], others[0]) if shared else others[:2]
     _, teacher = example()
     return StudentLevels(
         rows(student, 2, B), rows(student, L, B), rows(student, 2, B), rows(student, L, B), rows(student, 2, B, M),
         rows(student, L, B, m),
     ), teacher._replace(
-        cls_VBK=rows(of_cls, 2, B), patch_VBSK=rows(of_patches, 2, B, M), local_patch_LVBSK=rows(of_patches, L, 2, B, m),
+        cls_VBK=rows(cls, 2, B), patch_VBSK=rows(patches, 2, B, M), local_patch_LVBSK=rows(patches, L, 2, B, m),
     )  # fmt: skip
 
 
@@ -90,8 +90,8 @@ def materialize(levels: Any) -> Any:
 @pytest.mark.parametrize("fall_back", [False, True])
 @pytest.mark.parametrize("shared", [False, True], ids=["three heads", "one head"])
 @pytest.mark.parametrize("mix", ["logits", "probs"])
-def test_factored_logits_give_the_numbers_of_whole_ones(mix: str, shared: bool, fall_back: bool) -> None:
-    """Terms, gradients and centers: patches are averaged before the last layer, and chunks never hold all logits."""
+def test_factored_logits_equal_whole_logits(mix: str, shared: bool, fall_back: bool) -> None:
+    """Terms, gradients and centers."""
     student, teacher = factored_example(shared)
     leaves = [t for x in student if isinstance(x, FactoredLogits) for t in x]
     outcomes = []
@@ -110,7 +110,7 @@ def test_factored_logits_give_the_numbers_of_whole_ones(mix: str, shared: bool, 
 
 @pytest.mark.parametrize("mix", ["logits", "probs"])
 def test_a_pair_without_a_valid_sample_falls_back_to_the_class_token(mix: str) -> None:
-    """Equation by equation: with no valid sample at all, the second token learns what the class token does."""
+    """Without any valid sample the second token has the target of the class token."""
     student, teacher = example()
     teacher = teacher._replace(valid_VBS=torch.zeros(2, B, M), local_valid_LVBS=torch.zeros(L, 2, B, m))
     loss = criterion(mix)
@@ -122,7 +122,7 @@ def test_a_pair_without_a_valid_sample_falls_back_to_the_class_token(mix: str) -
 
 
 def test_patches_of_local_views_learn_from_both_teacher_views() -> None:
-    """Against the equation, written as loops."""
+    """Compare with the equation, written as loops."""
     student, teacher = example()
     own = sines(12, L, B, m, K)
     loss = criterion()
@@ -138,18 +138,18 @@ def test_patches_of_local_views_learn_from_both_teacher_views() -> None:
     assert float(term) == pytest.approx(total / count, abs=1e-10)
 
 
-def test_levels_weigh_as_asked() -> None:
+def test_level_weights() -> None:
     student, teacher = example()
     terms = criterion().terms(student, teacher, 0)
     loss = UDILoss(K, 2 + L, 0.04, 0.04, 0, 1, level_weights=(2, 0, 1)).double()
     expected = (2 * (terms["g_cl"] + L * terms["l_cl"]) / (1 + L) + terms["g_pch"]) / 3
     assert float(loss.total(terms)) == pytest.approx(float(expected), abs=1e-10)
-    with pytest.raises(UsageError, match=r"--level_weights 0 1 1 must be three numbers"):
+    with pytest.raises(UsageError, match=r"--level_weights 0 1 1 must be"):
         UDILoss(K, 2, 0.04, 0.04, 0, 1, level_weights=(0, 1, 1))
 
 
-def test_the_monitor_sees_what_the_terms_compare() -> None:
-    """All rows of the global views fit in, so the student's divergence and the teacher's entropy add up to each term."""
+def test_monitored_rows_are_those_of_the_terms() -> None:
+    """All rows are sampled here, so that KL divergence plus teacher entropy equals each term."""
     student, teacher = example()
     loss = criterion()
     terms = loss.terms(student, teacher, 0)
@@ -168,7 +168,7 @@ def test_the_monitor_sees_what_the_terms_compare() -> None:
 
 
 @pytest.mark.parametrize("mix", ["logits", "probs"])
-def test_without_a_valid_patch_nothing_is_nan(mix: str) -> None:
+def test_no_valid_patch_gives_no_nan(mix: str) -> None:
     student, teacher = example()
     teacher = teacher._replace(valid_VBS=torch.zeros(2, B, M).bool(), local_valid_LVBS=torch.zeros(L, 2, B, m).bool())
     loss = criterion(mix)
@@ -182,10 +182,8 @@ def test_without_a_valid_patch_nothing_is_nan(mix: str) -> None:
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_a_process_without_a_valid_patch_does_not_count_in_the_mean(
-    local: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Losses are averaged over processes: of two, one without a valid patch, that gives the mean over the patches there are."""
+def test_mean_over_patches_of_all_processes(local: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average of the losses of two processes, one without a valid patch, is the mean over all valid patches."""
     student, teacher = example()
     student = student._replace(local_patch_LBSK=sines(12, L, B, m, K))
     name, field = ("l_pch", "local_valid_LVBS") if local else ("g_pch", "valid_VBS")
@@ -198,7 +196,7 @@ def test_a_process_without_a_valid_patch_does_not_count_in_the_mean(
     assert float(sum(terms)) / 2 == pytest.approx(float(expected), abs=1e-10)
 
 
-def test_with_the_class_token_alone_it_is_dino() -> None:
+def test_class_token_alone_equals_dino() -> None:
     student, teacher = example()
     loss, dino = criterion(), DINOLoss(K, 2 + L, 0.04, 0.04, 0, 1).double()
     dino.center.copy_(loss.center)
@@ -208,7 +206,7 @@ def test_with_the_class_token_alone_it_is_dino() -> None:
     assert float(loss.total(terms)) == pytest.approx(float(dino(rows, teacher_rows, 0)), abs=1e-10)
 
 
-def test_without_local_views_only_the_global_ones_count() -> None:
+def test_without_local_views() -> None:
     student, teacher = example()
     student = student._replace(local_cls_LBK=torch.zeros(0, B, K), local_plus_LBK=None)
     terms = criterion().terms(student, teacher._replace(local_patch_LVBSK=None, local_valid_LVBS=None), 0)
@@ -219,6 +217,6 @@ def test_without_local_views_only_the_global_ones_count() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("alpha", 1.5), ("target_mix", "both")])
-def test_other_values_are_refused(name: str, value: object) -> None:
+def test_invalid_values_are_rejected(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"--{name} {value} must"):
         UDILoss(K, 2, 0.04, 0.04, 0, 1, **{name: value})  # type: ignore[arg-type]

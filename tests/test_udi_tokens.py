@@ -23,7 +23,7 @@ import eval_knn
 import eval_linear
 import eval_logistic
 import run_analysis
-from checkpoints import loading
+from checkpoints import loading, serialization
 from data.transforms import augment
 from models.heads import DINOHead
 from utils import UsageError
@@ -134,7 +134,7 @@ STILL = ["--epochs", "1", "--warmup_epochs", "0", "--lr", "0", "--min_lr", "0", 
 
 def tuned(out: Path) -> dict[str, Tensor]:
     """The weights that a fine-tuning left."""
-    model: dict[str, Tensor] = loading.load_file(out / "checkpoint.pth")["model"]
+    model: dict[str, Tensor] = serialization.load_file(out / "checkpoint.pth")["model"]
     return model
 
 
@@ -161,7 +161,7 @@ def test_fine_tuning_stands_on_layers_of_the_projection_head(folder: Path, tmp_p
     """With a rate of 0 they are those of the checkpoint; a run goes on, and its best weights load as a backbone."""
     flags = [*STILL, "--pretrained_weights", str(folder / "with_head.pth"), "--finetune_head_layer", "2"]
     run(eval_finetune, folder, tmp_path / "out", *flags)
-    before, after = loading.load_file(folder / "with_head.pth")["teacher"], tuned(tmp_path / "out")
+    before, after = serialization.load_file(folder / "with_head.pth")["teacher"], tuned(tmp_path / "out")
     for theirs, ours in {"head.mlp.0": "head.0", "head.mlp.2": "head.2"}.items():
         for kind in ("weight", "bias"):
             assert torch.equal(after[f"{ours}.{kind}"], before[f"{theirs}.{kind}"])

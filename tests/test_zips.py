@@ -20,7 +20,7 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import main_esvit
-from checkpoints import loading
+from checkpoints import serialization
 from data.datasets import ImageDataset, build_dataset
 from data.layouts import zips
 from data.layouts.sources import ForkSafeFile, PackedStrings
@@ -403,7 +403,7 @@ def test_pretraining_on_zips_and_folders_is_equal(both: dict[str, list[str]], tm
     for name, flags in both.items():
         command = [*TINY_RUN, *flags, "--output_dir", str(tmp_path / name), "--epochs", "1", "--seed", "0", *TINY_SWIN]
         main_esvit.main(main_esvit.get_args_parser().parse_args(command))
-        students.append(loading.load_file(tmp_path / name / "checkpoint.pth")["student"])
+        students.append(serialization.load_file(tmp_path / name / "checkpoint.pth")["student"])
     torch.testing.assert_close(students[1], students[0], rtol=0, atol=0)
 
 

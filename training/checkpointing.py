@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import utils
-from checkpoints import files, loading
+from checkpoints import files, serialization
 from distributed import collectives
 from training import restore, stopping
 from training.run_log import EpochMeter
@@ -64,7 +64,7 @@ def training_run(path: Path) -> Iterator[None]:
         Stopped: A signal arrived before the first step.
     """
     at_once = stopping.stop_at_once(lambda: f"before the first step; the same command {_on_restart(path)}")
-    with at_once, files.sole_run(path.parent, "training"):
+    with at_once, files.lock_folder(path.parent, "training"):
         yield
 
 
@@ -215,8 +215,8 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
     if gone:
         logger.warning("%s has disappeared: was it moved, or is its disk no longer mounted?", path)
     try:
-        with files.whole_file(path, before_replacing=lambda: _rotate(path, keep)) as temporary:
-            loading.write_file(state, temporary)
+        with files.atomic_write(path, before_replacing=lambda: _rotate(path, keep)) as temporary:
+            serialization.write_file(state, temporary)
     except OSError as error:
         failure = _one_line(error)
         remains = "the last whole checkpoint remains" if os.path.exists(path) else "there is no whole checkpoint yet"
@@ -244,7 +244,7 @@ def _rotate(path: Path, keep: int) -> None:
 def _keep(path: Path, kept: Path) -> None:
     """Keep the checkpoint at `path` under a second name as well."""
     try:
-        with files.whole_file(kept) as temporary:
+        with files.atomic_write(kept) as temporary:
             try:
                 os.link(path, temporary)
             except OSError:
@@ -313,7 +313,7 @@ def continue_run(path: Path, load: Callable[[dict[str, Any], Path], None], args:
     Raises:
         UsageError: It is no full checkpoint, does not fit this run, or has finished all of `args.epochs`.
     """
-    content = loading.load_file(path)
+    content = serialization.load_file(path)
     restore.check_fields(content, path)
     load(content, path)
     position = position_of(content, path, args)
@@ -349,8 +349,8 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
     damaged: list[Path] = []
     for candidate in saved(path):
         try:
-            content = loading.load_file(candidate)
-        except loading.DamagedError as error:
+            content = serialization.load_file(candidate)
+        except serialization.DamagedError as error:
             logger.warning("%s", error)
             damaged.append(candidate)
             continue
@@ -360,7 +360,7 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
             logger.warning("resuming from the previous checkpoint, %s", candidate)
         return candidate, content, tuple(damaged)
     if damaged:
-        raise loading.DamagedError(
+        raise serialization.DamagedError(
             f"every checkpoint in {path.parent} is damaged ({', '.join(file.name for file in damaged)}); "
             "put a copy there, or choose another --output_dir"
         )
@@ -371,7 +371,7 @@ def saved(path: Path) -> list[Path]:
     """Return the existing checkpoint at `path` and its previous ones, newest first."""
     numbers = [int(n) for file in path.parent.glob(f"{path.stem}_previous*{path.suffix}")
                if (n := file.stem.removeprefix(f"{path.stem}_previous")).isdecimal()]  # fmt: skip
-    return [file for file in (previous(path, number) for number in [0, *sorted(numbers)]) if files.is_there(file)]
+    return [file for file in (previous(path, number) for number in [0, *sorted(numbers)]) if files.lexists(file)]
 
 
 def check_same_run(saved: Mapping[str, Any] | None, now: Mapping[str, Any], source: str) -> None:
@@ -448,7 +448,7 @@ def clean_up(output_dir: Path, position: RunPosition) -> None:
     Temporary files are removed, damaged checkpoints get the suffix `.damaged` (so that no whole one is rotated out for them), and
     lines of `log.txt` about epochs that are trained again move to `log_repeated.txt`.
     """
-    for file in output_dir.glob(f".*{files.TEMPORARY}"):
+    for file in output_dir.glob(f".*{files.TEMPORARY_SUFFIX}"):
         logger.warning("removing %s, left by an interrupted save", file)
         file.unlink(missing_ok=True)
     for file in position.damaged:
@@ -462,7 +462,7 @@ def clean_up(output_dir: Path, position: RunPosition) -> None:
     if repeated:
         with (output_dir / "log_repeated.txt").open("ab") as moved:
             moved.writelines(line.rstrip(b"\n") + b"\n" for line in repeated)
-        with files.whole_file(log) as temporary:
+        with files.atomic_write(log) as temporary:
             temporary.write_bytes(b"".join(line for line in lines if not _is_repeated(line, position.epoch)))
 
 

@@ -1,7 +1,9 @@
-"""The LARS optimizer in the form that DINO's released code trains with, which is not timm's.
+"""The LARS optimizer of DINO's released code.
 
-Origin: layer-wise adaptive rate scaling (You et al., 2017) in the form of Barlow Twins (Zbontar et al., ICML 2021), which DINO
-(Caron et al., ICCV 2021) took over: weight decay and trust ratio leave out 1-d tensors; the ratio applies at weight decay 0 too.
+Unlike timm's, it excludes 1-d tensors from weight decay and trust ratio, and applies the ratio at weight decay 0 too.
+
+Origin: layer-wise adaptive rate scaling (You et al., 2017) as in Barlow Twins (Zbontar et al., ICML 2021) and DINO (Caron et al.,
+ICCV 2021).
 """
 
 from __future__ import annotations
@@ -12,32 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by the bytes of an element
+INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step for a weight tensor is proportional to the norm of that tensor.
 
-    For a tensor `w` with gradient `g`, where the trust ratio `q` is 1 if either norm is 0::
+    For a tensor `w` with gradient `g`, and trust ratio `q` = 1 if either norm is 0::
 
         d  <- g + weight_decay w           # 1-d tensors: d <- g, q = 1
         q   = eta |w| / |d|
         mu <- momentum mu + q d
         w  <- w - lr mu
 
-    A parameter without a gradient is skipped and keeps its momentum. All tensors of a group are updated together, and the host
-    never waits for the device. As in torch's fused optimizers, an attribute `found_inf` (a tensor) holds a step back where it is
-    not 0.
+    A parameter without a gradient is skipped and keeps its momentum. As in torch's fused optimizers, the step is skipped, without
+    synchronization, if the attribute `found_inf` (a tensor) is not 0.
 
     Args:
-        params: parameters or parameter groups.
-        lr: learning rate.
-        weight_decay: share of a tensor that is added to its gradient.
-        momentum: share of the last update that is kept.
-        eta: trust coefficient.
+        params: Parameters or parameter groups.
+        lr: Learning rate.
+        weight_decay: Weight decay, added to the gradient.
+        momentum: Momentum.
+        eta: Trust coefficient.
     """
 
-    _step_supports_amp_scaling = True  # torch's word for optimizers that read `found_inf`
+    _step_supports_amp_scaling = True  # how torch marks optimizers that read `found_inf`
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class LARS(torch.optim.Optimizer):
                 self._update(params, group, applied)
 
     def _update(self, params: list[Tensor], group: dict[str, Any], applied: Tensor) -> None:
-        """Update parameters of one group where `applied`."""
+        """Update the parameters of one group if `applied`."""
         for parameter in params:
             if "mu" not in self.state[parameter]:
                 self.state[parameter]["mu"] = torch.zeros_like(parameter)
@@ -81,6 +82,6 @@ class LARS(torch.optim.Optimizer):
 
 
 def _zeroed_unless(applied: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Copy the tensors where `applied`, else make zeros, also of what is not finite: their bits are multiplied by 1 or 0."""
-    bits = torch._foreach_mul([t.view(BITS[t.element_size()]) for t in tensors], applied.int())
+    """Return copies of the tensors if `applied`, else zeros; multiplying the bits also gives zeros for infinity and NaN."""
+    bits = torch._foreach_mul([t.view(INTEGER_OF_SIZE[t.element_size()]) for t in tensors], applied.int())
     return [b.view(t.dtype) for b, t in zip(bits, tensors)]

@@ -100,7 +100,7 @@ def load_networks(
     """
     fresh: tuple[str, ...] = ()
     for key, network in networks.items():
-        state = loading.network_state(content, key, path)
+        state = layouts.network_state(content, key, path)
         fresh = loading.load_network(
             network, state, f"checkpoint '{path}'", new_parts=extend, allow_partial=allow_partial
         ).fresh
@@ -123,7 +123,7 @@ def load_centers(path: Path, content: Mapping[str, Any], criterion: nn.Module, k
     fresh = [name for name in own if name not in centers] if extend else []
     if extend:
         centers = {name: centers.get(name, own[name]) for name in own}
-    loading.load_network(criterion, loading.NetworkState(centers, "full checkpoint", key), f"checkpoint '{path}'")
+    loading.load_network(criterion, layouts.NetworkState(centers, "full checkpoint", key), f"checkpoint '{path}'")
     return fresh
 
 

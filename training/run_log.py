@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from checkpoints.files import check_held, whole_file
+from checkpoints.files import atomic_write, check_lock
 from distributed.collectives import is_main_process
 from distributed.launch import stop_on_interrupt
 from utils import UsageError, counted, logger, peak_memory_mb
@@ -262,7 +262,7 @@ class RunLog:
 
     def _write_lines(self) -> None:
         """Append the pending lines to `log.txt`, all or none."""
-        check_held(self.output_dir)
+        check_lock(self.output_dir)
         path = self.output_dir / "log.txt"
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -383,7 +383,7 @@ class RunLog:
         grid = make_grid(torch.cat(tiles), nrow=images)
         with self._tensorboard() as writer:
             writer.add_image("crops", grid, 0)
-        with self.best_effort(), whole_file(self.output_dir / "crops.png") as temporary:
+        with self.best_effort(), atomic_write(self.output_dir / "crops.png") as temporary:
             save_image(grid, temporary, format="png")
 
     def _tile(self, view: Tensor, side: int) -> Tensor:

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 import data
 import utils
-from checkpoints import files, loading
+from checkpoints import files, layouts, loading, serialization
 from config.choices import PATCH_SIZE
 from data.transforms import augment
 from distributed import collectives, ddp, fsdp
@@ -169,7 +169,7 @@ def resume(args: argparse.Namespace, step: TrainStep) -> RunPosition:
         UsageError: The file is damaged or does not fit, on all processes.
     """
     output_dir = Path(args.output_dir)
-    with collectives.failing_together(), files.usable(output_dir):
+    with collectives.failing_together(), files.disk_errors(output_dir):
         position = checkpointing.resume_run(output_dir / checkpointing.CHECKPOINT, step.load_state_dict, args)
         if position.is_new and args.pretrained_weights_ckpt:
             load = partial(step.load_state_dict, extend=True, allow_partial=args.allow_partial)
@@ -183,9 +183,9 @@ def resume(args: argparse.Namespace, step: TrainStep) -> RunPosition:
 
 def init_weights(path: str, method: Method, allow_partial: bool) -> None:
     """Load student and teacher from a file of any known layout; heads that it lacks start fresh."""
-    content = loading.load_file(path)
+    content = serialization.load_file(path)
     for network, key in ((method.student, "student"), (method.teacher, "teacher")):
-        state = loading.network_state(content, key, path)
+        state = layouts.network_state(content, key, path)
         report = loading.load_network(
             network, state, f"checkpoint '{path}'", resize=True, new_parts=True, allow_partial=allow_partial
         )
@@ -215,7 +215,7 @@ def open_log(
     """
     output_dir = Path(args.output_dir)
     seen = position.epoch * images + position.steps * batch_size
-    with collectives.failing_together(), files.usable(output_dir):
+    with collectives.failing_together(), files.disk_errors(output_dir):
         if collectives.is_main_process():
             checkpointing.clean_up(output_dir, position)
             files.save_provenance(output_dir, args, config)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from checkpoints import loading
+from checkpoints import loading, serialization
 from distributed import collectives, fsdp
 from losses.distillation import MonitoredLevel, SelfDistillation
 from models.base import Backbone, batch_norms
@@ -140,12 +140,12 @@ class TrainStep:
         means = self._mean_over_processes(scalars, torch.isfinite(norms).all())
         applied = means.pop("finite") == 1
         names = [name for name, parameter in student.named_parameters() if parameter.grad is not None]
-        self.nonfinite.remember(names, norms, scalars, applied)
+        self.nonfinite.record(names, norms, scalars, applied)
         if epoch < self.freeze_last_layer:
             optim.drop_last_layer_gradients(student)
-        optim.step_where(self.optimizer, applied)
+        optim.step_if(self.optimizer, applied)
         optim.update_teacher(teacher, student, float(self.schedules.momentum[iteration]), applied)
-        fsdp.forget_forwards(teacher)
+        fsdp.reset_forward_state(teacher)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.criterion.update_center(applied)
@@ -171,7 +171,7 @@ class TrainStep:
             no_sync = isinstance(student, DistributedDataParallel) and not last
             if monitor and last:
                 self.method.monitor = lambda levels: monitored.update(self.monitor.measure(levels))
-            fsdp.exchange_gradients(student, wanted=last)
+            fsdp.set_gradient_sync(student, enabled=last)
             with student.no_sync() if no_sync else contextlib.nullcontext():  # type: ignore[operator]
                 with utils.autocast(self.device, self.precision):
                     loss, extra = self.method.compute_loss(views, epoch)
@@ -211,7 +211,7 @@ class TrainStep:
                     "lr": float(self.schedules.lr[iteration]),
                     "precision": self.precision,
                 }
-                self.nonfinite.end(settings, last_views and (lambda: self.method.images(last_views())))
+                self.nonfinite.fail(settings, last_views and (lambda: self.method.images(last_views())))
         if steps:
             self.monitor.check(steps[-1], warmed_up=last_iteration > int(self.schedules.lr.argmax()))
 
@@ -225,11 +225,11 @@ class TrainStep:
         """
         method = self.method
         owners = (method.student, method.teacher, self.optimizer)
-        student, teacher, optimizer = (fsdp.whole_state(owner) for owner in owners)
+        student, teacher, optimizer = (fsdp.full_state_dict(owner) for owner in owners)
         criterion = method.criterion.state_dict()
-        loading.check_finite(student=student, teacher=teacher, **{method.criterion_key: criterion})
+        serialization.check_finite(student=student, teacher=teacher, **{method.criterion_key: criterion})
         return {
-            "student": loading.prefixed(student),
+            "student": loading.add_module_prefix(student),
             "teacher": teacher,
             "optimizer": optimizer,
             method.criterion_key: criterion,

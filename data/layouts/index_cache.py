@@ -35,9 +35,9 @@ def create_once(path: Path, write: Callable[[BinaryIO], None]) -> bool:
         if path.exists():
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locks.take(locks.lease(path.with_name(f".{path.name}.lock"))):
+        with locks.acquire(locks.lease(path.with_name(f".{path.name}.lock"))):
             if not path.exists():
-                with files.whole_file(path) as temporary, temporary.open("xb") as file:
+                with files.atomic_write(path) as temporary, temporary.open("xb") as file:
                     write(file)
     except OSError:
         return path.exists()

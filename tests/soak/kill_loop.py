@@ -133,7 +133,7 @@ def main(kills: int, seed: int, processes: int, number: signal.Signals, rivals: 
                 time.sleep(0.01)
             time.sleep(max(0.0, until - time.monotonic()))
             status = hurt(runs[0], draw, number)
-            while_saving += any(killed.glob(f".*{files.TEMPORARY}"))
+            while_saving += any(killed.glob(f".*{files.TEMPORARY_SUFFIX}"))
             now = place(killed)
             assert now >= reached, f"the run fell back from {reached} to {now}"
             reached = now

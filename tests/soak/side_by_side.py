@@ -1,11 +1,9 @@
-"""Train each architecture as whole networks and spread over the processes of torchrun, and compare all their numbers.
+"""Train architectures with DDP and with --fsdp, and compare losses, weights and features.
 
     torchrun --nproc_per_node=2 tests/soak/side_by_side.py
 
-Mixup, two micro-batches a step, and a step in the middle that only the last process finds not finite. Prints a line for each
-architecture; the first difference ends all processes with code 1.
-
-Origin: this project's own.
+With mixup, two micro-batches per step, and a step that is nonfinite in the last process only. Prints a line for each architecture;
+the first difference ends all processes with code 1.
 """
 
 from __future__ import annotations
@@ -39,22 +37,26 @@ FLAGS = [*TINY_RUN, "--local_crops_number", "1", "--local_crops_size", "32"]
 FLAGS += ["--batch_size_per_gpu", "2", "--epochs", "1"]
 FLAGS += ["--accum_iter", "2", "--use_mixup", "on", "--freeze_last_layer", "0", "--clip_grad", "0.3"]
 FLAGS += ["--momentum_teacher", "0.9", "--optimizer", "sgd", "--lr", "10"]
-DRAWN = ("MODEL.SPEC.DROP_PATH_RATE", "0.1")
-OVERRIDES = {"swin": DRAWN, "vit": DRAWN, "vil": (*DRAWN, "MODEL.SPEC.MSVIT.MODE", "1")}  # and one neighbor of nine
+DROP_PATH = ("MODEL.SPEC.DROP_PATH_RATE", "0.1")
+OVERRIDES = {
+    "swin": DROP_PATH,
+    "vit": DROP_PATH,
+    "vil": (*DROP_PATH, "MODEL.SPEC.MSVIT.MODE", "1"),
+}  # and one random neighbor of nine
 GOOD, BAD = 0.0, 1.0
-SCALE = 1.0  # of fp16: gradients of so small a head are large themselves
+SCALE = 1.0  # of fp16: the gradients of a small head are large
 
 
-def views(spoilt: bool) -> list[Tensor]:
-    """A micro-batch from the random state at hand."""
-    made = [torch.randn(2, 3, size, size) for size in (64, 64, 32)]
-    if spoilt and collectives.get_rank() == collectives.get_world_size() - 1:
-        made[0][0, 0, 0, 0] = torch.nan
-    return made
+def random_views(nonfinite: bool) -> list[Tensor]:
+    """Return a micro-batch."""
+    views = [torch.randn(2, 3, size, size) for size in (64, 64, 32)]
+    if nonfinite and collectives.get_rank() == collectives.get_world_size() - 1:
+        views[0][0, 0, 0, 0] = torch.nan
+    return views
 
 
 def train(arch: str, precision: str, *flags: str) -> tuple[list[dict[str, float]], dict[str, Any], list[Tensor]]:
-    """Scalars of three steps, everything they changed, and features of both networks after two of them."""
+    """Return scalars of three steps, the final state, and features of both networks after two steps."""
     small = SMALL[arch]
     line = [*FLAGS, "--arch", small.arch, "--patch_size", str(small.patch_size), *flags, "--"]
     args = main_esvit.get_args_parser().parse_args([*line, *small.overrides, *OVERRIDES[arch]])
@@ -66,26 +68,28 @@ def train(arch: str, precision: str, *flags: str) -> tuple[list[dict[str, float]
     scalars, features = [], []
     for iteration, expected in enumerate((GOOD, BAD, GOOD)):
         utils.seed_everything(100 * iteration + collectives.get_rank())
-        told = step([views(spoilt=expected == BAD and part == 1) for part in range(2)], iteration, 0, monitor=True)
-        scalars.append({name: value.item() for name, value in told.items()})
+        result = step(
+            [random_views(nonfinite=expected == BAD and part == 1) for part in range(2)], iteration, 0, monitor=True
+        )
+        scalars.append({name: value.item() for name, value in result.items()})
         scalars[-1]["scale"] = step.scaler.get_scale()
         assert scalars[-1]["skipped"] == expected, scalars[-1]
         if iteration == 1:
             features = features_of(method)
-    noted = getattr(loading.unwrap(method.teacher), "_get_fsdp_state", lambda: None)()
-    assert noted is None or not noted._comm_ctx.post_forward_order
+    fsdp_state = getattr(loading.unwrap(method.teacher), "_get_fsdp_state", lambda: None)()
+    assert fsdp_state is None or not fsdp_state._comm_ctx.post_forward_order
     networks = {"student": method.student, "teacher": method.teacher}
-    state = {name: fsdp.whole_state(network) for name, network in networks.items()}
+    state = {name: fsdp.full_state_dict(network) for name, network in networks.items()}
     state["student"] = {name.removeprefix("module."): value for name, value in state["student"].items()}
     return scalars, state | {"centers": copy.deepcopy(method.criterion.state_dict())}, features
 
 
 def features_of(method: Method) -> list[Tensor]:
-    """Of each network; process r computes them r times."""
+    """Return features of both networks; process r computes them r + 1 times."""
     found = []
     for network in (loading.unwrap(method.student), loading.unwrap(method.teacher)):
         assert isinstance(network, Backbone)
-        with fsdp.gathered(network), torch.no_grad():
+        with fsdp.unsharded(network), torch.no_grad():
             network.eval()
             for _ in range(collectives.get_rank() + 1):
                 features = network.forward_features(torch.ones(1, 3, 64, 64)).view_BC
@@ -95,7 +99,6 @@ def features_of(method: Method) -> list[Tensor]:
 
 
 def main() -> None:
-    """Compare."""
     launch.init_processes(main_esvit.get_args_parser().parse_args(["--device", "cpu"]))
     for arch, precision in (("swin", "fp32"), ("vit", "fp16"), ("vil", "fp32")):
         whole, shards = train(arch, precision), train(arch, precision, "--fsdp")
