@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.chdir(ROOT)
 
 import torch  # noqa: E402
-from runs import TINY_RUN, TINY_SWIN, free_port, write_images  # noqa: E402
+from helpers.runs import TINY_RUN, TINY_SWIN, free_port, write_images  # noqa: E402
 
 import main_esvit  # noqa: E402
 from checkpoints import files  # noqa: E402

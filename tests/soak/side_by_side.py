@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from runs import TINY_RUN  # noqa: E402
-from small_networks import SMALL  # noqa: E402
+from helpers.runs import TINY_RUN  # noqa: E402
+from helpers.small_networks import SMALL  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import main_esvit  # noqa: E402

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runs import run_script
+from helpers.runs import run_script
 
 pytestmark = [pytest.mark.soak, pytest.mark.slow]
 

@@ -1,0 +1,159 @@
+"""Networks sharded over two processes: same results as whole networks, and checkpoints that either can resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import TINY_RUN, TINY_SWIN, run_script, write_images
+from helpers.small_networks import small_network
+from torch import nn
+
+import main_esvit
+from benchmarks.scaling import Sizes, memory_ddp, memory_fsdp, sent_ddp, sent_fsdp
+from checkpoints import serialization
+from distributed import fsdp
+from models.heads import DINOHead
+from training import optim
+from utils import UsageError
+
+# The schedules depend on --epochs: flat, a shorter first part is the same run.
+FLAT = ["--min_lr", str(0.01 * 4 / 256), "--weight_decay_end", "0.04", "--momentum_teacher", "1"]
+
+
+def train(out: Path, images: Path, *flags: str, processes: int = 2, batch: int = 2, epochs: int = 2) -> dict[str, Any]:
+    """Run the script without stochastic depth, which draws per process, and return its last checkpoint."""
+    line = [*TINY_RUN, "--clip_grad", "0.3", "--epochs", str(epochs), "--batch_size_per_gpu", str(batch), *flags]
+    line += ["--data_path", str(images), "--output_dir", str(out), *TINY_SWIN[:-1], "0.0"]
+    result = run_script("main_esvit.py", *line, processes=processes)
+    assert result.returncode == 0, result.stderr
+    return serialization.load_file(out / "checkpoint.pth")
+
+
+def losses_of(run: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in (run / "log.txt").open()]
+
+
+def knn_of(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "log.txt").open()]
+    return [{name: value for name, value in line.items() if name.startswith("knn")} for line in lines]
+
+
+def assert_close(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
+    """Compare networks and centers, with names in the same order."""
+    for part in ("student", "teacher", "dino_loss"):
+        assert list(one[part]) == list(two[part])
+        for name, value in one[part].items():
+            torch.testing.assert_close(two[part][name], value, rtol=tolerance, atol=tolerance, msg=f"{part} {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "sgd", "--lr", "1.0"],
+        ["--optimizer", "sgd", "--lr", "1.0", "--accum_iter", "2", "--freeze_last_layer", "0"],
+        ["--optimizer", "sgd", "--lr", "1.0", "--grad_checkpointing", "on", "--norm_last_layer", "off"],
+        ["--use_dense_prediction", "off", "--plain_loss", "on", "--freeze_last_layer", "0"],
+    ],
+    ids=str,
+)
+def test_sharded_training_equals_whole_networks(tmp_path: Path, flags: list[str]) -> None:
+    """Losses, weights, centers and teacher after two epochs, and the layout of the files."""
+    images = write_images(tmp_path / "images", 17)
+    if "--accum_iter" in flags:  # nine labeled images: one process has three batches of them, the other two
+        labeled = write_images(tmp_path / "labeled", 3, classes=3)
+        flags = ["--knn_every", "1", "--knn_data_path", str(labeled), *flags]
+    flags = ["--momentum_teacher", "0.9", *flags]
+    whole = train(tmp_path / "whole", images, *flags)
+    shards = train(tmp_path / "shards", images, "--fsdp", *flags)
+    assert losses_of(tmp_path / "shards") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-6, abs=1e-6)
+    assert knn_of(tmp_path / "shards") == knn_of(tmp_path / "whole")
+    assert_close(whole, shards, 1e-6 if "sgd" in flags else 1e-5)  # Adam divides rounding errors by their own size
+    assert whole["optimizer"]["state"].keys() == shards["optimizer"]["state"].keys()
+    for number, state in whole["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert shards["optimizer"]["state"][number][name].shape == value.shape
+
+
+@pytest.mark.slow
+def test_every_architecture_beside_its_whole_self() -> None:
+    """Mixup, micro-batches, drawn neighbors of ViL, fp16 and its scaler, and a step that one process alone finds not finite."""
+    result = run_script("tests/soak/side_by_side.py", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["swin, fp32: equal", "vit, fp16: equal", "vil, fp32: equal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(["--fsdp"], []), ([], ["--fsdp"]), (["--fsdp"], ["--fsdp"])],
+    ids=["shards, whole", "whole, shards", "shards, shards"],
+)
+def test_checkpoints_are_resumed_with_and_without_fsdp(tmp_path: Path, before: list[str], after: list[str]) -> None:
+    """One epoch each way equals two epochs in one run."""
+    images = write_images(tmp_path / "images", 17)
+    flags = [*FLAT, "--freeze_last_layer", "0"]
+    whole = train(tmp_path / "whole", images, *flags)
+    train(tmp_path / "parts", images, *flags, *before, epochs=1)
+    parts = train(tmp_path / "parts", images, *flags, *after)
+    assert parts["epoch"] == 2
+    assert_close(whole, parts, 1e-5)
+
+
+@pytest.mark.slow
+def test_one_process_resumes_a_sharded_run(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 17)
+    before = train(tmp_path, images, "--fsdp", epochs=1)
+    after = train(tmp_path, images, processes=0, batch=4)
+    assert (before["epoch"], after["epoch"]) == (1, 2)
+    assert (before["world_size"], after["world_size"]) == (2, 1)
+
+
+@pytest.mark.parametrize("flags", [["--compile"], ["--optimizer", "lars"]], ids=str)
+def test_incompatible_flags_are_rejected(flags: list[str]) -> None:
+    args = main_esvit.get_args_parser().parse_args(["--fsdp", *flags])
+    with pytest.raises(UsageError, match=f"--fsdp and {' '.join(flags)} do not work together"):
+        main_esvit.check_args(args)
+
+
+def test_one_process_is_rejected() -> None:
+    network: Any = DINOHead(4, 8)
+    with pytest.raises(UsageError, match="--fsdp needs several processes"):
+        fsdp.shard_networks(network, network, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["cvt", "resnet", "head"])
+def test_batch_norm_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed.collectives.get_world_size", lambda: 2)
+    network: Any = DINOHead(4, 8, use_bn=True) if name == "head" else small_network(name)
+    with pytest.raises(UsageError, match=r"--fsdp .* BatchNorm"):
+        fsdp.shard_networks(network, network, torch.device("cpu"))
+
+
+def test_functions_return_whole_tensors_unchanged() -> None:
+    network = nn.Linear(2, 3)
+    optimizer = optim.build_optimizer("adamw", optim.param_groups(network))
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = fsdp.full_state_dict(network)
+    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert fsdp.full_state_dict(optimizer)["state"].keys() == optimizer.state_dict()["state"].keys()
+    assert fsdp.shard_like(network.weight, state["weight"]) is state["weight"]
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(fsdp.norms(gradients), torch.stack([g.norm() for g in gradients]))
+
+
+def test_scaling_formulas() -> None:
+    """10 bytes in blocks, 6 in heads (1 of them frozen), 2 elsewhere, centers of 3, on four processes."""
+    sizes = Sizes(parameters=18, trainable=17, blocks=10, heads=6, rest=2, largest_units=(6, 5), centers=3)
+    assert memory_ddp(sizes, 4) == 18 + 18 + 17 + 2 * 17 + 3
+    assert memory_fsdp(sizes, 4) == (18 + 18 + 17 + 2 * 17) / 4 + (2 + 6 + 5) + 6 + 3
+    assert memory_fsdp(sizes, 1) == memory_ddp(sizes, 1)
+    assert sent_ddp(sizes, 4, crop_sizes=2) == 2 * 3 / 4 * (17 + 3)
+    student, teacher, gradients = 2 * (2 * 10 + 6 + 2), 18, 2 * 10 + 5 + 2
+    assert sent_fsdp(sizes, 4, crop_sizes=2) == 3 / 4 * (student + teacher + gradients + 2 * 3)
+    assert sent_ddp(sizes, 1, 2) == sent_fsdp(sizes, 1, 2) == 0
