@@ -186,7 +186,7 @@ def layout_of(args: argparse.Namespace, data_path: str | None = None) -> str:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UsageError(f"--data_path {path} cannot be accessed ({error.strerror}); choose another") from None
+        raise UsageError(f"data path {path} cannot be accessed ({error.strerror}); choose another") from None
     dataset = getattr(args, "dataset", "")
     flags = [flag for flag, given in (("--zip_mode", args.zip_mode), ("--tsv_mode", args.tsv_mode)) if given]
     flags += [f"--dataset {dataset}"] if dataset in LAYOUTS else []
@@ -223,15 +223,15 @@ def build_dataset(
     assert layout in LAYOUTS
     root = Path(data_path)
     if not str(data_path):
-        raise UsageError("--data_path is empty; pass a folder of images or a text file of paths")
+        raise UsageError("the data path is empty; pass a folder of images or a text file of paths")
     require_local(str(data_path))
     if layout != "shards" and not root.exists():
         raise UsageError(
-            f"--data_path {data_path} does not exist; pass a folder of images, a text file of paths or tar shards"
+            f"data path {data_path} does not exist; pass a folder of images, a text file of paths or tar shards"
         )
     if layout == "files" and not (root.is_dir() or root.is_file()):
         raise UsageError(
-            f"--data_path {data_path} is a pipe, socket or device; pass a folder of images or a text file of paths"
+            f"data path {data_path} is a pipe, socket or device; pass a folder of images or a text file of paths"
         )
     listing = LAYOUTS[layout](root, split, need_labels)
     return ImageDataset(*listing, transform, in_chans, seed, value_range)

@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from PIL import Image, ImageEnhance
 
+from data.decode import open_image
+
 WIDTH, HEIGHT, SCALE = 132, 64, 0.1  # units, inches per unit
 STUDENT, TEACHER, LOSS, INK, LINE = "#2f6db5", "#d4761c", "#b23a5a", "#22262b", "#6b7178"
 MIDDLE = 32.0  # the line between student and teacher
@@ -35,7 +37,7 @@ def load_photograph() -> Image.Image:
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise SystemExit("scikit-image is not installed; run pip install -r requirements-demo.txt")
-    return Image.open(Path(spec.origin).parent / "data" / "chelsea.png").convert("RGB")
+    return open_image(Path(spec.origin).parent / "data" / "chelsea.png").convert("RGB")
 
 
 def view_of(photograph: Image.Image, box: Box, color: float = 1.0, brightness: float = 1.0) -> Image.Image:

@@ -267,7 +267,7 @@ def test_two_processes_equal_one(folder: str, tmp_path: Path) -> None:
         (["--vis_attention"], "no image is named"),
         (["--vis_entropy"], "no folder of images is named"),
         (["--report", "--measure_stereo"], "no image is named"),
-        (["--vis_features", "--image_path", "no.png"], "data path 'no.png' does not exist"),
+        (["--vis_features", "--image_path", "no.png"], "data path no.png does not exist"),
         (["--vis_attention", "--image_path", "PHOTO", "--query", "131", "2"], "--query 131 2 is outside the image"),
         (["--vis_attention", "--image_path", "PHOTO", "--block", "9"], r"--block 9 .*choose 0\.\.3"),
         (["--vis_features", "--image_path", "PHOTO", "--image_size", "4"], "--image_size 4 is less than 8"),

@@ -350,7 +350,7 @@ def images(tmp_path: Path) -> str:
             "--tsv_mode and --dataset openimages_v4 select different layouts",
         ),
         (["--dataset", "birds"], "birds does not exist"),
-        (["--dataset", "n" * 300], r"--data_path .*n cannot be accessed \(File name too long\)"),
+        (["--dataset", "n" * 300], r"data path .*n cannot be accessed \(File name too long\)"),
         (["--output_dir", "a\udcff"], r"--output_dir 'a\\udcff' is no text in UTF-8"),
         (["--pretrained_weights_ckpt", "no.pth"], "'no.pth' does not exist"),
         (["--use_mixup", "on", "--batch_size_per_gpu", "3"], "must be even"),

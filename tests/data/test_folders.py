@@ -133,13 +133,13 @@ def test_empty_list(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["absent", "absent/images.txt"])
 def test_missing_data_path(tmp_path: Path, path: str) -> None:
-    with pytest.raises(UsageError, match=f"--data_path .*{path} does not exist"):
+    with pytest.raises(UsageError, match=f"data path .*{path} does not exist"):
         build_dataset(str(tmp_path / path), "train", whole)
 
 
 @pytest.mark.parametrize("layout", ["files", "zip"])
 def test_empty_data_path(layout: str) -> None:
-    with pytest.raises(UsageError, match=r"^--data_path is empty"):
+    with pytest.raises(UsageError, match=r"data path is empty"):
         build_dataset("", "train", whole, layout=layout)
 
 

@@ -419,7 +419,7 @@ def test_random_weights_are_named(images: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (lambda root: (root / "val").rename(root / "test"), "has no folder 'val'"),
+        (lambda root: (root / "val").rename(root / "test"), "no 'val'"),
         (lambda root: (root / "val" / "class1").rename(root / "val" / "other"), "not in train: other"),
         (lambda root: write_images(root / "val", 1), "images without a class"),
         (
