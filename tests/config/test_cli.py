@@ -351,7 +351,7 @@ def images(tmp_path: Path) -> str:
         ),
         (["--dataset", "birds"], "birds does not exist"),
         (["--dataset", "n" * 300], r"data path .*n cannot be accessed \(File name too long\)"),
-        (["--output_dir", "a\udcff"], r"--output_dir 'a\\udcff' is no text in UTF-8"),
+        (["--output_dir", "a\udcff"], "--output_dir .* is not UTF-8"),
         (["--pretrained_weights_ckpt", "no.pth"], "'no.pth' does not exist"),
         (["--use_mixup", "on", "--batch_size_per_gpu", "3"], "must be even"),
         (["--use_mixup", "on", "--smoothing", "0.1"], "--smoothing"),

@@ -10,7 +10,6 @@ one trains, and the others end with code 2. The program prints how many these we
 a whole checkpoint no older than the last one seen, and the last one equals, to the bit, that of the run which nobody killed.
 Children are forked, so that nothing is imported again.
 
-Origin: this project's own.
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ def test_analysis_on_a_full_disk_tells_all_that_it_measured(
         return built
 
     monkeypatch.setattr(run_analysis, "build_context", build_and_fill)
-    with pytest.raises(UsageError, match=rf"^--output_dir {disk} cannot be used \([^;]*\); see [^;]*$"):
+    with pytest.raises(UsageError, match=rf"^--output_dir {disk} cannot be used \([^;]*\); check [^;]*$"):
         run_analysis.main(run_analysis.get_args_parser().parse_args([*flags, *TINY_SWIN]))
     said = capsys.readouterr().out
     assert "entropy of attention by block" in said
