@@ -45,15 +45,7 @@ from data.transforms import augment
 from distributed import collectives, launch
 from evaluation import linear
 from evaluation.features import data_identity, evaluation_size, labeled_datasets, network_config
-from evaluation.finetune import (
-    Accuracy,
-    Best,
-    FineTuner,
-    Recipe,
-    linear_head,
-    projection_layers,
-    save_run,
-)
+from evaluation.finetune import Accuracy, Best, FineTuner, Recipe, linear_head, projection_layers, save_run
 from evaluation.results import Results, describe_data, describe_network, save_results, topk_name
 from evaluation.run_dir import make_run_dir
 from models import Backbone, build_model
@@ -161,7 +153,7 @@ def build_network(args: argparse.Namespace, config: CfgNode, classes: int, size:
 
 def build_recipe(args: argparse.Namespace, steps: int) -> Recipe:
     """Return the hyperparameters of the command line for epochs of so many steps."""
-    batch = args.batch_size_per_gpu * args.accum_iter * collectives.get_world_size()
+    batch = checkpointing.images_per_step(args)
     return Recipe(
         epochs=args.epochs,
         steps=steps,
@@ -214,7 +206,7 @@ def train(
 ) -> None:
     """Train the remaining epochs; log and save each, and validate every --val_freq epochs and after the last one."""
     output_dir, recipe = Path(args.output_dir), tuner.recipe
-    batch = args.batch_size_per_gpu * recipe.accum_iter * collectives.get_world_size()
+    batch = checkpointing.images_per_step(args)
     tally = data.FailureTally(len(train_loader.dataset))  # type: ignore[arg-type]
     top5 = topk_name(tuner.classes)
 
@@ -251,14 +243,7 @@ def report(
     best, classes = tuner.best, len(val_set.classes)
     images = utils.counted(len(val_set), "validation image")
     print(f"best of {images}: Top1: {best.top1:.2f} (epoch {best.epoch}, {best.network})")
-    flags = (
-        "epochs",
-        "finetune_head_layer",
-        "target_list_path",
-        "crop_ratio",
-        "val_interpolation",
-        "seed",
-    )
+    flags = ("epochs", "finetune_head_layer", "target_list_path", "crop_ratio", "val_interpolation", "seed")
     scores = {"best": {"top1": best.top1, "top5": best.top5, "epoch": best.epoch, "network": best.network}}
     scores |= {f"last, {name}": accuracy._asdict() for name, accuracy in tuner.last.items()}
     results = Results(
@@ -301,8 +286,7 @@ def fine_tune(args: argparse.Namespace, device: torch.device) -> None:
     collectives.must_agree("checkpoints", (position.epoch, position.steps))
     unfinished = position.epoch < args.epochs
     if unfinished:
-        batch_size = args.batch_size_per_gpu * args.accum_iter * collectives.get_world_size()
-        log = setup.open_log(args, config, batch_size, len(train_set), position, device)
+        log = setup.open_log(args, config, len(train_set), position, device)
     with stopping.StopSignals():  # a signal after the last step does not prevent the report
         if unfinished:
             train(tuner, train_loader, val_loader, position, identity, args, config, log)

@@ -43,13 +43,7 @@ from data.transforms import augment
 from distributed import collectives, launch
 from evaluation import linear
 from evaluation.feature_loaders import CACHE, OnlineFeatureLoader, build_feature_loader
-from evaluation.features import (
-    block_features,
-    evaluation_size,
-    frozen_backbone,
-    labeled_datasets,
-    network_config,
-)
+from evaluation.features import block_features, evaluation_size, frozen_backbone, labeled_datasets, network_config
 from evaluation.linear import (
     Probe,
     build_probe,
@@ -194,8 +188,8 @@ def train_classifiers(args: argparse.Namespace, device: torch.device) -> None:
     if unfinished:
         function = block_features(backbone, args.n_last_blocks, args.avgpool_patchtokens, device, precision)
         loader = build_feature_loader(args, function, datasets, device, run)
-        batch_size = args.batch_size_per_gpu * collectives.get_world_size()
-        log = setup.open_log(args, config, batch_size, loader.training_images, start, device)
+        epoch_freq = 10 if args.cache_features else 1
+        log = setup.open_log(args, config, loader.training_images, start, device, epoch_freq)
     with stopping.StopSignals():  # a signal after the last step does not prevent the report
         if unfinished:
             about_run = {"run": run, "args": args, "classes": list(datasets[0].classes)}
@@ -249,7 +243,10 @@ def build_val(args: argparse.Namespace, config: CfgNode, classes: Sequence[str])
     augment.check_normalization(mean, std, in_chans)
     view = augment.eval_view(evaluation_size(args, config), args.crop_ratio, mean, std)
     layout = data.layout_of(args)
-    val = data.build_dataset(args.data_path, "val", view, in_chans, args.seed, need_labels=True, layout=layout)
+    value_range = config.INPUT.RANGE
+    val = data.build_dataset(
+        args.data_path, "val", view, in_chans, args.seed, need_labels=True, layout=layout, value_range=value_range
+    )
     if not classes:
         logger.info("the file of the classifier has no class names; assuming the sorted class names of val")
         check_labels(args, len(val.classes))

@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
             logger.info("%s has %s already, nothing to do", output_dir, utils.counted(position.epoch, "epoch"))
             setup.log_end(args)
             return
-        log = setup.open_log(args, config, setup.global_batch(args), images, position, device)
+        log = setup.open_log(args, config, images, position, device)
         setup.log_run(args, method, loader, device)
         config = setup.config_of(method, config)
         with checkpointing.Saver(output_dir, step, args, config) as saver, closing(log):

@@ -30,12 +30,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from config import arguments
-from data.transforms.udi_views import (
-    Correspondence,
-    Sampling,
-    split_correspondence,
-    udi_views,
-)
+from data.transforms.udi_views import Correspondence, Sampling, split_correspondence, udi_views
 from distributed import collectives, launch
 from evaluation.knn_callback import build_knn_callback
 from losses.distillation import TEACHER_VIEWS
@@ -54,9 +49,6 @@ class UDI(Method):
     """The method of UDI.
 
     Args:
-        student: Network that is trained.
-        teacher: Network with the same parameters.
-        criterion: The loss.
         class_tokens: Number of the student's class tokens that are trained.
         grid_of: Tokens per side of a view by its size in pixels.
         patches: Whether sampled patches of the global views are trained.
@@ -135,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
             logger.info("%s has %s already, nothing to do", output_dir, utils.counted(position.epoch, "epoch"))
             setup.log_end(args)
             return
-        log = setup.open_log(args, config, setup.global_batch(args), images, position, device)
+        log = setup.open_log(args, config, images, position, device)
         setup.log_run(args, method, loader, device)
         config = setup.config_of(method, config)
         with checkpointing.Saver(output_dir, step, args, config) as saver, closing(log):

@@ -174,10 +174,7 @@ def report(name: str, make: Callable[[], Any], indexed: bool = True) -> tuple[fl
     """Print a row; return wall time in seconds and memory in megabytes."""
     dataset, cpu, wall = timed(make)
     megabytes = worker_megabytes(dataset, indexed)
-    print(
-        f"{name:34} {cpu:7.1f} s CPU time {wall:7.1f} s wall time {megabytes:8.1f} MB per further worker",
-        flush=True,
-    )
+    print(f"{name:34} {cpu:7.1f} s CPU time {wall:7.1f} s wall time {megabytes:8.1f} MB per further worker", flush=True)
     return wall, megabytes
 
 

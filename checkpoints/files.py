@@ -38,7 +38,6 @@ def atomic_write(path: Path, before_replacing: Callable[[], None] | None = None)
     """Yield a temporary path beside `path`; after the block, sync that file to disk and let it replace `path`.
 
     Args:
-        path: The file to write.
         before_replacing: Called when the new file is on disk and the old one still in place.
 
     Raises:
@@ -118,7 +117,6 @@ def read_text(path: Path, remedy: str = "repair it", errors: str = "strict") -> 
     """Return the text of a UTF-8 file, with or without a byte-order mark.
 
     Args:
-        path: Path of the file.
         remedy: End of the error message: what to do, or what the file should hold.
         errors: As in `bytes.decode`; `surrogateescape` keeps file names that are not UTF-8.
 
@@ -187,7 +185,6 @@ def lock_folder(folder: str | Path, kind: str, flag: str = "--output_dir") -> It
     Folders that were created here and are empty at the end are removed.
 
     Args:
-        folder: The folder.
         kind: Name of the files that are written, part of the name of the lock.
         flag: Flag that names the folder, for messages.
 

@@ -63,10 +63,8 @@ def network_state(content: Mapping[str, Any], key: str, path: str | Path) -> Net
     """Return the network of a file, with `published_names`.
 
     Args:
-        content: Content of the file.
         key: Field of a full checkpoint. If a file has an online and a momentum network (MoCo, MoBY), `student` selects the online
             one and any other key the momentum one.
-        path: Path of the file, for messages.
 
     Raises:
         UsageError: A full checkpoint lacks `key`, or the content is no state dict.
@@ -228,10 +226,6 @@ def parameter_names(network: nn.Module, student: Mapping[str, Tensor]) -> dict[s
     """Return the parameters of a published student in the order of its file, which is the order of its optimizer.
 
     Buffers are left out, and so are all but the first name of a shared parameter (UDI's head of all levels, ViL's projections).
-
-    Args:
-        network: The network, not wrapped.
-        student: The state dict in the file.
 
     Returns:
         For each name in the file, the name of the parameter of `network`, or None if there is none.

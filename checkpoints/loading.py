@@ -72,8 +72,6 @@ def load_network(
 
     Args:
         network: The network, wrapped or not; unchanged if an error is raised.
-        state: The tensors.
-        source: Name of the file in messages.
         resize: Let a backbone resize position tables to its own image or window size.
         new_parts: Parts in `METHOD_PREFIXES` that the file lacks as a whole keep their values.
         allow_partial: Load what fits, and warn about the rest.

@@ -41,7 +41,6 @@ def acquire(lock: SoftFileLease, on_busy: Callable[[bool], None] | None = None) 
     """Wait until this process holds the lock.
 
     Args:
-        lock: The lock.
         on_busy: Called after each failed attempt, with whether there was a heartbeat since the first one; may raise.
 
     Returns:

@@ -99,7 +99,6 @@ def load_file(path: str | Path, in_place: bool = False) -> dict[str, Any]:
     """Load a checkpoint onto the CPU.
 
     Args:
-        path: Path of the file.
         in_place: Map the tensors into memory instead of reading them (not for safetensors and files from before torch 1.6).
 
     Raises:
@@ -155,7 +154,7 @@ def _load(path: str | Path, in_place: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise UsageError(
-                f"checkpoint '{path}' holds objects other than tensors and plain values and is not read for safety; if you trust "
+                f"checkpoint '{path}' holds objects other than tensors and plain values and is refused for safety; if you trust "
                 "it, convert it once: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW), KEY being 'teacher' or 'model'"
             ) from None
         raise DamagedError(f"'{path}' is not a torch checkpoint or is damaged; use another file") from None

@@ -20,10 +20,8 @@ LEVELS = ("cl", "mcl", "pch")  # class token, second class token, patches: their
 PAIR_MODES = ("overlap", "nested")
 REFERENCES = ("intersection", "union")  # of the global views: the region that local views overlap
 DRAWINGS = ("image", "view", "fixed")
-ALIGNMENTS = (
-    "corners",
-    "centers",
-)  # positions of tokens: outer ones on the crop's edge (as published), or cell centers
+# Positions of tokens: outer ones on the edge of the crop (as published), or cell centers.
+ALIGNMENTS = ("corners", "centers")
 
 KNN_BACKENDS = ("torch", "faiss")
 

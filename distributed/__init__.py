@@ -1,1 +1,1 @@
-"""Several processes: how they are launched, what they exchange, and how networks are spread over them."""
+"""Distributed training: launchers, collectives, DDP and FSDP."""

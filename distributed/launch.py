@@ -141,7 +141,7 @@ def process_info(local_rank: int | None = None) -> ProcessInfo:
             continue
         given = ", ".join(f"{name}={text}" for name, text in zip(names, texts))
         if not all(text.isdecimal() for text in texts):
-            raise UsageError(f"{given} are not all whole numbers; set them as {launcher} does, or unset them")
+            raise UsageError(f"{given} must be integers; set them as {launcher} does, or unset them")
         info = ProcessInfo(*map(int, texts))
         if not max(info.rank, info.local_rank) < info.world:
             raise UsageError(f"{given} do not fit: ranks count from 0 to {info.world - 1}")
@@ -162,7 +162,7 @@ def init_processes(args: argparse.Namespace) -> torch.device:
     """
     rank, world, local_rank = process_info(args.local_rank)
     if not 0 < args.dist_timeout < float("inf"):
-        raise UsageError(f"--dist_timeout {args.dist_timeout} must be minutes above 0")
+        raise UsageError(f"--dist_timeout {args.dist_timeout} must be a positive number of minutes")
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world > 1 and args.dist_url == "env://" and absent:
         raise UsageError(

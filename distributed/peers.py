@@ -61,7 +61,7 @@ def explain(error: BaseException) -> str | None:
         return f"a collective operation failed although all processes are alive ({reason}); check the network, {again}"
     if TIMED_OUT.search(str(error)):
         return (
-            f"{names} did not answer within the {_group.minutes:g} minutes of --dist_timeout: it is stopped or hangs; "
+            f"{names} did not answer within the {_group.minutes:g} minutes of --dist_timeout: it is suspended or hangs; "
             f"check it, or raise --dist_timeout, {again}"
         )
     return (
@@ -85,5 +85,5 @@ def _missing(group: _Group) -> list[str]:
         if min(here) < group.rank:
             return [_REPORTED_BY_OTHER]
         return [group.store.get(f"process {rank}").decode() for rank in range(group.world) if rank not in here]
-    except RuntimeError:  # the store went with the process that hosted it
+    except RuntimeError:  # the process that hosted the store is gone
         return [group.first]

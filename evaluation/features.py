@@ -132,14 +132,7 @@ def labeled_datasets(
     augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, in_chans)
     train, val = (
         data.build_dataset(
-            data_path,
-            split,
-            transform,
-            in_chans,
-            seed,
-            need_labels=True,
-            layout=layout,
-            value_range=config.INPUT.RANGE,
+            data_path, split, transform, in_chans, seed, need_labels=True, layout=layout, value_range=config.INPUT.RANGE
         )
         for split, transform in (("train", train_transform), ("val", val_transform))
     )

@@ -34,13 +34,7 @@ from distributed.ddp import SYNC_BUFFERS
 from evaluation.features import readable_batches
 from models.base import HEAD_PREFIXES, Backbone, batch_norms
 from training import optim
-from training.checkpointing import (
-    RunPosition,
-    StopRequest,
-    check_same_run,
-    in_epoch,
-    write,
-)
+from training.checkpointing import RunPosition, StopRequest, check_same_run, in_epoch, write
 from training.restore import reading
 from training.run_log import EpochMeter, RunLog
 from utils import UsageError
@@ -403,12 +397,7 @@ def save_run(
     """Write `checkpoint.pth`, and before it `best.pth` after an epoch with the best validation; a collective operation.
 
     Args:
-        output_dir: Folder of the files.
-        tuner: The training state.
-        position: Position of the run.
         identity: What must not change when the run is resumed, by flag.
-        args: Arguments of the run.
-        config: Config of the network.
 
     Returns:
         Why a file could not be written; empty on success.

@@ -26,7 +26,6 @@ from distributed import collectives
 from evaluation.features import LabeledFeatures
 from utils import UsageError, logger
 
-BACKENDS = ("torch", "faiss")
 CHUNKS = {"cpu": (128, 2048), "cuda": (2048, 65536)}  # queries and keys of a chunk; other devices use those of the CPU
 FAISS_QUERIES = 4096  # of a chunk; faiss divides its work further
 CHECKED_ROWS = 65536  # features checked for non-finite values at a time
@@ -151,10 +150,7 @@ def nearest_faiss(
     faiss = load_faiss()
     wanted = min(k + 1 + (own_Q is not None), len(keys_NC))  # one more key shows whether the last one is tied
     found = faiss.knn(
-        queries_QC.contiguous().numpy(),
-        keys_NC.contiguous().numpy(),
-        wanted,
-        metric=faiss.METRIC_INNER_PRODUCT,
+        queries_QC.contiguous().numpy(), keys_NC.contiguous().numpy(), wanted, metric=faiss.METRIC_INNER_PRODUCT
     )
     similarity, index = (torch.as_tensor(part) for part in found)
     index = index.long()

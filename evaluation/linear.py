@@ -286,7 +286,7 @@ def build_probe(args: argparse.Namespace, backbone: Backbone, num_labels: int, d
     check_blocks(backbone, args.n_last_blocks, args.avgpool_patchtokens)
     settings = [Setting(lr, n) for n in args.n_last_blocks for lr in args.lr]
     widths = [probe_width(backbone, setting.n_last_blocks, args.avgpool_patchtokens) for setting in settings]
-    batch = args.batch_size_per_gpu * collectives.get_world_size()
+    batch = checkpointing.images_per_step(args)
     return Probe(settings, widths, num_labels, batch, args.epochs, device, args.seed, args.lr_min)
 
 
@@ -309,7 +309,7 @@ def run_identity(
     flags = ["arch", "token", "train_aug", "lr", "lr_min", "n_last_blocks", "avgpool_patchtokens", "epochs"]
     flags += ["cache_features", "image_size", "crop_ratio", "seed", "num_labels"]
     return {f"--{name}": getattr(args, name) for name in flags} | {
-        "--batch_size_per_gpu times processes": args.batch_size_per_gpu * collectives.get_world_size(),
+        "--batch_size_per_gpu times processes": checkpointing.images_per_step(args),
         "--precision": precision,
         **data_identity(*datasets),
         "digest of weights and config": digest.hexdigest()[:16],
@@ -331,7 +331,7 @@ def train(
         about_run: `run` (see `run_identity`), `args` and `classes`, saved in each checkpoint.
     """
     path = Path(args.output_dir) / CHECKPOINT
-    batch = args.batch_size_per_gpu * collectives.get_world_size()
+    batch = checkpointing.images_per_step(args)
 
     def save_within(meter: EpochMeter, steps: int, sums: list[float]) -> str:
         state = probe.state_dict(meter.epoch - 1) | about_run

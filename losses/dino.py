@@ -2,6 +2,8 @@
 
 Shapes: B images, V student views, Q = 2 teacher views, K prototypes, P images that a student image is mixed from (1 without
 mixup), M = Q P targets of a student row. Rows of the inputs are ordered view, image.
+The temperatures, the centers and the cross-entropy are in losses/distillation.py.
+
 Origin: DINO (Caron et al., ICCV 2021), section 3.1; EsViT (Li et al., ICLR 2022), equation 2.
 """
 
@@ -54,7 +56,7 @@ class DINOLoss(SelfDistillation):
             epoch: Epoch that determines the teacher temperature.
             targets_mixup: For each student view the share (B, B) of teacher image (row) in student image (column); None
                 without mixup.
-            mixed_from: Upper bound of the number of images that one is mixed from; None for B, which is the slowest.
+            mixed_from: Upper bound of the number of images that one is mixed from; None for B, which is slow.
 
         Raises:
             ValueError: The number of rows does not fit the number of views (and their regions).

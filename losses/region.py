@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from losses.dino import DINOLoss
-from losses.distillation import (
-    MONITORED_ROWS,
-    TEACHER_VIEWS,
-    MonitoredLevel,
-    check_views,
-    count_rows,
-    evenly_spaced,
-)
+from losses.distillation import MONITORED_ROWS, TEACHER_VIEWS, MonitoredLevel, check_views, count_rows, evenly_spaced
 from losses.matching import Sources, match_regions, match_views, unmixed_sources
 from models.outputs import MultiCropOutput, by_view
 from ops.chunked_cross_entropy import Targets
@@ -121,4 +114,4 @@ def _check_regions(output: MultiCropOutput, views: int, who: str) -> None:
     rows = count_rows(output.region_logits)
     expected = count_rows(output.view_logits) // views * sum(output.regions_per_view)
     if expected != rows or expected != len(output.region_features):
-        raise ValueError(f"the {who} has {rows} region rows, its views add up to {expected}")
+        raise ValueError(f"the {who} has {rows} region rows, expected {expected}")

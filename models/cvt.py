@@ -61,11 +61,7 @@ SPEC = ArchSpec(
         "ATTN_DROP_RATE": 0.0,
         "DROP_PATH_RATE": 0.1,
     },
-    ranges={
-        "NUM_STAGES": integer(0, 100),
-        "PATCH_STRIDE": integer(1, 1024),
-        "PATCH_PADDING": integer(0, 1024),
-    },
+    ranges={"NUM_STAGES": integer(0, 100), "PATCH_STRIDE": integer(1, 1024), "PATCH_PADDING": integer(0, 1024)},
     name_aliases=("cls_cvt_v4",),
     key_aliases={"MODEL.SPEC.DEPTH": "MODEL.SPEC.DEPTHS"},
     fixed_choices={

@@ -1,5 +1,8 @@
 """The registry of architectures: build a backbone from its name and a config.
 
+To add an architecture, subclass `Backbone` (models/base.py) in a new module, decorate its builder with `@register`, and import the
+module in models/__init__.py.
+
 backbone = build_model("swin_tiny", load_config("experiments/imagenet/swin/swin_tiny_patch4_window7_224.yaml"))
 """
 
@@ -33,9 +36,8 @@ class Entry(NamedTuple):
 
     build: Builder
     spec: ArchSpec
-    default_config: (
-        str | None
-    )  # a yaml relative to the repository; "" for the schema's defaults, None if --cfg is required
+    # A yaml relative to the repository; "" for the schema's defaults, None if --cfg is required.
+    default_config: str | None
 
 
 _REGISTRY: dict[str, Entry] = {}

@@ -63,10 +63,7 @@ SPEC = ArchSpec(
         "LN_EPS": number(0, 1, above_low=True),
     },
     name_aliases=("cls_vil",),
-    key_aliases={
-        "MODEL.SPEC.DROP": "MODEL.SPEC.DROP_RATE",
-        "MODEL.SPEC.DROP_PATH": "MODEL.SPEC.DROP_PATH_RATE",
-    },
+    key_aliases={"MODEL.SPEC.DROP": "MODEL.SPEC.DROP_RATE", "MODEL.SPEC.DROP_PATH": "MODEL.SPEC.DROP_PATH_RATE"},
     fixed_choices={  # no squeeze-and-excitation, whose ratio is then irrelevant, and no pooled tokens
         "MODEL.SPEC.MSVIT.POOL_METHOD": ("None", None),
         "MODEL.SPEC.MSVIT.WITH_SE": ("None", None, False),
@@ -307,10 +304,7 @@ def _check(spec: CfgNode) -> None:
             raise UsageError(f"{key}.{name} {msvit[name]} is not supported; use {' or '.join(map(str, values))}")
 
 
-@register(
-    {"vil": None} | {name: CONFIGS.format(name) for name in ("vil_1281", "vil_2262", "vil_14121")},
-    SPEC,
-)
+@register({"vil": None} | {name: CONFIGS.format(name) for name in ("vil_1281", "vil_2262", "vil_14121")}, SPEC)
 def build_vil(arch: str, config: CfgNode, *, dense: bool, patch_size: int) -> VisionLongformer:
     """Build a Vision Longformer; its patch sizes are in the config."""
     return VisionLongformer(tuple(config.MODEL.IMAGE_SIZE), config.MODEL.SPEC, dense)

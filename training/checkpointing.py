@@ -3,7 +3,7 @@
     with Saver(output_dir, step, args, config) as saver:          # stop signals become votes
         engine.train(step, loader, epochs, accum_iter, log, saver, resume_run(path, step.load_state_dict, args))
 
-`checkpoint.pth` is written whole or not at all; the previous one becomes `checkpoint_previous1.pth`, and so on, so that at least
+`checkpoint.pth` is written atomically; the previous one becomes `checkpoint_previous1.pth`, and so on, so that at least
 one whole checkpoint exists at any moment. A checkpoint within an epoch holds that epoch as `epoch` and its position as `in_epoch`.
 """
 
@@ -28,17 +28,17 @@ CHECKPOINT = "checkpoint.pth"
 # Arguments that may change at a resume without a warning: they change no number of the run.
 LAUNCH_ARGUMENTS = {
     *("dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last", "max_bad_steps"),
-    *("gpu", "rank", "world_size", "pretrained_weights_ckpt", "init_weights", "allow_partial"),
+    *("pretrained_weights_ckpt", "init_weights", "allow_partial", "output_dir", "saveckp_freq"),
     *("knn_every", "knn_data_path", "fsdp", "dist_timeout"),
 }
-# Behavior of runs saved before an argument existed, where it differs from today's default.
+# Behavior of runs saved before an argument existed.
 BEFORE_THE_ARGUMENT = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
 
 _known: set[Path] = set()  # checkpoints that this process has read or written
 
 
 class RunPosition(NamedTuple):
-    """How far a run has come."""
+    """Position of a run: epoch and step."""
 
     epoch: int = 0  # the current one
     steps: int = 0  # finished steps of that epoch
@@ -49,7 +49,7 @@ class RunPosition(NamedTuple):
 
 
 class Stateful(Protocol):
-    """What `Saver` saves."""
+    """An object whose state `Saver` writes."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; a collective operation, whose result counts on the main process."""
@@ -72,12 +72,9 @@ def training_run(path: Path) -> Iterator[None]:
 
 
 class StopRequest(stopping.StopSignals):
-    """Stop signals of a run that saves itself between its steps.
+    """Stop signals of a run that can save itself between its steps.
 
     Leaving the context without an error raises a `UsageError` if the last save failed.
-
-    Args:
-        path: The run's checkpoint.
 
     Attributes:
         failure: Why the last save on this process failed, empty if it did not; None before the first save.
@@ -117,14 +114,11 @@ class Saver(StopRequest):
     """Decides, on all processes alike, when a pre-training run is saved, and saves it.
 
     Args:
-        output_dir: Folder of the checkpoints.
-        step: The training step.
         args: `save_every_steps`, `save_every_minutes`, `saveckp_freq` and `keep_last`.
-        config: Config of the network, saved with it.
 
     Attributes:
         stopping: Whether all processes are about to stop.
-        code: The exit code that goes with it.
+        code: Exit code of that stop.
     """
 
     def __init__(self, output_dir: Path, step: Stateful, args: Any, config: Any) -> None:
@@ -135,7 +129,7 @@ class Saver(StopRequest):
         self._saved_at = time.monotonic()
 
     def votes(self) -> list[float]:
-        """Return the votes of this process: to stop, and (the main process only) to save because time is up."""
+        """Return this process's votes: to stop, and (main process only) to save because `save_every_minutes` have passed."""
         minutes = self.args.save_every_minutes
         late = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
         return [*super().votes(), float(late and collectives.is_main_process())]
@@ -156,10 +150,9 @@ class Saver(StopRequest):
         return self.stopping or (moved and (save_votes > 0 or bool(every and steps % every == 0)))
 
     def save(self, position: RunPosition, images: int = 0) -> None:
-        """Save the run, a collective operation; if the disk refuses, warn and continue.
+        """Save the run, a collective operation; if writing fails, warn and continue.
 
         Args:
-            position: Position of the run.
             images: Images of the epoch that all processes have seen.
         """
         self.failure = save_run(self.path, self.step, position, images, self.args, self.config)
@@ -206,7 +199,7 @@ def save_run(path: Path, step: Stateful, position: RunPosition, images: int, arg
 
 
 def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
-    """Write a checkpoint whole and keep the `keep` previous ones; if the disk refuses, warn and leave them as they are.
+    """Write a checkpoint whole and keep the `keep` previous ones; if writing fails, warn and leave them as they are.
 
     Returns:
         Why it could not be written; empty on success.
@@ -262,7 +255,7 @@ def check_saved(failure: str | None, path: Path) -> None:
     with collectives.failing_together():
         if failure:
             raise UsageError(
-                f"the end of the run is not saved ({failure}); free some space in {path.parent} and start it again, "
+                f"the last checkpoint could not be written ({failure}); free some space in {path.parent} and start it again, "
                 f"it {_on_restart(path)}"
             )
 
@@ -292,9 +285,7 @@ def resume_run(path: Path, load: Callable[[dict[str, Any], Path], None], args: A
     """Load the newest whole checkpoint at `path` and return its position; a new position if there is no checkpoint.
 
     Args:
-        path: The checkpoint, beside its previous ones.
         load: Takes the content and the path of the file, such as `TrainStep.load_state_dict`.
-        args: Arguments of this run.
 
     Raises:
         UsageError: All files are damaged, or the content does not fit this run.
@@ -374,16 +365,16 @@ def saved(path: Path) -> list[Path]:
     return [file for file in (previous(path, number) for number in [0, *sorted(numbers)]) if files.lexists(file)]
 
 
-def check_same_run(saved: Mapping[str, Any] | None, now: Mapping[str, Any], source: str) -> None:
+def check_same_run(before: Mapping[str, Any] | None, now: Mapping[str, Any], source: str) -> None:
     """Compare what identifies a saved run with this run, by name of the flag; None is accepted with a warning.
 
     Raises:
         UsageError: Something differs.
     """
-    if saved is None:
-        logger.warning("%s does not record its settings; it is taken as a checkpoint of this run", source)
+    if before is None:
+        logger.warning("%s has no recorded settings; assuming that it belongs to this run", source)
         return
-    changed = [f"{key} {old} -> {now.get(key)}" for key, old in saved.items() if old != now.get(key)]
+    changed = [f"{key} {old} -> {now.get(key)}" for key, old in before.items() if old != now.get(key)]
     if changed:
         raise UsageError(
             f"{source} belongs to another run ({'; '.join(changed)}); choose another --output_dir or repeat its command"
@@ -392,14 +383,14 @@ def check_same_run(saved: Mapping[str, Any] | None, now: Mapping[str, Any], sour
 
 def in_epoch(steps: int, meter: Mapping[str, Any], args: Any) -> dict[str, Any]:
     """Return the `in_epoch` field of a checkpoint after `steps` steps of an epoch."""
-    return {"steps": steps, "images": steps * _images_per_step(args), "meter": dict(meter)}
+    return {"steps": steps, "images": steps * images_per_step(args), "meter": dict(meter)}
 
 
 def _within_epoch(content: Mapping[str, Any], args: Any, path: Path) -> tuple[int, Mapping[str, Any]]:
     """Return the finished steps of the epoch, converted to this run's batch size (rounded down), and the meter's state."""
     position = content.get("in_epoch", {"steps": 0, "images": 0, "meter": {}})
     with restore.reading("in_epoch", path):
-        batch = _images_per_step(args)
+        batch = images_per_step(args)
         steps, repeated = divmod(position["images"], batch)
         EpochMeter(0, 1, 1).resume(position["meter"], steps)  # fails here if it cannot be continued
         if steps != position["steps"]:
@@ -413,7 +404,8 @@ def _within_epoch(content: Mapping[str, Any], args: Any, path: Path) -> tuple[in
         return steps, position["meter"]
 
 
-def _images_per_step(args: Any) -> int:
+def images_per_step(args: Any) -> int:
+    """Return the number of images of an optimizer step, over all processes."""
     return int(args.batch_size_per_gpu * getattr(args, "accum_iter", 1) * collectives.get_world_size())
 
 

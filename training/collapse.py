@@ -131,7 +131,7 @@ class Monitor:
         return scalars
 
     def check(self, scalars: Mapping[str, float], warmed_up: bool) -> None:
-        """Judge scalars that have been read; `warmed_up`: the learning rate has passed its maximum."""
+        """Check scalars that have been read for signs of a collapse; `warmed_up`: the learning rate has passed its maximum."""
         for name, prototypes in self.prototypes.items():
             if f"{name}/kl" in scalars and not scalars.get("skipped"):
                 term = self.terms[name]

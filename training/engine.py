@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 
 import utils
 from data.loader import Batch, FailureTally, in_groups, set_epoch
-from distributed import collectives
-from training.checkpointing import RunPosition, Saver
+from training.checkpointing import RunPosition, Saver, images_per_step
 from training.run_log import EpochMeter, RunLog
 from training.step import TrainStep, Views
 from utils import UsageError
@@ -46,13 +45,7 @@ def train(
     """Train from `start` to the end of the last epoch.
 
     Args:
-        step: The training step.
-        loader: Batches of the training images.
-        epochs: Number of epochs of the run.
-        accum_iter: Micro-batches per optimizer step.
-        log: Logs steps and epochs.
         saver: Saves the run after each epoch, and within an epoch when it is due.
-        start: Position of the run.
         evaluate: Called after each epoch; returns scores to log.
 
     Returns:
@@ -70,7 +63,7 @@ def train(
         if not done:
             tally.start_pass()
         step.method.start_epoch(epoch, epochs)
-        meter = EpochMeter(epoch, steps, images_per_step=_global_batch(loader, accum_iter))
+        meter = EpochMeter(epoch, steps, images_per_step=images_per_step(saver.args))
         if done:
             meter.resume(start.meter, done)
         with log.epoch(meter) as show:
@@ -100,8 +93,3 @@ def _load_views(batch: Batch, step: TrainStep, log: RunLog) -> Views:
     views = batch.views_on(step.device)
     log.save_crops(step.method.images(views))
     return views
-
-
-def _global_batch(loader: DataLoader[Batch], accum_iter: int) -> int:
-    assert loader.batch_size is not None
-    return loader.batch_size * accum_iter * collectives.get_world_size()

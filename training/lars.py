@@ -29,13 +29,6 @@ class LARS(torch.optim.Optimizer):
 
     A parameter without a gradient is skipped and keeps its momentum. As in torch's fused optimizers, the step is skipped, without
     synchronization, if the attribute `found_inf` (a tensor) is not 0.
-
-    Args:
-        params: Parameters or parameter groups.
-        lr: Learning rate.
-        weight_decay: Weight decay, added to the gradient.
-        momentum: Momentum.
-        eta: Trust coefficient.
     """
 
     _step_supports_amp_scaling = True  # how torch marks optimizers that read `found_inf`

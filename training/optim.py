@@ -101,7 +101,6 @@ def named_moments(state: Any, names: Sequence[Sequence[str]] | None, source: str
     Args:
         state: State dict of an optimizer, which numbers parameters by position.
         names: Names of each group's parameters, in order, for files without `param_names`.
-        source: Name of the file in messages.
 
     Raises:
         UsageError: `state` is no state dict of an optimizer, or has another number of parameters.
@@ -136,17 +135,11 @@ def load_own_moments(optimizer: torch.optim.Optimizer, state: Any, source: str) 
 
 
 def load_moments(
-    optimizer: torch.optim.Optimizer,
-    moments: Mapping[str, Mapping[str, Any]],
-    source: str,
-    skip_misfits: bool = False,
+    optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Any]], source: str, skip_misfits: bool = False
 ) -> None:
     """Load moments by parameter name; a parameter without moments starts fresh. Settings of the groups are not loaded.
 
     Args:
-        optimizer: The optimizer.
-        moments: Moments by parameter name.
-        source: Name of the file in messages.
         skip_misfits: Warn about moments that do not fit, and let their parameters start fresh.
 
     Raises:

@@ -63,7 +63,7 @@ def check_fields(content: Mapping[str, Any], path: Path) -> None:
                 f"checkpoint '{path}' holds a {type(value).__name__} under '{name}', not {wanted}; use another file"
             )
     if content.get("epoch", 0) < 0:
-        raise UsageError(f"checkpoint '{path}' has epoch {content['epoch']}, which is below 0; use another file")
+        raise UsageError(f"checkpoint '{path}' has epoch {content['epoch']}, which is negative; use another file")
 
 
 @contextlib.contextmanager
@@ -86,14 +86,12 @@ def load_networks(
     """Load `networks`, student and teacher by their field.
 
     Args:
-        path: Path of the checkpoint, for messages.
-        content: Its content.
         networks: Networks by the field that holds their state dict.
         extend: Whole heads that the file lacks start fresh.
         allow_partial: Load what fits.
 
     Returns:
-        Prefixes of the parts of the last network that start fresh.
+        Prefixes of the parts that start fresh in a network.
 
     Raises:
         UsageError: A tensor is missing or does not fit.
@@ -101,9 +99,10 @@ def load_networks(
     fresh: tuple[str, ...] = ()
     for key, network in networks.items():
         state = layouts.network_state(content, key, path)
-        fresh = loading.load_network(
+        report = loading.load_network(
             network, state, f"checkpoint '{path}'", new_parts=extend, allow_partial=allow_partial
-        ).fresh
+        )
+        fresh += tuple(part for part in report.fresh if part not in fresh)
     return fresh
 
 

@@ -56,7 +56,7 @@ def build_loader(
             str(path), transform, in_chans, args.seed, args.shuffle_buffer, args.epoch_images, config.INPUT.RANGE
         )
     elif args.epoch_images:
-        raise UsageError(f"--epoch_images {args.epoch_images} is for tar shards, {path} holds none; leave it out")
+        raise UsageError(f"--epoch_images {args.epoch_images} requires tar shards, but {path} has none; leave it out")
     else:
         dataset = data.build_dataset(
             path, "train", transform, in_chans, args.seed, layout=layout, value_range=config.INPUT.RANGE
@@ -113,10 +113,6 @@ def pair_networks(
 
     Args:
         args: `grad_checkpointing`, `compile` and `fsdp`.
-        student: Network to train.
-        teacher: Network with the same parameters.
-        crops: Crops of the views.
-        device: Device of this process.
         compiled: Name of the backbone's method that --compile compiles, once per size of crops.
 
     Raises:
@@ -146,7 +142,7 @@ def build_step(
     steps = engine.steps_per_epoch(batches_per_epoch, args.accum_iter)
     schedules = Schedules(
         lr=optim.cosine_schedule(
-            args.lr * global_batch(args) / 256, args.min_lr, args.epochs, steps, args.warmup_epochs
+            args.lr * checkpointing.images_per_step(args) / 256, args.min_lr, args.epochs, steps, args.warmup_epochs
         ),
         weight_decay=optim.cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps),
         momentum=optim.cosine_schedule(args.momentum_teacher, 1.0, args.epochs, steps),
@@ -198,43 +194,35 @@ def init_weights(path: str, method: Method, allow_partial: bool) -> None:
 def open_log(
     args: argparse.Namespace,
     config: CfgNode,
-    batch_size: int,
     images: int,
     position: RunPosition,
     device: torch.device,
+    epoch_freq: int = 1,
 ) -> RunLog:
-    """Clean the output folder, record what made the run (`config.yaml`, `run.json`), and open its log.
+    """Clean the output folder, record its provenance (`config.yaml`, `run.json`), and open its log.
 
     Args:
-        args: Arguments of the run.
-        config: Config of the network.
-        batch_size: Images of a step, over all processes.
         images: Images of an epoch, over all processes.
-        position: Position of the run.
-        device: Device of this process.
+        epoch_freq: Epochs between two that the terminal shows.
     """
     output_dir = Path(args.output_dir)
-    seen = position.epoch * images + position.steps * batch_size
+    seen = position.epoch * images + position.steps * checkpointing.images_per_step(args)
     with collectives.failing_together(), files.disk_errors(output_dir):
         if collectives.is_main_process():
             checkpointing.clean_up(output_dir, position)
             files.save_provenance(output_dir, args, config)
-        return RunLog(output_dir, args.epochs, args.log_freq, config.INPUT.MEAN, config.INPUT.STD, device, images, seen)
+        mean, std = config.INPUT.MEAN, config.INPUT.STD
+        return RunLog(output_dir, args.epochs, args.log_freq, mean, std, device, images, seen, epoch_freq)
 
 
 def config_of(method: Method, config: CfgNode) -> CfgNode:
-    """Return the config with the values that the backbone has chosen itself, as checkpoints hold it."""
+    """Return the config with automatic values resolved by the backbone, as checkpoints hold it."""
     backbone = loading.unwrap(method.student)
     return backbone.resolve_config(config) if isinstance(backbone, Backbone) else config
 
 
-def global_batch(args: argparse.Namespace) -> int:
-    """Return the number of images per optimizer step, over all processes."""
-    return int(args.batch_size_per_gpu * args.accum_iter * collectives.get_world_size())
-
-
 def log_run(args: argparse.Namespace, method: Method, loader: DataLoader[data.Batch], device: torch.device) -> None:
-    """Log what is trained on what."""
+    """Log a summary: network, data and device."""
     network = loading.unwrap(method.student)
     in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(METHOD_PREFIXES))
     logger.info(

@@ -41,7 +41,7 @@ class Method(ABC):
         teacher: Network with the same parameters in the same order.
         criterion: The loss; `compute_loss` adds the teacher's outputs to its centers.
         criterion_key: Field of the checkpoint that holds the state of the loss.
-        tasks: What is learned, for the log.
+        tasks: Short description of the objective, for the log.
         monitor: If set, `compute_loss` calls it with the levels of its outputs (training/collapse.py).
     """
 
@@ -61,7 +61,7 @@ class Method(ABC):
         return views
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Tell the networks the progress of training, on which the attention of some depends."""
+        """Notify the backbones of a new epoch; some schedule their attention by it."""
         for network in (self.student, self.teacher):
             backbone = loading.unwrap(network)
             if isinstance(backbone, Backbone):
@@ -80,10 +80,8 @@ class TrainStep:
     """One update: schedules, loss, backward, clipping, frozen prototypes, optimizer, teacher, centers.
 
     Args:
-        method: The method, with its networks and loss.
         optimizer: Optimizer of the student; weight decay applies to its first parameter group only.
         schedules: Learning rate, weight decay and teacher momentum of each step.
-        device: Device of the networks.
         precision: `fp32`, `bf16` or `fp16` for the networks; losses are computed in float32.
         clip_grad: Largest norm of each parameter's gradient; 0 disables clipping.
         freeze_last_layer: Number of epochs during which the prototypes are frozen.
@@ -122,8 +120,6 @@ class TrainStep:
 
         Args:
             micro_batches: Views of each micro-batch, or functions that make them when they are needed.
-            iteration: Number of the optimizer step in the run.
-            epoch: Number of the epoch.
             monitor: Also return the statistics of the collapse monitor for the last micro-batch.
 
         Returns:
@@ -244,8 +240,6 @@ class TrainStep:
         """Load the content of a checkpoint, this project's or a published one; an error leaves the state partly loaded.
 
         Args:
-            content: Content of the file, with checked fields.
-            path: Its path, for messages.
             extend: Let heads and centers that the file lacks as a whole start fresh.
             allow_partial: With `extend`, load what fits of everything.
 

@@ -1,4 +1,7 @@
-"""Graceful stop: the signals that ask a run to stop, the exit codes, and the votes by which all ranks stop at the same step."""
+"""Graceful stop: signals, exit codes, and the votes by which all ranks stop at the same step.
+
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C let the current step finish; the run is then saved (training/checkpointing.py) and exits.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from utils import Stopped
 # Ctrl-C exit with the shell's codes.
 CODES = {getattr(signal, name): code
          for name, code in (("SIGTERM", 0), ("SIGUSR1", 0), ("SIGHUP", 129), ("SIGINT", 130)) if hasattr(signal, name)}  # fmt: skip
-# Vote of one process by exit code; the sum over up to 4096 processes still tells the codes apart.
+# Vote of one process by exit code; the sum over fewer than 4096 processes still tells the codes apart.
 VOTES = {0: 1.0, 129: 2.0**12, 130: 2.0**24}
 
 Handler = Callable[[int, FrameType | None], None]
@@ -52,7 +55,7 @@ class StopSignals:
     """Context manager that turns stop signals into votes; a second Ctrl-C ends the process at once.
 
     Args:
-        then: What follows the current step, for the message that Ctrl-C prints.
+        then: Action after the current step, for the message that Ctrl-C prints.
     """
 
     def __init__(self, then: str = "stopping") -> None:

@@ -1,6 +1,6 @@
 """Command lines: one module per script with its parser, and the flags and checks that several scripts share.
 
-Nothing here imports torch, so that `--help` and mistakes are answered at once.
+Nothing here imports torch, so that `--help` and usage errors are fast.
 """
 
 from config.arguments.pretraining import check_pretraining as check_pretraining

@@ -56,7 +56,7 @@ def get_args_parser() -> Parser:
     add("--precision", choices=PRECISIONS, default="auto", help="precision of the network; losses are always float32")
 
     add = parser.group("logging").add_argument
-    text = "folder for checkpoint.pth, best.pth, log.txt and results.json"
+    text = "folder for checkpoint.pth, best.pth, log.txt and results/finetune.json"
     add("--output_dir", default=".", metavar="DIR", help=text)
     add("--val_freq", type=COUNT, default=1, help="epochs between validations; the last epoch is always validated")
     add("--log_freq", type=COUNT, default=10, help="steps between log lines")

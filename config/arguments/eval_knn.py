@@ -30,7 +30,7 @@ def get_args_parser() -> Parser:
     shared.add_switch(group, "--baselines", "also score raw pixels, color statistics and the untrained network")
 
     add = parser.group("output").add_argument
-    add("--output_dir", default=None, metavar="DIR", help="folder for results.json (default: print only)")
+    add("--output_dir", default=None, metavar="DIR", help="folder for results/knn.json (default: print only)")
     text = "folder to save features and labels to; must not hold saved features yet"
     add("--dump_features", default=None, metavar="DIR", help=text)
     text = "folder of saved features to score instead of extracting them"

@@ -56,7 +56,12 @@ def get_args_parser() -> Parser:
     add("--linear_order", choices=("esvit", "dino"), default="esvit", help=text)
 
     add = parser.group("logging").add_argument
-    add("--output_dir", default=".", metavar="DIR", help="folder for checkpoint.pth.tar, log.txt and results.json")
+    add(
+        "--output_dir",
+        default=".",
+        metavar="DIR",
+        help="folder for checkpoint.pth.tar, log.txt and results/linear.json",
+    )
     add("--log_freq", type=COUNT, default=20, help="steps between log lines")
 
     shared.add_seed_flag(parser, "classifiers, order, crops and untrained networks")

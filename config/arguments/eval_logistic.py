@@ -30,7 +30,7 @@ def get_args_parser() -> Parser:
     add("--adjust_lambd", type=bool_flag, default=True, help="divide the penalties by the number of training images")
     add("--epochs", type=EPOCHS, default=1000, help="maximum number of solver iterations")
 
-    text = "folder for results.json (default: print only)"
+    text = "folder for results/logistic.json (default: print only)"
     parser.group("output").add_argument("--output_dir", default=None, metavar="DIR", help=text)
     shared.add_seed_flag(parser, "untrained networks")
     shared.add_launch_flags(parser)

@@ -32,7 +32,6 @@ from data.transforms.recipe import check_crops as check_crops
 from utils import UsageError
 
 ViewTransform = Callable[[ImageLike], Tensor]
-BACKENDS = ("auto", "pil", "split")
 MAX_ASPECT_RATIO = 16  # long / short side
 
 
@@ -193,18 +192,13 @@ def deit_views(
 
 def train_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
     """Return the training transform of linear classifiers: random crop of 8 to 100 %, bilinear resize, random flip."""
-    return MultiCrop(
-        [
-            transforms.Compose(
-                [
-                    transforms.RandomResizedCrop(size, antialias=True),
-                    transforms.RandomHorizontalFlip(),
-                    as_tensor,
-                    transforms.Normalize(mean, std),
-                ]
-            )
-        ]
-    )
+    steps: list[Callable] = [
+        transforms.RandomResizedCrop(size, antialias=True),
+        transforms.RandomHorizontalFlip(),
+        as_tensor,
+        transforms.Normalize(mean, std),
+    ]
+    return MultiCrop([transforms.Compose(steps)])
 
 
 def strong_view(size: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
@@ -240,23 +234,11 @@ def eval_view(
     size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
 ) -> MultiCrop:
     """Return the evaluation transform: resize the short side to size / crop_ratio (256 for 224), then center crop."""
-    return MultiCrop(
-        [
-            transforms.Compose(
-                [
-                    limit_aspect_ratio,
-                    transforms.Resize(
-                        round(size / crop_ratio),
-                        interpolation=transforms.InterpolationMode(interpolation),
-                        antialias=True,
-                    ),
-                    transforms.CenterCrop(size),
-                    as_tensor,
-                    transforms.Normalize(mean, std),
-                ]
-            )
-        ]
-    )
+    mode = transforms.InterpolationMode(interpolation)
+    resize = transforms.Resize(round(size / crop_ratio), interpolation=mode, antialias=True)
+    normalize = transforms.Normalize(mean, std)
+    steps: list[Callable] = [limit_aspect_ratio, resize, transforms.CenterCrop(size), as_tensor, normalize]
+    return MultiCrop([transforms.Compose(steps)])
 
 
 def choose_backend(wanted: str, policy: str, in_chans: int) -> str:

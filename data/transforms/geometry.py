@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ALIGNMENTS = ("corners", "centers")  # of tokens: the outer ones on the edge of the crop, as published, or in mid-cell
-
 
 class CropBox(NamedTuple):
     """A crop in pixels of its image."""

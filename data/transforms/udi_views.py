@@ -171,12 +171,7 @@ def split_correspondence(batch: Sequence[Tensor]) -> tuple[Sequence[Tensor], Cor
 
 
 def udi_views(
-    crops: Crops,
-    mean: Sequence[float],
-    std: Sequence[float],
-    strength: float,
-    sampling: Sampling,
-    flip: float = FLIP,
+    crops: Crops, mean: Sequence[float], std: Sequence[float], strength: float, sampling: Sampling, flip: float = FLIP
 ) -> tuple[UDICrops, UDIDeviceTransform]:
     """Return the worker part and the device part of the transform; `strength` is that of DINO's color jitter."""
     recipe = dino_recipe(crops, strength)

@@ -191,17 +191,7 @@ def test_published_spellings() -> None:
     )
 
 
-SCRIPTS = (
-    main_esvit,
-    main_udi,
-    eval_knn,
-    eval_linear,
-    eval_logistic,
-    eval_finetune,
-    eval_video,
-    run_analysis,
-    export,
-)
+SCRIPTS = (main_esvit, main_udi, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_video, run_analysis, export)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

@@ -73,12 +73,7 @@ def test_float_gray(tmp_path: Path, suffix: str, in_chans: int) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "value", "level"),
-    [
-        (np.uint8, 200, 200),
-        (np.uint16, 32768, 128),
-        (np.uint16, 65535, 255),
-        (np.float64, 0.5, 128),
-    ],
+    [(np.uint8, 200, 200), (np.uint16, 32768, 128), (np.uint16, 65535, 255), (np.float64, 0.5, 128)],
 )
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_npy_as_gray_or_color(tmp_path: Path, dtype: type, value: float, level: int, in_chans: int) -> None:

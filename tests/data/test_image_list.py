@@ -59,10 +59,7 @@ def test_ambiguous_names_with_folders(images: Path) -> None:
     ("text", "words"),
     [
         ("000.png\n", "1 name that several images have, first 000.png"),
-        (
-            "class0/000.png\nclass0/009.png\nx.png",
-            "2 names that no image has, first class0/009.png",
-        ),
+        ("class0/000.png\nclass0/009.png\nx.png", "2 names that no image has, first class0/009.png"),
         ("\n \n", "is empty"),
         ("\0\xff", "is not text"),
         (None, r"cannot be read \(No such file or directory\)"),

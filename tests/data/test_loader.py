@@ -23,15 +23,7 @@ from data.datasets import ImageDataset, Sample, build_dataset
 from data.decode import ImageLike
 from data.layouts.shards import build_stream
 from data.layouts.sources import UNLABELED
-from data.loader import (
-    Batch,
-    FailureTally,
-    StridedSampler,
-    build_eval_loader,
-    build_train_loader,
-    collate,
-    set_epoch,
-)
+from data.loader import Batch, FailureTally, StridedSampler, build_eval_loader, build_train_loader, collate, set_epoch
 from data.transforms.crops import split_views
 from data.transforms.photometric import DRAWS, Photometric
 from data.transforms.recipe import Crops

@@ -72,7 +72,7 @@ def test_local_rank_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        (TORCHRUN | {"RANK": "x"}, "RANK=x, WORLD_SIZE=4, LOCAL_RANK=2 are not all whole numbers"),
+        (TORCHRUN | {"RANK": "x"}, "RANK=x, WORLD_SIZE=4, LOCAL_RANK=2 must be integers"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "8"}, "do not fit: ranks count from 0 to 7"),
         (PMI | {"PMI_SIZE": "-4"}, "PMI_SIZE=-4"),
     ],
@@ -107,7 +107,7 @@ def test_rendezvous_timeout(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
 def test_invalid_timeout(minutes: float) -> None:
-    with pytest.raises(UsageError, match="must be minutes above 0"):
+    with pytest.raises(UsageError, match="must be a positive number of minutes"):
         launch.init_processes(
             argparse.Namespace(device="cpu", dist_timeout=minutes, dist_url="env://", local_rank=None)
         )

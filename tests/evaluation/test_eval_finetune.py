@@ -149,16 +149,7 @@ def small_run(name: str, images: Path, output_dir: Path, *flags: str) -> None:
     output_dir.mkdir()
     (output_dir / "small.yaml").write_text(load_config(None, overrides).dump())
     weights = [] if "--pretrained_weights" in flags else ["--random_weights"]
-    command = [
-        *weights,
-        "--data_path",
-        str(images),
-        "--output_dir",
-        str(output_dir),
-        *SMALL_RUN,
-        "--arch",
-        arch,
-    ]
+    command = [*weights, "--data_path", str(images), "--output_dir", str(output_dir), *SMALL_RUN, "--arch", arch]
     command += ["--cfg", str(output_dir / "small.yaml"), "--patch_size", str(patch_size), "--image_size", "32", *flags]
     eval_finetune.main(eval_finetune.get_args_parser().parse_args(command))
 

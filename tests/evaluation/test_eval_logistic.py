@@ -72,12 +72,7 @@ def test_convergence_flag_and_sparse_labels() -> None:
 
 
 @pytest.mark.parametrize("pooled", [0, 1, 2])
-def test_pooled_features(
-    pooled: int,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pooled_features(pooled: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, the mean of the patches after both class tokens, or both; scaled to length 1."""
     seen: list[LabeledFeatures] = []
 

@@ -185,10 +185,7 @@ def test_each_token_stands_on_its_own_head_where_it_has_one(folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (
-            ["--finetune_head_layer", "1"],
-            r"checkpoint.pth' has none",
-        ),
+        (["--finetune_head_layer", "1"], r"checkpoint.pth' has none"),
         (["--finetune_head_layer", "3", "with_head.pth"], "with_head.pth' has 2 hidden layers; lower it"),
         (["--finetune_head_layer", "1", "batch_norm.pth"], "BatchNorm"),
         (["--finetune_head_layer", "1", "wide.pth"], "has a projection head of width 30, --arch gives 24"),

@@ -25,7 +25,7 @@ DATA_PAGE = ROOT / "docs" / "data.md"
 WHOLE_SCRIPTS = {"demo", "demo_udi", "test", "compare"}  # take no flags of ours; too long to run here
 # Flags of other programs and of scripts that have no parser.
 OTHER_FLAGS = {
-    *("--kills", "--processes", "--rivals", "--signal"),  # tests/kill_loop.py
+    *("--kills", "--processes", "--rivals", "--signal"),  # tests/soak/kill_loop.py
     *("--max-restarts", "--nnodes", "--nproc_per_node", "--shutdown-timeout"),  # torchrun
 }  # fmt: skip
 

@@ -124,16 +124,7 @@ def test_init_weights_start_a_new_schedule(images: Path, tmp_path: Path) -> None
     train(tmp_path / "first", images)
     weights = str(tmp_path / "first" / "checkpoint.pth")
     train(
-        tmp_path / "second",
-        images,
-        "--init_weights",
-        weights,
-        "--lr",
-        "0",
-        "--min_lr",
-        "0",
-        "--momentum_teacher",
-        "1",
+        tmp_path / "second", images, "--init_weights", weights, "--lr", "0", "--min_lr", "0", "--momentum_teacher", "1"
     )
     first, second = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in ("first", "second"))
     assert_identical(first["teacher"], second["teacher"])

@@ -190,7 +190,7 @@ def test_end_that_cannot_be_saved_is_told(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
-        with pytest.raises(UsageError, match=rf"end of the run is not saved \(.*{os.strerror(code)}"):
+        with pytest.raises(UsageError, match=rf"last checkpoint could not be written \(.*{os.strerror(code)}"):
             RUNS[script](images, out)
     (path,) = (path for path in out.glob("checkpoint.pth*") if "previous" not in path.name)
     first = serialization.load_file(path)["epoch"]
@@ -310,7 +310,7 @@ def test_folder_that_vanishes_is_told_with_what_was_in_it(
     monkeypatch.setattr(checkpointing, "write", write_and_lose)
     monkeypatch.setattr(finetune, "write", write_and_lose)
     with pytest.raises(
-        UsageError, match=r"end of the run is not saved .*unless the checkpoint that was in .*/out is back"
+        UsageError, match=r"last checkpoint could not be written .*unless the checkpoint that was in .*/out is back"
     ):
         RUNS[script](images, out)
 

@@ -258,7 +258,7 @@ def test_full_disk_leaves_the_last_checkpoint(images: Path, tmp_path: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(serialization, "write_file", full)
-        with pytest.raises(UsageError, match=r"end of the run is not saved .*No space left"):
+        with pytest.raises(UsageError, match=r"last checkpoint could not be written .*No space left"):
             train(tmp_path, images)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     train(tmp_path, images)

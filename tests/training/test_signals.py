@@ -90,9 +90,7 @@ def test_cached_features_are_asked_at_the_start_of_an_epoch(
 
 @pytest.mark.parametrize("run", [finetune_runs.run, linear_runs.run], ids=["fine-tuning", "linear probe"])
 @pytest.mark.parametrize(
-    ("saved", "words"),
-    [(0, "starts from the beginning"), (1, "last whole checkpoint in .*/out")],
-    ids=["none", "one"],
+    ("saved", "words"), [(0, "starts from the beginning"), (1, "last whole checkpoint in .*/out")], ids=["none", "one"]
 )
 def test_a_signal_after_a_failed_save_is_no_clean_end(
     run: Run, saved: int, words: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,7 +105,7 @@ def test_a_signal_after_a_failed_save_is_no_clean_end(
 
     monkeypatch.setattr(os, "fsync", refuse)
     signalled_at(monkeypatch, saved + 1, signal.SIGTERM)
-    with pytest.raises(UsageError, match=rf"the end of the run is not saved \(.*No space left.*{words}$"):
+    with pytest.raises(UsageError, match=rf"the last checkpoint could not be written \(.*No space left.*{words}$"):
         run(images, out, "--epochs", "3")
     assert len(list(out.glob("checkpoint.pth*"))) == saved
 
