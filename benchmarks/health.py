@@ -18,11 +18,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from config.ranges import COUNT
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.sides import add_sizes, build_step, make_crops
+from config.ranges import COUNT
 from distributed import launch
 from losses.distillation import MonitoredLevel
 from training.collapse import Monitor

@@ -28,11 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config.ranges import COUNT
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from config.ranges import COUNT
 from distributed import launch
 from evaluation.features import LabeledFeatures
 from evaluation.knn import Split, knn_scores

@@ -31,11 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config.ranges import COUNT
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from config.ranges import COUNT
 from distributed import launch
 from losses.region import RegionMatchingLoss
 from models.heads import WeightNormLinear

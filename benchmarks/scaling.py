@@ -24,14 +24,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from config.ranges import COUNT
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import Tensor, nn
 
 from benchmarks.memory import GB, peak_bytes
 from benchmarks.sides import add_sizes, build_step
+from config.ranges import COUNT
 from distributed import fsdp, launch
 from models import Backbone
 

@@ -12,13 +12,12 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from config.ranges import COUNT, integer
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_esvit
 import utils
 from benchmarks.plain import PlainStep, make_plain, make_plain_loss
+from config.ranges import COUNT, integer
 from models import load_arch_config
 from training import setup
 from training.step import TrainStep

@@ -26,12 +26,11 @@ from pathlib import Path
 
 import torch
 
-from config.ranges import COUNT
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks.sides import CPU, SIDES, add_sizes, build_step, build_timm, make_crops
+from config.ranges import COUNT
 from distributed import launch
 
 COMPILED = "compiled"

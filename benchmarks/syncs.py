@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from config.ranges import integer
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.sides import add_sizes, build_step, make_crops
+from config.ranges import integer
 from distributed import launch
 from training.run_log import EpochMeter
 

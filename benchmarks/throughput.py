@@ -24,12 +24,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from config.ranges import COUNT
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks.rows import ROWS, Row
+from config.ranges import COUNT
 from distributed import launch
 from models import Backbone, build_model, load_arch_config
 

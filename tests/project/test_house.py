@@ -119,3 +119,15 @@ def test_test_modules_do_not_import_each_other(path: Path) -> None:
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert not [name for name in names if name.rpartition(".")[2].startswith("test_")]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parts[0] == "benchmarks"], ids=str)
+def test_benchmarks_run_from_any_folder(path: Path) -> None:
+    """The project's root is on the path before the first import of the project."""
+    nodes = ast.parse((ROOT / path).read_text()).body
+    changes = [number for number, node in enumerate(nodes) if "sys.path" in ast.unparse(node)]
+    roots = {module.partition(".")[0] for module in MODULES} | {"benchmarks"}
+    for number, node in enumerate(nodes[: changes[0]] if changes else []):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.partition(".")[0] for name in names} & roots, number
