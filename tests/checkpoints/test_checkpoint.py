@@ -199,7 +199,7 @@ def test_files_of_swin_with_their_yacs_config(tmp_path: Path) -> None:
     assert serialization.load_file(path)["config"]["MODEL"]["SWIN"]["DEPTHS"] == [2, 2, 6, 2]
     marker = tmp_path / "code has run"
     torch.save(wrapped | {"config": CfgNode({"MODEL": {"TYPE": 1}}) | {"CODE": RunsCommand(f"touch '{marker}'")}}, path)
-    with pytest.raises(UsageError, match="not read for safety"):
+    with pytest.raises(UsageError, match="refused for safety"):
         serialization.load_file(path)
     assert not marker.exists()
 
@@ -207,7 +207,7 @@ def test_files_of_swin_with_their_yacs_config(tmp_path: Path) -> None:
 def test_code_is_never_run(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     torch.save({"teacher": RunsCommand()}, path)
-    with pytest.raises(UsageError, match=r"not read for safety.*convert it once"):
+    with pytest.raises(UsageError, match=r"refused for safety.*convert it once"):
         serialization.load_file(path)
 
 

@@ -355,7 +355,7 @@ def test_incompatible_flags(shards: Path, tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     command = [*TINY_RUN, "--data_path", str(tmp_path), "--epoch_images", "5", "--output_dir", str(tmp_path / "out")]
     (tmp_path / "shards").rename(tmp_path / "set")
-    with pytest.raises(UsageError, match=f"--epoch_images 5 is for tar shards, {tmp_path} holds none"):
+    with pytest.raises(UsageError, match=f"--epoch_images 5 requires tar shards, but {tmp_path} has none"):
         main_esvit.main(main_esvit.get_args_parser().parse_args([*command, *TINY_SWIN]))
     command += ["--dataset", "set", "--batch_size_per_gpu", "24"]  # the folder below decides what it holds
     with pytest.raises(UsageError, match=r"--batch_size_per_gpu 24 .* 5 images"):
