@@ -238,7 +238,7 @@ def test_images_of_other_channels_are_refused(images: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--number_cls_token", "3"], "invalid choice: 3"), (["--include_patch", "off"], "pass --number_cls_token 1 too")],
+    [(["--number_cls_token", "3"], "invalid choice: 3"), (["--include_patch", "off"], "pass --number_cls_token 1")],
     ids=["choice", "combination"],
 )
 def test_mistakes_end_with_one_line_and_code_2(flags: list[str], words: str, images: Path) -> None:

@@ -193,7 +193,7 @@ def test_two_processes_crop_one_picture_differently(tmp_path: Path) -> None:
     (picture,) = write_images(tmp_path / "images", 1).iterdir()
     for i in range(1, 8):
         shutil.copy(picture, picture.with_name(f"{i:03}.png"))
-    script = tmp_path / "data/transforms/crops.py"
+    script = tmp_path / "crops.py"
     script.write_text(
         "import pathlib, sys, torch\n"
         f"sys.path[:0] = [{str(ROOT)!r}]\n"
