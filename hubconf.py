@@ -23,7 +23,7 @@ from checkpoints.loading import load_backbone
 from models import Backbone, build_model, load_arch_config
 from utils import UsageError
 
-dependencies = ["torch", "torchvision", "timm", "yacs", "yaml", "safetensors", "numpy", "filelock"]
+dependencies = ["torch", "torchvision", "timm", "yacs", "yaml", "safetensors", "numpy", "filelock", "tqdm"]
 
 
 def _backbone(
