@@ -33,10 +33,10 @@ SCRIPT = Path(__file__).with_name("main_esvit.py")
 
 
 def torchrun_arguments(argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
-    """What torchrun is to be called with on this node: where to meet, main_esvit.py, and its own part of `argv`, in its order.
+    """Return the arguments of torchrun on this node: the rendezvous, main_esvit.py, and the flags of `argv` that are main_esvit's.
 
     Raises:
-        UsageError: numbers of nodes or GPUs that cannot be, no rank for this node, or no place to meet.
+        UsageError: The numbers of nodes or GPUs are invalid, or the rank of this node or the rendezvous is missing.
     """
     args = get_args_parser().parse_args(argv)
     if args.device in {"auto", "cuda"} and 0 < torch.cuda.device_count() < args.num_gpus_per_node:
@@ -47,7 +47,7 @@ def torchrun_arguments(argv: Sequence[str], env: Mapping[str, str]) -> list[str]
     if args.num_nodes == 1 and args.node_rank in {None, 0} and "MASTER_PORT" not in env:
         where.append("--standalone")
     else:
-        where += ["--node_rank", str(_node_rank(args, env)), *_meeting_place(args.num_nodes, env)]
+        where += ["--node_rank", str(_node_rank(args, env)), *_rendezvous(args.num_nodes, env)]
     return [*where, str(SCRIPT), *_without_node_flags(argv)]
 
 
@@ -72,8 +72,8 @@ def _node_rank(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     return rank
 
 
-def _meeting_place(nodes: int, env: Mapping[str, str]) -> list[str]:
-    """torchrun's flags for the host and port of node 0."""
+def _rendezvous(nodes: int, env: Mapping[str, str]) -> list[str]:
+    """Return torchrun's flags for the host and port of node 0."""
     if nodes == 1:
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | dict(env)
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
@@ -89,7 +89,7 @@ def _meeting_place(nodes: int, env: Mapping[str, str]) -> list[str]:
 
 
 def _without_node_flags(argv: Sequence[str]) -> list[str]:
-    """main_esvit.py's part of `argv`, word by word; after -- there are only KEY VALUE pairs."""
+    """Return `argv` without the flags of this script; after -- there are only KEY VALUE pairs."""
     end = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_node_flags(parser)

@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config.choices import VIDEO_LAST_FRAMES, VIDEO_RADIUS, VIDEO_TEMPERATURE, VIDEO_TOP
+
 Grid = tuple[int, int]
 
 
 class PropagationConfig(NamedTuple):
     """Hyperparameters of label propagation."""
 
-    last_frames: int = 7  # in addition to the first one
-    radius: int = 12  # in regions, along each axis; 0: the whole frame
-    top: int = 5
-    temperature: float = 0.1
+    last_frames: int = VIDEO_LAST_FRAMES  # in addition to the first one
+    radius: int = VIDEO_RADIUS  # in regions, along each axis; 0: the whole frame
+    top: int = VIDEO_TOP
+    temperature: float = VIDEO_TEMPERATURE
 
 
 class Labeled(NamedTuple):

@@ -34,12 +34,11 @@ from distributed.ddp import SYNC_BUFFERS
 from evaluation.features import readable_batches
 from models.base import HEAD_PREFIXES, Backbone, batch_norms
 from training import optim
-from training.checkpointing import RunPosition, StopRequest, check_same_run, in_epoch, write
+from training.checkpointing import CHECKPOINT, RunPosition, StopRequest, check_same_run, run_fields, write
 from training.restore import reading
 from training.run_log import EpochMeter, RunLog
 from utils import UsageError
 
-CHECKPOINT = "checkpoint.pth"
 BEST = "best.pth"
 STATE = ("model", "optimizer", "epoch", "best", "finetuning")  # keys that a resumed checkpoint must have
 
@@ -405,8 +404,7 @@ def save_run(
     Raises:
         FloatingPointError: A weight is not finite.
     """
-    rng_of_rank = collectives.all_gather_objects(utils.get_rng_state())
-    state = tuner.state_dict()
+    state = run_fields(position, args, config) | tuner.state_dict() | {"identity": dict(identity)}
     if not collectives.is_main_process():
         return ""
     best = tuner.best
@@ -415,14 +413,4 @@ def save_run(
         content = {"model": weights, "finetuning": best._asdict(), "config": config.dump()}
         if failure := write(content, output_dir / BEST, keep=0):
             return failure
-    state |= {
-        "epoch": position.epoch,
-        "identity": dict(identity),
-        "args": args,
-        "config": config.dump(),
-        "rng": rng_of_rank,
-        "world_size": collectives.get_world_size(),
-    }
-    if position.steps:
-        state["in_epoch"] = in_epoch(position.steps, position.meter, args)
     return write(state, output_dir / CHECKPOINT)

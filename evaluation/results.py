@@ -48,10 +48,9 @@ def save_results(output_dir: str | Path, results: Results) -> None:
         if path.exists() and path.read_text() == text:
             logger.info("%s is unchanged", path)
             return
-        with files.atomic_write(path) as temporary:
+        backup = path.with_name(f"{path.name}.bak")
+        with files.atomic_write(path, lambda: os.replace(path, backup) if path.exists() else None) as temporary:
             temporary.write_text(text)
-            if path.exists():
-                os.replace(path, path.with_name(f"{path.name}.bak"))
     logger.info("wrote %s", path)
 
 

@@ -149,13 +149,9 @@ class Saver(StopRequest):
         every = self.args.save_every_steps
         return self.stopping or (moved and (save_votes > 0 or bool(every and steps % every == 0)))
 
-    def save(self, position: RunPosition, images: int = 0) -> None:
-        """Save the run, a collective operation; if writing fails, warn and continue.
-
-        Args:
-            images: Images of the epoch that all processes have seen.
-        """
-        self.failure = save_run(self.path, self.step, position, images, self.args, self.config)
+    def save(self, position: RunPosition) -> None:
+        """Save the run, a collective operation; if writing fails, warn and continue."""
+        self.failure = save_run(self.path, self.step, position, self.args, self.config)
         self._saved_at = time.monotonic()
         if self.stopping and not self.failure:
             logger.warning(
@@ -169,7 +165,7 @@ class Saver(StopRequest):
 # --------------------------------------------------------------------------- saving
 
 
-def save_run(path: Path, step: Stateful, position: RunPosition, images: int, args: Any, config: Any) -> str:
+def save_run(path: Path, step: Stateful, position: RunPosition, args: Any, config: Any) -> str:
     """Write `checkpoint.pth`, and keep it as `checkpoint{epoch:04}.pth` after every `args.saveckp_freq`-th epoch (0: never).
 
     All processes call this; the main process writes.
@@ -177,25 +173,27 @@ def save_run(path: Path, step: Stateful, position: RunPosition, images: int, arg
     Returns:
         Why `checkpoint.pth` could not be written; empty on success.
     """
-    rng_of_rank = collectives.all_gather_objects(utils.get_rng_state())
-    state = step.state_dict()
+    state = run_fields(position, args, config) | step.state_dict()
     if not collectives.is_main_process():
         return ""
-    state |= {
-        "epoch": position.epoch,
-        "args": args,
-        "config": None if config is None else config.dump(),
-        "rng": rng_of_rank,
-        "world_size": collectives.get_world_size(),
-        "unreadable": dict(position.unreadable),
-    }
-    if position.steps:
-        state["in_epoch"] = {"steps": position.steps, "images": images, "meter": dict(position.meter)}
+    state["unreadable"] = dict(position.unreadable)
     failure = write(state, path, args.keep_last)
     finished = position.epoch - 1
     if not failure and args.saveckp_freq and not position.steps and finished % args.saveckp_freq == 0:
         _keep(path, path.with_name(f"checkpoint{finished:04}.pth"))
     return failure
+
+
+def run_fields(position: RunPosition, args: Any, config: Any) -> dict[str, Any]:
+    """Return the fields of a checkpoint that `position_of` reads, and the config; a collective operation."""
+    fields = {
+        "epoch": position.epoch,
+        "args": args,
+        "config": None if config is None else config.dump(),
+        "rng": collectives.all_gather_objects(utils.get_rng_state()),
+        "world_size": collectives.get_world_size(),
+    }
+    return fields | ({"in_epoch": in_epoch(position.steps, position.meter, args)} if position.steps else {})
 
 
 def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:

@@ -74,7 +74,7 @@ def train(
                 iteration = epoch * steps + i
                 if saver.due(i, i > done, votes):
                     step.check(meter.read(), iteration - 1)
-                    saver.save(RunPosition(epoch, i, meter.state(), tally.seen), images=i * meter.images_per_step)
+                    saver.save(RunPosition(epoch, i, meter.state(), tally.seen))
                     if saver.stopping:
                         return False
                 views = [partial(_load_views, batch, step, log) for batch in micro_batches]

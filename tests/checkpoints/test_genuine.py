@@ -111,7 +111,7 @@ def test_saved_again_moments_are_found_by_name(tmp_path: Path) -> None:
     step, position = run.resume_in(tmp_path)
     run.train(step, 2, 3)
     path = tmp_path / checkpointing.CHECKPOINT
-    assert not checkpointing.save_run(path, step, checkpointing.RunPosition(3), 0, run.args, run.config)
+    assert not checkpointing.save_run(path, step, checkpointing.RunPosition(3), run.args, run.config)
     whole = run.train(step, 3, 4)
     content = serialization.load_file(tmp_path / "checkpoint.pth")
     groups = content["optimizer"]["param_groups"]

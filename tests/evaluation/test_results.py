@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ def test_only_the_previous_file_of_the_same_evaluation_is_kept(tmp_path: Path) -
     assert names(tmp_path) == ["results/knn.json", "results/knn.json.bak", "results/linear.json"]
     previous, current = (content(tmp_path / "results" / f"knn.json{ending}") for ending in (".bak", ""))
     assert (previous["scores"]["network"]["top1"], current["scores"]["network"]["top1"]) == (2, 3)
+
+
+def test_a_failed_write_leaves_the_results_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_results(tmp_path, results(top1=1))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UsageError, match="No space left"):
+        save_results(tmp_path, results(top1=2))
+    assert names(tmp_path) == ["results/knn.json"]
+    assert content(tmp_path / "results" / "knn.json")["scores"]["network"]["top1"] == 1
 
 
 def test_equal_results_are_not_written_again(

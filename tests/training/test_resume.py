@@ -190,11 +190,11 @@ def test_weights_that_are_not_finite_end_the_run_and_the_last_checkpoint_stays(
     """At the end of the second epoch; the same command then goes on from the first."""
     save = checkpointing.Saver.save
 
-    def spoil(self: checkpointing.Saver, place: checkpointing.RunPosition, images: int = 0) -> None:
+    def spoil(self: checkpointing.Saver, place: checkpointing.RunPosition) -> None:
         if place.epoch == 2:
             assert isinstance(self.step, TrainStep)
             next(getattr(self.step.method, network).parameters()).data.view(-1)[3] = float("nan")
-        save(self, place, images)
+        save(self, place)
 
     flags = ("--saveckp_freq", "1")
     with monkeypatch.context() as patch:
@@ -274,6 +274,20 @@ def test_kept_checkpoint_that_fails_alone_is_told_alone(
     assert len(told) == 1
     assert told[0].startswith("cannot keep checkpoint0000.pth (")
     assert serialization.load_file(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_kept_checkpoints_stay_what_they_were(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Later saves do not change them, whether they are hard links or copies."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links")))
+    train(tmp_path, images, "--saveckp_freq", "1")
+    kept = [serialization.load_file(tmp_path / f"checkpoint000{epoch}.pth") for epoch in (0, 1)]
+    assert [content["epoch"] for content in kept] == [1, 2]
+    assert_identical(kept[0], serialization.load_file(tmp_path / "checkpoint_previous1.pth"))
+    assert_identical(kept[1], serialization.load_file(tmp_path / "checkpoint.pth"))
 
 
 def test_checkpoint_that_is_gone_is_told_and_written_again(
