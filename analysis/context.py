@@ -13,7 +13,7 @@ import data
 from analysis import attention
 from analysis.images import Scale, Selection, load_pictures, scale_of
 from checkpoints import files
-from config.arguments.run_analysis import LEARNING
+from config.arguments.run_analysis import LEARNING, PATCH_SIZE
 from data.transforms import augment
 from evaluation.features import frozen_backbone, network_config
 from models import Backbone
@@ -70,7 +70,7 @@ class AnalysisContext(NamedTuple):
 
 def build_context(args: argparse.Namespace, device: torch.device) -> AnalysisContext:
     """Load the network, and create --output_dir."""
-    config = network_config(args)
+    config = network_config(args, patch_size=PATCH_SIZE)
     augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     backbone = frozen_backbone(args, config, args.pretrained_weights, device)
     if args.token == "both":

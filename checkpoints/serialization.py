@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.files import atomic_write
-from config.loading import SavedConfig
 from distributed.collectives import all_gather_objects, is_main_process
 from utils import UsageError
 
@@ -37,7 +36,6 @@ READABLE: list[Any] = [
     np.dtype,
     *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
 ]
-OWN_FIELDS = {"world_size", "finetuning"}  # a file with one of these was written by this project
 
 
 class DamagedError(UsageError):
@@ -125,26 +123,12 @@ def load_tensor(path: str | Path) -> Tensor:
     return content
 
 
-def saved_config(path: str | Path) -> SavedConfig | None:
-    """Return the network's config from a checkpoint of this project, without reading its tensors; None for other files.
-
-    Raises:
-        UsageError: As in `load_file`.
-    """
-    if _is_safetensors(path):
-        return None
-    content = load_file(path, in_place=True)
-    if not isinstance(content.get("config"), str) or not content.keys() & OWN_FIELDS:
-        return None
-    return SavedConfig(content["config"], f"the config inside checkpoint '{path}'")
-
-
 def _load(path: str | Path, in_place: bool = False) -> Any:
     _check_readable(path)
-    if not (in_place or _is_safetensors(path)):
+    if not (in_place or is_safetensors(path)):
         _check_checksums(path)
     try:
-        if _is_safetensors(path):
+        if is_safetensors(path):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(READABLE):
             mapped = in_place and zipfile.is_zipfile(path)
@@ -164,7 +148,8 @@ def _load(path: str | Path, in_place: bool = False) -> Any:
     return content
 
 
-def _is_safetensors(path: str | Path) -> bool:
+def is_safetensors(path: str | Path) -> bool:
+    """Return whether a path has the suffix of safetensors files."""
     return Path(path).suffix == ".safetensors"
 
 

@@ -24,13 +24,15 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoints.loading import load_backbone
-from checkpoints.serialization import saved_config
+from checkpoints.network import SavedNetwork, same_network, saved_network
+from config.choices import PATCH_SIZE
 from config.loading import load_config
 from data.datasets import Transform
 from data.layouts.image_list import select_listed
 from data.transforms import augment
 from distributed import collectives
-from models import Backbone, build_model, load_arch_config
+from models import Backbone, build_model, list_models, load_arch_config
+from models.registry import lookup
 from training.run_log import tracked
 from utils import UsageError, logger
 
@@ -47,24 +49,46 @@ class LabeledFeatures(NamedTuple):
 # --------------------------------------------------------------------------- network and images
 
 
-def network_config(args: argparse.Namespace, drop_path: float | None = None) -> CfgNode:
-    """Load the config of --arch: that of --cfg, else the one saved in the checkpoint, else the published one.
+def network_config(args: argparse.Namespace, drop_path: float | None = None, patch_size: int = PATCH_SIZE) -> CfgNode:
+    """Return the config of the evaluated network, and set --arch and --patch_size from the checkpoint where they are not given.
 
-    KEY VALUE pairs of the command line override its entries. Reads `arch`, `cfg`, `opts` and `pretrained_weights` of `args`.
+    The config is that of --cfg, else of the checkpoint, else the published one of --arch; KEY VALUE pairs override its entries.
+    Reads `arch`, `cfg`, `patch_size`, `opts`, `pretrained_weights` and `allow_partial` of `args`.
+
+    Args:
+        drop_path: overrides MODEL.SPEC.DROP_PATH_RATE.
+        patch_size: default where the checkpoint has none.
 
     Raises:
-        UsageError: invalid config or checkpoint.
+        UsageError: invalid config or checkpoint, no --arch, or one that is not the checkpoint's.
     """
-    source = args.cfg
-    if source is None and args.pretrained_weights:
-        source = saved_config(args.pretrained_weights)
-        if source is not None:
-            logger.info("the network is built from %s; --cfg overrides it", source)
-            try:
-                load_config(source)  # without the KEY VALUE pairs, which cannot repair it
-            except UsageError as error:
-                raise UsageError(f"{error}; name a yaml with --cfg") from None
-    return load_arch_config(args.arch, source, args.opts, drop_path)
+    weights = args.pretrained_weights
+    saved = saved_network(weights) if weights else SavedNetwork()
+    if args.arch is None and saved.arch is None:
+        found = (
+            f"checkpoint '{weights}' does not name its architecture"
+            if weights
+            else "no checkpoint names the architecture"
+        )
+        raise UsageError(f"{found}; pass --arch, one of {', '.join(list_models())}")
+    if saved.arch and args.arch and not same_network(args.arch, saved.arch) and not args.allow_partial:
+        raise UsageError(
+            f"--arch {args.arch}: checkpoint '{weights}' was trained with --arch {saved.arch}; leave --arch out, or pass "
+            "--allow_partial to load the tensors that fit"
+        )
+    if args.arch is None or args.arch == saved.arch:
+        args.patch_size = args.patch_size or saved.patch_size
+    args.arch = args.arch or saved.arch
+    args.patch_size = args.patch_size or patch_size
+    source, overrides = args.cfg, args.opts
+    if source is None and saved.config is not None and lookup(args.arch).spec is lookup(saved.arch or args.arch).spec:
+        source, overrides = saved.config, [*saved.overrides, *args.opts]
+        logger.info("the network is %s of %s; --cfg overrides it", args.arch, source)
+        try:
+            load_config(source, saved.overrides)  # without the KEY VALUE pairs, which cannot repair it
+        except UsageError as error:
+            raise UsageError(f"{error}; name a yaml with --cfg") from None
+    return load_arch_config(args.arch, source, overrides, drop_path)
 
 
 def frozen_backbone(args: argparse.Namespace, config: CfgNode, weights: str | Path, device: torch.device) -> Backbone:

@@ -410,7 +410,7 @@ def save_run(
     best = tuner.best
     if best.epoch == position.epoch - 1 and not position.steps:
         weights = tuner.networks()[best.network].state_dict()
-        content = {"model": weights, "finetuning": best._asdict(), "config": config.dump()}
+        content = {"model": weights, "finetuning": best._asdict(), "args": args, "config": config.dump()}
         if failure := write(content, output_dir / BEST, keep=0):
             return failure
     return write(state, output_dir / CHECKPOINT)

@@ -18,7 +18,6 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoints import files, layouts, loading, serialization
-from config.choices import PATCH_SIZE
 from data.transforms import augment
 from distributed import collectives, ddp, fsdp
 from models import Backbone
@@ -242,11 +241,8 @@ def log_run(args: argparse.Namespace, method: Method, loader: DataLoader[data.Ba
 
 def log_end(args: argparse.Namespace) -> None:
     """Log where the results of a finished run are, and the command that evaluates its network."""
-    evaluate = ["python", "eval_knn.py", "--arch", args.arch]  # the checkpoint holds the rest of the network's config
-    if args.patch_size != PATCH_SIZE:
-        evaluate += ["--patch_size", str(args.patch_size)]
     checkpoint = Path(args.output_dir) / checkpointing.CHECKPOINT
-    evaluate += ["--pretrained_weights", str(checkpoint), "--checkpoint_key", "teacher", "--data_path", "IMAGES"]
+    evaluate = ["python", "eval_knn.py", "--pretrained_weights", str(checkpoint), "--data_path", "IMAGES"]
     logger.info(
         "the run is finished: %s holds %s, log.txt and the curves (tensorboard --logdir %s). To evaluate its network on "
         "IMAGES/train/<class>/ and IMAGES/val/<class>/: %s",

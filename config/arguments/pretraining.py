@@ -26,7 +26,7 @@ from utils import PRECISIONS, UsageError
 
 def add_student_teacher_flags(parser: Parser) -> None:
     """Add the flags of student, teacher and projection heads."""
-    shared.add_network_flags(parser, default_cfg="the published yaml of --arch")
+    shared.add_network_flags(parser, saved=False)
     group = parser.group("network")
     add = group.add_argument
     text = "number of prototypes, the output dimension of the heads"

@@ -6,6 +6,7 @@ from config.arguments import shared
 from config.arguments.shared import Parser, existing_path
 from config.ranges import ABOVE_ZERO, COUNT, MANY, PIXELS, integer, number
 
+PATCH_SIZE = 8  # default of the published script
 LEARNING = {"ssl": "ssl", "sup": "sup", "supervised": "sup"}  # --learning: part of file names
 TASKS = {
     "vis_attention": "draw attention maps of each head",
@@ -24,7 +25,7 @@ def get_args_parser() -> Parser:
     tasks = parser.group("tasks, at least one")
     for task, text in TASKS.items():
         shared.add_switch(tasks, f"--{task}", text)
-    shared.add_network_flags(parser, patch_size=8)
+    shared.add_network_flags(parser, patch_size=PATCH_SIZE)
     shared.add_token_flag(parser)
     shared.add_weights_flags(parser)
     text = "how the network was trained, for file names"

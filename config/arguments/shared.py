@@ -130,18 +130,22 @@ def add_switch(parser: argparse._ActionsContainer, name: str, explanation: str) 
 # --------------------------------------------------------------------------- groups of flags
 
 
-def add_network_flags(
-    parser: Parser,
-    *,
-    default_cfg: str = "the config in the checkpoint, else the published yaml of --arch",
-    patch_size: int = PATCH_SIZE,
-) -> None:
-    """Add the flags that name a network, and its config overrides."""
+def add_network_flags(parser: Parser, *, saved: bool = True, patch_size: int = PATCH_SIZE) -> None:
+    """Add the flags that name a network, and its config overrides.
+
+    Args:
+        saved: the defaults come from a checkpoint (`evaluation.features.network_config`).
+        patch_size: default where no checkpoint has one.
+    """
     add = parser.group("network").add_argument
-    add("--cfg", type=existing_path, default=None, help=f"yaml file of the network (default: {default_cfg})")
-    add("--arch", default="deit_small", metavar="NAME", help="architecture, e.g. swin_tiny")
+    in_checkpoint = "that of the checkpoint, else " if saved else ""
+    text = f"yaml file of the network (default: {in_checkpoint}the published yaml of --arch)"
+    add("--cfg", type=existing_path, default=None, help=text)
+    text = "architecture, e.g. swin_tiny" + (" (default: that of the checkpoint)" if saved else "")
+    add("--arch", default=None if saved else "deit_small", metavar="NAME", help=text)
     text = "patch size in pixels, for architectures whose yaml has no PATCH_SIZE"
-    add("--patch_size", type=integer(1, 1024), default=patch_size, help=text)
+    text += f" (default: {in_checkpoint}{patch_size})" if saved else ""
+    add("--patch_size", type=integer(1, 1024), default=None if saved else patch_size, help=text)
     text = "config overrides after all flags, e.g. MODEL.SPEC.WINDOW_SIZE 14"
     add("opts", nargs="*", metavar="KEY VALUE", help=text)
 

@@ -77,8 +77,8 @@ ADDED_UDI: dict[str, object] = {
     "save_every_steps": 0, "save_every_minutes": 0.0, "keep_last": 1,
 }  # fmt: skip
 PUBLISHED_KNN = {
-    "cfg": None, "arch": "deit_small", "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
-    "pretrained_weights": "", "use_cuda": True, "patch_size": 16, "checkpoint_key": "teacher", "dump_features": None,
+    "cfg": None, "arch": None, "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
+    "pretrained_weights": "", "use_cuda": True, "patch_size": None, "checkpoint_key": "teacher", "dump_features": None,
     "load_features": None, "num_workers": 10, "dist_url": "env://", "local_rank": None, "zip_mode": False,
 }  # fmt: skip
 ADDED_KNN: dict[str, object] = {
@@ -88,7 +88,7 @@ ADDED_KNN: dict[str, object] = {
     "token": "cls", "allow_partial": False, "half": False, "backend": "torch", "leave_one_out": False,
 }  # fmt: skip
 PUBLISHED_LINEAR = {
-    "cfg": None, "arch": "deit_small", "n_last_blocks": [4], "avgpool_patchtokens": False, "patch_size": 16,
+    "cfg": None, "arch": None, "n_last_blocks": [4], "avgpool_patchtokens": False, "patch_size": None,
     "pretrained_weights": "", "checkpoint_key": "teacher", "epochs": 100, "lr": [0.001], "batch_size_per_gpu": 128,
     "data_path": "", "num_workers": 10, "val_freq": 1, "output_dir": ".", "zip_mode": False, "num_labels": 1000,
     "dist_url": "env://", "local_rank": None,
@@ -103,7 +103,7 @@ ADDED_LINEAR: dict[str, object] = {
 
 FINETUNE: dict[str, object] = {
     "tsv_mode": False,
-    "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "cfg": None, "arch": None, "patch_size": None, "pretrained_weights": "", "checkpoint_key": "teacher",
     "random_weights": False,
     "token": "cls", "finetune_head_layer": 0, "init_scale": 1.0, "target_list_path": None,
     "allow_partial": False, "drop_path": None, "grad_checkpointing": False, "epochs": 100, "warmup_epochs": 5,
@@ -115,7 +115,7 @@ FINETUNE: dict[str, object] = {
 }  # fmt: skip
 
 LOGISTIC: dict[str, object] = {
-    "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "cfg": None, "arch": None, "patch_size": None, "pretrained_weights": "", "checkpoint_key": "teacher",
     "random_weights": False, "allow_partial": False, "token": "cls", "n_last_blocks": 1, "avgpool_patchtokens": 0,
     "lr_lambd": [0.01, 0.1, 1.0], "adjust_lambd": True, "epochs": 1000, "target_list_path": None,
     "batch_size_per_gpu": 128, "image_size": None, "crop_ratio": 0.875, "output_dir": None, "seed": 0, "num_workers": 10,
@@ -124,7 +124,7 @@ LOGISTIC: dict[str, object] = {
 }  # fmt: skip
 
 PUBLISHED_VIDEO = {
-    "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher", "n_last_frames": 7,
+    "arch": None, "patch_size": None, "pretrained_weights": "", "checkpoint_key": "teacher", "n_last_frames": 7,
     "size_mask_neighborhood": 12, "topk": 5,
 }  # fmt: skip
 ADDED_VIDEO: dict[str, object] = {
@@ -133,8 +133,8 @@ ADDED_VIDEO: dict[str, object] = {
 }  # fmt: skip
 
 PUBLISHED_ANALYSIS = {
-    "cfg": None, "arch": "deit_small", "use_saved_aug": False, "vis_correspondence": False, "measure_correspondence": False,
-    "vis_attention": False, "vis_entropy": False, "seed": 8, "patch_size": 8, "pretrained_weights": "",
+    "cfg": None, "arch": None, "use_saved_aug": False, "vis_correspondence": False, "measure_correspondence": False,
+    "vis_attention": False, "vis_entropy": False, "seed": 8, "patch_size": None, "pretrained_weights": "",
     "checkpoint_key": "teacher", "learning": "ssl", "image_path": None, "image_path2": None, "output_dir": ".",
     "threshold": 0.6, "batch_size_per_gpu": 32, "data_path": "", "num_workers": 10, "dist_url": "env://", "local_rank": None,
 }  # fmt: skip

@@ -20,7 +20,8 @@ from torch import nn
 
 import eval_finetune
 from checkpoints import loading, serialization
-from config.loading import load_config
+from checkpoints.network import saved_network
+from config.loading import SavedConfig, load_config
 from data.loader import Batch
 from data.transforms.augment import eval_view
 from evaluation import finetune
@@ -134,9 +135,9 @@ def test_accuracy_and_files_of_a_run(images: Path, tmp_path: Path, capsys: pytes
     config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
     backbone = build_model("swin", config)
     loading.load_backbone(backbone, tmp_path / "best.pth")  # for the other evaluations, which need no --cfg then
-    saved = serialization.saved_config(tmp_path / "best.pth")
-    assert saved is not None
-    assert saved.text == config.dump()
+    saved = saved_network(tmp_path / "best.pth")
+    assert isinstance(saved.config, SavedConfig)
+    assert (saved.arch, saved.config.text) == ("swin", config.dump())
     assert torch.equal(backbone.state_dict()["norm.weight"], content["model"]["norm.weight"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     run(images, tmp_path, *PLAIN, "--epochs", "12", "--lr", "0.5", "--layer_decay", "0.9", "--model_ema")
