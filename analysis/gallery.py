@@ -22,7 +22,7 @@ from data.layouts.sources import PackedStrings, Source
 from utils import counted, logger
 
 TILE = 128  # pixels, in the picture of neighbors
-THUMBNAIL = 32  # pixels, in the scatter plot
+THUMBNAIL = 28  # points, in the scatter plot
 MAX_COLORS = 20  # classes with colors of their own
 BLANK = (225, 225, 225)
 
@@ -144,9 +144,9 @@ def scatter_plot(
 
 
 def without_overlap(points_N2: np.ndarray, side: float) -> list[int]:
-    """Return the indices of points whose squares of this side do not overlap, earlier points first."""
+    """Return the indices of points whose squares of this side do not overlap, chosen in a random, fixed order."""
     chosen: list[int] = []
-    for i, point in enumerate(points_N2):
-        if not chosen or (np.abs(points_N2[chosen] - point).max(axis=1) >= side).all():
+    for i in np.random.default_rng(0).permutation(len(points_N2)).tolist():
+        if not chosen or (np.abs(points_N2[chosen] - points_N2[i]).max(axis=1) >= side).all():
             chosen.append(i)
     return chosen

@@ -139,6 +139,23 @@ def saved_config(path: str | Path) -> SavedConfig | None:
     return SavedConfig(content["config"], f"the config inside checkpoint '{path}'")
 
 
+def saved_args(path: str | Path) -> dict[str, Any]:
+    """Return the arguments of the run that wrote a checkpoint, without reading its tensors; empty for other files.
+
+    Raises:
+        UsageError: As in `load_file`.
+    """
+    content = {} if _is_safetensors(path) else load_file(path, in_place=True)
+    args = content.get("args")
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+
+
+def saved_arch(path: str | Path) -> str | None:
+    """Return the value of --arch of the run that wrote a checkpoint, see `saved_args`; None if the file has none."""
+    arch = saved_args(path).get("arch")
+    return arch if isinstance(arch, str) else None
+
+
 def _load(path: str | Path, in_place: bool = False) -> Any:
     _check_readable(path)
     if not (in_place or _is_safetensors(path)):
