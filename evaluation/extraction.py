@@ -25,6 +25,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 import data
+from checkpoints import files
 from data.datasets import FatalFailure, Sample
 from data.layouts.sources import UNLABELED
 from data.loader import MAX_FAILED_SHARE
@@ -222,16 +223,16 @@ def extract(
         Stopped: on Ctrl-C.
     """
     tally = data.FailureTally(len(dataset), consequence="its features are NaN")
-    with collectives.failing_together():
+    with collectives.failing_together(), files.disk_errors(folder.path):
         pending = folder.pending_batches(args.batch_size_per_gpu)
         total = -(-len(dataset) // args.batch_size_per_gpu)
         if len(pending) < total:
             logger.info("resuming: %d of %d batches remain", len(pending), total)
         own = pending[collectives.get_rank() :: collectives.get_world_size()]
-    with collectives.failing_together():
+    with collectives.failing_together(), files.disk_errors(folder.path):
         failures = _extract_batches(args, dataset, own, backbone, folder, device)
     tally.exchange(failures, device)
-    with collectives.failing_together():
+    with collectives.failing_together(), files.disk_errors(folder.path):
         if collectives.is_main_process():
             folder.finish(Names(dataset), tally.seen)
 

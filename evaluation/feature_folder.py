@@ -146,7 +146,7 @@ class FeatureFolder:
     @property
     def finished(self) -> bool:
         """Whether the folder has all features."""
-        return (self.path / META).exists()
+        return os.path.exists(self.path / META)  # unlike Path.exists, False for a name that is too long
 
     # ----------------------------------------------------------------- writing
 

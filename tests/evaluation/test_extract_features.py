@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -355,6 +356,26 @@ def test_too_large_for_the_disk(images: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UsageError, match=r"0\.0 GiB for the features.*--half"):
         extract(tmp_path / "out", images)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_and_the_rest_resumes(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = extract(tmp_path / "whole", images)
+    write, count = RowFile.write, 0
+
+    def full(self: RowFile, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowFile, "write", full)
+        with pytest.raises(UsageError, match=r"--output_dir .*out cannot be used \(No space left on device\)"):
+            extract(tmp_path / "out", images)
+    assert extract(tmp_path / "out", images).tobytes() == expected.tobytes()
 
 
 def test_a_name_with_a_line_break(tmp_path: Path) -> None:
