@@ -27,7 +27,7 @@ from yacs.config import CfgNode
 import data
 from checkpoints import files
 from data.datasets import FatalFailure, Sample
-from data.layouts.sources import UNLABELED
+from data.layouts.sources import UNLABELED, Files
 from data.loader import MAX_FAILED_SHARE
 from data.transforms import augment
 from data.workers import SignalSafeLoader, usable_workers
@@ -49,7 +49,7 @@ def open_images(args: argparse.Namespace, config: CfgNode) -> data.ImageDataset:
     """Open the images of --data_path in any layout, labeled or not.
 
     Raises:
-        UsageError: no images, or a config that does not fit evaluation images.
+        UsageError: no images, --output_dir among them, or a config that does not fit evaluation images.
     """
     mean, std, in_chans = config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS
     augment.check_normalization(mean, std, in_chans)
@@ -57,6 +57,12 @@ def open_images(args: argparse.Namespace, config: CfgNode) -> data.ImageDataset:
     layout, path = data.layout_of(args), absolute(data_path_of(args))
     dataset = open_dataset(path, args.split, layout, transform, in_chans, config.INPUT.RANGE)
     dataset.replaces_unreadable = False
+    root = dataset.source.root if isinstance(dataset.source, Files) else ""
+    if root and Path(args.output_dir).resolve().is_relative_to(Path(root).resolve()):
+        raise UsageError(
+            f"--output_dir {args.output_dir} is inside the images of {root}, so its arrays and pictures would be read as images; "
+            "choose another"
+        )
     labeled = f"of {counted(len(dataset.classes), 'class', 'classes')}" if dataset.classes else "without labels"
     logger.info("%s: %s %s", path, counted(len(dataset), "image"), labeled)
     others = [part for part in ("train", "val") if part != args.split and (Path(path) / part).is_dir()]

@@ -26,8 +26,8 @@ import extract_features
 from analysis import embedding, gallery
 from config.loading import load_config
 from data import convert
-from data.datasets import build_dataset
-from data.layouts.sources import PackedStrings
+from data.datasets import ImageDataset, build_dataset
+from data.layouts.sources import Files, MultiLabels, PackedStrings
 from data.transforms.augment import eval_view
 from evaluation import extraction, feature_folder, knn, neighbors
 from evaluation.feature_folder import FeatureFolder, RowFile
@@ -180,6 +180,12 @@ def test_tsv_without_labels(images: Path, tmp_path: Path) -> None:
     (tmp_path / "tsv" / "train.lineidx").unlink()
     assert np.isfinite(extract(tmp_path / "out", tmp_path / "tsv", "--tsv_mode")).all()
     assert not (tmp_path / "out" / "labels.txt").exists()
+
+
+def test_several_labels_an_image() -> None:
+    labels = MultiLabels([[0, 2], [], [1]], 3)
+    dataset = ImageDataset(Files(["a", "b", "c"]), labels, ["cat", "dog", "bird"], lambda image: [])
+    assert list(extraction.label_names(dataset) or ()) == ["cat\tbird", "", "dog"]
 
 
 # --------------------------------------------------------------------------- unreadable images
@@ -637,6 +643,14 @@ def test_no_weights_and_no_images(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no image found"):
         extract(tmp_path / "out", tmp_path / "empty")
     assert not (tmp_path / "out").exists()
+
+
+def test_output_among_the_images(images: Path) -> None:
+    with pytest.raises(UsageError, match=r"--output_dir .* is inside the images"):
+        extract(images / "class0" / "features", images)
+    assert not (images / "class0" / "features").exists()
+    images.rename(images.with_name("train"))
+    extract(images.parent / "features", images.parent)  # beside train/, which alone is read
 
 
 def test_names_are_read_when_needed(images: Path) -> None:
