@@ -138,6 +138,7 @@ torch.save(view, "view.pth")
 """
 
 
+@pytest.mark.slow
 def test_beside_modules_of_the_same_names(tmp_path: Path) -> None:
     """A program whose modules have the names of this project's, half of them imported before the backbone is loaded."""
     weights = checkpoint(tmp_path, "swin")
