@@ -24,6 +24,7 @@ DRAWINGS = ("image", "view", "fixed")
 ALIGNMENTS = ("corners", "centers")
 
 KNN_BACKENDS = ("torch", "faiss")
+PROJECTIONS = ("pca", "tsne", "umap")
 
 # Label propagation in videos, as in DINO
 VIDEO_LAST_FRAMES = 7

@@ -81,7 +81,8 @@ def register_spec(spec: ArchSpec) -> None:
 def arch_specs() -> Mapping[str, ArchSpec]:
     """Return the specs of all architectures by MODEL.NAME.
 
-    The package `models` registers them when it is imported. It is imported here, by name, because it depends on this package.
+    The package `models` registers them when it is imported. It is imported here, by name, because it depends on this package;
+    the name is relative to this module's because hubconf.py imports all modules inside a package.
     """
-    importlib.import_module("models")
+    importlib.import_module(__name__.removesuffix("config.schema") + "models")
     return _ARCH_SPECS

@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from data.loader import build_train_loader as build_train_loader
 
 _MODULE_OF = {
-    **dict.fromkeys(("COLLECTIONS", "ImageDataset", "Transform", "build_dataset", "layout_of"), "data.datasets"),
-    **dict.fromkeys(("ShardStream", "build_stream"), "data.layouts.shards"),
-    **dict.fromkeys(
-        ("Batch", "DeviceTransform", "FailureTally", "build_eval_loader", "build_train_loader"), "data.loader"
-    ),
+    **dict.fromkeys(("COLLECTIONS", "ImageDataset", "Transform", "build_dataset", "layout_of"), ".datasets"),
+    **dict.fromkeys(("ShardStream", "build_stream"), ".layouts.shards"),
+    **dict.fromkeys(("Batch", "DeviceTransform", "FailureTally", "build_eval_loader", "build_train_loader"), ".loader"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'data' has no attribute '{name}'")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name], __name__), name)

@@ -90,7 +90,7 @@ class Candidate(NamedTuple):
 def load_sample(
     index: int, candidates: Iterable[Candidate], transform: Transform, in_chans: int, value_range: Sequence[float]
 ) -> Sample:
-    """Load the first candidate that can be read; after `REPLACEMENT_TRIES` of them return a sample without views.
+    """Load the first candidate that can be read; without one, or after `REPLACEMENT_TRIES`, return a sample without views.
 
     Each is tried twice, since reading from a disk or network may fail for a moment.
     """
@@ -112,6 +112,9 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
     """The images of a source, with labels.
 
     A sample is a function of (`seed`, `epoch`, index); set `epoch` before each pass.
+
+    Attributes:
+        replaces_unreadable: whether a random other image takes the place of one that cannot be read; else its sample has no views.
 
     Args:
         source: encoded images.
@@ -142,6 +145,7 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
         self.in_chans = in_chans
         self.seed = seed
         self.value_range = tuple(value_range)
+        self.replaces_unreadable = True
 
     def __len__(self) -> int:
         return len(self.source)
@@ -158,9 +162,12 @@ class ImageDataset(SharedEpoch, Dataset[Sample]):
 
     def _candidates(self, index: int) -> Iterator[Candidate]:
         """Yield the image itself, then random replacements."""
-        while True:
-            yield Candidate(self.source.name(index), partial(self.source.read, index), self._label(index))
-            index = int(np.random.randint(len(self)))
+        yield self._candidate(index)
+        while self.replaces_unreadable:
+            yield self._candidate(int(np.random.randint(len(self))))
+
+    def _candidate(self, index: int) -> Candidate:
+        return Candidate(self.source.name(index), partial(self.source.read, index), self._label(index))
 
     def _label(self, index: int) -> int | Tensor:
         if self.multi_labels is not None:

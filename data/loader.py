@@ -195,10 +195,14 @@ class FailureTally:
     Args:
         images: Number of images of the dataset.
         seen: Unreadable files of this epoch so far, with the reason.
+        consequence: What becomes of an unreadable file, for the log.
     """
 
-    def __init__(self, images: int, seen: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, images: int, seen: Mapping[str, str] | None = None, consequence: str = "another image takes its place"
+    ) -> None:
         self.images = images
+        self.consequence = consequence
         self.seen = dict(seen or {})
         self._told = set(self.seen)
 
@@ -236,7 +240,7 @@ class FailureTally:
             self.seen.setdefault(path, reason)
             if path not in self._told:
                 self._told.add(path)
-                logger.warning("cannot read %s (%s); another image takes its place", path, reason)
+                logger.warning("cannot read %s (%s); %s", path, reason, self.consequence)
         if incomplete_batches or len(self.seen) > MAX_FAILED_SHARE * self.images:
             listed = "; ".join(f"{path} ({reason})" for path, reason in list(self.seen.items())[:LISTED_FAILURES])
             more = len(self.seen) - LISTED_FAILURES

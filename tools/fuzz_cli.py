@@ -37,6 +37,7 @@ import eval_linear
 import eval_logistic
 import eval_video
 import export
+import extract_features
 import main_esvit
 import main_esvit_mnodes
 import main_udi
@@ -122,6 +123,7 @@ def commands(folder: Path) -> dict[ModuleType, tuple[tuple[str, ...], tuple[str,
         eval_linear: ((*evaluated, "--epochs", "1", "--n_last_blocks", "1", *out), SWIN),
         eval_finetune: ((*evaluated, "--epochs", "1", "--warmup_epochs", "0", *out), SWIN),
         eval_logistic: ((*evaluated, "--epochs", "5", *out), SWIN),
+        extract_features: ((*evaluated, "--neighbors", "2", "--duplicates", "0.9", "--plot", "pca", *out), SWIN),
         eval_video: (
             (*frozen, "--frames", f"{folder}/frames", "--first_mask", f"{folder}/mask.png", "--image_size", "32", *out),
             SWIN,

@@ -20,6 +20,7 @@ import eval_linear
 import eval_logistic
 import eval_video
 import export
+import extract_features
 import main_esvit
 import main_esvit_mnodes
 import main_udi
@@ -123,6 +124,14 @@ LOGISTIC: dict[str, object] = {
     "opts": [],
 }  # fmt: skip
 
+EXTRACT: dict[str, object] = {
+    "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "random_weights": False, "allow_partial": False, "token": "cls", "data_path": "", "split": "train", "dataset": "imagenet1k",
+    "zip_mode": False, "tsv_mode": False, "batch_size_per_gpu": 128, "num_workers": 10, "image_size": None, "crop_ratio": 0.875,
+    "regions": False, "half": False, "normalize": False, "neighbors": None, "duplicates": None, "plot": None, "backend": "auto",
+    "output_dir": "o", "seed": 0, "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [],
+}  # fmt: skip
+
 PUBLISHED_VIDEO = {
     "arch": None, "patch_size": None, "pretrained_weights": "", "checkpoint_key": "teacher", "n_last_frames": 7,
     "size_mask_neighborhood": 12, "topk": 5,
@@ -151,6 +160,7 @@ NEEDED: dict[Any, list[str]] = {
     export: ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"],
     eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"],
     convert: ["source", "dest", "--to", "zip"],
+    extract_features: ["--output_dir", "o"],
 }
 
 
@@ -168,6 +178,7 @@ def test_names_and_defaults_are_frozen() -> None:
     assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE | LAUNCH
     assert vars(eval_video.get_args_parser().parse_args(NEEDED[eval_video])) == PUBLISHED_VIDEO | ADDED_VIDEO
     assert vars(eval_logistic.get_args_parser().parse_args([])) == LOGISTIC | LAUNCH
+    assert vars(extract_features.get_args_parser().parse_args(NEEDED[extract_features])) == EXTRACT | LAUNCH
 
 
 def test_published_spellings() -> None:
@@ -191,7 +202,10 @@ def test_published_spellings() -> None:
     )
 
 
-SCRIPTS = (main_esvit, main_udi, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_video, run_analysis, export)
+SCRIPTS = (
+    *(main_esvit, main_udi, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_video, extract_features),
+    *(run_analysis, export),
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -359,7 +373,7 @@ def test_usage_errors(images: str, tmp_path: Path, flags: list[str], words: str)
 
 
 @pytest.mark.parametrize(
-    "script", [eval_knn, eval_linear, eval_finetune, run_analysis], ids=lambda script: script.__name__
+    "script", [eval_knn, eval_linear, eval_finetune, extract_features, run_analysis], ids=lambda script: script.__name__
 )
 def test_random_weights_need_a_flag(script: Any, images: str, tmp_path: Path) -> None:
     command = ["--device", "cpu", "--data_path", images, "--output_dir", str(tmp_path / "out")]

@@ -17,6 +17,7 @@ import eval_knn
 import eval_linear
 import eval_logistic
 import eval_video
+import extract_features
 import main_esvit
 import main_esvit_mnodes
 import main_udi
@@ -37,6 +38,7 @@ NEEDED = {
     "eval_video": ["--frames", "a", "--first_mask", "b", "--output_dir", "c"],
     "export": ["--pretrained_weights", "a", "--format", "timm", "--output", "b"],
     "convert": ["a", "b", "--to", "zip"],
+    "extract_features": ["--output_dir", "a"],
 }
 
 
@@ -139,6 +141,8 @@ def test_every_flag_enforces_its_range(name: str, capsys: pytest.CaptureFixture[
         (eval_finetune, "--smoothing 1"),
         (eval_logistic, "--lr_lambd 0.1 0"),
         (eval_video, "--temperature 0"),
+        (extract_features, "--duplicates 0"),
+        (extract_features, "--neighbors 0"),
         (run_analysis, "--threshold 0"),
         (main_esvit_mnodes, "--num_nodes 0"),
         (main_esvit_mnodes, "--num_gpus_per_node 0"),

@@ -387,11 +387,11 @@ def test_hub_loads_weights(tmp_path: Path) -> None:
     second = torch.hub.load(str(ROOT), "esvit_deit_small", source="local", weights=path)
     images = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(second(images), first(images))
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(ValueError, match="does not exist"):
         torch.hub.load(str(ROOT), "esvit_deit_small", source="local", weights="nowhere.pth")
     other = save({"elsewhere": torch.zeros(2)}, tmp_path / "other.pth")
     for partial, words in ((False, "does not fit .* pass allow_partial=True"), (True, "has no tensor")):
-        with pytest.raises(UsageError, match=rf"^checkpoint '.*other\.pth' {words}") as caught:
+        with pytest.raises(ValueError, match=rf"^checkpoint '.*other\.pth' {words}") as caught:
             torch.hub.load(str(ROOT), "esvit_deit_small", source="local", weights=other, allow_partial=partial)
         assert "; call the entry of the network" in str(caught.value)
         assert "--" not in str(caught.value)  # no flags of scripts

@@ -16,7 +16,15 @@ from PIL import Image
 from models import build_model, load_arch_config
 
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-SCRIPTS = ("eval_knn", "eval_linear", "eval_finetune", "eval_logistic", "eval_video", "run_analysis")
+SCRIPTS = (
+    "eval_knn",
+    "eval_linear",
+    "eval_finetune",
+    "eval_logistic",
+    "eval_video",
+    "extract_features",
+    "run_analysis",
+)
 YAML = str(ROOT / "experiments/demo/swin_micro.yaml")
 SMALL = {
     "eval_knn": ["--num_workers", "0", "--nb_knn", "1"],
@@ -27,6 +35,7 @@ SMALL = {
     ],
     "eval_logistic": ["--num_workers", "0", "--epochs", "5"],
     "eval_video": ["--image_size", "64"],
+    "extract_features": ["--num_workers", "0"],
     "run_analysis": ["--num_workers", "0", "--num_images", "1"],
 }
 
@@ -67,6 +76,7 @@ def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         *("cached/results/linear.json", "finetuned/results/finetune.json", "few/results/finetune.json"),
         *("logistic/results/logistic.json", "masks/001.png", "analysis/results/correspondence.json"),
         *("analysis/results/stereo.json", "analysis/report.html"),
+        *("features/features.npy", "features/neighbors.csv", "features/duplicates.csv", "features/plot_tsne.png"),
     } <= written
 
 

@@ -1,0 +1,80 @@
+"""The network that a checkpoint names beside its tensors: architecture, config and patch size.
+
+Checkpoints of this project hold their resolved config and arguments. Full checkpoints of EsViT, DINO and UDI hold arguments, among
+them the path of a yaml in the EsViT repository and its overrides.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from checkpoints.serialization import is_safetensors, load_file
+from config.loading import SavedConfig
+from models.registry import ROOT, list_models, lookup
+from utils import logger
+
+OWN_FIELDS = {"world_size", "finetuning"}  # a file with one of these was written by this project
+
+
+class SavedNetwork(NamedTuple):
+    """What a file says about its network; None or empty where it says nothing."""
+
+    arch: str | None = None
+    config: SavedConfig | str | None = None
+    overrides: tuple[str, ...] = ()  # of the config
+    patch_size: int | None = None
+
+
+def saved_network(path: str | Path) -> SavedNetwork:
+    """Return the network that a checkpoint names, without reading its tensors.
+
+    Raises:
+        UsageError: As in `serialization.load_file`.
+    """
+    if is_safetensors(path):
+        return SavedNetwork()
+    content = load_file(path, in_place=True)
+    args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
+    arch = args.get("arch")
+    if arch not in list_models():
+        args = {}  # of another program
+    patch_size = args.get("patch_size")
+    network = SavedNetwork(args.get("arch"), patch_size=patch_size if isinstance(patch_size, int) else None)
+    if isinstance(content.get("config"), str) and content.keys() & OWN_FIELDS:
+        return network._replace(config=SavedConfig(content["config"], f"the config inside checkpoint '{path}'"))
+    config = _published_yaml(args["arch"], args.get("cfg")) if args else None
+    return network._replace(config=config, overrides=_published_overrides(args) if config else ())
+
+
+def _published_yaml(arch: str, path: Any) -> str | None:
+    """Return the yaml of this project that has the path of a published one below experiments/, or the default one of `arch`."""
+    default = lookup(arch).default_config
+    if not isinstance(path, str):
+        return str(ROOT / default) if default else None
+    parts = PurePosixPath(path).parts
+    below = ROOT.joinpath(*parts[parts.index("experiments") :]) if "experiments" in parts else ROOT
+    if below.is_file():
+        return str(below)
+    logger.warning("the checkpoint names %s, which is not a yaml of this project; pass that yaml with --cfg", path)
+    return None
+
+
+def _published_overrides(args: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the config overrides of a published run: its KEY VALUE pairs, and the class tokens of UDI."""
+    pairs = args.get("opts")
+    overrides = [str(part) for part in pairs] if isinstance(pairs, list) else []
+    if args.get("number_cls_token") and "NUM_CLS_TOKENS" in lookup(args["arch"]).spec.defaults:
+        overrides += ["MODEL.SPEC.NUM_CLS_TOKENS", str(args["number_cls_token"]), "MODEL.SPEC.POS_RESIZE", "scale"]
+    return tuple(overrides)
+
+
+def same_network(arch: str, other: str) -> bool:
+    """Return whether two names of architectures build the same network, or leave its size to a config."""
+    first, second = lookup(arch), lookup(other)
+    defaults = {first.default_config, second.default_config}
+    return arch == other or (
+        first.spec is second.spec and (None in defaults or (len(defaults) == 1 and defaults != {""}))
+    )
