@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import os
 import re
 from typing import Any, NoReturn
@@ -233,6 +234,23 @@ def add_device_flag(parser: Parser) -> None:
 def add_seed_flag(parser: Parser, seeded: str, seed: int = 0) -> None:
     """Add --seed, which seeds what `seeded` names."""
     parser.group("launch").add_argument("--seed", type=SEED, default=seed, help=f"random seed of {seeded}")
+
+
+def add_wandb_flag(parser: Parser) -> None:
+    """Add --wandb; `check_wandb` checks its package."""
+    text = "mirror TensorBoard to this project of Weights & Biases; requires the package wandb"
+    parser.group("logging").add_argument("--wandb", default="", metavar="PROJECT", help=text)
+
+
+def check_wandb(args: argparse.Namespace) -> None:
+    """Reject --wandb without its package.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    spec = importlib.util.find_spec("wandb") if args.wandb else None
+    if args.wandb and (spec is None or spec.origin is None):  # a folder named wandb is not the package
+        raise UsageError(f"--wandb {args.wandb} needs the package wandb; install it with pip install wandb")
 
 
 def add_launch_flags(parser: Parser) -> None:

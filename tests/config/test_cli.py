@@ -53,7 +53,7 @@ ADDED = {
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False,
     "init_weights": "",
-    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
+    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "wandb": "",
 }  # fmt: skip
 PUBLISHED_UDI = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "include_patch": True, "number_cls_token": 2, "norm_last_layer": True,
@@ -73,7 +73,7 @@ ADDED_UDI: dict[str, object] = {
     "epoch_images": 0, "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "grad_checkpointing": False,
     "compile": False, "fsdp": False, "precision": "auto", "accum_iter": 1, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False, "pretrained_weights_ckpt": "", "init_weights": "",
-    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
+    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "wandb": "",
     "save_every_steps": 0, "save_every_minutes": 0.0, "keep_last": 1,
 }  # fmt: skip
 PUBLISHED_KNN = {
@@ -98,7 +98,7 @@ ADDED_LINEAR: dict[str, object] = {
     "random_weights": False,
     "token": "cls", "train_aug": "standard", "lr_min": 0.0, "evaluate": False, "linear_weights": "", "linear_order": "esvit",
     "allow_partial": False, "cache_features": False, "precision": "fp32", "image_size": None, "crop_ratio": 0.875, "seed": 0,
-    "log_freq": 20, "device": "auto", "opts": [],
+    "log_freq": 20, "device": "auto", "opts": [], "wandb": "",
 }  # fmt: skip
 
 FINETUNE: dict[str, object] = {
@@ -112,6 +112,7 @@ FINETUNE: dict[str, object] = {
     "reprob": 0.25, "model_ema": False, "model_ema_decay": 0.9999, "image_size": None, "crop_ratio": 0.875,
     "precision": "auto", "val_freq": 1, "log_freq": 10, "seed": 0, "num_workers": 10, "data_path": "", "output_dir": ".",
     "val_interpolation": "bicubic", "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [], "zip_mode": False,
+    "wandb": "",
 }  # fmt: skip
 
 LOGISTIC: dict[str, object] = {
