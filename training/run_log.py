@@ -34,7 +34,7 @@ CROP_GRID_IMAGES = 8
 SCORES = {"knn_top1": "k-NN", "test_acc1": "top-1"}  # keys of log.txt that the terminal shows too
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 GROUPS = {  # of TensorBoard, which shows them in alphabetical order, and the names that belong to them; the first match counts
-    "loss": r"loss$",
+    "loss": r"loss$|[gl]_(cl|mcl|pch)$",  # UDI's terms have names of their own
     "optim": r"(lr|wd)$",
     "score": r"(top|acc)[15]",
     "speed": r"(images_per_s|waiting_share|seconds|peak_memory_mb)$",
@@ -388,7 +388,7 @@ class RunLog:
         points = {
             name: value
             for name, value in _numbers(record)
-            if name.endswith("loss") or name.removeprefix("train_") not in shown
+            if tag(name).startswith("loss/") or name.removeprefix("train_") not in shown
         }
         self._add_points(points, (meter.epoch + 1) * self.images)
         with self._tensorboard() as writer:
@@ -430,7 +430,10 @@ def _ignore_disk_errors(failed: threading.ExceptHookArgs) -> None:
 def tag(name: str) -> str:
     """Return the TensorBoard tag of a value: `loss` becomes `loss/total`, `view_loss` `loss/view`, `lr` `optim/lr`."""
     group = next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
-    return f"{group}/{name.removesuffix('loss').rstrip('_') or 'total'}" if group == "loss" else f"{group}/{name}"
+    if group == "loss":
+        path, slash, last = name.rpartition("/")
+        name = f"{path}{slash}{'total' if last == 'loss' else last.removesuffix('_loss')}"
+    return f"{group}/{name}"
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -42,26 +42,33 @@ def mirror_tensorboard(project: str, output_dir: Path, config: Mapping[str, Any]
     if not project:
         yield lambda: None
         return
-    import wandb
+    from wandb.integration import tensorboard
 
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    wandb.tensorboard.patch(save=False, root_logdir=str(output_dir))
+    tensorboard.patch(save=False, root_logdir=str(output_dir))
     try:
         run = _start(project, output_dir, config)
         yield lambda: _finish(run)
     finally:
-        wandb.tensorboard.unpatch()  # later writers of this folder are found, and do not depend on wandb
+        tensorboard.unpatch()  # later writers of this folder are found, and do not depend on wandb
 
 
 def _start(project: str, output_dir: Path, config: Mapping[str, Any]) -> wandb.Run | None:
     """Start or resume the run of a folder; None, with a warning, if that fails."""
     import wandb
 
-    where = {"project": project, "dir": str(output_dir), "name": output_dir.resolve().name, "id": run_id(output_dir)}
     try:
         with isolated_rng(0):  # training draws the same random numbers as without it
-            return wandb.init(**where, config=dict(config), resume="allow", sync_tensorboard=True)
+            return wandb.init(
+                project=project,
+                name=output_dir.resolve().name,
+                id=run_id(output_dir),
+                resume="allow",
+                dir=str(output_dir),
+                config=dict(config),
+                sync_tensorboard=True,
+            )
     except wandb.errors.UsageError as error:
         raise UsageError(f"--wandb {project}: {error}; run wandb login, or set WANDB_MODE=offline") from error
     except Exception as error:  # of the network, the server or the disk: of any type

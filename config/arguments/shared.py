@@ -71,12 +71,15 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args()
         resumes = os.path.exists(os.path.join(getattr(args, "output_dir", None) or ".", "checkpoint.pth"))
         for action in self._actions:
-            path = getattr(args, action.dest, None)
-            if action.type is not existing_path or not path or (resumes and action.dest in STARTING_POINTS):
+            value = getattr(args, action.dest, None)
+            if action.type is not existing_path or not value or (resumes and action.dest in STARTING_POINTS):
                 continue
-            if not (re.search(r"^pipe:|://|[{*?\[]", path) or os.path.exists(path)):  # addresses and patterns of shards
-                name = "/".join(action.option_strings) or action.metavar
-                self.error(f"argument {name}: '{path}' does not exist; check the path")
+            for path in value if isinstance(value, list) else [value]:
+                if not (
+                    re.search(r"^pipe:|://|[{*?\[]", path) or os.path.exists(path)
+                ):  # addresses, patterns of shards
+                    name = "/".join(action.option_strings) or action.metavar
+                    self.error(f"argument {name}: '{path}' does not exist; check the path")
         return args
 
     def format_help(self) -> str:

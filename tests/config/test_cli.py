@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from helpers.runs import TINY_RUN, TINY_SWIN, run_script, write_images
 
+import compare_runs
 import eval_finetune
 import eval_knn
 import eval_linear
@@ -145,6 +146,7 @@ ADDED_ANALYSIS: dict[str, object] = {
     "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [], "zip_mode": False, "tsv_mode": False,
     "random_weights": False,
 }  # fmt: skip
+COMPARE: dict[str, object] = {"runs": ["run"], "names": None, "output_dir": None}
 LAUNCH: dict[str, object] = {"dist_timeout": 30.0}  # added to all of them
 NODES = {"num_nodes": 1, "num_gpus_per_node": 8, "node_rank": None}
 
@@ -152,6 +154,7 @@ NEEDED: dict[Any, list[str]] = {
     export: ["--pretrained_weights", "x", "--format", "timm", "--output", "x.pth"],
     eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"],
     convert: ["source", "dest", "--to", "zip"],
+    compare_runs: ["run"],
 }
 
 
@@ -169,6 +172,7 @@ def test_names_and_defaults_are_frozen() -> None:
     assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE | LAUNCH
     assert vars(eval_video.get_args_parser().parse_args(NEEDED[eval_video])) == PUBLISHED_VIDEO | ADDED_VIDEO
     assert vars(eval_logistic.get_args_parser().parse_args([])) == LOGISTIC | LAUNCH
+    assert vars(compare_runs.get_args_parser().parse_args(NEEDED[compare_runs])) == COMPARE
 
 
 def test_published_spellings() -> None:
@@ -229,7 +233,9 @@ runpy.run_module(name, run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, main_esvit_mnodes, convert], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, main_esvit_mnodes, convert, compare_runs], ids=lambda script: script.__name__
+)
 def test_help_and_mistakes_do_not_wait_for_torch(script: Any) -> None:
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", WITHOUT_TORCH, script.__name__, *flags]
@@ -242,9 +248,9 @@ def test_help_and_mistakes_do_not_wait_for_torch(script: Any) -> None:
     paths = [action for action in script.get_args_parser()._actions if action.type is existing_path]
     assert paths
     path = (
-        ["/no/such/place", *needed[1:]]
-        if script is convert
-        else [*needed, f"{paths[0].option_strings[0]}=/no/such/place"]
+        [*needed, f"{paths[0].option_strings[0]}=/no/such/place"]
+        if paths[0].option_strings
+        else ["/no/such/place", *needed[1:]]
     )
     for flags, words in ((["--frobnicate", *needed], "--frobnicate"), (path, "'/no/such/place' does not exist")):
         mistaken = run(*flags)

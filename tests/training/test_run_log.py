@@ -192,7 +192,17 @@ def test_tensorboard_counts_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("group", "names"),
     [
-        ("loss", {"loss": "total", "train_loss": "train", "train_region_loss": "train_region", "test_loss": "test"}),
+        (
+            "loss",
+            {
+                "loss": "total",
+                "train_loss": "train",
+                "train_region_loss": "train_region",
+                "test_loss": "test",
+                "g_mcl": "g_mcl",
+                "train_l_pch": "train_l_pch",
+            },
+        ),
         ("monitor", dict.fromkeys(["view/kl", "cls+/feature_rank"])),
         ("optim", dict.fromkeys(["lr", "wd", "train_lr"])),
         ("other", dict.fromkeys(["skipped", "unreadable_images"])),

@@ -75,15 +75,14 @@ def test_curves_config_and_resume(images: Path, tmp_path: Path) -> None:
     assert len({path.stem for path in paths}) == 1
     assert_same_curves(mirrored(paths), drawn(tmp_path / "mirrored"))
     assert {"loss/total", "loss/train", "monitor/region/kl", "optim/lr", "speed/seconds"} <= mirrored(paths).keys()
-    for path, epochs in zip(paths, (2, 3)):
+    for path, start in zip(paths, ("run.json", "run_2.json")):
         record = run_record(path)
         config = {item.key: json.loads(item.value_json) for item in record.config.update}
-        assert (record.project, record.display_name, config["epochs"]) == ("project", "mirrored", epochs)
-        saved = json.loads((tmp_path / "mirrored" / "run.json").read_text())["args"] | {"epochs": epochs}
-        assert saved.items() <= config.items()
+        assert (record.project, record.display_name) == ("project", "mirrored")
+        assert json.loads((tmp_path / "mirrored" / start).read_text())["args"].items() <= config.items()
     states = [serialization.load_file(tmp_path / name / "checkpoint.pth") for name in ("mirrored", "alone")]
-    for part in ("student", "teacher", "optimizer", "rng"):
-        assert_identical(*(state.get(part) for state in states), where=part)
+    for part in ("student", "teacher", "optimizer", "dino_loss", "rng"):
+        assert_identical(states[0][part], states[1][part], part)
 
 
 def test_udi(images: Path, tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_rejected_settings(images: Path, tmp_path: Path, monkeypatch: pytest.Mon
         train(tmp_path / "out", images, "--wandb", "a/b")
     monkeypatch.setenv("WANDB_MODE", "online")
     wandb.teardown()  # it has read its environment before
-    with pytest.raises(UsageError, match="--wandb project: .*wandb login"):
+    with pytest.raises(UsageError, match=r"--wandb project: .*wandb login"):
         train(tmp_path / "out", images, "--wandb", "project")
     assert wandb.run is None
     wandb.teardown()
