@@ -30,7 +30,10 @@ from checkpoints import files
 from distributed import launch
 from utils import counted, setup_logging
 
-STYLE = "<style>.best { font-weight: bold; } .section th { padding-top: 1.2em; text-align: left; }</style>"
+STYLE = """<style>
+.best { font-weight: bold; } .section th { padding-top: 1.2em; text-align: left; }
+.runs .number { white-space: normal; overflow-wrap: anywhere; min-width: 5em; } .runs td:first-child { white-space: nowrap; }
+</style>"""
 
 
 def main(args: argparse.Namespace) -> None:

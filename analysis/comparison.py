@@ -149,14 +149,15 @@ def setting_rows(runs: Sequence[Run]) -> Iterator[Row]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    command, packages = run.start.get("command"), run.start.get("packages")
+    command, packages, revision = (run.start.get(name) for name in ("command", "packages", "git"))
     about = {
         "script": Path(str(command[0])).name if isinstance(command, list) and command else None,
         "processes": run.start.get("world_size"),
-        "revision": str(run.start["git"])[:12] if "git" in run.start else None,
+        "revision": revision[:12] if isinstance(revision, str) else None,
         "PyTorch": packages.get("torch") if isinstance(packages, dict) else None,
     }
-    return about | {name: value for name, value in run.args.items() if name not in OMITTED} | run.config
+    known = {name: value for name, value in about.items() if value is not None}
+    return known | {name: value for name, value in run.args.items() if name not in OMITTED} | run.config
 
 
 def _differing(section: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
@@ -185,7 +186,7 @@ def training_rows(runs: Sequence[Run]) -> Iterator[Row]:
         yield Row(section, f"k-NN top-1 of the {network}, last, %", last, ".2f", better)
         highest = [max((y for _, y in points), default=None) for points in scores]
         yield Row(section, f"k-NN top-1 of the {network}, highest, %", highest, ".2f", better)
-    skipped = [sum(epoch.get("skipped_steps") or 0 for epoch in run.log) or None for run in runs]
+    skipped = [sum(int(steps) for _, steps in _points(run, "skipped_steps")) or None for run in runs]
     yield Row(section, "skipped steps", skipped, "d")
 
 
@@ -237,13 +238,14 @@ def _score_rows(section: str, scores: Sequence[Mapping[str, Any]], top5: str, ma
 def cost_rows(runs: Sequence[Run]) -> Iterator[Row]:
     """Yield time, speed and memory of the training."""
     section = "Cost"
-    seconds = [math.fsum(epoch.get("seconds") or 0 for epoch in run.log) or None for run in runs]
-    equally_long = len({len(run.log) for run in runs}) == 1
+    epochs = [[{key: _number(value) or 0 for key, value in epoch.items()} for epoch in run.log] for run in runs]
+    seconds = [math.fsum(epoch.get("seconds", 0) for epoch in log) or None for log in epochs]
+    equally_long = len({len(log) for log in epochs}) == 1
     yield Row(section, "time of the epochs", seconds, "time", -1 if equally_long else 0)
-    images = [math.fsum((e.get("images_per_s") or 0) * (e.get("seconds") or 0) for e in run.log) for run in runs]
-    speed = [total / time if time and total else None for total, time in zip(images, seconds)]
+    images = [math.fsum(epoch.get("images_per_s", 0) * epoch.get("seconds", 0) for epoch in log) for log in epochs]
+    speed = [total / time if total and time else None for total, time in zip(images, seconds)]
     yield Row(section, "images/s", speed, ".1f", 1)
-    memory = [max((e["peak_memory_mb"] for e in run.log if e.get("peak_memory_mb")), default=None) for run in runs]
+    memory = [max((epoch.get("peak_memory_mb", 0) for epoch in log), default=0) or None for log in epochs]
     yield Row(section, "peak memory, MiB", memory, ".0f", -1)
 
 

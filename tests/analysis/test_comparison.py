@@ -111,6 +111,25 @@ def test_before_the_first_epoch(tmp_path: Path) -> None:
     assert build_curves(open_runs([str(a), str(b)]))["Loss"] == {"b": [(0, 1.0)]}
 
 
+def test_damaged_files(tmp_path: Path) -> None:
+    """What cannot be read is as if it were not there."""
+    a, b = write_run(tmp_path / "a", [1.0]), write_run(tmp_path / "b", [2.0])
+    (a / "log.txt").write_text(
+        '{"epoch": 0, "train_loss": "x", "seconds": [], "skipped_steps": {}, "peak_memory_mb": "1"}'
+    )
+    (a / "run.json").write_text('{"args": 3, "command": {}, "packages": [], "git": null}')
+    (a / "config.yaml").write_text("a: [")
+    (a / "results").mkdir()
+    for number, content in enumerate(("{", '{"scores": 3}', '{"scores": {"x": 3}, "data": [], "protocol": 1}')):
+        (a / "results" / f"{number}.json").write_text(content)
+    found = {label: row.values for (_, label), row in rows_of(a, b).items()}
+    assert found == {
+        "epochs done": ["1", "1 of 9"],
+        **{name: [None, 2.0] for name in ("loss, last", "loss, lowest")},
+        **{"time of the epochs": [None, 30.0], "images/s": [None, 10.0], "peak memory, MiB": [None, 100.0]},
+    }
+
+
 def test_winners(tmp_path: Path) -> None:
     """High or low as the score has it; all of equal ones; none where all are equal or nothing is known of the entry."""
     for name, error, top1, new in (("a", 3.0, 70, 1.0), ("b", 2.0, 70, 2.0), ("c", 4.0, 60, 3.0)):
