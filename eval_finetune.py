@@ -58,6 +58,7 @@ from utils import UsageError, logger
 def check_args(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that cannot be combined."""
     arguments.check_weights(args)
+    arguments.check_wandb(args)
     if args.finetune_head_layer and (args.token == "both" or not args.pretrained_weights):
         given = "--token both" if args.token == "both" else "--random_weights"
         raise UsageError(

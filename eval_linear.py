@@ -72,6 +72,7 @@ ROW_NAMES = {  # of result files, by the names in checkpoints
 def check_args(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that cannot be combined."""
     arguments.check_weights(args)
+    arguments.check_wandb(args)
     if args.evaluate and len(args.n_last_blocks) > 1:
         raise UsageError(f"--evaluate scores one classifier; pass one --n_last_blocks, not {args.n_last_blocks}")
     if not args.evaluate and (args.linear_weights or args.linear_order != "esvit"):

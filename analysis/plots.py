@@ -11,9 +11,12 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 COLORS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3")
+GRID_COLORS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3", "#b8860b", "#5b7083", "#c2417c", "#1a9e9a")
+DASHES = ("solid", "dashed", "dotted", "dashdot")  # in this order where there are more curves than colors
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -99,3 +102,30 @@ def as_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=160)
     return stream.getvalue()
+
+
+def curve_grid(plots: Mapping[str, Mapping[str, Points]], columns: int = 3) -> Figure:
+    """Plot curves over epochs, one plot for each title, with one legend for all: a curve of a name looks the same in each.
+
+    Args:
+        plots: curves by the title of their plot and by their name.
+    """
+    names = list(dict.fromkeys(name for series in plots.values() for name in series))
+    looks = {
+        name: {"color": GRID_COLORS[i % len(GRID_COLORS)], "linestyle": DASHES[i // len(GRID_COLORS) % len(DASHES)]}
+        for i, name in enumerate(names)
+    }
+    rows = -(-len(plots) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.9, 2.6 * rows + 0.5), layout="constrained")
+        for number, (title, series) in enumerate(plots.items(), 1):
+            axes = figure.add_subplot(rows, columns, number)
+            for name, points in series.items():
+                marker = "o" if len(points) <= 25 else ""
+                axes.plot(*zip(*points), **looks[name], marker=marker, markersize=4, linewidth=1.6)  # type: ignore[arg-type]
+            axes.set(title=title, xlabel="epoch")
+            axes.margins(x=0.03, y=0.08)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        lines = [Line2D([], [], linewidth=2, **look) for look in looks.values()]  # type: ignore[arg-type]
+        figure.legend(lines, names, loc="outside upper left", ncols=min(len(names), 6))
+    return figure

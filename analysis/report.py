@@ -18,10 +18,9 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
 from analysis import draw, plots
-from checkpoints.files import numbered, parse_json, read_text
+from analysis.run_files import read_log, result_files, starts, subfolders
 from data.decode import open_image
-from evaluation.results import FOLDER
-from utils import UsageError, logger
+from utils import logger
 
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
     "Loss": {"train_loss": "loss", "train_view_loss": "views", "train_region_loss": "regions"},
@@ -112,37 +111,6 @@ def plot(figure: MatplotlibFigure, caption: str) -> Figure:
 # --------------------------------------------------------------------------- the folder of a run
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the epochs of a `log.txt`, without incomplete lines; the last line of an epoch counts."""
-    epochs: dict[Any, dict[str, Any]] = {}
-    for line in _read_text(path).split("\n"):
-        try:
-            record = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
-            epochs[record["epoch"]] = record
-    return [epochs[epoch] for epoch in sorted(epochs)]
-
-
-def _read_text(path: Path) -> str:
-    """Return the text of a file; empty, with a warning, if it cannot be read."""
-    try:
-        return read_text(path, "the report omits it", errors="replace") if path.is_file() else ""
-    except UsageError as error:
-        logger.warning("%s", error)
-        return ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a JSON file; empty if there is none."""
-    try:
-        content = parse_json(read_text(path)) if path.is_file() else {}
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def curves(log: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Return the plots that a log has values for."""
     drawn = []
@@ -177,11 +145,6 @@ def crops(run_dir: Path) -> list[Figure]:
         return []
 
 
-def starts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the content of `run.json`, `run_2.json`, ..., one for each start of a run."""
-    return [record for path in numbered(run_dir / "run.json") if (record := read_json(path))]
-
-
 def run_facts(run_dir: Path) -> dict[str, str]:
     """Return how a run was made; values that differ between its starts are listed in order."""
     facts: dict[str, list[str]] = {}
@@ -212,20 +175,15 @@ def scores(run_dir: Path, output_dir: Path) -> Iterator[tuple[str, dict[str, Any
 
     The name of the folder is appended to a heading that occurs again.
     """
-    folders = {path.resolve(): path for path in (output_dir, run_dir, *sorted(run_dir.glob("*/")))}.values()
-    for folder in folders:
-        if (folder / "results.json").exists():
-            logger.warning("%s is of an earlier version and not shown; evaluate again", folder / "results.json")
     order = [*HEADINGS]
-    files = [path for folder in folders for path in sorted((folder / FOLDER).glob("*.json"))]
-    files.sort(key=lambda path: order.index(path.stem) if path.stem in order else len(order))
+    found = result_files([output_dir, *subfolders(run_dir)])
     used = set()
-    for path in files:
-        record = read_json(path)
-        if record.get("scores"):
-            heading = HEADINGS.get(path.stem, path.stem)
-            yield f"{heading} ({path.parent.parent.name})" if heading in used else heading, record
-            used.add(heading)
+    for path, record in sorted(
+        found, key=lambda each: order.index(each[0].stem) if each[0].stem in order else len(order)
+    ):
+        heading = HEADINGS.get(path.stem, path.stem)
+        yield f"{heading} ({path.parent.parent.name})" if heading in used else heading, record
+        used.add(heading)
 
 
 # --------------------------------------------------------------------------- elements of the page
@@ -324,6 +282,11 @@ def build_report(
         parts.append(_section(heading, f"<p>{html.escape(words)}</p>{_figures(figures)}"))
     if drawn := crops(run_dir):
         parts.append(_section("Training images", _figures(drawn)))
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Return a page of these elements that requests nothing."""
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

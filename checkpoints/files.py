@@ -84,6 +84,17 @@ def write_new(names: Iterable[Path], write: Callable[[Path], object]) -> Path:
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
+def write_with_backup(path: Path, content: bytes) -> None:
+    """Write a file atomically, and keep a previous one with other content as `<name>.bak`."""
+    if path.exists() and path.read_bytes() == content:
+        logger.info("%s is unchanged", path)
+        return
+    backup = path.with_name(f"{path.name}.bak")
+    with atomic_write(path, lambda: os.replace(path, backup) if path.exists() else None) as temporary:
+        temporary.write_bytes(content)
+    logger.info("wrote %s", path)
+
+
 def _rename_new(temporary: Path, path: Path) -> None:
     """Rename a file, or raise a FileExistsError instead of replacing another one."""
     try:

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints import files
-from utils import logger
 
 FOLDER = "results"
 
@@ -45,13 +43,7 @@ def save_results(output_dir: str | Path, results: Results) -> None:
     with files.disk_errors(output_dir):
         files.check_lock(Path(output_dir))
         path.parent.mkdir(exist_ok=True)
-        if path.exists() and path.read_text() == text:
-            logger.info("%s is unchanged", path)
-            return
-        backup = path.with_name(f"{path.name}.bak")
-        with files.atomic_write(path, lambda: os.replace(path, backup) if path.exists() else None) as temporary:
-            temporary.write_text(text)
-    logger.info("wrote %s", path)
+        files.write_with_backup(path, text.encode())
 
 
 def describe_network(args: argparse.Namespace) -> dict[str, Any]:

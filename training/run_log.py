@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -32,6 +33,14 @@ from utils import UsageError, counted, logger, peak_memory_mb
 CROP_GRID_IMAGES = 8
 SCORES = {"knn_top1": "k-NN", "test_acc1": "top-1"}  # keys of log.txt that the terminal shows too
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+GROUPS = {  # of TensorBoard, which shows them in alphabetical order, and the names that belong to them; the first match counts
+    "loss": r"loss$|[gl]_(cl|mcl|pch)$",  # UDI's terms have names of their own
+    "optim": r"(lr|wd)$",
+    "score": r"(top|acc)[15]",
+    "speed": r"(images_per_s|waiting_share|seconds|peak_memory_mb)$",
+    "monitor": r"/",
+    "other": r"",
+}
 
 
 @contextlib.contextmanager
@@ -183,9 +192,10 @@ class RunLog:
         log_freq: steps between log lines and TensorBoard points.
         mean, std: normalization of the images, undone in `crops.png`.
         device: device whose peak memory is reported.
-        images: images of an epoch. TensorBoard's `step/` curves count images, so that they continue if the batch size changes.
+        images: images of an epoch. TensorBoard's steps count images, so that curves continue if the batch size changes.
         seen: images that the run has seen before; TensorBoard points beyond are hidden.
         epoch_freq: epochs between those that the terminal shows; the last one is always shown.
+        after_close: called after TensorBoard is closed.
     """
 
     def __init__(
@@ -199,6 +209,7 @@ class RunLog:
         images: int,
         seen: int = 0,
         epoch_freq: int = 1,
+        after_close: Callable[[], None] = lambda: None,
     ) -> None:
         try:
             str(output_dir).encode()
@@ -214,6 +225,8 @@ class RunLog:
         self.device = device
         self.images = images
         self._rates: dict[str, float] = {}
+        self._after_close = after_close
+        self._step_names: set[str] = set()  # of the values of single steps in TensorBoard
         self.writer: SummaryWriter | None = None
         if is_main_process():
             threading.excepthook = _ignore_disk_errors
@@ -234,6 +247,7 @@ class RunLog:
             logger.warning("%s of log.txt could not be written", counted(len(self._unwritten), "line"))
         with self._tensorboard() as writer:
             writer.close()
+        self._after_close()
 
     @contextlib.contextmanager
     def best_effort(self) -> Iterator[None]:
@@ -300,14 +314,20 @@ class RunLog:
                 rates = {"lr": lr} if wd is None else {"lr": lr, "wd": wd}
                 points = meter.latest | rates
                 points |= {"images_per_s": meter.images_per_second, "waiting_share": meter.waiting_share}
-                if self.writer is not None:
-                    seen = meter.epoch * self.images + min(meter.done * meter.images_per_step, self.images)
-                    with self._tensorboard() as writer:
-                        for name, value in points.items():
-                            writer.add_scalar(f"step/{name}", value, seen)
+                self._step_names.update(points)
+                self._add_points(
+                    points, meter.epoch * self.images + min(meter.done * meter.images_per_step, self.images)
+                )
                 self._rates = {f"train_{name}": value for name, value in rates.items()}
 
             yield show
+
+    def _add_points(self, points: Mapping[str, float], seen: int) -> None:
+        """Write a point of each curve to TensorBoard, after so many images."""
+        if self.writer is not None:
+            with self._tensorboard() as writer:
+                for name, value in points.items():
+                    writer.add_scalar(tag(name), value, seen)
 
     def _shows(self, epoch: int) -> bool:
         """Return whether the terminal shows this epoch."""
@@ -364,10 +384,14 @@ class RunLog:
         if self._writer_failed:
             with self.best_effort():
                 self.writer, self._writer_failed = SummaryWriter(str(self.output_dir)), False
+        shown = self._step_names | {"epoch"}  # of these only the losses are worth a second curve, of their means
+        points = {
+            name: value
+            for name, value in _numbers(record)
+            if tag(name).startswith("loss/") or name.removeprefix("train_") not in shown
+        }
+        self._add_points(points, (meter.epoch + 1) * self.images)
         with self._tensorboard() as writer:
-            for name, value in _numbers(record, "epoch/"):
-                if name != "epoch/epoch":
-                    writer.add_scalar(name, value, meter.epoch)
             writer.flush()
         if self._shows(meter.epoch):
             logger.info("epoch %d/%d done  %s", meter.epoch, self.epochs, self._describe_epoch(meter, record))
@@ -382,7 +406,7 @@ class RunLog:
         tiles = [self._tile(view[:images].detach().float().cpu(), side) for view in views]
         grid = make_grid(torch.cat(tiles), nrow=images)
         with self._tensorboard() as writer:
-            writer.add_image("crops", grid, 0)
+            writer.add_image("views/crops", grid, 0)
         with self.best_effort(), atomic_write(self.output_dir / "crops.png") as temporary:
             save_image(grid, temporary, format="png")
 
@@ -403,7 +427,16 @@ def _ignore_disk_errors(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+def tag(name: str) -> str:
+    """Return the TensorBoard tag of a value: `loss` becomes `loss/total`, `view_loss` `loss/view`, `lr` `optim/lr`."""
+    group = next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
+    if group == "loss":
+        path, slash, last = name.rpartition("/")
+        name = f"{path}{slash}{'total' if last == 'loss' else last.removesuffix('_loss')}"
+    return f"{group}/{name}"
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Yield the numbers in nested mappings, with their names joined by slashes."""
     for name, value in record.items():
         if isinstance(value, Mapping):

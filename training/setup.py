@@ -28,6 +28,7 @@ from training.checkpointing import RunPosition
 from training.nonfinite import NonFiniteSteps
 from training.run_log import RunLog
 from training.step import Method, Schedules, TrainStep
+from training.wandb_mirror import mirror_tensorboard
 from utils import UsageError, logger
 
 # --------------------------------------------------------------------------- data
@@ -211,7 +212,9 @@ def open_log(
             checkpointing.clean_up(output_dir, position)
             files.save_provenance(output_dir, args, config)
         mean, std = config.INPUT.MEAN, config.INPUT.STD
-        return RunLog(output_dir, args.epochs, args.log_freq, mean, std, device, images, seen, epoch_freq)
+        project = args.wandb if collectives.is_main_process() else ""
+        with mirror_tensorboard(project, output_dir, vars(args)) as finish:
+            return RunLog(output_dir, args.epochs, args.log_freq, mean, std, device, images, seen, epoch_freq, finish)
 
 
 def config_of(method: Method, config: CfgNode) -> CfgNode:

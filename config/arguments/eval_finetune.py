@@ -60,6 +60,7 @@ def get_args_parser() -> Parser:
     add("--output_dir", default=".", metavar="DIR", help=text)
     add("--val_freq", type=COUNT, default=1, help="epochs between validations; the last epoch is always validated")
     add("--log_freq", type=COUNT, default=10, help="steps between log lines")
+    shared.add_wandb_flag(parser)
 
     shared.add_seed_flag(parser, "head, order, views and untrained networks")
     shared.add_launch_flags(parser)

@@ -63,6 +63,7 @@ def get_args_parser() -> Parser:
         help="folder for checkpoint.pth.tar, log.txt and results/linear.json",
     )
     add("--log_freq", type=COUNT, default=20, help="steps between log lines")
+    shared.add_wandb_flag(parser)
 
     shared.add_seed_flag(parser, "classifiers, order, crops and untrained networks")
     shared.add_launch_flags(parser)

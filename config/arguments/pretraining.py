@@ -136,6 +136,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--knn_every", type=integer(0), default=0, help="epochs between k-NN evaluations; 0: none")
     text = "small labeled dataset for --knn_every, with train/ and val/ or without a split"
     add("--knn_data_path", type=existing_path, default="", help=text)
+    shared.add_wandb_flag(parser)
 
     shared.add_seed_flag(parser, "weights, order and views")
     shared.add_launch_flags(parser)
@@ -147,6 +148,7 @@ def check_pretraining(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the flags.
     """
+    shared.check_wandb(args)
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if args.fsdp and (args.compile or args.optimizer == "lars"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import os
 import re
 from typing import Any, NoReturn
@@ -70,12 +71,15 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args()
         resumes = os.path.exists(os.path.join(getattr(args, "output_dir", None) or ".", "checkpoint.pth"))
         for action in self._actions:
-            path = getattr(args, action.dest, None)
-            if action.type is not existing_path or not path or (resumes and action.dest in STARTING_POINTS):
+            value = getattr(args, action.dest, None)
+            if action.type is not existing_path or not value or (resumes and action.dest in STARTING_POINTS):
                 continue
-            if not (re.search(r"^pipe:|://|[{*?\[]", path) or os.path.exists(path)):  # addresses and patterns of shards
-                name = "/".join(action.option_strings) or action.metavar
-                self.error(f"argument {name}: '{path}' does not exist; check the path")
+            for path in value if isinstance(value, list) else [value]:
+                if not (
+                    re.search(r"^pipe:|://|[{*?\[]", path) or os.path.exists(path)
+                ):  # addresses, patterns of shards
+                    name = "/".join(action.option_strings) or action.metavar
+                    self.error(f"argument {name}: '{path}' does not exist; check the path")
         return args
 
     def format_help(self) -> str:
@@ -237,6 +241,23 @@ def add_device_flag(parser: Parser) -> None:
 def add_seed_flag(parser: Parser, seeded: str, seed: int = 0) -> None:
     """Add --seed, which seeds what `seeded` names."""
     parser.group("launch").add_argument("--seed", type=SEED, default=seed, help=f"random seed of {seeded}")
+
+
+def add_wandb_flag(parser: Parser) -> None:
+    """Add --wandb; `check_wandb` checks its package."""
+    text = "mirror TensorBoard to this project of Weights & Biases; requires the package wandb"
+    parser.group("logging").add_argument("--wandb", default="", metavar="PROJECT", help=text)
+
+
+def check_wandb(args: argparse.Namespace) -> None:
+    """Reject --wandb without its package.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    spec = importlib.util.find_spec("wandb") if args.wandb else None
+    if args.wandb and (spec is None or spec.origin is None):  # a folder named wandb is not the package
+        raise UsageError(f"--wandb {args.wandb} needs the package wandb; install it with pip install wandb")
 
 
 def add_launch_flags(parser: Parser) -> None:

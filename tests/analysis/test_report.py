@@ -20,6 +20,7 @@ from PIL import Image
 
 import run_analysis
 from analysis import report as pages
+from analysis import run_files
 from evaluation.results import Results, save_results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -188,8 +189,8 @@ def test_a_log_of_a_resumed_run_counts_each_epoch_once(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text(
         '{"epoch": 1, "train_loss": 2}\n{"epoch": 0}\n[]\n{"epoch": 1, "train_loss": 1}\n'
     )
-    assert pages.read_log(tmp_path / "log.txt") == [{"epoch": 0}, {"epoch": 1, "train_loss": 1}]
-    assert pages.read_log(tmp_path / "none.txt") == []
+    assert run_files.read_log(tmp_path / "log.txt") == [{"epoch": 0}, {"epoch": 1, "train_loss": 1}]
+    assert run_files.read_log(tmp_path / "none.txt") == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"command": 3, "packages": []}'])

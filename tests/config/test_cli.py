@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from helpers.runs import TINY_RUN, TINY_SWIN, run_script, write_images
 
+import compare_runs
 import eval_finetune
 import eval_knn
 import eval_linear
@@ -54,7 +55,7 @@ ADDED = {
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False,
     "init_weights": "",
-    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
+    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "wandb": "",
 }  # fmt: skip
 PUBLISHED_UDI = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "include_patch": True, "number_cls_token": 2, "norm_last_layer": True,
@@ -74,7 +75,7 @@ ADDED_UDI: dict[str, object] = {
     "epoch_images": 0, "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "grad_checkpointing": False,
     "compile": False, "fsdp": False, "precision": "auto", "accum_iter": 1, "log_freq": 10, "device": "auto", "opts": [],
     "aug_backend": "auto", "plain_loss": False, "pretrained_weights_ckpt": "", "init_weights": "",
-    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "",
+    "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "wandb": "",
     "save_every_steps": 0, "save_every_minutes": 0.0, "keep_last": 1,
 }  # fmt: skip
 PUBLISHED_KNN = {
@@ -99,7 +100,7 @@ ADDED_LINEAR: dict[str, object] = {
     "random_weights": False,
     "token": "cls", "train_aug": "standard", "lr_min": 0.0, "evaluate": False, "linear_weights": "", "linear_order": "esvit",
     "allow_partial": False, "cache_features": False, "precision": "fp32", "image_size": None, "crop_ratio": 0.875, "seed": 0,
-    "log_freq": 20, "device": "auto", "opts": [],
+    "log_freq": 20, "device": "auto", "opts": [], "wandb": "",
 }  # fmt: skip
 
 FINETUNE: dict[str, object] = {
@@ -113,6 +114,7 @@ FINETUNE: dict[str, object] = {
     "reprob": 0.25, "model_ema": False, "model_ema_decay": 0.9999, "image_size": None, "crop_ratio": 0.875,
     "precision": "auto", "val_freq": 1, "log_freq": 10, "seed": 0, "num_workers": 10, "data_path": "", "output_dir": ".",
     "val_interpolation": "bicubic", "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [], "zip_mode": False,
+    "wandb": "",
 }  # fmt: skip
 
 LOGISTIC: dict[str, object] = {
@@ -153,6 +155,7 @@ ADDED_ANALYSIS: dict[str, object] = {
     "block": -1, "image_size": None, "num_images": 4, "device": "auto", "opts": [], "zip_mode": False, "tsv_mode": False,
     "random_weights": False,
 }  # fmt: skip
+COMPARE: dict[str, object] = {"runs": ["run"], "names": None, "output_dir": None}
 LAUNCH: dict[str, object] = {"dist_timeout": 30.0}  # added to all of them
 NODES = {"num_nodes": 1, "num_gpus_per_node": 8, "node_rank": None}
 
@@ -161,6 +164,7 @@ NEEDED: dict[Any, list[str]] = {
     eval_video: ["--frames", "f", "--first_mask", "m", "--output_dir", "o"],
     convert: ["source", "dest", "--to", "zip"],
     extract_features: ["--output_dir", "o"],
+    compare_runs: ["run"],
 }
 
 
@@ -179,6 +183,7 @@ def test_names_and_defaults_are_frozen() -> None:
     assert vars(eval_video.get_args_parser().parse_args(NEEDED[eval_video])) == PUBLISHED_VIDEO | ADDED_VIDEO
     assert vars(eval_logistic.get_args_parser().parse_args([])) == LOGISTIC | LAUNCH
     assert vars(extract_features.get_args_parser().parse_args(NEEDED[extract_features])) == EXTRACT | LAUNCH
+    assert vars(compare_runs.get_args_parser().parse_args(NEEDED[compare_runs])) == COMPARE
 
 
 def test_published_spellings() -> None:
@@ -242,7 +247,9 @@ runpy.run_module(name, run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, main_esvit_mnodes, convert], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, main_esvit_mnodes, convert, compare_runs], ids=lambda script: script.__name__
+)
 def test_help_and_mistakes_do_not_wait_for_torch(script: Any) -> None:
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", WITHOUT_TORCH, script.__name__, *flags]
@@ -255,9 +262,9 @@ def test_help_and_mistakes_do_not_wait_for_torch(script: Any) -> None:
     paths = [action for action in script.get_args_parser()._actions if action.type is existing_path]
     assert paths
     path = (
-        ["/no/such/place", *needed[1:]]
-        if script is convert
-        else [*needed, f"{paths[0].option_strings[0]}=/no/such/place"]
+        [*needed, f"{paths[0].option_strings[0]}=/no/such/place"]
+        if paths[0].option_strings
+        else ["/no/such/place", *needed[1:]]
     )
     for flags, words in ((["--frobnicate", *needed], "--frobnicate"), (path, "'/no/such/place' does not exist")):
         mistaken = run(*flags)

@@ -275,11 +275,12 @@ def test_every_architecture(images: Path, tmp_path: Path, name: str) -> None:
 def test_files_of_a_run(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path, "--lr", "1", "2", "--val_freq", "2", "--epochs", "4", "--cache_features")
     assert ["test_acc1" in line for line in log_lines(tmp_path)] == [True, False, True, True]  # and the last epoch
-    events = EventAccumulator(str(tmp_path)).Reload()
-    for tag in ("epoch/test_acc1", "epoch/classifiers/lr2.0_n2/test_acc1"):
-        assert [event.step for event in events.Scalars(tag)] == [0, 2, 3]
-    assert [event.step for event in events.Scalars("epoch/train_loss")] == [0, 1, 2, 3]
     record = results(tmp_path)
+    seen = record["data"]["train_images"]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag in ("score/test_acc1", "score/classifiers/lr2.0_n2/test_acc1"):
+        assert [event.step for event in events.Scalars(tag)] == [seen, 3 * seen, 4 * seen]
+    assert [event.step for event in events.Scalars("loss/train")] == [seen, 2 * seen, 3 * seen, 4 * seen]
     assert "NOT the published protocol" in record["protocol"]["name"]
     assert record["protocol"]["top5_is"] == "top3"
     assert len(record["scores"]) == 2

@@ -27,6 +27,7 @@ WHOLE_SCRIPTS = {"demo", "demo_udi", "test", "compare"}  # take no flags of ours
 OTHER_FLAGS = {
     *("--kills", "--processes", "--rivals", "--signal"),  # tests/soak/kill_loop.py
     *("--max-restarts", "--nnodes", "--nproc_per_node", "--shutdown-timeout"),  # torchrun
+    "--logdir",  # tensorboard
 }  # fmt: skip
 
 

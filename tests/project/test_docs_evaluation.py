@@ -24,6 +24,7 @@ SCRIPTS = (
     "eval_video",
     "extract_features",
     "run_analysis",
+    "compare_runs",
 )
 YAML = str(ROOT / "experiments/demo/swin_micro.yaml")
 SMALL = {
@@ -68,15 +69,16 @@ def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {script for script, _ in commands()} == set(SCRIPTS)
     for name, flags in commands():
         script = importlib.import_module(name)
-        small = ["--arch", "swin", "--cfg", YAML, "--device", "cpu", *SMALL[name], "--seed", "0", *TINY_SWIN]
+        network = ["--arch", "swin", "--cfg", YAML, "--device", "cpu"]
+        small = [*network, *SMALL[name], "--seed", "0", *TINY_SWIN] if name in SMALL else []
         script.main(script.get_args_parser().parse_args([*flags, *small]))
     written = {str(path.relative_to(folder / "RUN")) for path in (folder / "RUN").rglob("*.*")}
     assert {
         *("results/knn.json", "results/knn.json.bak", "loaded/results/knn.json", "linear/results/linear.json"),
         *("cached/results/linear.json", "finetuned/results/finetune.json", "few/results/finetune.json"),
         *("logistic/results/logistic.json", "masks/001.png", "analysis/results/correspondence.json"),
-        *("analysis/results/stereo.json", "analysis/report.html"),
         *("features/features.npy", "features/neighbors.csv", "features/duplicates.csv", "features/plot_tsne.png"),
+        *("analysis/results/stereo.json", "analysis/report.html", "comparison/comparison.html"),
     } <= written
 
 

@@ -171,7 +171,7 @@ def test_run_survives_a_disk_that_refuses_for_a_while(
     assert "Traceback" not in told
     assert serialization.load_file(disk / "checkpoint.pth")["epoch"] == 5
     assert [json.loads(line)["epoch"] for line in (disk / "log.txt").open()] == [0, 1, 2, 3, 4]
-    points = [point.step for point in EventAccumulator(str(disk)).Reload().Scalars("step/loss")]
+    points = [point.step for point in EventAccumulator(str(disk)).Reload().Scalars("loss/total")]
     kept = [4, 8, 36, 40]  # images seen
     assert points == kept or (trouble == "full" and set(kept) < set(points))
 
@@ -391,7 +391,7 @@ def test_tensorboard_fails_alone(
     assert told.count("Input/output error") == 1
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()] == [0, 1, 2, 3, 4]
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [point.step for point in events.Scalars("epoch/train_loss")] == [0, 3, 4]
+    assert [point.step for point in events.Scalars("loss/train")] == [12, 48, 60]
 
 
 def test_picture_of_crops_is_whole_or_absent(

@@ -123,8 +123,8 @@ def test_what_is_drawn_again_is_not_drawn_twice(images: Path, tmp_path: Path, mo
     (tmp_path / "checkpoint_previous1.pth").replace(tmp_path / "checkpoint.pth")  # of step 6 of 9
     train(tmp_path, images, *flags)
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in events.Scalars("step/loss")] == list(range(1, 19))  # images seen
-    assert events.Tags()["images"] == ["crops"]
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 19))  # images seen
+    assert events.Tags()["images"] == ["views/crops"]
 
 
 def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -362,11 +362,11 @@ def test_run_folder(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert {"torch", "timm"} <= run["packages"].keys()
     assert "DIM_EMBED: 12" in (tmp_path / "config.yaml").read_text()
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert [event.value for event in events.Scalars("epoch/train_loss")] == pytest.approx(
+    assert [event.value for event in events.Scalars("loss/train")] == pytest.approx(
         [line["train_loss"] for line in lines]
     )
-    assert len(events.Scalars("step/loss")) == 4
-    assert events.Tags()["images"] == ["crops"]
+    assert len(events.Scalars("loss/total")) == 4
+    assert events.Tags()["images"] == ["views/crops"]
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     train(tmp_path, images)

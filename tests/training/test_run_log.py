@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.run_log import EpochMeter, RunLog
+from training.run_log import GROUPS, EpochMeter, RunLog, tag
 from utils import logger
 
 CPU = torch.device("cpu")
@@ -181,9 +181,38 @@ def test_tensorboard_counts_images(tmp_path: Path) -> None:
                 while meter.done < steps:
                     meter.update({"loss": 0.0})
                     show(lr=0.5)
+            log.finish_epoch(meter)
         log.close()
-    steps_shown = [point.step for point in EventAccumulator(str(tmp_path)).Reload().Scalars("step/loss")]
-    assert steps_shown == [2, 4, 6, 8, 10, 12, 14, 18, 24, 28]  # the step to 16 is made again, and hidden
+    events = EventAccumulator(str(tmp_path)).Reload()
+    steps_shown = {tag: [point.step for point in events.Scalars(tag)] for tag in ("loss/total", "loss/train")}
+    assert steps_shown["loss/total"] == [2, 4, 6, 8, 10, 12, 14, 18, 24, 28]  # the step to 16 is made again, and hidden
+    assert steps_shown["loss/train"] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("group", "names"),
+    [
+        (
+            "loss",
+            {
+                "loss": "total",
+                "train_loss": "train",
+                "train_region_loss": "train_region",
+                "test_loss": "test",
+                "g_mcl": "g_mcl",
+                "train_l_pch": "train_l_pch",
+            },
+        ),
+        ("monitor", dict.fromkeys(["view/kl", "cls+/feature_rank"])),
+        ("optim", dict.fromkeys(["lr", "wd", "train_lr"])),
+        ("other", dict.fromkeys(["skipped", "unreadable_images"])),
+        ("score", dict.fromkeys(["knn_top1", "knn_top1_student", "test_acc5", "val/network/top1"])),
+        ("speed", dict.fromkeys(["images_per_s", "waiting_share", "seconds", "peak_memory_mb"])),
+    ],
+)
+def test_tensorboard_groups(group: str, names: dict[str, str | None]) -> None:
+    assert {name: tag(name) for name in names} == {name: f"{group}/{short or name}" for name, short in names.items()}
+    assert sorted(GROUPS)[0] == "loss"  # TensorBoard sorts them
 
 
 def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
@@ -200,8 +229,10 @@ def test_mappings_and_unknown_numbers_of_an_epoch(tmp_path: Path) -> None:
     assert more.items() <= record.items()
     assert "train_wd" not in record
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
-    assert {"epoch/each/a/loss", "epoch/train_lr", "step/lr"} <= set(tags)
-    assert not {"epoch/each/b/loss", "epoch/note", "step/wd", "epoch/epoch"} & set(tags)
+    assert set(tags) == {
+        *("loss/each/a/total", "loss/total", "loss/train", "optim/lr", "other/skipped_steps"),
+        *("speed/images_per_s", "speed/peak_memory_mb", "speed/seconds", "speed/waiting_share"),
+    }
 
 
 def test_picture_of_the_crops(tmp_path: Path) -> None:
