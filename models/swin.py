@@ -231,6 +231,25 @@ class SwinTransformer(Backbone):
     def timm_name(self, name: str) -> str:
         return swin_timm_name(name)
 
+    def export_note(self, library: str) -> str | None:
+        """Return which stages differ in detectors, where all have one window size and a shift in every second block."""
+        if library not in {"mmdet", "detectron2"}:
+            return None
+        stages = [[(block.window, block.shift) for block in layer.blocks] for layer in self.layers]
+        window = max(block_window for blocks in stages for block_window, _ in blocks)
+        differing = [
+            str(number)
+            for number, blocks in enumerate(stages, start=1)
+            if blocks != [(window, window // 2 if i % 2 else 0) for i in range(len(blocks))]
+        ]
+        if not differing:
+            return None
+        where = f"stage{'s' * (len(differing) > 1)} {' and '.join(differing)}"
+        return (
+            f"{library} has windows of {window} in all stages and shifts them in every second block. This network does not in {where}, "
+            f"where one window covers MODEL.IMAGE_SIZE, so {library}'s features differ from there on until they are fine-tuned"
+        )
+
 
 @register(
     {
