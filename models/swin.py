@@ -235,19 +235,21 @@ class SwinTransformer(Backbone):
         """Return which stages differ in detectors, where all have one window size and a shift in every second block."""
         if library not in {"mmdet", "detectron2"}:
             return None
-        stages = [[(block.window, block.shift) for block in layer.blocks] for layer in self.layers]
-        window = max(block_window for blocks in stages for block_window, _ in blocks)
+        windows = [
+            [(block.window, block.shift) for block in self.stage_blocks(stage)] for stage in range(len(self.stage_dims))
+        ]
+        largest = max(window for stage in windows for window, _ in stage)
         differing = [
             str(number)
-            for number, blocks in enumerate(stages, start=1)
-            if blocks != [(window, window // 2 if i % 2 else 0) for i in range(len(blocks))]
+            for number, stage in enumerate(windows, start=1)
+            if stage != [(largest, largest // 2 * (block % 2)) for block in range(len(stage))]
         ]
         if not differing:
             return None
         where = f"stage{'s' * (len(differing) > 1)} {' and '.join(differing)}"
         return (
-            f"{library} has windows of {window} in all stages and shifts them in every second block. This network does not in {where}, "
-            f"where one window covers MODEL.IMAGE_SIZE, so {library}'s features differ from there on until they are fine-tuned"
+            f"{library} has windows of {largest} in all stages, and shifts them in every second block. This network does not in "
+            f"{where}, where one window covers MODEL.IMAGE_SIZE; from there on, its features differ until they are fine-tuned"
         )
 
 

@@ -4,7 +4,7 @@ The environment variable DATA names a folder with annotations/train.json, annota
 The classes are those of annotations/train.json. As in mmdet's retinanet_r50_fpn_1x_coco.py: 12 epochs, images of 1333 x 800.
 """
 
-_base_ = []  # before the imports, which mmengine would otherwise take for those of a lazy config
+_base_ = []  # type: ignore[var-annotated]  # first, or mmengine takes the imports for those of a lazy config
 
 import json  # noqa: E402
 import pathlib  # noqa: E402

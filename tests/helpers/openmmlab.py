@@ -12,8 +12,14 @@ import types
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 
+import pytest
 import torchvision
 from torch import Tensor
+
+try:
+    import cv2  # noqa: F401 - imported by mmdet
+except ImportError as error:
+    pytest.skip(f"OpenCV needs Debian's packages libgl1 and libglib2.0-0 ({error})", allow_module_level=True)
 
 
 class CompiledOperators(types.ModuleType):
