@@ -131,7 +131,7 @@ def resnet_timm_name(name: str) -> str:
 
 
 def resnet_to_mmdet(state: State) -> dict[str, Tensor]:
-    """Convert to mmdet's ResNet and ResNeXt, which have torchvision's names; load_checkpoint of mmengine adds no prefix.
+    """Convert to mmdet's ResNet and ResNeXt, which have torchvision's names; mmengine matches them without a prefix.
 
     Raises:
         UsageError: a Wide ResNet.

@@ -218,7 +218,7 @@ class SwinTransformer(Backbone):
         assert isinstance(merge, PatchMerging)
         return merge(x)
 
-    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+    def stage_blocks(self, stage: int) -> Sequence[SwinBlock]:
         return self.layers[stage].blocks  # type: ignore[return-value]
 
     def tokens(self, x_BHWC: Tensor) -> Tokens:
@@ -249,7 +249,7 @@ class SwinTransformer(Backbone):
         where = f"stage{'s' * (len(differing) > 1)} {' and '.join(differing)}"
         return (
             f"{library} has windows of {largest} in all stages, and shifts them in every second block. This network does not in "
-            f"{where}, where one window covers MODEL.IMAGE_SIZE; from there on, its features differ until they are fine-tuned"
+            f"{where}, where one window covers MODEL.IMAGE_SIZE: the features in {library} differ from there on, until fine-tuned"
         )
 
 
