@@ -53,3 +53,16 @@ def test_a_detectors_swin_has_one_window(target: str, tmp_path: Path) -> None:
     assert tables.keys() == expected.keys()
     assert len({len(table) for name, table in tables.items() if name.endswith("bias_table")}) == 1
     assert all(torch.equal(table, expected[name]) for name, table in tables.items())
+
+
+@pytest.mark.parametrize("target", ["mmdet", "detectron2", "timm"])
+@pytest.mark.parametrize(
+    ("window", "image_size", "stages"), [(7, 224, "stage 4,"), (14, 224, "stages 3 and 4,"), (7, 448, "")]
+)
+def test_the_stages_that_a_detector_shifts_are_told(target: str, window: int, image_size: int, stages: str) -> None:
+    note = swin(window, image_size).export_note(target)
+    if target == "timm" or not stages:
+        assert note is None
+    else:
+        assert note is not None
+        assert f"in {stages}" in note
