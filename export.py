@@ -108,6 +108,8 @@ def write(backbone: Backbone, target: str, output: Path, config: CfgNode) -> Non
             choices = ", ".join(["backbone", "safetensors", "onnx", *backbone.converters])
             raise UsageError(f"--format {target} does not support {type(backbone).__name__}; choose one of {choices}")
         state = backbone.converters[target](state)
+        if note := backbone.export_note(target):
+            logger.warning(note)
     writers: dict[str, Callable[[Path], object]] = {
         "safetensors": lambda path: safetensors.torch.save_file(state, path),
         "detectron2": lambda path: path.write_bytes(_detectron2_pickle(state)),

@@ -134,6 +134,10 @@ class Backbone(nn.Module, ABC):
             return None
         return resize_square_table(tensor, len(self.get_parameter(name)))
 
+    def export_note(self, library: str) -> str | None:
+        """Return what `library` computes differently with the exported weights, or None."""
+        return None
+
     def adopt_pos_resize(self, rule: str | None) -> None:
         """Resize position embeddings by the rule of a loaded file (`models.resize.RULES`), unless the config sets one."""
 

@@ -1,18 +1,20 @@
 """Conversion of state dicts between these networks and other libraries.
 
 timm and torchvision differ in names only. detectron2 has the names of its `modeling/backbone` and of its torchvision converter,
-without the prefix `backbone.`, which its matching heuristics find. mmdet has the names of its `models/backbones`; its Swin merges
-patches with `nn.Unfold`, which orders channels differently.
+without the prefix `backbone.`, which its matching heuristics find. mmdet has the names of its `models/backbones`; its Swin reads
+only names with the prefix `backbone.`, and merges patches with `nn.Unfold`, which orders channels differently.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from models.resize import resize_grid
 from utils import UsageError
 
 State = Mapping[str, Tensor]
@@ -44,20 +46,14 @@ def swin_to_timm(state: State) -> dict[str, Tensor]:
     return renamed(kept, swin_timm_name)
 
 
-def _output_norm(state: State) -> dict[str, str]:
-    """Return the rename rule of the final norm, for detectors that normalize the output of every stage."""
-    last = max(int(match[1]) for name in state if (match := re.match(r"layers\.(\d+)\.", name)))
-    return {r"^norm\.": f"norm{last}."}
-
-
 def swin_to_detectron2(state: State) -> dict[str, Tensor]:
     """Convert to detectron2's Swin."""
     rules = _output_norm(state)
-    return renamed(state, lambda name: _substitute(name, rules))
+    return renamed(_with_one_window(state), lambda name: _substitute(name, rules))
 
 
 def swin_to_mmdet(state: State) -> dict[str, Tensor]:
-    """Convert to mmdet's Swin, with merged channels in the order of `nn.Unfold`."""
+    """Convert to mmdet's Swin, with merged channels in the order of `nn.Unfold`; it computes relative position indices itself."""
     rules = {
         **_output_norm(state),
         r"^layers\.": "stages.",
@@ -66,8 +62,29 @@ def swin_to_mmdet(state: State) -> dict[str, Tensor]:
         r"\.mlp\.fc1\.": ".ffn.layers.0.0.",
         r"\.mlp\.fc2\.": ".ffn.layers.1.",
     }
-    ordered = {name: _in_unfold_order(tensor) if ".downsample." in name else tensor for name, tensor in state.items()}
-    return renamed(ordered, lambda name: _substitute(name, rules))
+    converted = {}
+    for name, tensor in _with_one_window(state).items():
+        if not name.endswith("relative_position_index"):
+            in_order = _in_unfold_order(tensor) if ".downsample." in name else tensor
+            converted[f"backbone.{_substitute(name, rules)}"] = in_order
+    return converted
+
+
+def _output_norm(state: State) -> dict[str, str]:
+    """Return the rename rule of the final norm, for detectors that normalize the output of every stage."""
+    last = max(int(match[1]) for name in state if (match := re.match(r"layers\.(\d+)\.", name)))
+    return {r"^norm\.": f"norm{last}."}
+
+
+def _with_one_window(state: State) -> dict[str, Tensor]:
+    """Resize the tables of smaller windows to the largest window, for detectors that have one window size in all stages."""
+    sides = {name: math.isqrt(len(table)) for name, table in state.items() if name.endswith("bias_table")}
+    largest = max(sides, key=lambda name: sides[name])
+    fitted = dict(state)
+    for name, side in sides.items():
+        fitted[name] = resize_grid(state[name], (side, side), (sides[largest], sides[largest]))
+        fitted[name.replace("bias_table", "index")] = state[largest.replace("bias_table", "index")]
+    return fitted
 
 
 def _in_unfold_order(weight: Tensor) -> Tensor:
@@ -95,14 +112,14 @@ def vit_from_timm(state: State) -> dict[str, Tensor]:
 
 
 def vit_to_detectron2(state: State) -> dict[str, Tensor]:
-    """Convert to detectron2's ViT, which has the published names.
+    """Convert to detectron2's ViT, which has the published names, the position of a class token, but no token and no final norm.
 
     Raises:
         UsageError: more than one class token.
     """
     if "cls_token" in state and state["cls_token"].shape[1] > 1:
         raise UsageError("detectron2's ViT supports at most one class token; pass --class_tokens first or none")
-    return dict(state)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(("cls_token", "norm."))}
 
 
 # --------------------------------------------------------------------------- ResNet
@@ -111,6 +128,18 @@ def vit_to_detectron2(state: State) -> dict[str, Tensor]:
 def resnet_timm_name(name: str) -> str:
     """Return the name in timm and torchvision, without the published prefix."""
     return name.removeprefix("backbone.backbone.")
+
+
+def resnet_to_mmdet(state: State) -> dict[str, Tensor]:
+    """Convert to mmdet's ResNet and ResNeXt, which have torchvision's names; mmengine matches them without a prefix.
+
+    Raises:
+        UsageError: a Wide ResNet.
+    """
+    renamed_state = renamed(state, resnet_timm_name)
+    if renamed_state["layer1.0.conv2.weight"].shape[1] > 64:
+        raise UsageError("mmdet has no Wide ResNet; export to detectron2, timm or onnx instead")
+    return renamed_state
 
 
 def resnet_to_detectron2(state: State) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from config.schema import ArchSpec
 from models.base import Backbone, Tokens, grid_tokens
-from models.interop import Converter, renamed, resnet_timm_name, resnet_to_detectron2
+from models.interop import Converter, renamed, resnet_timm_name, resnet_to_detectron2, resnet_to_mmdet
 from models.registry import register
 
 CONFIG = "experiments/imagenet/resnet/resnet50.yaml"
@@ -34,7 +34,7 @@ class ResNet(Backbone):
     has_attention = False
     converters: ClassVar[Mapping[str, Converter]] = {
         "timm": lambda state: renamed(state, resnet_timm_name),
-        "mmdet": lambda state: renamed(state, resnet_timm_name),
+        "mmdet": resnet_to_mmdet,
         "detectron2": resnet_to_detectron2,
     }
 

@@ -218,7 +218,7 @@ class SwinTransformer(Backbone):
         assert isinstance(merge, PatchMerging)
         return merge(x)
 
-    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+    def stage_blocks(self, stage: int) -> Sequence[SwinBlock]:
         return self.layers[stage].blocks  # type: ignore[return-value]
 
     def tokens(self, x_BHWC: Tensor) -> Tokens:
@@ -230,6 +230,27 @@ class SwinTransformer(Backbone):
 
     def timm_name(self, name: str) -> str:
         return swin_timm_name(name)
+
+    def export_note(self, library: str) -> str | None:
+        """Return which stages differ in detectors, where all have one window size and a shift in every second block."""
+        if library not in {"mmdet", "detectron2"}:
+            return None
+        windows = [
+            [(block.window, block.shift) for block in self.stage_blocks(stage)] for stage in range(len(self.stage_dims))
+        ]
+        largest = max(window for stage in windows for window, _ in stage)
+        differing = [
+            str(number)
+            for number, stage in enumerate(windows, start=1)
+            if stage != [(largest, largest // 2 * (block % 2)) for block in range(len(stage))]
+        ]
+        if not differing:
+            return None
+        where = f"stage{'s' * (len(differing) > 1)} {' and '.join(differing)}"
+        return (
+            f"{library} has windows of {largest} in all stages, and shifts them in every second block. This network does not in "
+            f"{where}, where one window covers MODEL.IMAGE_SIZE: the features in {library} differ from there on, until fine-tuned"
+        )
 
 
 @register(

@@ -12,12 +12,11 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from conftest import ROOT, relative_error
 from fill import fill_
 from helpers.runs import run_script
 from helpers.small_networks import SMALL, small_network
-from torch import Tensor, nn
+from torch import nn
 
 import export
 import hubconf
@@ -25,10 +24,9 @@ from checkpoints import layouts, loading
 from config.loading import load_config
 from models import Backbone
 from models.heads import DINOHead
-from models.interop import resnet_to_detectron2, swin_to_detectron2, swin_to_mmdet
+from models.interop import resnet_to_detectron2
 from utils import UsageError
 
-KINDS = ("weight", "bias")
 TIMM: dict[str, Callable[[], nn.Module]] = {
     "swin": lambda: timm.models.swin_transformer.SwinTransformer(
         img_size=64, embed_dim=12, depths=(2, 2), num_heads=(1, 2), window_size=4, num_classes=0
@@ -292,50 +290,6 @@ def test_detectron2_names_of_resnet(tmp_path: Path) -> None:
     assert len(names) == len(network.state_dict())
     assert not any("bn" in name or "layer" in name for name in names)
     assert resnet_to_detectron2(network.state_dict()).keys() == names.keys()
-
-
-def swin_names(stages: str, attn: str, fc1: str, fc2: str, patches: str) -> set[str]:
-    """Every name of a Swin of two stages with two blocks each, in the words of a library."""
-    of_block = {
-        *(f"{part}.{kind}" for part in ("norm1", "norm2", f"{attn}qkv", f"{attn}proj", fc1, fc2) for kind in KINDS),
-        *(f"{attn}relative_position_bias_table", f"{attn}relative_position_index"),
-    }
-    return {
-        *(f"{stages}.{stage}.blocks.{block}.{name}" for stage in (0, 1) for block in (0, 1) for name in of_block),
-        *(f"{stages}.0.downsample.{name}" for name in ("norm.weight", "norm.bias", "reduction.weight")),
-        *(f"patch_embed.{name}.{kind}" for name in (patches, "norm") for kind in KINDS),
-        *("norm1.weight", "norm1.bias"),
-    }
-
-
-def test_all_detectron2_names_of_swin_and_vit() -> None:
-    names = swin_to_detectron2(random_network("swin").state_dict())
-    assert names.keys() == swin_names("layers", "attn.", "mlp.fc1", "mlp.fc2", "proj")
-    vit = random_network("vit")
-    parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    assert vit.converters["detectron2"](vit.state_dict()).keys() == {
-        *("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"),
-        *(f"blocks.{block}.{part}.{kind}" for block in range(3) for part in parts for kind in KINDS),
-    }
-
-
-def test_all_mmdet_names_of_resnet_are_those_of_torchvision() -> None:
-    network = random_network("resnet")
-    theirs = torchvision.models.resnet18(weights=None).state_dict().keys() - {"fc.weight", "fc.bias"}
-    assert network.converters["mmdet"](network.state_dict()).keys() == theirs
-
-
-def test_mmdet_swin_names_and_its_order_of_merged_channels() -> None:
-    """Patch merging as mmdet does it, by nn.Unfold, gives the same tokens with the exported weights."""
-    network = random_network("swin")
-    state = swin_to_mmdet(network.state_dict())
-    assert state.keys() == swin_names("stages", "attn.w_msa.", "ffn.layers.0.0", "ffn.layers.1", "projection")
-    x_BHWC = torch.randn(2, 6, 4, 12)
-    unfolded: Tensor = F.unfold(x_BHWC.permute(0, 3, 1, 2), kernel_size=2, stride=2).transpose(1, 2)
-    weight, bias = state["stages.0.downsample.norm.weight"], state["stages.0.downsample.norm.bias"]
-    merged = F.layer_norm(unfolded, (48,), weight, bias, eps=1e-6) @ state["stages.0.downsample.reduction.weight"].T
-    ours = network.get_submodule("layers.0.downsample")(x_BHWC).flatten(1, 2)
-    torch.testing.assert_close(merged, ours)
 
 
 @pytest.mark.parametrize(("name", "target"), [("cvt", "timm"), ("vil", "mmdet"), ("vit", "mmdet")])
