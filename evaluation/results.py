@@ -41,16 +41,24 @@ def save_results(output_dir: str | Path, results: Results) -> None:
         DiskError: the file cannot be written.
     """
     path = Path(output_dir) / FOLDER / f"{results.evaluation}.json"
-    text = json.dumps(results._asdict(), indent=2) + "\n"
     with files.disk_errors(output_dir):
         files.check_lock(Path(output_dir))
         path.parent.mkdir(exist_ok=True)
-        if path.exists() and path.read_text() == text:
-            logger.info("%s is unchanged", path)
-            return
-        backup = path.with_name(f"{path.name}.bak")
-        with files.atomic_write(path, lambda: os.replace(path, backup) if path.exists() else None) as temporary:
-            temporary.write_text(text)
+        write_keeping_backup(path, (json.dumps(results._asdict(), indent=2) + "\n").encode())
+
+
+def write_keeping_backup(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and keep a previous one with other content under its name with `.bak`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and path.read_bytes() == content:
+        logger.info("%s is unchanged", path)
+        return
+    backup = path.with_name(f"{path.name}.bak")
+    with files.atomic_write(path, lambda: os.replace(path, backup) if path.exists() else None) as temporary:
+        temporary.write_bytes(content)
     logger.info("wrote %s", path)
 
 
