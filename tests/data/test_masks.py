@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 from helpers.mask_files import write_masks, write_pair
 from PIL import Image
 
-from data import segmentation
+from data.datasets import FatalFailure
 from data.layouts.masks import find_pairs
 from data.segmentation import (
     VOID,
@@ -102,7 +105,7 @@ def edit(action: Callable[[Path, Path], object]) -> Callable[[Path], object]:
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda root: None, "no images with masks for train"),
     "no masks": (edit(lambda i, m: m.rename(m.with_name("labels"))), "no images with masks for train"),
-    "no images": (edit(lambda i, m: [p.unlink() for p in i.iterdir()]), "train/images has no images"),
+    "no images": (edit(lambda i, m: (shutil.rmtree(i), i.mkdir())), "train/images has no images"),
     "image without mask": (edit(lambda i, m: (m / "002.png").unlink()), r"images/002\.png; add .*masks/002\.png"),
     "mask without image": (edit(lambda i, m: (i / "002.png").unlink()), r"first .*masks/002\.png"),
     "mask that is no PNG": (edit(lambda i, m: (m / "002.png").rename(m / "002.jpg")), r"masks/002\.jpg is no PNG"),
@@ -150,9 +153,6 @@ def test_values_of_gray_and_palette_files(tmp_path: Path, bits: int) -> None:
 
 def gray_png(values: np.ndarray, bits: int) -> bytes:
     """A gray PNG of so many bits, which Pillow does not write."""
-    import struct
-    import zlib
-
     rows = (np.unpackbits(values[:, :, None], axis=2)[:, :, 8 - bits :]).reshape(len(values), -1)
     raw = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
 
@@ -186,7 +186,7 @@ def test_masks_that_cannot_be_used(tmp_path: Path, content: np.ndarray | None, w
     sample = SegmentationDataset(pairs, MaskCoding(3), "abc", WholeImage(None, MEAN, STD))[0]
     assert sample.views == []
     (failure,) = sample.failures
-    assert isinstance(failure, segmentation.FatalFailure)
+    assert isinstance(failure, FatalFailure)
     assert "000.png" in failure
 
 
