@@ -102,10 +102,16 @@ def edit(action: Callable[[Path, Path], object]) -> Callable[[Path], object]:
     return edited
 
 
+def emptied(folder: Path) -> Path:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda root: None, "no images with masks for train"),
     "no masks": (edit(lambda i, m: m.rename(m.with_name("labels"))), "no images with masks for train"),
-    "no images": (edit(lambda i, m: (shutil.rmtree(i), i.mkdir())), "train/images has no images"),
+    "no images": (edit(lambda i, m: emptied(i)), "train/images has no images"),
     "image without mask": (edit(lambda i, m: (m / "002.png").unlink()), r"images/002\.png; add .*masks/002\.png"),
     "mask without image": (edit(lambda i, m: (i / "002.png").unlink()), r"first .*masks/002\.png"),
     "mask that is no PNG": (edit(lambda i, m: (m / "002.png").rename(m / "002.jpg")), r"masks/002\.jpg is no PNG"),
