@@ -18,6 +18,7 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import eval_logistic
+import eval_segmentation
 import eval_video
 import export
 import main_esvit
@@ -123,6 +124,16 @@ LOGISTIC: dict[str, object] = {
     "opts": [],
 }  # fmt: skip
 
+SEGMENTATION: dict[str, object] = {
+    "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "random_weights": False, "allow_partial": False, "token": "cls", "stages": None, "baselines": False,
+    "cache_features": False, "precision": "fp32", "data_path": "", "classes": None, "ignore_index": 255,
+    "reduce_zero_label": False, "image_size": None, "window": None, "stride": None, "batch_size_per_gpu": 16,
+    "num_workers": 10, "epochs": 40, "lr": [0.001], "weight_decay": 1e-4, "val_freq": 0, "knn": False, "nb_knn": [20],
+    "temperature": 0.07, "knn_regions": 100_000, "output_dir": ".", "num_pictures": 4, "log_freq": 20, "seed": 0,
+    "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [],
+}  # fmt: skip
+
 PUBLISHED_VIDEO = {
     "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher", "n_last_frames": 7,
     "size_mask_neighborhood": 12, "topk": 5,
@@ -168,6 +179,7 @@ def test_names_and_defaults_are_frozen() -> None:
     assert vars(eval_finetune.get_args_parser().parse_args([])) == FINETUNE | LAUNCH
     assert vars(eval_video.get_args_parser().parse_args(NEEDED[eval_video])) == PUBLISHED_VIDEO | ADDED_VIDEO
     assert vars(eval_logistic.get_args_parser().parse_args([])) == LOGISTIC | LAUNCH
+    assert vars(eval_segmentation.get_args_parser().parse_args([])) == SEGMENTATION | LAUNCH
 
 
 def test_published_spellings() -> None:
@@ -191,7 +203,10 @@ def test_published_spellings() -> None:
     )
 
 
-SCRIPTS = (main_esvit, main_udi, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_video, run_analysis, export)
+SCRIPTS = (
+    *(main_esvit, main_udi, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_segmentation, eval_video),
+    *(run_analysis, export),
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

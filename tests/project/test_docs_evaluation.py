@@ -10,13 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers.mask_files import write_masks
 from helpers.runs import TINY_SWIN, write_images
 from PIL import Image
 
 from models import build_model, load_arch_config
 
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-SCRIPTS = ("eval_knn", "eval_linear", "eval_finetune", "eval_logistic", "eval_video", "run_analysis")
+SCRIPTS = (
+    "eval_knn",
+    "eval_linear",
+    "eval_finetune",
+    "eval_logistic",
+    "eval_segmentation",
+    "eval_video",
+    "run_analysis",
+)
 YAML = str(ROOT / "experiments/demo/swin_micro.yaml")
 SMALL = {
     "eval_knn": ["--num_workers", "0", "--nb_knn", "1"],
@@ -26,6 +35,9 @@ SMALL = {
         *("--precision", "fp32"),
     ],
     "eval_logistic": ["--num_workers", "0", "--epochs", "5"],
+    "eval_segmentation": [
+        *("--num_workers", "0", "--epochs", "1", "--stages", "1", "2", "--window", "32", "--batch_size_per_gpu", "2")
+    ],
     "eval_video": ["--image_size", "64"],
     "run_analysis": ["--num_workers", "0", "--num_images", "1"],
 }
@@ -42,6 +54,8 @@ def folder(tmp_path: Path) -> Path:
     """The files that the commands name."""
     for seed, split in enumerate(("train", "val")):
         write_images(tmp_path / "IMAGES" / split, 4, classes=2, seed=seed)
+    write_masks(tmp_path / "SCENES")
+    (tmp_path / "names.txt").write_text("sky\nroad\ncar\n")
     (tmp_path / "list.txt").write_text("class0/000.png\nclass1/000.png\nclass1/001.png\n")
     write_images(tmp_path / "FRAMES", 2, size=64)
     mask = Image.new("L", (64, 64))
@@ -65,6 +79,12 @@ def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {
         *("results/knn.json", "results/knn.json.bak", "loaded/results/knn.json", "linear/results/linear.json"),
         *("cached/results/linear.json", "finetuned/results/finetune.json", "few/results/finetune.json"),
+        *(
+            "segmentation/results/segmentation.json",
+            "segmentation/predictions.png",
+            "segmentation_cached/results/segmentation.json",
+        ),
+        *("segmentation/results/segmentation_knn.json",),
         *("logistic/results/logistic.json", "masks/001.png", "analysis/results/correspondence.json"),
         *("analysis/results/stereo.json", "analysis/report.html"),
     } <= written
