@@ -55,6 +55,7 @@ def folder(tmp_path: Path) -> Path:
     for seed, split in enumerate(("train", "val")):
         write_images(tmp_path / "IMAGES" / split, 4, classes=2, seed=seed)
     write_masks(tmp_path / "SCENES")
+    write_masks(tmp_path / "CAMVID", void=11)
     (tmp_path / "names.txt").write_text("sky\nroad\ncar\n")
     (tmp_path / "list.txt").write_text("class0/000.png\nclass1/000.png\nclass1/001.png\n")
     write_images(tmp_path / "FRAMES", 2, size=64)
@@ -64,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
     Image.open(tmp_path / "FRAMES" / "000.png").save(tmp_path / "PHOTO.png")
     (tmp_path / "RUN").mkdir()
     network = build_model("swin", load_arch_config("swin", YAML, TINY_SWIN))
-    torch.save({"teacher": network.state_dict(), "student": {}}, tmp_path / "RUN" / "checkpoint.pth")
+    torch.save({"teacher": network.state_dict(), "student": network.state_dict()}, tmp_path / "RUN" / "checkpoint.pth")
     return tmp_path
 
 
