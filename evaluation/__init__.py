@@ -1,1 +1,1 @@
-"""Evaluation of frozen and fine-tuned features: extraction, k-NN, linear probe, fine-tuning, result files."""
+"""Evaluation of frozen and fine-tuned features: extraction, k-NN, linear probe, fine-tuning, segmentation, result files."""

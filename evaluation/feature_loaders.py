@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class OnlineFeatureLoader(FeatureLoader):
 
     Args:
         function: maps images to features, without gradients.
+        val_set: None if it is evaluated otherwise.
         batch_size, num_workers: of each process.
         device: where features are computed.
     """
@@ -80,7 +81,7 @@ class OnlineFeatureLoader(FeatureLoader):
         self,
         function: FeatureFunction,
         train_set: data.ImageDataset,
-        val_set: data.ImageDataset,
+        val_set: data.ImageDataset | None,
         batch_size: int,
         num_workers: int,
         device: torch.device,
@@ -88,10 +89,11 @@ class OnlineFeatureLoader(FeatureLoader):
         sizes = batch_size, num_workers, device.type == "cuda"
         self.function, self.device = function, device
         self.train_loader = data.build_train_loader(train_set, *sizes, drop_last=False)
-        self.val_loader = data.build_eval_loader(val_set, *sizes)
+        self.val_loader = None if val_set is None else data.build_eval_loader(val_set, *sizes)
         self.steps, self.batch_size = len(self.train_loader), batch_size
-        self.training_images, self.validation_images = len(train_set), len(val_set)
-        self.train_tally, self.val_tally = data.FailureTally(len(train_set)), data.FailureTally(len(val_set))
+        self.training_images, self.validation_images = len(train_set), 0 if val_set is None else len(val_set)
+        self.train_tally = data.FailureTally(self.training_images)
+        self.val_tally = data.FailureTally(self.validation_images)
 
     def _features(self, batch: data.Batch) -> LabeledFeatures:
         images, labels = (t.to(self.device, non_blocking=True) for t in (batch.views[0], batch.labels_B))
@@ -108,6 +110,7 @@ class OnlineFeatureLoader(FeatureLoader):
 
     def validation(self) -> Iterator[LabeledFeatures]:
         """Yield the batches of the validation set."""
+        assert self.val_loader is not None
         self.val_tally.start_pass()
         for batch in readable_batches(self.val_loader, self.val_tally, self.device):
             yield self._features(batch)
@@ -117,13 +120,19 @@ class CachedFeatureLoader(FeatureLoader):
     """Features that were computed once; every process holds all of them in main memory.
 
     Args:
+        val_set: None if it is evaluated otherwise.
         batch_size: of each process.
         device: of the batches.
         seed: of the order of the epochs.
     """
 
     def __init__(
-        self, train_set: LabeledFeatures, val_set: LabeledFeatures, batch_size: int, device: torch.device, seed: int
+        self,
+        train_set: LabeledFeatures,
+        val_set: LabeledFeatures | None,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
     ) -> None:
         dataset = TensorDataset(*train_set)
         self.sampler: DistributedSampler[Any] = DistributedSampler(
@@ -134,7 +143,8 @@ class CachedFeatureLoader(FeatureLoader):
         )
         self.val_set, self.batch_size, self.device = val_set, batch_size, device
         self.steps = len(self.loader)
-        self.training_images, self.validation_images = len(train_set.labels_N), len(val_set.labels_N)
+        self.training_images = len(train_set.labels_N)
+        self.validation_images = 0 if val_set is None else len(val_set.labels_N)
 
     def training(self, epoch: int, meter: EpochMeter, ending: StopRequest, done: int = 0) -> Iterator[LabeledFeatures]:
         """Yield the batches of an epoch; processes agree on signals every `SIGNAL_CHECK_STEPS` steps."""
@@ -146,6 +156,7 @@ class CachedFeatureLoader(FeatureLoader):
 
     def validation(self) -> Iterator[LabeledFeatures]:
         """Yield the batches of the validation set."""
+        assert self.val_set is not None
         own = [tensor[collectives.get_rank() :: collectives.get_world_size()] for tensor in self.val_set]
         for features, labels in zip(*(tensor.split(self.batch_size) for tensor in own)):
             if len(labels):  # an empty tensor is split into one empty part
@@ -158,17 +169,19 @@ class CachedFeatureLoader(FeatureLoader):
 def build_feature_loader(
     args: argparse.Namespace,
     function: FeatureFunction,
-    datasets: tuple[data.ImageDataset, data.ImageDataset],
+    datasets: Sequence[data.ImageDataset],
     device: torch.device,
     run: dict[str, Any],
 ) -> FeatureLoader:
     """Build the loader of both data sets; with --cache_features, features are read from --output_dir or computed now.
 
     Args:
+        datasets: training and validation images; the latter are left out if they are evaluated otherwise.
         run: identity of the run; features saved by another run are not used.
     """
     if not args.cache_features:
-        return OnlineFeatureLoader(function, *datasets, args.batch_size_per_gpu, args.num_workers, device)
+        train_set, val_set = datasets[0], datasets[1] if len(datasets) > 1 else None
+        return OnlineFeatureLoader(function, train_set, val_set, args.batch_size_per_gpu, args.num_workers, device)
     path = Path(args.output_dir) / CACHE
     cached = load_cached(path, run)
     if cached is None:
@@ -181,7 +194,8 @@ def build_feature_loader(
                 logger.warning("cannot write %s (%s); a resumed run will compute the features again", path, error)
     size = sum(part.features_NC.nbytes for part in cached) / 2**30
     logger.info("cached %.2f GiB of features on each process", size)
-    return CachedFeatureLoader(cached[0], cached[1], args.batch_size_per_gpu, device, args.seed)
+    train, val = cached[0], cached[1] if len(cached) > 1 else None
+    return CachedFeatureLoader(train, val, args.batch_size_per_gpu, device, args.seed)
 
 
 def load_cached(path: Path, run: dict[str, Any]) -> list[LabeledFeatures] | None:

@@ -293,6 +293,16 @@ def build_probe(args: argparse.Namespace, backbone: Backbone, num_labels: int, d
 # --------------------------------------------------------------------------- training
 
 
+def network_digest(backbone: Backbone, config: CfgNode) -> str:
+    """Return a digest of the weights and the config of a network."""
+    digest = hashlib.sha256(backbone.resolve_config(config).dump().encode())
+    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(layouts.DERIVED)}
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def run_identity(
     args: argparse.Namespace,
     config: CfgNode,
@@ -301,18 +311,13 @@ def run_identity(
     precision: str,
 ) -> dict[str, Any]:
     """Return everything that affects the scores of a run, by flag; a checkpoint with another identity is not resumed."""
-    digest = hashlib.sha256(backbone.resolve_config(config).dump().encode())
-    weights = {name: t for name, t in backbone.state_dict().items() if not name.endswith(layouts.DERIVED)}
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     flags = ["arch", "token", "train_aug", "lr", "lr_min", "n_last_blocks", "avgpool_patchtokens", "epochs"]
     flags += ["cache_features", "image_size", "crop_ratio", "seed", "num_labels"]
     return {f"--{name}": getattr(args, name) for name in flags} | {
         "--batch_size_per_gpu times processes": checkpointing.images_per_step(args),
         "--precision": precision,
         **data_identity(*datasets),
-        "digest of weights and config": digest.hexdigest()[:16],
+        "digest of weights and config": network_digest(backbone, config),
     }
 
 

@@ -39,11 +39,10 @@ def save_results(output_dir: str | Path, results: Results) -> None:
         DiskError: the file cannot be written.
     """
     path = Path(output_dir) / FOLDER / f"{results.evaluation}.json"
-    text = json.dumps(results._asdict(), indent=2) + "\n"
     with files.disk_errors(output_dir):
         files.check_lock(Path(output_dir))
         path.parent.mkdir(exist_ok=True)
-        files.write_with_backup(path, text.encode())
+        files.write_with_backup(path, (json.dumps(results._asdict(), indent=2) + "\n").encode())
 
 
 def describe_network(args: argparse.Namespace) -> dict[str, Any]:

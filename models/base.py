@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -241,8 +241,25 @@ class Backbone(nn.Module, ABC):
 
     def forward_feature_maps(self, x_BCHW: Tensor) -> Tensor:
         """Return the region features as maps (B, C, H', W')."""
-        last = self.forward_blocks(x_BCHW)[-1]
-        return self.norm(last.tokens_BNC)[:, last.num_prefix_tokens :].transpose(1, 2).unflatten(2, last.grid)
+        return self.forward_stage_maps(x_BCHW, [len(self.stage_depths) - 1])[0]
+
+    def forward_stage_maps(self, x_BCHW: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        """Return the regions at the end of each of `stages`, counted from 0, as maps (B, C, H', W').
+
+        The final norm is applied to the last stage only, which has its width.
+
+        Raises:
+            ValueError: no such stage.
+        """
+        last_blocks = [end - 1 for end in accumulate(self.stage_depths)]
+        if not all(0 <= stage < len(last_blocks) for stage in stages):
+            raise ValueError(f"stages {list(stages)} are not all in 0..{len(last_blocks) - 1}")
+        outputs = {b.block: b for b in self.forward_blocks(x_BCHW, last_blocks[-1] + 1 - last_blocks[min(stages)])}
+        maps = []
+        for output in (outputs[last_blocks[stage]] for stage in stages):
+            tokens_BNC = self.norm(output.tokens_BNC) if output.block == last_blocks[-1] else output.tokens_BNC
+            maps.append(tokens_BNC[:, output.num_prefix_tokens :].transpose(1, 2).unflatten(2, output.grid))
+        return maps
 
     def forward_return_n_last_blocks(self, x_BCHW: Tensor, n: int, return_patch_avgpool: bool = False) -> Tensor:
         """Return the features of the linear probe (EsViT section 4.1): pooled tokens of the last `n` blocks, concatenated.

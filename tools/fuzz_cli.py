@@ -35,6 +35,7 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import eval_logistic
+import eval_segmentation
 import eval_video
 import export
 import extract_features
@@ -85,7 +86,7 @@ class Case(NamedTuple):
 
 
 def write_inputs(folder: Path) -> None:
-    """Write images of two classes, and a video with its first mask."""
+    """Write images of two classes, images with masks, and a video with its first mask."""
     rng = np.random.default_rng(0)
     for part in ("images/train/0", "images/train/1", "images/val/0", "images/val/1", "frames"):
         (folder / part).mkdir(parents=True)
@@ -95,6 +96,10 @@ def write_inputs(folder: Path) -> None:
     mask = np.zeros((40, 48), dtype=np.uint8)
     mask[8:24, 8:24] = 1
     Image.fromarray(mask).save(folder / "mask.png")
+    for part in ("train", "val"):
+        for kind, content in (("images", pixels), ("masks", mask)):
+            (folder / "scenes" / part / kind).mkdir(parents=True)
+            Image.fromarray(content).save(folder / "scenes" / part / kind / "0.png")
 
 
 def commands(folder: Path) -> dict[ModuleType, tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -124,6 +129,10 @@ def commands(folder: Path) -> dict[ModuleType, tuple[tuple[str, ...], tuple[str,
         eval_finetune: ((*evaluated, "--epochs", "1", "--warmup_epochs", "0", *out), SWIN),
         eval_logistic: ((*evaluated, "--epochs", "5", *out), SWIN),
         extract_features: ((*evaluated, "--neighbors", "2", "--duplicates", "0.9", "--plot", "pca", *out), SWIN),
+        eval_segmentation: (
+            (*frozen, "--data_path", f"{folder}/scenes", *loader, "--epochs", "1", "--window", "32", "--nb_knn", "1", *out),
+            SWIN,
+        ),
         eval_video: (
             (*frozen, "--frames", f"{folder}/frames", "--first_mask", f"{folder}/mask.png", "--image_size", "32", *out),
             SWIN,

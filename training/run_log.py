@@ -31,7 +31,7 @@ from distributed.launch import stop_on_interrupt
 from utils import UsageError, counted, logger, peak_memory_mb
 
 CROP_GRID_IMAGES = 8
-SCORES = {"knn_top1": "k-NN", "test_acc1": "top-1"}  # keys of log.txt that the terminal shows too
+SCORES = {"knn_top1": "k-NN", "test_acc1": "top-1", "test_miou": "mIoU"}  # keys of log.txt that the terminal shows too
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 GROUPS = {  # of TensorBoard, which shows them in alphabetical order, and the names that belong to them; the first match counts
     "loss": r"loss$|[gl]_(cl|mcl|pch)$",  # UDI's terms have names of their own

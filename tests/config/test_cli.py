@@ -19,6 +19,7 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import eval_logistic
+import eval_segmentation
 import eval_video
 import export
 import extract_features
@@ -127,11 +128,21 @@ LOGISTIC: dict[str, object] = {
 }  # fmt: skip
 
 EXTRACT: dict[str, object] = {
-    "cfg": None, "arch": "deit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "cfg": None, "arch": None, "patch_size": None, "pretrained_weights": "", "checkpoint_key": "teacher",
     "random_weights": False, "allow_partial": False, "token": "cls", "data_path": "", "split": "train", "dataset": "imagenet1k",
     "zip_mode": False, "tsv_mode": False, "batch_size_per_gpu": 128, "num_workers": 10, "image_size": None, "crop_ratio": 0.875,
     "regions": False, "half": False, "normalize": False, "neighbors": None, "duplicates": None, "plot": None, "backend": "auto",
     "output_dir": "o", "seed": 0, "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [],
+}  # fmt: skip
+
+SEGMENTATION: dict[str, object] = {
+    "cfg": None, "arch": None, "patch_size": None, "pretrained_weights": "", "checkpoint_key": "teacher",
+    "random_weights": False, "allow_partial": False, "token": "cls", "stages": None, "baselines": False,
+    "cache_features": False, "precision": "fp32", "data_path": "", "classes": None, "ignore_index": 255,
+    "reduce_zero_label": False, "image_size": None, "window": None, "stride": None, "batch_size_per_gpu": 16,
+    "num_workers": 10, "epochs": 40, "lr": [0.001], "weight_decay": 1e-4, "val_freq": 0, "knn": False, "nb_knn": [20],
+    "temperature": 0.07, "knn_regions": 100_000, "output_dir": ".", "num_pictures": 4, "log_freq": 20, "seed": 0,
+    "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [],
 }  # fmt: skip
 
 PUBLISHED_VIDEO = {
@@ -184,6 +195,7 @@ def test_names_and_defaults_are_frozen() -> None:
     assert vars(eval_logistic.get_args_parser().parse_args([])) == LOGISTIC | LAUNCH
     assert vars(extract_features.get_args_parser().parse_args(NEEDED[extract_features])) == EXTRACT | LAUNCH
     assert vars(compare_runs.get_args_parser().parse_args(NEEDED[compare_runs])) == COMPARE
+    assert vars(eval_segmentation.get_args_parser().parse_args([])) == SEGMENTATION | LAUNCH
 
 
 def test_published_spellings() -> None:
@@ -208,8 +220,8 @@ def test_published_spellings() -> None:
 
 
 SCRIPTS = (
-    *(main_esvit, main_udi, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_video, extract_features),
-    *(run_analysis, export),
+    *(main_esvit, main_udi, eval_knn, eval_linear, eval_logistic, eval_finetune, eval_segmentation, eval_video),
+    *(extract_features, run_analysis, export),
 )
 
 

@@ -16,6 +16,7 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import eval_logistic
+import eval_segmentation
 import eval_video
 import extract_features
 import main_esvit
@@ -140,6 +141,9 @@ def test_every_flag_enforces_its_range(name: str, capsys: pytest.CaptureFixture[
         (eval_finetune, "--layer_decay 0"),
         (eval_finetune, "--smoothing 1"),
         (eval_logistic, "--lr_lambd 0.1 0"),
+        (eval_segmentation, "--lr 0.1 0"),
+        (eval_segmentation, "--stages 1 0"),
+        (eval_segmentation, "--ignore_index 256"),
         (eval_video, "--temperature 0"),
         (extract_features, "--duplicates 0"),
         (extract_features, "--neighbors 0"),

@@ -72,6 +72,26 @@ def test_last_blocks_have_the_widths_of_their_stages(name: str) -> None:
 
 
 @torch.no_grad()
+def test_maps_of_stages_have_their_widths_and_are_the_inputs_of_the_next(name: str) -> None:
+    network, x = network_of(name).eval(), images(1)
+    stages = list(range(len(network.stage_depths)))
+    maps = network.forward_stage_maps(x, stages)
+    assert [part.shape[1] for part in maps] == list(network.stage_dims)
+    torch.testing.assert_close(maps[-1], network.forward_feature_maps(x))
+    blocks = network.forward_blocks(x, sum(network.stage_depths))
+    ends = [sum(network.stage_depths[: stage + 1]) - 1 for stage in stages]
+    for part, end in zip(maps[:-1], ends):  # without norm
+        tokens_BNC, prefix = blocks[end].tokens_BNC, blocks[end].num_prefix_tokens
+        torch.testing.assert_close(part.flatten(2).transpose(1, 2), tokens_BNC[:, prefix:])
+    for chosen in ([stages[-1], 0], [0]):
+        for part, stage in zip(network.forward_stage_maps(x, chosen), chosen, strict=True):
+            torch.testing.assert_close(part, maps[stage])
+    for wrong in (-1, len(stages)):
+        with pytest.raises(ValueError, match=rf"0\.\.{len(stages) - 1}"):
+            network.forward_stage_maps(x, [0, wrong])
+
+
+@torch.no_grad()
 def test_images_are_independent_and_may_be_rectangular(name: str) -> None:
     network, x = network_of(name).eval(), images(3, 40, 72)
     maps = network.forward_feature_maps(x)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers.mask_files import write_masks
 from helpers.runs import TINY_SWIN, write_images
 from PIL import Image
 
@@ -21,6 +22,7 @@ SCRIPTS = (
     "eval_linear",
     "eval_finetune",
     "eval_logistic",
+    "eval_segmentation",
     "eval_video",
     "extract_features",
     "run_analysis",
@@ -35,6 +37,9 @@ SMALL = {
         *("--precision", "fp32"),
     ],
     "eval_logistic": ["--num_workers", "0", "--epochs", "5"],
+    "eval_segmentation": [
+        *("--num_workers", "0", "--epochs", "1", "--stages", "1", "2", "--window", "32", "--batch_size_per_gpu", "2")
+    ],
     "eval_video": ["--image_size", "64"],
     "extract_features": ["--num_workers", "0"],
     "run_analysis": ["--num_workers", "0", "--num_images", "1"],
@@ -52,6 +57,9 @@ def folder(tmp_path: Path) -> Path:
     """The files that the commands name."""
     for seed, split in enumerate(("train", "val")):
         write_images(tmp_path / "IMAGES" / split, 4, classes=2, seed=seed)
+    write_masks(tmp_path / "SCENES")
+    write_masks(tmp_path / "CAMVID", void=11)
+    (tmp_path / "names.txt").write_text("sky\nroad\ncar\n")
     (tmp_path / "list.txt").write_text("class0/000.png\nclass1/000.png\nclass1/001.png\n")
     write_images(tmp_path / "FRAMES", 2, size=64)
     mask = Image.new("L", (64, 64))
@@ -60,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
     Image.open(tmp_path / "FRAMES" / "000.png").save(tmp_path / "PHOTO.png")
     (tmp_path / "RUN").mkdir()
     network = build_model("swin", load_arch_config("swin", YAML, TINY_SWIN))
-    torch.save({"teacher": network.state_dict(), "student": {}}, tmp_path / "RUN" / "checkpoint.pth")
+    torch.save({"teacher": network.state_dict(), "student": network.state_dict()}, tmp_path / "RUN" / "checkpoint.pth")
     return tmp_path
 
 
@@ -76,6 +84,8 @@ def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {
         *("results/knn.json", "results/knn.json.bak", "loaded/results/knn.json", "linear/results/linear.json"),
         *("cached/results/linear.json", "finetuned/results/finetune.json", "few/results/finetune.json"),
+        *("segmentation/results/segmentation.json", "segmentation/results/segmentation_knn.json"),
+        *("segmentation/predictions.png", "segmentation_cached/results/segmentation.json"),
         *("logistic/results/logistic.json", "masks/001.png", "analysis/results/correspondence.json"),
         *("features/features.npy", "features/neighbors.csv", "features/duplicates.csv", "features/plot_tsne.png"),
         *("analysis/results/stereo.json", "analysis/report.html", "comparison/comparison.html"),

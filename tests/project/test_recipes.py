@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers.mask_files import write_masks
 from helpers.runs import TINY_SWIN, clean_environment, write_images
 from PIL import Image
 
 import eval_finetune
 import eval_knn
 import eval_linear
+import eval_segmentation
 import run_analysis
 from models import build_model, load_arch_config
 
@@ -35,10 +37,11 @@ def start(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`images` with 12 and 6 images of three classes, and a `checkpoint.pth` of random weights."""
+    """`images` with 12 and 6 images of three classes, `scenes` with masks, and a `checkpoint.pth` of random weights."""
     root = tmp_path_factory.mktemp("recipes")
     for seed, (split, count) in enumerate((("train", 4), ("val", 2))):
         write_images(root / "images" / split, count, classes=3, seed=seed)
+    write_masks(root / "scenes")
     torch.manual_seed(1)
     network = build_model("swin", load_arch_config("swin", str(ROOT / YAML), TINY_SWIN))
     torch.save({"teacher": network.state_dict(), "student": {}}, root / "checkpoint.pth")
@@ -67,6 +70,12 @@ EVALUATIONS: dict[str, tuple[Any, dict[str, str], list[str], list[str]]] = {
          "--layer_decay", "0.55", "--clip_grad", "0", "--drop_path", "0.1", "--init_scale", "0.001",
          "--val_interpolation", "bilinear"],
     ),
+    "eval_segmentation": (
+        eval_segmentation, {"GPUS": "1", "BATCH": "4"},
+        ["--epochs", "1", "--stages", "1", "2", "--image_size", "32", "--window", "32", "--stride", "20", "--classes", "2"],
+        ["--epochs", "1", "--stages", "1", "2", "--image_size", "32", "--window", "32", "--stride", "20", "--classes", "2",
+         "--reduce_zero_label", "--lr", "0.001", "--batch_size_per_gpu", "4"],
+    ),
     "eval_semi_supervised": (
         eval_finetune, {"GPUS": "1", "PER_GPU": "4", "BATCH": "4"},
         ["--epochs", "1", "--warmup_epochs", "0", "--precision", "fp32", "--finetune_head_layer", "0"],
@@ -83,13 +92,13 @@ def test_evaluation_recipes_equal_their_script(
 ) -> None:
     """Started from another folder, with paths relative to it."""
     script, env, given, expected = EVALUATIONS[recipe]
-    out = tmp_path / "out"
+    out, images = tmp_path / "out", "scenes" if recipe == "eval_segmentation" else "images"
     done = start(
-        recipe, "swin", "images", "checkpoint.pth", str(out), *SMALL, *given, "--", *TINY_SWIN, cwd=folder, **env
+        recipe, "swin", images, "checkpoint.pth", str(out), *SMALL, *given, "--", *TINY_SWIN, cwd=folder, **env
     )
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(folder)
-    flags = ["--arch", "swin", "--data_path", "images", "--pretrained_weights", "checkpoint.pth"]
+    flags = ["--arch", "swin", "--data_path", images, "--pretrained_weights", "checkpoint.pth"]
     flags += ["--output_dir", str(tmp_path / "direct"), *SMALL, *expected, "--", *TINY_SWIN]
     script.main(script.get_args_parser().parse_args(flags))
     results = [[path.read_bytes() for path in (folder / "results").iterdir()] for folder in (out, tmp_path / "direct")]
@@ -145,6 +154,7 @@ def test_missing_arguments_end_with_the_usage_and_code_2(tmp_path: Path, recipe:
     [
         ("eval_knn", {"GPUS": "0"}, "GPUS=0 "),
         ("eval_linear", {"GPUS": "3"}, "GPUS=3"),
+        ("eval_segmentation", {"GPUS": "3"}, "GPUS=3"),
         ("eval_linear", {"GPUS": "2", "BATCH": "many"}, "BATCH=many "),
         ("eval_finetune", {"GPUS": "5"}, "GPUS x PER_GPU = 320"),
     ],
