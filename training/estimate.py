@@ -68,4 +68,4 @@ def duration(seconds: float) -> str:
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.{0 if seconds >= 10 * length else 1}f} {unit}s"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.{0 if seconds >= 10 else 1}f} seconds"
