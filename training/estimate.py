@@ -16,7 +16,7 @@ from utils import counted, logger
 
 FULL_SIZE = 5_000_000  # parameters of a backbone; most networks of experiments/demo have a million
 BACKWARD = 2  # times the forward pass
-RECIPE = "docs/first_hour.md has a recipe for CPUs, with --arch swin --cfg experiments/demo/swin_micro.yaml"
+RECIPE = "docs/first_hour.md has a recipe that takes minutes (--arch swin --cfg experiments/demo/swin_micro.yaml)"
 
 
 def log_training_time(
