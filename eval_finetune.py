@@ -39,6 +39,7 @@ import utils
 from checkpoints import files
 from checkpoints.loading import load_backbone
 from config import arguments
+from config.arguments import small_runs
 from data.datasets import Transform
 from data.layouts.image_list import list_digest
 from data.transforms import augment
@@ -56,7 +57,7 @@ from utils import UsageError, logger
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise UsageError for flags that cannot be combined."""
+    """Raise UsageError for flags that cannot be combined, and fit the warm-up to the run."""
     arguments.check_weights(args)
     arguments.check_wandb(args)
     if args.finetune_head_layer and (args.token == "both" or not args.pretrained_weights):
@@ -65,10 +66,7 @@ def check_args(args: argparse.Namespace) -> None:
             f"--finetune_head_layer {args.finetune_head_layer} needs the projection head of one token in a checkpoint and excludes "
             f"{given}; leave out one of them"
         )
-    if args.warmup_epochs > args.epochs:
-        raise UsageError(
-            f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower --warmup_epochs"
-        )
+    small_runs.fit_schedules(args)
     if (args.mixup or args.cutmix) and args.batch_size_per_gpu % 2:
         raise UsageError(
             f"--batch_size_per_gpu {args.batch_size_per_gpu} must be even for mixup and cutmix; change it, or pass --mixup 0 "

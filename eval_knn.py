@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from yacs.config import CfgNode
@@ -37,6 +38,7 @@ import utils
 from checkpoints import files
 from checkpoints.serialization import load_tensor, save_file
 from config import arguments
+from config.arguments import small_runs
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation.features import (
@@ -114,6 +116,8 @@ def extract(args: argparse.Namespace, device: torch.device, keep_on: torch.devic
     with collectives.failing_together():
         config = network_config(args)
         datasets = build_datasets(args, config)
+        smallest_class = int(np.unique(datasets[0].labels, return_counts=True)[1].min())
+        small_runs.tell_large_k(args.nb_knn, smallest_class - args.leave_one_out)
         functions = feature_functions(args, config, device)
     collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     parts = extract_splits(datasets, functions, args, device, keep_on, dtype=dtype)

@@ -19,7 +19,7 @@ Origin: EsViT (Li et al., ICLR 2022) section 4.1 after DINO (Caron et al., ICCV 
 
 from __future__ import annotations
 
-from config.arguments.eval_linear import DEFAULT_LABELS, Inferred
+from config.arguments.eval_linear import DEFAULT_LABELS
 from config.arguments.eval_linear import get_args_parser as get_args_parser
 
 if __name__ == "__main__":  # --help and usage errors are answered before torch is imported
@@ -39,6 +39,7 @@ import data
 import utils
 from checkpoints import files
 from config import arguments
+from config.arguments import small_runs
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation import linear
@@ -94,7 +95,7 @@ def check_args(args: argparse.Namespace) -> None:
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Open the training images as random crops (center crops for --cache_features) and the validation images as center crops.
 
-    Sets `args.num_labels` to the number of classes unless it is given.
+    Sets `args.num_labels` to the number of classes unless it is given, and `args.lr` to several rates for few images.
 
     Raises:
         UsageError: no such data, more classes than --num_labels, or --train_aug strong for images that are not RGB.
@@ -109,11 +110,12 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.Imag
     layout = data.layout_of(args)
     datasets = labeled_datasets(args.data_path, config, train_transform, val_transform, seed=args.seed, layout=layout)
     classes = len(datasets[0].classes)
-    if isinstance(args.num_labels, Inferred):
+    if isinstance(args.num_labels, small_runs.DefaultInt):
         if args.num_labels != classes:
             logger.info("--num_labels is %d, the number of classes of the data (default: %d)", classes, DEFAULT_LABELS)
         args.num_labels = classes
     check_labels(args, classes)
+    small_runs.fit_linear_rates(args, len(datasets[0]))
     return datasets
 
 
@@ -220,7 +222,7 @@ def load_trained(args: argparse.Namespace, backbone: Backbone, device: torch.dev
         )
     found = load_classifier(path, backbone.num_features if args.linear_order == "dino" else 0)
     outputs, width = found.weight_KC.shape
-    if args.num_labels != outputs and not isinstance(args.num_labels, Inferred):
+    if args.num_labels != outputs and not isinstance(args.num_labels, small_runs.DefaultInt):
         raise UsageError(f"--num_labels {args.num_labels} differs from the {outputs} outputs of '{path}'; leave it out")
     args.num_labels = outputs
     probe = build_probe(args, backbone, outputs, device)

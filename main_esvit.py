@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
             setup.log_end(args)
             return
         log = setup.open_log(args, config, images, position, device)
-        setup.log_run(args, method, loader, device)
+        setup.log_run(args, config, method, loader, device)
         config = setup.config_of(method, config)
         with checkpointing.Saver(output_dir, step, args, config) as saver, closing(log):
             finished = engine.train(step, loader, args.epochs, args.accum_iter, log, saver, position, evaluate)
@@ -209,9 +209,8 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
 
 def check_cut(args: argparse.Namespace, crops: augment.Crops) -> None:
     """Raise a `UsageError` if the range of --cutmix-minmax holds no whole number of pixels for some size of views."""
-    locals_ = [size for number, size in zip(crops.local_numbers, crops.local_sizes) for _ in range(number)]
     low, high = args.cutmix_minmax or (0, 1)
-    for side in [crops.global_size, crops.global_size, *locals_][: args.num_mixup_views]:
+    for side in crops.sides[: args.num_mixup_views]:
         if int(side * low) >= int(side * high):
             raise UsageError(
                 f"--cutmix-minmax {low} {high} is less than a pixel wide on views of {side} pixels; widen it"

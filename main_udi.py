@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
             setup.log_end(args)
             return
         log = setup.open_log(args, config, images, position, device)
-        setup.log_run(args, method, loader, device)
+        setup.log_run(args, config, method, loader, device)
         config = setup.config_of(method, config)
         with checkpointing.Saver(output_dir, step, args, config) as saver, closing(log):
             finished = engine.train(step, loader, args.epochs, args.accum_iter, log, saver, position, evaluate)

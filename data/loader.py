@@ -94,9 +94,10 @@ def build_train_loader(
     """
     world = get_world_size()
     if drop_last and len(dataset) < batch_size * world:
+        remedy = f"lower it to {len(dataset) // world} or less" if len(dataset) >= world else "use fewer processes"
         raise UsageError(
             f"--batch_size_per_gpu {batch_size} on {counted(world, 'process', 'processes')} needs more than the "
-            f"{counted(len(dataset), 'image')} of the dataset for one batch; lower it"
+            f"{counted(len(dataset), 'image')} of the dataset for one batch; {remedy}"
         )
     workers = usable_workers(num_workers)
     options: dict[str, Any] = {

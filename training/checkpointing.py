@@ -31,6 +31,8 @@ LAUNCH_ARGUMENTS = {
     *("pretrained_weights_ckpt", "init_weights", "allow_partial", "output_dir", "saveckp_freq"),
     *("knn_every", "knn_data_path", "fsdp", "dist_timeout"),
 }
+# How a run computes, told at every resume.
+MODES = ("precision", "batch_size_per_gpu", "accum_iter", "grad_checkpointing", "fsdp", "compile")
 # Behavior of runs saved before an argument existed.
 BEFORE_THE_ARGUMENT = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
 
@@ -318,11 +320,13 @@ def position_of(content: Mapping[str, Any], path: Path, args: Any) -> RunPositio
     """Return the position that a checkpoint holds; restore the random states and report changed arguments."""
     steps, meter = _within_epoch(content, args, path)
     with restore.reading("args", path):
-        _report_changes(vars(args), vars(content.get("args") or args))
+        before = vars(content.get("args") or args)
+        _report_changes(vars(args), before)
+        modes = describe_modes(vars(args), before, content.get("world_size"))
     if content.get("rng"):
         _restore_rng(content["rng"], path)
     if content["epoch"] < args.epochs:
-        logger.info("resuming %s at epoch %d", path, content["epoch"])
+        logger.info("resuming %s at epoch %d: %s", path, content["epoch"], modes)
     return RunPosition(int(content["epoch"]), steps, meter, content.get("unreadable", {}))
 
 
@@ -419,14 +423,30 @@ def _restore_rng(rng_of_rank: Sequence[dict[str, Any]], path: Path) -> None:
         )
 
 
+def describe_modes(now: Mapping[str, Any], before: Mapping[str, Any], processes_before: int | None) -> str:
+    """Return the `MODES` and the number of processes of a resumed run, with those of the saved run where they differ."""
+    world = collectives.get_world_size()
+    pairs = {name: (now[name], before.get(name, now[name])) for name in MODES if name in now}
+    pairs["processes"] = (world, processes_before or world)
+    words = {True: "on", False: "off"}
+
+    def text(value: Any) -> str:
+        return words[value] if isinstance(value, bool) else str(value)
+
+    return ", ".join(
+        f"{name} {text(value)}" + (f" (was {text(old)})" if old != value else "")
+        for name, (value, old) in pairs.items()
+    )
+
+
 def _report_changes(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Warn about arguments that differ from those of the resumed run."""
+    """Warn about arguments that differ from those of the resumed run; `describe_modes` has the others."""
 
     def listed(value: Any) -> list[Any]:  # a value equals a list of it, and tuples equal lists
         return list(value) if isinstance(value, list | tuple) else [value]
 
     before = BEFORE_THE_ARGUMENT | before
-    names = sorted((now.keys() & before.keys()) - LAUNCH_ARGUMENTS)
+    names = sorted((now.keys() & before.keys()) - LAUNCH_ARGUMENTS - set(MODES))
     changed = [f"{name} {before[name]} -> {now[name]}" for name in names if listed(now[name]) != listed(before[name])]
     if changed:
         logger.warning("arguments differ from those of the resumed run: %s", "; ".join(changed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -11,9 +12,10 @@ from torch.utils.data import DataLoader
 import utils
 from data.loader import Batch, FailureTally, in_groups, set_epoch
 from training.checkpointing import RunPosition, Saver, images_per_step
+from training.estimate import duration
 from training.run_log import EpochMeter, RunLog
 from training.step import TrainStep, Views
-from utils import UsageError
+from utils import UsageError, logger
 
 HOST = torch.device("cpu")  # for collectives that must not synchronize with the GPU
 
@@ -78,7 +80,10 @@ def train(
                     if saver.stopping:
                         return False
                 views = [partial(_load_views, batch, step, log) for batch in micro_batches]
+                started = time.perf_counter()
                 meter.update(step(views, iteration, epoch, monitor=log.due(meter, ahead=1)))
+                if saver.args.compile and iteration == start.epoch * steps + min(start.steps, steps):
+                    logger.info("--compile: compiled; the first step took %s", duration(time.perf_counter() - started))
                 if log.due(meter):
                     step.check(meter.read(), iteration, views[-1])
                 show(lr=float(step.schedules.lr[iteration]), wd=float(step.schedules.weight_decay[iteration]))

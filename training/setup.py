@@ -18,12 +18,13 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoints import files, layouts, loading, serialization
+from config.arguments import small_runs
 from data.transforms import augment
 from distributed import collectives, ddp, fsdp
 from models import Backbone
 from models.base import METHOD_PREFIXES
 from models.heads import DINOHead
-from training import checkpointing, engine, optim
+from training import checkpointing, engine, estimate, optim
 from training.checkpointing import RunPosition
 from training.nonfinite import NonFiniteSteps
 from training.run_log import RunLog
@@ -125,6 +126,9 @@ def pair_networks(
     teacher.requires_grad_(False)
     student.grad_checkpointing = args.grad_checkpointing
     if args.compile:
+        logger.info(
+            "--compile: both networks are compiled during the first step, which takes minutes; later ones are faster"
+        )
         for network in (student, teacher):
             setattr(network, compiled, torch.compile(getattr(network, compiled), dynamic=False))
     if args.fsdp:
@@ -147,6 +151,7 @@ def build_step(
         weight_decay=optim.cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps),
         momentum=optim.cosine_schedule(args.momentum_teacher, 1.0, args.epochs, steps),
     )
+    small_runs.tell_slow_teacher(args.momentum_teacher, float(schedules.momentum.prod()), args.epochs * steps)
     optimizer = optim.build_optimizer(args.optimizer, optim.param_groups(loading.unwrap(method.student)))
     nonfinite = NonFiniteSteps(args.max_bad_steps, Path(args.output_dir))
     return TrainStep(method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer, nonfinite)
@@ -223,8 +228,10 @@ def config_of(method: Method, config: CfgNode) -> CfgNode:
     return backbone.resolve_config(config) if isinstance(backbone, Backbone) else config
 
 
-def log_run(args: argparse.Namespace, method: Method, loader: DataLoader[data.Batch], device: torch.device) -> None:
-    """Log a summary: network, data and device."""
+def log_run(
+    args: argparse.Namespace, config: CfgNode, method: Method, loader: DataLoader[data.Batch], device: torch.device
+) -> None:
+    """Log a summary: network, data and device; on a CPU also how long a full-size network will take."""
     network = loading.unwrap(method.student)
     in_backbone = sum(p.numel() for name, p in network.named_parameters() if not name.startswith(METHOD_PREFIXES))
     logger.info(
@@ -240,6 +247,10 @@ def log_run(args: argparse.Namespace, method: Method, loader: DataLoader[data.Ba
         device,
         args.precision,
     )
+    if device.type == "cpu" and isinstance(network, Backbone) and collectives.is_main_process():
+        steps = engine.steps_per_epoch(len(loader), args.accum_iter)
+        sides = get_crops(args, config).sides
+        estimate.log_training_time(args, network, in_backbone, sides, steps, config.MODEL.SPEC.IN_CHANS)
 
 
 def log_end(args: argparse.Namespace) -> None:
@@ -248,7 +259,7 @@ def log_end(args: argparse.Namespace) -> None:
     evaluate = ["python", "eval_knn.py", "--pretrained_weights", str(checkpoint), "--data_path", "IMAGES"]
     logger.info(
         "the run is finished: %s holds %s, log.txt and the curves (tensorboard --logdir %s). To evaluate its network on "
-        "IMAGES/train/<class>/ and IMAGES/val/<class>/: %s",
+        "IMAGES/train/<class>/ and IMAGES/val/<class>/: %s; without labels, see docs/first_hour.md",
         *(args.output_dir, checkpointing.CHECKPOINT, shlex.quote(args.output_dir)),
         shlex.join([*evaluate, "--output_dir", args.output_dir]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from config.arguments import shared
 from config.arguments.shared import Parser
+from config.arguments.small_runs import DefaultInt
 from config.ranges import ABOVE_ZERO, BATCH, BELOW_ONE, COUNT, EPOCHS, FACTOR, SHARE, WARMUP, integer, number
 from utils import PRECISIONS
 
@@ -41,7 +42,7 @@ def get_args_parser() -> Parser:
     group = parser.group("optimization")
     add = group.add_argument
     add("--epochs", type=EPOCHS, default=100, help="number of training epochs")
-    add("--warmup_epochs", type=WARMUP, default=5, help="epochs of the linear learning-rate warm-up")
+    add("--warmup_epochs", type=WARMUP, default=DefaultInt(5), help="epochs of the linear learning-rate warm-up")
     add("--accum_iter", type=BATCH, default=1, help="gradient accumulation: batches per optimizer step")
     add("--lr", type=FACTOR, default=5e-4, help="learning rate of the head for a total batch of 256, scaled linearly")
     add("--min_lr", type=FACTOR, default=1e-6, help="learning rate at the end of the cosine schedule, not scaled")

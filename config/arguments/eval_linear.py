@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from config.arguments import shared
 from config.arguments.shared import Parser, existing_path
+from config.arguments.small_runs import DefaultInt, DefaultList
 from config.ranges import BLOCKS, COUNT, EPOCHS, integer, number
 from utils import PRECISIONS
 
-
-class Inferred(int):
-    """A default that the number of classes of the data replaces, unlike an equal number given on the command line."""
-
-
-DEFAULT_LABELS = Inferred(1000)
+DEFAULT_LABELS = DefaultInt(1000)
 TRAIN_AUGS = ("standard", "strong")
 
 
@@ -40,7 +36,8 @@ def get_args_parser() -> Parser:
     add = parser.group("optimization").add_argument
     add("--epochs", type=EPOCHS, default=100, help="number of training epochs")
     text = "learning rate for a total batch of 256, scaled linearly; several values train several classifiers"
-    add("--lr", type=number(0, 1000, above_low=True), nargs="+", default=[0.001], help=text)
+    rate = number(0, 1000, above_low=True)
+    add("--lr", type=rate, nargs="+", default=DefaultList([0.001]), help=text)
     text = "learning rate at the end of the cosine schedule, not scaled"
     add("--lr_min", type=number(0, 1000), default=0.0, help=text)
     text = "outputs of the classifier; unless given, the number of classes in the data"

@@ -10,12 +10,13 @@ from config.arguments.pretraining import (
     add_view_flags,
 )
 from config.arguments.shared import Parser, bool_flag
+from config.arguments.small_runs import DefaultInt
 from config.choices import ALIGNMENTS, DRAWINGS, LEVELS, PAIR_MODES, REFERENCES, TARGET_MIXES
 from config.ranges import FACTOR, SHARE, TEMPERATURE, integer
 
 # Defaults of the published script that differ from EsViT's.
 PUBLISHED = {
-    "arch": "vit_small", "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30,
+    "arch": "vit_small", "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": DefaultInt(30),
     "weight_decay_end": 0.1, "batch_size_per_gpu": 128, "epochs": 300, "min_lr": 1e-5, "saveckp_freq": 20,
     "global_crops_scale": (0.25, 1.0), "local_crops_number": (6,), "local_crops_scale": (0.05, 0.25),
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from config.arguments import shared
+from config.arguments import shared, small_runs
 from config.arguments.shared import Ascending, Parser, bool_flag, existing_path
 from config.choices import AUG_BACKENDS, MAX_BAD_STEPS, OPTIMIZERS
 from config.ranges import (
@@ -66,7 +66,8 @@ def add_schedule_flags(parser: Parser) -> None:
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer of the student")
     text = "peak learning rate for a total batch of 256, scaled linearly with batch x processes x accumulation"
     add("--lr", type=FACTOR, default=0.0005, help=text)
-    add("--warmup_epochs", type=WARMUP, default=10, help="epochs of the linear learning-rate warm-up")
+    default = small_runs.DefaultInt(10)
+    add("--warmup_epochs", type=WARMUP, default=default, help="epochs of the linear learning-rate warm-up")
     add("--min_lr", type=FACTOR, default=1e-6, help="learning rate at the end of its cosine schedule, not scaled")
     add("--weight_decay", type=FACTOR, default=0.04, help="weight decay at the start")
     add("--weight_decay_end", type=FACTOR, default=0.4, help="weight decay at the end of its cosine schedule")
@@ -143,12 +144,13 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def check_pretraining(args: argparse.Namespace) -> None:
-    """Reject combinations of flags that exclude each other.
+    """Reject combinations of flags that exclude each other, and fit the schedules to the run.
 
     Raises:
         UsageError: naming the flags.
     """
     shared.check_wandb(args)
+    small_runs.fit_schedules(args)
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if args.fsdp and (args.compile or args.optimizer == "lars"):

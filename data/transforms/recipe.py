@@ -30,7 +30,13 @@ class Crops(NamedTuple):
     @property
     def total(self) -> int:
         """Number of views of an image: two global ones and all local ones."""
-        return 2 + sum(self.local_numbers)
+        return len(self.sides)
+
+    @property
+    def sides(self) -> list[int]:
+        """Size of each view in pixels, the global ones first."""
+        locals_ = [size for number, size in zip(self.local_numbers, self.local_sizes) for _ in range(number)]
+        return [self.global_size, self.global_size, *locals_]
 
 
 class ViewSpec(NamedTuple):

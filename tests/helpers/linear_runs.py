@@ -12,6 +12,7 @@ from helpers.runs import TINY_SWIN, write_images
 
 SWIN = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml"]
 QUICK = ["--device", "cpu", "--num_workers", "0", "--epochs", "3", "--batch_size_per_gpu", "5", "--n_last_blocks", "2"]
+QUICK += ["--lr", "0.001"]  # one classifier, which is not the default for few images
 
 
 def write_colors(root: Path) -> Path:

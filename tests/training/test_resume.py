@@ -148,7 +148,7 @@ def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest
     told = capsys.readouterr().err
     assert told.count("the view features have lost rank") == 1
     assert "for 5 consecutive readings" in told
-    assert "checkpoint.pth at epoch 1\n" in told
+    assert "checkpoint.pth at epoch 1: precision fp32" in told
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
