@@ -127,7 +127,12 @@ def test_compilation_is_told_before_and_after_the_first_step(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(function) or function)
+
+    def compile_nothing(function: Any, dynamic: bool) -> Any:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
     train(tmp_path, images, "--compile")
     assert len(compiled) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--compile:") or " step " in line]
