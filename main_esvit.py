@@ -38,6 +38,7 @@ from distributed import collectives, launch
 from evaluation.knn_callback import build_knn_callback
 from losses.dino import DINOLoss as DINOLoss
 from losses.distillation import TEACHER_VIEWS
+from losses.koleo import koleo_loss
 from losses.region import RegionMatchingLoss as RegionMatchingLoss
 from models import Backbone, build_model, load_arch_config
 from training import checkpointing, collapse, engine, setup
@@ -49,30 +50,43 @@ class EsViT(Method):
     """The method of EsViT, and of DINO without regions."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, criterion: DINOLoss, mixup: ViewMixup | None = None
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: DINOLoss,
+        mixup: ViewMixup | None = None,
+        koleo_weight: float = 0.0,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.criterion: DINOLoss = criterion
         self.mixup = mixup
+        self.koleo_weight = koleo_weight
         self.tasks = "views and regions" if isinstance(criterion, RegionMatchingLoss) else "views"
 
     def compute_loss(self, views: Sequence[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Compare the student's outputs for all views, mixed if mixup is on, with the teacher's for the global views."""
-        with torch.no_grad(), collapse.record_inputs(self._heads() if self.monitor else {}) as features:
+        with torch.no_grad(), collapse.record_inputs(self._heads(self.teacher) if self.monitor else {}) as features:
             teacher_output = self.teacher(views[:TEACHER_VIEWS])
         self.criterion.accumulate_center(teacher_output)
         student_views, targets = (views, None) if self.mixup is None else self.mixup(views)
         mixed_from = None if self.mixup is None else self.mixup.mixed_from
-        student_output = self.student(student_views)
+        with collapse.record_inputs(self._heads(self.student) if self.koleo_weight else {}) as student_features:
+            student_output = self.student(student_views)
         terms = self.criterion.terms(student_output, teacher_output, epoch, targets, mixed_from)
         if self.monitor is not None:
             self.monitor(self.criterion.monitored_levels(student_output, teacher_output, epoch, features))
-        return self.criterion.total(terms), terms if len(terms) > 1 else {}
+        loss = self.criterion.total(terms)
+        terms = terms if len(terms) > 1 else {}
+        if self.koleo_weight:
+            global_views = student_features["view"][: TEACHER_VIEWS * len(views[0])]
+            terms["koleo"] = koleo_loss(global_views.unflatten(0, (TEACHER_VIEWS, -1)))
+            loss = loss + self.koleo_weight * terms["koleo"]
+        return loss, terms
 
-    def _heads(self) -> dict[str, nn.Module]:
-        """Return the teacher's heads by level."""
-        backbone = loading.unwrap(self.teacher)
+    def _heads(self, network: nn.Module) -> dict[str, nn.Module]:
+        """Return the heads of the student or the teacher by level."""
+        backbone = loading.unwrap(network)
         heads = {"view": backbone.head, "region": getattr(backbone, "head_dense", None)}
         return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
 
@@ -118,6 +132,11 @@ def main(args: argparse.Namespace) -> None:
 def check_args(args: argparse.Namespace) -> None:
     """Raise a `UsageError` for flags that do not go together."""
     arguments.check_pretraining(args)
+    if args.koleo_weight and args.batch_size_per_gpu * collectives.get_world_size() < 2:
+        raise UsageError(
+            f"--koleo_weight {args.koleo_weight} compares the images of a batch, and this one has one image; raise "
+            "--batch_size_per_gpu"
+        )
     if args.smoothing and args.use_mixup and args.use_dense_prediction:
         raise UsageError(
             f"--smoothing {args.smoothing} mixes every image with every other, which is too slow for regions; set it to 0, or turn "
@@ -189,6 +208,7 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
         args.teacher_temp,
         args.warmup_teacher_temp_epochs,
         args.epochs,
+        centering=args.centering,
     )
     mixup = None
     if args.use_mixup:
@@ -204,7 +224,7 @@ def build_method(args: argparse.Namespace, config: CfgNode, device: torch.device
             mode=args.mixup_mode,
             smoothing=args.smoothing,
         )
-    return EsViT(*networks, criterion.to(device), mixup)
+    return EsViT(*networks, criterion.to(device), mixup, args.koleo_weight)
 
 
 def check_cut(args: argparse.Namespace, crops: augment.Crops) -> None:

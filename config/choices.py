@@ -14,6 +14,8 @@ MAX_BAD_STEPS = 20  # consecutive steps with a non-finite loss or gradient
 # --aug_backend. pil: every view by PIL in the workers; split: crops in the workers, colors in batches on the device
 AUG_BACKENDS = ("auto", "pil", "split")
 
+CENTERINGS = ("mean", "sinkhorn")  # of the teacher's logits: EMA of their mean, or Sinkhorn-Knopp over the batch
+
 # UDI
 TARGET_MIXES = ("logits", "probs")
 LEVELS = ("cl", "mcl", "pch")  # class token, second class token, patches: their names in the log

@@ -67,6 +67,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Take the maximum of `tensor` over all processes in place, and return it."""
+    if is_distributed():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def start_all_reduce_sum(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start to sum `tensor` over all processes in place; return a function that waits for the sum and returns it.
 

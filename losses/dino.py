@@ -101,7 +101,8 @@ class DINOLoss(SelfDistillation):
         rows_VBM = rows_BQP.flatten(1).expand(self.ncrops, -1, -1)
         targets = Targets(rows_VBM.flatten(0, 1)[None], weights_VBQP.flatten(2).flatten(0, 1)[None])
         student, teacher = (map_rows(logits, lambda rows: rows[None]) for logits in (student_logits, teacher_logits))
-        return self.cross_entropy(student, teacher, targets, self.center, epoch) / (batch * self._pairs)
+        center = self.target_center("center", teacher_logits, epoch)
+        return self.cross_entropy(student, teacher, targets, center, epoch) / (batch * self._pairs)
 
     @property
     def _pairs(self) -> int:
@@ -127,4 +128,5 @@ class DINOLoss(SelfDistillation):
         batch = count_rows(teacher) // TEACHER_VIEWS
         images_N = evenly_spaced(batch, MONITORED_ROWS // TEACHER_VIEWS, self.center.device)
         student_N, teacher_N = torch.cat([batch + images_N, images_N]), torch.cat([images_N, batch + images_N])
-        return self._monitored(student, student_N, teacher, teacher_N, self.center, epoch, features)
+        center = self.target_center("center", teacher, epoch)
+        return self._monitored(student, student_N, teacher, teacher_N, center, epoch, features)

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed.collectives import start_all_reduce_sum
+from losses.sinkhorn import sinkhorn_center
 from ops.chunked_cross_entropy import Targets, Temperatures, chunked_cross_entropy
-from ops.logits import FactoredLogits, Logits, materialize
+from ops.logits import FactoredLogits, Logits, materialize, take_rows
 from utils import UsageError
 
 TEACHER_VIEWS = 2
@@ -60,6 +61,8 @@ class SelfDistillation(nn.Module):
         nepochs: Number of epochs of the run.
         student_temp: Student temperature.
         center_momentum: EMA momentum of the centers.
+        centering: What is subtracted from the teacher's logits: `mean`, the centers, or `sinkhorn`, which assigns the batch equally
+            to the prototypes (losses/sinkhorn.py) and leaves the centers unused.
 
     The state dict holds `center` (1, K) under its published name.
 
@@ -79,6 +82,7 @@ class SelfDistillation(nn.Module):
         nepochs: int,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
+        centering: str = "mean",
     ) -> None:
         super().__init__()
         if ncrops < TEACHER_VIEWS:
@@ -86,6 +90,7 @@ class SelfDistillation(nn.Module):
         self.ncrops = ncrops
         self.student_temp = student_temp
         self.center_momentum = center_momentum
+        self.centering = centering
         self.teacher_temp_schedule = teacher_temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
@@ -122,6 +127,12 @@ class SelfDistillation(nn.Module):
             moved = center.lerp(sums[:, :-1] / sums[:, -1:], 1 - self.center_momentum)
             center.copy_(torch.where(moves if applied is None else moves & applied, moved, center))
         self._pending.clear()
+
+    def target_center(self, name: str, teacher: Logits, epoch: int) -> Tensor:
+        """Return what is subtracted from the teacher's logits (N, K); with Sinkhorn-Knopp a collective operation."""
+        if self.centering == "mean":
+            return getattr(self, name)
+        return sinkhorn_center(teacher, self.teacher_temp(epoch))
 
     # ----------------------------------------------------------------- cross-entropy
 
@@ -223,10 +234,3 @@ def _sum_rows(logits: Logits, weights_N: Tensor | None) -> Tensor:
     with torch.autocast(logits.prototypes.device.type, enabled=False):
         sum_1C = _sum_rows(logits.bottleneck, weights_N)
         return F.linear(sum_1C, logits.prototypes.to(sum_1C.dtype))
-
-
-def take_rows(logits: Logits, rows_N: Tensor) -> Logits:
-    """Return the rows with the given indices, detached."""
-    if isinstance(logits, FactoredLogits):
-        return FactoredLogits(logits.bottleneck.detach()[rows_N], logits.prototypes.detach())
-    return logits.detach()[rows_N]

@@ -79,7 +79,8 @@ class RegionMatchingLoss(DINOLoss):
             rows_BSM[block] = match.regions_BT + (p * teacher_starts[-1] + teacher_starts[q])
             weights_BSM[block] = match.weights_B[:, None] / student.regions_per_view[v]
         targets = Targets(rows_BSM, weights_BSM)
-        return self.cross_entropy(student_BSK, teacher_BRK, targets, self.center_grid, epoch) / (batch * self._pairs)
+        center = self.target_center("center_grid", teacher.region_logits, epoch)
+        return self.cross_entropy(student_BSK, teacher_BRK, targets, center, epoch) / (batch * self._pairs)
 
     def accumulate_center(self, teacher_output: MultiCropOutput) -> None:  # type: ignore[override]
         """Add the teacher logits of a micro-batch, of views and of regions, to the next centers."""
@@ -103,7 +104,9 @@ class RegionMatchingLoss(DINOLoss):
         logits = student.region_logits, student_BT.flatten(), teacher.region_logits, teacher_N
         return {
             "view": self._monitored_views(student.view_logits, teacher.view_logits, epoch, features["view"]),
-            "region": self._monitored(*logits, self.center_grid, epoch, features["region"]),
+            "region": self._monitored(
+                *logits, self.target_center("center_grid", teacher.region_logits, epoch), epoch, features["region"]
+            ),
         }
 
 

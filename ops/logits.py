@@ -46,3 +46,10 @@ def map_rows(logits: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(logits, FactoredLogits):
         return logits._replace(bottleneck=function(logits.bottleneck))
     return function(logits)
+
+
+def take_rows(logits: Logits, rows_N: Tensor) -> Logits:
+    """Return the rows with the given indices, detached."""
+    if isinstance(logits, FactoredLogits):
+        return FactoredLogits(logits.bottleneck.detach()[rows_N], logits.prototypes.detach())
+    return logits.detach()[rows_N]

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.distillation import MONITORED_ROWS, MonitoredLevel, count_rows, evenly_spaced, take_rows
-from ops.logits import materialize
+from losses.distillation import MONITORED_ROWS, MonitoredLevel, count_rows, evenly_spaced
+from ops.logits import materialize, take_rows
 from utils import logger
 
 BLOCK = 64  # rows whose logits are materialized at once
@@ -42,11 +42,11 @@ FIXES = {
 
 @contextlib.contextmanager
 def record_inputs(heads: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Record the input of each head inside the block: the features of the backbone."""
+    """Record the input of each head inside the block: the features of the backbone, with gradients if they are enabled."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, inputs: tuple[Any, ...]) -> None:
-        seen[name] = inputs[0].detach()
+        seen[name] = inputs[0]
 
     hooks = [
         head.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs)) for name, head in heads.items()

@@ -10,6 +10,7 @@ from config.arguments.pretraining import (
     add_view_flags,
 )
 from config.arguments.shared import Ascending, Parser, bool_flag
+from config.choices import CENTERINGS
 from config.ranges import BELOW_ONE, FACTOR, SHARE, integer
 
 
@@ -24,6 +25,10 @@ def get_args_parser() -> Parser:
     text = "add the region-level task: match regions between views with a second head"
     add("--use_dense_prediction", type=bool_flag, default=False, help=text)
     add_loss_flags(parser)
+    text = "centering of the teacher: EMA of the mean logits, or Sinkhorn-Knopp over the batch of all processes (SwAV, DINOv2)"
+    add("--centering", choices=CENTERINGS, default="mean", help=text)
+    text = "weight of the KoLeo regularizer, which spreads the student's features of the global crops; 0: none (DINOv2: 0.1)"
+    add("--koleo_weight", type=FACTOR, default=0.0, help=text)
     add_schedule_flags(parser)
     add_view_flags(parser)
     add = parser.group("views").add_argument

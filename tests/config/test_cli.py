@@ -50,6 +50,7 @@ PUBLISHED = {
     "num_workers": 10, "dist_url": "env://", "local_rank": None,
 }  # fmt: skip
 ADDED = {
+    "centering": "mean", "koleo_weight": 0.0,
     "shuffle_buffer": 256, "epoch_images": 0,
     "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "drop_path": None,
     "grad_checkpointing": False, "compile": False, "fsdp": False,

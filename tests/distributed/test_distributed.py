@@ -35,19 +35,21 @@ def losses_of(run: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in (run / "log.txt").open()]
 
 
-@pytest.mark.parametrize("dense", ["on", "off"])
-def test_several_processes_equal_one(tmp_path: Path, dense: str) -> None:
+@pytest.mark.parametrize(
+    ("dense", "extra"), [("on", []), ("off", []), ("on", ["--centering", "sinkhorn", "--koleo_weight", "0.1"])]
+)
+def test_several_processes_equal_one(tmp_path: Path, dense: str, extra: list[str]) -> None:
     """Losses, centers and weights; the images are read from disk by the real loader, 17 of them so that one is left over.
 
     SGD, because Adam divides rounding errors of tiny gradients by their own size.
     """
     images = write_images(tmp_path / "images", 17)
     no_drop_path = [*TINY_SWIN[:-1], "0.0"]
-    runs = {"one": (0, 8), "two": (2, 4)} | ({"four": (4, 2)} if dense == "on" else {})
+    runs = {"one": (0, 8), "two": (2, 4)} | ({"four": (4, 2)} if dense == "on" and not extra else {})
     for run, (processes, batch) in runs.items():
         flags = ["--use_dense_prediction", dense, "--batch_size_per_gpu", str(batch), "--data_path", str(images)]
         flags += ["--output_dir", str(tmp_path / run)]
-        result = run_script("main_esvit.py", *SAME_RUN, *flags, *no_drop_path, processes=processes)
+        result = run_script("main_esvit.py", *SAME_RUN, *extra, *flags, *no_drop_path, processes=processes)
         assert result.returncode == 0, result.stderr
     one, *others = (serialization.load_file(tmp_path / run / "checkpoint.pth") for run in runs)
     for run, many in zip(list(runs)[1:], others):
