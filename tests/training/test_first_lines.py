@@ -6,6 +6,7 @@ import argparse
 import re
 import time
 from pathlib import Path
+from typing import Any
 from types import SimpleNamespace
 
 import pytest
