@@ -6,8 +6,8 @@ import argparse
 import re
 import time
 from pathlib import Path
-from typing import Any
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
