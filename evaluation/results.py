@@ -4,10 +4,10 @@
      "network": {"arch": "swin_tiny", "pretrained_weights": "run/checkpoint.pth", "checkpoint_key": "teacher", "token": "cls"},
      "data": {"data_path": "imagenet", "train_images": 1281167, "val_images": 50000, "classes": 1000},
      "protocol": {"image_size": 224, "temperature": 0.07},
-     "scores": {"network, 20-NN": {"top1": 75.0, "top5": 90.0}}}
+     "scores": {"network, 20-NN": {"top1": 75.0, "top5": 90.0, "per_class": {"n01440764": 94.0}}}}
 
 Accuracies are percentages. `top5` is the top-L accuracy where the network distinguishes only L < 5 classes; `protocol.top5_is`
-names it.
+names it. `per_class` is the top-1 accuracy of each class; the confusion matrices behind it are in `<evaluation>_confusion.csv`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from checkpoints import files
+from evaluation.confusion import as_csv, class_accuracies, class_name
 from utils import logger
 
 FOLDER = "results"
@@ -34,23 +38,53 @@ class Results(NamedTuple):
     scores: dict[str, dict[str, Any]]  # a row for each network, setting or baseline
 
 
-def save_results(output_dir: str | Path, results: Results) -> None:
+def save_results(
+    output_dir: str | Path,
+    results: Results,
+    confusions: Mapping[str, Tensor | None] | None = None,
+    classes: Sequence[str] = (),
+) -> None:
     """Write a result file, and keep a previous one with other content as `<evaluation>.json.bak`.
+
+    Args:
+        confusions: confusion matrices of rows of `results.scores`, see `evaluation.confusion`; None where it is unknown. They
+            are written to `<evaluation>_confusion.csv`, and each such row gets the accuracies `per_class`.
+        classes: names of the classes; without names they are numbered.
 
     Raises:
         DiskError: the file cannot be written.
     """
+    scores = dict(results.scores)
+    known = {name: cells for name, cells in (confusions or {}).items() if cells is not None}
+    for name, cells in known.items():
+        per_class = {class_name(label, classes): top1 for label, top1 in class_accuracies(cells).items()}
+        scores[name] = scores[name] | {"per_class": per_class}
     path = Path(output_dir) / FOLDER / f"{results.evaluation}.json"
-    text = json.dumps(results._asdict(), indent=2) + "\n"
     with files.disk_errors(output_dir):
         files.check_lock(Path(output_dir))
         path.parent.mkdir(exist_ok=True)
-        if path.exists() and path.read_text() == text:
-            logger.info("%s is unchanged", path)
-            return
-        backup = path.with_name(f"{path.name}.bak")
-        with files.atomic_write(path, lambda: os.replace(path, backup) if path.exists() else None) as temporary:
-            temporary.write_text(text)
+        _replace(confusion_path(path), as_csv(known, classes) if known else None)
+        _replace(path, json.dumps(results._replace(scores=scores)._asdict(), indent=2) + "\n")
+
+
+def confusion_path(path: Path) -> Path:
+    """Return the path of the confusion matrices of a result file."""
+    return path.with_name(f"{path.stem}_confusion.csv")
+
+
+def _replace(path: Path, text: str | None) -> None:
+    """Write a file and keep a previous one with other content as `.bak`; None only moves the previous one away."""
+    backup = path.with_name(f"{path.name}.bak")
+    if text is None:
+        if path.exists():
+            os.replace(path, backup)
+        return
+    content = text.encode("utf-8", "backslashreplace")  # names of classes need not be UTF-8
+    if path.exists() and path.read_bytes() == content:
+        logger.info("%s is unchanged", path)
+        return
+    with files.atomic_write(path, lambda: os.replace(path, backup) if path.exists() else None) as temporary:
+        temporary.write_bytes(content)
     logger.info("wrote %s", path)
 
 
