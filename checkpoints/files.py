@@ -277,7 +277,7 @@ def check_lock(folder: Path) -> None:
 # --------------------------------------------------------------------------- provenance
 
 
-def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> None:
+def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any, epochs_done: float = 0.0) -> None:
     """Write `config.yaml` (resolved) and `run.json` (arguments, git revision, versions); a resumed run adds a numbered pair."""
     suffix, number = "", 1
     while any((output_dir / name).exists() for name in (f"run{suffix}.json", f"config{suffix}.yaml")):
@@ -289,6 +289,7 @@ def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> 
     record = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
+        "epochs_done": round(epochs_done, 4),  # before this start
         "args": vars(args),
         "seed": getattr(args, "seed", None),
         "world_size": get_world_size(),

@@ -210,7 +210,7 @@ def open_log(
     with collectives.failing_together(), files.disk_errors(output_dir):
         if collectives.is_main_process():
             checkpointing.clean_up(output_dir, position)
-            files.save_provenance(output_dir, args, config)
+            files.save_provenance(output_dir, args, config, seen / images)
         mean, std = config.INPUT.MEAN, config.INPUT.STD
         return RunLog(output_dir, args.epochs, args.log_freq, mean, std, device, images, seen, epoch_freq)
 

@@ -310,14 +310,41 @@ def test_heat() -> None:
     assert isinstance(gray, tuple)
     assert gray[0] == gray[1] == gray[2] == round(0.6 * 124)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50
     plane = torch.zeros(2, 4)
-    assert (np.asarray(draw.heat(image, plane)) == gray).all()
-    plane[1, 3], plane[1, 2] = 0.01, 0.005
-    colors = np.asarray(draw.heat(image, plane, strength=1.0))
-    assert (colors[:2] == gray).all()
-    assert (colors[2:, :4] == gray).all()
-    ends = [[round(255 * c) for c in matplotlib.colormaps["inferno"](share)[:3]] for share in (0.5, 1.0)]
-    np.testing.assert_allclose(colors[2:, 4:6].astype(int), np.broadcast_to(ends[0], (2, 2, 3)), atol=1)
-    np.testing.assert_allclose(colors[2:, 6:].astype(int), np.broadcast_to(ends[1], (2, 2, 3)), atol=1)
+    assert (np.asarray(draw.heat(image, plane, 0.0)) == gray).all()
+    plane[1, 3], plane[1, 2] = 0.01, 0.0025
+    for largest in (0.01, 0.04):  # of this plane, or of another one on the same scale
+        colors = np.asarray(draw.heat(image, plane, largest, strength=1.0))
+        assert (colors[:2] == gray).all()
+        assert (colors[2:, :4] == gray).all()
+        shares = [(weight / largest) ** 0.5 for weight in (0.0025, 0.01)]
+        ends = [[round(255 * c) for c in matplotlib.colormaps["inferno"](share)[:3]] for share in shares]
+        np.testing.assert_allclose(colors[2:, 4:6].astype(int), np.broadcast_to(ends[0], (2, 2, 3)), atol=1)
+        np.testing.assert_allclose(colors[2:, 6:].astype(int), np.broadcast_to(ends[1], (2, 2, 3)), atol=1)
+
+
+def test_color_bar_has_the_colors_of_the_heat() -> None:
+    """At the place of each tick; a label that has no room is left out."""
+    ticks = {0.0: "0", 0.08: "8 %", 0.02: "2 %", 0.0199: "too near"}
+    bar = np.asarray(draw.color_bar(0.08, ticks, 400)).astype(int)
+    for weight, x in ((0.0, 0), (0.02, 199), (0.08, 399)):
+        plane = torch.full((1, 1), max(weight, 1e-9))
+        heat = draw.heat(Image.new("RGB", (1, 1)), plane, 0.08, strength=1.0).getpixel((0, 0))
+        np.testing.assert_allclose(bar[5, x], np.asarray(heat), atol=6)
+    ink = (bar[draw.BAR + 2] == draw.INK).all(axis=1).nonzero()[0]
+    assert ink.tolist() == pytest.approx([0, 199, 399], abs=1)
+
+
+def test_uniform_heads() -> None:
+    """By the number of regions that their entropy amounts to, of those that the query can see."""
+    planes = torch.zeros(3, 4, 8)
+    planes[0, :, :4] = 1 / 16  # uniform within a window of 16 regions
+    for head, regions in ((1, 15), (2, 14)):
+        planes[head, :, :4] = torch.cat([torch.full((regions,), 1 / regions), torch.zeros(16 - regions)]).view(4, 4)
+    planes[:, 3, 7] = 1e-40  # masked
+    maps = attention.HeadMaps(planes, planes > 0, attention.entropy_bits(planes.flatten(1)), [0, 1, 2], 0, (0, 0))
+    assert maps.regions == 16
+    assert maps.entropies_H.exp2().tolist() == pytest.approx([16, 15, 14])
+    assert maps.uniform_H == [True, True, False]  # from 90 % on
 
 
 def test_masks_and_frames() -> None:
