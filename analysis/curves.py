@@ -13,12 +13,12 @@ from analysis import plots
 CURVES = {  # title of a plot -> keys of log.txt, and what they are called
     "Loss": {"train_loss": "loss", "train_view_loss": "views", "train_region_loss": "regions"},
     "Terms of the loss": {
-        "train_g_cl": "class token, global views",
-        "train_l_cl": "class token, local views",
-        "train_g_mcl": "second token, global views",
-        "train_l_mcl": "second token, local views",
-        "train_g_pch": "patches, global views",
-        "train_l_pch": "patches, local views",
+        "train_g_cl": "class token, global",
+        "train_l_cl": "class token, local",
+        "train_g_mcl": "second token, global",
+        "train_l_mcl": "second token, local",
+        "train_g_pch": "patches, global",
+        "train_l_pch": "patches, local",
     },
     "k-NN top-1, %": {"knn_top1": "teacher", "knn_top1_student": "student"},
     "Learning rate": {"train_lr": "learning rate"},

@@ -65,7 +65,8 @@ def color_bar(largest: float, ticks: Mapping[float, str], width: int) -> Image.I
     canvas = Image.new("RGB", size, PAPER)
     ramp = matplotlib.colormaps[HEAT](np.linspace(0, 1, width), bytes=True)[None, :, :3]
     canvas.paste(Image.fromarray(ramp).resize((width, BAR)))
-    draw, taken = ImageDraw.Draw(canvas), []
+    draw = ImageDraw.Draw(canvas)
+    taken: list[tuple[float, float]] = []  # left and right of the labels
     for value, text in ticks.items():
         x, half = (value / largest) ** 0.5 * (width - 1), label.getlength(text) / 2
         start = min(max(x - half, 0), width - 2 * half)

@@ -373,8 +373,8 @@ def inlined(figure: Figure) -> str:
     caption = html.escape(figure.caption)
     width, height = figure.size
     return (
-        f'<figure style="width: {width}px"><img src="data:{figure.media_type};base64,{source}" width="{width}" height="{height}" alt="{caption}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<figure style="width: {width}px"><img src="data:{figure.media_type};base64,{source}" width="{width}" '
+        f'height="{height}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
     )
 
 

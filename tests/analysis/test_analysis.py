@@ -311,12 +311,12 @@ def test_heat() -> None:
     assert gray[0] == gray[1] == gray[2] == round(0.6 * 124)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50
     plane = torch.zeros(2, 4)
     assert (np.asarray(draw.heat(image, plane, 0.0)) == gray).all()
-    plane[1, 3], plane[1, 2] = 0.01, 0.0025
-    for largest in (0.01, 0.04):  # of this plane, or of another one on the same scale
+    plane[1, 3], plane[1, 2] = 0.01, 0.0049
+    for largest in (0.01, 0.05):  # of this plane, or of another one on the same scale
         colors = np.asarray(draw.heat(image, plane, largest, strength=1.0))
         assert (colors[:2] == gray).all()
         assert (colors[2:, :4] == gray).all()
-        shares = [(weight / largest) ** 0.5 for weight in (0.0025, 0.01)]
+        shares = [(weight / largest) ** 0.5 for weight in (0.0049, 0.01)]
         ends = [[round(255 * c) for c in matplotlib.colormaps["inferno"](share)[:3]] for share in shares]
         np.testing.assert_allclose(colors[2:, 4:6].astype(int), np.broadcast_to(ends[0], (2, 2, 3)), atol=1)
         np.testing.assert_allclose(colors[2:, 6:].astype(int), np.broadcast_to(ends[1], (2, 2, 3)), atol=1)
@@ -456,23 +456,42 @@ def test_curves_have_their_points_and_a_legend_where_there_are_several() -> None
     figure = plots.curve_plot("Loss", {"a": [(0, 4.0), (1, 2.5)], "b": [(1, 3.0)]})
     axes = axes_of(figure)
     assert [np.asarray(line.get_xydata()).tolist() for line in axes.lines] == [[[0, 4], [1, 2.5]], [[1, 3]]]
-    legend = axes.get_legend()
-    assert legend is not None
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
     assert axes.get_xlabel() == "epoch"
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
-    assert axes_of(plots.curve_plot("Loss", {"a": [(0, 4.0)]})).get_legend() is None
+    assert not plots.curve_plot("Loss", {"a": [(0, 4.0)]}).legends
+
+
+def test_long_names_have_room_below_the_plot() -> None:
+    names = [f"second class token, {number}" for number in range(6)]
+    for series in (["a"], ["loss", "views", "regions"], names):
+        figure = plots.curve_plot("Loss", {name: [(0, 1.0), (1, 2.0)] for name in series}, levels={"ln K": 1.5})
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        place, plot = legend.get_window_extent(), axes_of(figure).get_window_extent()
+        assert 0 <= place.x0 < place.x1 <= figure.bbox.width
+        assert 0 <= place.y0 < place.y1 < plot.y0
+        assert plot.height > 0.4 * figure.bbox.height
+
+
+def test_confusion_plot_has_a_number_for_each_cell() -> None:
+    axes = axes_of(plots.confusion_plot(["a", "b"], ["a", "b", ""], [[3, 1, 0], [0, 0, 2]]))
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "3", (1, 0): "1", (2, 1): "2"}
+    (image,) = axes.images
+    assert np.asarray(image.get_array()).tolist() == [[0.75, 0.25, 0], [0, 0, 1]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "none"]
 
 
 def test_plots_are_the_same_files_each_time() -> None:
     first, second = (plots.as_svg(plots.curve_plot("Loss", {"a": [(0, 4.0), (1, 2.5)]})) for _ in range(2))
     assert first == second
     text = first.decode()
-    for words in (">Loss</text>", ">epoch</text>", ">3.00</text>"):
+    for words in (">Loss</text>", ">epoch</text>", ">3.0</text>"):
         assert words in text
     assert not re.search(r"\d{4}-\d{2}-\d{2}", text)  # no date
     with Image.open(io.BytesIO(plots.as_png(plots.curve_plot("Loss", {"a": [(0, 4.0)]})))) as image:
-        assert image.size == (992, 480)
+        assert image.size == (656, 416)
 
 
 # --------------------------------------------------------------------------- what reviews found
