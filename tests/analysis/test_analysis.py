@@ -24,6 +24,7 @@ from torchvision.transforms import functional as TF
 
 from analysis import attention, correspondence, draw, pictures, plots, stereo
 from analysis.correspondence import RegionFeatures
+from analysis.curves import COLLAPSE, CURVES
 from analysis.images import (
     Scale,
     as_picture,
@@ -464,9 +465,10 @@ def test_curves_have_their_points_and_a_legend_where_there_are_several() -> None
 
 
 def test_long_names_have_room_below_the_plot() -> None:
-    names = [f"second class token, {number}" for number in range(6)]
-    for series in (["a"], ["loss", "views", "regions"], names):
-        figure = plots.curve_plot("Loss", {name: [(0, 1.0), (1, 2.0)] for name in series}, levels={"ln K": 1.5})
+    for series in (CURVES | COLLAPSE).values():
+        figure = plots.curve_plot(
+            "Loss", {name: [(0, 1.0), (1, 2.0)] for name in series.values()}, levels={"ln K": 1.5}
+        )
         figure.draw_without_rendering()
         (legend,) = figure.legends
         place, plot = legend.get_window_extent(), axes_of(figure).get_window_extent()
