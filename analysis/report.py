@@ -84,7 +84,8 @@ pre { background: #f5f5f5; padding: .8em; overflow-x: auto; font-size: 14px; }
 figure { margin: 0; max-width: 100%; } figcaption { color: #555; font-size: 14px; }
 img { display: block; max-width: 100%; height: auto; }
 @media print {
-  body, figcaption, .note, pre { font-size: 11px; } .figures { zoom: .7; } h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; } nav { break-after: page; }
+  body, figcaption, .note, pre { font-size: 11px; } .figures { zoom: .7; }
+  h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; } nav { break-after: page; }
   mark { print-color-adjust: exact; } pre { white-space: pre-wrap; overflow-wrap: anywhere; } .wide { overflow: visible; }
 }
 """
