@@ -73,7 +73,7 @@ def build_page(runs: Sequence[Run], rows: Sequence[tables.Row]) -> str:
     parts.append("<h2>Commands</h2>")
     for run in runs:
         summary = html.escape(f"{run.name}: {run.folder}")
-        text = html.escape("\n\n".join(report.commands(run.folder)) or "not recorded")
+        text = html.escape("\n\n".join(report.commands(report.history(run.folder).starts)) or "not recorded")
         parts.append(f"<details><summary>{summary}</summary><pre>{text}</pre></details>")
     return report.document(title, parts)
 

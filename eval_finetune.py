@@ -187,9 +187,9 @@ def run_identity(
 
 def better(best: Best, accuracies: dict[str, Accuracy], epoch: int) -> Best:
     """Return the better one of `best` and the networks of a validation; `best` if equal."""
-    for name, (top1, top5) in accuracies.items():
-        if top1 > best.top1:
-            best = Best(name, epoch, top1, top5)
+    for name, accuracy in accuracies.items():
+        if accuracy.top1 > best.top1:
+            best = Best(name, epoch, *accuracy)
     return best
 
 
@@ -226,7 +226,7 @@ def train(
                 accuracies = tuner.validate(val_loader)
                 tuner.best, tuner.last = better(tuner.best, accuracies, epoch), accuracies
             top5_is = {"top5_is": top5.lower()} if tuner.classes < 5 else {}
-            val = {name: row._asdict() for name, row in accuracies.items()}
+            val = {name: {"top1": row.top1, "top5": row.top5} for name, row in accuracies.items()}
             log.finish_epoch(meter, unreadable_images=len(tally.seen), val=val, **top5_is)
             if collectives.is_main_process():
                 for name, row in accuracies.items():
@@ -243,8 +243,11 @@ def report(
     images = utils.counted(len(val_set), "validation image")
     print(f"best of {images}: Top1: {best.top1:.2f} (epoch {best.epoch}, {best.network})")
     flags = ("epochs", "finetune_head_layer", "target_list_path", "crop_ratio", "val_interpolation", "seed")
-    scores = {"best": {"top1": best.top1, "top5": best.top5, "epoch": best.epoch, "network": best.network}}
-    scores |= {f"last, {name}": accuracy._asdict() for name, accuracy in tuner.last.items()}
+    scores: dict[str, dict[str, Any]] = {
+        "best": {"top1": best.top1, "top5": best.top5, "epoch": best.epoch, "network": best.network}
+    }
+    scores |= {f"last, {name}": {"top1": row.top1, "top5": row.top5} for name, row in tuner.last.items()}
+    confusions = dict(zip(scores, [best.confusion_P3, *(row.confusion_P3 for row in tuner.last.values())]))
     results = Results(
         "finetune",
         describe_network(args),
@@ -253,7 +256,7 @@ def report(
         scores,
     )
     with files.disk_errors(args.output_dir):
-        save_results(args.output_dir, results)
+        save_results(args.output_dir, results, confusions, train_set.classes)
 
 
 def fine_tune(args: argparse.Namespace, device: torch.device) -> None:

@@ -181,7 +181,7 @@ def load_features(folder: Path, keep_on: torch.device, dtype: torch.dtype, leave
 
 
 def report(scores: dict[str, list[KnnScore]], found: FeatureSets, args: argparse.Namespace) -> None:
-    """Print the scores, and save them with the accuracy of each class."""
+    """Print the scores, and save them with the confusion matrix of each."""
     split = found.splits["network"]
     train_images, val_images = len(split.train.labels_N), len(split.val.labels_N)
     classes = len(split.train.labels_N.unique())
@@ -191,13 +191,12 @@ def report(scores: dict[str, list[KnnScore]], found: FeatureSets, args: argparse
     top5 = topk_name(classes)
     print(f"k-NN of {compared}, {utils.counted(classes, 'class', 'classes')}:")
     rows: dict[str, dict[str, Any]] = {}
+    confusions: dict[str, Tensor] = {}
     for name, scores_of_name in scores.items():
         for score in scores_of_name:
             print(f"{name}: {score.k}-NN classifier result: Top1: {score.top1:.2f}, {top5}: {score.top5:.2f}")
-            per_class = {
-                found.classes[label] if found.classes else str(label): top1 for label, top1 in score.per_class.items()
-            }
-            rows[f"{name}, {score.k}-NN"] = {"top1": score.top1, "top5": score.top5, "per_class": per_class}
+            rows[f"{name}, {score.k}-NN"] = {"top1": score.top1, "top5": score.top5}
+            confusions[f"{name}, {score.k}-NN"] = score.confusion_P3
     if args.output_dir:
         results = Results(
             "knn",
@@ -213,7 +212,7 @@ def report(scores: dict[str, list[KnnScore]], found: FeatureSets, args: argparse
             },
             rows,
         )
-        save_results(args.output_dir, results)
+        save_results(args.output_dir, results, confusions, found.classes)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -132,13 +132,13 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / linear.CHECKPOINT
 
 
-def report(probe: Probe, args: argparse.Namespace, size: int, run: dict[str, Any]) -> None:
+def report(probe: Probe, args: argparse.Namespace, size: int, run: dict[str, Any], classes: Sequence[str]) -> None:
     """Print the scores and save them; `size` is the side of the images, `run` the identity of the run."""
-    train_images, val_images, classes = run["numbers of images and classes"]
+    train_images, val_images, _ = run["numbers of images and classes"]
     top5 = topk_name(args.num_labels)
     print(
         f"linear probe, {describe_protocol(args)}: {val_images} validation and {utils.counted(train_images, 'training image')}, "
-        f"{utils.counted(classes, 'class', 'classes')}, {utils.counted(args.epochs, 'epoch')}"
+        f"{utils.counted(len(classes), 'class', 'classes')}, {utils.counted(args.epochs, 'epoch')}"
     )
     for row in probe.table:
         print(f"lr {row['lr']}, last {utils.counted(row['n_last_blocks'], 'block')}: {describe_scores(row, top5)}")
@@ -150,14 +150,14 @@ def report(probe: Probe, args: argparse.Namespace, size: int, run: dict[str, Any
     results = Results(
         "linear",
         describe_network(args) | {"digest": run["digest of weights and config"]},
-        describe_data(args.data_path, train_images, val_images, classes),
+        describe_data(args.data_path, train_images, val_images, len(classes)),
         protocol | {"top5_is": top5.lower()},
         {
             setting.name: {ROW_NAMES.get(name, name): value for name, value in row.items()}
             for setting, row in zip(probe.settings, probe.table)
         },
     )
-    save_results(args.output_dir, results)
+    save_results(args.output_dir, results, dict(zip(results.scores, probe.confusions)), classes)
 
 
 def describe_scores(row: dict[str, Any], top5: str) -> str:
@@ -200,7 +200,7 @@ def train_classifiers(args: argparse.Namespace, device: torch.device) -> None:
                 linear.train(probe, loader, start, args, log, ending, about_run)
         if collectives.is_main_process():
             with files.disk_errors(output_dir):
-                report(probe, args, evaluation_size(args, config), run)
+                report(probe, args, evaluation_size(args, config), run, datasets[0].classes)
                 (output_dir / CACHE).unlink(missing_ok=True)
 
 

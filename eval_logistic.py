@@ -42,6 +42,7 @@ from config import arguments
 from data.layouts.image_list import list_digest
 from data.transforms import augment
 from distributed import collectives, launch
+from evaluation.confusion import confusion_cells
 from evaluation.features import (
     FeatureFunction,
     LabeledFeatures,
@@ -67,6 +68,7 @@ class Score(NamedTuple):
     top5: float
     iterations: int
     converged: bool
+    confusion_P3: Tensor  # see `evaluation.confusion`
 
 
 def feature_function(backbone: Backbone, n_last_blocks: int, pooled: int) -> FeatureFunction:
@@ -98,9 +100,11 @@ def solve(train: LabeledFeatures, val: LabeledFeatures, lambd: float, adjust: bo
     if logits_NL.ndim == 1:  # two classes
         logits_NL = torch.stack([-logits_NL, logits_NL], dim=1)
     labels_L = torch.from_numpy(model.classes_)
-    correct = labels_L[logits_NL.topk(min(5, len(labels_L))).indices] == val.labels_N[:, None]
+    ranking = labels_L[logits_NL.topk(min(5, len(labels_L))).indices]
+    correct = ranking == val.labels_N[:, None]
     top1, top5 = (100 * hits.double().mean().item() for hits in (correct[:, 0], correct.any(dim=1)))
-    return Score(lambd, top1, top5, int(np.max(model.n_iter_)), converged)
+    confusion = confusion_cells(val.labels_N, ranking[:, 0])
+    return Score(lambd, top1, top5, int(np.max(model.n_iter_)), converged, confusion)
 
 
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
@@ -169,7 +173,9 @@ def main(args: argparse.Namespace) -> None:
         }
         described = describe_network(args), describe_data(args.data_path, train_images, val_images, classes)
         rows = {f"lambda {score.lambd}": score._asdict() for score in scores}
-        save_results(args.output_dir, Results("logistic", *described, protocol, rows))
+        confusions = {name: row.pop("confusion_P3") for name, row in rows.items()}
+        results = Results("logistic", *described, protocol, rows)
+        save_results(args.output_dir, results, confusions, datasets[0].classes)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,9 @@ def picture_sections(context: AnalysisContext, picture: Picture) -> Iterator[pag
     drawings["Region features"] = pictures.features_drawing(backbone, picture, scale, device)
     for heading, drawing in drawings.items():
         words = f"{drawing.about[:1].upper()}{drawing.about[1:]}."
-        yield pages.Section(f"{heading}: {picture.name}", words, [pages.photo(*panel) for panel in drawing.panels])
+        panels = [pages.photo(*panel) for panel in drawing.panels]
+        bar = pages.photo(*drawing.scale) if drawing.scale else None
+        yield pages.Section(f"{heading}: {picture.name}", words, panels, bar)
 
 
 def entropy_section(context: AnalysisContext, found: Sequence[Picture]) -> pages.Section:

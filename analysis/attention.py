@@ -19,6 +19,9 @@ from models.base import BlockOutput
 from utils import UsageError
 
 MASKED_BELOW = 1e-30  # weights of masked keys, see block_uniform_entropy
+UNIFORM = (
+    0.9  # share of the regions that a head in effect attends to, 2 ** bits, from which its attention is called uniform
+)
 
 
 class HeadMaps(NamedTuple):
@@ -35,6 +38,16 @@ class HeadMaps(NamedTuple):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of regions."""
         return self.planes_Hhw.shape[1], self.planes_Hhw.shape[2]
+
+    @property
+    def regions(self) -> int:
+        """Number of regions that the query can attend to."""
+        return max(1, int((self.planes_Hhw.amax(dim=0) > MASKED_BELOW).sum()))
+
+    @property
+    def uniform_H(self) -> list[bool]:
+        """Whether the attention of a head is spread over nearly all regions that it can attend to."""
+        return (self.entropies_H.exp2() >= UNIFORM * self.regions).tolist()
 
     @property
     def window(self) -> tuple[int, int, int, int]:

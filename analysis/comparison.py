@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from analysis.curves import finite_points, titles_of_keys
 from analysis.plots import Points
 from analysis.report import HEADINGS, LABELS
 from analysis.run_files import read_log, result_files, starts, subfolders
@@ -38,22 +39,6 @@ NOT_SCORES = {  # entries of scores that describe them or are of little interest
 }
 SETTINGS = "Settings that differ"
 SAME_DATA = ("train_images", "val_images", "classes")
-LEVELS = {"view": "views", "region": "regions", "cls": "class token", "cls+": "second token", "patch": "patches"}
-STATISTICS = {
-    "teacher_entropy": "Entropy of the teacher",
-    "kl": "KL divergence from the teacher",
-    "feature_rank": "Effective rank",
-}
-CURVES = {  # key of log.txt -> title
-    "train_loss": "Loss",
-    "train_view_loss": "Loss: views",
-    "train_region_loss": "Loss: regions",
-    "test_acc1": "Top-1, %",
-    "knn_top1": "k-NN top-1, %: teacher",
-    "knn_top1_student": "k-NN top-1, %: student",
-    **{f"train_{level}/{key}": f"{title}: {of}" for key, title in STATISTICS.items() for level, of in LEVELS.items()},
-    "train_lr": "Learning rate",
-}
 
 
 class Run(NamedTuple):
@@ -175,18 +160,18 @@ def training_rows(runs: Sequence[Run]) -> Iterator[Row]:
     """
     section = "Training"
     yield Row(section, "epochs done", [_progress(run) for run in runs])
-    losses = [_points(run, "train_loss") for run in runs]
+    losses = [finite_points(run.log, "train_loss") for run in runs]
     yield Row(section, "loss, last", [points[-1][1] if points else None for points in losses], ".4f")
     yield Row(section, "loss, lowest", [min((y for _, y in points), default=None) for points in losses], ".4f")
-    data = {json.dumps(run.args.get("knn_data_path")) for run in runs if _points(run, "knn_top1")}
+    data = {json.dumps(run.args.get("knn_data_path")) for run in runs if finite_points(run.log, "knn_top1")}
     better = 1 if len(data) == 1 else 0
     for key, network in (("knn_top1", "teacher"), ("knn_top1_student", "student")):
-        scores = [_points(run, key) for run in runs]
+        scores = [finite_points(run.log, key) for run in runs]
         last = [points[-1][1] if points else None for points in scores]
         yield Row(section, f"k-NN top-1 of the {network}, last, %", last, ".2f", better)
         highest = [max((y for _, y in points), default=None) for points in scores]
         yield Row(section, f"k-NN top-1 of the {network}, highest, %", highest, ".2f", better)
-    skipped = [sum(int(steps) for _, steps in _points(run, "skipped_steps")) or None for run in runs]
+    skipped = [sum(int(steps) for _, steps in finite_points(run.log, "skipped_steps")) or None for run in runs]
     yield Row(section, "skipped steps", skipped, "d")
 
 
@@ -273,14 +258,8 @@ def _number(value: Any) -> float | None:
 def build_curves(runs: Sequence[Run]) -> dict[str, dict[str, Points]]:
     """Return the curves of the runs by the title of their plot."""
     curves: dict[str, dict[str, Points]] = {}
-    for key, title in CURVES.items():
+    for key, title in titles_of_keys().items():
         for run in runs:
-            if points := _points(run, key):
+            if points := finite_points(run.log, key):
                 curves.setdefault(title, {})[run.name] = points
     return curves
-
-
-def _points(run: Run, key: str) -> list[tuple[float, float]]:
-    """Return the epochs with a finite value, and these values."""
-    points = [(epoch["epoch"], _number(epoch.get(key))) for epoch in run.log]
-    return [(x, y) for x, y in points if y is not None and math.isfinite(y)]

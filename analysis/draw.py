@@ -7,7 +7,7 @@ Shapes: h x w grid of regions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 RED, YELLOW = (255, 60, 60), (255, 225, 0)
 FONT_SIZE = 14  # points
 STAR, BADGE = 20.0, 11.0  # radius of marks in pixels
+HEAT, BAR = "inferno", 14  # colors of weights, and height of their bar in pixels
 
 
 @lru_cache(maxsize=8)
@@ -46,15 +47,34 @@ def darkened_gray(image: Image.Image, brightness: float) -> Image.Image:
     return image.convert("L").point([round(value * brightness) for value in range(256)]).convert("RGB")
 
 
-def heat(image: Image.Image, plane_hw: Tensor, strength: float = 0.7) -> Image.Image:
-    """Draw the weights of regions as colors over a gray image, transparent where a weight is 0."""
-    plane = plane_hw.double().numpy()
-    largest = plane.max()
-    share = plane / largest if largest > 0 else plane
-    colors = Image.fromarray(matplotlib.colormaps["inferno"](share, bytes=True)[..., :3])
+def heat(image: Image.Image, plane_hw: Tensor, largest: float, strength: float = 0.7) -> Image.Image:
+    """Draw the weights of regions as colors over a gray image, transparent where a weight is 0.
+
+    Colors follow the square root of the weight, which shows small weights beside one that is as large as `largest`.
+    """
+    share = np.sqrt(plane_hw.double().numpy() / max(largest, 1e-30))
+    colors = Image.fromarray(matplotlib.colormaps[HEAT](share, bytes=True)[..., :3])
     opacity = Image.fromarray(np.where(share > 1e-6, round(255 * strength), 0).astype(np.uint8))
     colors, opacity = (layer.resize(image.size, Image.Resampling.NEAREST) for layer in (colors, opacity))
     return Image.composite(colors, darkened_gray(image, 0.6), opacity)
+
+
+def color_bar(largest: float, ticks: Mapping[float, str], width: int) -> Image.Image:
+    """Draw the colors of `heat`, with labels below some weights; labels that would overlap earlier ones are left out."""
+    label, size = font(FONT_SIZE), (width, BAR + FONT_SIZE + 10)
+    canvas = Image.new("RGB", size, PAPER)
+    ramp = matplotlib.colormaps[HEAT](np.linspace(0, 1, width), bytes=True)[None, :, :3]
+    canvas.paste(Image.fromarray(ramp).resize((width, BAR)))
+    draw = ImageDraw.Draw(canvas)
+    taken: list[tuple[float, float]] = []  # left and right of the labels
+    for value, text in ticks.items():
+        x, half = (value / largest) ** 0.5 * (width - 1), label.getlength(text) / 2
+        start = min(max(x - half, 0), width - 2 * half)
+        if all(start + 2 * half + 8 < left or right + 8 < start for left, right in taken):
+            draw.line((x, BAR, x, BAR + 4), fill=INK)
+            draw.text((start, BAR + 5), text, fill=INK, font=label)
+            taken.append((start, start + 2 * half))
+    return canvas
 
 
 def masked(image: Image.Image, mask_hw: Tensor) -> Image.Image:
@@ -120,8 +140,8 @@ def even_rows(items: Sequence[Item], most: int) -> list[Sequence[Item]]:
 
 
 def stacked(above: Image.Image, below: Image.Image, gap: int = 4) -> Image.Image:
-    """Place one image above another of the same width."""
-    canvas = Image.new("RGB", (above.width, above.height + gap + below.height), PAPER)
+    """Place one image above another, both at the left."""
+    canvas = Image.new("RGB", (max(above.width, below.width), above.height + gap + below.height), PAPER)
     canvas.paste(above, (0, 0))
     canvas.paste(below, (0, above.height + gap))
     return canvas

@@ -8,6 +8,7 @@ Origin: DINO (Caron et al., ICCV 2021) figures 1 and 3, and EsViT (Li et al., IC
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from models import Backbone
 
 TILE = 224  # shorter side of a panel in pixels
 PAGE = 1250  # width of a page in pixels
+BAR_WIDTH = 400  # of a color bar
+OPACITY = 0.6  # of features over a photograph
 PAIRS = 10
 CLASS_TOKENS = ("the class token", "the second class token (cls+)")
 ZOOM_BELOW = 0.4  # share of the image; smaller windows are zoomed
@@ -38,12 +41,15 @@ class Drawing(NamedTuple):
     about: str
     panels: list[Panel]
     record: dict[str, Any]  # the numbers, for JSON
+    scale: Panel | None = None  # color bar of the panels
 
 
 def on_one_page(drawing: Drawing) -> Image.Image:
-    """Join all panels and captions below the explanation."""
+    """Join all panels and captions below the explanation and the color bar."""
     tiles = [draw.captioned(*panel) for panel in drawing.panels]
     page = draw.tiled(tiles, max(1, PAGE // max(tile.width for tile in tiles)))
+    if drawing.scale is not None:
+        page = draw.stacked(ImageOps.expand(draw.captioned(*drawing.scale), 8, draw.PAPER), page)
     return draw.captioned(page, drawing.about, margin=9)
 
 
@@ -71,30 +77,46 @@ def attention_drawing(
     overview = whole.drawn(whole.image)
     if zoomed is not whole:
         overview = draw.boxed(overview, zoomed.box, maps.grid, draw.YELLOW)
-    mean = zoomed.heat(maps.planes_Hhw.mean(dim=0))
+    largest = float(maps.planes_Hhw.max())  # of all heads, so that equal colors are equal weights
+    mean = zoomed.heat(maps.planes_Hhw.mean(dim=0), largest)
     panels = [
         Panel(draw.stacked(ImageOps.pad(overview, mean.size, color=draw.PAPER), mean), "the image; mean of all heads")
     ]
     single, heads = {}, []
-    columns = zip(maps.heads, maps.entropies_H.tolist(), maps.planes_Hhw, maps.masks_Hhw)
-    for rank, (head, bits, plane, mask) in enumerate(columns, start=1):
-        single[f"rank{rank:02}_head{head}_heat.png"] = whole.heat(plane)
+    columns = zip(maps.heads, maps.entropies_H.tolist(), maps.uniform_H, maps.planes_Hhw, maps.masks_Hhw)
+    for rank, (head, bits, uniform, plane, mask) in enumerate(columns, start=1):
+        single[f"rank{rank:02}_head{head}_heat.png"] = whole.heat(plane, largest)
         single[f"rank{rank:02}_head{head}_mask.png"] = whole.masked(mask)
-        panels.append(Panel(draw.stacked(zoomed.heat(plane), zoomed.masked(mask)), f"head {head}: {bits:.2f} bits"))
-        heads.append({"rank": rank, "head": head, "bits": bits, "regions_kept": int(mask.sum())})
+        caption = f"head {head}: {bits:.2f} bits{', uniform' if uniform else ''}"
+        panels.append(Panel(draw.stacked(zoomed.heat(plane, largest), zoomed.masked(mask)), caption))
+        heads.append({"rank": rank, "head": head, "bits": bits, "uniform": uniform, "regions_kept": int(mask.sum())})
     class_token = backbone.view_tokens[0] if maps.query_yx is None else None
     origin = "the red box" if class_token is None else CLASS_TOKENS[class_token]
     frame = "; zoomed to the yellow frame" if zoomed is not whole else ""
-    about = f"block {block}, query: {origin}; heads by entropy, and below each the regions with {share:.0%} of its attention{frame}"
+    most = math.log2(maps.regions)
+    about = (
+        f"block {block}, query: {origin}; heads by entropy (at most {most:.2f} bits), and below each the regions with "
+        f"{share:.0%} of its attention{frame}"
+    )
     record = {
         "block": block,
         "query_row_and_column": maps.query_yx,
         "class_token": class_token,
         "grid": maps.grid,
         "threshold": share,
+        "largest_weight": largest,
+        "bits_of_uniform_attention": most,
         "heads": heads,
     }
-    return Drawing(about, panels, record), single
+    return Drawing(about, panels, record, _color_bar(largest, 1 / maps.regions)), single
+
+
+def _color_bar(largest: float, uniform: float) -> Panel:
+    """Return the scale of weights from 0 to `largest`, with a mark at the weight of `uniform` attention."""
+    ticks = {0.0: "0", largest: f"{100 * largest:.3g} %"}
+    ticks |= {uniform: f"uniform: {100 * uniform:.3g} %"} if uniform < largest else {}
+    ticks |= {largest * part**2: f"{100 * largest * part**2:.2g} %" for part in (0.5, 0.25, 0.75)}
+    return Panel(draw.color_bar(largest, ticks, BAR_WIDTH), "attention of a region, one scale for all heads")
 
 
 class _Layer(NamedTuple):
@@ -116,9 +138,9 @@ class _Layer(NamedTuple):
         part = self.image.crop(draw.pixel_box(box, self.grid, (self.image.height, self.image.width)))
         return self._replace(image=part, box=box)
 
-    def heat(self, plane_hw: Tensor) -> Image.Image:
-        """Draw weights over the image."""
-        return self.drawn(draw.heat(draw.enlarged(self.image, TILE), self._part(plane_hw)))
+    def heat(self, plane_hw: Tensor, largest: float) -> Image.Image:
+        """Draw weights from 0 to `largest` over the image."""
+        return self.drawn(draw.heat(draw.enlarged(self.image, TILE), self._part(plane_hw), largest))
 
     def masked(self, mask_hw: Tensor) -> Image.Image:
         """Darken the image outside of a mask."""
@@ -183,11 +205,13 @@ def _centers(grid: correspondence.Grid, size: tuple[float, float]) -> list[draw.
 
 
 def features_drawing(backbone: Backbone, picture: Picture, scale: Scale, device: torch.device) -> Drawing:
-    """Draw the image, and the first three principal components of its region features as colors."""
+    """Draw the image, the first three principal components of its region features as colors, and these over the image."""
     features = correspondence.region_features(backbone, scale.normalized(picture.pixels_CHW).to(device))
     colors_TC = correspondence.principal_colors(features.regions_BTC[0].cpu())
     image = draw.enlarged(to_rgb(picture.pixels_CHW), 1.5 * TILE)
     regions = to_rgb(colors_TC.T.unflatten(1, features.grid)).resize(image.size, Image.Resampling.NEAREST)
     rows, columns = features.grid
     about = "the first three principal components of the region features as red, green and blue"
-    return Drawing(about, [Panel(image, picture.name), Panel(regions, f"{rows} x {columns} regions")], {})
+    over = Image.blend(draw.darkened_gray(image, 1.0), regions, OPACITY)
+    panels = [(image, picture.name), (regions, f"{rows} x {columns} regions"), (over, "the regions over the image")]
+    return Drawing(about, [Panel(*panel) for panel in panels], {})

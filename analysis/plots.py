@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-COLORS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3")
-GRID_COLORS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3", "#b8860b", "#5b7083", "#c2417c", "#1a9e9a")
+COLORS = ("#2563a8", "#d65a28", "#3c8d40", "#8a4fa3", "#b8860b", "#5b7083", "#c2417c", "#1a9e9a")
 DASHES = ("solid", "dashed", "dotted", "dashdot")  # in this order where there are more curves than colors
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -34,6 +35,7 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text as text
     "svg.hashsalt": "esvit",  # reproducible files
 }
+LEGEND_LETTERS = 48  # that fit below a plot
 
 Points = Sequence[tuple[float, float]]  # x and y
 
@@ -73,19 +75,55 @@ def entropy_plot(values: Sequence[Sequence[float]], uniform: Sequence[float], de
     return figure
 
 
-def curve_plot(title: str, series: Mapping[str, Points]) -> Figure:
-    """Plot curves over epochs, with a legend for more than one."""
+def curve_plot(
+    title: str, series: Mapping[str, Points], marks: Sequence[float] = (), levels: Mapping[str, float] | None = None
+) -> Figure:
+    """Plot curves over epochs, with a legend for more than one.
+
+    Args:
+        marks: epochs with a vertical line: here the run was resumed.
+        levels: values with a horizontal line, by their name.
+    """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 3.0), layout="constrained")
+        named = [*series, *(levels or {})]
+        columns = len(named) if sum(map(len, named)) < LEGEND_LETTERS - 4 * len(named) else 2
+        rows = -(-len(named) // columns) if len(named) > 1 else 0
+        figure = Figure(figsize=(4.1, 2.6 + 0.2 * rows), layout="constrained")
         axes = figure.subplots()
-        for color, (name, points) in zip(COLORS, series.items()):
+        for color, (name, points) in zip(cycle(COLORS), series.items()):
             marker = "o" if len(points) <= 25 else ""
             axes.plot(*zip(*points), color=color, marker=marker, markersize=4, linewidth=1.8, label=name)
+        for name, value in (levels or {}).items():
+            axes.axhline(value, color="#444444", linestyle="dashed", linewidth=1, label=name)
+        for mark in marks:
+            axes.axvline(mark, color="#444444", linestyle="dotted", linewidth=1.2)
         axes.set(title=title, xlabel="epoch")
         axes.margins(x=0.03, y=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        if len(series) > 1:
-            axes.legend()
+        if rows:
+            figure.legend(loc="outside lower center", ncols=columns)
+    return figure
+
+
+def confusion_plot(true: Sequence[str], predicted: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
+    """Plot a confusion matrix: colors are shares of the images of a class, numbers are images."""
+    images = np.asarray(counts)
+    share = images / images.sum(axis=1, keepdims=True)
+    cell = max(0.2, min(0.45, 5.2 / len(predicted)))  # inches
+    longest = max(map(len, [*true, *predicted])) * 0.075 + 0.4
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(len(predicted) * cell + longest + 0.5, len(true) * cell + longest + 0.4))
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots()
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(title="Confusion matrix, images", ylabel="class", xlabel="classified as")
+        axes.set_xticks(range(len(predicted)), [name or "none" for name in predicted], rotation=90)
+        axes.set_yticks(range(len(true)), true)
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        for row, column in zip(*images.nonzero()):
+            color = "white" if share[row, column] > 0.55 else "#1e1e1e"
+            axes.text(column, row, str(images[row, column]), ha="center", va="center", color=color, fontsize=8)
     return figure
 
 
@@ -112,7 +150,7 @@ def curve_grid(plots: Mapping[str, Mapping[str, Points]], columns: int = 3) -> F
     """
     names = list(dict.fromkeys(name for series in plots.values() for name in series))
     looks = {
-        name: {"color": GRID_COLORS[i % len(GRID_COLORS)], "linestyle": DASHES[i // len(GRID_COLORS) % len(DASHES)]}
+        name: {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
         for i, name in enumerate(names)
     }
     rows = -(-len(plots) // columns)

@@ -10,33 +10,37 @@ import html
 import io
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
-from analysis import draw, plots
+from analysis import class_scores, draw, plots
+from analysis.curves import COLLAPSE, CURVES, draw_curves
 from analysis.run_files import read_log, result_files, starts, subfolders
 from data.decode import open_image
+from evaluation.results import confusion_path
 from utils import logger
 
-CURVES = {  # title of a plot -> keys of log.txt, and what they are called
-    "Loss": {"train_loss": "loss", "train_view_loss": "views", "train_region_loss": "regions"},
-    "Learning rate": {"train_lr": "learning rate"},
-    "Weight decay": {"train_wd": "weight decay"},
-    "Images per second": {"images_per_s": "images/s"},
-}
 HEADINGS = {  # by evaluation; also the order of the sections
     "knn": "k-NN",
     "linear": "Linear probe",
     "finetune": "Fine-tuning",
     "logistic": "Logistic regression",
+    "segmentation": "Linear segmentation",
+    "segmentation_knn": "k-NN segmentation",
     "correspondence": "Correspondence under a flip",
     "stereo": "Correspondence in a stereo pair",
 }
-OMITTED = ("digest", "digest_of_list", "per_class")  # entries of result files that are too long for a page
+OMITTED = ("digest", "digest_of_list", "per_class")  # entries of result files that are not shown in their table
+BEST = {  # scores of which the best one of a table is marked
+    **dict.fromkeys(
+        ("top1", "top5", "last_top1", "last_top5", "within_one", "accuracy", "miou", "pixel_accuracy"), max
+    ),
+    **dict.fromkeys(("median_error", "distance"), min),
+}
+CLASSES, MATRIX = 20, 40  # most classes of a table, of which the lowest are shown, and of a drawn confusion matrix
 LABELS = {  # of entries of result files that are not clear by their key
     "pretrained_weights": "weights",
     "token": "class token",
@@ -56,6 +60,11 @@ LABELS = {  # of entries of result files that are not clear by their key
     "accuracy": "at the true position, %",
     "distance": "mean error, pixels",
 }
+RESUMED = " Dotted lines: here the run was resumed."
+COLLAPSE_WORDS = (
+    "The outputs collapse if the entropy of the teacher goes to 0 or stays at ln K, if few prototypes are in use, or if the "
+    "features lose their standard deviation or their rank."
+)
 WIDTH, GAP = 1240, 16  # pixels of the page, and between figures
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = f"""
@@ -64,7 +73,9 @@ STYLE = f"""
 """
 STYLE += """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1e1e1e; background: #fff; margin: 0 auto; padding: 1em; }
-h1, h2 { line-height: 1.2; } h2 { border-bottom: 1px solid #ccc; margin-top: 2em; padding-bottom: .2em; }
+h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 1px solid #ccc; margin-top: 2em; padding-bottom: .2em; }
+a { color: #2563a8; } nav ul { columns: 18em; margin: 1.5em 0; padding-left: 1.2em; }
+mark { background: #dcefdc; font-weight: 600; padding: 0 .3em; margin: 0 -.3em; } .note { color: #555; font-size: 14px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .5em 0; }
 th, td { padding: .25em .9em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
@@ -72,9 +83,13 @@ th:first-child, td:first-child { padding-left: 0; }
 .facts td { overflow-wrap: anywhere; } .number { white-space: nowrap; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f5f5f5; padding: .8em; overflow-x: auto; font-size: 14px; }
-details { margin: 1em 0; } summary { cursor: pointer; }
 figure { margin: 0; max-width: 100%; } figcaption { color: #555; font-size: 14px; }
 img { display: block; max-width: 100%; height: auto; }
+@media print {
+  body, figcaption, .note, pre { font-size: 11px; } .figures { zoom: .7; }
+  h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; } nav { break-after: page; }
+  mark { print-color-adjust: exact; } pre { white-space: pre-wrap; overflow-wrap: anywhere; } .wide { overflow: visible; }
+}
 """
 
 
@@ -93,6 +108,7 @@ class Section(NamedTuple):
     heading: str
     words: str
     figures: Sequence[Figure]
+    scale: Figure | None = None  # above the others
 
 
 def photo(image: Image.Image, caption: str) -> Figure:
@@ -109,27 +125,6 @@ def plot(figure: MatplotlibFigure, caption: str) -> Figure:
 
 
 # --------------------------------------------------------------------------- the folder of a run
-
-
-def curves(log: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Return the plots that a log has values for."""
-    drawn = []
-    for title, keys in CURVES.items():
-        series = {
-            name: [(epoch["epoch"], float(epoch[key])) for epoch in log if isinstance(epoch.get(key), int | float)]
-            for key, name in keys.items()
-        }
-        series = {name: [p for p in points if abs(p[1]) < float("inf")] for name, points in series.items()}
-        series = {name: points for name, points in series.items() if points}
-        if series:
-            caption = "; ".join(f"{name} {_ends([value for _, value in points])}" for name, points in series.items())
-            drawn.append(plot(plots.curve_plot(title, series), caption))
-    return drawn
-
-
-def _ends(values: Sequence[float]) -> str:
-    """Return the first and the last value of a curve."""
-    return " to ".join(f"{value:.4g}" for value in (values if len(values) == 1 else (values[0], values[-1])))
 
 
 def crops(run_dir: Path) -> list[Figure]:
@@ -163,26 +158,72 @@ def run_facts(run_dir: Path) -> dict[str, str]:
     return {name: ", then ".join(values) for name, values in facts.items() if values}
 
 
-def commands(run_dir: Path) -> list[str]:
-    """Return the commands of the starts of a run without consecutive duplicates, one flag on a line."""
-    words = [record["command"] for record in starts(run_dir) if isinstance(record.get("command"), list)]
-    lines = [shlex.join(["python", *map(str, each)]).replace(" --", " \\\n    --") for each in words]
-    return [line for line, _ in groupby(lines)]
+class History(NamedTuple):
+    """The epochs and the starts of a run, preceded by those of the run that it continues."""
+
+    log: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+
+    @property
+    def resumed(self) -> list[float]:
+        """Epochs that were done when the run was started again, without repetitions."""
+        return sorted({_epochs_done(start) for start in self.starts} - {0.0})
+
+    @property
+    def prototypes(self) -> int | None:
+        """Number of prototypes K, if there are any."""
+        args = self.starts[-1].get("args") if self.starts else None
+        prototypes = args.get("out_dim") if isinstance(args, dict) else None
+        return prototypes if isinstance(prototypes, int) and prototypes > 1 else None
 
 
-def scores(run_dir: Path, output_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield headings and contents of the result files of `output_dir`, of `run_dir` and of the folders in `run_dir`.
+def history(run_dir: Path, until: float = float("inf")) -> History:
+    """Return the history of a run `until` so many epochs, with that of the run of --pretrained_weights_ckpt."""
+    own = History(
+        [epoch for epoch in read_log(run_dir / "log.txt") if epoch["epoch"] < until],
+        [start for start in starts(run_dir) if _epochs_done(start) < until],
+    )
+    first = own.starts[0] if own.starts else {}
+    args, begin = first.get("args"), _epochs_done(first)
+    continued = args.get("pretrained_weights_ckpt") if isinstance(args, dict) else None
+    if not continued or not begin or not Path(continued).is_file():
+        return own
+    before = history(Path(continued).parent, begin)
+    return History(before.log + own.log, before.starts + own.starts)
+
+
+def _epochs_done(start: Mapping[str, Any]) -> float:
+    """Return the epochs before a start; 0 in files of earlier versions, which do not tell."""
+    epochs = start.get("epochs_done")
+    return float(epochs) if isinstance(epochs, int | float) else 0.0
+
+
+def commands(begun: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the commands of the starts of a run, one flag on a line, below when each was given."""
+    found: dict[str, list[str]] = {}
+    for start in begun:
+        if isinstance(start.get("command"), list):
+            command = shlex.join(["python", *map(str, start["command"])]).replace(" --", " \\\n    --")
+            after = f"after {_epochs_done(start):.4g} epochs" if _epochs_done(start) else ""
+            when = ", ".join(filter(None, (str(start.get("started", "")), after)))
+            found.setdefault(command, []).extend([f"# {when}"] if when else [])
+    return ["\n".join([*times, command]) for command, times in found.items()]
+
+
+def scores(run_dir: Path, output_dir: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Yield headings, paths and contents of the result files of `output_dir`, of `run_dir` and of the folders in `run_dir`.
 
     The name of the folder is appended to a heading that occurs again.
     """
     order = [*HEADINGS]
-    found = result_files([output_dir, *subfolders(run_dir)])
+    found = sorted(
+        result_files([output_dir, *subfolders(run_dir)]),
+        key=lambda each: order.index(each[0].stem) if each[0].stem in order else len(order),
+    )
     used = set()
-    for path, record in sorted(
-        found, key=lambda each: order.index(each[0].stem) if each[0].stem in order else len(order)
-    ):
+    for path, record in found:
         heading = HEADINGS.get(path.stem, path.stem)
-        yield f"{heading} ({path.parent.parent.name})" if heading in used else heading, record
+        yield f"{heading} ({path.parent.parent.name})" if heading in used else heading, path, record
         used.add(heading)
 
 
@@ -201,15 +242,65 @@ def table(record: Mapping[str, Any]) -> str:
     }
     about = html.escape("; ".join(f"{label}: {text}" for label, text in facts.items() if text))
     rows = {name: _dictionary(row) for name, row in rows.items()}
-    columns = {key: _texts([row.get(key) for row in rows.values()]) for row in rows.values() for key in row}
-    head = "".join(f"<th{number}>{html.escape(_label(key, top5))}</th>" for key, (number, _) in columns.items())
+    values = {key: [row.get(key) for row in rows.values()] for row in rows.values() for key in row}
+    columns = {key: (*_texts(column), _best(key, column)) for key, column in values.items()}
+    head = "".join(f"<th{number}>{html.escape(_label(key, top5))}</th>" for key, (number, _, _) in columns.items())
     body = []
     for position, name in enumerate(rows):
-        cells = "".join(f"<td{number}>{html.escape(texts[position])}</td>" for number, texts in columns.values())
-        body.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+        cells = [
+            f"<td{number}>{'<mark>' * best[position]}{html.escape(texts[position])}{'</mark>' * best[position]}</td>"
+            for number, texts, best in columns.values()
+        ]
+        body.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
+    marked = any(any(best) for _, _, best in columns.values())
+    legend = '<p class="note"><mark>marked</mark>: the best of a column</p>' if marked else ""
     return (
         f'<p>{about}</p><div class="wide"><table><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"<tbody>{''.join(body)}</tbody></table></div>{legend}"
+    )
+
+
+def _best(key: str, column: Sequence[Any]) -> list[bool]:
+    """Return which scores of a column are the best; none if all are equal."""
+    numbers = [value for value in column if isinstance(value, int | float)]
+    if key not in BEST or len(set(numbers)) < 2:
+        return [False] * len(column)
+    return [value == BEST[key](numbers) for value in column]
+
+
+def classes(path: Path, record: Mapping[str, Any]) -> str:
+    """Return the scores of single classes of the best score of a result file, with its confusion matrix; empty without them."""
+    name = class_scores.best_score(record["scores"])
+    if name is None:
+        return ""
+    row = record["scores"][name]
+    cells = class_scores.read_confusion(path, name, row["per_class"])
+    found = class_scores.class_scores(cells)
+    rows = [(score.name, str(score.images), f"{score.top1:.2f}", score.mistakes) for score in found]
+    if not rows:
+        known = {label: value for label, value in row["per_class"].items() if isinstance(value, int | float)}
+        rows = [(label, "", f"{value:.2f}", "") for label, value in sorted(known.items(), key=lambda each: each[1])]
+    lines = [
+        f'<tr><td>{html.escape(label)}</td><td class="number">{images}</td><td class="number">{top1}</td>'
+        f"<td>{html.escape(mistaken)}</td></tr>"
+        for label, images, top1, mistaken in rows[:CLASSES]
+    ]
+    which = (
+        f"the {CLASSES} of {len(rows)} classes with the lowest accuracy"
+        if len(rows) > CLASSES
+        else "lowest accuracy first"
+    )
+    score_name = "IoU, %" if "miou" in row else "top-1, %"
+    heads = (
+        f'<th>class</th><th class="number">images</th><th class="number">{score_name}</th><th>most often taken for</th>'
+    )
+    drawn = ""
+    if 1 < len(found) <= MATRIX:
+        figure = plots.confusion_plot(*class_scores.matrix(cells))
+        drawn = inlined(plot(figure, f"{name}; all matrices: {confusion_path(path).name}"))
+    return (
+        f'<h3>Classes</h3><p>{html.escape(name)}, {which}.</p><div class="figures"><div class="wide"><table><thead><tr>{heads}'
+        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{drawn}</div>"
     )
 
 
@@ -245,17 +336,15 @@ def inlined(figure: Figure) -> str:
     caption = html.escape(figure.caption)
     width, height = figure.size
     return (
-        f'<figure><img src="data:{figure.media_type};base64,{source}" width="{width}" height="{height}" alt="{caption}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<figure style="width: {width}px"><img src="data:{figure.media_type};base64,{source}" width="{width}" '
+        f'height="{height}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
     )
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{html.escape(heading)}</h2>{content}</section>"
 
 
 def _figures(figures: Sequence[Figure]) -> str:
     """Return pictures in rows of equal length, for a page of full width."""
+    if not figures:
+        return ""
     most = max(1, (WIDTH + GAP) // (max(figure.size[0] for figure in figures) + GAP))
     rows = (f'<div class="figures">{"".join(map(inlined, row))}</div>' for row in draw.even_rows(figures, most))
     return "".join(rows)
@@ -267,21 +356,18 @@ def _figures(figures: Sequence[Figure]) -> str:
 def build_report(
     title: str, facts: Mapping[str, str], run_dir: Path, output_dir: Path, sections: Sequence[Section]
 ) -> str:
-    """Return the page: facts, training curves, scores, then `sections`; empty parts are omitted."""
+    """Return the page: facts, contents, training curves, scores, then `sections`; empty parts are omitted."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    content = [each for each in _content(run_dir, output_dir, sections) if each[1]]
+    links = "".join(
+        f'<li><a href="#section{number}">{html.escape(heading)}</a></li>' for number, (heading, _) in enumerate(content)
+    )
     parts = [f"<h1>{html.escape(title)}</h1>", f'<table class="facts"><tbody>{rows}</tbody></table>']
-    if drawn := curves(read_log(run_dir / "log.txt")):
-        parts.append(_section("Training", _figures(drawn)))
-    if lines := commands(run_dir):
-        summary = "command of the run" if len(lines) == 1 else "commands of the run, in the order of its starts"
-        text = html.escape("\n\n".join(lines))
-        parts.append(f"<details><summary>{summary}</summary><pre>{text}</pre></details>")
-    for heading, record in scores(run_dir, output_dir):
-        parts.append(_section(heading, table(record)))
-    for heading, words, figures in sections:
-        parts.append(_section(heading, f"<p>{html.escape(words)}</p>{_figures(figures)}"))
-    if drawn := crops(run_dir):
-        parts.append(_section("Training images", _figures(drawn)))
+    parts += [f'<nav aria-label="contents"><ul>{links}</ul></nav>'] if links else []
+    parts += [
+        f'<section id="section{number}"><h2>{html.escape(heading)}</h2>{part}</section>'
+        for number, (heading, part) in enumerate(content)
+    ]
     return document(title, parts)
 
 
@@ -293,3 +379,25 @@ def document(title: str, parts: Sequence[str]) -> str:
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     )
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _content(run_dir: Path, output_dir: Path, sections: Sequence[Section]) -> Iterator[tuple[str, str]]:
+    """Yield the headings and contents of all sections; the contents of missing parts are empty."""
+    run = history(run_dir)
+    yield "Training", _curves(run, CURVES)
+    yield "Signs of a collapse", _curves(run, COLLAPSE, COLLAPSE_WORDS)
+    for heading, path, record in scores(run_dir, output_dir):
+        yield heading, table(record) + classes(path, record)
+    for heading, words, figures, scale in sections:
+        above = _figures([scale]) if scale else ""
+        yield heading, f"<p>{html.escape(words)}</p>{above}{_figures(figures)}"
+    yield "Training images", _figures(crops(run_dir))
+    lines = commands(run.starts)
+    text = html.escape("\n\n".join(lines))
+    yield "Commands" if len(lines) > 1 else "Command", f"<pre>{text}</pre>" if text else ""
+
+
+def _curves(run: History, titles: Mapping[str, Mapping[str, str]], words: str = "") -> str:
+    drawn = [plot(*curves) for curves in draw_curves(run.log, titles, run.resumed, run.prototypes)]
+    words += RESUMED if run.resumed else ""
+    return f"<p>{html.escape(words)}</p>{_figures(drawn)}" if drawn else ""

@@ -89,10 +89,14 @@ def write_with_backup(path: Path, content: bytes) -> None:
     if path.exists() and path.read_bytes() == content:
         logger.info("%s is unchanged", path)
         return
-    backup = path.with_name(f"{path.name}.bak")
-    with atomic_write(path, lambda: os.replace(path, backup) if path.exists() else None) as temporary:
+    with atomic_write(path, lambda: move_to_backup(path) if path.exists() else None) as temporary:
         temporary.write_bytes(content)
     logger.info("wrote %s", path)
+
+
+def move_to_backup(path: Path) -> None:
+    """Rename a file to `<name>.bak`."""
+    os.replace(path, path.with_name(f"{path.name}.bak"))
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
@@ -288,7 +292,7 @@ def check_lock(folder: Path) -> None:
 # --------------------------------------------------------------------------- provenance
 
 
-def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> None:
+def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any, epochs_done: float = 0.0) -> None:
     """Write `config.yaml` (resolved) and `run.json` (arguments, git revision, versions); a resumed run adds a numbered pair."""
     suffix, number = "", 1
     while any((output_dir / name).exists() for name in (f"run{suffix}.json", f"config{suffix}.yaml")):
@@ -300,6 +304,7 @@ def save_provenance(output_dir: Path, args: argparse.Namespace, config: Any) -> 
     record = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
+        "epochs_done": round(epochs_done, 4),  # before this start
         "args": vars(args),
         "seed": getattr(args, "seed", None),
         "world_size": get_world_size(),

@@ -21,7 +21,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,6 +31,7 @@ from checkpoints import layouts, loading, serialization
 from data.loader import Batch, FailureTally, in_groups, set_epoch
 from distributed import collectives
 from distributed.ddp import SYNC_BUFFERS
+from evaluation.confusion import checked_cells, gather_confusion, top1_accuracy
 from evaluation.features import readable_batches
 from models.base import HEAD_PREFIXES, Backbone, batch_norms
 from training import optim
@@ -184,6 +185,7 @@ class Accuracy(NamedTuple):
 
     top1: float
     top5: float
+    confusion_P3: Tensor | None = None  # see `evaluation.confusion`; None in checkpoints of earlier versions
 
 
 class Best(NamedTuple):
@@ -193,6 +195,7 @@ class Best(NamedTuple):
     epoch: int = -1
     top1: float = -1.0
     top5: float = -1.0
+    confusion_P3: Tensor | None = None  # see `Accuracy`
 
 
 class FineTuner:
@@ -314,24 +317,28 @@ class FineTuner:
             UsageError: more than 1 % of the images cannot be read.
         """
         networks = self.networks()
-        hits = {name: torch.zeros(2, dtype=torch.float64) for name in networks}
-        tally, seen = FailureTally(len(loader.dataset)), 0  # type: ignore[arg-type]
+        top5_hits = dict.fromkeys(networks, 0)
+        labels = [torch.zeros(1 + len(networks), 0, dtype=torch.long)]  # the true and the predicted ones
+        tally = FailureTally(len(loader.dataset))  # type: ignore[arg-type]
         for network in networks.values():
             network.eval()
         batches = tqdm(loader, desc="val", disable=None if collectives.is_main_process() else True, leave=False)
         for batch in readable_batches(batches, tally, self.device):
             images = batch.views[0].to(self.device, non_blocking=True)
-            seen += len(images)
+            labels_of_batch = [batch.labels_B]
             for name, network in networks.items():
                 with utils.autocast(self.device, self.precision):
                     logits_BL = network(images)
-                correct = logits_BL.float().topk(min(5, self.classes)).indices.cpu() == batch.labels_B[:, None]
-                hits[name] += torch.stack([correct[:, :1].sum(), correct.sum()])
-        images_in_total = sum(collectives.all_gather_objects(seen))
+                ranking = logits_BL.float().topk(min(5, self.classes)).indices.cpu()
+                top5_hits[name] += int((ranking == batch.labels_B[:, None]).sum())
+                labels_of_batch.append(ranking[:, 0])
+            labels.append(torch.stack(labels_of_batch))
+        true_N, *predicted = torch.cat(labels, dim=1)
         accuracies = {}
-        for name, own in hits.items():
-            top1, top5 = (100 * torch.stack(collectives.all_gather_objects(own)).sum(dim=0) / images_in_total).tolist()
-            accuracies[name] = Accuracy(top1, top5)
+        for (name, own), predicted_N in zip(top5_hits.items(), predicted):
+            cells = gather_confusion(true_N, predicted_N)
+            top5 = 100 * sum(collectives.all_gather_objects(own)) / int(cells[:, 2].sum())
+            accuracies[name] = Accuracy(top1_accuracy(cells), top5, cells)
         return accuracies
 
     # --------------------------------------------------------------------------- checkpoints
@@ -384,10 +391,14 @@ class FineTuner:
                 self.scaler.load_state_dict(content["fp16_scaler"])
         with reading("last", path):
             rows = content.get("last", {}).items()
-            self.last = {str(name): Accuracy(float(row["top1"]), float(row["top5"])) for name, row in rows}
+            self.last = {
+                str(name): Accuracy(float(row["top1"]), float(row["top5"]), checked_cells(row.get("confusion_P3")))
+                for name, row in rows
+            }
         with reading("best", path):
             best = content["best"]
-            self.best = Best(str(best["network"]), int(best["epoch"]), float(best["top1"]), float(best["top5"]))
+            scores = float(best["top1"]), float(best["top5"]), checked_cells(best.get("confusion_P3"))
+            self.best = Best(str(best["network"]), int(best["epoch"]), *scores)
 
 
 def save_run(
@@ -410,7 +421,8 @@ def save_run(
     best = tuner.best
     if best.epoch == position.epoch - 1 and not position.steps:
         weights = tuner.networks()[best.network].state_dict()
-        content = {"model": weights, "finetuning": best._asdict(), "args": args, "config": config.dump()}
+        about = {name: value for name, value in best._asdict().items() if name != "confusion_P3"}
+        content = {"model": weights, "finetuning": about, "args": args, "config": config.dump()}
         if failure := write(content, output_dir / BEST, keep=0):
             return failure
     return write(state, output_dir / CHECKPOINT)

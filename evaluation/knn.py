@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from config.choices import KNN_BACKENDS
 from distributed import collectives
+from evaluation.confusion import gather_confusion, top1_accuracy
 from evaluation.features import LabeledFeatures
 from utils import UsageError, logger
 
@@ -43,14 +44,13 @@ class Split(NamedTuple):
 class KnnScore(NamedTuple):
     """Accuracies in percent of the vote of `k` neighbors.
 
-    `top5` only counts classes that received votes, so it equals `top1` for k = 1; for L < 5 classes it is top-L. `per_class` is the
-    top-1 accuracy by label.
+    `top5` only counts classes that received votes, so it equals `top1` for k = 1; for L < 5 classes it is top-L.
     """
 
     k: int
     top1: float
     top5: float
-    per_class: dict[int, float]
+    confusion_P3: Tensor  # see `evaluation.confusion`
 
 
 class Neighbors(NamedTuple):
@@ -168,10 +168,17 @@ def nearest_faiss(
 # --------------------------------------------------------------------------- the vote
 
 
-def true_class_rank(
+class Votes(NamedTuple):
+    """The result of the votes on some queries: the class with most votes, and the rank of the true class, from 0."""
+
+    predicted_SQ: Tensor
+    rank_SQ: Tensor
+
+
+def vote(
     neighbors: Neighbors, labels_N: Tensor, truth_Q: Tensor, ks: Sequence[int], temperature: float, classes: int
-) -> Tensor:
-    """Return the rank (S, Q) of the true class by votes, from 0, ties by label.
+) -> Votes:
+    """Let the first k neighbors vote for each of `ks`; ties by label.
 
     A neighbor votes with weight exp(similarity / temperature). A true class without votes is ranked after all others.
     """
@@ -181,14 +188,15 @@ def true_class_rank(
     label_Qk = labels_N[neighbors.index_Qk]
     votes_QL = weight_Qk.new_zeros(len(truth_Q), classes)
     lower_QL = torch.arange(classes, device=truth_Q.device) < truth_Q[:, None]
-    counted, ranks = 0, {}
+    counted, predicted, ranks = 0, {}, {}
     for k in sorted(set(ks)):
         votes_QL.scatter_add_(1, label_Qk[:, counted:k], weight_Qk[:, counted:k])
         counted = k
         own_Q1 = votes_QL.gather(1, truth_Q[:, None])
         rank_Q = ((votes_QL > own_Q1) | ((votes_QL == own_Q1) & lower_QL)).sum(dim=1)
         ranks[k] = rank_Q.where(own_Q1[:, 0] > 0, classes + TOPK)
-    return torch.stack([ranks[k] for k in ks])
+        predicted[k] = votes_QL.argmax(dim=1)  # the first of equals
+    return Votes(*(torch.stack([found[k] for k in ks]) for found in (predicted, ranks)))
 
 
 def knn_scores(
@@ -218,19 +226,24 @@ def knn_scores(
     if backend == "faiss":
         query_chunk = FAISS_QUERIES
     search = nearest_faiss if backend == "faiss" else nearest
-    hits = torch.zeros(len(ks), 2, classes, dtype=torch.long)  # top-1 and top-5, by class
+    top5_S = torch.zeros(len(ks), dtype=torch.long)
+    labels = [torch.zeros(1 + len(ks), 0, dtype=torch.long)]  # the true ones and those that are predicted for each k
     chunks = range(0, len(val.labels_N), query_chunk)[collectives.get_rank() :: collectives.get_world_size()]
     for first in tqdm(chunks, desc="vote", disable=None if collectives.is_main_process() else True, leave=False):
         queries = val.features_NC[first : first + query_chunk]
         truth = val.labels_N[first : first + query_chunk]
         own = torch.arange(first, first + len(truth), device=truth.device) if leave_one_out else None
         found = search(queries, train.features_NC, max(clamped), own, key_chunk)
-        ranks_SQ = true_class_rank(found, train.labels_N, truth, clamped, temperature, classes)
-        for row, rank_Q in enumerate(ranks_SQ):
-            for column, top in enumerate((1, TOPK)):
-                hits[row, column] += truth[rank_Q < top].bincount(minlength=classes).cpu()
-    hits = torch.stack(collectives.all_gather_objects(hits)).sum(dim=0)
-    return _accuracies(hits, val.labels_N.cpu().bincount(minlength=classes), ks)
+        votes = vote(found, train.labels_N, truth, clamped, temperature, classes)
+        top5_S += (votes.rank_SQ < TOPK).sum(dim=1).cpu()
+        labels.append(torch.cat([truth[None], votes.predicted_SQ]).cpu())
+    top5_S = torch.stack(collectives.all_gather_objects(top5_S)).sum(dim=0)
+    true_N, *predicted_SN = torch.cat(labels, dim=1)
+    confusions = [gather_confusion(true_N, predicted_N) for predicted_N in predicted_SN]
+    return [
+        KnnScore(k, top1_accuracy(cells), 100 * int(top5) / len(val.labels_N), cells)
+        for k, top5, cells in zip(ks, top5_S, confusions)
+    ]
 
 
 def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, backend: str) -> None:
@@ -245,14 +258,3 @@ def _check(split: Split, ks: Sequence[int], temperature: float, voters: int, bac
         raise UsageError("the features are not finite; check the weights of the network")
     if backend == "faiss":
         check_faiss(half=split.train.features_NC.dtype != torch.float32)
-
-
-def _accuracies(hits: Tensor, images_L: Tensor, ks: Sequence[int]) -> list[KnnScore]:
-    """Return accuracies of counted hits (S, 2, L) among so many images of each class."""
-    scores = []
-    labels = images_L.nonzero()[:, 0].tolist()
-    for k, (first_L, top5_L) in zip(ks, hits):
-        top1, top5 = (100 * int(count.sum()) / int(images_L.sum()) for count in (first_L, top5_L))
-        per_class = {label: 100 * int(first_L[label]) / int(images_L[label]) for label in labels}
-        scores.append(KnnScore(k, top1, top5, per_class))
-    return scores

@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 import data
 from checkpoints import layouts, loading, serialization
 from distributed import collectives
+from evaluation.confusion import NONE, checked_cells, gather_confusion
 from evaluation.feature_loaders import FeatureLoader
 from evaluation.features import check_blocks, data_identity
 from models import Backbone
@@ -62,6 +63,7 @@ class Score(NamedTuple):
     loss: float
     top1: float
     top5: float
+    confusion_P3: Tensor  # see `evaluation.confusion`
 
 
 # --------------------------------------------------------------------------- classifiers
@@ -145,6 +147,7 @@ class Probe:
         self.table: list[dict[str, Any]] = [
             {**setting._asdict(), "best_acc1": None, "best_acc5": None, "best_epoch": None} for setting in settings
         ]
+        self.confusions: list[Tensor | None] = [None] * len(settings)  # of the best epochs
 
     @property
     def lrs(self) -> list[float]:
@@ -176,10 +179,11 @@ class Probe:
 
     def record(self, epoch: int, scores: list[Score]) -> None:
         """Update the table with the scores of a validation."""
-        for row, score in zip(self.table, scores):
+        for number, (row, score) in enumerate(zip(self.table, scores)):
             row |= {"last_acc1": score.top1, "last_acc5": score.top5, "last_loss": json_number(score.loss)}
             if row["best_acc1"] is None or score.top1 > row["best_acc1"]:
                 row |= {"best_acc1": score.top1, "best_acc5": score.top5, "best_epoch": epoch}
+                self.confusions[number] = score.confusion_P3
 
     def state_dict(self, epoch: int) -> dict[str, Any]:
         """Return the content of a checkpoint: the published keys for the best classifier, and the weights of all of several.
@@ -201,6 +205,7 @@ class Probe:
             "scheduler": self.scheduler.state_dict(),
             "best_acc": self.table[kept]["best_acc1"] or 0.0,
             "table": self.table,
+            "confusions": self.confusions,
         }
         if len(weights) > 1:
             state["classifiers"] = {self.settings[row].name: weights[row] for row in finite}
@@ -260,6 +265,9 @@ class Probe:
                 if any(not isinstance(row[key], int | float | None) for key in mine):
                     raise TypeError("a score is not a number")
             self.table = content["table"]
+        with restore.reading("confusions", path):
+            saved = content.get("confusions", self.confusions)
+            self.confusions = [checked_cells(cells) for _, cells in zip(self.settings, saved, strict=True)]
 
     def _load_schedule(self, saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
         """Restore the epoch and learning rates of a saved schedule and of the parameter groups of its optimizer.
@@ -412,19 +420,28 @@ def train_epoch(
 def validate(probe: Probe, loader: FeatureLoader) -> list[Score]:
     """Score every classifier on all validation images over all processes; non-finite logits count as wrong."""
     sums_S3 = torch.zeros(len(probe.settings), 3, dtype=torch.float64)
+    labels = [torch.zeros(1 + len(probe.settings), 0, dtype=torch.long)]  # the true and the predicted ones
     images = 0
     for features_BC, labels_B in loader.validation():
         images += len(labels_B)
+        labels_of_batch = [labels_B]
         for row, logits_BK in enumerate(probe.classifiers(features_BC)):
             ranking = logits_BK.topk(min(5, logits_BK.shape[1])).indices
-            correct = (ranking == labels_B[:, None]) & logits_BK.isfinite().all(dim=1, keepdim=True)
+            ranking = ranking.where(logits_BK.isfinite().all(dim=1, keepdim=True), NONE)
+            correct = ranking == labels_B[:, None]
+            labels_of_batch.append(ranking[:, 0])
             loss = F.cross_entropy(logits_BK, labels_B, reduction="sum")
             sums_S3[row] += torch.stack([loss, correct[:, 0].sum(), correct.sum()]).cpu()
+        labels.append(torch.stack(labels_of_batch).cpu())
     parts = collectives.all_gather_objects((images, sums_S3))
     total = sum(part[0] for part in parts)
     assert total == loader.validation_images, (total, loader.validation_images)
     means_S3 = torch.stack([part[1] for part in parts]).sum(dim=0) / total
-    return [Score(loss, 100 * top1, 100 * top5) for loss, top1, top5 in means_S3.tolist()]
+    true_N, *predicted_SN = torch.cat(labels, dim=1)
+    confusions = [gather_confusion(true_N, predicted_N) for predicted_N in predicted_SN]
+    return [
+        Score(loss, 100 * top1, 100 * top5, cells) for (loss, top1, top5), cells in zip(means_S3.tolist(), confusions)
+    ]
 
 
 # --------------------------------------------------------------------------- files

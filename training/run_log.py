@@ -18,19 +18,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from checkpoints.files import atomic_write, check_lock
 from distributed.collectives import is_main_process
 from distributed.launch import stop_on_interrupt
+from training.crop_picture import draw_crops
 from utils import UsageError, counted, logger, peak_memory_mb
 
-CROP_GRID_IMAGES = 8
 SCORES = {"knn_top1": "k-NN", "test_acc1": "top-1", "test_miou": "mIoU"}  # keys of log.txt that the terminal shows too
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 GROUPS = {  # of TensorBoard, which shows them in alphabetical order, and the names that belong to them; the first match counts
@@ -397,28 +397,15 @@ class RunLog:
             logger.info("epoch %d/%d done  %s", meter.epoch, self.epochs, self._describe_epoch(meter, record))
 
     def save_crops(self, views: Sequence[Tensor]) -> None:
-        """Save a picture of some images (columns) in all their views (rows), unless the run has one."""
+        """Save a picture of some images in all their views, unless the run has one."""
         if self.writer is None or self._crops_saved:
             return
         self._crops_saved = True
-        side = max(view.shape[-1] for view in views)
-        images = min(CROP_GRID_IMAGES, len(views[0]))
-        tiles = [self._tile(view[:images].detach().float().cpu(), side) for view in views]
-        grid = make_grid(torch.cat(tiles), nrow=images)
+        picture = draw_crops(views, self.mean, self.std)
         with self._tensorboard() as writer:
-            writer.add_image("views/crops", grid, 0)
+            writer.add_image("views/crops", np.asarray(picture), 0, dataformats="HWC")
         with self.best_effort(), atomic_write(self.output_dir / "crops.png") as temporary:
-            save_image(grid, temporary, format="png")
-
-    def _tile(self, view: Tensor, side: int) -> Tensor:
-        """Undo the normalization, keep one or three channels, and pad small views to `side` pixels."""
-        shape = (1, -1, 1, 1)
-        pixels = (view * torch.tensor(self.std).view(shape) + torch.tensor(self.mean).view(shape)).clamp(0, 1)
-        pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-        margin = side - pixels.shape[-1]
-        return torch.nn.functional.pad(
-            pixels, (margin // 2, margin - margin // 2, margin // 2, margin - margin // 2), value=1.0
-        )
+            picture.save(temporary, format="png")
 
 
 def _ignore_disk_errors(failed: threading.ExceptHookArgs) -> None:

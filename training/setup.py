@@ -215,7 +215,7 @@ def open_log(
     with collectives.failing_together(), files.disk_errors(output_dir):
         if collectives.is_main_process():
             checkpointing.clean_up(output_dir, position)
-            files.save_provenance(output_dir, args, config)
+            files.save_provenance(output_dir, args, config, seen / images)
         mean, std = config.INPUT.MEAN, config.INPUT.STD
         project = args.wandb if collectives.is_main_process() else ""
         with mirror_tensorboard(project, output_dir, vars(args)) as finish:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
-import re
 from pathlib import Path
 
 import matplotlib
@@ -15,14 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.small_networks import small_network
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from analysis import attention, correspondence, draw, pictures, plots, stereo
+from analysis import attention, correspondence, draw, pictures, stereo
 from analysis.correspondence import RegionFeatures
 from analysis.images import (
     Scale,
@@ -310,14 +305,41 @@ def test_heat() -> None:
     assert isinstance(gray, tuple)
     assert gray[0] == gray[1] == gray[2] == round(0.6 * 124)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50
     plane = torch.zeros(2, 4)
-    assert (np.asarray(draw.heat(image, plane)) == gray).all()
-    plane[1, 3], plane[1, 2] = 0.01, 0.005
-    colors = np.asarray(draw.heat(image, plane, strength=1.0))
-    assert (colors[:2] == gray).all()
-    assert (colors[2:, :4] == gray).all()
-    ends = [[round(255 * c) for c in matplotlib.colormaps["inferno"](share)[:3]] for share in (0.5, 1.0)]
-    np.testing.assert_allclose(colors[2:, 4:6].astype(int), np.broadcast_to(ends[0], (2, 2, 3)), atol=1)
-    np.testing.assert_allclose(colors[2:, 6:].astype(int), np.broadcast_to(ends[1], (2, 2, 3)), atol=1)
+    assert (np.asarray(draw.heat(image, plane, 0.0)) == gray).all()
+    plane[1, 3], plane[1, 2] = 0.01, 0.0049
+    for largest in (0.01, 0.05):  # of this plane, or of another one on the same scale
+        colors = np.asarray(draw.heat(image, plane, largest, strength=1.0))
+        assert (colors[:2] == gray).all()
+        assert (colors[2:, :4] == gray).all()
+        shares = [(weight / largest) ** 0.5 for weight in (0.0049, 0.01)]
+        ends = [[round(255 * c) for c in matplotlib.colormaps["inferno"](share)[:3]] for share in shares]
+        np.testing.assert_allclose(colors[2:, 4:6].astype(int), np.broadcast_to(ends[0], (2, 2, 3)), atol=1)
+        np.testing.assert_allclose(colors[2:, 6:].astype(int), np.broadcast_to(ends[1], (2, 2, 3)), atol=1)
+
+
+def test_color_bar_has_the_colors_of_the_heat() -> None:
+    """At the place of each tick; a label that has no room is left out."""
+    ticks = {0.0: "0", 0.08: "8 %", 0.02: "2 %", 0.0199: "too near"}
+    bar = np.asarray(draw.color_bar(0.08, ticks, 400)).astype(int)
+    for weight, x in ((0.0, 0), (0.02, 199), (0.08, 399)):
+        plane = torch.full((1, 1), max(weight, 1e-9))
+        heat = draw.heat(Image.new("RGB", (1, 1)), plane, 0.08, strength=1.0).getpixel((0, 0))
+        np.testing.assert_allclose(bar[5, x], np.asarray(heat), atol=6)
+    ink = (bar[draw.BAR + 2] == draw.INK).all(axis=1).nonzero()[0]
+    assert ink.tolist() == pytest.approx([0, 199, 399], abs=1)
+
+
+def test_uniform_heads() -> None:
+    """By the number of regions that their entropy amounts to, of those that the query can see."""
+    planes = torch.zeros(3, 4, 8)
+    planes[0, :, :4] = 1 / 16  # uniform within a window of 16 regions
+    for head, regions in ((1, 15), (2, 14)):
+        planes[head, :, :4] = torch.cat([torch.full((regions,), 1 / regions), torch.zeros(16 - regions)]).view(4, 4)
+    planes[:, 3, 7] = 1e-40  # masked
+    maps = attention.HeadMaps(planes, planes > 0, attention.entropy_bits(planes.flatten(1)), [0, 1, 2], 0, (0, 0))
+    assert maps.regions == 16
+    assert maps.entropies_H.exp2().tolist() == pytest.approx([16, 15, 14])
+    assert maps.uniform_H == [True, True, False]  # from 90 % on
 
 
 def test_masks_and_frames() -> None:
@@ -400,52 +422,6 @@ def test_window_of_a_query() -> None:
     assert maps.grid == (16, 24)
     assert maps.window == (6, 6, 10, 10)  # windows of 4 begin at 2, 6, 10, ...
     assert maps._replace(planes_Hhw=torch.zeros(2, 16, 24)).window == (0, 0, 16, 24)
-
-
-# --------------------------------------------------------------------------- plots
-
-
-def axes_of(figure: Figure) -> Axes:
-    (axes,) = figure.axes
-    return axes
-
-
-def test_plot_of_entropies_has_a_dot_for_each_head() -> None:
-    axes = axes_of(plots.entropy_plot([[0.5, 3.5], [2.0, 2.5, 3.0]], [4.0, 5.0], (1, 1)))
-    dots, means = axes.lines
-    assert np.asarray(dots.get_xydata()).tolist() == [[0, 0.5], [0, 3.5], [1, 2.0], [1, 2.5], [1, 3.0]]
-    assert np.asarray(means.get_xydata()).tolist() == [[0, 2.0], [1, 2.5]]
-    (uniform,) = axes.collections
-    assert isinstance(uniform, LineCollection)
-    assert [segment.tolist() for segment in uniform.get_segments()] == [[[-0.5, 4], [0.5, 4]], [[0.5, 5], [1.5, 5]]]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "bits")
-    assert [text.get_text() for text in axes.texts] == ["stage 1", "stage 2"]
-    assert axes.get_ylim()[0] == 0
-    assert axes.get_ylim()[1] > 5
-    assert not axes_of(plots.entropy_plot([[0.0]], [0.0], (1,))).texts  # all zero, and one stage needs no name
-
-
-def test_curves_have_their_points_and_a_legend_where_there_are_several() -> None:
-    figure = plots.curve_plot("Loss", {"a": [(0, 4.0), (1, 2.5)], "b": [(1, 3.0)]})
-    axes = axes_of(figure)
-    assert [np.asarray(line.get_xydata()).tolist() for line in axes.lines] == [[[0, 4], [1, 2.5]], [[1, 3]]]
-    legend = axes.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
-    assert axes.get_xlabel() == "epoch"
-    assert all(float(tick).is_integer() for tick in axes.get_xticks())
-    assert axes_of(plots.curve_plot("Loss", {"a": [(0, 4.0)]})).get_legend() is None
-
-
-def test_plots_are_the_same_files_each_time() -> None:
-    first, second = (plots.as_svg(plots.curve_plot("Loss", {"a": [(0, 4.0), (1, 2.5)]})) for _ in range(2))
-    assert first == second
-    text = first.decode()
-    for words in (">Loss</text>", ">epoch</text>", ">3.00</text>"):
-        assert words in text
-    assert not re.search(r"\d{4}-\d{2}-\d{2}", text)  # no date
-    with Image.open(io.BytesIO(plots.as_png(plots.curve_plot("Loss", {"a": [(0, 4.0)]})))) as image:
-        assert image.size == (992, 480)
 
 
 # --------------------------------------------------------------------------- what reviews found

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import logging
 import os
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+from helpers.pages import Page
 from helpers.small_networks import SMALL
 from PIL import Image
 
 import run_analysis
 from analysis import report as pages
 from analysis import run_files
+from analysis.curves import COLLAPSE, CURVES, draw_curves
 from evaluation.results import Results, save_results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -28,41 +29,6 @@ QUIET = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; complains where tags do not match."""
-
-    VOID = ("meta", "img")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.opened: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert self.opened == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.opened.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.opened.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def images(self) -> list[tuple[str, bytes]]:
-        """Media type and content of every picture."""
-        found = []
-        for tag, attributes in self.tags:
-            if tag == "img":
-                media_type, _, content = (attributes["src"] or "").removeprefix("data:").partition(";base64,")
-                found.append((media_type, base64.b64decode(content, validate=True)))
-        return found
 
 
 def write_photo(folder: Path) -> str:
@@ -76,12 +42,13 @@ def write_photo(folder: Path) -> str:
 def write_run(folder: Path) -> None:
     """What a training run and its evaluations leave behind, the last line of the log cut off by a kill."""
     (folder / "linear").mkdir(parents=True)
-    lines = [
-        {"epoch": e, "train_loss": 4.0 - e, "train_lr": 0.1, "train_wd": 0.04, "images_per_s": 39.0} for e in range(3)
-    ]
+    same = {"train_lr": 0.1, "train_wd": 0.04, "images_per_s": 39.0, "train_view/kl": 0.5, "train_region/kl": 0.25}
+    lines = [{"epoch": e, "train_loss": 4.0 - e, "knn_top1": 30.0 + e, **same} for e in range(3)]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "train_lo')
-    knn = {"network, 20-NN": {"top1": 61.25, "top5": 93.5, "per_class": {"cat": 12.34}}}
-    save_results(folder, Results("knn", {"arch": "swin"}, {"val_images": 60}, {}, knn))
+    knn = {"network, 20-NN": {"top1": 61.25, "top5": 93.5}, "raw pixels, 20-NN": {"top1": 25.0, "top5": 93.0}}
+    cells = torch.tensor([[0, 0, 39], [0, 1, 1], [1, 0, 30], [1, 1, 10]])
+    confusions = {"network, 20-NN": cells, "raw pixels, 20-NN": cells.flip(0)}
+    save_results(folder, Results("knn", {"arch": "swin"}, {"val_images": 80}, {}, knn), confusions, ["cat", "dog"])
     linear = {"lr0.001_n4": {"lr": 0.001, "top1": 71.75}, "lr0.01_n4": {"lr": 0.01, "top1": 70.5}}
     protocol = {"name": "published"}
     save_results(folder / "linear", Results("linear", {"digest": "c0ffee"}, {}, protocol, linear))
@@ -114,19 +81,21 @@ def full_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_has_all_parts(full_report: Path) -> None:
     page = Page(full_report.read_text(encoding="utf-8"))
-    for heading in ("Report on run", "Training", "k-NN", "Linear probe", "Correspondence in a stereo pair", "Attention: photo",
+    for heading in ("Report on run", "Training", "Signs of a collapse", "k-NN",
+                    "Linear probe", "Correspondence in a stereo pair", "Attention: photo",
                     "Correspondence of two views: photo", "Region features: photo", "Entropy of attention",
-                    "Training images"):  # fmt: skip
+                    "Training images", "Command"):  # fmt: skip
         assert heading in page.words, heading
     words = " ".join(page.words)
     for value in ("61.25", "93.50", "71.75", "70.50", "0.001", "protocol: published", "raw pixels", "chance", "top-1, %",
                   "network, 20-NN", "loss 4 to 2", "2.99"):  # fmt: skip
         assert value in words, value
     assert "python main_esvit.py \\\n    --arch swin \\\n    --aa ''" in page.words
-    assert "val images: 60" in words
+    assert "val images: 80" in words
     assert "self-supervised" in words
     assert f"1 of 1 in {full_report.parent.parent / 'photo.png'}" in page.words
-    assert "12.34" not in words  # accuracies of single classes are in the file
+    assert page.words[(found := page.words.index("dog")) : found + 4] == ["dog", "40", "25.00", "cat (30)"]
+    assert page.words[(found := page.words.index("cat")) : found + 4] == ["cat", "40", "97.50", "dog (1)"]
     assert "c0ffee" not in words
 
 
@@ -134,14 +103,17 @@ def test_the_pictures_are_whole_and_inside_the_page(full_report: Path) -> None:
     page = Page(full_report.read_text(encoding="utf-8"))
     images = page.images()
     kinds = [media_type for media_type, _ in images]
-    assert kinds.count("image/svg+xml") == 4 + 1  # loss, learning rate, weight decay, speed; entropy
+    # loss, k-NN, learning rate, weight decay, speed; KL divergence; confusion matrix; entropy
+    assert kinds.count("image/svg+xml") == 5 + 1 + 1 + 1
     assert kinds.count("image/png") == 1  # the crops
-    assert kinds.count("image/jpeg") == (1 + 2) + 1 + 2  # attention of two heads, correspondence, features
+    assert (
+        kinds.count("image/jpeg") == (1 + 1 + 2) + 1 + 3
+    )  # color bar, attention of two heads, correspondence, features
     sizes = [attributes for tag, attributes in page.tags if tag == "img"]
     for (media_type, content), attributes in zip(images, sizes):
         assert attributes["alt"]
         if media_type == "image/svg+xml":
-            assert b">epoch</text>" in content or b">layer</text>" in content
+            assert any(f">{axis}</text>".encode() in content for axis in ("epoch", "layer", "classified as"))
             continue
         with Image.open(io.BytesIO(content)) as image:
             image.load()
@@ -156,7 +128,7 @@ def test_the_page_has_no_external_resources(full_report: Path) -> None:
     for tag, attributes in Page(text).tags:
         assert tag not in {"script", "link", "iframe", "object"}
         for name in ("src", "href", "xlink:href"):
-            assert (attributes.get(name) or "data:").startswith("data:")
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
     assert "://" not in text
     assert "url(" not in text
     assert "@import" not in text
@@ -170,7 +142,7 @@ def test_a_report_without_a_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report_2.html"]
     words = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).words
     assert "Region features: photo" in words
-    absent = {"Training", "k-NN", "Linear probe", "Attention: photo", "command of the run"}
+    absent = {"Training", "Signs of a collapse", "k-NN", "Linear probe", "Attention: photo", "Command", "Commands"}
     assert not absent & set(words)
 
 
@@ -199,20 +171,55 @@ def test_damaged_records_are_omitted(content: str, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "knn.json").write_text(content)
     assert pages.run_facts(tmp_path) == {}
-    assert pages.commands(tmp_path) == []
+    assert pages.commands(pages.history(tmp_path).starts) == []
     assert list(pages.scores(tmp_path, tmp_path)) == []
 
 
+def write_starts(folder: Path, *starts: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, start in enumerate(starts, start=1):
+        suffix = "" if number == 1 else f"_{number}"
+        (folder / f"run{suffix}.json").write_text(json.dumps({"command": ["main_esvit.py"], **start}))
+
+
 def test_commands_of_a_resumed_run(tmp_path: Path) -> None:
-    """Each of them once where it was only repeated, and what its starts differ in."""
-    starts = (("run", "2", 1, "a"), ("run_2", "2", 1, "a"), ("run_3", "4", 8, "b"))
-    for name, epochs, processes, revision in starts:
-        record = {"command": ["main_esvit.py", "--epochs", epochs], "world_size": processes, "git": revision, "seed": 0}
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    assert pages.commands(tmp_path) == [f"python main_esvit.py \\\n    --epochs {epochs}" for epochs in "24"]
-    assert pages.run_facts(tmp_path) == {"revision": "a, then b", "seed": "0", "processes": "1, then 8"}
+    """Each of them once, with the time of all its starts, and what its starts differ in."""
+    settings = [("2", 1, "a", 0.0), ("2", 1, "a", 0.25), ("4", 8, "b", 2.0)]
+    write_starts(tmp_path, *({"command": ["main_esvit.py", "--epochs", epochs], "world_size": processes, "git": revision,
+                              "seed": 0, "started": f"at {number}", "epochs_done": done}
+                             for number, (epochs, processes, revision, done) in enumerate(settings)))  # fmt: skip
+    assert pages.commands(pages.history(tmp_path).starts) == [
+        "# at 0\n# at 1, after 0.25 epochs\npython main_esvit.py \\\n    --epochs 2",
+        "# at 2, after 2 epochs\npython main_esvit.py \\\n    --epochs 4",
+    ]
+    assert pages.run_facts(tmp_path) == {
+        "started": "at 0, then at 1, then at 2", "revision": "a, then b", "seed": "0", "processes": "1, then 8"}  # fmt: skip
     page = pages.build_report("title", {}, tmp_path, tmp_path, [])
     assert page.index("--epochs 2") < page.index("--epochs 4")
+
+
+def test_a_run_that_continues_another_shows_both(tmp_path: Path) -> None:
+    """The other one up to the checkpoint, and neither for a folder that is gone."""
+    write_starts(tmp_path / "a", {"seed": 1}, {"seed": 2, "epochs_done": 1.5}, {"seed": 3, "epochs_done": 2.5})
+    (tmp_path / "a" / "checkpoint0001.pth").touch()
+    source = {"pretrained_weights_ckpt": str(tmp_path / "a" / "checkpoint0001.pth"), "out_dim": 64}
+    write_starts(tmp_path / "b", {"seed": 4, "epochs_done": 2.0, "args": source})
+    for name, epochs in (("a", range(4)), ("b", range(2, 5))):
+        lines = [json.dumps({"epoch": epoch, "train_loss": 1.0 if name == "a" else 2.0}) for epoch in epochs]
+        (tmp_path / name / "log.txt").write_text("\n".join(lines))
+    found = pages.history(tmp_path / "b")
+    assert [start["seed"] for start in found.starts] == [1, 2, 4]
+    assert [(epoch["epoch"], epoch["train_loss"]) for epoch in found.log] == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 2)]
+    assert (found.resumed, found.prototypes) == ([1.5, 2.0], 64)
+    (tmp_path / "a" / "checkpoint0001.pth").unlink()
+    assert [start["seed"] for start in pages.history(tmp_path / "b").starts] == [4]
+
+
+def test_a_run_that_continues_its_own_checkpoint_ends(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pth").touch()
+    args = {"pretrained_weights_ckpt": str(tmp_path / "checkpoint.pth")}
+    write_starts(tmp_path, {"epochs_done": 2.0, "args": args}, {"epochs_done": 3.0, "args": args})
+    assert pages.history(tmp_path).resumed == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("name", ["crops.png", "log.txt", "run.json", "results/knn.json"])
@@ -222,7 +229,7 @@ def test_unreadable_files_are_omitted(name: str, content: bytes, tmp_path: Path)
     (tmp_path / name).write_bytes(content)
     page = pages.build_report("title", {}, tmp_path, tmp_path, [])
     assert "<h2>" not in page
-    assert "<details>" not in page
+    assert "<nav" not in page
 
 
 def test_scores_of_all_folders_have_different_headings(tmp_path: Path) -> None:
@@ -231,7 +238,7 @@ def test_scores_of_all_folders_have_different_headings(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         save_results(folder, Results(Path(place).name, {}, {}, {}, {"network": {"number": number}}))
     found = list(pages.scores(tmp_path, tmp_path / "out"))
-    assert [(heading, record["scores"]["network"]["number"]) for heading, record in found] == [
+    assert [(heading, record["scores"]["network"]["number"]) for heading, _, record in found] == [
         ("k-NN", 0), ("k-NN (a)", 1), ("k-NN (b)", 2),
         ("Correspondence in a stereo pair", 3), (f"Correspondence in a stereo pair ({tmp_path.name})", 4),
         ("new", 5)]  # fmt: skip
@@ -251,7 +258,66 @@ def test_curves_omit_nonfinite_values() -> None:
         {"epoch": 0, "train_loss": float("nan"), "train_lr": None},
         {"epoch": 1, "train_loss": float("inf"), "train_wd": 0.25},
     ]
-    assert [figure.caption for figure in pages.curves(log)] == ["weight decay 0.25"]
+    assert [curves.caption for curves in draw_curves(log, CURVES)] == ["weight decay 0.25"]
+
+
+def lines_of(figure: Any) -> tuple[dict[str, list[float]], list[float], list[float]]:
+    """The curves by name, the places of vertical lines, and the values of horizontal ones."""
+    (axes,) = figure.axes
+    named = {line.get_label(): list(map(float, line.get_ydata())) for line in axes.lines if len(line.get_xdata()) != 2}
+    ends = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    upright = [float(line.get_xdata()[0]) for line in ends if line.get_xdata()[0] == line.get_xdata()[1]]
+    return named, upright, [float(line.get_ydata()[0]) for line in ends if line.get_ydata()[0] == line.get_ydata()[1]]
+
+
+def test_curves_of_the_collapse_monitor_and_of_udi() -> None:
+    """Each level and each term is a curve of its own; ln K is a line, and so is each place where the run went on."""
+    terms = {f"train_{view}_{level}": number for number, (view, level) in enumerate(
+        (view, level) for level in ("cl", "mcl", "pch") for view in "gl")}  # fmt: skip
+    keys = ("teacher_entropy", "kl", "prototypes_used", "feature_std", "feature_rank")
+    statistics = {f"train_{level}/{key}": 10.0 * number + place for number, level in enumerate(("cls", "cls+", "patch"))
+                  for place, key in enumerate(keys)}  # fmt: skip
+    log = [{"epoch": epoch, "train_loss": 2.0, "knn_top1": 50.0, "knn_top1_student": 60.0, **terms, **statistics}
+           for epoch in range(3)]  # fmt: skip
+    loss, of_terms, knn = (lines_of(curves.figure) for curves in draw_curves(log, CURVES, [1.0, 2.25], 64))
+    assert loss == ({"loss": [2.0] * 3}, [0.5, 1.75], [pytest.approx(np.log(64))])
+    assert sorted(of_terms[0].values()) == [[value] * 3 for value in range(6)]
+    assert knn == ({"teacher": [50.0] * 3, "student": [60.0] * 3}, [0.5, 1.75], [])
+    drawn = [lines_of(curves.figure) for curves in draw_curves(log, COLLAPSE, [], 64)]
+    names = ["class token", "second token", "patches"]
+    assert [each[0] for each in drawn] == [
+        {name: [10.0 * number + place] * 3 for number, name in enumerate(names)} for place in range(5)
+    ]
+    assert [each[2] for each in drawn] == [[pytest.approx(np.log(64))], [], [], [], []]
+
+
+def test_contents_link_to_every_section(full_report: Path) -> None:
+    page = Page(full_report.read_text(encoding="utf-8"))
+    links = [(attributes["href"] or "").removeprefix("#") for tag, attributes in page.tags if tag == "a"]
+    assert links == [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    assert len(set(links)) == len(links) > 5
+
+
+# --------------------------------------------------------------------------- scores
+
+
+def marked(scores: dict[str, Any]) -> list[str]:
+    """The scores that a table marks, by line."""
+    parts = pages.table({"scores": scores}).split("<p class")[0].split("<mark>")[1:]
+    return [part.partition("</mark>")[0] for part in parts]
+
+
+def test_the_best_scores_are_marked() -> None:
+    """The largest, or the smallest error; equal ones all; nothing in a column of one value or of settings."""
+    rows = {
+        "a": {"top1": 70.0, "top5": 90.0, "lr": 1.0},
+        "b": {"top1": 80.0, "top5": 90.0, "lr": 2.0},
+        "c": {"top1": 80.0},
+    }
+    assert marked(rows) == ["80.00", "80.00"]
+    assert marked({"a": {"within_one": 7.5, "median_error": 3.5}, "b": {"within_one": 2.5, "median_error": 9.5}}) == [
+        "7.50", "3.50"]  # fmt: skip
+    assert marked({"a": {"top1": 70.0}}) == marked({"a": {"top1": None}, "b": {"top1": 1.0}}) == []
 
 
 def test_number_format_of_columns() -> None:
@@ -281,7 +347,7 @@ def test_figures_are_in_even_rows() -> None:
     for count, lengths in ((1, [1]), (5, [5]), (6, [3, 3]), (11, [4, 4, 3])):
         text = pages.build_report("", {}, Path("none"), Path("none"), [pages.Section("", "", figures[:count])])
         rows = text.split('<div class="figures">')[1:]
-        assert [row.count("<figure>") for row in rows] == lengths
+        assert [row.count("<figure ") for row in rows] == lengths
         assert [attributes["alt"] for tag, attributes in Page(text).tags if tag == "img"] == [
             str(number) for number in range(count)
         ]
@@ -350,12 +416,14 @@ def shown(folder: Path, page: str, width: int = 1280) -> Shown:
 def test_browser_shows_every_picture_without_requests(full_report: Path, tmp_path: Path) -> None:
     text = full_report.read_text(encoding="utf-8")
     seen = shown(tmp_path / "wide", text)
-    assert len(seen.images) == 12
+    assert len(seen.images) == 17
     for (natural, _, _), attributes in zip(seen.images, (a for tag, a in Page(text).tags if tag == "img")):
         assert natural == pytest.approx(int(attributes["width"] or 0), abs=1)
     assert seen.headings[0] == "Training"
-    assert len(seen.headings) == 9
-    assert seen.rows == 7 + 1 + 2 + 3  # facts, k-NN, linear, stereo without an untrained network beside it
+    assert len(seen.headings) == 11
+    assert (
+        seen.rows == 7 + 2 + 2 + 2 + 3
+    )  # facts, k-NN, its classes, linear, stereo without an untrained network beside it
     assert seen.requests == []
     assert seen.complaints == []
     assert seen.width == 1280

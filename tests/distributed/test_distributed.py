@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.run
 from conftest import ROOT
+from helpers.confusions import assert_confusions_fit, read_confusions
 from helpers.runs import TINY_RUN, TINY_SWIN, free_port, run_script, start_script, write_images
 
 from checkpoints import serialization
@@ -85,6 +86,9 @@ def test_knn_of_two_processes_equals_one(tmp_path: Path) -> None:
         outputs.append([line for line in result.stdout.splitlines() if "Top1" in line])
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) == 2
+    for run in ("one", "two"):
+        assert_confusions_fit(tmp_path / run, "knn")
+    assert read_confusions(tmp_path / "one", "knn") == read_confusions(tmp_path / "two", "knn")
     for name, rows in (("trainfeat", 15), ("testfeat", 9), ("trainlabels", 15), ("testlabels", 9)):
         one, two = (serialization.load_tensor(tmp_path / run / f"{name}.pth") for run in ("one", "two"))
         assert len(one) == rows

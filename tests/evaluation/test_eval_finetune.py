@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.confusions import assert_confusions_fit, read_confusions
 from helpers.finetune_runs import PLAIN, SMALL_RUN, command, results, run
 from helpers.runs import TINY_SWIN, run_script, write_images
 from helpers.small_networks import ARCHITECTURES, SMALL, small_network
@@ -116,7 +117,7 @@ def test_schedule_by_value() -> None:
 
 def test_accuracy_and_files_of_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(images, tmp_path, *PLAIN, "--epochs", "12", "--lr", "0.5", "--layer_decay", "0.9", "--model_ema")
-    found = results(tmp_path)
+    found = assert_confusions_fit(tmp_path, "finetune")
     best = found["scores"]["best"]
     assert best["top1"] >= 88  # chance: 33
     assert (found["data"]["classes"], found["data"]["val_images"], found["protocol"]["epochs"]) == (CLASSES, 9, 12)
@@ -358,6 +359,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "'optimizer'": lambda c: c["optimizer"].update(param_groups=5),
     "'best'": lambda c: c.update(best={"network": "model"}),
     "'last'": lambda c: c.update(last={"model": 3}),
+    "'last' ": lambda c: c["last"]["model"].update(confusion_P3=torch.ones(2, 3)),
     "'model'": lambda c: c["model"].update({"norm.weight": 5}),
     "'rng'": lambda c: c.update(rng=[5]),
     "'epoch'": lambda c: c.update(epoch="1"),
@@ -379,7 +381,7 @@ def test_wrong_values_are_named_and_the_file_stays(images: Path, finished: Path,
     WRONG[named](content)
     torch.save(content, tmp_path / "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    with pytest.raises(UsageError, match=named.replace("head.weight", first)):
+    with pytest.raises(UsageError, match=named.strip().replace("head.weight", first)):
         run(images, tmp_path, *PLAIN)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
@@ -484,6 +486,9 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
     assert two.returncode == 0, two.stderr
     found = [results(tmp_path / name) for name in ("one", "two")]
     assert found[0] == found[1]
+    assert_confusions_fit(tmp_path / "two", "finetune")
+    one_csv, two_csv = (read_confusions(tmp_path / name, "finetune") for name in ("one", "two"))
+    assert one_csv == two_csv
     assert found[0]["data"]["val_images"] == 9
     hits = found[0]["scores"]["best"]["top1"] * 9 / 100
     assert hits == pytest.approx(round(hits), abs=1e-6)

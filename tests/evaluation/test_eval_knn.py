@@ -15,12 +15,14 @@ import pytest
 import skimage.data
 import torch
 import torch.nn.functional as F
+from helpers.confusions import assert_confusions_fit, slow_cells
 from helpers.runs import TINY_SWIN, write_images
 from torch import Tensor
 
 import eval_knn
 from config.loading import load_config
 from evaluation import features, knn
+from evaluation.confusion import class_accuracies
 from evaluation.features import LabeledFeatures
 from evaluation.knn import KnnScore, Split, knn_scores, nearest
 from evaluation.knn_callback import build_knn_callback
@@ -62,16 +64,15 @@ def slow_scores(split: Split, k: int, temperature: float, leave_one_out: bool = 
         for j in order[:k]:
             votes += F.one_hot(train_y[j], classes) * torch.exp(similarity[j] / temperature)
         ranking = votes.argsort(descending=True, stable=True)[:5].tolist()
-        first.append(ranking[0] == int(y))
+        first.append(ranking[0])
         five.append(int(y) in ranking and bool(votes[y] > 0))
-    top1 = torch.tensor(first).float() * 100
-    per_class = {int(label): top1[val_y == label].mean().item() for label in val_y.unique()}
-    return KnnScore(k, top1.mean().item(), 100 * sum(five) / len(five), per_class)
+    top1 = (torch.tensor(first) == val_y).float() * 100
+    return KnnScore(k, top1.mean().item(), 100 * sum(five) / len(five), slow_cells(val_y, first))
 
 
 def assert_equal_scores(score: KnnScore, expected: KnnScore) -> None:
     assert score[:3] == pytest.approx(expected[:3])
-    assert score.per_class == pytest.approx(expected.per_class)
+    assert torch.equal(score.confusion_P3, expected.confusion_P3)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1200])
@@ -164,7 +165,9 @@ def test_faiss_gives_the_same_votes(leave_one_out: bool, make: Any) -> None:
     split = Split(split.train, split.train) if leave_one_out else split
     ks = [1, 2, 5, 20]
     ks += [100] if len(split.train.labels_N) < 100 else []
-    assert knn_scores(split, ks, 0.07, leave_one_out, "faiss") == knn_scores(split, ks, 0.07, leave_one_out)
+    scores = (knn_scores(split, ks, 0.07, leave_one_out, backend) for backend in ("faiss", "torch"))
+    for score, expected in zip(*scores, strict=True):
+        assert_equal_scores(score, expected)
 
 
 def test_faiss_gives_the_same_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +205,7 @@ def test_faiss_gets_the_keys_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> 
         return search(queries_QC, keys_NC, *args)
 
     monkeypatch.setattr(knn, "nearest_faiss", counted)
-    assert knn_scores(strided, [5], 0.07, backend="faiss") == knn_scores(split, [5], 0.07)
+    assert_equal_scores(knn_scores(strided, [5], 0.07, backend="faiss")[0], knn_scores(split, [5], 0.07)[0])
     assert [count for count, _, _ in seen] == [7, 7, 7, 7, 7, 5]
     assert {place[1:] for place in seen} == {(seen[0][1], True)}
 
@@ -220,7 +223,8 @@ def test_nonfinite_features_are_found_in_every_chunk(row: int, monkeypatch: pyte
 def test_identical_sets_score_100_percent() -> None:
     train = random_split(30, 1, 30).train
     train = train._replace(labels_N=torch.arange(30))
-    assert knn_scores(Split(train, train), [1], 0.07) == [KnnScore(1, 100.0, 100.0, dict.fromkeys(range(30), 100.0))]
+    (score,) = knn_scores(Split(train, train), [1], 0.07)
+    assert_equal_scores(score, KnnScore(1, 100.0, 100.0, slow_cells(range(30), range(30))))
 
 
 def test_k_beyond_the_set_is_clamped_with_a_warning(
@@ -229,7 +233,7 @@ def test_k_beyond_the_set_is_clamped_with_a_warning(
     monkeypatch.setattr(logging.getLogger("esvit"), "propagate", True)
     split = random_split(6, 4, 3)
     clamped, whole = knn_scores(split, [200, 6], 0.07)
-    assert clamped[1:] == whole[1:]
+    assert_equal_scores(clamped._replace(k=6), whole)
     assert "using k = 6" in caplog.text
 
 
@@ -278,7 +282,7 @@ def test_small_sets_and_baselines(images: Path, tmp_path: Path, capsys: pytest.C
     assert "6 validation among 12 training images, 3 classes" in printed
     assert "network: 1-NN classifier result: Top1: " in printed
     assert ", Top3: 100.00" in printed
-    record = results(tmp_path / "out")
+    record = assert_confusions_fit(tmp_path / "out", "knn")
     assert (record["evaluation"], record["protocol"]["top5_is"]) == ("knn", "top3")
     scores = record["scores"]
     assert scores["mean and deviation of color, 1-NN"]["top1"] == 100.0  # the classes are colors
@@ -326,9 +330,8 @@ def test_leave_one_out_of_a_folder_without_a_split(
     for k in (1, 2):
         expected = slow_scores(Split(only, only), k, 0.07, leave_one_out=True)
         assert scores[f"network, {k}-NN"]["top1"] == pytest.approx(expected.top1)
-        assert list(scores[f"network, {k}-NN"]["per_class"].values()) == pytest.approx(
-            list(expected.per_class.values())
-        )
+        per_class = class_accuracies(expected.confusion_P3)
+        assert list(scores[f"network, {k}-NN"]["per_class"].values()) == pytest.approx([*per_class.values()])
     run(tmp_path / "nowhere", "--leave_one_out", "--load_features", str(tmp_path / "features"))
     assert capsys.readouterr().out == printed
 

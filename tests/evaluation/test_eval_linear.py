@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers.confusions import assert_confusions_fit, read_confusions, slow_cells
 from helpers.linear_runs import QUICK, SWIN, log_lines, results, run, saved, write_colors
 from helpers.runs import TINY_SWIN, run_script, write_images
 from helpers.small_networks import ARCHITECTURES, SMALL, small_network
@@ -172,9 +173,13 @@ def test_diverged_classifier_does_not_affect_others(images: Path, tmp_path: Path
     run(images, tmp_path / "alone", "--lr", "20", "--cache_features")
     diverged, healthy = results(tmp_path / "grid")["scores"].values()
     (alone,) = results(tmp_path / "alone")["scores"].values()
+    assert healthy.pop("per_class") == alone.pop("per_class")
     assert healthy == pytest.approx(alone)
     assert diverged["last_top1"] == 0
     assert diverged["last_loss"] is None
+    none, some = read_confusions(tmp_path / "grid", "linear").values()
+    assert {predicted for _, predicted in none} == {""}  # the outputs are not finite
+    assert sum(none.values()) == sum(some.values()) == 6
     assert "NaN" not in (tmp_path / "grid" / "log.txt").read_text()
     with pytest.raises(FloatingPointError, match="lower --lr"):
         run(images, tmp_path / "only", "--cache_features", lr=[1e40])
@@ -219,7 +224,8 @@ def test_validation_scores(classes: int) -> None:
         rank = (logits > logits[torch.arange(11), labels][:, None]).sum(dim=1)
         loss = -torch.log_softmax(logits, dim=1)[torch.arange(11), labels].mean()
         expected = (loss.item(), 100 * (rank < 1).float().mean().item(), 100 * (rank < 5).float().mean().item())
-        assert score == pytest.approx(expected, rel=1e-5)
+        assert score[:3] == pytest.approx(expected, rel=1e-5)
+        assert torch.equal(score.confusion_P3, slow_cells(labels, logits.argmax(dim=1)))
 
 
 @pytest.mark.parametrize(("images", "world"), [(7, 2), (1, 2), (9, 4), (3, 4)])
@@ -441,6 +447,9 @@ def test_two_processes_equal_one(tmp_path: Path, cached: bool) -> None:
         assert result.returncode == 0, result.stderr
         outputs.append(result.stdout)
     assert outputs[0] == outputs[1]
+    for name in ("one", "two"):
+        assert_confusions_fit(tmp_path / name, "linear")
+    assert read_confusions(tmp_path / "one", "linear") == read_confusions(tmp_path / "two", "linear")
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     torch.testing.assert_close(two["classifiers"], one["classifiers"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=1e-4, atol=1e-6)

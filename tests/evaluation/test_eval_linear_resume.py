@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.confusions import assert_confusions_fit, read_confusions
 from helpers.linear_runs import log_lines, results, run, saved, write_colors
 from helpers.runs import TINY_SWIN, flipped
 
@@ -61,6 +62,8 @@ def test_resumed_equals_uninterrupted(
         assert parts[key] == whole[key]
     torch.testing.assert_close(parts["optimizer"]["state"], whole["optimizer"]["state"], rtol=0, atol=0)
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
+    assert_confusions_fit(tmp_path / "parts", "linear")
+    assert read_confusions(tmp_path / "parts", "linear") == read_confusions(tmp_path / "whole", "linear")
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous_one(
@@ -97,6 +100,19 @@ def test_finished_run_reports_again(
     run(images, tmp_path / "out", "--epochs", "1")
     assert capsys.readouterr().out == first
     assert contents(tmp_path / "out") == files
+
+
+def test_checkpoint_without_confusions_is_resumed(images: Path, tmp_path: Path) -> None:
+    """As earlier versions saved it: the best epoch has no matrix unless a later one is better."""
+    run(images, tmp_path, "--epochs", "1")
+    before = results(tmp_path)
+    content = saved(tmp_path)
+    del content["confusions"]
+    torch.save(content, tmp_path / "checkpoint.pth.tar")
+    run(images, tmp_path, "--epochs", "1")
+    assert not (tmp_path / "results" / "linear_confusion.csv").exists()
+    (old,), (new,) = before["scores"].values(), results(tmp_path)["scores"].values()
+    assert new == {name: value for name, value in old.items() if name != "per_class"}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +259,7 @@ WRONG_OF_PROBES: dict[str, Callable[[dict[str, Any]], object]] = {
     "'optimizer'": lambda c: c["optimizer"].update(param_groups=5),
     "'scheduler'": lambda c: c["scheduler"].update(base_lrs="x"),
     "'table'": lambda c: c.update(table=[{}]),
+    "'confusions'": lambda c: c.update(confusions=[torch.ones(3)]),
     "other classifiers": lambda c: c.update(state_dict={"linear.weight": 3}),
     "'epoch'": lambda c: c.update(epoch="1"),
 }

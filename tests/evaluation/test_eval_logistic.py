@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.confusions import assert_confusions_fit, read_confusions, slow_cells
 from helpers.runs import run_script
 from helpers.small_networks import SMALL
 from helpers.token_runs import NETWORK, QUICK, TWO, features, last_tokens, make_folder, run
@@ -17,6 +17,7 @@ from torch import Tensor
 import eval_logistic
 from config.arguments.eval_logistic import POOLED
 from eval_logistic import solve
+from evaluation.confusion import confusion_cells
 from evaluation.features import LabeledFeatures
 from models import Backbone
 from utils import UsageError
@@ -60,6 +61,7 @@ def test_optimum_of_the_objective(classes: int, lambd: float, adjust: bool, monk
     hits = ranking[:, :5] == val.labels_N[:, None]
     assert score.top1 == pytest.approx(100 * hits[:, 0].double().mean().item())
     assert score.top5 == pytest.approx(100 * hits.any(dim=1).double().mean().item())
+    assert torch.equal(score.confusion_P3, slow_cells(val.labels_N, ranking[:, 0]))
     assert score.converged
     assert score.top1 > 100 / classes
 
@@ -68,7 +70,9 @@ def test_convergence_flag_and_sparse_labels() -> None:
     train, val = clusters(60, 4, 1), clusters(40, 4, 2)
     assert not solve(train, val, 1e-6, True, 1).converged
     spread = (train._replace(labels_N=3 * train.labels_N + 2), val._replace(labels_N=3 * val.labels_N + 2))
-    assert solve(*spread, 0.1, True, 500)[:3] == solve(train, val, 0.1, True, 500)[:3]
+    sparse, dense = solve(*spread, 0.1, True, 500), solve(train, val, 0.1, True, 500)
+    assert sparse[:3] == dense[:3]
+    assert torch.equal(sparse.confusion_P3, dense.confusion_P3 * torch.tensor([3, 3, 1]) + torch.tensor([2, 2, 0]))
 
 
 @pytest.mark.parametrize("pooled", [0, 1, 2])
@@ -78,7 +82,7 @@ def test_pooled_features(pooled: int, folder: Path, tmp_path: Path, monkeypatch:
 
     def remember(train: LabeledFeatures, val: LabeledFeatures, lambd: float, *_: object) -> eval_logistic.Score:
         seen.append(train)
-        return eval_logistic.Score(lambd, 50.0, 100.0, 3, False)
+        return eval_logistic.Score(lambd, 50.0, 100.0, 3, False, confusion_cells(val.labels_N, val.labels_N))
 
     monkeypatch.setattr(eval_logistic, "solve", remember)
     listed = tmp_path / "list.txt"
@@ -110,7 +114,7 @@ def test_two_processes_score_as_one(folder: Path, tmp_path: Path) -> None:
         tail = ["--output_dir", str(out), "--seed", "0", *SMALL["vit"].overrides, *TWO]
         done = run_script("eval_logistic.py", *command, *tail, processes=processes)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads((out / "results" / "logistic.json").read_text()))
+        found.append((assert_confusions_fit(out, "logistic"), read_confusions(out, "logistic")))
     assert found[0] == found[1]
 
 
