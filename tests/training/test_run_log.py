@@ -242,7 +242,7 @@ def test_picture_of_the_crops(tmp_path: Path) -> None:
     large = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
     log.save_crops([large, large[:, :, :4, :4]])
     log.close()
-    (logged,) = EventAccumulator(str(tmp_path)).Reload().Images("crops")
+    (logged,) = EventAccumulator(str(tmp_path)).Reload().Images("views/crops")
     for source in (tmp_path / "crops.png", io.BytesIO(logged.encoded_image_string)):
         with Image.open(source) as picture:
             colors = dict((color, count) for count, color in picture.convert("RGB").getcolors(10**6) or ())
