@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from yacs.config import CfgNode
 
 from config.choices import TOKENS
-from models.interop import Converter
+from models.huggingface import HubModel, TimmModel
+from models.interop import Converter, State
 from models.outputs import LevelOutput, MultiCropOutput
 from models.resize import resize_square_table
 from ops.logits import split_rows
@@ -73,6 +74,7 @@ class Backbone(nn.Module, ABC):
         num_cls_tokens: number of class tokens.
         view_tokens: indices of the class tokens that make the view feature, see `choose_token`.
         has_attention: whether blocks return attention maps.
+        any_grid: whether a graph traced at one image size computes other sizes too; windows tie it to the grid.
         converters: functions that convert the state dict for another library, by its name.
         grad_checkpointing: recompute blocks in the backward instead of storing their activations.
     """
@@ -85,6 +87,7 @@ class Backbone(nn.Module, ABC):
     num_cls_tokens: int = 0
     view_tokens: tuple[int, ...] = TOKENS["cls"]
     has_attention: bool = True
+    any_grid: ClassVar[bool] = False
     converters: ClassVar[Mapping[str, Converter]] = {}
 
     def __init__(self, dense: bool = False) -> None:
@@ -144,6 +147,24 @@ class Backbone(nn.Module, ABC):
     def timm_name(self, name: str) -> str:
         """Return the name of a tensor in timm (and torchvision)."""
         return name
+
+    def in_timm(self, config: CfgNode) -> TimmModel | None:
+        """Return the call of `timm.create_model` that builds this network, or None if timm does not have it."""
+        return None
+
+    def to_transformers(self, state: State, config: CfgNode) -> HubModel:
+        """Convert for `transformers.AutoModel.from_pretrained`.
+
+        Args:
+            state: tensors of this network without heads.
+
+        Raises:
+            UsageError: transformers does not have the network.
+        """
+        raise UsageError(
+            f"--format transformers does not support {type(self).__name__}, which transformers does not have; choose one of "
+            "backbone, safetensors, onnx, torchscript"
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that fine-tuning excludes from weight decay: positions and class tokens."""

@@ -23,6 +23,8 @@ from yacs.config import CfgNode
 from config.ranges import integer
 from config.schema import ArchSpec
 from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, grid_tokens
+from models.huggingface import HubModel
+from models.interop import State
 from models.registry import register
 from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
 from ops.mlp import activated_linear
@@ -319,6 +321,13 @@ class CvT(Backbone):
 
     def partition_of(self, output: BlockOutput) -> WindowPartition:
         return self.block_at(output.block)[0].fn.partition_of(output.grid)
+
+    def to_transformers(self, state: State, config: CfgNode) -> HubModel:
+        raise UsageError(
+            "--format transformers does not support CvT: the CvT of transformers attends to the whole image through projections of "
+            "its own for queries, keys and values, this one in windows through a shared one; choose one of backbone, safetensors, "
+            "onnx, torchscript"
+        )
 
 
 def init_conv_weights(module: nn.Module) -> None:

@@ -19,7 +19,8 @@ from yacs.config import CfgNode
 
 from config.schema import ArchSpec
 from models.base import Backbone, BlockOutput, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
-from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
+from models.huggingface import HubModel, TimmModel, swin_in_timm, swin_to_transformers
+from models.interop import Converter, State, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
 from models.registry import register
 from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
 from ops.mlp import Mlp
@@ -230,6 +231,12 @@ class SwinTransformer(Backbone):
 
     def timm_name(self, name: str) -> str:
         return swin_timm_name(name)
+
+    def in_timm(self, config: CfgNode) -> TimmModel:
+        return swin_in_timm(config)
+
+    def to_transformers(self, state: State, config: CfgNode) -> HubModel:
+        return swin_to_transformers(state, config)
 
 
 @register(
