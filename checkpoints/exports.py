@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import pickle
 import warnings
@@ -29,7 +30,7 @@ from checkpoints.serialization import write_file
 from config.loading import config_pairs
 from models import Backbone
 from models.base import HEAD_PREFIXES
-from utils import UsageError
+from utils import UsageError, logger
 
 Writer = Callable[[Path], object]
 OTHERS = ("backbone", "safetensors", "onnx", "torchscript")  # formats of all networks
@@ -149,7 +150,11 @@ def onnx_writer(backbone: Backbone, config: CfgNode, images: dict[str, list[Any]
             raise UsageError(f"--format onnx needs the package {package}; install it with pip install onnx onnxscript")
     height, width = config.MODEL.IMAGE_SIZE
     dynamic = {0: "batch"}
-    if backbone.any_grid:  # traced at another size, so that positions are resized in the graph
+    if not backbone.any_grid:
+        logger.info(
+            "the graph takes images of %d x %d pixels only: its windows or positions are traced for them", height, width
+        )
+    else:  # traced at another size, so that positions are resized in the graph
         height, width = height + 2 * backbone.patch_size, width + backbone.patch_size
         dynamic |= {2: "height", 3: "width"}
     program = torch.onnx.export(
@@ -170,15 +175,13 @@ def torchscript_writer(backbone: Backbone, config: CfgNode, images: dict[str, li
     """Return the writer of a trace with any number of images of MODEL.IMAGE_SIZE."""
     example = torch.zeros(2, config.MODEL.SPEC.IN_CHANS, *config.MODEL.IMAGE_SIZE)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # branches on the image size, which is fixed
+        warnings.simplefilter(
+            "ignore"
+        )  # branches on the image size, which is fixed, and the deprecation of TorchScript
         traced = torch.jit.trace(_ViewAndRegions(backbone).eval().requires_grad_(False), example)
-    extra = {"preprocessing.json": json.dumps(images)}
-
-    def write_archive(path: Path) -> None:
-        with path.open("wb") as file:  # unlike torch's own writer, reports a full disk as an OSError
-            torch.jit.save(traced, file, _extra_files=extra)
-
-    return write_archive
+        archive = io.BytesIO()
+        torch.jit.save(traced, archive, _extra_files={"preprocessing.json": json.dumps(images)})
+    return lambda path: path.write_bytes(archive.getvalue())
 
 
 # --------------------------------------------------------------------------- how to load it

@@ -74,7 +74,6 @@ class Backbone(nn.Module, ABC):
         num_cls_tokens: number of class tokens.
         view_tokens: indices of the class tokens that make the view feature, see `choose_token`.
         has_attention: whether blocks return attention maps.
-        any_grid: whether a graph traced at one image size computes other sizes too; windows tie it to the grid.
         converters: functions that convert the state dict for another library, by its name.
         grad_checkpointing: recompute blocks in the backward instead of storing their activations.
     """
@@ -87,7 +86,6 @@ class Backbone(nn.Module, ABC):
     num_cls_tokens: int = 0
     view_tokens: tuple[int, ...] = TOKENS["cls"]
     has_attention: bool = True
-    any_grid: ClassVar[bool] = False
     converters: ClassVar[Mapping[str, Converter]] = {}
 
     def __init__(self, dense: bool = False) -> None:
@@ -147,6 +145,11 @@ class Backbone(nn.Module, ABC):
     def timm_name(self, name: str) -> str:
         """Return the name of a tensor in timm (and torchvision)."""
         return name
+
+    @property
+    def any_grid(self) -> bool:
+        """Whether a graph that is traced at one image size computes other sizes too."""
+        return False
 
     def in_timm(self, config: CfgNode) -> TimmModel | None:
         """Return the call of `timm.create_model` that builds this network, or None if timm does not have it."""

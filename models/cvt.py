@@ -270,6 +270,7 @@ class CvT(Backbone):
     def __init__(self, spec: CfgNode, dense: bool = False) -> None:
         super().__init__(dense)
         self._check(spec)
+        self.tied_to_grid = spec.SHIFT or spec.REL_POS_EMBED
         self.patch_size = spec.PATCH_STRIDE[0]
         self.stage_depths = tuple(spec.DEPTHS)
         self.stage_dims = tuple(spec.DIM_EMBED)
@@ -321,6 +322,11 @@ class CvT(Backbone):
 
     def partition_of(self, output: BlockOutput) -> WindowPartition:
         return self.block_at(output.block)[0].fn.partition_of(output.grid)
+
+    @property
+    def any_grid(self) -> bool:
+        """Masks of shifted windows and biases of relative positions are constants of a graph."""
+        return not self.tied_to_grid
 
     def to_transformers(self, state: State, config: CfgNode) -> HubModel:
         raise UsageError(

@@ -153,8 +153,7 @@ def swin_to_transformers(state: State, config: CfgNode) -> HubModel:
         **BLOCK_NAMES,
         r"\.attn\.": ".attention.self.",
     }
-    learned = {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
-    named = _hub_names(learned, names)
+    named = _hub_names(state, names)
     for kind in ("weight", "bias"):
         named[f"embeddings.patch_embeddings.projection.{kind}"] *= math.sqrt(10)
     hub_config = {

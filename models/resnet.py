@@ -33,7 +33,7 @@ class ResNet(Backbone):
     """
 
     has_attention = False
-    any_grid: ClassVar[bool] = True
+    any_grid = True
     converters: ClassVar[Mapping[str, Converter]] = {
         "timm": lambda state: renamed(state, resnet_timm_name),
         "mmdet": lambda state: renamed(state, resnet_timm_name),

@@ -92,7 +92,6 @@ class VisionTransformer(Backbone):
         UsageError: heads that do not divide the width, a patch larger than the image, or an invalid choice.
     """
 
-    any_grid: ClassVar[bool] = True
     converters: ClassVar[Mapping[str, Converter]] = {"timm": vit_to_timm, "detectron2": vit_to_detectron2}
 
     def __init__(self, image_size: tuple[int, int], patch_size: int, spec: CfgNode, dense: bool = False) -> None:
@@ -206,6 +205,11 @@ class VisionTransformer(Backbone):
         if prefix + math.prod(grid) != tensor.shape[1]:
             return None
         return resize_pos_embed(tensor, prefix, grid, self.grid, self.pos_resize)
+
+    @property
+    def any_grid(self) -> bool:
+        """The factors of the rule `scale` are constants of a graph."""
+        return self.pos_resize == "size"
 
     def in_timm(self, config: CfgNode) -> TimmModel:
         return vit_in_timm(config, self.patch_size, self.num_cls_tokens)
