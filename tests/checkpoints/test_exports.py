@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from data.transforms.augment import eval_view
 from models import Backbone, build_model
 from utils import UsageError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 INPUT = ["INPUT.MEAN", str(MEAN), "INPUT.STD", str(STD)]
 OVERRIDES: dict[str, list[str]] = {  # by the name of a variant, whose first word is that of the network
@@ -107,8 +107,8 @@ def test_transformers_compute_the_same(variant: str, tmp_path: Path) -> None:
 def test_the_eps_of_patch_merging_is_all_that_differs(tmp_path: Path) -> None:
     """By the line of the model card; without the factor of the patch projection its norm would differ too."""
     network, config = built("swin")
-    network.get_submodule("patch_embed.proj").weight.mul_(1e-3)  # type: ignore[operator, union-attr]
-    network.get_submodule("patch_embed.proj").bias.mul_(1e-3)  # type: ignore[operator, union-attr]
+    network.get_submodule("patch_embed.proj").weight.mul_(1e-3)  # type: ignore[operator]
+    network.get_submodule("patch_embed.proj").bias.mul_(1e-3)  # type: ignore[operator]
     write(network, "transformers", tmp_path / "hub", config)
     model, images = loaded(tmp_path / "hub"), images_for(config)
     (line,) = (line for line in (tmp_path / "hub" / "README.md").read_text().split("`") if line.startswith("for layer"))
@@ -263,8 +263,7 @@ def test_every_format_carries_the_normalization(format: str, tmp_path: Path) -> 
         }
     elif format == "torchscript":
         extra = {"preprocessing.json": ""}
-        with warnings.catch_warnings(action="ignore"):
-            torch.jit.load(output, _extra_files=extra)
+        torch.jit.load(output, _extra_files=extra)
         found = json.loads(extra["preprocessing.json"])
     elif format == "transformers":
         content = json.loads((output / "preprocessor_config.json").read_text())
@@ -286,8 +285,7 @@ def test_every_format_carries_the_normalization(format: str, tmp_path: Path) -> 
 def test_a_trace_takes_any_number_of_images(name: str, tmp_path: Path) -> None:
     network, config = built(name)
     write(network, "torchscript", tmp_path / "trace.pt", config)
-    with warnings.catch_warnings(action="ignore"):
-        traced = torch.jit.load(tmp_path / "trace.pt")
+    traced = torch.jit.load(tmp_path / "trace.pt")
     for batch in (1, 5):
         images = images_for(config, batch)
         for found, expected in zip(traced(images), network.forward_features(images)):
