@@ -8,6 +8,7 @@ import errno
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,29 @@ def write_with_backup(path: Path, content: bytes) -> None:
 def move_to_backup(path: Path) -> None:
     """Rename a file to `<name>.bak`."""
     os.replace(path, path.with_name(f"{path.name}.bak"))
+
+
+def write_new_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder of files that appears under its name when it is complete.
+
+    Args:
+        write: Writes the files to the folder that it is given.
+
+    Raises:
+        FileExistsError: The path exists.
+        OSError: A file cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{NEW_FILE_SUFFIX}")
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for file in temporary.iterdir():
+            _sync(file)
+        if lexists(path):  # os.rename would replace an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rename_new(temporary: Path, path: Path) -> None:

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from yacs.config import CfgNode
 
 from config.choices import TOKENS
-from models.interop import Converter
+from models.huggingface import HubModel, TimmModel
+from models.interop import Converter, State
 from models.outputs import LevelOutput, MultiCropOutput
 from models.resize import resize_square_table
 from ops.logits import split_rows
@@ -148,6 +149,29 @@ class Backbone(nn.Module, ABC):
     def timm_name(self, name: str) -> str:
         """Return the name of a tensor in timm (and torchvision)."""
         return name
+
+    @property
+    def any_grid(self) -> bool:
+        """Whether a graph that is traced at one image size computes other sizes too."""
+        return False
+
+    def in_timm(self, config: CfgNode) -> TimmModel | None:
+        """Return the call of `timm.create_model` that builds this network, or None if timm does not have it."""
+        return None
+
+    def to_transformers(self, state: State, config: CfgNode) -> HubModel:
+        """Convert for `transformers.AutoModel.from_pretrained`.
+
+        Args:
+            state: tensors of this network without heads.
+
+        Raises:
+            UsageError: transformers does not have the network.
+        """
+        raise UsageError(
+            f"--format transformers does not support {type(self).__name__}, which transformers does not have; choose one of "
+            "backbone, safetensors, onnx, torchscript"
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that fine-tuning excludes from weight decay: positions and class tokens."""

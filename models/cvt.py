@@ -23,6 +23,8 @@ from yacs.config import CfgNode
 from config.ranges import integer
 from config.schema import ArchSpec
 from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, grid_tokens
+from models.huggingface import HubModel
+from models.interop import State
 from models.registry import register
 from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
 from ops.mlp import activated_linear
@@ -268,6 +270,7 @@ class CvT(Backbone):
     def __init__(self, spec: CfgNode, dense: bool = False) -> None:
         super().__init__(dense)
         self._check(spec)
+        self.tied_to_grid = spec.SHIFT or spec.REL_POS_EMBED
         self.patch_size = spec.PATCH_STRIDE[0]
         self.stage_depths = tuple(spec.DEPTHS)
         self.stage_dims = tuple(spec.DIM_EMBED)
@@ -319,6 +322,18 @@ class CvT(Backbone):
 
     def partition_of(self, output: BlockOutput) -> WindowPartition:
         return self.block_at(output.block)[0].fn.partition_of(output.grid)
+
+    @property
+    def any_grid(self) -> bool:
+        """Masks of shifted windows and biases of relative positions are constants of a graph."""
+        return not self.tied_to_grid
+
+    def to_transformers(self, state: State, config: CfgNode) -> HubModel:
+        raise UsageError(
+            "--format transformers does not support CvT: the CvT of transformers attends to the whole image through projections of "
+            "its own for queries, keys and values, this one in windows through a shared one; choose one of backbone, safetensors, "
+            "onnx, torchscript"
+        )
 
 
 def init_conv_weights(module: nn.Module) -> None:

@@ -17,7 +17,8 @@ from yacs.config import CfgNode
 
 from config.schema import ArchSpec
 from models.base import Backbone, Tokens, grid_tokens
-from models.interop import Converter, renamed, resnet_timm_name, resnet_to_detectron2, resnet_to_mmdet
+from models.huggingface import HubModel, TimmModel, resnet_to_transformers
+from models.interop import Converter, State, renamed, resnet_timm_name, resnet_to_detectron2, resnet_to_mmdet
 from models.registry import register
 
 CONFIG = "experiments/imagenet/resnet/resnet50.yaml"
@@ -32,6 +33,7 @@ class ResNet(Backbone):
     """
 
     has_attention = False
+    any_grid = True
     converters: ClassVar[Mapping[str, Converter]] = {
         "timm": lambda state: renamed(state, resnet_timm_name),
         "mmdet": resnet_to_mmdet,
@@ -47,6 +49,7 @@ class ResNet(Backbone):
             nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         width = network.fc.in_features
         del network.fc
+        self.name = name
         self.patch_size = 1
         self.backbone = nn.Module()
         self.backbone.backbone = network  # as in the published keys
@@ -71,6 +74,13 @@ class ResNet(Backbone):
 
     def timm_name(self, name: str) -> str:
         return resnet_timm_name(name)
+
+    def in_timm(self, config: CfgNode) -> TimmModel:
+        in_chans = config.MODEL.SPEC.IN_CHANS
+        return TimmModel(self.name, {} if in_chans == 3 else {"in_chans": in_chans})
+
+    def to_transformers(self, state: State, config: CfgNode) -> HubModel:
+        return resnet_to_transformers(self.in_timm(config), renamed(state, resnet_timm_name))
 
 
 NAMES = torchvision.models.list_models(module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])

@@ -19,7 +19,8 @@ from yacs.config import CfgNode
 
 from config.schema import ArchSpec
 from models.base import Backbone, BlockOutput, ResidualBlock, Tokens, drop_path_rates, grid_tokens, init_linear_weights
-from models.interop import Converter, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
+from models.huggingface import HubModel, TimmModel, swin_in_timm, swin_to_transformers
+from models.interop import Converter, State, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
 from models.registry import register
 from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
 from ops.mlp import Mlp
@@ -251,6 +252,12 @@ class SwinTransformer(Backbone):
             f"{library} has windows of {largest} in all stages, and shifts them in every second block. This network does not in "
             f"{where}, where one window covers MODEL.IMAGE_SIZE: the features in {library} differ from there on, until fine-tuned"
         )
+
+    def in_timm(self, config: CfgNode) -> TimmModel:
+        return swin_in_timm(config)
+
+    def to_transformers(self, state: State, config: CfgNode) -> HubModel:
+        return swin_to_transformers(state, config)
 
 
 @register(

@@ -21,7 +21,8 @@ from yacs.config import CfgNode
 from config.ranges import integer
 from config.schema import ArchSpec
 from models.base import Backbone, ResidualBlock, Tokens, drop_path_rates, init_linear_weights
-from models.interop import Converter, vit_to_detectron2, vit_to_timm
+from models.huggingface import HubModel, TimmModel, vit_in_timm, vit_to_transformers
+from models.interop import Converter, State, vit_to_detectron2, vit_to_timm
 from models.registry import register
 from models.resize import RULES, resize_pos_embed
 from ops.attention import attend, drop_rate, join_heads, split_heads
@@ -204,6 +205,17 @@ class VisionTransformer(Backbone):
         if prefix + math.prod(grid) != tensor.shape[1]:
             return None
         return resize_pos_embed(tensor, prefix, grid, self.grid, self.pos_resize)
+
+    @property
+    def any_grid(self) -> bool:
+        """The factors of the rule `scale` are constants of a graph."""
+        return self.pos_resize == "size"
+
+    def in_timm(self, config: CfgNode) -> TimmModel:
+        return vit_in_timm(config, self.patch_size, self.num_cls_tokens)
+
+    def to_transformers(self, state: State, config: CfgNode) -> HubModel:
+        return vit_to_transformers(state, config)
 
 
 def _save_pos_resize(module: nn.Module, _state: Mapping[str, Tensor], _prefix: str, metadata: dict[str, str]) -> None:

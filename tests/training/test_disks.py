@@ -235,7 +235,7 @@ def test_features_that_cannot_be_dumped_take_no_score_away(
     assert list(disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", ["backbone", "safetensors", "detectron2"])
+@pytest.mark.parametrize("format", ["backbone", "safetensors", "detectron2", "transformers", "torchscript"])
 def test_export_to_a_full_disk_is_one_sentence(disk: Path, tmp_path: Path, format: str) -> None:
     config = load_arch_config("swin", "experiments/demo/swin_micro.yaml", TINY_SWIN)
     network = build_model("swin", config)
