@@ -1,6 +1,6 @@
 """Fine-tune a pre-trained backbone with labels and score it on validation images.
 
-    python eval_finetune.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/finetune
+    python eval_finetune.py --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/finetune
     torchrun --nproc_per_node=8 eval_finetune.py ...                             # 64 images on each process
     python eval_finetune.py ... --mixup 0 --cutmix 0 --aa "" --reprob 0          # few images: less augmentation
     python eval_finetune.py ... --target_list_path 1percent.txt --finetune_head_layer 1     # few labels

@@ -1,6 +1,6 @@
 """Evaluate frozen features with a weighted k-nearest-neighbor classifier.
 
-    python eval_knn.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth
+    python eval_knn.py --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth
     torchrun --nproc_per_node=8 eval_knn.py ...
 
 --data_path holds train/<class>/ and val/<class>/; with --leave_one_out it may be a single folder of class folders, and each image

@@ -1,6 +1,6 @@
 """Train linear classifiers on frozen features.
 
-    python eval_linear.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/linear
+    python eval_linear.py --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth --output_dir OUT/linear
     torchrun --nproc_per_node=8 eval_linear.py ...                               # 128 images on each process
     python eval_linear.py ... --lr 0.0001 0.001 0.01 --n_last_blocks 1 4 --cache_features
 

@@ -1,6 +1,6 @@
 """Evaluate frozen features with multinomial logistic regression, e.g. on few labels (1 or 10 % of ImageNet).
 
-    python eval_logistic.py --arch swin_tiny --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth \\
+    python eval_logistic.py --data_path IMAGENET --pretrained_weights OUT/checkpoint.pth \\
         --target_list_path 1percent.txt --output_dir OUT/logistic
     torchrun --nproc_per_node=8 eval_logistic.py ...                             # features in parallel, one process fits
 

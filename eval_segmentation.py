@@ -1,6 +1,6 @@
 """Segment images by frozen region features, with a linear classifier or the vote of the nearest regions.
 
-    python eval_segmentation.py --arch swin_tiny --data_path ADE20K --reduce_zero_label --stages 1 2 3 4 \\
+    python eval_segmentation.py --data_path ADE20K --reduce_zero_label --stages 1 2 3 4 \\
         --pretrained_weights OUT/checkpoint.pth --output_dir OUT/segmentation
     python eval_segmentation.py ... --lr 0.0003 0.001 0.003 --baselines         # a classifier for each, on the same features
     python eval_segmentation.py ... --knn --nb_knn 5 20                         # no training

@@ -1,6 +1,6 @@
 """Video object segmentation with frozen region features: propagate the mask of the first frame to all frames (DAVIS 2017).
 
-    python eval_video.py --arch deit_small --pretrained_weights OUT/checkpoint.pth --frames JPEGImages/480p/bike-packing \\
+    python eval_video.py --pretrained_weights OUT/checkpoint.pth --frames JPEGImages/480p/bike-packing \\
         --first_mask Annotations/480p/bike-packing/00000.png --output_dir OUT/davis/bike-packing
     bash scripts/davis.sh deit_small DAVIS OUT/checkpoint.pth OUT/davis         # every video of the validation set
 

@@ -1,7 +1,7 @@
 """Export a backbone to other libraries, and print the two lines that load it there.
 
-    python export.py --arch swin_tiny --pretrained_weights OUT/checkpoint.pth --format timm --output swin_tiny_timm.pth
-    python export.py --arch swin_tiny --pretrained_weights OUT/checkpoint.pth --format transformers --output swin_tiny_hub
+    python export.py --pretrained_weights OUT/checkpoint.pth --format timm --output swin_tiny_timm.pth
+    python export.py --pretrained_weights OUT/checkpoint.pth --format transformers --output swin_tiny_hub
 
 backbone, safetensors   the published names, for this project, `hubconf.py` and other readers of EsViT files
 timm                    for `timm.create_model(NAME, checkpoint_path=FILE, num_classes=0)`

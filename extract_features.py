@@ -1,6 +1,6 @@
 """Extract the features of any images with a frozen network; find nearest images and near duplicates, and draw them.
 
-    python extract_features.py --arch swin_tiny --pretrained_weights RUN/checkpoint.pth --data_path PHOTOS --output_dir FEATURES
+    python extract_features.py --pretrained_weights RUN/checkpoint.pth --data_path PHOTOS --output_dir FEATURES
     torchrun --nproc_per_node=8 extract_features.py ...
     python extract_features.py --output_dir FEATURES --neighbors 10 --duplicates 0.95 --plot tsne    # of extracted features
 

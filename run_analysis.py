@@ -1,6 +1,6 @@
 """Visualize a frozen network: attention, correspondences, entropy, region features, and a report on a run.
 
-    python run_analysis.py --arch swin_tiny --pretrained_weights RUN/checkpoint.pth --image_path PHOTO --output_dir OUT \\
+    python run_analysis.py --pretrained_weights RUN/checkpoint.pth --image_path PHOTO --output_dir OUT \\
         --vis_attention --vis_correspondence --vis_features
     python run_analysis.py ... --data_path IMAGES --vis_entropy --measure_correspondence    # over a folder; torchrun works too
     python run_analysis.py ... --measure_stereo                                             # with ground truth
