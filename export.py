@@ -63,12 +63,13 @@ def main(args: argparse.Namespace) -> None:
     logger.info("%s: %s", args.pretrained_weights, report)
     drop_class_tokens(backbone, CLASS_TOKENS[args.class_tokens])
     with files.disk_errors(args.output, "--output"):
-        write(backbone, args.format, args.output, config, args.pretrained_weights)
+        arch = args.arch if args.class_tokens == "all" else None  # the config has all
+        write(backbone, args.format, args.output, config, args.pretrained_weights, arch)
         written = [args.output, *args.output.glob("*")]
         size = sum(path.stat().st_size for path in written if path.is_file())
     logger.info("wrote %s (%s, %.1f MB)", args.output, args.format, size / 1e6)
     logger.info("images: RGB, %s", ", ".join(f"{key} {value}" for key, value in preprocessing(config).items()))
-    print("\n".join(loading_lines(backbone, args.format, args.output, args.arch, config)))
+    print("\n".join(loading_lines(backbone, args.format, args.output, config)))
 
 
 def drop_class_tokens(backbone: Backbone, kept: int | None) -> None:

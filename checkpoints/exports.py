@@ -14,7 +14,7 @@ import json
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from yacs.config import CfgNode
 from checkpoints import files
 from checkpoints.model_card import write_folder
 from checkpoints.serialization import write_file
-from config.loading import config_pairs
 from models import Backbone
 from models.base import HEAD_PREFIXES
+from models.registry import ROOT
 from utils import UsageError, logger
 
 Writer = Callable[[Path], object]
@@ -43,12 +43,20 @@ def preprocessing(config: CfgNode) -> dict[str, list[Any]]:
     return {"mean": list(mean), "std": list(std), "image_size": list(size)}
 
 
-def write(backbone: Backbone, target: str, output: Path, config: CfgNode, weights: str | Path | None = None) -> None:
+def write(
+    backbone: Backbone,
+    target: str,
+    output: Path,
+    config: CfgNode,
+    weights: str | Path | None = None,
+    arch: str | None = None,
+) -> None:
     """Write a backbone in one of `FORMATS`.
 
     Args:
         output: the new file, or the new folder of `transformers`.
         weights: the checkpoint that was loaded, for the model card.
+        arch: if given, files of this project describe their network (`checkpoints.network.saved_network`).
 
     Raises:
         UsageError: the library does not have the architecture, a package is missing, or the disk cannot be used.
@@ -64,7 +72,9 @@ def write(backbone: Backbone, target: str, output: Path, config: CfgNode, weight
     elif target == "torchscript":
         writer = torchscript_writer(backbone, config, images)
     else:
-        writer = state_writer(backbone, target, images)
+        described = arch is not None and target in {"backbone", "safetensors"}
+        about = {"arch": arch, "patch_size": backbone.patch_size, "config": config.dump()}
+        writer = state_writer(backbone, target, images, {"network": about} if described else {})
     with _disk_errors(output):
         files.write_new([output], writer)
 
@@ -92,8 +102,10 @@ def own_state(backbone: Backbone) -> dict[str, Tensor]:
     return state
 
 
-def state_writer(backbone: Backbone, target: str, images: dict[str, list[Any]]) -> Writer:
-    """Return the writer of a file of tensors, with the names of `target`."""
+def state_writer(
+    backbone: Backbone, target: str, images: dict[str, list[Any]], network: dict[str, dict[str, Any]]
+) -> Writer:
+    """Return the writer of a file of tensors, with the names of `target` and `network` in its metadata."""
     state = own_state(backbone)
     if target not in OTHERS:
         if target not in backbone.converters:
@@ -103,17 +115,17 @@ def state_writer(backbone: Backbone, target: str, images: dict[str, list[Any]]) 
         if note := backbone.export_note(target):
             logger.warning(note)
     if target == "safetensors":
-        return lambda path: safetensors.torch.save_file(state, path, as_strings(images))
+        return lambda path: safetensors.torch.save_file(state, path, as_strings(images | network))
     if target == "detectron2":
         return lambda path: path.write_bytes(_detectron2_pickle(state, images))
     if target == "mmdet":
         return lambda path: write_file({"state_dict": state, "meta": {"preprocessing": images}}, path)
     metadata: dict[str, Any] = getattr(state, "_metadata", OrderedDict())
-    state._metadata = metadata | {"preprocessing": images}  # type: ignore[attr-defined]
+    state._metadata = metadata | {"preprocessing": images} | network  # type: ignore[attr-defined]
     return lambda path: write_file(state, path)
 
 
-def as_strings(images: dict[str, list[Any]]) -> dict[str, str]:
+def as_strings(images: Mapping[str, Any]) -> dict[str, str]:
     """Return metadata as strings of JSON, for formats that hold nothing else."""
     return {key: json.dumps(value) for key, value in images.items()}
 
@@ -189,7 +201,7 @@ def torchscript_writer(backbone: Backbone, config: CfgNode, images: dict[str, li
 # --------------------------------------------------------------------------- how to load it
 
 
-def loading_lines(backbone: Backbone, target: str, output: Path, arch: str, config: CfgNode) -> tuple[str, str]:
+def loading_lines(backbone: Backbone, target: str, output: Path, config: CfgNode) -> tuple[str, str]:
     """Return two lines of Python that load an exported file; those for a detector go into its config."""
     file, images = str(output), preprocessing(config)
     mean_255, std_255 = ([round(255 * value, 3) for value in images[key]] for key in ("mean", "std"))
@@ -197,7 +209,6 @@ def loading_lines(backbone: Backbone, target: str, output: Path, arch: str, conf
         model = backbone.in_timm(config)
         assert model is not None
         return "import timm", f"model = {model.call(num_classes=0, checkpoint_path=file)}"
-    own = f"build_model({arch!r}, load_config(None, {config_pairs(config)}), patch_size={backbone.patch_size})"
     lines = {
         "transformers": (
             "from transformers import AutoImageProcessor, AutoModel",
@@ -217,8 +228,5 @@ def loading_lines(backbone: Backbone, target: str, output: Path, arch: str, conf
             f"model['data_preprocessor'].update(bgr_to_rgb=True, mean={mean_255}, std={std_255})",
         ),
     }
-    of_this_project = (
-        "from models import build_model; from config.loading import load_config; from checkpoints.loading import load_backbone",
-        f"load_backbone(backbone := {own}, {file!r})",
-    )
-    return lines.get(target, of_this_project)
+    own = "import torch", f"backbone = torch.hub.load({str(ROOT)!r}, 'esvit', source='local', weights={file!r})"
+    return lines.get(target, own)

@@ -7,11 +7,14 @@ them the path of a yaml in the EsViT repository and its overrides.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from checkpoints.serialization import is_safetensors, load_file
+import safetensors
+
+from checkpoints.serialization import check_readable, is_safetensors, load_file
 from config.loading import SavedConfig
 from models.registry import ROOT, list_models, lookup
 from utils import logger
@@ -35,8 +38,11 @@ def saved_network(path: str | Path) -> SavedNetwork:
         UsageError: As in `serialization.load_file`.
     """
     if is_safetensors(path):
-        return SavedNetwork()
+        return _exported(json.loads(_safetensors_metadata(path).get("network", "{}")), path)
     content = load_file(path, in_place=True)
+    exported = getattr(content, "_metadata", {}).get("network")
+    if isinstance(exported, Mapping):
+        return _exported(exported, path)
     args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
     arch = args.get("arch")
     if arch not in list_models():
@@ -47,6 +53,23 @@ def saved_network(path: str | Path) -> SavedNetwork:
         return network._replace(config=SavedConfig(content["config"], f"the config inside checkpoint '{path}'"))
     config = _published_yaml(args["arch"], args.get("cfg")) if args else None
     return network._replace(config=config, overrides=_published_overrides(args) if config else ())
+
+
+def _safetensors_metadata(path: str | Path) -> Mapping[str, str]:
+    check_readable(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError:
+        return {}  # damaged, as loading will report
+
+
+def _exported(network: Mapping[str, Any], path: str | Path) -> SavedNetwork:
+    """Return what export.py writes about the network of a file, or nothing if another program wrote it."""
+    if network.get("arch") not in list_models() or not isinstance(network.get("config"), str):
+        return SavedNetwork()
+    config = SavedConfig(network["config"], f"the config inside '{path}'")
+    return SavedNetwork(network["arch"], config, patch_size=network.get("patch_size"))
 
 
 def _published_yaml(arch: str, path: Any) -> str | None:

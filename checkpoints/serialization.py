@@ -124,7 +124,7 @@ def load_tensor(path: str | Path) -> Tensor:
 
 
 def _load(path: str | Path, in_place: bool = False) -> Any:
-    _check_readable(path)
+    check_readable(path)
     if not (in_place or is_safetensors(path)):
         _check_checksums(path)
     try:
@@ -153,7 +153,7 @@ def is_safetensors(path: str | Path) -> bool:
     return Path(path).suffix == ".safetensors"
 
 
-def _check_readable(path: str | Path) -> None:
+def check_readable(path: str | Path) -> None:
     """Raise a `UsageError` unless `path` is a readable file; a FIFO is rejected without waiting for its writer."""
     if not os.path.lexists(path):
         raise UsageError(f"checkpoint '{path}' does not exist; check the path")

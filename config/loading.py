@@ -98,14 +98,6 @@ def load_config(
     return config
 
 
-def config_pairs(config: CfgNode) -> list[str]:
-    """Return the `KEY VALUE` overrides that make `load_config` build this config without a file."""
-    name = ["MODEL.NAME", config.MODEL.NAME]
-    default = dict(_leaves(load_config(None, name)))
-    changed = {key: value for key, value in _leaves(config) if default[key] != value}
-    return name + [text for key, value in changed.items() for text in (key, str(value))]
-
-
 # --------------------------------------------------------------------------- reading
 
 

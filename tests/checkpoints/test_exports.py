@@ -21,12 +21,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
+import eval_knn
 import export
 from checkpoints import files
 from checkpoints.exports import write
 from config.arguments.export import FORMATS
-from config.loading import config_pairs, load_config
+from config.loading import load_config
 from data.transforms.augment import eval_view
+from evaluation.features import frozen_backbone, network_config
 from models import Backbone, build_model
 from utils import UsageError
 
@@ -207,15 +209,9 @@ def printed_lines(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     network, config = built("swin", *INPUT)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     output = tmp_path / f"out{ {'safetensors': '.safetensors', 'detectron2': '.pkl'}.get(format, '') }"
-    line = ["--arch", "swin", "--pretrained_weights", str(tmp_path / "weights.pth"), "--format", format]
-    line += [
-        "--cfg",
-        str(ROOT / "experiments/demo/swin_micro.yaml"),
-        "--output",
-        str(output),
-        "--",
-        *config_pairs(config),
-    ]
+    (tmp_path / "network.yaml").write_text(config.dump())
+    line = ["--arch", "swin", "--cfg", str(tmp_path / "network.yaml"), "--format", format, "--output", str(output)]
+    line += ["--pretrained_weights", str(tmp_path / "weights.pth")]
     export.main(export.get_args_parser().parse_args(line))
     return network, capsys.readouterr().out, output
 
@@ -245,6 +241,11 @@ def test_the_printed_lines_load_it(format: str, tmp_path: Path, capsys: pytest.C
     else:
         model = names["model"].eval() if format == "timm" else names["backbone"].eval()
         assert relative_error(model(images), expected.view_BC) < 1e-6
+    if format in {"backbone", "safetensors"}:
+        args = eval_knn.get_args_parser().parse_args(["--pretrained_weights", str(output), "--device", "cpu"])
+        again = frozen_backbone(args, network_config(args), output, torch.device("cpu"))
+        assert args.arch == "swin"
+        assert torch.equal(again(images), expected.view_BC)
 
 
 @pytest.mark.parametrize("format", [*FORMATS[:-2], pytest.param("onnx", marks=pytest.mark.slow), "torchscript"])
