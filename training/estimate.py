@@ -51,7 +51,7 @@ def seconds_per_image(network: Backbone, sides: Sequence[int], channels: int, pr
     """
     network = copy.deepcopy(network).eval()
     device = torch.device("cpu")
-    seconds = []
+    seconds: list[float] = []
     with torch.no_grad(), utils.isolated_rng(0), utils.autocast(device, precision):
         for side in sides:
             view = torch.zeros(1, channels, side, side)
