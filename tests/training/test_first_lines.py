@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +129,12 @@ def test_compilation_is_told_before_and_after_the_first_step(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(function) or function)
+
+    def stand_in(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", stand_in)
     train(tmp_path, images, "--compile")
     assert len(compiled) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--compile:") or " step " in line]
