@@ -99,6 +99,7 @@ class Task(NamedTuple):
 def check_args(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that cannot be combined."""
     arguments.check_weights(args)
+    arguments.check_wandb(args)
     if args.knn and args.cache_features:
         raise UsageError("--cache_features is for training, and --knn trains nothing; leave out one of them")
     for name in ("lr", "stages", "nb_knn"):

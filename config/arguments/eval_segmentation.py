@@ -61,6 +61,7 @@ def get_args_parser() -> Parser:
     add("--output_dir", default=".", metavar="DIR", help=text)
     add("--num_pictures", type=integer(0, 100), default=4, help="validation images in predictions.png")
     add("--log_freq", type=COUNT, default=20, help="steps between log lines")
+    shared.add_wandb_flag(parser)
 
     shared.add_seed_flag(parser, "classifiers, order, crops, drawn regions and untrained networks")
     shared.add_launch_flags(parser)

@@ -140,7 +140,7 @@ SEGMENTATION: dict[str, object] = {
     "cfg": None, "arch": None, "patch_size": None, "pretrained_weights": "", "checkpoint_key": "teacher",
     "random_weights": False, "allow_partial": False, "token": "cls", "stages": None, "baselines": False,
     "cache_features": False, "precision": "fp32", "data_path": "", "classes": None, "ignore_index": 255,
-    "reduce_zero_label": False, "image_size": None, "window": None, "stride": None, "batch_size_per_gpu": 16,
+    "reduce_zero_label": False, "wandb": "", "image_size": None, "window": None, "stride": None, "batch_size_per_gpu": 16,
     "num_workers": 10, "epochs": 40, "lr": [0.001], "weight_decay": 1e-4, "val_freq": 0, "knn": False, "nb_knn": [20],
     "temperature": 0.07, "knn_regions": 100_000, "output_dir": ".", "num_pictures": 4, "log_freq": 20, "seed": 0,
     "device": "auto", "dist_url": "env://", "local_rank": None, "opts": [],
