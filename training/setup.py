@@ -258,8 +258,8 @@ def log_end(args: argparse.Namespace) -> None:
     checkpoint = Path(args.output_dir) / checkpointing.CHECKPOINT
     evaluate = ["python", "eval_knn.py", "--pretrained_weights", str(checkpoint), "--data_path", "IMAGES"]
     logger.info(
-        "the run is finished: %s holds %s, log.txt and the curves (tensorboard --logdir %s). To evaluate its network on "
-        "IMAGES/train/<class>/ and IMAGES/val/<class>/: %s; without labels, see docs/first_hour.md",
+        "the run is finished: %s holds %s, log.txt and the curves (tensorboard --logdir %s). docs/first_hour.md looks at features "
+        "without labels. To evaluate its network on IMAGES/train/<class>/ and IMAGES/val/<class>/: %s",
         *(args.output_dir, checkpointing.CHECKPOINT, shlex.quote(args.output_dir)),
         shlex.join([*evaluate, "--output_dir", args.output_dir]),
     )
