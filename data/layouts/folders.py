@@ -48,8 +48,8 @@ def list_files(root: Path, split: str, need_labels: bool) -> Listing:
 def _unlabeled(source: Files, root: Path, need_labels: bool) -> Listing:
     if need_labels:
         raise UsageError(
-            f"{root} has images without a class; evaluation needs DIR/{{train,val}}/<class>/<image>, "
-            "or DIR/<class>/<image> for a single set"
+            f"{root} has images without a class; evaluation needs DIR/{{train,val}}/<class>/<image>, or DIR/<class>/<image> for a "
+            "single set; for images without labels use extract_features.py"
         )
     return Listing.unlabeled(source)
 
