@@ -156,6 +156,11 @@ def choose_classes(
     if names is None:
         names = numbered_classes(max(set.union(*present)) + 1 - int(args.reduce_zero_label), args)
         logger.info("--classes is %d, by the largest value in the masks", len(names))
+        occurring = len(set.union(*present))
+        if 2 * occurring < len(names):
+            logger.warning(
+                "only %d of these classes occur in the masks; pass --classes if the largest is wrong", occurring
+            )
     coding = MaskCoding(len(names), args.ignore_index, args.reduce_zero_label)
     for pair, fact in zip([*pairs[0], *pairs[1]], [*facts[0], *facts[1]]):
         coding.decode(np.array([fact.values], dtype=np.uint8), pair.mask)

@@ -107,14 +107,14 @@ def _backbone(
     patch_size: int = 16,
 ) -> Backbone:
     models, loading, UsageError = _module("models"), _module("checkpoints.loading"), _module("utils").UsageError
-    config = models.load_arch_config(arch, cfg, overrides)
-    backbone: Backbone = models.build_model(arch, config, is_teacher=True, patch_size=patch_size)
-    if weights is not None:
-        try:
+    try:
+        config = models.load_arch_config(arch, cfg, overrides)
+        backbone: Backbone = models.build_model(arch, config, is_teacher=True, patch_size=patch_size)
+        if weights is not None:
             report = loading.load_backbone(backbone, weights, checkpoint_key, allow_partial=allow_partial)
-        except UsageError as error:
-            raise UsageError(_without_flags(str(error), allow_partial)) from None
-        print(f"{weights}: {report}", file=sys.stderr)
+            print(f"{weights}: {report}", file=sys.stderr)
+    except UsageError as error:
+        raise UsageError(_without_flags(str(error), allow_partial)) from None
     return backbone.eval()
 
 

@@ -198,7 +198,7 @@ def score_rows(runs: Sequence[Run]) -> Iterator[Row]:
             yield from differing
             top5 = {str(each["top5_is"]) for each in described if "top5_is" in each}
             scores = [_part(record, "scores") for record in records]
-            yield from _score_rows(section, scores, top5.pop() if len(top5) == 1 else "top5", marked=not differing)
+            yield from _score_rows(section, scores, "/".join(sorted(top5)) or "top5", marked=not differing)
 
 
 def _aligned(runs: Sequence[Run], evaluation: str) -> dict[str, list[dict[str, Any]]]:
@@ -215,7 +215,7 @@ def _score_rows(section: str, scores: Sequence[Mapping[str, Any]], top5: str, ma
         of_runs = [_part(each, row) for each in scores]
         for key in (key for key in _union(of_runs) if key not in NOT_SCORES):
             values = [_number(each.get(key)) for each in of_runs]
-            label = _label(key).replace("top-5", top5.replace("top", "top-"))
+            label = _label(key).replace("top-5", top5.replace("top", "top-"))  # "top-3/top-5" if the runs differ
             better = 1 if re.search(HIGHER, key) else -1 if re.search(LOWER, key) else 0
             yield Row(section, f"{row}, {label}", values, ".2f" if better else ".6g", better if marked else 0)
 

@@ -112,11 +112,13 @@ def confusion_plot(true: Sequence[str], predicted: Sequence[str], counts: Sequen
     cell = max(0.2, min(0.45, 5.2 / len(predicted)))  # inches
     longest = max(map(len, [*true, *predicted])) * 0.075 + 0.4
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(len(predicted) * cell + longest + 0.5, len(true) * cell + longest + 0.4))
+        width = max(len(predicted) * cell + longest + 0.5, 3.2)  # of the title
+        figure = Figure(figsize=(width, len(true) * cell + longest + 0.4))
         figure.set_layout_engine("constrained")
         axes = figure.subplots()
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axes.set(title="Confusion matrix, images", ylabel="class", xlabel="classified as")
+        axes.set(ylabel="class", xlabel="classified as")
+        figure.suptitle("Confusion matrix, images", fontsize=STYLE["axes.titlesize"])
         axes.set_xticks(range(len(predicted)), [name or "none" for name in predicted], rotation=90)
         axes.set_yticks(range(len(true)), true)
         axes.tick_params(length=0)

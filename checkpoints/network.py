@@ -94,10 +94,11 @@ def _published_overrides(args: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(overrides)
 
 
-def same_network(arch: str, other: str) -> bool:
-    """Return whether two names of architectures build the same network, or leave its size to a config."""
-    first, second = lookup(arch), lookup(other)
-    defaults = {first.default_config, second.default_config}
-    return arch == other or (
-        first.spec is second.spec and (None in defaults or (len(defaults) == 1 and defaults != {""}))
-    )
+def is_network(arch: str, saved_arch: str) -> bool:
+    """Return whether a name of an architecture is a right one for the network of a checkpoint.
+
+    It may leave the size to the config, or be another name of the same network.
+    """
+    named, saved = lookup(arch), lookup(saved_arch)
+    same = named.default_config and named.default_config == saved.default_config
+    return arch == saved_arch or (named.spec is saved.spec and (named.default_config is None or bool(same)))

@@ -143,6 +143,8 @@ def _load(path: str | Path, in_place: bool = False) -> Any:
             ) from None
         raise DamagedError(f"'{path}' is not a torch checkpoint or is damaged; use another file") from None
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if "TorchScript" in str(error):
+            raise UsageError(f"'{path}' is a TorchScript graph; use the checkpoint that it was exported from") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedError(f"checkpoint '{path}' is damaged or not a torch file ({reason}); use another file") from None
     return content

@@ -177,7 +177,7 @@ def describe(
         "network": {
             **describe_network(args),
             "sha256": file_digest(weights) if weights else None,
-            "patch_size": args.patch_size,
+            "patch_size": backbone.patch_size,
             "allow_partial": args.allow_partial,
             "seed": None if weights else args.seed,
             "config": yaml.safe_load(config.dump()),

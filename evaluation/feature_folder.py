@@ -264,7 +264,8 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], place: Path
     theirs = {key: value for key, value in flattened(saved) if key != "unreadable"}
     different = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and key not in PLACES]
     if different:
-        listed = "; ".join(f"{key} {theirs.get(key)!s:.80}, now {ours.get(key)!s:.80}" for key in different[:3])
+        plain = [key for key in different if not key.endswith("sha256")] or different
+        listed = "; ".join(f"{key} {theirs.get(key)!s:.80}, now {ours.get(key)!s:.80}" for key in plain[:3])
         raise UsageError(
             f"{place} has features of other settings or images ({listed}); {remedy}choose another --output_dir"
         )

@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from checkpoints.loading import load_backbone
-from checkpoints.network import SavedNetwork, same_network, saved_network
+from checkpoints.network import SavedNetwork, is_network, saved_network
 from config.choices import PATCH_SIZE
 from config.loading import load_config
 from data.datasets import Transform
@@ -65,13 +65,11 @@ def network_config(args: argparse.Namespace, drop_path: float | None = None, pat
     weights = args.pretrained_weights
     saved = saved_network(weights) if weights else SavedNetwork()
     if args.arch is None and saved.arch is None:
-        found = (
-            f"checkpoint '{weights}' does not name its architecture"
-            if weights
-            else "no checkpoint names the architecture"
+        found = f"checkpoint '{weights}' does not name its architecture" if weights else "--random_weights needs --arch"
+        raise UsageError(
+            f"{found}; pass --arch, and --cfg for a network of another size, one of {', '.join(list_models())}"
         )
-        raise UsageError(f"{found}; pass --arch, one of {', '.join(list_models())}")
-    if saved.arch and args.arch and not same_network(args.arch, saved.arch) and not args.allow_partial:
+    if saved.arch and args.arch and not is_network(args.arch, saved.arch) and not args.allow_partial:
         raise UsageError(
             f"--arch {args.arch}: checkpoint '{weights}' was trained with --arch {saved.arch}; leave --arch out, or pass "
             "--allow_partial to load the tensors that fit"

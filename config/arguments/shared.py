@@ -179,7 +179,7 @@ def check_weights(args: argparse.Namespace) -> None:
         given = "exclude each other" if args.random_weights else "are both missing"
         raise UsageError(
             f"--pretrained_weights and --random_weights {given}; pass --pretrained_weights FILE, "
-            "or --random_weights alone for an untrained network"
+            "or --random_weights with --arch NAME for an untrained network"
         )
 
 
