@@ -117,7 +117,7 @@ def extract(args: argparse.Namespace, device: torch.device, keep_on: torch.devic
         config = network_config(args)
         datasets = build_datasets(args, config)
         smallest_class = int(np.unique(datasets[0].labels, return_counts=True)[1].min())
-        small_runs.tell_large_k(args.nb_knn, smallest_class - args.leave_one_out)
+        small_runs.warn_large_k(args.nb_knn, smallest_class - args.leave_one_out)
         functions = feature_functions(args, config, device)
     collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     parts = extract_splits(datasets, functions, args, device, keep_on, dtype=dtype)
