@@ -23,7 +23,7 @@ from analysis.run_files import read_log, result_files, starts, subfolders
 from analysis.tables import Row
 from checkpoints.files import numbered, read_text
 from evaluation.results import FOLDER
-from utils import UsageError
+from utils import UsageError, flattened
 
 OMITTED = {
     "output_dir",
@@ -106,17 +106,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Return the last config of a run, with dotted names; empty if it has none that can be read."""
     paths = numbered(folder / "config.yaml")
     try:
-        return dict(_flat(yaml.safe_load(read_text(paths[-1])))) if paths else {}
+        content = yaml.safe_load(read_text(paths[-1])) if paths else {}
     except (UsageError, yaml.YAMLError):
         return {}
-
-
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, content
+    return dict(flattened(content)) if isinstance(content, dict) else {}
 
 
 # --------------------------------------------------------------------------- the table
