@@ -301,4 +301,4 @@ def test_runs_of_main_esvit(
     assert float(rows["loss, last"]["two"]) == last["train_loss"]
     curves = build_curves(open_runs([str(tmp_path / "one"), str(tmp_path / "two")]))
     assert list(curves["Effective rank of the features: regions"]) == ["one"]
-    assert [len(points) for points in curves["Entropy of the teacher: views"].values()] == [1, 2]
+    assert [len(points) for points in curves["Entropy of the teacher, nats: views"].values()] == [1, 2]
