@@ -42,6 +42,9 @@ from config.arguments import small_runs
 from data.transforms import augment
 from distributed import collectives, launch
 from evaluation.features import (
+    NETWORK,
+    PIXELS,
+    UNTRAINED,
     FeatureFunction,
     LabeledFeatures,
     evaluation_size,
@@ -88,12 +91,12 @@ def color_features(images_BCHW: Tensor) -> Tensor:
 
 def feature_functions(args: argparse.Namespace, config: CfgNode, device: torch.device) -> dict[str, FeatureFunction]:
     """Return the network, and the baselines of --baselines, as functions of images."""
-    functions: dict[str, FeatureFunction] = {"network": frozen_backbone(args, config, args.pretrained_weights, device)}
+    functions: dict[str, FeatureFunction] = {NETWORK: frozen_backbone(args, config, args.pretrained_weights, device)}
     if args.baselines:
-        functions["raw pixels"] = pixel_features
+        functions[PIXELS] = pixel_features
         functions["mean and deviation of color"] = color_features
         if args.pretrained_weights:
-            functions["untrained network"] = frozen_backbone(args, config, "", device)
+            functions[UNTRAINED] = frozen_backbone(args, config, "", device)
     return functions
 
 
@@ -117,7 +120,7 @@ def extract(args: argparse.Namespace, device: torch.device, keep_on: torch.devic
         config = network_config(args)
         datasets = build_datasets(args, config)
         smallest_class = int(np.unique(datasets[0].labels, return_counts=True)[1].min())
-        small_runs.tell_large_k(args.nb_knn, smallest_class - args.leave_one_out)
+        small_runs.warn_large_k(args.nb_knn, smallest_class - args.leave_one_out)
         functions = feature_functions(args, config, device)
     collectives.must_agree("numbers of images", [len(dataset) for dataset in datasets])
     parts = extract_splits(datasets, functions, args, device, keep_on, dtype=dtype)

@@ -37,12 +37,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms import functional as TF
 from yacs.config import CfgNode
 
 import data
 import utils
-from analysis.images import printable
+from analysis.images import printable, to_rgb
 from analysis.segments import Segmented, prediction_page
 from checkpoints import files
 from config import arguments
@@ -64,9 +63,9 @@ from data.transforms import augment
 from data.workers import usable_workers
 from distributed import collectives, launch
 from evaluation import linear, segmentation
-from evaluation.dense_features import NETWORK, DenseFeatures, build_dense_features
+from evaluation.dense_features import DenseFeatures, build_dense_features
 from evaluation.feature_loaders import CACHE, build_feature_loader
-from evaluation.features import frozen_backbone, network_config
+from evaluation.features import NETWORK, frozen_backbone, network_config
 from evaluation.linear import network_digest
 from evaluation.region_knn import RegionVote, training_regions
 from evaluation.results import Results, describe_data, describe_network, save_results
@@ -336,9 +335,7 @@ def draw_predictions(args: argparse.Namespace, task: Task, predict: Predictor, r
         scores = segmentation.segment(task.features, predict, pixels_CHW, task.windows, args.batch_size_per_gpu)
         scores_KHW = next(part for name, part in zip(rows, scores) if name == row)
         found_HW = segmentation.classify(scores_KHW, mask_HW.shape).to(torch.uint8).cpu().numpy()
-        shown = (
-            TF.to_pil_image(image[:3] if len(image) >= 3 else image[:1]) if isinstance(image, torch.Tensor) else image
-        )
+        shown = to_rgb(image) if isinstance(image, torch.Tensor) else image
         items.append(Segmented(printable(Path(task.val_set.source.name(index)).name), shown, mask_HW, found_HW))
     if items:
         content = io.BytesIO()

@@ -138,7 +138,7 @@ def esvit(
     cfg: str | None = None,
     patch_size: int | None = None,
 ) -> Backbone:
-    """Any network, as described in its checkpoint.
+    """Build any network, as described in its checkpoint.
 
     Args:
         arch, patch_size: as the flags of the scripts; default: those of the run that wrote the file.
@@ -151,7 +151,7 @@ def esvit(
     if arch is None and (saved.arch is None or (cfg or saved.config) is None):
         entries = ", ".join(name for name in globals() if name.startswith(("esvit_", "udi_")))
         raise _module("utils").UsageError(
-            f"checkpoint '{weights}' does not say which network it has; pass arch, e.g. 'swin_tiny', and cfg for a yaml that is "
+            f"checkpoint '{weights}' does not describe its network; pass arch, e.g. 'swin_tiny', and cfg for a yaml that is "
             f"not the published one, or call the entry of its network: {entries}"
         )
     overrides = () if cfg else saved.overrides
@@ -166,55 +166,55 @@ _WINDOW_14 = ("MODEL.SPEC.WINDOW_SIZE", "14")
 
 
 def esvit_swin_tiny(**kwargs: Any) -> Backbone:
-    """Swin-T, window 7."""
+    """Build Swin-T, window 7."""
     return _backbone("swin_tiny", **kwargs)
 
 
 def esvit_swin_small(**kwargs: Any) -> Backbone:
-    """Swin-S, window 7."""
+    """Build Swin-S, window 7."""
     return _backbone("swin_small", **kwargs)
 
 
 def esvit_swin_base(**kwargs: Any) -> Backbone:
-    """Swin-B, window 7."""
+    """Build Swin-B, window 7."""
     return _backbone("swin_base", **kwargs)
 
 
 def esvit_swin_tiny_w14(**kwargs: Any) -> Backbone:
-    """Swin-T, window 14."""
+    """Build Swin-T, window 14."""
     return _backbone("swin_tiny", _WINDOW_14, **kwargs)
 
 
 def esvit_swin_small_w14(**kwargs: Any) -> Backbone:
-    """Swin-S, window 14."""
+    """Build Swin-S, window 14."""
     return _backbone("swin_small", _WINDOW_14, **kwargs)
 
 
 def esvit_swin_base_w14(**kwargs: Any) -> Backbone:
-    """Swin-B, window 14."""
+    """Build Swin-B, window 14."""
     return _backbone("swin_base", _WINDOW_14, **kwargs)
 
 
 def esvit_vil_2262(**kwargs: Any) -> Backbone:
-    """ViL, window 7."""
+    """Build ViL, window 7."""
     return _backbone("vil_2262", **kwargs)
 
 
 def esvit_cvt_tiny(**kwargs: Any) -> Backbone:
-    """CvT, window 7."""
+    """Build CvT, window 7."""
     return _backbone("cvt_tiny", **kwargs)
 
 
 def esvit_deit_small(**kwargs: Any) -> Backbone:
-    """DeiT-S, patches of 16 pixels."""
+    """Build DeiT-S, patches of 16 pixels."""
     return _backbone("deit_small", **kwargs)
 
 
 def udi_vit_small(**kwargs: Any) -> Backbone:
-    """ViT-S of UDI, patches of 16 pixels; the view feature is the first class token, see `Backbone.choose_token`."""
+    """Build ViT-S of UDI, patches of 16 pixels; the view feature is the first class token, see `Backbone.choose_token`."""
     return _backbone("deit_small", _TWO_TOKENS, **kwargs)
 
 
 def esvit_resnet50(**kwargs: Any) -> Backbone:
-    """ResNet-50."""
+    """Build ResNet-50."""
     return _backbone("resnet50", **kwargs)

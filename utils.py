@@ -11,7 +11,7 @@ import io
 import logging
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,15 @@ def setup_logging(is_main_process: bool = True) -> None:
 def counted(count: int, one: str, several: str = "") -> str:
     """Return "1 image", "2 images", ...; `several` is the plural where it is not formed with s."""
     return f"{count} {one if count == 1 else several or one + 's'}"
+
+
+def flattened(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 # --------------------------------------------------------------------------- devices and precision

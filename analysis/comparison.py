@@ -23,7 +23,7 @@ from analysis.run_files import read_log, result_files, starts, subfolders
 from analysis.tables import Row
 from checkpoints.files import numbered, read_text
 from evaluation.results import FOLDER
-from utils import UsageError
+from utils import UsageError, flattened
 
 OMITTED = {
     "output_dir",
@@ -42,7 +42,7 @@ SAME_DATA = ("train_images", "val_images", "classes")
 
 
 class Run(NamedTuple):
-    """What the folder of a run tells."""
+    """The content of the folder of a run."""
 
     name: str
     folder: Path
@@ -89,8 +89,8 @@ def _open_run(folder: Path, name: str) -> Run:
     Raises:
         UsageError: The folder has none of the files of a run.
     """
-    log, begun = read_log(folder / "log.txt"), starts(folder)
-    if not (log or begun or any(result_files([folder]))):
+    log, run_starts = read_log(folder / "log.txt"), starts(folder)
+    if not (log or run_starts or any(result_files([folder]))):
         raise UsageError(
             f"{folder} is not the folder of a run: it has no run.json, no log.txt with an epoch and no {FOLDER}/*.json with "
             "scores; give the --output_dir of a training or evaluation"
@@ -99,24 +99,17 @@ def _open_run(folder: Path, name: str) -> Run:
     for path, record in result_files(subfolders(folder)):
         inside = path.parent.parent.relative_to(folder).as_posix()
         results[path.stem, "" if inside == "." else inside] = record
-    return Run(name, folder, log, begun[-1] if begun else {}, _read_config(folder), results)
+    return Run(name, folder, log, run_starts[-1] if run_starts else {}, _read_config(folder), results)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return the last config of a run, with dotted names; empty if it has none that can be read."""
     paths = numbered(folder / "config.yaml")
     try:
-        return dict(_flat(yaml.safe_load(read_text(paths[-1])))) if paths else {}
+        content = yaml.safe_load(read_text(paths[-1])) if paths else {}
     except (UsageError, yaml.YAMLError):
         return {}
-
-
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, content
+    return dict(flattened(content)) if isinstance(content, dict) else {}
 
 
 # --------------------------------------------------------------------------- the table

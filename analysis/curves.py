@@ -1,4 +1,4 @@
-"""Curves of a training run: which keys of `log.txt` are plotted together, and where the run went on."""
+"""Curves of a training run: which keys of `log.txt` are plotted together, and where the run was resumed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def draw_curves(
     Args:
         log: epochs of the run.
         titles: `CURVES` or `COLLAPSE`.
-        resumed: epochs that were done where the run went on.
+        resumed: epochs done before each resume of the run.
         prototypes: K; ln K is the loss and the entropy of outputs without information.
     """
     for title, keys in titles.items():

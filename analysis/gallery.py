@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image, ImageDraw, ImageOps
 
 from analysis import draw
-from analysis.images import to_rgb
+from analysis.images import printable, to_rgb
 from analysis.plots import STYLE
 from data.decode import decode_image
 from data.layouts.sources import PackedStrings, Source
@@ -76,8 +75,7 @@ class Tile(NamedTuple):
 def caption(name: str, label: str | None, cosine: float | None = None) -> str:
     """Return the cosine similarity and the label of an image, or its file name without one."""
     short = label or PurePath(name).name
-    valid = os.fsencode(short).decode("utf-8", "backslashreplace")
-    return valid if cosine is None else f"{cosine:.3f} {valid}"
+    return printable(short) if cosine is None else f"{cosine:.3f} {printable(short)}"
 
 
 def neighbor_page(rows: Sequence[Sequence[Tile]], thumbnails: Thumbnails, about: str) -> Image.Image:

@@ -14,7 +14,7 @@ from analysis.images import flip_views, plain_view
 from data.transforms import augment
 from data.transforms.augment import MultiCrop
 from distributed import collectives
-from evaluation.features import frozen_backbone, readable_batches
+from evaluation.features import NETWORK, PIXELS, UNTRAINED, frozen_backbone, readable_batches
 from training.run_log import tracked
 from utils import UsageError
 
@@ -102,16 +102,16 @@ def stereo_scores(context: AnalysisContext) -> tuple[dict[str, stereo.StereoScor
     left, right = (
         scale.normalized(augment.as_tensor(picture)).to(context.device) for picture in (pair.left, pair.right)
     )
-    networks = {"network": context.backbone}
+    networks = {NETWORK: context.backbone}
     if context.args.pretrained_weights:
-        networks["untrained network"] = frozen_backbone(context.args, context.config, "", context.device)
+        networks[UNTRAINED] = frozen_backbone(context.args, context.config, "", context.device)
     features = {
         name: [correspondence.region_features(network, image) for image in (left, right)]
         for name, network in networks.items()
     }
-    grid = features["network"][0].grid
+    grid = features[NETWORK][0].grid
     regions = {name: [side.regions_BTC[0].cpu() for side in sides] for name, sides in features.items()}
-    regions["raw pixels"] = [stereo.pixel_regions(image.cpu(), grid) for image in (left, right)]
+    regions[PIXELS] = [stereo.pixel_regions(image.cpu(), grid) for image in (left, right)]
     truth = stereo.true_positions(pair.disparity_HW, grid)
     scores = {name: stereo.stereo_score(first, second, truth, grid, size) for name, (first, second) in regions.items()}
     return scores | {"chance": stereo.chance_score(truth, grid, size)}, size

@@ -193,15 +193,15 @@ def history(run_dir: Path, until: float = float("inf")) -> History:
 
 
 def _epochs_done(start: Mapping[str, Any]) -> float:
-    """Return the epochs before a start; 0 in files of earlier versions, which do not tell."""
+    """Return the epochs before a start; 0 in files of earlier versions, which lack the entry."""
     epochs = start.get("epochs_done")
     return float(epochs) if isinstance(epochs, int | float) else 0.0
 
 
-def commands(begun: Sequence[Mapping[str, Any]]) -> list[str]:
+def commands(run_starts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the commands of the starts of a run, one flag on a line, below when each was given."""
     found: dict[str, list[str]] = {}
-    for start in begun:
+    for start in run_starts:
         if isinstance(start.get("command"), list):
             command = shlex.join(["python", *map(str, start["command"])]).replace(" --", " \\\n    --")
             after = f"after {_epochs_done(start):.4g} epochs" if _epochs_done(start) else ""

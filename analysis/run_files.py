@@ -1,4 +1,4 @@
-"""The files of a training run: `log.txt`, `run.json` and result files, readable also while the run goes on."""
+"""The files of a training run: `log.txt`, `run.json` and result files, which can be read while the run is in progress."""
 
 from __future__ import annotations
 

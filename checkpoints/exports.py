@@ -1,4 +1,4 @@
-"""Write a backbone in the format of another library, with the normalization and size of its images, and say how to load it.
+"""Write a backbone in the format of another library, with normalization and image size; give the lines that load it.
 
 The normalization is in the metadata of safetensors and ONNX files, in an extra file of TorchScript's, in `_metadata` of a state
 dict, which torch saves with it and readers ignore, under `preprocessing` or `meta` beside the tensors for detectron2 and mmdet, and

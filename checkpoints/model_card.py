@@ -67,7 +67,7 @@ def write_folder(
 
     Args:
         images: `checkpoints.exports.preprocessing`.
-        weights: the checkpoint that was loaded; its arguments tell data and method.
+        weights: the checkpoint that was loaded, whose arguments name data and method.
     """
     safetensors.torch.save_file(network.state, folder / "model.safetensors", {"format": "pt"})
     for name, content in (
@@ -117,7 +117,7 @@ def model_card(network: HubModel, title: str, images: Mapping[str, Any], weights
 
 
 def training_of(weights: str | Path | None) -> tuple[str, str]:
-    """Return method and data of a training as far as its full checkpoint tells them."""
+    """Return method and data of a training, from the arguments in its full checkpoint."""
     unknown = "not stated in the weights; fill it in"
     content = load_file(weights, in_place=True) if weights and Path(weights).suffix != ".safetensors" else {}
     args = content.get("args")

@@ -23,7 +23,7 @@ OWN_FIELDS = {"world_size", "finetuning"}  # a file with one of these was writte
 
 
 class SavedNetwork(NamedTuple):
-    """What a file says about its network; None or empty where it says nothing."""
+    """The network that a file describes; fields that it lacks are None or empty."""
 
     arch: str | None = None
     config: SavedConfig | str | None = None

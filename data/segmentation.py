@@ -133,7 +133,7 @@ def _inspect(pair: Pair) -> MaskFacts:
 
 
 def _header_size(path: str) -> Size | None:
-    """Return the size of an upright image from its header; None if Pillow cannot tell: it is compared again when decoded."""
+    """Return the size of an upright image from its header; None if Pillow cannot read it (compared after decoding)."""
     try:
         with open_image(path) as image:
             turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)

@@ -15,11 +15,10 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 import utils
-from evaluation.features import FeatureFunction, frozen_backbone
+from evaluation.features import NETWORK, PIXELS, UNTRAINED, FeatureFunction, frozen_backbone
 from models import Backbone
 from utils import UsageError
 
-NETWORK, PIXELS, UNTRAINED = "network", "raw pixels", "untrained network"  # names of features, as in eval_knn.py
 PATCH_SIDE = 4  # of raw pixels; a region of more pixels is averaged to so many
 
 

@@ -262,8 +262,10 @@ def _extract_batches(
     )
     failures: list[str] = []
     done = 0
-    told = stop_on_interrupt(lambda: f"after {done} of {len(loader)} batches; run the same command again to resume")
-    with told, folder.writer() as writer:
+    interrupts = stop_on_interrupt(
+        lambda: f"after {done} of {len(loader)} batches; run the same command again to resume"
+    )
+    with interrupts, folder.writer() as writer:
         for batch in tqdm(loader, desc="extract", disable=None if collectives.is_main_process() else True, leave=False):
             failures += batch.failures
             refused = any(isinstance(failure, FatalFailure) for failure in batch.failures)

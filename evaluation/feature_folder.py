@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ import numpy as np
 
 from checkpoints import files
 from data.layouts.sources import PackedStrings
-from utils import UsageError, counted, logger
+from utils import UsageError, counted, flattened, logger
 
 META, DONE = "meta.json", "done.npy"
 FEATURES, REGIONS, NAMES, LABELS, UNREADABLE = (
@@ -248,15 +248,6 @@ class FeatureFolder:
                 "extract them again to another folder"
             )
         return SavedFeatures(meta, features_NC, names, labels)
-
-
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values of a nested mapping."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], place: Path, remedy: str) -> None:

@@ -37,6 +37,7 @@ from training.run_log import tracked
 from utils import UsageError, logger
 
 FeatureFunction = Callable[[Tensor], Tensor]
+NETWORK, PIXELS, UNTRAINED = "network", "raw pixels", "untrained network"  # names of features in results
 
 
 class LabeledFeatures(NamedTuple):

@@ -27,9 +27,9 @@ import data
 from data.segmentation import VOID, Size
 from data.transforms.geometry import CropBox
 from distributed import collectives
-from evaluation.dense_features import NETWORK, DenseFeatures, upsampled
+from evaluation.dense_features import DenseFeatures, upsampled
 from evaluation.feature_loaders import FeatureLoader
-from evaluation.features import readable_batches
+from evaluation.features import NETWORK, readable_batches
 from training import checkpointing, optim, restore
 from training.checkpointing import RunPosition, StopRequest
 from training.run_log import EpochMeter, RunLog, tracked

@@ -45,7 +45,7 @@ class HubModel(NamedTuple):
     state: dict[str, Tensor]  # of model.safetensors
 
 
-# Names of timm, and the arguments that tell them apart.
+# Names of timm, and the arguments in which they differ.
 TIMM_SWINS: dict[str, Arguments] = {
     "swin_tiny_patch4_window7_224": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
     "swin_small_patch4_window7_224": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},

@@ -31,7 +31,7 @@ LAUNCH_ARGUMENTS = {
     *("pretrained_weights_ckpt", "init_weights", "allow_partial", "output_dir", "saveckp_freq"),
     *("knn_every", "knn_data_path", "fsdp", "dist_timeout"),
 }
-# How a run computes, told at every resume.
+# How a run computes, logged at every resume.
 MODES = ("precision", "batch_size_per_gpu", "accum_iter", "grad_checkpointing", "fsdp", "compile")
 # Behavior of runs saved before an argument existed.
 BEFORE_THE_ARGUMENT = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}

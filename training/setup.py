@@ -151,7 +151,7 @@ def build_step(
         weight_decay=optim.cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps),
         momentum=optim.cosine_schedule(args.momentum_teacher, 1.0, args.epochs, steps),
     )
-    small_runs.tell_slow_teacher(args.momentum_teacher, float(schedules.momentum.prod()), args.epochs * steps)
+    small_runs.warn_slow_teacher(args.momentum_teacher, float(schedules.momentum.prod()), args.epochs * steps)
     optimizer = optim.build_optimizer(args.optimizer, optim.param_groups(loading.unwrap(method.student)))
     nonfinite = NonFiniteSteps(args.max_bad_steps, Path(args.output_dir))
     return TrainStep(method, optimizer, schedules, device, precision, args.clip_grad, args.freeze_last_layer, nonfinite)

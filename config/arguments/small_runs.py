@@ -1,7 +1,7 @@
 """Defaults for large data sets on short runs and few images.
 
-A default that does not fit is adapted, or told where adapting it would change results; a value that was given is refused or told,
-never changed. Each sentence names the flag, its value and the remedy, before any image is read.
+A default that does not fit is adapted, or warned about where adapting it would change results. A value that was given is never
+changed: it is rejected or warned about. Each message names the flag, its value and the remedy, and comes before any image is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from utils import UsageError, counted, logger
 WARMUPS = ("warmup_epochs", "warmup_teacher_temp_epochs")
 LARGEST_INITIAL_SHARE = 0.05  # of the initial weights in the teacher at the end of a run
 LINEAR_RATES = [0.001, 0.01, 0.1, 1.0]
-FEW_IMAGES_SEEN = 2_000_000  # by a linear probe over all epochs; the published ones see 128 million
+FEW_TRAINING_IMAGES = 2_000_000  # of a linear probe over all epochs; the published ones use 128 million
 
 
 class DefaultInt(int):
@@ -51,7 +51,7 @@ def fit_schedules(args: argparse.Namespace) -> None:
             )
 
 
-def tell_slow_teacher(momentum: float, initial_share: float, steps: int) -> None:
+def warn_slow_teacher(momentum: float, initial_share: float, steps: int) -> None:
     """Warn if a run is too short for its --momentum_teacher.
 
     Args:
@@ -68,7 +68,7 @@ def tell_slow_teacher(momentum: float, initial_share: float, steps: int) -> None
     )
 
 
-def tell_large_k(ks: list[int], voters: int) -> None:
+def warn_large_k(ks: list[int], voters: int) -> None:
     """Warn about --nb_knn larger than the number of images of the smallest class that vote."""
     large = [k for k in ks if k > voters]
     if large:
@@ -80,8 +80,8 @@ def tell_large_k(ks: list[int], voters: int) -> None:
 
 
 def fit_linear_rates(args: argparse.Namespace, images: int) -> None:
-    """Replace the default --lr of a linear probe by several that include it if the probe sees few images in all its epochs."""
-    few = isinstance(args.lr, DefaultList) and images * args.epochs < FEW_IMAGES_SEEN
+    """Replace the default --lr of a linear probe by several that include it if the probe trains on few images in all its epochs."""
+    few = isinstance(args.lr, DefaultList) and images * args.epochs < FEW_TRAINING_IMAGES
     if few:
         logger.info(
             "--lr is %s, a classifier for each: the default, %g, is for ImageNet, and %s in %s are few",

@@ -92,7 +92,7 @@ def _by_stem(folder: Path) -> dict[str, str]:
         stem = str(Path(name).with_suffix(""))
         if stem in found:
             raise UsageError(
-                f"{folder} has both {found[stem]} and {name}, which cannot be told apart; keep one of them"
+                f"{folder} has both {found[stem]} and {name}, which are the same without extension; keep one of them"
             )
         found[stem] = name
     return found

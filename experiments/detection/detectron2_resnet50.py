@@ -4,7 +4,7 @@
     DATA=/my/objects WEIGHTS=resnet50.pkl python DETECTRON2/tools/lazyconfig_train_net.py \\
         --config-file experiments/detection/detectron2_resnet50.py
 
-DETECTRON2 is a checkout of detectron2; detectron2_retinanet.py says what DATA holds. As in torchvision, the 3 x 3 convolution has
+DETECTRON2 is a checkout of detectron2; detectron2_retinanet.py describes DATA. As in torchvision, the 3 x 3 convolution has
 the stride.
 """
 

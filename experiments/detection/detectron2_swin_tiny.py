@@ -4,7 +4,7 @@
     DATA=/my/objects WEIGHTS=swin_tiny.pkl python DETECTRON2/tools/lazyconfig_train_net.py \\
         --config-file experiments/detection/detectron2_swin_tiny.py
 
-DETECTRON2 is a checkout of detectron2; detectron2_retinanet.py says what DATA holds. For window 14 set window_size=14. The eps of
+DETECTRON2 is a checkout of detectron2; detectron2_retinanet.py describes DATA. For window 14 set window_size=14. The eps of
 LayerNorm is that of pre-training (detectron2's default is 1e-5). Optimizer as in Swin Transformer (Liu et al., ICCV 2021).
 """
 

@@ -3,7 +3,7 @@
     python export.py --arch resnet50 --pretrained_weights /my/run/checkpoint.pth --format mmdet --output resnet50_mmdet.pth
     DATA=/my/objects WEIGHTS=resnet50_mmdet.pth python MMDET/tools/train.py experiments/detection/mmdet_resnet50.py
 
-MMDET is a checkout of mmdet 3.3; mmdet_retinanet.py says what DATA holds.
+MMDET is a checkout of mmdet 3.3; mmdet_retinanet.py describes DATA.
 """
 
 _base_ = "mmdet_retinanet.py"

@@ -3,7 +3,7 @@
     python export.py --arch swin_tiny --pretrained_weights /my/run/checkpoint.pth --format mmdet --output swin_tiny_mmdet.pth
     DATA=/my/objects WEIGHTS=swin_tiny_mmdet.pth python MMDET/tools/train.py experiments/detection/mmdet_swin_tiny.py
 
-MMDET is a checkout of mmdet 3.3; mmdet_retinanet.py says what DATA holds. For window 14 set window_size=14. The eps of LayerNorm is
+MMDET is a checkout of mmdet 3.3; mmdet_retinanet.py describes DATA. For window 14 set window_size=14. The eps of LayerNorm is
 that of pre-training (mmdet's default is 1e-5). Optimizer as in Swin Transformer (Liu et al., ICCV 2021).
 """
 

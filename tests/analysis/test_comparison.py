@@ -300,5 +300,5 @@ def test_runs_of_main_esvit(
     last = json.loads((tmp_path / "two" / "log.txt").read_text().splitlines()[-1])
     assert float(rows["loss, last"]["two"]) == last["train_loss"]
     curves = build_curves(open_runs([str(tmp_path / "one"), str(tmp_path / "two")]))
-    assert list(curves["Effective rank: regions"]) == ["one"]
-    assert [len(points) for points in curves["Entropy of the teacher: views"].values()] == [1, 2]
+    assert list(curves["Effective rank of the features: regions"]) == ["one"]
+    assert [len(points) for points in curves["Entropy of the teacher, nats: views"].values()] == [1, 2]

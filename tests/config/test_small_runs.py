@@ -120,7 +120,7 @@ def initial_share(momentum: float, steps: int) -> float:
 @pytest.mark.parametrize("steps", [40, 600, 1400])
 def test_the_momentum_named_for_a_short_run_is_low_enough(log: pytest.LogCaptureFixture, steps: int) -> None:
     share = initial_share(0.996, steps)
-    small_runs.tell_slow_teacher(0.996, share, steps)
+    small_runs.warn_slow_teacher(0.996, share, steps)
     (told,) = log.messages
     assert told.startswith("--momentum_teacher 0.996")
     assert f"{100 * share:.0f} %" in told
@@ -130,8 +130,8 @@ def test_the_momentum_named_for_a_short_run_is_low_enough(log: pytest.LogCapture
 
 
 def test_a_long_enough_run_is_not_told_about_its_teacher(log: pytest.LogCaptureFixture) -> None:
-    small_runs.tell_slow_teacher(0.996, initial_share(0.996, 1600), 1600)
-    small_runs.tell_slow_teacher(0.98, initial_share(0.98, 400), 400)
+    small_runs.warn_slow_teacher(0.996, initial_share(0.996, 1600), 1600)
+    small_runs.warn_slow_teacher(0.98, initial_share(0.98, 400), 400)
     assert not log.messages
 
 
@@ -160,10 +160,10 @@ def test_learning_rates_of_a_linear_probe(
 
 @pytest.mark.parametrize(("ks", "large"), [([5, 20, 100], "20 100"), ([1, 10], "")])
 def test_k_beyond_the_smallest_class_is_told(log: pytest.LogCaptureFixture, ks: list[int], large: str) -> None:
-    small_runs.tell_large_k(ks, 10)
+    small_runs.warn_large_k(ks, 10)
     assert [line.startswith(f"--nb_knn {large} ") for line in log.messages] == ([True] if large else [])
 
 
 def test_the_default_number_of_neighbors_is_fine_for_imagenet(log: pytest.LogCaptureFixture) -> None:
-    small_runs.tell_large_k([10, 20, 100, 200], int(np.array([732, 1300]).min()))
+    small_runs.warn_large_k([10, 20, 100, 200], int(np.array([732, 1300]).min()))
     assert not log.messages
