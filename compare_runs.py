@@ -28,7 +28,7 @@ from analysis import plots, report, tables
 from analysis.comparison import Run, build_curves, build_rows, open_runs
 from checkpoints import files
 from distributed import launch
-from utils import counted, setup_logging
+from utils import UsageError, counted, setup_logging
 
 STYLE = """<style>
 .best { font-weight: bold; } .section th { padding-top: 1.2em; text-align: left; }
@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> None:
         files.make_output_dir(args.output_dir)
     runs = open_runs(args.runs, args.names)
     names, rows = [run.name for run in runs], build_rows(runs)
+    if not rows:
+        raise UsageError(f"{', '.join(names)} have no epoch and no score yet, so there is nothing to compare")
     print(tables.as_text(names, rows, shutil.get_terminal_size().columns))
     if args.output_dir:
         with files.disk_errors(args.output_dir):

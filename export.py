@@ -63,8 +63,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info("%s: %s", args.pretrained_weights, report)
     drop_class_tokens(backbone, CLASS_TOKENS[args.class_tokens])
     with files.disk_errors(args.output, "--output"):
-        arch = args.arch if args.class_tokens == "all" else None  # the config has all
-        write(backbone, args.format, args.output, config, args.pretrained_weights, arch)
+        write(backbone, args.format, args.output, backbone.resolve_config(config), args.pretrained_weights, args.arch)
         written = [args.output, *args.output.glob("*")]
         size = sum(path.stat().st_size for path in written if path.is_file())
     logger.info("wrote %s (%s, %.1f MB)", args.output, args.format, size / 1e6)

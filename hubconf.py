@@ -147,13 +147,18 @@ def esvit(
     Raises:
         ValueError: an invalid file, or one that does not describe its network, without `arch`.
     """
-    saved = _module("checkpoints.network").saved_network(weights)
+    network, UsageError = _module("checkpoints.network"), _module("utils").UsageError
+    saved = network.saved_network(weights)
+    if arch and saved.arch and not allow_partial and not network.is_network(arch, saved.arch):
+        raise UsageError(f"arch '{arch}': checkpoint '{weights}' was trained with '{saved.arch}'; leave arch out")
     if arch is None and (saved.arch is None or (cfg or saved.config) is None):
         entries = ", ".join(name for name in globals() if name.startswith(("esvit_", "udi_")))
-        raise _module("utils").UsageError(
+        raise UsageError(
             f"checkpoint '{weights}' does not describe its network; pass arch, e.g. 'swin_tiny', and cfg for a yaml that is "
             f"not the published one, or call the entry of its network: {entries}"
         )
+    if arch and saved.arch and not network.is_network(arch, saved.arch):
+        saved = network.SavedNetwork()  # of another network
     overrides = () if cfg else saved.overrides
     patch_size = patch_size or saved.patch_size or 16
     return _backbone(

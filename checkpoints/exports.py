@@ -229,4 +229,7 @@ def loading_lines(backbone: Backbone, target: str, output: Path, config: CfgNode
         ),
     }
     own = "import torch", f"backbone = torch.hub.load({str(ROOT)!r}, 'esvit', source='local', weights={file!r})"
+    if config.MODEL.SPEC.get("NUM_CLS_TOKENS") and not backbone.num_cls_tokens:  # no network of this project has none
+        loaded = f"torch.load({file!r})" if target == "backbone" else f"safetensors.torch.load_file({file!r})"
+        own = "import safetensors.torch, torch", f"state = {loaded}"
     return lines.get(target, own)

@@ -38,11 +38,10 @@ def saved_network(path: str | Path) -> SavedNetwork:
         UsageError: As in `serialization.load_file`.
     """
     if is_safetensors(path):
-        return _exported(json.loads(_safetensors_metadata(path).get("network", "{}")), path)
+        return _exported(_safetensors_metadata(path), path)
     content = load_file(path, in_place=True)
-    exported = getattr(content, "_metadata", {}).get("network")
-    if isinstance(exported, Mapping):
-        return _exported(exported, path)
+    if "network" in getattr(content, "_metadata", {}):
+        return _exported(content._metadata["network"], path)  # type: ignore[attr-defined]
     args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
     arch = args.get("arch")
     if arch not in list_models():
@@ -55,17 +54,18 @@ def saved_network(path: str | Path) -> SavedNetwork:
     return network._replace(config=config, overrides=_published_overrides(args) if config else ())
 
 
-def _safetensors_metadata(path: str | Path) -> Mapping[str, str]:
+def _safetensors_metadata(path: str | Path) -> Any:
     check_readable(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except safetensors.SafetensorError:
-        return {}  # damaged, as loading will report
+            return json.loads((file.metadata() or {}).get("network", "null"))
+    except (safetensors.SafetensorError, ValueError):
+        return None  # a damaged file is reported when it is loaded
 
 
-def _exported(network: Mapping[str, Any], path: str | Path) -> SavedNetwork:
-    """Return what export.py writes about the network of a file, or nothing if another program wrote it."""
+def _exported(network: Any, path: str | Path) -> SavedNetwork:
+    """Return the description of a network that export.py writes; empty for other values."""
+    network = network if isinstance(network, Mapping) else {}
     if network.get("arch") not in list_models() or not isinstance(network.get("config"), str):
         return SavedNetwork()
     config = SavedConfig(network["config"], f"the config inside '{path}'")

@@ -32,7 +32,6 @@ from data.layouts.image_list import select_listed
 from data.transforms import augment
 from distributed import collectives
 from models import Backbone, build_model, list_models, load_arch_config
-from models.registry import lookup
 from training.run_log import tracked
 from utils import UsageError, logger
 
@@ -68,19 +67,19 @@ def network_config(args: argparse.Namespace, drop_path: float | None = None, pat
     if args.arch is None and saved.arch is None:
         found = f"checkpoint '{weights}' does not name its architecture" if weights else "--random_weights needs --arch"
         raise UsageError(
-            f"{found}; pass --arch, and --cfg for a network of another size, one of {', '.join(list_models())}"
+            f"{found}; pass --arch, one of {', '.join(list_models())}, and --cfg for a network of another size"
         )
-    if saved.arch and args.arch and not is_network(args.arch, saved.arch) and not args.allow_partial:
-        raise UsageError(
-            f"--arch {args.arch}: checkpoint '{weights}' was trained with --arch {saved.arch}; leave --arch out, or pass "
-            "--allow_partial to load the tensors that fit"
-        )
-    if args.arch is None or args.arch == saved.arch:
-        args.patch_size = args.patch_size or saved.patch_size
+    if args.arch and saved.arch and not is_network(args.arch, saved.arch):
+        if not args.allow_partial:
+            raise UsageError(
+                f"--arch {args.arch}: checkpoint '{weights}' was trained with --arch {saved.arch}; leave --arch out, or pass "
+                "--allow_partial to load the tensors that fit"
+            )
+        saved = SavedNetwork()  # the config and patch size are not those of --arch
     args.arch = args.arch or saved.arch
-    args.patch_size = args.patch_size or patch_size
+    args.patch_size = args.patch_size or saved.patch_size or patch_size
     source, overrides = args.cfg, args.opts
-    if source is None and saved.config is not None and lookup(args.arch).spec is lookup(saved.arch or args.arch).spec:
+    if source is None and saved.config is not None:
         source, overrides = saved.config, [*saved.overrides, *args.opts]
         logger.info("the network is %s of %s; --cfg overrides it", args.arch, source)
         try:

@@ -186,10 +186,10 @@ class VisionTransformer(Backbone):
             logger.info("position embeddings are resized by the rule 'scale' of DINO and UDI (MODEL.SPEC.POS_RESIZE)")
 
     def resolve_config(self, config: CfgNode) -> CfgNode:
-        """Return the config with the rule of resizing that is in use."""
+        """Return the config with the rule of resizing and the number of class tokens that are in use."""
         config = config.clone()
         config.defrost()
-        config.MODEL.SPEC.POS_RESIZE = self.pos_resize
+        config.MODEL.SPEC.POS_RESIZE, config.MODEL.SPEC.NUM_CLS_TOKENS = self.pos_resize, self.num_cls_tokens
         config.freeze()
         return config
 

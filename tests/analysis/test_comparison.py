@@ -302,3 +302,12 @@ def test_runs_of_main_esvit(
     curves = build_curves(open_runs([str(tmp_path / "one"), str(tmp_path / "two")]))
     assert list(curves["Effective rank of the features: regions"]) == ["one"]
     assert [len(points) for points in curves["Entropy of the teacher, nats: views"].values()] == [1, 2]
+
+
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    """Result files without a number are those of runs, but no row is left."""
+    for name in ("a", "b"):
+        (tmp_path / name / "results").mkdir(parents=True)
+        (tmp_path / name / "results" / "x.json").write_text('{"scores": {"row": {"note": "text"}}}')
+    with pytest.raises(UsageError, match=r"a, b have no epoch and no score"):
+        compare(tmp_path / "a", tmp_path / "b")

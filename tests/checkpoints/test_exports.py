@@ -248,6 +248,35 @@ def test_the_printed_lines_load_it(format: str, tmp_path: Path, capsys: pytest.C
         assert torch.equal(again(images), expected.view_BC)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("kept", ["first", "none"])
+def test_the_printed_lines_after_tokens_are_dropped(
+    kept: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network, config = built("vit two tokens")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "network.yaml").write_text(config.dump())
+    line = [
+        "--arch",
+        "vit",
+        "--cfg",
+        str(tmp_path / "network.yaml"),
+        "--pretrained_weights",
+        str(tmp_path / "weights.pth"),
+    ]
+    line += ["--format", "backbone" if suffix == "pth" else "safetensors", "--output", str(tmp_path / f"out.{suffix}")]
+    export.main(export.get_args_parser().parse_args([*line, "--patch_size", "8", "--class_tokens", kept]))
+    names: dict[str, Any] = {}
+    exec(capsys.readouterr().out, names)
+    if kept == "none":
+        assert names["state"]["pos_embed"].shape[1] == network.pos_embed.shape[1] - 2  # type: ignore[index]
+    else:
+        network.keep_class_tokens(1)
+        images = images_for(config, 2)
+        assert relative_error(names["backbone"](images), network(images)) < 1e-6
+
+
 @pytest.mark.parametrize("format", [*FORMATS[:-2], pytest.param("onnx", marks=pytest.mark.slow), "torchscript"])
 def test_every_format_carries_the_normalization(format: str, tmp_path: Path) -> None:
     network, config = built("resnet", *INPUT)

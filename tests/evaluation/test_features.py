@@ -88,15 +88,22 @@ def test_checkpoint_of_another_architecture(trained: Path) -> None:
     args = eval_knn.get_args_parser().parse_args(weights)
     with pytest.raises(UsageError, match=r"--arch swin_tiny: .* was trained with --arch vit"):
         features.network_config(args)
-    assert (
-        features.network_config(eval_knn.get_args_parser().parse_args([*weights, "--allow_partial"])).MODEL.NAME
-        == "swin_transformer"
-    )
-    args = eval_knn.get_args_parser().parse_args(
-        [*weights[2:], "--arch", "deit_small"]
-    )  # of the config's size all the same
-    assert features.network_config(args).MODEL.SPEC.DIM_EMBED == 16
+    args = eval_knn.get_args_parser().parse_args([*weights, "--allow_partial"])
+    assert features.network_config(args).MODEL.NAME == "swin_transformer"
     assert args.patch_size == 16
+
+
+def test_architecture_of_another_size(trained: Path) -> None:
+    """Of the same family, but not of the size in the checkpoint."""
+    weights = ["--arch", "deit_small", "--pretrained_weights", str(trained / "run" / "checkpoint.pth")]
+    with pytest.raises(UsageError, match=r"--arch deit_small: .* was trained with --arch vit"):
+        features.network_config(eval_knn.get_args_parser().parse_args(weights))
+    args = eval_knn.get_args_parser().parse_args([*weights, "--allow_partial"])
+    assert features.network_config(args).MODEL.SPEC.DIM_EMBED == 384
+    generic = eval_knn.get_args_parser().parse_args(
+        ["--arch", "vit", "--pretrained_weights", str(GENUINE / "udi_vit.pth")]
+    )
+    assert features.network_config(generic).MODEL.SPEC.NUM_CLS_TOKENS == 2
 
 
 def test_no_architecture_is_named(tmp_path: Path) -> None:

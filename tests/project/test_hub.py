@@ -71,9 +71,10 @@ def test_the_student_and_own_arguments(tmp_path: Path) -> None:
         ({"args": None}, {}, "pass arch"),
         ({"config": None}, {}, "pass arch"),
         ({}, {"arch": "resnet18"}, "resnet18"),
+        ({}, {"arch": "swin_small"}, "arch 'swin_small'.*trained with 'swin'"),
         ({}, {"checkpoint_key": "nobody"}, "nobody"),
     ],
-    ids=["published", "no arguments", "no config", "another network", "no such key"],
+    ids=["published", "no arguments", "no config", "another network", "another size", "no such key"],
 )
 def test_errors_are_one_sentence(
     changes: dict[str, Any], arguments: dict[str, Any], words: str, tmp_path: Path
