@@ -347,6 +347,46 @@ def test_finished_folders_are_never_changed(images: Path, tmp_path: Path) -> Non
     assert (tmp_path / "precious" / "files.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--arch resnet50",
+        "--patch_size 16",
+        "--cfg x.yaml",
+        "--pretrained_weights x.pth",
+        "--checkpoint_key student",
+        "--token both",
+        "--allow_partial",
+        "--dataset cifar",
+        "--split val",
+        "--zip_mode",
+        "--tsv_mode",
+        "--image_size 40",
+        "--crop_ratio 0.5",
+        "--regions",
+        "--half",
+        "--normalize",
+        "MODEL.SPEC.WINDOW_SIZE 14",
+    ],
+)
+def test_flags_that_contradict_a_finished_folder(flags: str, finished: Path) -> None:
+    with pytest.raises(UsageError, match=f"{flags}.* cannot change the finished features"):
+        derive(finished, *flags.split(), "--neighbors", "2")
+
+
+def test_flags_that_a_finished_folder_was_made_with(finished: Path) -> None:
+    flags = "--arch swin --random_weights --dataset images --split train --image_size 32 --crop_ratio 0.875 --half off"
+    derive(finished, *flags.split(), "--patch_size", str(meta(finished)["network"]["patch_size"]), "--neighbors", "2")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of finished features."""
+    folder = tmp_path_factory.mktemp("finished")
+    extract(folder / "out", write_images(folder / "images", 3))
+    return folder / "out"
+
+
 @pytest.mark.parametrize("name", ["features.npy", "files.txt", "labels.txt", "meta.json"])
 def test_damaged_folders(name: str, images: Path, tmp_path: Path) -> None:
     extract(tmp_path / "out", images)
