@@ -9,7 +9,7 @@
 
 While it is extracted, everything is in the sub-folder `unfinished`, with `done.npy`: one byte an image, set after its rows are on
 the disk. A resumed extraction computes the remaining images. Then `unfinished/meta.json` gets the number of unreadable images, and
-from then on nothing is computed. The files are moved up, meta.json last, so a folder with meta.json is complete; it is never changed.
+from then on nothing is computed. The files are moved up, meta.json last: a folder with meta.json is complete, and never changed.
 
 Rows are written by seeking in the file rather than through a memory map: the memory of a process does not grow with the number of
 images, and a full disk is an error instead of a signal. Processes write different rows of the same files.

@@ -303,8 +303,8 @@ def test_a_folder_that_is_called_unfinished(images: Path, tmp_path: Path, monkey
         (("--image_size", "40"), "preprocessing.image_size"),
         (("--crop_ratio", "1"), "preprocessing.crop_ratio"),
         (("--normalize",), "features.unit_length"),
-        (("--pretrained_weights", "WEIGHTS"), "network.sha256"),
-        (("--data_path", "OTHER"), "data.names_sha256"),
+        (("--pretrained_weights", "WEIGHTS"), "network.seed"),
+        (("--data_path", "OTHER"), "data.classes"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -480,7 +480,7 @@ def test_a_process_that_fails_stops_the_other(images: Path, tmp_path: Path) -> N
         "extraction._extract_batch = failing\n"
         "launch.run_script(partial(e.main, e.get_args_parser().parse_args(sys.argv[1:])))\n"
     )
-    flags = ["--random_weights", "--data_path", images, "--output_dir", tmp_path / "out", "--seed", "0"]
+    flags = ["--random_weights", "--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--seed", "0"]
     flags += ["--batch_size_per_gpu", "1"]
     done = run_script(str(program), *SMALL, *flags, *TINY_SWIN, processes=2)
     assert done.returncode != 0
