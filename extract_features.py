@@ -19,7 +19,7 @@ if __name__ == "__main__":  # --help and usage errors are answered before torch 
     ARGS = get_args_parser().parse_command_line()
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,20 +62,35 @@ def check_args(args: argparse.Namespace, folder: FeatureFolder) -> None:
         raise UsageError(
             f"--data_path is missing, and --output_dir {folder.path} has no finished features; pass --data_path"
         )
-    meta = folder.load().meta
-    saved = {
-        "--regions": "regions" in meta,
-        "--half": meta["features"]["dtype"] == "float16",
-        "--normalize": meta["features"]["unit_length"],
-        "--pretrained_weights": meta["network"]["pretrained_weights"],
-        "--image_size": meta["preprocessing"]["image_size"],
-    }
-    for flag, value in saved.items():
-        given = getattr(args, flag.removeprefix("--"))
-        if given and given != value:
+    defaults = get_args_parser()
+    for name, value in recorded_flags(folder.load().meta).items():
+        given = getattr(args, name)
+        if given and given not in (defaults.get_default(name), value):
+            words = f"--{name} {given}" if name != "opts" else " ".join(given)
             raise UsageError(
-                f"--output_dir {folder.path} has features without {flag} {given}; choose another, with --data_path"
+                f"{words} cannot change the finished features of --output_dir {folder.path}; leave it out, "
+                "or pass --data_path and another --output_dir"
             )
+
+
+def recorded_flags(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that features depend on and the values that they were made with, None where only their effect is saved."""
+    network, images, preprocessing = meta["network"], meta["data"], meta["preprocessing"]
+    own = ("arch", "patch_size", "pretrained_weights", "checkpoint_key", "token", "allow_partial")
+    return {
+        **{name: network[name] for name in own},
+        **dict.fromkeys(("cfg", "opts")),
+        "random_weights": not network["pretrained_weights"],
+        "dataset": images["layout"] if images["layout"] in data.COLLECTIONS else Path(images["data_path"]).name,
+        "split": images["split"],
+        "zip_mode": images["layout"] == "zip",
+        "tsv_mode": images["layout"] == "tsv",
+        "image_size": preprocessing["image_size"],
+        "crop_ratio": preprocessing["crop_ratio"],
+        "regions": "regions" in meta,
+        "half": meta["features"]["dtype"] == "float16",
+        "normalize": meta["features"]["unit_length"],
+    }
 
 
 def extract_features(args: argparse.Namespace, folder: FeatureFolder, device: torch.device) -> None:

@@ -9,9 +9,11 @@ Shapes: N images, B images of a batch, T regions, C channels.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,20 +28,20 @@ from yacs.config import CfgNode
 
 import data
 from checkpoints import files
-from data.datasets import FatalFailure, Sample
+from data.datasets import Sample
 from data.layouts.sources import UNLABELED, Files
-from data.loader import MAX_FAILED_SHARE
 from data.transforms import augment
 from data.workers import SignalSafeLoader, usable_workers
 from distributed import collectives
 from distributed.launch import stop_on_interrupt
-from evaluation.feature_folder import FEATURES, REGIONS, FeatureFolder
+from evaluation.feature_folder import FEATURES, REGIONS, FeatureFolder, FeatureWriter
 from evaluation.features import evaluation_size
 from evaluation.results import describe_network
 from models import Backbone
 from utils import UsageError, counted, logger
 
 CHUNK = 2**20  # bytes
+BATCHES_A_VOTE = 20  # of a process, between two exchanges with the others
 
 
 # --------------------------------------------------------------------------- images
@@ -228,19 +230,15 @@ def extract(
         UsageError: more than 1 % of the images cannot be read, features that are not finite, or a failing disk.
         Stopped: on Ctrl-C.
     """
-    tally = data.FailureTally(len(dataset), consequence="its features are NaN")
     with collectives.failing_together(), files.disk_errors(folder.path):
         pending = folder.pending_batches(args.batch_size_per_gpu)
         total = -(-len(dataset) // args.batch_size_per_gpu)
         if len(pending) < total:
             logger.info("resuming: %d of %d batches remain", len(pending), total)
-        own = pending[collectives.get_rank() :: collectives.get_world_size()]
-    with collectives.failing_together(), files.disk_errors(folder.path):
-        failures = _extract_batches(args, dataset, own, backbone, folder, device)
-    tally.exchange(failures, device)
+    reasons = _extract_batches(args, dataset, pending, backbone, folder, device) if len(pending) else {}
     with collectives.failing_together(), files.disk_errors(folder.path):
         if collectives.is_main_process():
-            folder.finish(Names(dataset), tally.seen)
+            folder.finish(Names(dataset), reasons)
 
 
 @torch.no_grad()
@@ -251,36 +249,55 @@ def _extract_batches(
     backbone: Backbone,
     folder: FeatureFolder,
     device: torch.device,
-) -> list[str]:
-    """Extract some batches on this process; return what could not be read, early if that is too much."""
+) -> dict[str, str]:
+    """Extract some batches, which the processes take in turn; return why images cannot be read, by name.
+
+    The processes tell each other every few batches whether they go on, so that none works for hours beside one that has failed.
+    """
+    world = collectives.get_world_size()
     loader = SignalSafeLoader(
         dataset,
-        batch_sampler=ConsecutiveBatches(numbers, args.batch_size_per_gpu, len(dataset)),
+        batch_sampler=ConsecutiveBatches(
+            numbers[collectives.get_rank() :: world], args.batch_size_per_gpu, len(dataset)
+        ),
         num_workers=usable_workers(args.num_workers),
         collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
-    failures: list[str] = []
+    batches = iter(tqdm(loader, desc="extract", disable=None if collectives.is_main_process() else True, leave=False))
+    tally = data.FailureTally(len(dataset), consequence="its features are NaN")
     done = 0
     interrupts = stop_on_interrupt(
         lambda: f"after {done} of {len(loader)} batches; run the same command again to resume"
     )
-    with interrupts, folder.writer() as writer:
-        for batch in tqdm(loader, desc="extract", disable=None if collectives.is_main_process() else True, leave=False):
-            failures += batch.failures
-            refused = any(isinstance(failure, FatalFailure) for failure in batch.failures)
-            if refused or len(set(failures)) > MAX_FAILED_SHARE * len(dataset):
-                break
-            rows = {name: np.full((len(batch.readable_B), *file.shape[1:]), np.nan, file.dtype)
-                    for name, file in writer.files.items()}  # fmt: skip
-            if len(batch.images_BCHW):
-                features = backbone.forward_features(batch.images_BCHW.to(device, non_blocking=True))
-                for name, output in ((FEATURES, features.view_BC), (REGIONS, features.regions_BTC)):
-                    if name in rows:
-                        rows[name][batch.readable_B.numpy()] = _as_rows(output, args.normalize, args.half)
-            writer.write(batch.first, rows, batch.readable_B.numpy().astype(np.uint8))
-            done += 1
-    return failures
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interrupts)
+        with collectives.failing_together(), files.disk_errors(folder.path):
+            writer = stack.enter_context(folder.writer())
+        for _ in range(0, -(-len(numbers) // world), BATCHES_A_VOTE):  # as often on a process with fewer batches
+            failures: list[str] = []
+            with collectives.failing_together(), files.disk_errors(folder.path):
+                for batch in islice(batches, BATCHES_A_VOTE):
+                    _extract_batch(args, batch, backbone, writer, device)
+                    failures += batch.failures
+                    done += 1
+            tally.exchange(failures, device)
+        with collectives.failing_together(), files.disk_errors(folder.path):
+            writer.sync()
+    return tally.seen
+
+
+def _extract_batch(
+    args: argparse.Namespace, batch: ReadImages, backbone: Backbone, writer: FeatureWriter, device: torch.device
+) -> None:
+    rows = {name: np.full((len(batch.readable_B), *file.shape[1:]), np.nan, file.dtype)
+            for name, file in writer.files.items()}  # fmt: skip
+    if len(batch.images_BCHW):
+        features = backbone.forward_features(batch.images_BCHW.to(device, non_blocking=True))
+        for name, output in ((FEATURES, features.view_BC), (REGIONS, features.regions_BTC)):
+            if name in rows:
+                rows[name][batch.readable_B.numpy()] = _as_rows(output, args.normalize, args.half)
+    writer.write(batch.first, rows, batch.readable_B.numpy().astype(np.uint8))
 
 
 def _as_rows(features: Tensor, normalize: bool, half: bool) -> np.ndarray:

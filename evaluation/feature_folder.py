@@ -8,8 +8,8 @@
     meta.json         network, checksum of the weights, data, preprocessing, shapes
 
 While it is extracted, everything is in the sub-folder `unfinished`, with `done.npy`: one byte an image, set after its rows are on
-the disk. A resumed extraction computes the remaining images. Finished files are moved up, meta.json last, so a folder with
-meta.json is complete; it is never changed.
+the disk. A resumed extraction computes the remaining images. Then `unfinished/meta.json` gets the number of unreadable images, and
+from then on nothing is computed. The files are moved up, meta.json last: a folder with meta.json is complete, and never changed.
 
 Rows are written by seeking in the file rather than through a memory map: the memory of a process does not grow with the number of
 images, and a full disk is an error instead of a signal. Processes write different rows of the same files.
@@ -167,7 +167,7 @@ class FeatureFolder:
             remedy = "" if self.finished else f"pass the flags and images that it was started with, delete {saved}, or "
             _check_same(_read_meta(saved), meta, saved, remedy)
             return
-        present = [name for name in CONTENT if files.lexists(self.path / name)]
+        present = [name for name in (*CONTENT, UNFINISHED) if files.lexists(self.path / name)]
         if present:
             raise UsageError(f"--output_dir {self.path} has {' and '.join(present)} of something else; choose another")
         self._create(meta, names, labels)
@@ -182,17 +182,21 @@ class FeatureFolder:
                 f"--output_dir {self.path} needs {needed / 2**30:.1f} GiB for the features and has {free / 2**30:.1f} GiB free; "
                 "choose another disk, pass --half, or leave --regions out"
             )
-        shutil.rmtree(self.unfinished, ignore_errors=True)  # an extraction that was killed while it was created
-        self.unfinished.mkdir()
-        for name, (shape, dtype) in (arrays | {DONE: ((len(names),), np.dtype(np.uint8))}).items():
-            np.lib.format.open_memmap(self.unfinished / name, "w+", dtype, shape)
-        _write_lines(self.unfinished / NAMES, names)
-        if labels is not None:
-            _write_lines(self.unfinished / LABELS, labels)
-        _write_json(self.unfinished / META, meta)
+
+        def write(folder: Path) -> None:
+            for name, (shape, dtype) in (arrays | {DONE: ((len(names),), np.dtype(np.uint8))}).items():
+                np.lib.format.open_memmap(folder / name, "w+", dtype, shape)
+            _write_lines(folder / NAMES, names)
+            if labels is not None:
+                _write_lines(folder / LABELS, labels)
+            _write_json(folder / META, meta)
+
+        files.write_new_folder(self.unfinished, write)
 
     def pending_batches(self, batch_size: int) -> np.ndarray:
-        """Return the numbers of the batches of consecutive images that have an image to compute."""
+        """Return the numbers of the batches of consecutive images that have an image to compute; none once `finish` has begun."""
+        if "unreadable" in _read_meta(self.unfinished):
+            return np.arange(0)
         done_N = np.load(self.unfinished / DONE, mmap_mode="r")
         starts = np.arange(0, len(done_N), batch_size)
         return np.flatnonzero(np.minimum.reduceat(done_N, starts) == 0)
@@ -208,20 +212,36 @@ class FeatureFolder:
             names: of all images.
             reasons: why images cannot be read, by name.
         """
+        meta = _read_meta(self.unfinished)
+        if "unreadable" not in meta:
+            meta["unreadable"] = self._list_unreadable(names, reasons)
+            _write_json(self.unfinished / META, meta)
+        for name in CONTENT:
+            if (self.unfinished / name).exists():
+                os.replace(self.unfinished / name, self.path / name)
+        for path in (self.unfinished / DONE, *self.unfinished.glob(f".*{files.TEMPORARY_SUFFIX}")):
+            path.unlink(missing_ok=True)
+        others = sorted(path.name for path in self.unfinished.iterdir() if path.name != META)
+        if others:
+            raise UsageError(
+                f"{self.unfinished} has {' and '.join(others)} of something else; move that away and repeat the command"
+            )
+        os.replace(self.unfinished / META, self.path / META)
+        self.unfinished.rmdir()
+        logger.info("wrote the features of %s to %s", counted(len(names), "image"), self.path)
+        if meta["unreadable"]:
+            logger.warning(
+                "%s cannot be read: rows of NaN, listed in %s", counted(meta["unreadable"], "image"), UNREADABLE
+            )
+
+    def _list_unreadable(self, names: Sequence[str], reasons: Mapping[str, str]) -> int:
+        """List the images that are not done, and return their number."""
         unreadable = np.flatnonzero(np.load(self.unfinished / DONE) == 0).tolist()
+        (self.unfinished / UNREADABLE).unlink(missing_ok=True)  # of a run that was killed here
         if unreadable:
             rows = ((row, names[row], reasons.get(names[row], "")) for row in unreadable)
             write_csv(self.unfinished / UNREADABLE, ("row", "image", "reason"), rows)
-        _write_json(self.unfinished / META, _read_meta(self.unfinished) | {"unreadable": len(unreadable)})
-        for name in (*CONTENT, META):
-            if (self.unfinished / name).exists():
-                os.replace(self.unfinished / name, self.path / name)
-        shutil.rmtree(self.unfinished)
-        logger.info("wrote the features of %s to %s", counted(len(names), "image"), self.path)
-        if unreadable:
-            logger.warning(
-                "%s cannot be read: rows of NaN, listed in %s", counted(len(unreadable), "image"), UNREADABLE
-            )
+        return len(unreadable)
 
     # ----------------------------------------------------------------- reading
 

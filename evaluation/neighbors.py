@@ -22,6 +22,7 @@ from distributed import collectives
 from evaluation.knn import CHECKED_ROWS, CHUNKS, FAISS_QUERIES, TIE, Neighbors, check_faiss, nearest, nearest_faiss
 from utils import UsageError, logger
 
+MAX_PAIRS = 10_000_000  # of duplicates
 NEIGHBOR_COLUMNS = ("image", "rank", "neighbor", "cosine")
 DUPLICATE_COLUMNS = ("image", "duplicate", "cosine")
 
@@ -107,12 +108,22 @@ def neighbor_rows(
 
 
 def duplicate_rows(unit: UnitFeatures, names: PackedStrings, threshold: float) -> Iterator[tuple[str, str, str]]:
-    """Yield rows of `DUPLICATE_COLUMNS`, in the order of the images; a collective operation."""
+    """Yield rows of `DUPLICATE_COLUMNS`, in the order of the images; a collective operation.
+
+    Raises:
+        UsageError: there are more than `MAX_PAIRS`.
+    """
     features_MC = unit.features_MC
+    count = 0
     query_chunk, key_chunk = CHUNKS.get(features_MC.device.type, CHUNKS["cpu"])
 
     def of_chunk(own_Q: Tensor) -> tuple[Tensor, Tensor]:
-        return pairs_above(features_MC, own_Q, threshold, key_chunk)
+        nonlocal count
+        with collectives.failing_together():
+            pairs_P2, cosine_P = pairs_above(features_MC, own_Q, threshold, key_chunk)
+        count += sum(collectives.all_gather_objects(len(pairs_P2)))
+        check_pairs(count, threshold)  # before every process gets those of all
+        return pairs_P2, cosine_P
 
     for pairs_P2, cosine_P in _in_turn(of_chunk, features_MC, query_chunk):
         for (first, second), cosine in zip(pairs_P2.tolist(), cosine_P.tolist()):
@@ -120,19 +131,35 @@ def duplicate_rows(unit: UnitFeatures, names: PackedStrings, threshold: float) -
 
 
 def pairs_above(features_MC: Tensor, own_Q: Tensor, threshold: float, key_chunk: int) -> tuple[Tensor, Tensor]:
-    """Return the pairs (P, 2) of a query and a later image with at least this cosine similarity, ordered, and the similarities."""
+    """Return the pairs (P, 2) of a query and a later image with at least this cosine similarity, ordered, and the similarities.
+
+    Raises:
+        UsageError: there are more than `MAX_PAIRS`.
+    """
+    count = 0
     pairs, cosines = [torch.zeros(0, 2, dtype=torch.long, device=own_Q.device)], [features_MC.new_zeros(0)]
     start = int(own_Q[0]) if len(own_Q) else len(features_MC)
     for first in range(start, len(features_MC), key_chunk):
         keys = features_MC[first : first + key_chunk]
         similarity = features_MC[own_Q] @ keys.T
         later = torch.arange(first, first + len(keys), device=own_Q.device) > own_Q[:, None]
-        query_P, key_P = ((similarity >= threshold - TIE) & later).nonzero(as_tuple=True)
+        similar = (similarity >= threshold - TIE) & later
+        count += int(similar.count_nonzero())
+        check_pairs(count, threshold)
+        query_P, key_P = similar.nonzero(as_tuple=True)
         pairs.append(torch.stack([own_Q[query_P], key_P + first], dim=1))
         cosines.append(similarity[query_P, key_P])
     pairs_P2, cosine_P = torch.cat(pairs), torch.cat(cosines)
     order = pairs_P2[:, 0].argsort(stable=True)  # within a query the keys are in order
     return pairs_P2[order], cosine_P[order]
+
+
+def check_pairs(count: int, threshold: float) -> None:
+    """Reject a threshold with too many pairs, of which `count` have been found so far."""
+    if count > MAX_PAIRS:
+        raise UsageError(
+            f"--duplicates {threshold:g} has at least {count:,} pairs, more than {MAX_PAIRS:,}; pass a higher T"
+        )
 
 
 def _in_turn(

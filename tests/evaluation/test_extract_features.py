@@ -25,6 +25,7 @@ from config.loading import load_config
 from data import convert
 from data.datasets import ImageDataset, build_dataset
 from data.layouts.sources import Files, MultiLabels, PackedStrings
+from data.loader import FailureTally
 from data.transforms.augment import eval_view
 from evaluation import extraction, feature_folder
 from evaluation.feature_folder import FeatureFolder, RowFile
@@ -238,16 +239,21 @@ def test_resume_computes_the_rest_and_gives_the_same_bytes(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_killed_while_finishing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", range(1, 7))
+def test_killed_while_finishing(step: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is repaired after the kill is computed if finishing had not begun; else it stays listed as unreadable."""
     expected = extract(tmp_path / "whole", images)
-    replace, moved = os.replace, 0
+    monkeypatch.setattr("data.loader.MAX_FAILED_SHARE", 0.5)
+    broken = images / "class0" / "003.png"
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    replace, replaced = os.replace, 0
 
     def killed(source: Any, target: Any) -> None:
-        nonlocal moved
-        if Path(target).parent == tmp_path / "out":
-            moved += 1
-            if moved == 2:
-                raise KilledError
+        nonlocal replaced
+        replaced += Path(source).parent.name == "unfinished"
+        if replaced == step:
+            raise KilledError
         replace(source, target)
 
     with monkeypatch.context() as patch:
@@ -255,7 +261,38 @@ def test_killed_while_finishing(images: Path, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(KilledError):
             extract(tmp_path / "out", images)
     assert not (tmp_path / "out" / "meta.json").exists()
-    assert extract(tmp_path / "out", images).tobytes() == expected.tobytes()
+    broken.write_bytes(content)
+    finished = extract(tmp_path / "out", images)
+    unreadable = [3] if step > 1 else []
+    assert np.flatnonzero(np.isnan(finished).any(axis=1)).tolist() == unreadable
+    assert meta(tmp_path / "out")["unreadable"] == len(unreadable)
+    assert (tmp_path / "out" / "unreadable.csv").exists() == (step > 1)
+    readable = [row for row in range(11) if row not in unreadable]
+    assert finished[readable].tobytes() == expected[readable].tobytes()
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_a_folder_that_is_called_unfinished(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the user are kept, before an extraction and when one is finished."""
+    precious = tmp_path / "out" / "unfinished" / "features.npy"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    with pytest.raises(UsageError, match="unfinished of something else"):
+        extract(tmp_path / "out", images)
+    assert precious.read_text() == "precious"
+    precious.unlink()
+    precious.parent.rmdir()
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=1, synced=1)
+        with pytest.raises(KilledError):
+            extract(tmp_path / "out", images)
+    notes = tmp_path / "out" / "unfinished" / "notes.txt"
+    notes.write_text("precious")
+    with pytest.raises(UsageError, match=r"notes\.txt of something else"):
+        extract(tmp_path / "out", images)
+    assert notes.read_text() == "precious"
+    notes.rename(tmp_path / "notes.txt")
+    assert extract(tmp_path / "out", images).tobytes() == extract(tmp_path / "whole", images).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -266,8 +303,8 @@ def test_killed_while_finishing(images: Path, tmp_path: Path, monkeypatch: pytes
         (("--image_size", "40"), "preprocessing.image_size"),
         (("--crop_ratio", "1"), "preprocessing.crop_ratio"),
         (("--normalize",), "features.unit_length"),
-        (("--pretrained_weights", "WEIGHTS"), "network.sha256"),
-        (("--data_path", "OTHER"), "data.names_sha256"),
+        (("--pretrained_weights", "WEIGHTS"), "network.seed"),
+        (("--data_path", "OTHER"), "data.classes"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -308,6 +345,46 @@ def test_finished_folders_are_never_changed(images: Path, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match=r"files\.txt of something else"):
         extract(tmp_path / "precious", images)
     assert (tmp_path / "precious" / "files.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--arch resnet50",
+        "--patch_size 16",
+        "--cfg x.yaml",
+        "--pretrained_weights x.pth",
+        "--checkpoint_key student",
+        "--token both",
+        "--allow_partial",
+        "--dataset cifar",
+        "--split val",
+        "--zip_mode",
+        "--tsv_mode",
+        "--image_size 40",
+        "--crop_ratio 0.5",
+        "--regions",
+        "--half",
+        "--normalize",
+        "MODEL.SPEC.WINDOW_SIZE 14",
+    ],
+)
+def test_flags_that_contradict_a_finished_folder(flags: str, finished: Path) -> None:
+    with pytest.raises(UsageError, match=f"{flags}.* cannot change the finished features"):
+        derive(finished, *flags.split(), "--neighbors", "2")
+
+
+def test_flags_that_a_finished_folder_was_made_with(finished: Path) -> None:
+    flags = "--arch swin --random_weights --dataset images --split train --image_size 32 --crop_ratio 0.875 --half off"
+    derive(finished, *flags.split(), "--patch_size", str(meta(finished)["network"]["patch_size"]), "--neighbors", "2")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of finished features."""
+    folder = tmp_path_factory.mktemp("finished")
+    extract(folder / "out", write_images(folder / "images", 3))
+    return folder / "out"
 
 
 @pytest.mark.parametrize("name", ["features.npy", "files.txt", "labels.txt", "meta.json"])
@@ -384,6 +461,49 @@ def test_two_processes_and_a_real_kill(images: Path, tmp_path: Path) -> None:
     assert np.load(tmp_path / "two" / "features.npy").tobytes() == expected.tobytes()
     for name in ("regions.npy", "files.txt", "labels.txt", "neighbors.csv", "duplicates.csv"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_stops_the_other(images: Path, tmp_path: Path) -> None:
+    """The second of two processes fails at once; the first computes 2 of its 6 images, not all while the second waits."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys; from functools import partial\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import extract_features as e; from distributed import launch; from evaluation import extraction\n"
+        "extraction.BATCHES_A_VOTE, extract_batch = 2, extraction._extract_batch\n"
+        "def failing(args, batch, backbone, writer, device):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise e.UsageError('the features are not finite')\n"
+        "    print('batch', batch.first, flush=True)\n"
+        "    extract_batch(args, batch, backbone, writer, device)\n"
+        "extraction._extract_batch = failing\n"
+        "launch.run_script(partial(e.main, e.get_args_parser().parse_args(sys.argv[1:])))\n"
+    )
+    flags = ["--random_weights", "--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--seed", "0"]
+    flags += ["--batch_size_per_gpu", "1"]
+    done = run_script(str(program), *SMALL, *flags, *TINY_SWIN, processes=2)
+    assert done.returncode != 0
+    assert "error: the features are not finite" in done.stderr
+    assert done.stdout.split("\n")[:-1] == ["batch 0", "batch 2"]
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_votes_do_not_change_the_features(
+    batches: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = extract(tmp_path / "whole", images)
+    exchange, votes = FailureTally.exchange, 0
+
+    def counted(*args: Any) -> list[float]:
+        nonlocal votes
+        votes += 1
+        return exchange(*args)
+
+    monkeypatch.setattr(extraction, "BATCHES_A_VOTE", batches)
+    monkeypatch.setattr(FailureTally, "exchange", counted)
+    assert extract(tmp_path / "out", images).tobytes() == expected.tobytes()
+    assert votes == -(-3 // batches)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak memory can be reset on Linux only")

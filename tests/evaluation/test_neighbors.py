@@ -86,6 +86,27 @@ def test_duplicates_against_all_similarities(
     assert (names[2], names[7], "1.000000") in found
 
 
+@pytest.mark.parametrize("chunk", [(128, 2048), (4, 7)])
+def test_too_many_duplicates(chunk: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(knn.CHUNKS, "cpu", chunk)
+    features, names = unit(40)
+    loaded = neighbors.unit_features(features, CPU)
+    count = len(list(neighbors.duplicate_rows(loaded, names, 0.3)))
+    monkeypatch.setattr(neighbors, "MAX_PAIRS", count)
+    assert len(list(neighbors.duplicate_rows(loaded, names, 0.3))) == count
+    monkeypatch.setattr(neighbors, "MAX_PAIRS", count - 1)
+    with pytest.raises(UsageError, match=rf"--duplicates 0\.3 has at least {count} pairs.*higher T"):
+        list(neighbors.duplicate_rows(loaded, names, 0.3))
+
+
+def test_too_many_duplicates_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search of a chunk of queries stops at the first chunk of keys that exceeds the number."""
+    monkeypatch.setattr(neighbors, "MAX_PAIRS", 20)
+    features = torch.ones(1000, 1)
+    with pytest.raises(UsageError, match="at least 30 pairs"):  # 10 with the first five keys, 20 with the next
+        neighbors.pairs_above(features, torch.arange(4), 0.5, key_chunk=5)
+
+
 def test_unit_features_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "CHECKED_ROWS", 7)
     features, _ = unit(40)
