@@ -114,7 +114,7 @@ def read_classes(args: argparse.Namespace) -> list[str] | None:
     """Return the names of --classes, numbers if only their count is given; None if it is left out.
 
     Raises:
-        UsageError: no such file, an empty one, or too many classes.
+        UsageError: no such file, or too few or too many classes.
     """
     if args.classes is None:
         return None
@@ -123,8 +123,9 @@ def read_classes(args: argparse.Namespace) -> list[str] | None:
     else:
         remedy = "--classes takes a number, or a text file with the name of a class on each line"
         names = [line.strip() for line in files.read_text(Path(args.classes), remedy).splitlines() if line.strip()]
-    if not 1 <= len(names) <= MAX_CLASSES:
-        raise UsageError(f"--classes {args.classes} gives {len(names)} classes; choose from 1 to {MAX_CLASSES}")
+    if not 2 <= len(names) <= MAX_CLASSES:
+        count = utils.counted(len(names), "class", "classes")
+        raise UsageError(f"--classes {args.classes} gives {count}; choose from 2 to {MAX_CLASSES}")
     if len(set(names)) < len(names):
         raise UsageError(f"--classes {args.classes} has a name twice; give each class a name of its own")
     return names
@@ -142,7 +143,7 @@ def choose_classes(
     """Return the names of the classes, and how masks code them; check the values of the masks of both splits.
 
     Raises:
-        UsageError: a value is neither a class nor void, or a split has no pixel with a class.
+        UsageError: a value is neither a class nor void, a split has no pixel with a class, or there are too few or too many classes.
     """
     void = {args.ignore_index, 0} if args.reduce_zero_label else {args.ignore_index}
     present = [{value for fact in part for value in fact.values} - void for part in facts]
@@ -151,14 +152,25 @@ def choose_classes(
             raise UsageError(
                 f"the {split} masks of {args.data_path} are void everywhere; check --ignore_index and masks"
             )
+    occurring = set.union(*present)
+    if len(occurring) < 2:
+        found = sorted({value for part in facts for fact in part for value in fact.values})
+        raise UsageError(
+            f"the masks of {args.data_path} have the values {', '.join(map(str, found))}, of which only {max(occurring)} is a class, "
+            f"and segmentation needs two; {args.ignore_index} is void (--ignore_index), so recode masks of 0 and 255 to 0 and 1"
+        )
     names = read_classes(args)
     if names is None:
-        names = numbered_classes(max(set.union(*present)) + 1 - int(args.reduce_zero_label), args)
+        names = numbered_classes(max(occurring) + 1 - int(args.reduce_zero_label), args)
+        if len(names) > MAX_CLASSES:
+            raise UsageError(
+                f"the masks of {args.data_path} have the value {max(occurring)}, but there can be {MAX_CLASSES} classes at most; "
+                f"pass --ignore_index {max(occurring)} if it is void, else --classes and masks without it"
+            )
         logger.info("--classes is %d, by the largest value in the masks", len(names))
-        occurring = len(set.union(*present))
-        if 2 * occurring < len(names):
+        if 2 * len(occurring) < len(names):
             logger.warning(
-                "only %d of these classes occur in the masks; pass --classes if the largest is wrong", occurring
+                "only %d of these classes occur in the masks; pass --classes if the largest is wrong", len(occurring)
             )
     coding = MaskCoding(len(names), args.ignore_index, args.reduce_zero_label)
     for pair, fact in zip([*pairs[0], *pairs[1]], [*facts[0], *facts[1]]):
@@ -357,7 +369,8 @@ def main(args: argparse.Namespace) -> None:
             if collectives.is_main_process():
                 best = report(args, task, scores)
                 draw_predictions(args, task, predict, rows, best)
-                (Path(args.output_dir) / CACHE).unlink(missing_ok=True)
+                if not args.knn:  # else they may be those of a linear run that is to be resumed
+                    (Path(args.output_dir) / CACHE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -216,6 +216,13 @@ def test_cached_features_are_those_of_center_crops(
     assert np.array_equal(masks[4].numpy(), middle[7:39])
 
 
+def test_votes_keep_the_features_of_an_interrupted_run(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / feature_loaders.CACHE).write_bytes(b"features")
+    run(images, tmp_path / "out", "--knn")
+    assert (tmp_path / "out" / feature_loaders.CACHE).read_bytes() == b"features"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -276,9 +283,11 @@ def test_damaged_fields_are_named(images: Path, tmp_path: Path, key: str) -> Non
         (["--window", "16", "--stride", "17"], "--stride 17 .*--window 16"),
         (["--classes", "2"], r"masks/000\.png has the value 2, .*0 to 1.*--classes"),
         (["--classes", "0"], "--classes 0 gives 0 classes"),
-        (["--classes", "99999999999999"], "choose from 1 to 255"),
+        (["--classes", "99999999999999"], "choose from 2 to 255"),
         (["--classes", "no.txt"], "no.txt"),
+        (["--classes", "1"], "--classes 1 gives 1 class; choose from 2"),
         (["--ignore_index", "1"], "value 255"),
+        (["--ignore_index", "0"], "the value 255, .*--ignore_index 255.*--classes"),
         (["--knn", "--cache_features"], "--cache_features .*--knn"),
         (["--data_path", "/"], "no images with masks"),
         (["--pretrained_weights", "x.pth"], "exclude each other"),
@@ -297,6 +306,15 @@ def test_masks_of_void_only(images: Path, tmp_path: Path) -> None:
         Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
     with pytest.raises(UsageError, match=r"val masks of .* void everywhere"):
         run(images, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [[], ["--classes", "2"]], ids=str)
+def test_binary_masks_of_0_and_255(images: Path, tmp_path: Path, flags: list[str]) -> None:
+    """With 255 as void they have a single class, of which every prediction would be right."""
+    for path in images.glob("*/masks/*"):
+        Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    with pytest.raises(UsageError, match="values 0, 255, of which only 0 is a class.*255 is void .*recode"):
+        run(images, tmp_path / "out", *flags)
 
 
 def test_images_that_cannot_be_read_end_the_run(images: Path, tmp_path: Path) -> None:
