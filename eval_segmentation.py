@@ -28,6 +28,7 @@ if __name__ == "__main__":  # --help and usage errors are answered before torch 
 import argparse
 import hashlib
 import io
+import platform
 import textwrap
 from collections.abc import Sequence
 from contextlib import closing
@@ -143,7 +144,8 @@ def choose_classes(
     """Return the names of the classes, and how masks code them; check the values of the masks of both splits.
 
     Raises:
-        UsageError: a value is neither a class nor void, a split has no pixel with a class, or there are too few or too many classes.
+        UsageError: a value is neither a class nor void, a split has no pixel with a class, or the masks have too few or too many
+            classes.
     """
     void = {args.ignore_index, 0} if args.reduce_zero_label else {args.ignore_index}
     present = [{value for fact in part for value in fact.values} - void for part in facts]
@@ -154,10 +156,10 @@ def choose_classes(
             )
     occurring = set.union(*present)
     if len(occurring) < 2:
-        found = sorted({value for part in facts for fact in part for value in fact.values})
+        found = ", ".join(map(str, sorted({value for part in facts for fact in part for value in fact.values})))
         raise UsageError(
-            f"the masks of {args.data_path} have the values {', '.join(map(str, found))}, of which only {max(occurring)} is a class, "
-            f"and segmentation needs two; {args.ignore_index} is void (--ignore_index), so recode masks of 0 and 255 to 0 and 1"
+            f"the masks of {args.data_path} have the values {found}, of which only {max(occurring)} is a class, and segmentation "
+            f"needs two; {args.ignore_index} is void (--ignore_index), so recode masks of 0 and 255 to 0 and 1"
         )
     names = read_classes(args)
     if names is None:
@@ -221,6 +223,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Task:
     with collectives.failing_together():
         names, coding = choose_classes(args, pairs, facts)
     crop = crop_size([resized(fact.size, args.image_size) for fact in facts[0]], windows.side, windows.multiple)
+    if args.cache_features:
+        check_cache_size(len(pairs[0]), features, crop)
     views: tuple[PairTransform, PairTransform] = (
         CropPair(crop, args.image_size, mean, std, augment=not (args.knn or args.cache_features)),
         WholeImage(args.image_size, mean, std),
@@ -237,6 +241,25 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Task:
         "digest of weights and config": network_digest(backbone, config),
     }
     return Task(config, features, train_set, val_set, crop, windows, identity, device)
+
+
+def check_cache_size(images: int, features: DenseFeatures, crop: Size) -> None:
+    """Check that the features of --cache_features fit into main memory; a collective operation.
+
+    Raises:
+        UsageError: they do not.
+    """
+    machine = platform.node()
+    processes = collectives.all_gather_objects(machine).count(machine)
+    regions = crop[0] // features.stride * (crop[1] // features.stride)
+    size = processes * images * regions * features.channels * torch.float32.itemsize
+    with collectives.failing_together():
+        if size > utils.main_memory():
+            raise UsageError(
+                f"--cache_features needs {size / 2**30:.1f} GiB for {utils.counted(images, 'image')} on "
+                f"{utils.counted(processes, 'process', 'processes')}, {machine} has {utils.main_memory() / 2**30:.1f} GiB; "
+                "leave out --cache_features, or choose fewer --stages, a smaller --window or a smaller --image_size"
+            )
 
 
 def score(

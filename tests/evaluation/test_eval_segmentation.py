@@ -18,6 +18,7 @@ from helpers.small_networks import ARCHITECTURES, SMALL
 from PIL import Image
 
 import eval_segmentation
+import utils
 from analysis.segments import Segmented, class_colors, prediction_page
 from checkpoints import serialization
 from config.loading import load_config
@@ -216,6 +217,20 @@ def test_cached_features_are_those_of_center_crops(
     assert np.array_equal(masks[4].numpy(), middle[7:39])
 
 
+def test_cached_features_that_do_not_fit_are_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 maps of 24 x 4 x 4 numbers of 4 bytes fit into as much memory, and no less."""
+    needed = 5 * 24 * 4 * 4 * 4
+    monkeypatch.setattr(utils, "main_memory", lambda: needed)
+    run(images, tmp_path / "out", "--epochs", "1", "--cache_features")
+    monkeypatch.setattr(utils, "main_memory", lambda: needed - 1)
+    monkeypatch.setattr(feature_loaders, "extract_splits", forbidden)
+    with pytest.raises(UsageError, match=r"--cache_features needs .* for 5 images .*--stages.*--image_size"):
+        run(images, tmp_path / "refused", "--epochs", "1", "--cache_features")
+    run(images, tmp_path / "augmented", "--epochs", "1")
+
+
 def test_votes_keep_the_features_of_an_interrupted_run(images: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / feature_loaders.CACHE).write_bytes(b"features")
@@ -313,7 +328,7 @@ def test_binary_masks_of_0_and_255(images: Path, tmp_path: Path, flags: list[str
     """With 255 as void they have a single class, of which every prediction would be right."""
     for path in images.glob("*/masks/*"):
         Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
-    with pytest.raises(UsageError, match="values 0, 255, of which only 0 is a class.*255 is void .*recode"):
+    with pytest.raises(UsageError, match=r"values 0, 255, of which only 0 is a class.*255 is void .*recode"):
         run(images, tmp_path / "out", *flags)
 
 
