@@ -367,9 +367,10 @@ def draw_predictions(args: argparse.Namespace, task: Task, predict: Predictor, r
         image, mask_HW = task.val_set.load(index)
         pixels_CHW, _ = task.val_set.pair_transform(image, mask_HW)
         pixels_CHW = pixels_CHW.to(task.device)
-        scores = segmentation.segment(task.features, predict, pixels_CHW, task.windows, args.batch_size_per_gpu)
-        scores_KHW = next(part for name, part in zip(rows, scores) if name == row)
-        found_HW = segmentation.classify(scores_KHW, mask_HW.shape).to(torch.uint8).cpu().numpy()
+        size = mask_HW.shape[0], mask_HW.shape[1]
+        found = segmentation.segment(task.features, predict, pixels_CHW, task.windows, args.batch_size_per_gpu, size)
+        classes_HW = next(part for name, part in zip(rows, found) if name == row)
+        found_HW = classes_HW.to(torch.uint8).cpu().numpy()
         shown = to_rgb(image) if isinstance(image, torch.Tensor) else image
         items.append(Segmented(printable(Path(task.val_set.source.name(index)).name), shown, mask_HW, found_HW))
     if items:
