@@ -14,7 +14,8 @@ every mask is scored at its own resolution. A run that was killed is resumed fro
 are counted from 0.
 
 Results: `results/segmentation.json` (`segmentation_knn.json`) with mean IoU, pixel accuracy, mean class accuracy and the IoU of
-each class, and `predictions.png` (`predictions_knn.png`) in --output_dir. docs/evaluation.md has the details.
+each class, the confusion matrices of pixels in `segmentation_confusion.csv` beside it, and `predictions.png`
+(`predictions_knn.png`) in --output_dir. docs/evaluation.md has the details.
 Origin: the linear setup of DINOv2 (Oquab et al., 2023) section 7.4, extended to several stages.
 """
 
@@ -354,7 +355,8 @@ def report(args: argparse.Namespace, task: Task, scores: dict[str, SegmentationS
         protocol,
         {name: row.summary() | {"per_class": dict(zip(task.classes, row.per_class))} for name, row in scores.items()},
     )
-    save_results(args.output_dir, results)
+    confusions = {name: row.confusion_P3 for name, row in scores.items()}
+    save_results(args.output_dir, results, confusions, task.classes, counted="pixels")
     return best
 
 

@@ -274,7 +274,7 @@ def classes(path: Path, record: Mapping[str, Any]) -> str:
     if name is None:
         return ""
     row = record["scores"][name]
-    cells = class_scores.read_confusion(path, name, row["per_class"])
+    cells = {} if "miou" in row else class_scores.read_confusion(path, name, row["per_class"])  # of images, not pixels
     found = class_scores.class_scores(cells)
     rows = [(score.name, str(score.images), f"{score.top1:.2f}", score.mistakes) for score in found]
     if not rows:

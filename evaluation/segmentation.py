@@ -324,7 +324,7 @@ def blend(scores_NKhw: Tensor, boxes: Sequence[CropBox]) -> Tensor:
 
 
 class SegmentationScore(NamedTuple):
-    """Scores in percent.
+    """Scores in percent, and the confusion matrix of all pixels (see `evaluation.confusion`).
 
     `miou` is the mean over classes that occur in a mask or a prediction, `class_accuracy` over those that occur in a mask;
     `per_class` is the intersection over union of each class, None for a class that occurs in neither.
@@ -334,6 +334,7 @@ class SegmentationScore(NamedTuple):
     pixel_accuracy: float
     class_accuracy: float
     per_class: list[float | None]
+    confusion_P3: Tensor
 
     def summary(self) -> dict[str, float]:
         """Return the scores over all classes."""
@@ -357,6 +358,7 @@ def score_of(confusion_KK: Tensor) -> SegmentationScore:
         (100 * hits_K.sum() / truth_K.sum()).item(),
         accuracy_K.nanmean().item(),
         [None if math.isnan(iou) else iou for iou in iou_K.tolist()],
+        torch.cat([confusion_KK.nonzero(), confusion_KK[confusion_KK > 0][:, None]], dim=1).cpu(),
     )
 
 

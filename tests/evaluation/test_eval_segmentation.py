@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -13,17 +14,20 @@ import numpy as np
 import pytest
 import torch
 from helpers.mask_files import write_masks
+from helpers.pages import Page
 from helpers.runs import TINY_SWIN, run_script
 from helpers.small_networks import ARCHITECTURES, SMALL
 from PIL import Image
 
 import eval_segmentation
 import utils
+from analysis import report
 from analysis.segments import Segmented, class_colors, prediction_page
 from checkpoints import serialization
 from config.loading import load_config
 from evaluation import feature_loaders, segmentation
 from evaluation.features import extract_splits
+from evaluation.results import Results, save_results
 from evaluation.segmentation import Probe
 from utils import Stopped, UsageError
 
@@ -82,6 +86,7 @@ def test_colors_are_learned(images: Path, tmp_path: Path, capsys: pytest.Capture
     assert best["miou"] > record["scores"]["raw pixels, lr 0.0001"]["miou"]
     assert record["data"] == {"data_path": str(images), "train_images": 5, "val_images": 3, "classes": 3}
     assert record["protocol"]["stride"] == 20
+    assert_matrices_fit(out, images, record["scores"])
     lines = [json.loads(line) for line in (out / "log.txt").open()]
     assert ["test_miou" in line for line in lines] == [epoch in (7, 15) for epoch in range(20)]
     assert set(lines[7]["test"]) == set(record["scores"])
@@ -93,6 +98,35 @@ def test_colors_are_learned(images: Path, tmp_path: Path, capsys: pytest.Capture
     run(images, out, *flags, "--stride", "20")  # finished: only scored again
     assert capsys.readouterr().out == printed
     assert contents(out) == files
+
+
+def assert_matrices_fit(out: Path, images: Path, scores: dict[str, Any]) -> None:
+    """Check that the matrices of all rows have every pixel once and the scores of the result file."""
+    lines = list(csv.DictReader((out / "results/segmentation_confusion.csv").open()))
+    assert list(dict.fromkeys(line["score"] for line in lines)) == list(scores)
+    known = sum(int((np.array(Image.open(path)) != 255).sum()) for path in images.glob("val/masks/*"))
+    for name, row in scores.items():
+        cells = {(line["true"], line["predicted"]): int(line["pixels"]) for line in lines if line["score"] == name}
+        assert sum(cells.values()) == known
+        for label, iou in row["per_class"].items():
+            union = sum(pixels for cell, pixels in cells.items() if label in cell)
+            assert iou == pytest.approx(100 * cells.get((label, label), 0) / union)
+
+
+def test_report_of_segmentation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The IoU of each class, also of one that occurs nowhere; the matrix of pixels is not taken for one of images."""
+    score = segmentation.score_of(torch.tensor([[6, 2, 0], [0, 2, 0], [0, 0, 0]]))
+    rows = {"network": score.summary() | {"per_class": dict(zip("abc", score.per_class))}}
+    save_results(tmp_path, Results("segmentation", {}, {}, {}, rows), {"network": score.confusion_P3}, "abc", "pixels")
+    path = tmp_path / "results/segmentation.json"
+    assert path.with_name("segmentation_confusion.csv").read_text().splitlines()[0] == "score,true,predicted,pixels"
+    caplog.clear()
+    monkeypatch.setattr(utils.logger, "propagate", True)
+    words = Page(report.classes(path, json.loads(path.read_text()))).words
+    assert words[-4:] == ["b", "50.00", "a", "75.00"]
+    assert not caplog.records
 
 
 def test_votes_of_regions(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
