@@ -36,7 +36,18 @@ HEADINGS = {  # by evaluation; also the order of the sections
 OMITTED = ("digest", "digest_of_list", "per_class")  # entries of result files that are not shown in their table
 BEST = {  # scores of which the best one of a table is marked
     **dict.fromkeys(
-        ("top1", "top5", "last_top1", "last_top5", "within_one", "accuracy", "miou", "pixel_accuracy"), max
+        (
+            "top1",
+            "top5",
+            "last_top1",
+            "last_top5",
+            "within_one",
+            "accuracy",
+            "miou",
+            "pixel_accuracy",
+            "class_accuracy",
+        ),
+        max,
     ),
     **dict.fromkeys(("median_error", "distance"), min),
 }
