@@ -14,7 +14,8 @@ every mask is scored at its own resolution. A run that was killed is resumed fro
 are counted from 0.
 
 Results: `results/segmentation.json` (`segmentation_knn.json`) with mean IoU, pixel accuracy, mean class accuracy and the IoU of
-each class, and `predictions.png` (`predictions_knn.png`) in --output_dir. docs/evaluation.md has the details.
+each class, the confusion matrices of pixels in `segmentation_confusion.csv` beside it, and `predictions.png`
+(`predictions_knn.png`) in --output_dir. docs/evaluation.md has the details.
 Origin: the linear setup of DINOv2 (Oquab et al., 2023) section 7.4, extended to several stages.
 """
 
@@ -28,6 +29,7 @@ if __name__ == "__main__":  # --help and usage errors are answered before torch 
 import argparse
 import hashlib
 import io
+import platform
 import textwrap
 from collections.abc import Sequence
 from contextlib import closing
@@ -114,7 +116,7 @@ def read_classes(args: argparse.Namespace) -> list[str] | None:
     """Return the names of --classes, numbers if only their count is given; None if it is left out.
 
     Raises:
-        UsageError: no such file, an empty one, or too many classes.
+        UsageError: no such file, or too few or too many classes.
     """
     if args.classes is None:
         return None
@@ -123,8 +125,9 @@ def read_classes(args: argparse.Namespace) -> list[str] | None:
     else:
         remedy = "--classes takes a number, or a text file with the name of a class on each line"
         names = [line.strip() for line in files.read_text(Path(args.classes), remedy).splitlines() if line.strip()]
-    if not 1 <= len(names) <= MAX_CLASSES:
-        raise UsageError(f"--classes {args.classes} gives {len(names)} classes; choose from 1 to {MAX_CLASSES}")
+    if not 2 <= len(names) <= MAX_CLASSES:
+        count = utils.counted(len(names), "class", "classes")
+        raise UsageError(f"--classes {args.classes} gives {count}; choose from 2 to {MAX_CLASSES}")
     if len(set(names)) < len(names):
         raise UsageError(f"--classes {args.classes} has a name twice; give each class a name of its own")
     return names
@@ -142,7 +145,8 @@ def choose_classes(
     """Return the names of the classes, and how masks code them; check the values of the masks of both splits.
 
     Raises:
-        UsageError: a value is neither a class nor void, or a split has no pixel with a class.
+        UsageError: a value is neither a class nor void, a split has no pixel with a class, or the masks have too few or too many
+            classes.
     """
     void = {args.ignore_index, 0} if args.reduce_zero_label else {args.ignore_index}
     present = [{value for fact in part for value in fact.values} - void for part in facts]
@@ -151,14 +155,25 @@ def choose_classes(
             raise UsageError(
                 f"the {split} masks of {args.data_path} are void everywhere; check --ignore_index and masks"
             )
+    occurring = set.union(*present)
+    if len(occurring) < 2:
+        found = ", ".join(map(str, sorted({value for part in facts for fact in part for value in fact.values})))
+        raise UsageError(
+            f"the masks of {args.data_path} have the values {found}, of which only {max(occurring)} is a class, and segmentation "
+            f"needs two; {args.ignore_index} is void (--ignore_index), so recode masks of 0 and 255 to 0 and 1"
+        )
     names = read_classes(args)
     if names is None:
-        names = numbered_classes(max(set.union(*present)) + 1 - int(args.reduce_zero_label), args)
+        names = numbered_classes(max(occurring) + 1 - int(args.reduce_zero_label), args)
+        if len(names) > MAX_CLASSES:
+            raise UsageError(
+                f"the masks of {args.data_path} have the value {max(occurring)}, but there can be {MAX_CLASSES} classes at most; "
+                f"pass --ignore_index {max(occurring)} if it is void, else --classes and masks without it"
+            )
         logger.info("--classes is %d, by the largest value in the masks", len(names))
-        occurring = len(set.union(*present))
-        if 2 * occurring < len(names):
+        if 2 * len(occurring) < len(names):
             logger.warning(
-                "only %d of these classes occur in the masks; pass --classes if the largest is wrong", occurring
+                "only %d of these classes occur in the masks; pass --classes if the largest is wrong", len(occurring)
             )
     coding = MaskCoding(len(names), args.ignore_index, args.reduce_zero_label)
     for pair, fact in zip([*pairs[0], *pairs[1]], [*facts[0], *facts[1]]):
@@ -209,6 +224,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Task:
     with collectives.failing_together():
         names, coding = choose_classes(args, pairs, facts)
     crop = crop_size([resized(fact.size, args.image_size) for fact in facts[0]], windows.side, windows.multiple)
+    if args.cache_features:
+        check_cache_size(len(pairs[0]), features, crop)
     views: tuple[PairTransform, PairTransform] = (
         CropPair(crop, args.image_size, mean, std, augment=not (args.knn or args.cache_features)),
         WholeImage(args.image_size, mean, std),
@@ -225,6 +242,25 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Task:
         "digest of weights and config": network_digest(backbone, config),
     }
     return Task(config, features, train_set, val_set, crop, windows, identity, device)
+
+
+def check_cache_size(images: int, features: DenseFeatures, crop: Size) -> None:
+    """Check that the features of --cache_features fit into main memory; a collective operation.
+
+    Raises:
+        UsageError: they do not.
+    """
+    machine = platform.node()
+    processes = collectives.all_gather_objects(machine).count(machine)
+    regions = crop[0] // features.stride * (crop[1] // features.stride)
+    size = processes * images * regions * features.channels * torch.float32.itemsize
+    with collectives.failing_together():
+        if size > utils.main_memory():
+            raise UsageError(
+                f"--cache_features needs {size / 2**30:.1f} GiB for {utils.counted(images, 'image')} on "
+                f"{utils.counted(processes, 'process', 'processes')}, {machine} has {utils.main_memory() / 2**30:.1f} GiB; "
+                "leave out --cache_features, or choose fewer --stages, a smaller --window or a smaller --image_size"
+            )
 
 
 def score(
@@ -319,7 +355,8 @@ def report(args: argparse.Namespace, task: Task, scores: dict[str, SegmentationS
         protocol,
         {name: row.summary() | {"per_class": dict(zip(task.classes, row.per_class))} for name, row in scores.items()},
     )
-    save_results(args.output_dir, results)
+    confusions = {name: row.confusion_P3 for name, row in scores.items()}
+    save_results(args.output_dir, results, confusions, task.classes, counted="pixels")
     return best
 
 
@@ -332,9 +369,10 @@ def draw_predictions(args: argparse.Namespace, task: Task, predict: Predictor, r
         image, mask_HW = task.val_set.load(index)
         pixels_CHW, _ = task.val_set.pair_transform(image, mask_HW)
         pixels_CHW = pixels_CHW.to(task.device)
-        scores = segmentation.segment(task.features, predict, pixels_CHW, task.windows, args.batch_size_per_gpu)
-        scores_KHW = next(part for name, part in zip(rows, scores) if name == row)
-        found_HW = segmentation.classify(scores_KHW, mask_HW.shape).to(torch.uint8).cpu().numpy()
+        size = mask_HW.shape[0], mask_HW.shape[1]
+        found = segmentation.segment(task.features, predict, pixels_CHW, task.windows, args.batch_size_per_gpu, size)
+        classes_HW = next(part for name, part in zip(rows, found) if name == row)
+        found_HW = classes_HW.to(torch.uint8).cpu().numpy()
         shown = to_rgb(image) if isinstance(image, torch.Tensor) else image
         items.append(Segmented(printable(Path(task.val_set.source.name(index)).name), shown, mask_HW, found_HW))
     if items:
@@ -357,7 +395,8 @@ def main(args: argparse.Namespace) -> None:
             if collectives.is_main_process():
                 best = report(args, task, scores)
                 draw_predictions(args, task, predict, rows, best)
-                (Path(args.output_dir) / CACHE).unlink(missing_ok=True)
+                if not args.knn:  # else they may be those of a linear run that is to be resumed
+                    (Path(args.output_dir) / CACHE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import os
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -180,6 +181,11 @@ def peak_memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def main_memory() -> int:
+    """Return the main memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not on Windows
 
 
 # --------------------------------------------------------------------------- randomness

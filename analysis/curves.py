@@ -21,6 +21,7 @@ CURVES = {  # title of a plot -> keys of log.txt, and what they are called
         "train_l_pch": "patches, local",
     },
     "Top-1, %": {"test_acc1": "top-1"},
+    "mIoU, %": {"test_miou": "mIoU"},
     "k-NN top-1, %": {"knn_top1": "teacher", "knn_top1_student": "student"},
     "Learning rate": {"train_lr": "learning rate"},
     "Weight decay": {"train_wd": "weight decay"},

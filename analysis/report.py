@@ -36,7 +36,18 @@ HEADINGS = {  # by evaluation; also the order of the sections
 OMITTED = ("digest", "digest_of_list", "per_class")  # entries of result files that are not shown in their table
 BEST = {  # scores of which the best one of a table is marked
     **dict.fromkeys(
-        ("top1", "top5", "last_top1", "last_top5", "within_one", "accuracy", "miou", "pixel_accuracy"), max
+        (
+            "top1",
+            "top5",
+            "last_top1",
+            "last_top5",
+            "within_one",
+            "accuracy",
+            "miou",
+            "pixel_accuracy",
+            "class_accuracy",
+        ),
+        max,
     ),
     **dict.fromkeys(("median_error", "distance"), min),
 }
@@ -274,7 +285,7 @@ def classes(path: Path, record: Mapping[str, Any]) -> str:
     if name is None:
         return ""
     row = record["scores"][name]
-    cells = class_scores.read_confusion(path, name, row["per_class"])
+    cells = {} if "miou" in row else class_scores.read_confusion(path, name, row["per_class"])  # of images, not pixels
     found = class_scores.class_scores(cells)
     rows = [(score.name, str(score.images), f"{score.top1:.2f}", score.mistakes) for score in found]
     if not rows:

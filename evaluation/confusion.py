@@ -67,11 +67,11 @@ def class_name(label: int, classes: Sequence[str]) -> str:
     return "" if label == NONE else classes[label] if label < len(classes) else str(label)
 
 
-def as_csv(confusions: Mapping[str, Tensor], classes: Sequence[str]) -> str:
+def as_csv(confusions: Mapping[str, Tensor], classes: Sequence[str], counted: str = COLUMNS[-1]) -> str:
     """Return confusion matrices, by the name of their score, as CSV: one line for each cell that is not zero."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow([*COLUMNS[:-1], counted])
     for name, cells_P3 in confusions.items():
         for true, predicted, images in cells_P3.tolist():
             writer.writerow([name, class_name(true, classes), class_name(predicted, classes), images])

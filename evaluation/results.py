@@ -7,7 +7,8 @@
      "scores": {"network, 20-NN": {"top1": 75.0, "top5": 90.0, "per_class": {"n01440764": 94.0}}}}
 
 Accuracies are percentages. `top5` is the top-L accuracy where the network distinguishes only L < 5 classes; `protocol.top5_is`
-names it. `per_class` is the top-1 accuracy of each class; the confusion matrices behind it are in `<evaluation>_confusion.csv`.
+names it. `per_class` is the top-1 accuracy of each class, in segmentation its IoU; the confusion matrices behind it are in
+`<evaluation>_confusion.csv`.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def save_results(
     results: Results,
     confusions: Mapping[str, Tensor | None] | None = None,
     classes: Sequence[str] = (),
+    counted: str = "images",
 ) -> None:
     """Write a result file, and keep a previous one with other content as `<evaluation>.json.bak`.
 
     Args:
         confusions: confusion matrices of rows of `results.scores`, see `evaluation.confusion`; None where it is unknown. They
-            are written to `<evaluation>_confusion.csv`, and each such row gets the accuracies `per_class`.
+            are written to `<evaluation>_confusion.csv`, and each such row gets the accuracies `per_class` unless it has other ones.
         classes: names of the classes; without names they are numbered.
+        counted: what the matrices count.
 
     Raises:
         DiskError: the file cannot be written.
@@ -56,13 +59,13 @@ def save_results(
     known = {name: cells for name, cells in (confusions or {}).items() if cells is not None}
     for name, cells in known.items():
         per_class = {class_name(label, classes): top1 for label, top1 in class_accuracies(cells).items()}
-        scores[name] = scores[name] | {"per_class": per_class}
+        scores[name] = scores[name] | {"per_class": scores[name].get("per_class", per_class)}
     path = Path(output_dir) / FOLDER / f"{results.evaluation}.json"
     with files.disk_errors(output_dir):
         files.check_lock(Path(output_dir))
         path.parent.mkdir(exist_ok=True)
         if known:
-            text = as_csv(known, classes)
+            text = as_csv(known, classes, counted)
             files.write_with_backup(
                 confusion_path(path), text.encode("utf-8", "backslashreplace")
             )  # names may not be UTF-8

@@ -37,6 +37,7 @@ from utils import UsageError
 
 CHECKPOINT = "segmentation.pth"
 MOMENTUM = 0.1  # of running statistics, as in torch
+LARGEST_SCORES = 2**25  # numbers of pixels times classes held at once
 
 Predictor = Callable[[Tensor], list[Tensor]]  # features (B, C, h, w) -> scores (B, K, h, w) of each row of the results
 
@@ -268,9 +269,9 @@ def window_boxes(size: Size, windows: Windows) -> list[CropBox]:
 
 
 def segment(
-    features: DenseFeatures, predict: Predictor, image_CHW: Tensor, windows: Windows, batch_size: int
+    features: DenseFeatures, predict: Predictor, image_CHW: Tensor, windows: Windows, batch_size: int, size: Size
 ) -> Iterator[Tensor]:
-    """Yield the scores (K, H, W) of each row of `predict`, averaged where windows overlap.
+    """Yield the classes of an image by each row of `predict`, resized to `size`.
 
     An image smaller than a window is padded with the mean color to a multiple of `windows.multiple`.
     """
@@ -283,7 +284,28 @@ def segment(
         predict(features(torch.stack(views[first : first + batch_size]))) for first in range(0, len(views), batch_size)
     ]
     for scores in zip(*parts):
-        yield blend(torch.cat(scores), boxes)[:, :height, :width]
+        yield classify(torch.cat(scores), boxes, (height, width), size)
+
+
+def classify(scores_NKhw: Tensor, boxes: Sequence[CropBox], visible: Size, size: Size) -> Tensor:
+    """Return the class of each pixel: the maximum of the blended scores, resized to `size`.
+
+    Few classes at a time, as the scores of all of them for a large image do not fit into memory.
+
+    Args:
+        visible: height and width of the image without its padding.
+    """
+    pixels = max(size[0] * size[1], visible[0] * visible[1])
+    best_HW = scores_NKhw.new_full(size, -math.inf)
+    found_HW = torch.zeros(size, dtype=torch.long, device=scores_NKhw.device)
+    first = 0
+    for part_NKhw in scores_NKhw.split(max(1, LARGEST_SCORES // pixels), dim=1):
+        blended_KHW = blend(part_NKhw, boxes)[:, : visible[0], : visible[1]]
+        value_HW, class_HW = upsampled(blended_KHW[None], size)[0].max(dim=0)
+        found_HW = torch.where(value_HW > best_HW, class_HW + first, found_HW)
+        best_HW = torch.maximum(value_HW, best_HW)
+        first += part_NKhw.shape[1]
+    return found_HW
 
 
 def blend(scores_NKhw: Tensor, boxes: Sequence[CropBox]) -> Tensor:
@@ -298,16 +320,11 @@ def blend(scores_NKhw: Tensor, boxes: Sequence[CropBox]) -> Tensor:
     return sums_KHW / counts_HW
 
 
-def classify(scores_KHW: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the class of each pixel of an image of `size`."""
-    return upsampled(scores_KHW[None], size)[0].argmax(dim=0)
-
-
 # --------------------------------------------------------------------------- scores
 
 
 class SegmentationScore(NamedTuple):
-    """Scores in percent.
+    """Scores in percent, and the confusion matrix of all pixels (see `evaluation.confusion`).
 
     `miou` is the mean over classes that occur in a mask or a prediction, `class_accuracy` over those that occur in a mask;
     `per_class` is the intersection over union of each class, None for a class that occurs in neither.
@@ -317,6 +334,7 @@ class SegmentationScore(NamedTuple):
     pixel_accuracy: float
     class_accuracy: float
     per_class: list[float | None]
+    confusion_P3: Tensor
 
     def summary(self) -> dict[str, float]:
         """Return the scores over all classes."""
@@ -340,6 +358,7 @@ def score_of(confusion_KK: Tensor) -> SegmentationScore:
         (100 * hits_K.sum() / truth_K.sum()).item(),
         accuracy_K.nanmean().item(),
         [None if math.isnan(iou) else iou for iou in iou_K.tolist()],
+        torch.cat([confusion_KK.nonzero(), confusion_KK[confusion_KK > 0][:, None]], dim=1).cpu(),
     )
 
 
@@ -368,7 +387,8 @@ def evaluate(
     with tracked(loader, "val") as batches:
         for batch in readable_batches(batches, tally, device):
             image_CHW, mask_HW = batch.views[0][0].to(device), batch.labels_B[0].to(device)
-            for row, scores_KHW in enumerate(segment(features, predict, image_CHW, windows, batch_size)):
-                confusions_SKK[row] += confusion_matrix(classify(scores_KHW, mask_HW.shape), mask_HW, classes)
+            size = mask_HW.shape[0], mask_HW.shape[1]
+            for row, found_HW in enumerate(segment(features, predict, image_CHW, windows, batch_size, size)):
+                confusions_SKK[row] += confusion_matrix(found_HW, mask_HW, classes)
     collectives.all_reduce_sum(confusions_SKK)
     return {name: score_of(confusion_KK) for name, confusion_KK in zip(rows, confusions_SKK)}

@@ -34,9 +34,9 @@ from utils import UsageError, counted, logger, peak_memory_mb
 SCORES = {"knn_top1": "k-NN", "test_acc1": "top-1", "test_miou": "mIoU"}  # keys of log.txt that the terminal shows too
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 GROUPS = {  # of TensorBoard, which shows them in alphabetical order, and the names that belong to them; the first match counts
-    "loss": r"loss$|[gl]_(cl|mcl|pch)$",  # UDI's terms have names of their own
+    "loss": r"loss$|^(train_)?loss/|[gl]_(cl|mcl|pch)$",  # UDI's terms have names of their own
     "optim": r"(lr|wd)$",
-    "score": r"(top|acc)[15]",
+    "score": r"(top|acc)[15]|(miou|pixel_accuracy|class_accuracy)$",
     "speed": r"(images_per_s|waiting_share|seconds|peak_memory_mb)$",
     "monitor": r"/",
     "other": r"",
@@ -418,7 +418,7 @@ def tag(name: str) -> str:
     """Return the TensorBoard tag of a value: `loss` becomes `loss/total`, `view_loss` `loss/view`, `lr` `optim/lr`."""
     group = next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
     if group == "loss":
-        path, slash, last = name.rpartition("/")
+        path, slash, last = name.removeprefix("loss/").replace("_loss/", "/").rpartition("/")
         name = f"{path}{slash}{'total' if last == 'loss' else last.removesuffix('_loss')}"
     return f"{group}/{name}"
 

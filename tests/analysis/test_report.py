@@ -21,7 +21,7 @@ from PIL import Image
 import run_analysis
 from analysis import report as pages
 from analysis import run_files
-from analysis.curves import COLLAPSE, CURVES, draw_curves
+from analysis.curves import COLLAPSE, CURVES, draw_curves, titles_of_keys
 from evaluation.results import Results, save_results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -253,6 +253,12 @@ def test_a_result_file_of_an_earlier_version_is_named(
     assert str(tmp_path / "results.json") in caplog.text
 
 
+def test_curve_of_segmentation_has_a_plot_of_its_own() -> None:
+    log: list[dict[str, Any]] = [{"epoch": 0}, {"epoch": 1, "test_miou": 20.0}, {"epoch": 2, "test_miou": 25.0}]
+    assert [curves.caption for curves in draw_curves(log, CURVES)] == ["mIoU 20 to 25"]
+    assert titles_of_keys()["test_miou"] == "mIoU, %"  # in a comparison of runs
+
+
 def test_curves_omit_nonfinite_values() -> None:
     log: list[dict[str, Any]] = [
         {"epoch": 0, "train_loss": float("nan"), "train_lr": None},
@@ -317,6 +323,8 @@ def test_the_best_scores_are_marked() -> None:
     assert marked(rows) == ["80.00", "80.00"]
     assert marked({"a": {"within_one": 7.5, "median_error": 3.5}, "b": {"within_one": 2.5, "median_error": 9.5}}) == [
         "7.50", "3.50"]  # fmt: skip
+    assert marked({"a": {"miou": 7.5, "class_accuracy": 3.5}, "b": {"miou": 2.5, "class_accuracy": 9.5}}) == [
+        "7.50", "9.50"]  # fmt: skip
     assert marked({"a": {"top1": 70.0}}) == marked({"a": {"top1": None}, "b": {"top1": 1.0}}) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -13,16 +14,20 @@ import numpy as np
 import pytest
 import torch
 from helpers.mask_files import write_masks
+from helpers.pages import Page
 from helpers.runs import TINY_SWIN, run_script
 from helpers.small_networks import ARCHITECTURES, SMALL
 from PIL import Image
 
 import eval_segmentation
+import utils
+from analysis import report
 from analysis.segments import Segmented, class_colors, prediction_page
 from checkpoints import serialization
 from config.loading import load_config
 from evaluation import feature_loaders, segmentation
 from evaluation.features import extract_splits
+from evaluation.results import Results, save_results
 from evaluation.segmentation import Probe
 from utils import Stopped, UsageError
 
@@ -81,6 +86,7 @@ def test_colors_are_learned(images: Path, tmp_path: Path, capsys: pytest.Capture
     assert best["miou"] > record["scores"]["raw pixels, lr 0.0001"]["miou"]
     assert record["data"] == {"data_path": str(images), "train_images": 5, "val_images": 3, "classes": 3}
     assert record["protocol"]["stride"] == 20
+    assert_matrices_fit(out, images, record["scores"])
     lines = [json.loads(line) for line in (out / "log.txt").open()]
     assert ["test_miou" in line for line in lines] == [epoch in (7, 15) for epoch in range(20)]
     assert set(lines[7]["test"]) == set(record["scores"])
@@ -92,6 +98,35 @@ def test_colors_are_learned(images: Path, tmp_path: Path, capsys: pytest.Capture
     run(images, out, *flags, "--stride", "20")  # finished: only scored again
     assert capsys.readouterr().out == printed
     assert contents(out) == files
+
+
+def assert_matrices_fit(out: Path, images: Path, scores: dict[str, Any]) -> None:
+    """Check that the matrices of all rows have every pixel once and the scores of the result file."""
+    lines = list(csv.DictReader((out / "results/segmentation_confusion.csv").open()))
+    assert list(dict.fromkeys(line["score"] for line in lines)) == list(scores)
+    known = sum(int((np.array(Image.open(path)) != 255).sum()) for path in images.glob("val/masks/*"))
+    for name, row in scores.items():
+        cells = {(line["true"], line["predicted"]): int(line["pixels"]) for line in lines if line["score"] == name}
+        assert sum(cells.values()) == known
+        for label, iou in row["per_class"].items():
+            union = sum(pixels for cell, pixels in cells.items() if label in cell)
+            assert iou == pytest.approx(100 * cells.get((label, label), 0) / union)
+
+
+def test_report_of_segmentation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The IoU of each class, also of one that occurs nowhere; the matrix of pixels is not taken for one of images."""
+    score = segmentation.score_of(torch.tensor([[6, 2, 0], [0, 2, 0], [0, 0, 0]]))
+    rows = {"network": score.summary() | {"per_class": dict(zip("abc", score.per_class))}}
+    save_results(tmp_path, Results("segmentation", {}, {}, {}, rows), {"network": score.confusion_P3}, "abc", "pixels")
+    path = tmp_path / "results/segmentation.json"
+    assert path.with_name("segmentation_confusion.csv").read_text().splitlines()[0] == "score,true,predicted,pixels"
+    caplog.clear()
+    monkeypatch.setattr(utils.logger, "propagate", True)
+    words = Page(report.classes(path, json.loads(path.read_text()))).words
+    assert words[-4:] == ["b", "50.00", "a", "75.00"]
+    assert not caplog.records
 
 
 def test_votes_of_regions(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +251,27 @@ def test_cached_features_are_those_of_center_crops(
     assert np.array_equal(masks[4].numpy(), middle[7:39])
 
 
+def test_cached_features_that_do_not_fit_are_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 maps of 24 x 4 x 4 numbers of 4 bytes fit into as much memory, and no less."""
+    needed = 5 * 24 * 4 * 4 * 4
+    monkeypatch.setattr(utils, "main_memory", lambda: needed)
+    run(images, tmp_path / "out", "--epochs", "1", "--cache_features")
+    monkeypatch.setattr(utils, "main_memory", lambda: needed - 1)
+    monkeypatch.setattr(feature_loaders, "extract_splits", forbidden)
+    with pytest.raises(UsageError, match=r"--cache_features needs .* for 5 images .*--stages.*--image_size"):
+        run(images, tmp_path / "refused", "--epochs", "1", "--cache_features")
+    run(images, tmp_path / "augmented", "--epochs", "1")
+
+
+def test_votes_keep_the_features_of_an_interrupted_run(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / feature_loaders.CACHE).write_bytes(b"features")
+    run(images, tmp_path / "out", "--knn")
+    assert (tmp_path / "out" / feature_loaders.CACHE).read_bytes() == b"features"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -276,9 +332,11 @@ def test_damaged_fields_are_named(images: Path, tmp_path: Path, key: str) -> Non
         (["--window", "16", "--stride", "17"], "--stride 17 .*--window 16"),
         (["--classes", "2"], r"masks/000\.png has the value 2, .*0 to 1.*--classes"),
         (["--classes", "0"], "--classes 0 gives 0 classes"),
-        (["--classes", "99999999999999"], "choose from 1 to 255"),
+        (["--classes", "99999999999999"], "choose from 2 to 255"),
         (["--classes", "no.txt"], "no.txt"),
+        (["--classes", "1"], "--classes 1 gives 1 class; choose from 2"),
         (["--ignore_index", "1"], "value 255"),
+        (["--ignore_index", "0"], "the value 255, .*--ignore_index 255.*--classes"),
         (["--knn", "--cache_features"], "--cache_features .*--knn"),
         (["--data_path", "/"], "no images with masks"),
         (["--pretrained_weights", "x.pth"], "exclude each other"),
@@ -297,6 +355,15 @@ def test_masks_of_void_only(images: Path, tmp_path: Path) -> None:
         Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
     with pytest.raises(UsageError, match=r"val masks of .* void everywhere"):
         run(images, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [[], ["--classes", "2"]], ids=str)
+def test_binary_masks_of_0_and_255(images: Path, tmp_path: Path, flags: list[str]) -> None:
+    """With 255 as void they have a single class, of which every prediction would be right."""
+    for path in images.glob("*/masks/*"):
+        Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    with pytest.raises(UsageError, match=r"values 0, 255, of which only 0 is a class.*255 is void .*recode"):
+        run(images, tmp_path / "out", *flags)
 
 
 def test_images_that_cannot_be_read_end_the_run(images: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.segmentation import VOID
+from data.transforms.geometry import CropBox
+from evaluation import segmentation
 from evaluation.dense_features import DenseFeatures, on_finest_grid, pixel_features
 from evaluation.region_knn import Regions, RegionVote, region_labels
 from evaluation.segmentation import (
@@ -20,6 +22,7 @@ from evaluation.segmentation import (
     Setting,
     SyncedNorm,
     Windows,
+    blend,
     classify,
     confusion_matrix,
     score_of,
@@ -151,27 +154,40 @@ def test_windows_of_a_function_of_single_pixels_equal_the_whole_image(size: tupl
     probe = Probe(settings, Classifiers(settings, features, 4, seed=0), 0.0)
     probe.classifiers.norm.running_mean.normal_()
     image = torch.randn(3, *size)
-    found = list(segment(features, probe.predict, image, Windows(8, 5, 1), batch_size))
-    for scores, expected in zip(found, probe.predict(features(image[None])), strict=True):
-        torch.testing.assert_close(scores, expected[0])
+    found = list(segment(features, probe.predict, image, Windows(8, 5, 1), batch_size, size))
+    for classes, expected in zip(found, probe.predict(features(image[None])), strict=True):
+        assert torch.equal(classes, expected[0].argmax(dim=0))
 
 
 def test_overlapping_windows_are_averaged() -> None:
-    """Scores that depend on the window: the mean over all windows of a pixel, resized from regions to pixels."""
+    """Scores of each window: the mean over all windows of a pixel, resized from regions to pixels."""
     torch.manual_seed(0)
-    image, windows = torch.randn(3, 12, 16), Windows(8, 3, 4)
-
-    def predict(maps: Tensor) -> list[Tensor]:
-        return [maps[:, :2] - maps[:, :2].mean(dim=(2, 3), keepdim=True)]
-
-    features = pixels_and_half(4)
-    (found,) = segment(features, predict, image, windows, 2)
+    boxes = window_boxes((12, 16), Windows(8, 3, 4))
+    scores = torch.randn(len(boxes), 2, 2, 2)
     sums, counts = torch.zeros(2, 12, 16), torch.zeros(12, 16)
-    for top, left in itertools.product((0, 3, 4), (0, 3, 6, 8)):
-        view = image[None, :, top : top + 8, left : left + 8]
-        sums[:, top : top + 8, left : left + 8] += F.interpolate(predict(features(view))[0], (8, 8), mode="bilinear")[0]
+    for number, (top, left) in enumerate(itertools.product((0, 3, 4), (0, 3, 6, 8))):
+        sums[:, top : top + 8, left : left + 8] += F.interpolate(scores[number, None], (8, 8), mode="bilinear")[0]
         counts[top : top + 8, left : left + 8] += 1
-    torch.testing.assert_close(found, sums / counts)
+    torch.testing.assert_close(blend(scores, boxes), sums / counts)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("classes_at_once", [0, 1, 3, 4, 9])
+def test_classes_of_chunks_equal_those_of_all_scores(
+    classes_at_once: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With equal scores of several classes, of which the first counts."""
+    torch.manual_seed(0)
+    boxes, size = window_boxes((12, 16), Windows(8, 3, 4)), (23, 30)
+    scores = torch.randn(len(boxes), 8, 2, 2)
+    scores[:, 4:6] = scores[:, 2:3] = scores[:, :1]
+    scores[:, 6:] -= 10
+    if channels_last:
+        scores = scores.to(memory_format=torch.channels_last)
+    whole = F.interpolate(blend(scores, boxes)[None, :, :11, :15], size, mode="bilinear")[0].argmax(dim=0)
+    assert whole.unique().tolist() == [0, 1, 3]
+    monkeypatch.setattr(segmentation, "LARGEST_SCORES", classes_at_once * size[0] * size[1])
+    assert torch.equal(classify(scores, boxes, (11, 15), size), whole)
 
 
 def test_small_images_are_padded_to_whole_regions() -> None:
@@ -182,9 +198,9 @@ def test_small_images_are_padded_to_whole_regions() -> None:
         seen.append(tuple(maps.shape))
         return [maps]
 
-    (found,) = segment(features, predict, torch.ones(3, 6, 9), Windows(8, 8, 4), 1)
+    (found,) = segment(features, predict, torch.ones(3, 6, 9), Windows(8, 8, 4), 1, (6, 9))
     assert seen == [(1, 6, 2, 2), (1, 6, 2, 2)]  # 8 x 8 at columns 0 and 1
-    assert found.shape == (6, 6, 9)
+    assert found.shape == (6, 9)
 
 
 # --------------------------------------------------------------------------- scores
@@ -227,7 +243,8 @@ def test_scores_equal_a_slow_loop() -> None:
 def test_classes_at_the_resolution_of_the_mask() -> None:
     scores = torch.zeros(2, 2, 2)
     scores[1, 0] = scores[0, 1] = 1.0
-    assert classify(scores, (8, 4)).tolist() == [[1] * 4] * 4 + [[0] * 4] * 4
+    whole = [CropBox(0, 0, 2, 2)]
+    assert classify(scores[None], whole, (2, 2), (8, 4)).tolist() == [[1] * 4] * 4 + [[0] * 4] * 4
 
 
 # --------------------------------------------------------------------------- the vote of regions

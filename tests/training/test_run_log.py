@@ -202,12 +202,18 @@ def test_tensorboard_counts_images(tmp_path: Path) -> None:
                 "test_loss": "test",
                 "g_mcl": "g_mcl",
                 "train_l_pch": "train_l_pch",
+                "loss/network, lr 0.003": "network, lr 0.003",
+                "train_loss/network, lr 0.003": "train/network, lr 0.003",
             },
         ),
         ("monitor", dict.fromkeys(["view/kl", "cls+/feature_rank"])),
         ("optim", dict.fromkeys(["lr", "wd", "train_lr"])),
         ("other", dict.fromkeys(["skipped", "unreadable_images"])),
         ("score", dict.fromkeys(["knn_top1", "knn_top1_student", "test_acc5", "val/network/top1"])),
+        (
+            "score",
+            dict.fromkeys(["test_miou", "test/network, lr 0.1/miou", "test/a/pixel_accuracy", "test/a/class_accuracy"]),
+        ),
         ("speed", dict.fromkeys(["images_per_s", "waiting_share", "seconds", "peak_memory_mb"])),
     ],
 )
