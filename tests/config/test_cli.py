@@ -399,7 +399,7 @@ def test_random_weights_need_a_flag(script: Any, images: str, tmp_path: Path) ->
     command = ["--device", "cpu", "--data_path", images, "--output_dir", str(tmp_path / "out")]
     command += ["--vis_entropy"] if script is run_analysis else []
     for flags in ([], ["--pretrained_weights", "a.pth", "--random_weights"]):
-        with pytest.raises(UsageError, match=r"pass --pretrained_weights FILE, or --random_weights alone"):
+        with pytest.raises(UsageError, match=r"pass --pretrained_weights FILE, or --random_weights with --arch"):
             script.main(script.get_args_parser().parse_args([*command, *flags]))
     assert not (tmp_path / "out").exists()
 
