@@ -95,7 +95,7 @@ def check_args(args: argparse.Namespace) -> None:
 def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Open the training images as random crops (center crops for --cache_features) and the validation images as center crops.
 
-    Sets `args.num_labels` to the number of classes unless it is given, and `args.lr` to several rates for few images.
+    Sets `args.num_labels` to the number of classes unless it is given.
 
     Raises:
         UsageError: no such data, more classes than --num_labels, or --train_aug strong for images that are not RGB.
@@ -115,7 +115,7 @@ def build_datasets(args: argparse.Namespace, config: CfgNode) -> tuple[data.Imag
             logger.info("--num_labels is %d, the number of classes of the data (default: %d)", classes, DEFAULT_LABELS)
         args.num_labels = classes
     check_labels(args, classes)
-    small_runs.fit_linear_rates(args, len(datasets[0]))
+    small_runs.warn_of_small_rate(args.lr, args.epochs, len(datasets[0]))
     return datasets
 
 

@@ -85,7 +85,7 @@ STYLE = f"""
 STYLE += """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1e1e1e; background: #fff; margin: 0 auto; padding: 1em; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 1px solid #ccc; margin-top: 2em; padding-bottom: .2em; }
-a { color: #2563a8; } nav ul { columns: 18em; margin: 1.5em 0; padding-left: 1.2em; }
+a { color: #2563a8; } nav ul { columns: 18em; column-gap: 2.5em; margin: 1.5em 0; padding-left: 1.2em; }
 mark { background: #dcefdc; font-weight: 600; padding: 0 .3em; margin: 0 -.3em; } .note { color: #555; font-size: 14px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .5em 0; }

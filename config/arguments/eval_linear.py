@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from config.arguments import shared
 from config.arguments.shared import Parser, existing_path
-from config.arguments.small_runs import DefaultInt, DefaultList
+from config.arguments.small_runs import PUBLISHED_RATE, DefaultInt
 from config.ranges import BLOCKS, COUNT, EPOCHS, integer, number
 from utils import PRECISIONS
 
@@ -36,8 +36,7 @@ def get_args_parser() -> Parser:
     add = parser.group("optimization").add_argument
     add("--epochs", type=EPOCHS, default=100, help="number of training epochs")
     text = "learning rate for a total batch of 256, scaled linearly; several values train several classifiers"
-    rate = number(0, 1000, above_low=True)
-    add("--lr", type=rate, nargs="+", default=DefaultList([0.001]), help=text)
+    add("--lr", type=number(0, 1000, above_low=True), nargs="+", default=[PUBLISHED_RATE], help=text)
     text = "learning rate at the end of the cosine schedule, not scaled"
     add("--lr_min", type=number(0, 1000), default=0.0, help=text)
     text = "outputs of the classifier; unless given, the number of classes in the data"

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from utils import UsageError, counted, logger
 
 WARMUPS = ("warmup_epochs", "warmup_teacher_temp_epochs")
 LARGEST_INITIAL_SHARE = 0.05  # of the initial weights in the teacher at the end of a run
-LINEAR_RATES = [0.001, 0.01, 0.1, 1.0]
+PUBLISHED_RATE = 0.001  # of linear probes
 FEW_TRAINING_IMAGES = 2_000_000  # of a linear probe over all epochs; the published ones use 128 million
 
 
 class DefaultInt(int):
     """A default that may be adapted to the run, unlike an equal number given on the command line."""
-
-
-class DefaultList(list[float]):
-    """A default that may be adapted to the run, unlike an equal list given on the command line."""
 
 
 def fit_schedules(args: argparse.Namespace) -> None:
@@ -79,13 +76,11 @@ def warn_large_k(ks: list[int], voters: int) -> None:
         )
 
 
-def fit_linear_rates(args: argparse.Namespace, images: int) -> None:
-    """Replace the default --lr of a linear probe by several that include it if the probe trains on few images in all its epochs."""
-    few = isinstance(args.lr, DefaultList) and images * args.epochs < FEW_TRAINING_IMAGES
-    if few:
-        logger.info(
-            "--lr is %s, a classifier for each: the default, %g, is for ImageNet, and %s in %s are few",
-            *(" ".join(f"{lr:g}" for lr in LINEAR_RATES), args.lr[0]),
-            *(counted(images, "image"), counted(args.epochs, "epoch")),
+def warn_of_small_rate(rates: Sequence[float], epochs: int, images: int) -> None:
+    """Warn if a linear probe of few images in all its epochs has no learning rate above the published one for ImageNet."""
+    if images * epochs < FEW_TRAINING_IMAGES and max(rates) <= PUBLISHED_RATE:
+        logger.warning(
+            "--lr %s is for ImageNet, and %s in %s are few: the classifier may hardly be trained; pass --lr 0.001 0.01 0.1 1, "
+            "which trains a classifier with each",
+            *(" ".join(f"{rate:g}" for rate in rates), counted(images, "image"), counted(epochs, "epoch")),
         )
-    args.lr = list(LINEAR_RATES if few else args.lr)

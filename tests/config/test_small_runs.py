@@ -139,23 +139,21 @@ def test_a_long_enough_run_is_not_told_about_its_teacher(log: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize(
-    ("flags", "images", "lrs"),
+    ("flags", "images", "warned"),
     [
-        ([], 400, small_runs.LINEAR_RATES),
-        ([], 1_281_167, [0.001]),
-        (["--epochs", "300"], 10_000, [0.001]),
-        (["--lr", "0.001"], 400, [0.001]),
-        (["--lr", "0.1", "1"], 400, [0.1, 1.0]),
+        ([], 400, True),
+        ([], 1_281_167, False),
+        (["--epochs", "300"], 10_000, False),
+        (["--lr", "0.0001"], 400, True),
+        (["--lr", "0.001", "0.1"], 400, False),
     ],
 )
-def test_learning_rates_of_a_linear_probe(
-    log: pytest.LogCaptureFixture, flags: list[str], images: int, lrs: list[float]
+def test_small_learning_rate_of_a_linear_probe(
+    log: pytest.LogCaptureFixture, flags: list[str], images: int, warned: bool
 ) -> None:
     args = eval_linear.get_args_parser().parse_args(flags)
-    small_runs.fit_linear_rates(args, images)
-    assert args.lr == lrs
-    assert type(args.lr) is list
-    assert bool(log.messages) == (lrs is small_runs.LINEAR_RATES)
+    small_runs.warn_of_small_rate(args.lr, args.epochs, images)
+    assert [line.startswith(f"--lr {args.lr[0]:g} ") for line in log.messages] == [True] * warned
 
 
 @pytest.mark.parametrize(("ks", "large"), [([5, 20, 100], "20 100"), ([1, 10], "")])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from helpers.runs import TINY_SWIN, write_images
 
 import eval_knn
-import eval_linear
-from config.arguments.small_runs import LINEAR_RATES
 
 TINY = ["--arch", "swin", "--cfg", "experiments/demo/swin_micro.yaml", "--device", "cpu", "--num_workers", "0"]
 TINY += ["--random_weights", "--image_size", "32"]
@@ -59,27 +56,3 @@ def test_k_larger_than_the_smallest_class_is_told_before_extraction(
     assert [line.startswith(f"--nb_knn {large} ") and f"--nb_knn {fitting} " in line for line in told] == [True] * bool(
         large
     )
-
-
-@pytest.mark.parametrize(("flags", "lrs"), [([], LINEAR_RATES), (["--lr", "0.001"], [0.001])], ids=["default", "given"])
-def test_a_linear_probe_of_few_images_tries_several_rates(
-    images: Path, tmp_path: Path, flags: list[str], lrs: list[float]
-) -> None:
-    """The published rate is one of them, and a killed run with the same command is resumed."""
-    command = [
-        *TINY,
-        "--data_path",
-        str(images),
-        "--output_dir",
-        str(tmp_path),
-        "--epochs",
-        "2",
-        "--n_last_blocks",
-        "1",
-    ]
-    command += [*flags, "--seed", "0", *TINY_SWIN]
-    for _ in range(2):
-        eval_linear.main(eval_linear.get_args_parser().parse_args(command))
-    scores = json.loads((tmp_path / "results" / "linear.json").read_text())["scores"]
-    assert [row["lr"] for row in scores.values()] == lrs
-    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()] == [0, 1]
