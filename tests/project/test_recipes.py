@@ -101,9 +101,12 @@ def test_evaluation_recipes_equal_their_script(
     flags = ["--arch", "swin", "--data_path", images, "--pretrained_weights", "checkpoint.pth"]
     flags += ["--output_dir", str(tmp_path / "direct"), *SMALL, *expected, "--", *TINY_SWIN]
     script.main(script.get_args_parser().parse_args(flags))
-    results = [[path.read_bytes() for path in (folder / "results").iterdir()] for folder in (out, tmp_path / "direct")]
+    results = [
+        {path.name: path.read_bytes() for path in (folder / "results").iterdir()}
+        for folder in (out, tmp_path / "direct")
+    ]
     assert results[0] == results[1]
-    assert len(results[0]) == 1
+    assert [Path(name).suffix for name in sorted(results[0])] == [".json", ".csv"]
 
 
 ANALYSES = {
