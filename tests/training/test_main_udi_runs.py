@@ -75,7 +75,8 @@ def test_run_folder(images: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("checkpoint0*.pth")} == {"checkpoint0000.pth", "checkpoint0001.pth"}
     assert {f"train_{level}/kl" for level in ("cls", "cls+", "patch")} <= lines[0].keys()
     with Image.open(tmp_path / "crops.png") as picture:
-        assert picture.height == 4 * (32 + 2) + 2  # four views and nothing of their correspondences
+        # Two global views and a row of two local ones, enlarged four times, and nothing of their correspondences.
+        assert picture.height == 2 * (4 * 32 + 8) + 4 * 16 + 8 + 8
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     run(tmp_path, images, "--saveckp_freq", "1")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
@@ -270,7 +271,7 @@ def test_the_last_line_names_the_results_and_a_command_that_scores_them(
     )
     _, _, command = told[0].partition(": python eval_knn.py ")
     words = [word.replace("IMAGES", str(tmp_path / "labeled images")) for word in shlex.split(command)]
-    assert words[:4] == ["--arch", "vit", "--patch_size", "4"]
+    assert "--arch" not in words  # the checkpoint names the network
     eval_knn.main(eval_knn.get_args_parser().parse_args([*words, "--num_workers", "0", "--device", "cpu"]))
     assert json.loads((out / "results" / "knn.json").read_text())["network"]["pretrained_weights"] == str(
         out / "checkpoint.pth"
