@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import io
 import logging
 import os
@@ -68,6 +69,20 @@ def setup_logging(is_main_process: bool = True) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+
+
+def import_optional(module: str, flag: str, package: str, instead: str) -> Any:
+    """Import a module of a package that only `flag` needs.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(
+            f"{flag} needs the package {package}, which is not installed; run pip install {package}, or use {instead}"
+        ) from None
 
 
 def counted(count: int, one: str, several: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from utils import UsageError
+from utils import UsageError, import_optional
 
 NAMES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 MIN_IMAGES = 5
@@ -26,17 +25,8 @@ class Projection(NamedTuple):
 
 
 def load_umap() -> Any:
-    """Import umap.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        return importlib.import_module("umap")
-    except ImportError:
-        raise UsageError(
-            "--plot umap needs the package umap-learn, which is not installed; run pip install umap-learn, or use --plot tsne"
-        ) from None
+    """Import umap; raise a UsageError if it is not installed."""
+    return import_optional("umap", "--plot umap", "umap-learn", "--plot tsne")
 
 
 def project(features_NC: np.ndarray, method: str, seed: int) -> Projection:

@@ -13,7 +13,6 @@ Origin: the protocol of DINO (Caron et al., ICCV 2021) section 4.1 after Wu et a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from config.choices import KNN_BACKENDS
 from distributed import collectives
 from evaluation.confusion import gather_confusion, top1_accuracy
 from evaluation.features import LabeledFeatures
-from utils import UsageError, logger
+from utils import UsageError, import_optional, logger
 
 CHUNKS = {"cpu": (128, 2048), "cuda": (2048, 65536)}  # queries and keys of a chunk; other devices use those of the CPU
 FAISS_QUERIES = 4096  # of a chunk; faiss divides its work further
@@ -119,17 +118,8 @@ def _merge(best: Neighbors, similarity: Tensor, first: int) -> Neighbors:
 
 
 def load_faiss() -> Any:
-    """Import faiss.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        return importlib.import_module("faiss")
-    except ImportError:
-        raise UsageError(
-            "--backend faiss needs the package faiss, which is not installed; run pip install faiss-cpu, or use --backend torch"
-        ) from None
+    """Import faiss; raise a UsageError if it is not installed."""
+    return import_optional("faiss", "--backend faiss", "faiss-cpu", "--backend torch")
 
 
 def check_faiss(half: bool) -> None:

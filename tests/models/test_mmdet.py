@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 
 import export
 import hubconf
+from checkpoints.exports import loading_lines
 from config.loading import load_config
 from models import Backbone
 from utils import UsageError
@@ -143,10 +145,16 @@ def objects(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["swin_tiny", "resnet50"])
 def test_the_configs_train_and_score(name: str, objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step and a score of the detector, as configured except for the size of the images."""
-    weights = exported(getattr(hubconf, f"esvit_{name}")(), tmp_path)
+    network = getattr(hubconf, f"esvit_{name}")()
+    weights = exported(network, tmp_path)
     monkeypatch.setenv("DATA", str(objects))
     monkeypatch.setenv("WEIGHTS", str(weights))
     config = Config.fromfile(ROOT / "experiments" / "detection" / f"mmdet_{name}.py")
+    printed = copy.deepcopy(config.model)  # the lines that the export prints, on a config that needs them
+    printed.backbone.init_cfg = None
+    printed.data_preprocessor.update(mean=[0, 0, 0], std=[1, 1, 1], bgr_to_rgb=False)
+    exec("\n".join(loading_lines(network, "mmdet", weights, load_config(None))), {"model": printed})
+    assert printed == config.model
     detector = MODELS.build(config.model)
     detector.init_weights()
     backbone = {name: tensor.clone() for name, tensor in detector.backbone.state_dict().items()}
