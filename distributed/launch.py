@@ -64,7 +64,8 @@ def _exit_code(main: Callable[[], None]) -> int:
             traceback.print_exc()
         elif sentence:
             rank = f" (process {get_rank()})" if get_rank() and expected else ""
-            print(f"{Path(sys.argv[0]).name}: error{rank}: {sentence}", file=sys.stderr)
+            # One write, unlike print: with PYTHONUNBUFFERED the lines of two processes would otherwise interleave.
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: error{rank}: {sentence}\n")
         return 2 if isinstance(expected, UsageError) else 1
     return 0
 

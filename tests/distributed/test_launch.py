@@ -217,3 +217,17 @@ def test_job_without_a_folder(tmp_path: Path) -> None:
     code, output, calls = submit(tmp_path, "--arch", "swin_tiny", signalled=False)
     assert (code, calls) == (2, [])
     assert "--output_dir OUT is needed" in output
+
+
+def test_error_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So lines of several processes do not interleave, also where stderr is unbuffered."""
+    writes: list[str] = []
+
+    def fail() -> None:
+        raise UsageError("the value 3 is not allowed")
+
+    monkeypatch.setattr(sys, "stderr", argparse.Namespace(write=writes.append, flush=lambda: None))
+    with pytest.raises(SystemExit) as exit_info:
+        launch.run_script(fail)
+    assert exit_info.value.code == 2
+    assert [(text.count("\n"), "the value 3 is not allowed" in text) for text in writes] == [(1, True)]
