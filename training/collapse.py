@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ PATIENCE = 5  # consecutive readings before a warning, which is repeated each ti
 PLATEAU = 1e-3  # distance of the loss from ln K, relative to ln K
 LEAST_ENTROPY = 0.01  # of the teacher, relative to ln K
 LEAST_STD, LEAST_RANK = 0.01, 2.0
+# Of the effective rank, relative to that of the first reading and to its bound min(N - 1, C).
+LEAST_RANK_KEPT, LEAST_RANK_SHARE = 0.4, 0.1
 
 FIXES = {
     "plateau": "keep the teacher sharper (--teacher_temp, --warmup_teacher_temp 0.04 or lower), use a longer --warmup_epochs or a "
@@ -36,6 +38,8 @@ FIXES = {
     "entropy": "make the teacher softer (a higher --teacher_temp), lower --lr, freeze the prototypes longer "
     "(--freeze_last_layer), and use --norm_last_layer True",
     "std": "lower --lr, raise --momentum_teacher or the batch (--accum_iter), and check that the views differ (crops.png)",
+    "partial": "spread the features (--koleo_weight 0.1), remove shortcuts from the views (crops.png), or lower --lr; docs/small_data.md "
+    "compares remedies",
     "rank": "lower --lr or --weight_decay_end, raise the batch (--accum_iter), and check that the images differ (crops.png)",
 }
 
@@ -117,7 +121,10 @@ class Monitor:
     def __init__(self) -> None:
         self.prototypes: dict[str, int] = {}  # K of each measured level
         self.terms: dict[str, str] = {}  # loss term of each level
+        self.largest_rank: dict[str, int] = {}  # bound of the effective rank of each level
+        self._first_rank: dict[str, float] = {}  # of each level, in the first reading
         self._streaks: dict[tuple[str, str], int] = {}
+        self._since: dict[tuple[str, str], int] = {}  # iteration of the first reading of each streak
 
     @torch.no_grad()
     def measure(self, levels: Mapping[str, MonitoredLevel]) -> dict[str, Tensor]:
@@ -126,47 +133,75 @@ class Monitor:
         for name, level in levels.items():
             self.prototypes[name] = level.center.shape[-1]
             self.terms[name] = level.term or f"{name}_loss"
+            rows, channels = level.features.shape
+            self.largest_rank[name] = min(rows - 1, MONITORED_ROWS - 1, channels)
             with torch.autocast(level.center.device.type, enabled=False):
                 scalars |= {f"{name}/{key}": value for key, value in measure(level).items()}
         return scalars
 
-    def check(self, scalars: Mapping[str, float], warmed_up: bool) -> None:
-        """Check scalars that have been read for signs of a collapse; `warmed_up`: the learning rate has passed its maximum."""
+    def check(self, scalars: Mapping[str, float], warmed_up: bool, iteration: int) -> None:
+        """Check scalars that have been read for signs of a collapse.
+
+        Args:
+            warmed_up: Whether the learning rate has passed its maximum.
+            iteration: Number of the step that they describe.
+        """
         for name, prototypes in self.prototypes.items():
             if f"{name}/kl" in scalars and not scalars.get("skipped"):
-                term = self.terms[name]
-                for cause, sentence in _symptoms(name, term, scalars, math.log(prototypes), warmed_up).items():
-                    self._count((name, cause), sentence)
+                first_rank = self._first_rank.setdefault(name, scalars[f"{name}/feature_rank"])
+                references = Reference(math.log(prototypes), first_rank, self.largest_rank[name])
+                for cause, sentence in _symptoms(name, self.terms[name], scalars, references, warmed_up).items():
+                    self._count((name, cause), sentence, iteration)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of consecutive readings with each cause, named `level/cause`."""
-        return {"/".join(cause): streak for cause, streak in self._streaks.items()}
+    def state_dict(self) -> dict[str, float]:
+        """Return for each `level/cause` the number of consecutive readings with it, and its `/since`; for each level `/first_rank`."""
+        state: dict[str, float] = {"/".join(cause): streak for cause, streak in self._streaks.items()}
+        state |= {"/".join([*cause, "since"]): iteration for cause, iteration in self._since.items()}
+        return state | {f"{name}/first_rank": rank for name, rank in self._first_rank.items()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Load the result of `state_dict`."""
-        self._streaks = {
-            (level, cause): int(n) for name, n in state.items() for level, _, cause in [name.rpartition("/")]
-        }
+        self._streaks, self._since, self._first_rank = {}, {}, {}
+        for key, value in state.items():
+            level, _, cause = key.removesuffix("/since").rpartition("/")
+            if cause == "first_rank":
+                self._first_rank[level] = float(value)
+            else:
+                (self._since if key.endswith("/since") else self._streaks)[level, cause] = int(value)
 
-    def _count(self, cause: tuple[str, str], sentence: str | None) -> None:
-        streak = self._streaks[cause] = self._streaks.get(cause, 0) + 1 if sentence else 0
+    def _count(self, cause: tuple[str, str], sentence: str | None, iteration: int) -> None:
+        if sentence is None:
+            self._streaks[cause] = 0
+            return
+        streak = self._streaks[cause] = self._streaks.get(cause, 0) + 1
+        if streak == 1:
+            self._since[cause] = iteration
         times = streak // PATIENCE
-        if streak and streak % PATIENCE == 0 and times & (times - 1) == 0:
-            logger.warning("%s for %d consecutive readings; %s", sentence, streak, FIXES[cause[1]])
+        if streak % PATIENCE == 0 and times & (times - 1) == 0:
+            since = self._since.get(cause)
+            begun = "" if since is None else f", since step {since + 1}"
+            logger.warning("%s for %d consecutive readings%s; %s", sentence, streak, begun, FIXES[cause[1]])
+
+
+class Reference(NamedTuple):
+    """What the statistics of a level are compared with."""
+
+    ln_k: float
+    first_rank: float
+    largest_rank: int
 
 
 def _symptoms(
-    name: str, term: str, scalars: Mapping[str, float], ln_k: float, warmed_up: bool
+    name: str, term: str, scalars: Mapping[str, float], reference: Reference, warmed_up: bool
 ) -> dict[str, str | None]:
     """Return a sentence for each cause that applies to a level, and None for the others."""
     term = term if term in scalars else "loss"
-    loss = scalars[term]
+    loss, ln_k = scalars[term], reference.ln_k
     entropy, std, rank = (scalars[f"{name}/{key}"] for key in ("teacher_entropy", "feature_std", "feature_rank"))
     used = scalars[f"{name}/prototypes_used"]
-    plateau = warmed_up and abs(loss - ln_k) < PLATEAU * ln_k
-    return {
+    symptoms = {
         "plateau": f"{term} {loss:.3f} stays at ln K = {ln_k:.3f}: all prototypes are equally likely, nothing is learned"
-        if plateau
+        if warmed_up and abs(loss - ln_k) < PLATEAU * ln_k
         else None,
         "entropy": f"the entropy of the teacher's {name} outputs is {entropy:.3f} of {ln_k:.3f} and {used:.1%} of the prototypes "
         "are used: the outputs collapse to few prototypes"
@@ -179,3 +214,12 @@ def _symptoms(
         if rank < LEAST_RANK
         else None,
     }
+    least = max(LEAST_RANK_KEPT * reference.first_rank, LEAST_RANK_SHARE * reference.largest_rank)
+    partially = warmed_up and rank < least and not any(symptoms.values())
+    symptoms["partial"] = (
+        f"the {name} features use few of their dimensions (effective rank {rank:.1f}; {reference.first_rank:.1f} at the start, at "
+        f"most {reference.largest_rank}): a partial collapse, which neither the loss nor the entropy shows"
+        if partially
+        else None
+    )
+    return symptoms

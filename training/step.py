@@ -209,7 +209,8 @@ class TrainStep:
                 }
                 self.nonfinite.fail(settings, last_views and (lambda: self.method.images(last_views())))
         if steps:
-            self.monitor.check(steps[-1], warmed_up=last_iteration > int(self.schedules.lr.argmax()))
+            warmed_up = last_iteration > int(self.schedules.lr.argmax())
+            self.monitor.check(steps[-1], warmed_up, last_iteration)
 
     # ----------------------------------------------------------------- checkpoints
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -103,8 +104,8 @@ def warnings_of(
     scalars = {name: value.item() for name, value in monitor.measure({"view": collapsed(cause)}).items()}
     scalars |= {"loss": math.log(32) if cause == "plateau" else 2.0, "skipped": 0.0}
     with caplog.at_level(logging.WARNING, "esvit"):
-        for _ in range(readings):
-            monitor.check(scalars, warmed_up)
+        for i in range(readings):
+            monitor.check(scalars, warmed_up, iteration=10 * i + 9)
     return [record.getMessage() for record in caplog.records], monitor
 
 
@@ -123,7 +124,7 @@ def test_level_is_checked_by_its_own_loss_term(caplog: pytest.LogCaptureFixture)
     }
     with caplog.at_level(logging.WARNING, "esvit"):
         for _ in range(5):
-            monitor.check(scalars, warmed_up=True)
+            monitor.check(scalars, warmed_up=True, iteration=0)
     assert [record.getMessage().partition(" stays")[0] for record in caplog.records] == ["g_mcl 3.466"]
 
 
@@ -145,6 +146,62 @@ def test_each_collapse_is_reported_alone_with_its_fixes(
     warnings, _ = warnings_of(cause, 39, caplog)
     assert len(warnings) == 3
     assert all(message in warning and collapse.FIXES[cause] in warning for warning in warnings)
+
+
+def rank_readings(ranks: Sequence[float], monitor: Monitor, start: int = 0, warmed_up: bool = True) -> None:
+    """Check readings every 10 steps that differ in rank only; bounds of 63 rows and 12 channels."""
+    scalars = {name: value.item() for name, value in monitor.measure({"view": collapsed("nothing")}).items()}
+    for i, rank in enumerate(ranks, start):
+        monitor.check(scalars | {"loss": 2.0, "skipped": 0.0, "view/feature_rank": rank}, warmed_up, 10 * i + 9)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "warned"),
+    [(10.0, 3.9, True), (10.0, 4.1, False), (4.0, 2.5, False), (2.5, 2.5, False), (30.0, 11.0, True)],
+)
+def test_partial_collapse_is_relative_to_the_first_reading(
+    first: float, then: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Below 0.4 of its rank; entropy, KL divergence and loss are healthy. It began with the second reading, step 20."""
+    with caplog.at_level(logging.WARNING, "esvit"):
+        rank_readings([first] + [then] * 5, Monitor())
+    messages = [record.getMessage() for record in caplog.records]
+    assert ["partial collapse" in message and "since step 20" in message for message in messages] == [True] * warned
+
+
+def test_partial_collapse_is_relative_to_the_width(caplog: pytest.LogCaptureFixture) -> None:
+    """Also of a network whose features have had a low rank from the first reading on: 12 of 200 channels."""
+    monitor = Monitor()
+    wide = collapsed("nothing", rows=250)._replace(features=torch.randn(250, 12) @ torch.randn(12, 200))
+    scalars = {name: value.item() for name, value in monitor.measure({"view": wide}).items()}
+    assert 8 < scalars["view/feature_rank"] < 12
+    with caplog.at_level(logging.WARNING, "esvit"):
+        for i in range(5):
+            monitor.check(scalars | {"loss": 2.0, "skipped": 0.0}, True, i)
+    assert [collapse.FIXES["partial"] in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_partial_collapse_needs_consecutive_readings_after_the_warmup(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "esvit"):
+        rank_readings([10.0] + 3 * ([3.0] * 4 + [9.0]), Monitor())
+        rank_readings([10.0] + [3.0] * 9, Monitor(), warmed_up=False)
+    assert not caplog.records
+
+
+def test_monitor_continues_after_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+    """Reference and streak are saved; a run saved before the reference was starts with its next reading."""
+    before, after, old = Monitor(), Monitor(), Monitor()
+    rank_readings([10.0, 3.0, 3.0], before)
+    after.load_state_dict(before.state_dict())
+    assert after.state_dict() == before.state_dict()
+    with caplog.at_level(logging.WARNING, "esvit"):
+        rank_readings([3.0] * 3, after, start=3)
+    assert ["since step 20" in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    old.load_state_dict({"view/partial": 2, "view/std": 0})
+    with caplog.at_level(logging.WARNING, "esvit"):
+        rank_readings([3.0] * 3, old, start=3)
+    assert not caplog.records
 
 
 def test_no_warning_for_healthy_outputs_and_during_warmup(caplog: pytest.LogCaptureFixture) -> None:
