@@ -34,6 +34,7 @@ from config import arguments
 from data.transforms import augment
 from data.transforms.crops import split_views
 from data.transforms.mixup import ViewMixup
+from data.transforms.recipe import RECIPES
 from distributed import collectives, launch
 from evaluation.knn_callback import build_knn_callback
 from losses.dino import DINOLoss as DINOLoss
@@ -161,12 +162,13 @@ def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transfo
     mean, std = config.INPUT.MEAN, config.INPUT.STD
     backend = augment.choose_backend(args.aug_backend, args.aug_opt, in_chans)
     logger.info("augmentation %s, backend %s", args.aug_opt, backend)
-    if backend == "split":
-        return split_views(crops, mean, std, args.color_jitter)
-    if args.aug_opt == "dino_aug":
-        return augment.dino_views(crops, in_chans, mean, std, args.color_jitter), None
+    recipe = RECIPES.get(args.aug_opt)
+    if recipe and backend == "split":
+        return split_views(recipe(crops, args.color_jitter), mean, std)
+    if recipe:
+        return augment.dino_views(recipe(crops, args.color_jitter), in_chans, mean, std), None
     if in_chans != 3:
-        raise UsageError(f"--aug-opt deit_aug needs RGB images, these have {in_chans} channels; use dino_aug")
+        raise UsageError(f"--aug-opt deit_aug needs RGB images, these have {in_chans} channels; use dino_aug or small_aug")
     transform = augment.deit_views(
         crops,
         mean,

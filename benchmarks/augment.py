@@ -33,7 +33,7 @@ from data.decode import decode_image, open_image
 from data.demo import photographs
 from data.transforms.augment import dino_views
 from data.transforms.crops import split_views
-from data.transforms.recipe import Crops
+from data.transforms.recipe import Crops, dino_recipe
 from distributed import launch
 
 SIZE = (500, 375)  # average of ImageNet
@@ -74,8 +74,8 @@ def timed(work: Callable[[], object]) -> Seconds:
 
 def measure(jpegs: list[bytes], rounds: int) -> dict[str, list[Seconds]]:
     """Return the times of each part by round, without a warm-up round."""
-    pil = dino_views(CROPS, 3, MEAN, STD, STRENGTH)
-    crops, device_transform = split_views(CROPS, MEAN, STD, STRENGTH)
+    pil = dino_views(dino_recipe(CROPS, STRENGTH), 3, MEAN, STD)
+    crops, device_transform = split_views(dino_recipe(CROPS, STRENGTH), MEAN, STD)
     samples: list[list[Tensor]] = []
 
     def run_pil() -> None:

@@ -1,8 +1,8 @@
 """Multi-crop augmentation of the `pil` backend, and the transforms of evaluations.
 
-There are two policies: `dino_aug`, DINO's color augmentation, and `deit_aug`, RandAugment with random erasing. An image is a PIL
-image (1 or 3 channels) or a float tensor (C, H, W) of any other number of channels, transformed in a loader worker. For `dino_aug`
-of color images the `split` backend is faster (crops.py, photometric.py).
+Policies are the recipes of recipe.py, `dino_aug` and `small_aug`, and `deit_aug`, RandAugment with random erasing. An image is a PIL
+image (1 or 3 channels) or a float tensor (C, H, W) of any other number of channels, transformed in a loader worker. For the recipes
+the `split` backend is faster on color images (crops.py, photometric.py).
 
 Origin: DINO (Caron et al., ICCV 2021), see recipe.py; DeiT (Touvron et al., ICML 2021), from timm; `strong_view` is that of UDI's
 linear probe (Su and Ji, ECCV 2024), after Mugs (Zhou et al., 2022).
@@ -26,7 +26,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from data.decode import ImageLike
-from data.transforms.recipe import ASPECT, BLUR_RADIUS, FLIP, GRAY, JITTER, ViewSpec, dino_recipe
+from data.transforms.recipe import ASPECT, BLUR_RADIUS, FLIP, GRAY, JITTER, RECIPES, Jitter, Recipe, ViewSpec
 from data.transforms.recipe import Crops as Crops
 from data.transforms.recipe import check_crops as check_crops
 from utils import UsageError
@@ -80,22 +80,17 @@ class Solarize:
 class BrightnessContrast:
     """Color jitter without saturation and hue, for float tensors of any number of channels in 0..1."""
 
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
+    def __init__(self, jitter: Jitter) -> None:
+        self.jitter = jitter
 
     def __call__(self, image: Tensor) -> Tensor:
-        brightness, contrast = (random.uniform(1 - self.strength, 1 + self.strength) for _ in range(2))
+        brightness, contrast = random.uniform(*self.jitter.brightness), random.uniform(*self.jitter.contrast)
         image = (image * brightness).clamp(0, 1)
         return (image.mean() + (image - image.mean()) * contrast).clamp(0, 1)
 
 
-def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence[float], strength: float) -> MultiCrop:
-    """Return the transform to DINO's views (recipe.py), for any number of channels.
-
-    Raises:
-        UsageError: a strength of the color jitter outside 0..2.
-    """
-    recipe = dino_recipe(crops, strength)
+def dino_views(recipe: Recipe, in_chans: int, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
+    """Return the transform to the views of a recipe, for any number of channels."""
 
     def transform(view: ViewSpec) -> transforms.Compose:
         bicubic = transforms.InterpolationMode.BICUBIC
@@ -105,7 +100,7 @@ def dino_views(crops: Crops, in_chans: int, mean: Sequence[float], std: Sequence
             ),
             transforms.RandomHorizontalFlip(p=FLIP),
         ]
-        jitter = transforms.ColorJitter(*recipe.jitter) if in_chans in (1, 3) else BrightnessContrast(strength)
+        jitter = transforms.ColorJitter(*recipe.jitter) if in_chans in (1, 3) else BrightnessContrast(recipe.jitter)
         steps.append(transforms.RandomApply([jitter], p=JITTER))
         if in_chans == 3:
             steps.append(transforms.RandomGrayscale(p=GRAY))
@@ -247,10 +242,10 @@ def choose_backend(wanted: str, policy: str, in_chans: int) -> str:
     Raises:
         UsageError: `split` is requested but not supported.
     """
-    splittable = policy == "dino_aug" and in_chans == 3
+    splittable = policy in RECIPES and in_chans == 3
     if wanted == "split" and not splittable:
         raise UsageError(
-            f"--aug_backend split supports dino_aug with 3 channels, not {policy} with {in_chans}; use auto or pil"
+            f"--aug_backend split supports {' and '.join(RECIPES)} with 3 channels, not {policy} with {in_chans}; use auto or pil"
         )
     return "split" if splittable and wanted != "pil" else "pil"
 

@@ -1,6 +1,6 @@
 """The worker part of the `split` backend: from a decoded image to resized and flipped uint8 crops.
 
-    transform, device_transform = split_views(crops, mean, std, strength)      # for the dataset, and for batches
+    transform, device_transform = split_views(recipe, mean, std)      # for the dataset, and for batches
 
 Antialiased bicubic interpolation runs on uint8. A crop costs only its own pixels, since nothing is converted before it is cut
 out, and the worker sends a quarter of the bytes of float views.
@@ -22,18 +22,11 @@ from torchvision.transforms import functional as TF
 from data.decode import ImageLike
 from data.transforms.geometry import CropBox
 from data.transforms.photometric import DRAWS, Photometric
-from data.transforms.recipe import ASPECT, FLIP, Crops, ViewSpec, dino_recipe
+from data.transforms.recipe import ASPECT, FLIP, Recipe, ViewSpec
 
 
-def split_views(
-    crops: Crops, mean: Sequence[float], std: Sequence[float], strength: float
-) -> tuple[ByteCrops, Photometric]:
-    """Return the worker part and the device part of the transform to DINO's views of color images.
-
-    Raises:
-        UsageError: a strength of the color jitter outside 0..2.
-    """
-    recipe = dino_recipe(crops, strength)
+def split_views(recipe: Recipe, mean: Sequence[float], std: Sequence[float]) -> tuple[ByteCrops, Photometric]:
+    """Return the worker part and the device part of the transform to the views of a recipe, for color images."""
     return ByteCrops(recipe.views), Photometric(recipe, tuple(mean), tuple(std))
 
 

@@ -64,6 +64,12 @@ class Recipe(NamedTuple):
     jitter: Jitter
 
 
+def small_recipe(crops: Crops, strength: float) -> Recipe:
+    """Return DINO's recipe without blur and solarization, which leave little of small images (Chen et al., ICML 2020, B.9)."""
+    recipe = dino_recipe(crops, strength)
+    return recipe._replace(views=tuple(view._replace(blur=0.0, solarize=0.0) for view in recipe.views))
+
+
 def dino_recipe(crops: Crops, strength: float) -> Recipe:
     """Return DINO's recipe: blur on the first global view, rarely and with solarization on the second, sometimes on local ones.
 
@@ -88,6 +94,9 @@ def dino_recipe(crops: Crops, strength: float) -> Recipe:
     ]
     jitter = Jitter(around_one(strength), around_one(strength), around_one(strength / 2), (-strength / 4, strength / 4))
     return Recipe((first, second, *local), jitter)
+
+
+RECIPES = {"dino_aug": dino_recipe, "small_aug": small_recipe}
 
 
 def check_crops(crops: Crops) -> None:

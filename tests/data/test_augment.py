@@ -32,6 +32,7 @@ from data.transforms.augment import (
     limit_posterize,
     train_view,
 )
+from data.transforms.recipe import dino_recipe, small_recipe
 from utils import UsageError
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
@@ -73,7 +74,7 @@ def steps_of(view: Any) -> dict[type, Any]:
 
 @pytest.mark.parametrize("in_chans", [1, 2, 3, 5])
 def test_dino_views_in_order(in_chans: int) -> None:
-    views = dino_views(CROPS, in_chans, [0.5] * in_chans, [0.25] * in_chans, 0.4)(noise_image(in_chans))
+    views = dino_views(dino_recipe(CROPS, 0.4), in_chans, [0.5] * in_chans, [0.25] * in_chans)(noise_image(in_chans))
     assert [view.shape for view in views] == [(in_chans, size, size) for size in SIZES]
     assert all(view.dtype == torch.float32 for view in views)
     assert CROPS.total == len(views) == 5
@@ -89,18 +90,18 @@ def test_no_local_crops(numbers: tuple[int, ...], sizes: tuple[int, ...]) -> Non
     crops = CROPS._replace(local_numbers=numbers, local_sizes=sizes)
     check_crops(crops)
     assert crops.total == 2
-    for policy in (dino_views(crops, 3, MEAN, STD, 0.4), deit_views(crops, MEAN, STD, **DEIT)):
+    for policy in (dino_views(dino_recipe(crops, 0.4), 3, MEAN, STD), deit_views(crops, MEAN, STD, **DEIT)):
         assert [view.shape for view in policy(noise_image(3))] == [(3, 32, 32), (3, 32, 32)]
 
 
 def test_zero_crops_of_one_size() -> None:
     crops = CROPS._replace(local_numbers=(1, 0, 2), local_sizes=(20, 16, 12))
-    views = dino_views(crops, 3, MEAN, STD, 0.4)(noise_image(3))
+    views = dino_views(dino_recipe(crops, 0.4), 3, MEAN, STD)(noise_image(3))
     assert [view.shape[-1] for view in views] == [32, 32, 20, 12, 12]
 
 
 def test_views_differ_and_are_reproducible() -> None:
-    for policy in (dino_views(CROPS, 3, MEAN, STD, 0.4), deit_views(CROPS, MEAN, STD, **DEIT)):
+    for policy in (dino_views(dino_recipe(CROPS, 0.4), 3, MEAN, STD), deit_views(CROPS, MEAN, STD, **DEIT)):
         passes: list[list[Tensor]] = []
         for seed in (0, 0, 1):
             random.seed(seed)
@@ -137,7 +138,7 @@ def test_dino_views_normalize_each_channel(levels: tuple[int, ...]) -> None:
         image = Image.fromarray(planes.permute(1, 2, 0).squeeze(-1).numpy())
     expected = torch.tensor([(level / 255 - m) / s for level, m, s in zip(levels, mean, std)])[:, None, None]
     for _ in range(5):
-        for view in dino_views(CROPS, in_chans, mean, std, strength=0.0)(image):
+        for view in dino_views(dino_recipe(CROPS, 0.0), in_chans, mean, std)(image):
             torch.testing.assert_close(view, expected.expand_as(view), rtol=0, atol=2e-5)
 
 
@@ -154,7 +155,7 @@ def test_deit_views_normalize_each_channel() -> None:
 
 def test_dino_probabilities() -> None:
     """DINO, appendix."""
-    views: Sequence[Any] = dino_views(CROPS, 3, MEAN, STD, 0.4).view_transforms
+    views: Sequence[Any] = dino_views(dino_recipe(CROPS, 0.4), 3, MEAN, STD).view_transforms
     steps = [steps_of(view) for view in views]
     assert [s[GaussianBlur].p for s in steps] == [1.0, 0.1, 0.5, 0.5, 0.5]
     assert [s[Solarize].p for s in steps] == [0.0, 0.2, 0.0, 0.0, 0.0]
@@ -168,19 +169,26 @@ def test_dino_probabilities() -> None:
         assert jitter.hue == (-0.1, 0.1)
 
 
+def test_small_recipe_is_dinos_without_blur_and_solarization() -> None:
+    small, dino = small_recipe(CROPS, 0.3), dino_recipe(CROPS, 0.3)
+    assert small.jitter == dino.jitter
+    assert [view[:2] for view in small.views] == [view[:2] for view in dino.views]
+    assert {view[2:] for view in small.views} == {(0.0, 0.0)}
+
+
 def test_color_jitter_of_many_channels() -> None:
-    for view in dino_views(CROPS, 5, [0.5] * 5, [0.25] * 5, 0.3).view_transforms:
+    for view in dino_views(dino_recipe(CROPS, 0.3), 5, [0.5] * 5, [0.25] * 5).view_transforms:
         steps = steps_of(view)
         assert transforms.RandomGrayscale not in steps
         (jitter,) = steps[transforms.RandomApply].transforms
         assert isinstance(jitter, BrightnessContrast)
-        assert jitter.strength == 0.3
+        assert jitter.jitter.brightness == jitter.jitter.contrast == (0.7, 1.3)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.5])
 def test_invalid_jitter_strength(strength: float) -> None:
     with pytest.raises(UsageError, match="--color-jitter"):
-        dino_views(CROPS, 3, MEAN, STD, strength)
+        dino_views(dino_recipe(CROPS, strength), 3, MEAN, STD)
 
 
 @pytest.mark.parametrize("operation", [GaussianBlur, Solarize])
@@ -246,7 +254,7 @@ def test_brightness_contrast_factors() -> None:
     image = torch.tensor([0.25, 0.5]).expand(5, 4, 2)
     brightness, contrast = [], []
     for _ in range(500):
-        jittered = BrightnessContrast(0.4)(image)
+        jittered = BrightnessContrast(dino_recipe(CROPS, 0.4).jitter)(image)
         brightness.append(float(jittered.mean()) / 0.375)
         contrast.append(float(jittered.max() - jittered.min()) / (0.25 * brightness[-1]))
         torch.testing.assert_close(jittered, jittered[:1, :1].expand(5, 4, 2))
@@ -258,8 +266,8 @@ def test_brightness_contrast_factors() -> None:
 
 def test_brightness_contrast_range_and_strength_zero() -> None:
     image = torch.rand(5, 8, 8)
-    torch.testing.assert_close(BrightnessContrast(0.0)(image), image)
-    jittered = torch.stack([BrightnessContrast(1.0)(image) for _ in range(100)])
+    torch.testing.assert_close(BrightnessContrast(dino_recipe(CROPS, 0.0).jitter)(image), image)
+    jittered = torch.stack([BrightnessContrast(dino_recipe(CROPS, 1.0).jitter)(image) for _ in range(100)])
     assert jittered.min() == 0
     assert jittered.max() == 1
 

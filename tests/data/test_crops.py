@@ -92,7 +92,7 @@ def test_distribution_of_boxes_equals_pil_backend() -> None:
 
 
 def test_no_local_crops() -> None:
-    crops, device_transform = split_views(CROPS._replace(local_numbers=(), local_sizes=()), MEAN, STD, 0.4)
+    crops, device_transform = split_views(dino_recipe(CROPS._replace(local_numbers=(), local_sizes=()), 0.4), MEAN, STD)
     views = device_transform([part[None] for part in crops(noise())], torch.device("cpu"))
     assert [view.shape for view in views] == [(1, 3, 32, 32)] * 2
 
@@ -143,7 +143,7 @@ def test_all_readable_formats(tmp_path: Path) -> None:
 
 
 def test_pil_backend_is_unchanged(folder: Path) -> None:
-    views = dino_views(CROPS, 3, MEAN, STD, 0.4)
+    views = dino_views(dino_recipe(CROPS, 0.4), 3, MEAN, STD)
     assert isinstance(views, MultiCrop)
     images = build_dataset(folder, "train", views, 3, 0)
     assert all(view.dtype == torch.float32 for view in images[0].views)

@@ -26,7 +26,7 @@ from data.layouts.sources import UNLABELED
 from data.loader import Batch, FailureTally, StridedSampler, build_eval_loader, build_train_loader, collate, set_epoch
 from data.transforms.crops import split_views
 from data.transforms.photometric import DRAWS, Photometric
-from data.transforms.recipe import Crops
+from data.transforms.recipe import Crops, dino_recipe
 from data.workers import usable_workers
 from utils import UsageError
 
@@ -109,7 +109,7 @@ def test_collate_with_an_incomplete_sample() -> None:
 
 
 def split_samples(count: int = 4) -> tuple[list[Sample], Photometric]:
-    crops, device_transform = split_views(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
+    crops, device_transform = split_views(dino_recipe(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), 0.4), (0.5,) * 3, (0.25,) * 3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
     return [Sample(crops(image), i, i, ()) for i in range(count)], device_transform
 
@@ -149,7 +149,7 @@ def test_pinning_keeps_the_device_transform(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def split_dataset(tmp_path: Path) -> tuple[ImageDataset, Photometric]:
-    crops, device_transform = split_views(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), (0.5,) * 3, (0.25,) * 3, 0.4)
+    crops, device_transform = split_views(dino_recipe(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), 0.4), (0.5,) * 3, (0.25,) * 3)
     return build_dataset(write_images(tmp_path, IMAGES), "train", crops), device_transform
 
 

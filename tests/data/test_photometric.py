@@ -375,7 +375,7 @@ def test_distribution_of_views_equals_pil_backend(view: int) -> None:
     random.seed(0)
     torch.manual_seed(0)
     image = photograph()
-    pil_view = dino_views(CROPS, 3, (0, 0, 0), (1 / 255,) * 3, 0.4).view_transforms[view]
+    pil_view = dino_views(dino_recipe(CROPS, 0.4), 3, (0, 0, 0), (1 / 255,) * 3).view_transforms[view]
     pil = torch.stack([pil_view(image) for _ in range(MANY)])
     byte_crops = ByteCrops(RECIPE.views[view : view + 1])
     alone = Photometric(RECIPE._replace(views=RECIPE.views[view : view + 1]), (0, 0, 0), (1 / 255,) * 3)
@@ -393,7 +393,7 @@ def test_distribution_of_views_equals_pil_backend(view: int) -> None:
 def samples(count: int) -> tuple[list[list[Tensor]], Photometric]:
     """Return the output of the worker part for some images, and the device part."""
     torch.manual_seed(0)
-    crops, device_transform = split_views(CROPS, MEAN, STD, 0.4)
+    crops, device_transform = split_views(dino_recipe(CROPS, 0.4), MEAN, STD)
     return [crops(noise(50)) for _ in range(count)], device_transform
 
 
@@ -433,7 +433,7 @@ def test_input_crops_are_not_modified() -> None:
 def test_normalization_of_each_channel() -> None:
     """A constant image below the solarization threshold, with jitter of strength 0."""
     levels = (10, 60, 120)
-    crops, device_transform = split_views(CROPS, MEAN, STD, 0.0)
+    crops, device_transform = split_views(dino_recipe(CROPS, 0.0), MEAN, STD)
     parts = stacked([crops(Image.new("RGB", (50, 40), levels)) for _ in range(4)])
     parts[-1][..., 6] = LARGEST
     expected = torch.tensor([(level / 255 - m) / s for level, m, s in zip(levels, MEAN, STD)])[:, None, None]
