@@ -34,12 +34,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import eval_knn
 from benchmarks.peer_runs import Figures, plan_epochs, run_lightly, run_ours
 from checkpoints import files
 from config.arguments import main_esvit
 from config.ranges import ABOVE_ZERO, COUNT, PIXELS, number
 from distributed import launch
+from eval_knn import extract as extract_features
+from eval_knn import get_args_parser as knn_parser
 from evaluation.features import NETWORK, UNTRAINED, LabeledFeatures
 from evaluation.knn import Split, knn_scores
 from utils import UsageError
@@ -145,7 +146,7 @@ def score_network(args: argparse.Namespace, *weights: str) -> dict[str, Scores]:
     line += ["--cfg", ours.cfg] if ours.cfg else []
     line += ["--image_size", str(args.image_size)] if args.image_size else []
     line += ["--crop_ratio", "1", "--num_workers", "0", "--nb_knn", *map(str, KS), *weights, "--", *ours.opts]
-    found = eval_knn.extract(eval_knn.get_args_parser().parse_args(line), CPU, CPU, torch.float32)
+    found = extract_features(knn_parser().parse_args(line), CPU, CPU, torch.float32)
     return {name: score(split) for name, split in found.splits.items()}
 
 
