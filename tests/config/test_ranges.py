@@ -40,6 +40,8 @@ NEEDED = {
     "export": ["--pretrained_weights", "a", "--format", "timm", "--output", "b"],
     "convert": ["a", "b", "--to", "zip"],
     "extract_features": ["--output_dir", "a"],
+    "lightly_dino": ["--data_path", "a", "--output_dir", "b", "--cpu_seconds", "1"],
+    "peers": ["--data_path", "a", "--output_dir", "b"],
 }
 
 
