@@ -5,7 +5,7 @@
 #   PASSES=600000 bash scripts/pretrain_small.sh swin_64 photos /runs/photos              three times as long
 # NETWORK is a yaml of experiments/small/; choose it by the size of the images: 32, 64 or 128 pixels. The epochs follow from the
 # number of images, so that every run sees PASSES images and takes about as long; EPOCHS=N sets them instead. Trailing flags
-# override those set here. PROCESSES is the number of GPUs, or without one the number of cores, 4 at most.
+# override those set here. PROCESSES is the number of GPUs, or without one of cores, 4 at most.
 # docs/small_data.md compares these settings with others.
 USAGE="NETWORK IMAGES OUT [flags of main_esvit.py]"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
@@ -22,15 +22,15 @@ try:
     images = len(build_dataset(sys.argv[1], "train", lambda image: image))
 except UsageError as error:
     sys.exit(f"pretrain_small.sh: error: {error}")
-print(images, torch.cuda.device_count(), min(4, os.cpu_count() or 1))
+print(images, torch.cuda.device_count(), 4 if os.cpu_count() >= 4 else min(2, os.cpu_count()))
 '
 read -r COUNT DEVICES CORES < <(PYTHONPATH=$ROOT "$PYTHON" -c "$describe" "$IMAGES") || exit 2
 
 PIXELS=${NETWORK##*_} BATCH=64
 PASSES=${PASSES:-$((PIXELS > 32 ? 80000 : 200000))}
 numbers PASSES
-EPOCHS=${EPOCHS:-$(((PASSES + COUNT / 2) / COUNT))}
-[ "$EPOCHS" -gt 0 ] || EPOCHS=1
+FITTING=$(((PASSES + COUNT / 2) / COUNT))
+EPOCHS=${EPOCHS:-$((FITTING > 1 ? FITTING : 1))}
 if [ "$DEVICES" -eq 0 ]; then # a thread and its own images for each process
     export OMP_NUM_THREADS=1
     set -- --num_workers 0
@@ -38,8 +38,9 @@ else
     set --
 fi
 GPUS=${PROCESSES:-$((DEVICES > 0 ? DEVICES : CORES))}
+numbers EPOCHS GPUS
 PER_GPU=$((BATCH / GPUS))
-numbers EPOCHS GPUS PER_GPU
+split_batch
 launch main_esvit.py --arch "${NETWORK%_*}" --cfg "$CFG" --data_path "$IMAGES" --output_dir "$OUT" --patch_size $((PIXELS / 8)) "$@" \
     --use_dense_prediction True --batch_size_per_gpu "$PER_GPU" --epochs "$EPOCHS" --warmup_epochs $((EPOCHS / 20)) \
     --lr 0.004 --weight_decay_end 0.04 --momentum_teacher 0.992 --freeze_last_layer 0 --koleo_weight 0.3 \
