@@ -6,6 +6,7 @@ Tests compare with them on a CPU, benchmarks/gpu.py on the device that is at han
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "golden"))  # fill.py: weights and inputs
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fill import fill_, tensor
+from fill import crops as crops
+from fill import fill_
+from fill import tensor as tensor
 
 import main_esvit
 from losses.dino import DINOLoss
@@ -36,6 +39,11 @@ def arrays(name: str, folder: Path = FOLDER) -> dict[str, np.ndarray]:
     """Return the arrays of NAME.npz."""
     with np.load(folder / f"{name}.npz") as file:
         return dict(file)
+
+
+def settings(name: str, folder: Path = FOLDER) -> Any:
+    """Return the content of NAME.json."""
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def relative_error(ours: Any, golden: Any) -> float:
@@ -100,10 +108,13 @@ def golden_outputs(device: torch.device | str = "cpu") -> tuple[MultiCropOutput,
         tensor("lossA-s_fea", 402, 16).to(device),
         (49, 49, 9, 9, 9, 9),
     )
-    teacher = [
-        tensor(f"lossA-t_{name}", *shape) for name, *shape in (("cls", 6, 32), ("reg", 294, 32), ("fea", 294, 16))
-    ]
-    return student, MultiCropOutput(*(value.to(device) for value in teacher), (49, 49))
+    teacher = MultiCropOutput(
+        tensor("lossA-t_cls", 6, 32).to(device),
+        tensor("lossA-t_reg", 294, 32).to(device),
+        tensor("lossA-t_fea", 294, 16).to(device),
+        (49, 49),
+    )
+    return student, teacher
 
 
 # --------------------------------------------------------------------------- updates

@@ -27,7 +27,7 @@ from data.transforms.udi_views import Correspondence
 from losses.udi import UDILoss
 
 # Settings by kind (`loss`, `net`) and name.
-CASES: dict[str, dict[str, Any]] = json.loads((golden.FOLDER / "udi_a.json").read_text())
+CASES: dict[str, dict[str, Any]] = golden.settings("udi_a")
 TERMS = ("g_cl", "g_mcl", "g_pch", "l_cl", "l_mcl")
 CENTERS = ("center", "center_plus", "center_patch")
 
