@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_fast, gpu_fed, gpu_right
 from benchmarks.golden import FOLDER
-from benchmarks.gpu_rows import FAILED, PARTS, Record, Row, run_rows, tables, verdict
+from benchmarks.gpu_rows import FAILED, PARTS, Record, Row, Setup, run_rows, tables, verdict
 from checkpoints import files
 from config.ranges import number
 from distributed import launch
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     """Run the rows, and print tables and verdict, also of an interrupted run."""
     path = new_path(args.output)
     record = Record(path, {"command": shlex.join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M:%S")})
-    rows, setup = plan(args.only, args.tiny), (args.device, args.tiny, args.golden, path.with_suffix(".log"))
+    rows, setup = plan(args.only, args.tiny), Setup(args.device, args.tiny, args.golden, path.with_suffix(".log"))
     with files.disk_errors(path.parent, "--output"):
         record.write()
         try:

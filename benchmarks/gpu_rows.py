@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,11 @@ class Bound(NamedTuple):
     def __str__(self) -> str:
         text = f"{self.value:.3g} (at most {self.bound:.3g})"
         return text if self.holds else f"**{text}**"
+
+
+def largest(errors: Iterable[float], bound: float) -> Bound:
+    """Return the largest error with its bound; NaN counts as larger than everything."""
+    return Bound(max(errors, key=lambda error: math.inf if math.isnan(error) else error), bound)
 
 
 Figure = float | str | Bound
@@ -89,25 +94,33 @@ class Row(NamedTuple):
     columns: tuple[str, ...] = ()
 
 
+class Setup(NamedTuple):
+    """What a process that runs rows is started with."""
+
+    device: str
+    tiny: bool
+    golden: Path
+    log: Path
+
+
 # --------------------------------------------------------------------------- the process that runs rows
 
 
-def _serve(
-    connection: Connection, parents_end: Connection, rows: Sequence[Row], setup: tuple[str, bool, Path, Path]
-) -> None:
+def _serve(connection: Connection, parents_end: Connection, part: str, rows: Sequence[Row], setup: Setup) -> None:
     """Run the rows whose numbers arrive, and send their figures; all output goes to the log."""
     parents_end.close()  # so that recv fails when the parent is gone
     os.setsid()  # a group that can be killed as a whole; Ctrl-C is the parent's
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed for deterministic algorithms
-    name, tiny, golden, log = setup
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if part == "right":
+        compute_exactly()
     try:
-        device = utils.resolve_device(name)
+        device = utils.resolve_device(setup.device)
     except utils.UsageError as error:
         connection.send(str(error))
         return
     gc.freeze()  # what was imported is not searched after each row
-    with log.open("a", buffering=1) as file:
+    with setup.log.open("a", buffering=1) as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         sys.stdout = sys.stderr = file
@@ -118,7 +131,7 @@ def _serve(
             except EOFError:
                 return
             print(f"--- {rows[number].part}: {rows[number].name}", file=file)
-            connection.send(_run(rows[number], Bench(device, tiny, golden, known), connection))
+            connection.send(_run(rows[number], Bench(device, setup.tiny, setup.golden, known), connection))
 
 
 def _run(row: Row, bench: Bench, connection: Connection) -> tuple[str, bool]:
@@ -137,6 +150,12 @@ def _run(row: Row, bench: Bench, connection: Connection) -> tuple[str, bool]:
         if bench.is_cuda:
             torch.cuda.empty_cache()
     return "", True
+
+
+def compute_exactly() -> None:
+    """Compute float32 without TF32, and let cuBLAS be deterministic; before the device is used."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -159,16 +178,16 @@ class Worker:
         UsageError: There is no such device.
     """
 
-    def __init__(self, rows: Sequence[Row], setup: tuple[str, bool, Path, Path]) -> None:
+    def __init__(self, part: str, rows: Sequence[Row], setup: Setup) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=_serve, args=(theirs, self.connection, rows, setup))
+        self.process = context.Process(target=_serve, args=(theirs, self.connection, part, rows, setup))
         self.process.start()
         theirs.close()
         try:
             about = self.connection.recv()
         except EOFError:
-            about = f"the process of the device ended at once; {setup[3]} may say why"
+            about = f"the process of the device ended at once; {setup.log} may say why"
         if isinstance(about, str):
             self.stop()
             raise utils.UsageError(about)
@@ -272,12 +291,8 @@ def _plain(figure: Figure) -> Any:
     return str(figure) if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 
-def run_rows(rows: Sequence[Row], setup: tuple[str, bool, Path, Path], minutes: float, record: Record) -> None:
-    """Run rows in their order until the time is over.
-
-    Args:
-        setup: Name of the device, whether sizes are tiny, folder of the golden numbers, and the log.
-    """
+def run_rows(rows: Sequence[Row], setup: Setup, minutes: float, record: Record) -> None:
+    """Run rows in their order until the time is over."""
     deadline = time.monotonic() + 60 * minutes
     worker: Worker | None = None
     running_part = ""
@@ -287,13 +302,13 @@ def run_rows(rows: Sequence[Row], setup: tuple[str, bool, Path, Path], minutes: 
             if worker is None or row.part != running_part:
                 if worker is not None:
                     worker.stop()
-                worker, running_part = Worker(rows, setup), row.part
+                worker, running_part = Worker(row.part, rows, setup), row.part
                 record.about["environment"] = worker.about
             on_cuda = worker.about["type"] == "cuda"
             if row.needs_cuda and not on_cuda:
                 record.add(Entry(row, NOT_RUN, "needs CUDA", 0.0, {}))
                 continue
-            first_pace = 1.0 if on_cuda or setup[1] else CPU_PACE
+            first_pace = 1.0 if on_cuda or setup.tiny else CPU_PACE
             pace = measured / estimated if estimated else first_pace
             left = deadline - time.monotonic()
             expected = row.seconds * pace

@@ -102,6 +102,31 @@ def test_a_wrong_golden_number_fails_its_row_alone(tmp_path: Path, array: str | 
     assert found["golden losses of UDI"]["result"] == "ok"
 
 
+def test_checks_of_steps_see_a_difference() -> None:
+    """Another learning rate, another temperature; a head with BatchNorm has other names."""
+    cpu = torch.device("cpu")
+    views = [gpu_right.tiny_views(cpu, i) for i in range(2)]
+
+    def holds(*words: str) -> list[bool]:
+        steps = gpu_right.tiny_step(cpu), gpu_right.tiny_step(cpu, *words)
+        return [figure.holds for _, figure in gpu_right.compare_steps(*steps, views) if isinstance(figure, Bound)]
+
+    assert holds() == [True, True]
+    assert holds("--lr", "0.0102") == [False, False]
+    assert holds("--teacher_temp", "0.05", "--warmup_teacher_temp", "0.05") == [False, False]
+    with pytest.raises(ValueError, match="names differ"):
+        holds("--use_bn_in_head", "on")
+
+
+@pytest.mark.slow
+def test_check_of_resume_sees_random_states_that_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stochastic depth then drops other blocks."""
+    monkeypatch.setattr("utils.set_rng_state", lambda state: None)
+    figures = dict(gpu_right.check_resume(Bench(torch.device("cpu"), True, golden.FOLDER)))
+    found = {name: figure.holds for name, figure in figures.items() if isinstance(figure, Bound)}
+    assert found == {"student": False, "teacher": False, "dino_loss": False, "untrained": True}
+
+
 # --------------------------------------------------------------------------- rows that come to no good end
 
 
@@ -130,7 +155,7 @@ def corrupting(bench: Bench) -> Figures:
 
 def crashing(bench: Bench) -> Figures:
     yield "before", 1.0
-    os.kill(os.getpid(), signal.SIGSEGV)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hungry(bench: Bench) -> Figures:
@@ -148,7 +173,7 @@ ENDS: dict[Callable[[Bench], Figures], tuple[str, str]] = {
     undefined: ("failed", "error"),
     broken: ("failed", "ValueError: no such kernel"),
     corrupting: ("failed", "RuntimeError: CUDA error: an illegal memory access was encountered"),
-    crashing: ("failed", "the process ended with code -11"),
+    crashing: ("failed", "the process ended with code -9"),
     hungry: ("failed", "out of memory"),
     hanging: ("failed", "stopped after 3 s"),
 }
