@@ -119,12 +119,12 @@ def compare_steps(one: TrainStep, other: TrainStep, views: Sequence[Sequence[Ten
     AdamW divides gradients by their size, so that rounding may turn the sign of a tiny one: means are compared.
     """
     start = weights_of(one)
+    yield "weights at the start", difference(start, weights_of(other))
     losses = [[step([v], i, 0)["loss"].item() for i, v in enumerate(views, 50)] for step in (one, other)]
     yield "losses", largest((relative_error(a, b) for a, b in zip(*losses)), FP32)
-    a, b = weights_of(one), weights_of(other)
-    moved, apart = (
-        sum((x[name].double() - y[name].double()).abs().sum().item() for name in a) for x, y in ((a, start), (a, b))
-    )
+    ours, theirs = weights_of(one), weights_of(other)
+    moved = sum((ours[name].double() - start[name].double()).abs().sum().item() for name in start)
+    apart = sum((ours[name].double() - theirs[name].double()).abs().sum().item() for name in start)
     yield "weights, share of the update", Bound(apart / moved, SHARE_OF_UPDATE)
 
 
