@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -145,12 +145,32 @@ def step_tensors(step: TrainStep) -> Iterator[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def largest_batches(args: argparse.Namespace, side: str, **build: Any) -> list[int]:
-    """Return the largest batch for each of `CAPACITIES`, extrapolated from the peaks at `FIT_BATCHES`."""
+class LinearPeak(NamedTuple):
+    """Peak memory as a function of the batch, through the peaks at `FIT_BATCHES`."""
+
+    fixed: float
+    per_image: float
+
+    def at(self, batch: int) -> float:
+        """Return the bytes at a batch."""
+        return self.fixed + self.per_image * batch
+
+    def largest_batch(self, capacity: float) -> int:
+        """Return the largest batch that fits in so many bytes."""
+        return max(int((capacity - self.fixed) // self.per_image), 0)
+
+
+def fit_peak(args: argparse.Namespace, side: str, **build: Any) -> LinearPeak:
+    """Simulate the peaks of a side at `FIT_BATCHES`."""
     (small, large), peaks = FIT_BATCHES, [peak_bytes(side, args, batch, **build) for batch in FIT_BATCHES]
-    slope = (peaks[1] - peaks[0]) / (large - small)
-    fixed = peaks[0] - slope * small
-    return [max(int((capacity * GB - fixed) // slope), 0) for capacity in CAPACITIES]
+    per_image = (peaks[1] - peaks[0]) / (large - small)
+    return LinearPeak(peaks[0] - per_image * small, per_image)
+
+
+def largest_batches(args: argparse.Namespace, side: str, **build: Any) -> list[int]:
+    """Return the largest batch for each of `CAPACITIES`."""
+    peak = fit_peak(args, side, **build)
+    return [peak.largest_batch(capacity * GB) for capacity in CAPACITIES]
 
 
 def get_args_parser() -> argparse.ArgumentParser:

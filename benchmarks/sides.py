@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,6 +27,10 @@ SIDES = ("timm", "plain", "lean")
 GLOBAL_SIZE, LOCAL_SIZE = 224, 96
 TIMM_NAME = "swin_tiny_patch4_window7_224"
 CPU = torch.device("cpu")
+ANY_SIZE: dict[str, dict[str, Any]] = {  # what makes networks of timm take crops of any size
+    "swin": {"strict_img_size": False},
+    "deit": {"dynamic_img_size": True},
+}
 
 
 def add_sizes(parser: argparse.ArgumentParser, batch: int) -> None:
@@ -37,10 +42,10 @@ def add_sizes(parser: argparse.ArgumentParser, batch: int) -> None:
     )
 
 
-def make_crops(batch: int, local_crops: int) -> list[Tensor]:
+def make_crops(batch: int, local_crops: int, device: torch.device | None = None) -> list[Tensor]:
     """Return two global and some local random crops."""
     sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * local_crops
-    return [torch.randn(batch, 3, size, size) for size in sizes]
+    return [torch.randn(batch, 3, size, size, device=device) for size in sizes]
 
 
 def build_step(
@@ -52,6 +57,7 @@ def build_step(
     precision: str = "fp32",
     flags: tuple[str, ...] = (),
     overrides: tuple[str, ...] = (),
+    device: torch.device = CPU,
 ) -> TrainStep:
     """Return the lean or the plain step as main_esvit.py builds it from `flags`, with prototypes that are not frozen."""
     sizes = ["--batch_size_per_gpu", args.batch, "--out_dim", args.out_dim, "--local_crops_number", args.local_crops]
@@ -61,8 +67,8 @@ def build_step(
     options = main_esvit.get_args_parser().parse_args([str(word) for word in line])
     config = load_arch_config(options.arch, options.cfg, options.opts)
     torch.manual_seed(0)
-    method = main_esvit.build_method(options, config, CPU)
-    step = setup.build_step(options, method, 100, CPU, precision)
+    method = main_esvit.build_method(options, config, device)
+    step = setup.build_step(options, method, 100, device, precision)
     if side == "plain":
         make_plain(method.student)
         make_plain(method.teacher)
@@ -91,14 +97,17 @@ def _cached_by_size(make: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor
     return get
 
 
-def build_timm(precision: str, drop_path: float) -> Callable[[list[Tensor]], None]:
-    """Return a function that runs timm's Swin-T on crops: teacher forward, student forward and backward, without head and loss."""
-    settings = {"num_classes": 0, "strict_img_size": False}
-    student = cache_masks(timm.create_model(TIMM_NAME, drop_path_rate=drop_path, **settings))
-    teacher = cache_masks(timm.create_model(TIMM_NAME, drop_path_rate=0.0, **settings))
+def build_timm(
+    precision: str, drop_path: float, name: str = TIMM_NAME, device: torch.device = CPU, **settings: Any
+) -> Callable[[list[Tensor]], None]:
+    """Return a function that runs a network of timm on crops: teacher forward, student forward and backward; no head, no loss."""
+    family = next((family for family in ANY_SIZE if family in name), "")
+    settings = ANY_SIZE.get(family, {}) | {"num_classes": 0} | settings
+    student = cache_masks(timm.create_model(name, drop_path_rate=drop_path, **settings)).to(device)
+    teacher = cache_masks(timm.create_model(name, drop_path_rate=0.0, **settings)).to(device)
 
     def run(crops: list[Tensor]) -> None:
-        with utils.autocast(CPU, precision):
+        with utils.autocast(device, precision):
             with torch.no_grad():
                 teacher(torch.cat(crops[:2]))
             groups = [crops[:2], crops[2:]] if len(crops) > 2 else [crops]

@@ -5,21 +5,26 @@ Shapes: B images, V = 2 global views, L local ones, S samples, K prototypes, D c
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import golden_arrays, relative_error
-from helpers.golden_udi import CASES, loss_inputs, network_crops, network_weights
 from torch import Tensor
 
-import main_udi
-from checkpoints import layouts, loading
+from benchmarks.golden_udi import (
+    CASES,
+    CENTERS,
+    TERMS,
+    Case,
+    build_case,
+    centers_of,
+    correspondence,
+    golden_loss,
+    loss_inputs,
+)
+from checkpoints import loading
 from data.transforms import geometry
-from data.transforms.udi_views import Correspondence
 from losses.udi import StudentLevels, TeacherLevels, UDILoss
 from main_udi import student_levels, student_weights, teacher_levels, teacher_weights
 from models.srs import one_hot_weights
@@ -28,24 +33,18 @@ from training import setup
 
 # Largest difference by largest value. All is computed in float64; some of the golden arrays are stored as float32 (6e-8).
 LOSS, GEOMETRY, NETWORK = 1e-6, 2e-5, 1e-5
-TERMS = ("g_cl", "g_mcl", "g_pch", "l_cl", "l_mcl")
-CENTERS = ("center", "center_plus", "center_patch")
 GOLDEN = golden_arrays("udi_a")
 
 
 # --------------------------------------------------------------------------- the loss
 
 
-def centers_of(loss: UDILoss) -> Tensor:
-    return torch.cat([getattr(loss, name) for name in CENTERS])
-
-
 @pytest.mark.parametrize("name", CASES["loss"])
 def test_loss_gradients_targets_and_centers(name: str) -> None:
     """The centers of a step are what the step before left."""
     case = CASES["loss"][name]
-    temps, epoch = case["temps"], case["epoch"]
-    loss = UDILoss(case["K"], 2 + case["L"], temps[0], temps[-1], len(temps), len(temps), alpha=case["alpha"]).double()
+    epoch = case["epoch"]
+    loss = golden_loss(name)
     assert not loss.fall_back  # as released
     for step in range(case["steps"]):
         x = loss_inputs(name, step)
@@ -87,21 +86,9 @@ def targets(loss: UDILoss, x: dict[str, Tensor], epoch: int) -> dict[str, Tensor
 # --------------------------------------------------------------------------- geometry
 
 
-def correspondence(prefix: str) -> Correspondence:
-    """The release's own samples and where they lie, for the global views and for local ones alike."""
-    fields = {
-        key: torch.from_numpy(GOLDEN[f"{prefix}/{key}"]) for key in ("valid", "target", "local_valid", "local_target")
-    }
-    tokens, local = (torch.from_numpy(GOLDEN[f"{prefix}/{key}"]).long()[:, None] for key in ("tokens", "local_tokens"))
-    return Correspondence(
-        tokens.expand(-1, 2, -1), fields["valid"], fields["target"],
-        local.expand(-1, fields["local_valid"].shape[1], -1), fields["local_valid"], fields["local_target"],
-    )  # fmt: skip
-
-
 def test_samples_lie_where_the_release_has_them() -> None:
     """Validity too, but of samples within 1e-5 of an edge, where rounding decides."""
-    found, grid, local_grid = correspondence("geometry/a"), 14, 6
+    found, grid, local_grid = correspondence(GOLDEN, "geometry/a"), 14, 6
     coords = torch.from_numpy(GOLDEN["geometry/a/coords"]).double()
     worst, compared = 0.0, 0
     for b, crops in enumerate(coords):
@@ -127,58 +114,10 @@ def test_samples_lie_where_the_release_has_them() -> None:
 # --------------------------------------------------------------------------- networks
 
 
-class Case(NamedTuple):
-    """A tiny run with the release's weights, in float64."""
-
-    name: str
-    args: Any
-    method: main_udi.UDI
-    names: list[str]  # of the release's parameters, sorted; its three heads are one
-
-    def golden(self, key: str) -> np.ndarray:
-        return GOLDEN[f"net/{self.name}/{key}"]
-
-    def batch(self, step: int) -> tuple[list[Tensor], Correspondence]:
-        return network_crops(self.name, step), correspondence(f"net/{self.name}/{step}")
-
-
-def published_state(keys: dict[str, list[int]], seed: int) -> dict[str, Tensor]:
-    """A network in the release's layout, whose heads 1 and 2 are head 0 again."""
-    own = {key: shape for key, shape in keys.items() if not key.startswith(("head.1.", "head.2."))}
-    weights = network_weights(seed, own)
-    return {key: weights[key.replace("head.1.", "head.0.").replace("head.2.", "head.0.")] for key in keys}
-
-
 @pytest.fixture(params=[False, True], ids=["plain", "factored"])
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+def case(request: pytest.FixtureRequest) -> Case:
     """Case `a`; the loss sees logits, or bottlenecks and prototypes."""
-    name = "a"
-    made = CASES["net"][name]
-    spec = {"DIM_EMBED": made["dim"], "DEPTH": made["depth"], "NUM_HEADS": made["heads"]}
-    yaml = tmp_path / "golden.yaml"
-    yaml.write_text(
-        json.dumps({"MODEL": {"NAME": "vision_transformer", "IMAGE_SIZE": [made["sizes"][0]] * 2, "SPEC": spec}})
-    )
-    words = (
-        f"--arch vit --cfg {yaml} --patch_size {made['patch']} --out_dim {made['K']} --local_crops_number {made['L']} "
-        f"--local_crops_size {made['sizes'][1]} --head_hidden_dim {made['hidden']} --head_bottleneck_dim {made['bottleneck']} "
-        f"--norm_last_layer false --drop_path_rate 0 --optimizer {made['opt']} --epochs 2 --warmup_epochs 0 "
-        f"--lr {0.01 * 256 / made['B']} --min_lr 1e-3 --batch_size_per_gpu {made['B']} --clip_grad 0.3 --freeze_last_layer 1 "
-        f"--warmup_teacher_temp_epochs 2 --momentum_teacher 0.9 --precision fp32 --plain_loss {not request.param}"
-    )
-    args = main_udi.get_args_parser().parse_args(words.split())
-    main_udi.check_args(args)
-    method = main_udi.build_method(args, main_udi.load_config(args), torch.device("cpu"))
-    method.criterion.fall_back = False  # as released
-    keys = json.loads(str(GOLDEN[f"net/{name}/keys"]))
-    content = {
-        "student": {f"module.{key}": w for key, w in published_state(keys, made["seed"]).items()},
-        "teacher": published_state(keys, made["seed"] + 1),
-    }
-    for key, network in (("student", method.student), ("teacher", method.teacher)):
-        loading.load_network(network.double(), layouts.network_state(content, key, "golden"), "golden")
-    method.criterion.double()
-    return Case(name, args, method, sorted(key for key in keys if key.startswith(("backbone.", "head.0."))))
+    return build_case(GOLDEN, torch.device("cpu"), plain_loss=not request.param)
 
 
 @torch.no_grad()

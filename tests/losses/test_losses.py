@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from conftest import golden_arrays, relative_error
 from fill import tensor
-from helpers.golden_losses import golden_loss, golden_outputs
 from torch import Tensor
 
 import main_esvit
+from benchmarks.golden import golden_loss, golden_outputs
 from losses.dino import DINOLoss
 from losses.distillation import teacher_temperature_schedule
 from losses.matching import mixup_sources

@@ -3,51 +3,24 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import golden_arrays, golden_json, relative_error
-from fill import crops, fill_
+from fill import crops
 
-from models import Backbone, MultiCropOutput, build_model, load_arch_config
-from models.heads import DINOHead
+from benchmarks import golden
+from benchmarks.golden import NETWORKS
+from models import Backbone, MultiCropOutput
 
 TOLERANCE = 1e-5  # the agreement asked for is 1e-4; float32 rounding leaves about 1e-6
-
-
-class Golden(NamedTuple):
-    """How a golden network is built here."""
-
-    arch: str
-    overrides: tuple[str, ...] = ()
-
-
-NETWORKS = {
-    "swin_tiny_w7": Golden("swin_tiny"),
-    "swin_tiny_w14": Golden("swin_tiny", ("MODEL.SPEC.WINDOW_SIZE", "14")),
-    "cvt_tiny": Golden("cvt_tiny"),
-    "deit_small": Golden("deit_small"),
-    "resnet50": Golden("resnet50"),
-    "cvt_s3_stem_w14": Golden(
-        "cvt_small", ("MODEL.SPEC.RES_STEM", "True", "MODEL.SPEC.WINDOW_SIZE", "[14, 14, 14, 7]")
-    ),
-    "vil_1281": Golden("vil_1281"),
-    "vil_2262": Golden("vil_2262", ("MODEL.SPEC.MSVIT.MODE", "1", "MODEL.SPEC.MSVIT.VIL_MODE_SWITCH", "0.75")),
-}
 WITH_ATTENTION = [name for name in NETWORKS if "attention_entropy_by_layer" in golden_arrays(name)]
 WITH_PROBE = [name for name in NETWORKS if "n_last_blocks_4" in golden_arrays(name)]
 
 
 @lru_cache(maxsize=2)  # the tests of a network follow each other
 def golden_network(name: str, dense: bool) -> Backbone:
-    arch, overrides = NETWORKS[name]
-    network = build_model(arch, load_arch_config(arch, None, overrides), dense=dense)
-    if dense:
-        network.head = DINOHead(network.num_features, 128)
-        network.head_dense = DINOHead(network.num_features, 128)
-    fill_(network.state_dict())
-    return network.eval()
+    return golden.golden_network(name, dense)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -59,38 +32,38 @@ def test_keys_and_shapes_are_the_golden_ones(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_multi_crop_outputs(name: str) -> None:
-    golden = golden_arrays(name)
+    expected = golden_arrays(name)
     output = golden_network(name, True)(crops())
     assert isinstance(output, MultiCropOutput)
-    assert relative_error(output.view_logits, golden["cls_logits"]) < TOLERANCE
-    assert relative_error(output.region_logits[::37], golden["region_logits_every_37th_row"]) < TOLERANCE
-    assert relative_error(output.region_features[::37], golden["region_features_every_37th_row"]) < TOLERANCE
-    regions_224, regions_96 = golden["npatch"]
+    assert relative_error(output.view_logits, expected["cls_logits"]) < TOLERANCE
+    assert relative_error(output.region_logits[::37], expected["region_logits_every_37th_row"]) < TOLERANCE
+    assert relative_error(output.region_features[::37], expected["region_features_every_37th_row"]) < TOLERANCE
+    regions_224, regions_96 = expected["npatch"]
     assert output.regions_per_view == (regions_224, regions_224, regions_96, regions_96)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_headless_features(name: str) -> None:
-    golden, network, views = golden_arrays(name), golden_network(name, False), crops()
-    assert relative_error(network(views[0]), golden["backbone_224"]) < TOLERANCE
-    assert relative_error(network(views[2]), golden["backbone_96"]) < TOLERANCE
+    expected, network, views = golden_arrays(name), golden_network(name, False), crops()
+    assert relative_error(network(views[0]), expected["backbone_224"]) < TOLERANCE
+    assert relative_error(network(views[2]), expected["backbone_96"]) < TOLERANCE
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", WITH_PROBE)
 def test_probe_features(name: str) -> None:
-    golden, network, image = golden_arrays(name), golden_network(name, False), crops()[0]
-    for key in (key for key in golden if key.startswith("n_last_blocks")):
+    expected, network, image = golden_arrays(name), golden_network(name, False), crops()[0]
+    for key in (key for key in expected if key.startswith("n_last_blocks")):
         n, avgpool = int(key.split("_")[3]), key.endswith("avgpool")
-        assert relative_error(network.forward_return_n_last_blocks(image, n, avgpool), golden[key]) < TOLERANCE
+        assert relative_error(network.forward_return_n_last_blocks(image, n, avgpool), expected[key]) < TOLERANCE
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", WITH_ATTENTION)
 def test_attention_maps(name: str) -> None:
-    golden, network = golden_arrays(name), golden_network(name, False)
+    expected, network = golden_arrays(name), golden_network(name, False)
     maps = network.forward_selfattention(crops()[0][:1], n=sum(network.stage_depths))
-    assert relative_error(maps[-1][:, :, 9], golden["last_attention_query9"]) < TOLERANCE
+    assert relative_error(maps[-1][:, :, 9], expected["last_attention_query9"]) < TOLERANCE
     entropy = torch.stack([-(m * m.clamp_min(1e-12).log2()).sum(-1).mean() for m in maps])
-    assert relative_error(entropy, golden["attention_entropy_by_layer"]) < TOLERANCE
+    assert relative_error(entropy, expected["attention_entropy_by_layer"]) < TOLERANCE

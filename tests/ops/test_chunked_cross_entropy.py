@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from conftest import golden_arrays, relative_error
 from fill import tensor
-from helpers.golden_losses import golden_loss, golden_outputs
 from helpers.step_runs import random_views, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
+from benchmarks.golden import golden_loss, golden_outputs
 from benchmarks.syncs import OperationCount
 from losses.dino import DINOLoss
 from losses.region import RegionMatchingLoss

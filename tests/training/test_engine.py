@@ -11,79 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, golden_json
-from fill import fill_, tensor
 from helpers.runs import TINY_RUN, TINY_SWIN, run_script, write_images
-from helpers.step_runs import build, everything, random_views, spoiled, tiny
+from helpers.step_runs import CPU, everything, random_views, spoiled, tiny
 from torch import Tensor
 
 import main_esvit
+from benchmarks.golden import golden_step, golden_views
 from data.loader import Batch
 from training import engine, optim
 from training.run_log import RunLog
 from utils import UsageError
 
-TRAJECTORY = [
-    "--arch",
-    "swin",
-    "--cfg",
-    "experiments/demo/swin_micro.yaml",
-    "--use_dense_prediction",
-    "true",
-    "--out_dim",
-    "64",
-    "--norm_last_layer",
-    "false",
-    "--epochs",
-    "2",
-    "--batch_size_per_gpu",
-    "4",
-    "--local_crops_number",
-    "3",
-    "--local_crops_size",
-    "32",
-    "--lr",
-    "0.05",
-    "--warmup_epochs",
-    "1",
-    "--min_lr",
-    "1e-6",
-    "--momentum_teacher",
-    "0.9",
-    "--warmup_teacher_temp",
-    "0.04",
-    "--teacher_temp",
-    "0.07",
-    "--warmup_teacher_temp_epochs",
-    "1",
-    "--clip_grad",
-    "0.3",
-    "--freeze_last_layer",
-    "1",
-    "MODEL.IMAGE_SIZE",
-    "64",
-    "MODEL.SPEC.DIM_EMBED",
-    "24",
-    "MODEL.SPEC.DEPTHS",
-    "[1,2,2,1]",
-    "MODEL.SPEC.NUM_HEADS",
-    "[1,2,4,8]",
-    "MODEL.SPEC.WINDOW_SIZE",
-    "7",
-    "MODEL.SPEC.DROP_PATH_RATE",
-    "0.0",
-]
-
 
 def test_golden_trajectory() -> None:
     """Six updates of the whole rule: losses, schedules and every tensor of both networks at the end."""
     golden = golden_json("trajectory_region_adamw")
-    method, step = build(TRAJECTORY, steps=3)
-    fill_(method.student.state_dict())
-    method.teacher.load_state_dict(method.student.state_dict())
-    losses = []
-    for i in range(6):
-        views = [tensor(f"traj-{i}-{v}", 4, 3, size, size) for v, size in enumerate((64, 64, 32, 32, 32))]
-        losses.append(step([views], iteration=i, epoch=i // 3)["loss"].item())
+    step = golden_step(CPU)
+    method = step.method
+    losses = [step([golden_views(i, CPU)], iteration=i, epoch=i // 3)["loss"].item() for i in range(6)]
     assert losses == pytest.approx(golden["losses"], rel=1e-4)
     assert list(step.schedules.lr) == pytest.approx(golden["lr_schedule"])
     assert list(step.schedules.weight_decay) == pytest.approx(golden["wd_schedule"])
