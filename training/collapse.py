@@ -38,8 +38,8 @@ FIXES = {
     "entropy": "make the teacher softer (a higher --teacher_temp), lower --lr, freeze the prototypes longer "
     "(--freeze_last_layer), and use --norm_last_layer True",
     "std": "lower --lr, raise --momentum_teacher or the batch (--accum_iter), and check that the views differ (crops.png)",
-    "partial": "spread the features (--koleo_weight 0.1), remove shortcuts from the views (crops.png), or lower --lr; docs/small_data.md "
-    "compares remedies",
+    "partial": "spread the features (--koleo_weight 0.1), remove shortcuts such as color from the views (crops.png), or lower --lr; "
+    "docs/small_data.md compares remedies",
     "rank": "lower --lr or --weight_decay_end, raise the batch (--accum_iter), and check that the images differ (crops.png)",
 }
 
@@ -154,7 +154,7 @@ class Monitor:
                     self._count((name, cause), sentence, iteration)
 
     def state_dict(self) -> dict[str, float]:
-        """Return for each `level/cause` the number of consecutive readings with it, and its `/since`; for each level `/first_rank`."""
+        """Return consecutive readings with a cause, `level/cause`, their begin, `level/cause/since`, and `level/first_rank`."""
         state: dict[str, float] = {"/".join(cause): streak for cause, streak in self._streaks.items()}
         state |= {"/".join([*cause, "since"]): iteration for cause, iteration in self._since.items()}
         return state | {f"{name}/first_rank": rank for name, rank in self._first_rank.items()}

@@ -1,8 +1,8 @@
 """Multi-crop augmentation of the `pil` backend, and the transforms of evaluations.
 
-Policies are the recipes of recipe.py, `dino_aug` and `small_aug`, and `deit_aug`, RandAugment with random erasing. An image is a PIL
-image (1 or 3 channels) or a float tensor (C, H, W) of any other number of channels, transformed in a loader worker. For the recipes
-the `split` backend is faster on color images (crops.py, photometric.py).
+Policies are the recipes of recipe.py, `dino_aug` and `small_aug`, and `deit_aug`, RandAugment with random erasing. An image is a
+PIL image (1 or 3 channels) or a float tensor (C, H, W) of any other number of channels, transformed in a loader worker. For the
+recipes the `split` backend is faster on color images (crops.py, photometric.py).
 
 Origin: DINO (Caron et al., ICCV 2021), see recipe.py; DeiT (Touvron et al., ICML 2021), from timm; `strong_view` is that of UDI's
 linear probe (Su and Ji, ECCV 2024), after Mugs (Zhou et al., 2022).

@@ -1,4 +1,4 @@
-"""scripts/pretrain.sh, pretrain_small.sh and compare.sh: the commands they start, caught by a stand-in for python, and their usage errors."""
+"""scripts/pretrain.sh, pretrain_small.sh, compare.sh: the commands they start, caught by a stand-in for python; usage errors."""
 
 from __future__ import annotations
 
