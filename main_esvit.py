@@ -168,7 +168,9 @@ def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transfo
     if recipe:
         return augment.dino_views(recipe(crops, args.color_jitter), in_chans, mean, std), None
     if in_chans != 3:
-        raise UsageError(f"--aug-opt deit_aug needs RGB images, these have {in_chans} channels; use dino_aug or small_aug")
+        raise UsageError(
+            f"--aug-opt deit_aug needs RGB images, these have {in_chans} channels; use dino_aug or small_aug"
+        )
     transform = augment.deit_views(
         crops,
         mean,

@@ -38,7 +38,7 @@ FIXES = {
     "entropy": "make the teacher softer (a higher --teacher_temp), lower --lr, freeze the prototypes longer "
     "(--freeze_last_layer), and use --norm_last_layer True",
     "std": "lower --lr, raise --momentum_teacher or the batch (--accum_iter), and check that the views differ (crops.png)",
-    "partial": "spread the features (--koleo_weight 0.1), remove shortcuts such as color from the views (crops.png), or lower --lr; "
+    "partial": "spread the features (--koleo_weight 0.1), remove shortcuts from the views (crops.png), or lower --lr; "
     "docs/small_data.md compares remedies",
     "rank": "lower --lr or --weight_decay_end, raise the batch (--accum_iter), and check that the images differ (crops.png)",
 }

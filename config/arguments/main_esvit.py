@@ -32,7 +32,9 @@ def get_args_parser() -> Parser:
     add_schedule_flags(parser)
     add_view_flags(parser)
     add = parser.group("views").add_argument
-    text = "augmentation policy: DINO's, the same without blur and solarization, or DeiT's RandAugment and random erasing"
+    text = (
+        "augmentation policy: DINO's, the same without blur and solarization, or DeiT's RandAugment and random erasing"
+    )
     add("--aug-opt", dest="aug_opt", default="dino_aug", choices=("dino_aug", "small_aug", "deit_aug"), help=text)
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="deit_aug: RandAugment policy of timm")
     text = "deit_aug: interpolation of the random resized crop, as in timm"

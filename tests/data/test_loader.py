@@ -109,7 +109,9 @@ def test_collate_with_an_incomplete_sample() -> None:
 
 
 def split_samples(count: int = 4) -> tuple[list[Sample], Photometric]:
-    crops, device_transform = split_views(dino_recipe(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), 0.4), (0.5,) * 3, (0.25,) * 3)
+    crops, device_transform = split_views(
+        dino_recipe(Crops(16, (0.4, 1.0), (2,), (8,), (0.05, 0.4)), 0.4), (0.5,) * 3, (0.25,) * 3
+    )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
     return [Sample(crops(image), i, i, ()) for i in range(count)], device_transform
 
@@ -149,7 +151,9 @@ def test_pinning_keeps_the_device_transform(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def split_dataset(tmp_path: Path) -> tuple[ImageDataset, Photometric]:
-    crops, device_transform = split_views(dino_recipe(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), 0.4), (0.5,) * 3, (0.25,) * 3)
+    crops, device_transform = split_views(
+        dino_recipe(Crops(16, (0.4, 1.0), (1,), (8,), (0.05, 0.4)), 0.4), (0.5,) * 3, (0.25,) * 3
+    )
     return build_dataset(write_images(tmp_path, IMAGES), "train", crops), device_transform
 
 

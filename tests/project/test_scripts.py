@@ -71,9 +71,19 @@ def test_small_recipe(
     """Epochs follow from the number of images, sizes from the network; batch and flags are accepted by main_esvit.py."""
     write_images(tmp_path / "images", images, classes=1)
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec "{sys.executable}" "$@"\nfor word in "$@"; do echo "$word"; done\n')
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec "{sys.executable}" "$@"\nfor word in "$@"; do echo "$word"; done\n'
+    )
     python.chmod(0o755)
-    command = ["bash", str(ROOT / "scripts/pretrain_small.sh"), network, str(tmp_path / "images"), "/out", "--lr", "0.5"]
+    command = [
+        "bash",
+        str(ROOT / "scripts/pretrain_small.sh"),
+        network,
+        str(tmp_path / "images"),
+        "/out",
+        "--lr",
+        "0.5",
+    ]
     environment = os.environ | {"PYTHON": str(python)} | env
     words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     args = main_esvit.get_args_parser().parse_args(words[words.index(str(ROOT / "main_esvit.py")) + 1 :])
