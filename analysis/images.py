@@ -34,6 +34,7 @@ from data.transforms.augment import (
     as_tensor,
     limit_aspect_ratio,
 )
+from data.transforms.recipe import GRAY, JITTER, color_jitter
 from models import Backbone
 from utils import UsageError, counted, isolated_rng, logger
 
@@ -182,10 +183,10 @@ class RandomColors:
     """Color jitter and random grayscale; only brightness and contrast for images that are neither gray nor RGB."""
 
     def __init__(self, in_chans: int, strength: float = 0.4) -> None:
-        colors = transforms.ColorJitter(strength, strength, strength / 2, strength / 4)
-        jitter = colors if in_chans in (1, 3) else BrightnessContrast(strength)
-        steps = [transforms.RandomApply([jitter], p=0.8)]
-        self.steps = transforms.Compose(steps + [transforms.RandomGrayscale(p=0.2)] if in_chans == 3 else steps)
+        ranges = color_jitter(strength)
+        jitter = transforms.ColorJitter(*ranges) if in_chans in (1, 3) else BrightnessContrast(ranges)
+        steps = [transforms.RandomApply([jitter], p=JITTER)]
+        self.steps = transforms.Compose(steps + [transforms.RandomGrayscale(p=GRAY)] if in_chans == 3 else steps)
 
     def __call__(self, image: ImageLike) -> Tensor:
         return self.steps(image).clamp(0, 1)

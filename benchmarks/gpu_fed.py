@@ -23,6 +23,7 @@ from data.datasets import build_dataset
 from data.layouts.shards import build_stream
 from data.loader import Batch, build_train_loader, set_epoch
 from data.transforms.crops import split_views
+from data.transforms.recipe import dino_recipe
 
 LAYOUTS = ("files", "zip", "tsv", "shards")
 BATCH = 32
@@ -55,7 +56,7 @@ def batches(layout: str, folder: Path, bench: Bench) -> Iterator[Batch]:
     if layout != "files":
         words = [str(folder / "files"), str(folder / layout), "--to", layout]
         convert.main(convert.get_args_parser().parse_args(words))
-    crops, device_transform = split_views(CROPS, MEAN, STD, STRENGTH)
+    crops, device_transform = split_views(dino_recipe(CROPS, STRENGTH), MEAN, STD)
     dataset: Any
     if layout == "shards":
         dataset = build_stream(str(folder / layout), crops)
@@ -86,7 +87,7 @@ def feed(layout: str, bench: Bench) -> Figures:
 def send(bench: Bench) -> Figures:
     """Measure the copy of the uint8 crops of a batch, and the color operations on them, in ms and as a share of the step."""
     size = sizes(bench.tiny).batches[0]
-    crops, device_transform = split_views(CROPS, MEAN, STD, STRENGTH)
+    crops, device_transform = split_views(dino_recipe(CROPS, STRENGTH), MEAN, STD)
     image = Image.effect_noise(SIZE, 64).convert("RGB")
     samples = [crops(image) for _ in range(size)]
     stacked = [torch.stack(part) for part in zip(*samples)]

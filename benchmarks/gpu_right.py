@@ -40,6 +40,7 @@ from data.datasets import build_dataset
 from data.loader import build_eval_loader
 from data.transforms.augment import eval_view
 from data.transforms.crops import split_views
+from data.transforms.recipe import dino_recipe
 from distributed import collectives, fsdp
 from evaluation.features import LabeledFeatures, extract_features
 from evaluation.knn import Split, knn_scores, nearest
@@ -191,7 +192,7 @@ def check_colors(bench: Bench) -> Figures:
     """Give the same crops and draws to the device part of the split augmentation on the device and on a CPU."""
     utils.seed_everything(0)
     images, size = (4, 96) if bench.tiny else (64, 256)
-    crops, device_transform = split_views(CROPS, MEAN, STD, STRENGTH)
+    crops, device_transform = split_views(dino_recipe(CROPS, STRENGTH), MEAN, STD)
     noise = F.interpolate(255 * torch.rand(images, 3, 24, 24), (size, size), mode="bilinear").byte()
     samples = [crops(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in noise]
     stacked = [torch.stack(part) for part in zip(*samples)]

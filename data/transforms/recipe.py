@@ -57,24 +57,11 @@ class Jitter(NamedTuple):
     hue: tuple[float, float]
 
 
-class Recipe(NamedTuple):
-    """All views of an image, and their common color jitter."""
-
-    views: tuple[ViewSpec, ...]
-    jitter: Jitter
-
-
-def small_recipe(crops: Crops, strength: float) -> Recipe:
-    """Return DINO's recipe without blur and solarization, which leave little of small images (Chen et al., ICML 2020, B.9)."""
-    recipe = dino_recipe(crops, strength)
-    return recipe._replace(views=tuple(view._replace(blur=0.0, solarize=0.0) for view in recipe.views))
-
-
-def dino_recipe(crops: Crops, strength: float) -> Recipe:
-    """Return DINO's recipe: blur on the first global view, rarely and with solarization on the second, sometimes on local ones.
+def color_jitter(strength: float) -> Jitter:
+    """Return the ranges of DINO's color jitter.
 
     Args:
-        strength: of brightness and contrast jitter (published: 0.4); saturation gets half of it, hue a quarter.
+        strength: of brightness and contrast (published: 0.4); saturation gets half of it, hue a quarter.
 
     Raises:
         UsageError: a strength outside 0..2, which would exceed the range of the hue.
@@ -85,6 +72,22 @@ def dino_recipe(crops: Crops, strength: float) -> Recipe:
     def around_one(amount: float) -> tuple[float, float]:
         return max(0.0, 1 - amount), 1 + amount
 
+    return Jitter(around_one(strength), around_one(strength), around_one(strength / 2), (-strength / 4, strength / 4))
+
+
+class Recipe(NamedTuple):
+    """All views of an image, and their common color jitter."""
+
+    views: tuple[ViewSpec, ...]
+    jitter: Jitter
+
+
+def dino_recipe(crops: Crops, strength: float) -> Recipe:
+    """Return DINO's recipe: blur on the first global view, rarely and with solarization on the second, sometimes on local ones.
+
+    Raises:
+        UsageError: an invalid strength of the color jitter.
+    """
     first = ViewSpec(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0)
     second = ViewSpec(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2)
     local = [
@@ -92,8 +95,13 @@ def dino_recipe(crops: Crops, strength: float) -> Recipe:
         for number, size in zip(crops.local_numbers, crops.local_sizes)
         for _ in range(number)
     ]
-    jitter = Jitter(around_one(strength), around_one(strength), around_one(strength / 2), (-strength / 4, strength / 4))
-    return Recipe((first, second, *local), jitter)
+    return Recipe((first, second, *local), color_jitter(strength))
+
+
+def small_recipe(crops: Crops, strength: float) -> Recipe:
+    """Return DINO's recipe without blur and solarization, which leave little of small images (Chen et al., ICML 2020, B.9)."""
+    recipe = dino_recipe(crops, strength)
+    return recipe._replace(views=tuple(view._replace(blur=0.0, solarize=0.0) for view in recipe.views))
 
 
 RECIPES = {"dino_aug": dino_recipe, "small_aug": small_recipe}

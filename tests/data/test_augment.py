@@ -32,7 +32,7 @@ from data.transforms.augment import (
     limit_posterize,
     train_view,
 )
-from data.transforms.recipe import dino_recipe, small_recipe
+from data.transforms.recipe import color_jitter, dino_recipe, small_recipe
 from utils import UsageError
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
@@ -254,7 +254,7 @@ def test_brightness_contrast_factors() -> None:
     image = torch.tensor([0.25, 0.5]).expand(5, 4, 2)
     brightness, contrast = [], []
     for _ in range(500):
-        jittered = BrightnessContrast(dino_recipe(CROPS, 0.4).jitter)(image)
+        jittered = BrightnessContrast(color_jitter(0.4))(image)
         brightness.append(float(jittered.mean()) / 0.375)
         contrast.append(float(jittered.max() - jittered.min()) / (0.25 * brightness[-1]))
         torch.testing.assert_close(jittered, jittered[:1, :1].expand(5, 4, 2))
@@ -266,8 +266,8 @@ def test_brightness_contrast_factors() -> None:
 
 def test_brightness_contrast_range_and_strength_zero() -> None:
     image = torch.rand(5, 8, 8)
-    torch.testing.assert_close(BrightnessContrast(dino_recipe(CROPS, 0.0).jitter)(image), image)
-    jittered = torch.stack([BrightnessContrast(dino_recipe(CROPS, 1.0).jitter)(image) for _ in range(100)])
+    torch.testing.assert_close(BrightnessContrast(color_jitter(0.0))(image), image)
+    jittered = torch.stack([BrightnessContrast(color_jitter(1.0))(image) for _ in range(100)])
     assert jittered.min() == 0
     assert jittered.max() == 1
 

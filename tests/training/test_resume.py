@@ -132,7 +132,7 @@ def test_counts_of_a_collapse_go_on(images: Path, tmp_path: Path, capsys: pytest
     """A cause that lasted three readings before a stop is told two readings after it."""
     monkeypatch.setattr(collapse, "LEAST_RANK", 1e9)  # every reading is a collapse
     flags = ["--batch_size_per_gpu", "2", "--use_dense_prediction", "off"]  # four readings an epoch
-    counts: list[int] = []
+    counts: list[float] = []
     check = collapse.Monitor.check
 
     def counted(self: collapse.Monitor, *args: Any, **kwargs: Any) -> None:
