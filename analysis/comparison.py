@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from analysis.curves import finite_points, titles_of_keys
 from analysis.plots import Points
 from analysis.report import HEADINGS, LABELS
 from analysis.run_files import read_log, result_files, starts, subfolders
-from analysis.tables import Row
+from analysis.tables import Row, better
 from checkpoints.files import numbered, read_text
 from evaluation.results import FOLDER
 from utils import UsageError, flattened
@@ -33,7 +32,6 @@ OMITTED = {
     "local_rank",
     "wandb",
 }  # settings that no number depends on
-HIGHER, LOWER = r"top\d|acc|iou|within", r"error|distance|loss"  # entries of scores whose high or low values are better
 NOT_SCORES = {  # entries of scores that describe them or are of little interest
     *("lr", "n_last_blocks", "epoch", "lambd", "iterations", "regions", "images", "last_loss", "last_top5")
 }
@@ -209,8 +207,8 @@ def _score_rows(section: str, scores: Sequence[Mapping[str, Any]], top5: str, ma
         for key in (key for key in _union(of_runs) if key not in NOT_SCORES):
             values = [_number(each.get(key)) for each in of_runs]
             label = _label(key).replace("top-5", top5.replace("top", "top-"))  # "top-3/top-5" if the runs differ
-            better = 1 if re.search(HIGHER, key) else -1 if re.search(LOWER, key) else 0
-            yield Row(section, f"{row}, {label}", values, ".2f" if better else ".6g", better if marked else 0)
+            direction = better(key)
+            yield Row(section, f"{row}, {label}", values, ".2f" if direction else ".6g", direction if marked else 0)
 
 
 def cost_rows(runs: Sequence[Run]) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure as MatplotlibFigure
 from PIL import Image
 
-from analysis import class_scores, draw, plots
+from analysis import class_scores, draw, plots, tables
 from analysis.curves import COLLAPSE, CURVES, draw_curves
 from analysis.run_files import read_log, result_files, starts, subfolders
 from data.decode import open_image
@@ -34,23 +34,6 @@ HEADINGS = {  # by evaluation; also the order of the sections
     "stereo": "Correspondence in a stereo pair",
 }
 OMITTED = ("digest", "digest_of_list", "per_class")  # entries of result files that are not shown in their table
-BEST = {  # scores of which the best one of a table is marked
-    **dict.fromkeys(
-        (
-            "top1",
-            "top5",
-            "last_top1",
-            "last_top5",
-            "within_one",
-            "accuracy",
-            "miou",
-            "pixel_accuracy",
-            "class_accuracy",
-        ),
-        max,
-    ),
-    **dict.fromkeys(("median_error", "distance"), min),
-}
 CLASSES, MATRIX = 20, 40  # most classes of a table, of which the lowest are shown, and of a drawn confusion matrix
 LABELS = {  # of entries of result files that are not clear by their key
     "pretrained_weights": "weights",
@@ -274,9 +257,9 @@ def table(record: Mapping[str, Any]) -> str:
 def _best(key: str, column: Sequence[Any]) -> list[bool]:
     """Return which scores of a column are the best; none if all are equal."""
     numbers = [value for value in column if isinstance(value, int | float)]
-    if key not in BEST or len(set(numbers)) < 2:
+    if not tables.better(key) or len(set(numbers)) < 2:
         return [False] * len(column)
-    return [value == BEST[key](numbers) for value in column]
+    return [value == max(numbers, key=lambda number: tables.better(key) * number) for value in column]
 
 
 def classes(path: Path, record: Mapping[str, Any]) -> str:

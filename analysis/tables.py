@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -14,7 +15,13 @@ from typing import Any, NamedTuple
 
 FEWEST_CHARACTERS, MOST_CHARACTERS = 14, 22  # of a column in a terminal, if it needs them; longer texts are wrapped
 GAP = "  "
+HIGHER, LOWER = r"top\d|acc|iou|within", r"error|distance|loss"  # entries of scores
 LEGEND = "best value of the row; of scores only where data and protocol are the same"
+
+
+def better(key: str) -> int:
+    """Return 1 if high values of an entry of scores are better, -1 if low ones are, 0 if neither."""
+    return 1 if re.search(HIGHER, key) else -1 if re.search(LOWER, key) else 0
 
 
 class Row(NamedTuple):
