@@ -132,7 +132,7 @@ def run_script(script: str, *args: str, processes: int = 0, timeout: float = 120
 
 
 def caught_recipe(folder: Path, recipe: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Start scripts/RECIPE.sh with a stand-in for python: 100 images, no GPU, 1 core; it prints the words of a script, one a line."""
+    """Start scripts/RECIPE.sh with a stand-in for python that counts 100 images and no GPU, and prints the words of a script."""
     echo = folder / "python"
     echo.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 100 0 1 && exit\nfor word in "$@"; do echo "$word"; done\n')
     echo.chmod(0o755)
