@@ -32,7 +32,7 @@ from data.transforms.augment import (
     limit_posterize,
     train_view,
 )
-from data.transforms.recipe import color_jitter, dino_recipe, small_recipe
+from data.transforms.recipe import color_jitter, dino_recipe
 from utils import UsageError
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
@@ -167,13 +167,6 @@ def test_dino_probabilities() -> None:
         (jitter,) = s[transforms.RandomApply].transforms
         assert (jitter.brightness, jitter.contrast, jitter.saturation) == ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2))
         assert jitter.hue == (-0.1, 0.1)
-
-
-def test_small_recipe_is_dinos_without_blur_and_solarization() -> None:
-    small, dino = small_recipe(CROPS, 0.3), dino_recipe(CROPS, 0.3)
-    assert small.jitter == dino.jitter
-    assert [view[:2] for view in small.views] == [view[:2] for view in dino.views]
-    assert {view[2:] for view in small.views} == {(0.0, 0.0)}
 
 
 def test_color_jitter_of_many_channels() -> None:

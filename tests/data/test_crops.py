@@ -17,7 +17,7 @@ from data.datasets import ImageDataset, build_dataset
 from data.transforms.augment import MultiCrop, dino_views
 from data.transforms.crops import ByteCrops, split_views
 from data.transforms.photometric import DRAWS
-from data.transforms.recipe import ASPECT, Crops, ViewSpec, dino_recipe
+from data.transforms.recipe import ASPECT, Crops, ViewSpec, dino_recipe, small_recipe
 
 CROPS = Crops(32, (0.4, 1.0), (2, 1), (16, 12), (0.05, 0.4))
 VIEWS = dino_recipe(CROPS, 0.4).views
@@ -147,3 +147,10 @@ def test_pil_backend_is_unchanged(folder: Path) -> None:
     assert isinstance(views, MultiCrop)
     images = build_dataset(folder, "train", views, 3, 0)
     assert all(view.dtype == torch.float32 for view in images[0].views)
+
+
+def test_small_recipe_is_dinos_without_blur_and_solarization() -> None:
+    small, dino = small_recipe(CROPS, 0.3), dino_recipe(CROPS, 0.3)
+    assert small.jitter == dino.jitter
+    assert [view[:2] for view in small.views] == [view[:2] for view in dino.views]
+    assert {view[2:] for view in small.views} == {(0.0, 0.0)}
