@@ -2,7 +2,7 @@
 # Pre-train a small network on some hundred to some ten thousand images, on a CPU or on GPUs.
 #   bash scripts/pretrain_small.sh NETWORK IMAGES OUT [flags of main_esvit.py]
 #   bash scripts/pretrain_small.sh cvt_32 thumbnails/train /runs/thumbnails
-#   PASSES=600000 bash scripts/pretrain_small.sh swin_64 photos /runs/photos              three times as long
+#   PASSES=240000 bash scripts/pretrain_small.sh swin_64 photos /runs/photos              three times as long
 # NETWORK is a yaml of experiments/small/; choose it by the size of the images: 32, 64 or 128 pixels. The epochs follow from the
 # number of images, so that every run sees PASSES images and takes about as long; EPOCHS=N sets them instead. Trailing flags
 # override those set here. PROCESSES is the number of GPUs, or without one of cores, 4 at most.

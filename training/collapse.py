@@ -157,7 +157,7 @@ class Monitor:
                     self._count((name, cause), sentence, iteration)
 
     def state_dict(self) -> dict[str, float]:
-        """Return consecutive readings with a cause, `level/cause`, their begin, `level/cause/since`, and `level/first_rank`."""
+        """Return the counts of readings, `level/cause`, the steps since when, `level/cause/since`, and `level/first_rank`."""
         state: dict[str, float] = {"/".join(cause): streak for cause, streak in self._streaks.items()}
         state |= {"/".join([*cause, "since"]): iteration for cause, iteration in self._since.items()}
         return state | {f"{name}/first_rank": rank for name, rank in self._first_rank.items()}

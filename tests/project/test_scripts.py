@@ -92,6 +92,7 @@ def test_small_recipe(
     assert args.batch_size_per_gpu * int(env["PROCESSES"]) == 64
     assert (args.arch, args.aug_opt, args.use_dense_prediction) == (network.partition("_")[0], "small_aug", True)
     assert (list(config.MODEL.IMAGE_SIZE), args.local_crops_size) == ([sizes[0]] * 2, [sizes[1]])
+    assert args.patch_size == sizes[0] // 8  # of a ViT; the others ignore it
 
 
 @pytest.mark.parametrize(
