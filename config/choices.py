@@ -14,6 +14,9 @@ MAX_BAD_STEPS = 20  # consecutive steps with a non-finite loss or gradient
 # --aug_backend. pil: every view by PIL in the workers; split: crops in the workers, colors in batches on the device
 AUG_BACKENDS = ("auto", "pil", "split")
 
+# --decode. full: whole images; scaled: JPEG files at a fraction of their size if that upsamples no crop
+DECODES = ("full", "scaled")
+
 CENTERINGS = ("mean", "sinkhorn")  # of the teacher's logits: EMA of their mean, or Sinkhorn-Knopp over the batch
 
 # UDI

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +33,12 @@ from data.layouts.sources import UNLABELED, Listing, MultiLabels, Source
 from data.layouts.tars import contains_shards, list_tars
 from data.layouts.tsv import list_tsv
 from data.layouts.zips import list_zip
+from data.transforms.crops import ScaledCrops
 from utils import UsageError, isolated_rng
 
 REPLACEMENT_TRIES = 20
 
-Transform = Callable[[ImageLike], list[Tensor]]
+Transform = Callable[[ImageLike], list[Tensor]] | ScaledCrops
 # By layout: (data path, split, labels needed) -> listing.
 LAYOUTS: dict[str, Callable[[Path, str, bool], Listing]] = {
     "files": list_files,
@@ -94,11 +95,14 @@ def load_sample(
 
     Each is tried twice, since reading from a disk or network may fail for a moment.
     """
+    decode: Callable[..., Any] = partial(decode_image, in_chans=in_chans)
+    if isinstance(transform, ScaledCrops):
+        decode = transform.decode
     failures: list[str] = []
     for name, read, label in islice(candidates, REPLACEMENT_TRIES):
         for attempt in range(2):
             try:
-                image = decode_image(read(), in_chans, value_range)
+                image = decode(read(), value_range=value_range)
             except UndeclaredRange as error:
                 return Sample([], UNLABELED, index, (*failures, FatalFailure(f"{name} {error}")))
             except Exception as error:  # decoders raise anything on damaged bytes

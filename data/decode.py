@@ -15,7 +15,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from data.integrity import PNG, check_jpeg, check_webp, strip_png
@@ -25,16 +26,28 @@ from utils import UsageError
 ImageLike = Image.Image | Tensor
 
 
-# First bytes of files that Pillow does not read, or not all of.
+# First bytes of files: those that Pillow does not read, or not all of, and those that it reads at a fraction of their size.
 NPY = b"\x93NUMPY"
+JPEG = b"\xff\xd8\xff"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Formats that Pillow may open: none of them runs or fetches anything. Some builds of Pillow lack the last two.
 RASTER = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "JPEG2000", "AVIF")
 DEEP_MODES = {"I", "F"}  # Pillow modes of more than 8 bits, in addition to those that start with I;16
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 WHITE = (255, 255, 255, 255)
+REDUCTIONS = (8, 4, 2)  # of JPEG files, in the decoder: less to transform and to write
 TOLERANCE = 1e-3  # of floats beyond 0..1
 WHITE_IS_ZERO = 0  # value of the TIFF tag PhotometricInterpretation
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339  # TIFF tags
 
 
@@ -74,13 +87,25 @@ def open_image(file: str | Path | BinaryIO) -> Image.Image:
     return Image.open(file, formats=[kind for kind in RASTER if kind in Image.OPEN])
 
 
-def decode_image(content: bytes, in_chans: int, value_range: Sequence[float] = ()) -> ImageLike:
+def jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Return height and width of a JPEG after its EXIF orientation is applied; None for other and for unreadable files."""
+    if not content.startswith(JPEG):
+        return None
+    try:
+        with open_image(io.BytesIO(content)) as image:
+            return image.size if _orientation(image) in QUARTER_TURNS else image.size[::-1]
+    except Exception:  # decoders raise anything on damaged bytes, which `decode_image` reports
+        return None
+
+
+def decode_image(content: bytes, in_chans: int, value_range: Sequence[float] = (), reduction: int = 1) -> ImageLike:
     """Decode the content of an image file; its format is recognized by the first bytes.
 
     The EXIF orientation is applied, and transparency is replaced by white.
 
     Args:
         value_range: values of black and white in files of more than 8 bits; empty: those that the type implies.
+        reduction: one of `REDUCTIONS`, for JPEG files only: decode at a fraction of the size, rounded up.
 
     Returns:
         for 1 or 3 channels a PIL image of mode L or RGB, otherwise a float tensor (in_chans, H, W) from 0 (black) to 1 (white).
@@ -96,7 +121,7 @@ def decode_image(content: bytes, in_chans: int, value_range: Sequence[float] = (
     elif content.startswith(TIFF):
         decoded = _read_tiff(content, in_chans)
     else:
-        decoded = _read_with_pillow(content)
+        decoded = _read_with_pillow(content, reduction)
     if in_chans in (1, 3):
         image = decoded if isinstance(decoded, Image.Image) else _to_pil(decoded, in_chans, value_range)
         return _on_white(image).convert("RGB" if in_chans == 3 else "L")
@@ -107,16 +132,18 @@ def decode_image(content: bytes, in_chans: int, value_range: Sequence[float] = (
 # --------------------------------------------------------------------------- reading
 
 
-def _read_with_pillow(content: bytes) -> Image.Image | RawImage:
-    """Return an upright 8-bit image, or the raw pixels of a deeper one."""
+def _read_with_pillow(content: bytes, reduction: int = 1) -> Image.Image | RawImage:
+    """Return an upright 8-bit image, a JPEG possibly reduced, or the raw pixels of a deeper one."""
     try:
         opened = open_image(io.BytesIO(strip_png(content) if content.startswith(PNG) else content))
     except UnidentifiedImageError:
         raise ValueError("the file is not in a known image format") from None
     with opened as image:
+        if isinstance(image, JpegImageFile) and reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
         image.load()
-        if image.format in ("JPEG", "MPO"):
-            check_jpeg(content, image)
+        if isinstance(image, JpegImageFile):
+            check_jpeg(content, image, reduction)
         elif image.format == "WEBP":
             check_webp(content, image)
         upright = _apply_orientation(image)
@@ -184,17 +211,23 @@ def _check_size(pixels: int) -> None:
 # --------------------------------------------------------------------------- orientation and transparency
 
 
-def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of an image; damaged EXIF data are ignored."""
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1, upright, if its EXIF data are damaged."""
     try:
-        return ImageOps.exif_transpose(image)
+        return image.getexif().get(ORIENTATION, 1)
     except Exception:  # EXIF parsers raise anything on damaged data
-        return image
+        return 1
+
+
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of an image."""
+    turn = TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _orient(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
     """Apply an EXIF orientation to an array."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in QUARTER_TURNS:
         pixels_HWC = pixels_HWC.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels_HWC = pixels_HWC[::-1]

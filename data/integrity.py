@@ -30,6 +30,7 @@ START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9  # JPEG markers
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # start of a JPEG segment, also after the data of a scan
 NOISE = np.random.default_rng(0).integers(1, 255, 256, dtype=np.uint8).tobytes()
 FILLER = NOISE + b"".join(b"\xff" + bytes([restart]) + NOISE for restart in range(0xD0, 0xD8))  # valid scan data
+BLOCK = 8  # pixels on a side of a block of a JPEG
 MIN_ZEROS = 64  # fewer zero bytes at the end of the data are not suspicious
 
 
@@ -72,8 +73,11 @@ def _has_orientation(kind: bytes, content: bytes) -> bool:
         return False
 
 
-def check_jpeg(content: bytes, image: Image.Image) -> None:
+def check_jpeg(content: bytes, image: Image.Image, reduction: int = 1) -> None:
     """Check a JPEG that was decoded to `image`; it is decoded again only if its last row or its data end evenly.
+
+    Args:
+        reduction: the image is decoded at 1 / `reduction` of its size.
 
     Raises:
         ValueError: some of its data are missing.
@@ -84,10 +88,15 @@ def check_jpeg(content: bytes, image: Image.Image) -> None:
         return
     pixels, bottom = image.load(), image.height - 1
     assert pixels is not None
-    right_end = {pixels[x, bottom] for x in range(max(image.width - 8, 0), image.width)}
+    evenly = max(BLOCK // reduction, 2)  # pixels; at 1 / 8 a missing block has the color of the one before
+    right_end = {pixels[x, bottom] for x in range(max(image.width - evenly, 0), image.width)}
     last = content.rfind(END) % (len(content) + 1)  # END, or the end of the file without it
     if len(right_end) > 1 and content[last - MIN_ZEROS : last] != bytes(MIN_ZEROS):
         return  # missing data decode to an even color, and overwritten data end in zeros
+    if reduction > 1:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as whole:
+            check_jpeg(content, whole)
+        return
     end = next((position for kind, position in _segments(content) if kind == END_OF_IMAGE), len(content))
     if not _decodes_to(content[:end] + FILLER + END, image):
         raise ValueError("the data of the JPEG end before its last row")

@@ -34,7 +34,7 @@ LAUNCH_ARGUMENTS = {
 # How a run computes, logged at every resume.
 MODES = ("precision", "batch_size_per_gpu", "accum_iter", "grad_checkpointing", "fsdp", "compile")
 # Behavior of runs saved before an argument existed.
-BEFORE_THE_ARGUMENT = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed"}
+BEFORE_THE_ARGUMENT = {"aug_backend": "pil", "plain_loss": True, "sampler": "distributed", "decode": "full"}
 
 _known: set[Path] = set()  # checkpoints that this process has read or written
 

@@ -20,6 +20,7 @@ import utils
 from checkpoints import files, layouts, loading, serialization
 from config.arguments import small_runs
 from data.transforms import augment
+from data.transforms.crops import CropTransform, ScaledCrops
 from distributed import collectives, ddp, fsdp
 from models import Backbone
 from models.base import METHOD_PREFIXES
@@ -45,8 +46,16 @@ def build_loader(
     """Build the loader of the training images, whose batches are made by `transform` and `device_transform`.
 
     Raises:
-        UsageError: --epoch_images without tar shards, or the images cannot be found or do not make a batch.
+        UsageError: --epoch_images without tar shards, --decode scaled for a transform of whole images, or the images cannot be
+            found or do not make a batch.
     """
+    if args.decode == "scaled":
+        if not isinstance(transform, CropTransform):
+            raise UsageError(
+                "--decode scaled needs the crops of --aug_backend split: --aug-opt dino_aug or small_aug with 3 channels; "
+                "change these, or use --decode full"
+            )
+        transform = ScaledCrops(transform)
     augment.check_normalization(config.INPUT.MEAN, config.INPUT.STD, config.MODEL.SPEC.IN_CHANS)
     in_chans = config.MODEL.SPEC.IN_CHANS
     path = args.data_path if args.dataset in data.COLLECTIONS else Path(args.data_path) / args.dataset

@@ -6,7 +6,7 @@ import argparse
 
 from config.arguments import shared, small_runs
 from config.arguments.shared import Ascending, Parser, bool_flag, existing_path
-from config.choices import AUG_BACKENDS, MAX_BAD_STEPS, OPTIMIZERS
+from config.choices import AUG_BACKENDS, DECODES, MAX_BAD_STEPS, OPTIMIZERS
 from config.ranges import (
     ABOVE_ZERO,
     BATCH,
@@ -96,6 +96,8 @@ def add_view_flags(parser: Parser) -> None:
     add("--local_crops_size", type=PIXELS, nargs="+", default=(96,), help=text)
     text = "pil: all augmentation in the workers; split: colors in batches on the training device"
     add("--aug_backend", default="auto", choices=AUG_BACKENDS, help=text)
+    text = "scaled: decode JPEG files at 1/2, 1/4 or 1/8 of their size if all crops keep as many pixels as their views"
+    add("--decode", default="full", choices=DECODES, help=text)
     add("--color-jitter", dest="color_jitter", type=number(0, 2), default=0.4, help="strength of the color jitter")
 
 

@@ -21,7 +21,7 @@ from config.choices import ALIGNMENTS, DRAWINGS, PAIR_MODES
 from config.choices import REFERENCES as REFERENCES
 from data.decode import ImageLike
 from data.transforms import geometry
-from data.transforms.crops import random_box, resized_crop, to_pixels
+from data.transforms.crops import Placement, cut_crops, random_box, to_pixels
 from data.transforms.geometry import CropBox, Projection
 from data.transforms.photometric import DRAWS, Photometric
 from data.transforms.recipe import FLIP, Crops, ViewSpec, dino_recipe
@@ -92,30 +92,30 @@ class UDICrops:
                     f"{kind} views of {view.size} pixels have {grid} x {grid} tokens"
                 )
 
-    def __call__(self, image: ImageLike) -> list[Tensor]:
+    def __call__(self, image: ImageLike, size: tuple[int, int] | None = None, reduction: int = 1) -> list[Tensor]:
         pixels_CHW = to_pixels(image)
-        boxes = self._draw_boxes(pixels_CHW)
-        flips = (torch.rand(len(self.views)) < self.flip).tolist()
-        crops = [resized_crop(pixels_CHW, box, view.size, flip) for box, view, flip in zip(boxes, self.views, flips)]
-        size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
-        corners = [geometry.normalized_corners(box, size, flip) for box, flip in zip(boxes, flips)]
+        size = size or (pixels_CHW.shape[1], pixels_CHW.shape[2])
+        placement = self.draw_placement(size)
+        crops = cut_crops(pixels_CHW, self.views, placement, reduction)
+        corners = [geometry.normalized_corners(box, size, flip) for box, flip in zip(*placement)]
         return [*crops, _color_draws(len(self.views)), *self._correspondence(corners)]
 
-    def _draw_boxes(self, pixels_CHW: Tensor) -> list[CropBox]:
+    def draw_placement(self, size: tuple[int, int]) -> Placement:
+        boxes = self._draw_boxes(size)
+        return Placement(boxes, (torch.rand(len(self.views)) < self.flip).tolist())
+
+    def _draw_boxes(self, size: tuple[int, int]) -> list[CropBox]:
         """Draw a second global view that overlaps the first or is inside it, and local views that overlap their reference."""
-        size = (pixels_CHW.shape[1], pixels_CHW.shape[2])
-        first = random_box(pixels_CHW, self.views[0])
+        first = random_box(size, self.views[0])
         if self.sampling.pair_mode == "nested":
-            second = geometry.inside(random_box(pixels_CHW[:, : first.height, : first.width], self.views[1]), first)
+            second = geometry.inside(random_box((first.height, first.width), self.views[1]), first)
         else:
-            second = geometry.shift_to_overlap(random_box(pixels_CHW, self.views[1]), first, size)
+            second = geometry.shift_to_overlap(random_box(size, self.views[1]), first, size)
         if self.sampling.reference == "union":
             reference = geometry.union(first, second)
         else:
             reference = geometry.intersection(first, second) or first
-        local = [
-            geometry.shift_to_overlap(random_box(pixels_CHW, view), reference, size) for view in self.views[GLOBALS:]
-        ]
+        local = [geometry.shift_to_overlap(random_box(size, view), reference, size) for view in self.views[GLOBALS:]]
         return [first, second, *local]
 
     def _correspondence(self, corners: Sequence[Tensor]) -> Correspondence:

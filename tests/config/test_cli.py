@@ -55,7 +55,7 @@ ADDED = {
     "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "drop_path": None,
     "grad_checkpointing": False, "compile": False, "fsdp": False,
     "precision": "auto", "accum_iter": 1, "global_crops_size": None, "log_freq": 10, "device": "auto", "opts": [],
-    "aug_backend": "auto", "plain_loss": False,
+    "aug_backend": "auto", "decode": "full", "plain_loss": False,
     "init_weights": "",
     "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "wandb": "",
 }  # fmt: skip
@@ -76,7 +76,7 @@ ADDED_UDI: dict[str, object] = {
     "cfg": None, "dataset": "imagenet1k", "zip_mode": False, "tsv_mode": False, "sampler": "distributed", "shuffle_buffer": 256,
     "epoch_images": 0, "data_path": "", "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "grad_checkpointing": False,
     "compile": False, "fsdp": False, "precision": "auto", "accum_iter": 1, "log_freq": 10, "device": "auto", "opts": [],
-    "aug_backend": "auto", "plain_loss": False, "pretrained_weights_ckpt": "", "init_weights": "",
+    "aug_backend": "auto", "decode": "full", "plain_loss": False, "pretrained_weights_ckpt": "", "init_weights": "",
     "allow_partial": False, "max_bad_steps": 20, "knn_every": 0, "knn_data_path": "", "wandb": "",
     "save_every_steps": 0, "save_every_minutes": 0.0, "keep_last": 1,
 }  # fmt: skip
@@ -382,6 +382,8 @@ def images(tmp_path: Path) -> str:
         (["--use_mixup", "on", "--cutmix-minmax", "0.32", "0.36"], "--cutmix-minmax 0.32 0.36 .* views of 16 pixels"),
         (["--local_crops_size", "3"], "3 pixels are smaller than a patch of 4"),
         (["--aug-opt", "deit_aug", "--train-interpolation", "sinc"], "sinc"),
+        (["--decode", "scaled", "--aug_backend", "pil"], "--decode scaled needs .* --aug_backend split"),
+        (["--decode", "scaled", "--aug-opt", "deit_aug"], "--decode scaled needs .* dino_aug"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

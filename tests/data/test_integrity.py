@@ -47,17 +47,38 @@ def save(image: Image.Image, kind: str) -> bytes:
     return encoded(lambda buffer: image.save(buffer, file_kind, **options))
 
 
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_truncated_files_are_detected(name: str, kind: str) -> None:
-    """Truncated; truncated and closed; overwritten by zeros and closed."""
+def test_truncated_files_are_detected(name: str, kind: str, reduction: int) -> None:
+    """Truncated; truncated and closed; overwritten by zeros and closed; at each size at which JPEG files are decoded."""
     whole = save(photograph(name), kind)
     half, end = len(whole) // 2, b"\xff\xd9"
     zeros = whole[:half] + bytes(len(whole) - half)
     closed = [] if KINDS[kind][0] == "WEBP" else [whole[:half] + end, zeros[:-2] + end]
     for damaged in (whole[:half], zeros, *closed):
         with pytest.raises((ValueError, OSError)):
-            decode_image(damaged, 3)
+            decode_image(damaged, 3, (), reduction)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.97, 0.99, 0.995])
+@pytest.mark.parametrize("kind", ["baseline", "best", "restarts"])
+def test_reduced_images_are_checked_as_whole_ones(kind: str, share: float) -> None:
+    """JPEG files that lack a little are detected at 1/2, 1/4 and 1/8 of their size where they are when decoded whole."""
+    detected = 0
+    for name in PHOTOGRAPHS:
+        content = save(photograph(name), kind)
+        damaged = content[: int(share * len(content))] + b"\xff\xd9"
+        refused = []
+        for reduction in (1, 2, 4, 8):
+            try:
+                decode_image(damaged, 3, (), reduction)
+                refused.append(False)
+            except ValueError:
+                refused.append(True)
+        assert set(refused[1:]) == {refused[0]}, name
+        detected += refused[0]
+    assert detected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,6 +90,8 @@ def test_evenly_colored_images_are_accepted(kind: str) -> None:
         for image in (Image.new("RGB", (500, 500), color), Image.new("L", (1600, 30)), framed, framed.convert("L")):
             content = save(image, kind)
             assert (pixels_of(content) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
+            for reduction in (2, 4, 8):
+                decode_image(content, 3, (), reduction)
 
 
 def test_data_after_the_end_of_a_jpeg_are_ignored() -> None:

@@ -95,9 +95,8 @@ def test_drawing_modes(drawing: str, alike: bool) -> None:
 def test_second_view_overlaps_the_first_or_is_inside(mode: str) -> None:
     """In each of 10,000 draws: by half of the shorter side on each axis up to rounding, or completely."""
     crops = udi_views(CROPS._replace(local_numbers=(0,)), MEAN, STD, 0.4, Sampling(GRIDS, pair_mode=mode))[0]
-    image = torch.empty(3, 300, 400)
     for _ in range(10_000):
-        first, second = crops._draw_boxes(image)
+        first, second = crops.draw_placement((300, 400)).boxes
         shared = geometry.intersection(first, second)
         assert shared is not None
         assert shared.height >= 0.5 * min(first.height, second.height) - 2
@@ -111,7 +110,7 @@ def test_local_views_overlap_the_reference(reference: str) -> None:
     crops = udi_views(CROPS, MEAN, STD, 0.4, Sampling(GRIDS, reference=reference))[0]
     combine = {"union": geometry.union, "intersection": geometry.intersection}[reference]
     for _ in range(200):
-        first, second, *local = crops._draw_boxes(torch.zeros(3, 150, 200))
+        first, second, *local = crops.draw_placement((150, 200)).boxes
         box = combine(first, second)
         assert box is not None
         for rect in local:
