@@ -30,7 +30,7 @@ from yacs.config import CfgNode
 import data
 import utils
 from config import arguments
-from data.transforms.udi_views import Correspondence, Sampling, split_correspondence, udi_views
+from data.transforms.udi_views import Correspondence, Sampling, UDICrops, split_correspondence, udi_views
 from distributed import collectives, launch
 from evaluation.knn_callback import build_knn_callback
 from losses.distillation import TEACHER_VIEWS
@@ -177,7 +177,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     return config
 
 
-def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[data.Transform, data.DeviceTransform]:
+def build_views(args: argparse.Namespace, config: CfgNode) -> tuple[UDICrops, data.DeviceTransform]:
     """Build the transform of the workers, which also returns the geometry of the crops, and the one of batches on the device."""
     crops = setup.get_crops(args, config)
     grid_of = token_grids(args, config)

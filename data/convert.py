@@ -1,9 +1,12 @@
-"""Convert a dataset between folders and layouts of few large files (zip, tsv, tar shards). Image files are copied unchanged.
+"""Convert a dataset between folders and layouts of few large files (zip, tsv, tar shards).
+
+Image files are copied unchanged; --max_side N shrinks the larger ones (shrink.py).
 
     python -m data.convert IMAGENET OUT --to shards         # OUT/train-000000.tar ..., OUT/val-000000.tar ..., OUT/sizes.json
     python -m data.convert IMAGENET OUT --to zip            # OUT/train.zip, OUT/train_map.txt, and the same for val
     python -m data.convert OUT TSV --to tsv --zip_mode      # from zip files; --tsv_mode: from tsv files; shards are detected
     python -m data.convert OUT IMAGENET2 --to files         # to class folders: IMAGENET2/train/CLASS/..., IMAGENET2/val/CLASS/...
+    python -m data.convert PHOTOS OUT --to shards --max_side 1000
     python main_esvit.py --data_path OUT ...                # with --zip_mode or --tsv_mode for these layouts
 
 SOURCE is a --data_path of the other scripts; without a split into training and validation images, all are training images. Classes
@@ -46,6 +49,7 @@ from data.layouts.sources import UNLABELED, Files, Listing, Source, check_inside
 from data.layouts.tars import LABEL_SUFFIX, SIZES
 from data.layouts.tsv import TsvLines, parse_label_column
 from data.layouts.zips import ZipMembers
+from data.shrink import Shrinker
 from distributed import launch
 from utils import UsageError, counted, logger, setup_logging
 
@@ -219,8 +223,11 @@ def main(args: argparse.Namespace) -> None:
     if args.to == "files" and not classes:
         classes = read_classes(Path(args.data_path))
     folder = Path(args.dest)
+    shrinker = Shrinker(args.max_side) if args.max_side else None
     with files.lock_folder(folder, "conversion", "DEST"):
-        convert(args, listings, labels, classes)
+        convert(args, listings, labels, classes, shrinker)
+    if shrinker:
+        shrinker.report()
     for split, listing in listings.items():
         images, names = counted(len(listing.source), "image"), counted(len(listing.classes), "class", "classes")
         logger.info("%s: %s, %s", split, images, names)
@@ -228,9 +235,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 def convert(
-    args: argparse.Namespace, listings: Mapping[str, Listing], labels: Sequence[np.ndarray], classes: Sequence[str]
+    args: argparse.Namespace,
+    listings: Mapping[str, Listing],
+    labels: Sequence[np.ndarray],
+    classes: Sequence[str],
+    shrinker: Shrinker | None,
 ) -> None:
-    """Write all splits; either all files appear or none.
+    """Write all splits, their images shrunk if there is a `shrinker`; either all files appear or none.
 
     Raises:
         UsageError: DEST cannot be written, or see `Writer.write` and `read_records`.
@@ -249,7 +260,7 @@ def convert(
             stack.callback(writer.close)
             records = read_records(listing.source, label_N, Path(args.data_path), split)
             for record in tqdm(records, desc=split, total=len(listing.source)):
-                writer.write(record)
+                writer.write(record._replace(content=shrinker(record.content)) if shrinker else record)
                 done += 1
             writer.close()
         if args.to != "files":

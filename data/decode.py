@@ -87,6 +87,18 @@ def open_image(file: str | Path | BinaryIO) -> Image.Image:
     return Image.open(file, formats=[kind for kind in RASTER if kind in Image.OPEN])
 
 
+def open_content(content: bytes) -> Image.Image:
+    """Open the content of a file with Pillow, as `open_image` and without the metadata of a PNG.
+
+    Raises:
+        ValueError: it is in no such format, or a damaged PNG.
+    """
+    try:
+        return open_image(io.BytesIO(strip_png(content) if content.startswith(PNG) else content))
+    except UnidentifiedImageError:
+        raise ValueError("the file is not in a known image format") from None
+
+
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
     """Return height and width of a JPEG after its EXIF orientation is applied; None for other and for unreadable files."""
     if not content.startswith(JPEG):
@@ -121,7 +133,7 @@ def decode_image(content: bytes, in_chans: int, value_range: Sequence[float] = (
     elif content.startswith(TIFF):
         decoded = _read_tiff(content, in_chans)
     else:
-        decoded = _read_with_pillow(content, reduction)
+        decoded = read_upright(content, reduction)
     if in_chans in (1, 3):
         image = decoded if isinstance(decoded, Image.Image) else _to_pil(decoded, in_chans, value_range)
         return _on_white(image).convert("RGB" if in_chans == 3 else "L")
@@ -132,13 +144,16 @@ def decode_image(content: bytes, in_chans: int, value_range: Sequence[float] = (
 # --------------------------------------------------------------------------- reading
 
 
-def _read_with_pillow(content: bytes, reduction: int = 1) -> Image.Image | RawImage:
-    """Return an upright 8-bit image, a JPEG possibly reduced, or the raw pixels of a deeper one."""
-    try:
-        opened = open_image(io.BytesIO(strip_png(content) if content.startswith(PNG) else content))
-    except UnidentifiedImageError:
-        raise ValueError("the file is not in a known image format") from None
-    with opened as image:
+def read_upright(content: bytes, reduction: int = 1) -> Image.Image | RawImage:
+    """Return an upright 8-bit image in its own mode, or the raw pixels of a deeper one.
+
+    Args:
+        reduction: see `decode_image`.
+
+    Raises:
+        Exception: of any kind, on damaged bytes.
+    """
+    with open_content(content) as image:
         if isinstance(image, JpegImageFile) and reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
         image.load()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from config.arguments.shared import Parser, add_layout_flags, existing_path
-from config.ranges import COUNT
+from config.ranges import COUNT, PIXELS
 
 LAYOUTS = ("zip", "tsv", "shards", "files")
 
@@ -16,5 +16,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("dest", metavar="DEST", help="output folder, created if missing")
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout of DEST")
     parser.add_argument("--shard_images", type=COUNT, default=5000, help="images per shard")
+    text = "shrink images to this many pixels on the longer side; smaller ones are copied unchanged (default: all are)"
+    parser.add_argument("--max_side", type=PIXELS, default=None, metavar="N", help=text)
     add_layout_flags(parser)
     return parser
