@@ -1,8 +1,8 @@
 """Shrink images once, for `python -m data.convert --max_side N`.
 
-The format stays the same: JPEG files are written with quality 95 (4:2:0), WebP files too, even lossless ones, all others without
-loss. The
-filter is Pillow's antialiased bicubic, as for the crops. Images become upright, and keep their color profile but no other metadata.
+The format stays the same: JPEG files are written with quality 95 and colors at half the size (4:2:0), WebP files with quality 95,
+even lossless ones, all others without loss. The filter is Pillow's antialiased bicubic, as for the crops. Images become upright,
+and keep their color profile but no other metadata.
 """
 
 from __future__ import annotations
