@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from checkpoints.files import read_text
 from data.layouts.folder_scan import EXTENSIONS, find_images, is_image_name, warn_skipped
-from data.layouts.sources import Files, Listing
+from data.layouts.sources import Files, Listing, PackedStrings
 from utils import UsageError, counted
 
 SKIPPED_NAMES = "hidden files and files with other extensions"
@@ -31,18 +33,40 @@ def list_files(root: Path, split: str, need_labels: bool) -> Listing:
     if not len(names):
         raise UsageError(_no_image_message(root, split))
     source = Files(names, str(root))
-    labels = np.zeros(len(names), dtype=np.int64)
-    order_of: dict[
-        str, int
-    ] = {}  # order in which the classes occur; that of the sorted paths differs from that of the classes
-    for i, name in enumerate(names):
-        class_name, separator, _ = name.partition(os.sep)
-        if not separator:
+    runs = []
+    for name, count in class_runs(names):
+        if not name:
             return _unlabeled(source, root, need_labels)
-        labels[i] = order_of.setdefault(class_name, len(order_of))
-    classes = sorted(order_of)
+        runs.append((name, count))
+    classes = sorted(name for name, _ in runs)  # the order of the sorted paths may differ
     index_of = {name: index for index, name in enumerate(classes)}
-    return Listing(source, np.array([index_of[name] for name in order_of])[labels], classes)
+    return Listing(source, np.repeat([index_of[name] for name, _ in runs], [count for _, count in runs]), classes)
+
+
+def class_runs(names: PackedStrings) -> Iterator[tuple[str, int]]:
+    """Yield the first folder of sorted paths, empty for a path without one, and the number of consecutive paths in it.
+
+    The end of a folder is found by doubling steps and bisection: decoding a million paths takes a second.
+    """
+    start, total = 0, len(names)
+    while start < total:
+        folder, separator, _ = names[start].partition(os.sep)
+        if not separator:
+            yield "", 1
+            start += 1
+            continue
+        prefix, step = folder + separator, 1
+        while start + step < total and names[start + step].startswith(prefix):
+            step *= 2
+        end = bisect_left(
+            range(total),
+            True,
+            start + step // 2,
+            min(start + step, total),
+            key=lambda i, prefix=prefix: not names[i].startswith(prefix),
+        )
+        yield folder, end - start
+        start = end
 
 
 def _unlabeled(source: Files, root: Path, need_labels: bool) -> Listing:

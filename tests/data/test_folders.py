@@ -8,12 +8,14 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.image_files import whole, write_gray
 
 from data.datasets import ImageDataset, build_dataset
 from data.layouts import folders
-from data.layouts.sources import UNLABELED
+from data.layouts.folders import class_runs
+from data.layouts.sources import UNLABELED, PackedStrings
 from utils import UsageError
 
 
@@ -264,3 +266,14 @@ def test_data_path_with_io_error(tmp_path: Path, what: str) -> None:
     os.mkfifo(path)
     with pytest.raises(UsageError, match=what):
         build_dataset(path if what == "pipe" else what, "train", whole)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_class_runs_equal_a_loop(seed: int) -> None:
+    """Runs of one path up to many, and folders that begin alike and sort differently from their paths."""
+    rng = np.random.default_rng(seed)
+    tree = ["a", "a-b", "a.c", "b/a", "b/b", "\u00e9", ""]
+    counts = rng.integers(0, 40, len(tree))
+    paths = sorted(f"{f}/{i}.png".lstrip("/") for f, count in zip(tree, counts) for i in range(count))
+    found = [folder for folder, count in class_runs(PackedStrings(paths)) for _ in range(count)]
+    assert found == [path.partition("/")[0] if "/" in path else "" for path in paths]
