@@ -55,18 +55,18 @@ def class_runs(names: PackedStrings) -> Iterator[tuple[str, int]]:
             yield "", 1
             start += 1
             continue
-        prefix, step = folder + separator, 1
-        while start + step < total and names[start + step].startswith(prefix):
-            step *= 2
-        end = bisect_left(
-            range(total),
-            True,
-            start + step // 2,
-            min(start + step, total),
-            key=lambda i, prefix=prefix: not names[i].startswith(prefix),
-        )
+        end = _end_of_prefix(names, start, folder + separator)
         yield folder, end - start
         start = end
+
+
+def _end_of_prefix(names: PackedStrings, start: int, prefix: str) -> int:
+    """Return the index after the last of the sorted names from `start` on that begin with `prefix`."""
+    step = 1
+    while start + step < len(names) and names[start + step].startswith(prefix):
+        step *= 2
+    end = min(start + step, len(names))
+    return bisect_left(range(len(names)), True, start + step // 2, end, key=lambda i: not names[i].startswith(prefix))
 
 
 def _unlabeled(source: Files, root: Path, need_labels: bool) -> Listing:
