@@ -24,9 +24,9 @@ def pad_to_windows(x_BHWC: Tensor, window: int, fill_C: Tensor | None = None) ->
         return x_BHWC
     if fill_C is None:
         return F.pad(x_BHWC, (0, 0, 0, right, 0, bottom))
-    fill_BHWC = fill_C.to(x_BHWC.dtype).expand(len(x_BHWC), height + bottom, width + right, -1)
-    x = torch.cat([x_BHWC, fill_BHWC[:, height:, :width]], dim=1) if bottom else x_BHWC
-    return torch.cat([x, fill_BHWC[:, :, width:]], dim=2) if right else x
+    fill_C, batch = fill_C.to(x_BHWC.dtype), len(x_BHWC)
+    x = torch.cat([x_BHWC, fill_C.expand(batch, bottom, width, -1)], dim=1) if bottom else x_BHWC
+    return torch.cat([x, fill_C.expand(batch, height + bottom, right, -1)], dim=2) if right else x
 
 
 def crop_to_grid(x_BHWC: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -103,7 +103,7 @@ def test_simulated_step_holds_at_least_its_state_and_grows_with_the_batch() -> N
 def test_parsers_take_their_defaults() -> None:
     assert step.get_args_parser().parse_args([]).batch == 4
     assert memory.get_args_parser().parse_args([]).batch == 32
-    assert syncs.get_args_parser().parse_args([]).batch == 1
+    assert syncs.get_args_parser().parse_args([]).batch == 32
     assert throughput.get_args_parser().parse_args([]).batch == [4]
 
 
