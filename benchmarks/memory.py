@@ -84,7 +84,8 @@ def fake_attention(
     """
     if bias is not None:
         *strides, last = bias.stride()
-        assert last == 1 and not any(stride % BIAS_ALIGNMENT for stride in strides), f"unaligned bias {bias.stride()}"
+        unaligned = last != 1 or any(stride % BIAS_ALIGNMENT for stride in strides)
+        assert not unaligned, f"bias of strides {bias.stride()}"
         bias = bias.expand(*q.shape[:-1], k.shape[-2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(q, k, v, bias, torch.is_grad_enabled(), dropout, False, scale=scale)[0]

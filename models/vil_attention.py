@@ -213,7 +213,8 @@ class ChunkAttention(BiasedAttention):
     def _attend_from_globals(self, x_BNC: Tensor) -> Tensor:
         (q,) = split_heads(self.query_global(x_BNC[:, : self.num_global]), 1, self.num_heads)
         k, v = split_heads(self.kv_global(x_BNC), 2, self.num_heads)
-        bias = pad_keys(self.global_query_bias(x_BNC.shape[1] - self.num_global)).unsqueeze(0) if self.relative else None
+        regions = x_BNC.shape[1] - self.num_global
+        bias = pad_keys(self.global_query_bias(regions)).unsqueeze(0) if self.relative else None
         x, _ = attend(q, k, v, bias=bias)
         return self.proj_global(join_heads(x))
 

@@ -182,7 +182,10 @@ class _ChunkedPass:
 
     def _process_chunk(self, chunk: tuple[slice, slice]) -> None:
         """Set the cross-entropy of the student rows of a chunk, and accumulate their gradients."""
-        bottleneck_NC, cross_entropy_N = self.student.bottleneck[chunk].flatten(0, 1), self.cross_entropy_GS[chunk].view(-1)
+        bottleneck_NC, cross_entropy_N = (
+            self.student.bottleneck[chunk].flatten(0, 1),
+            self.cross_entropy_GS[chunk].view(-1),
+        )
         rows_NM, mixture_NM = self.rows_GSM[chunk].flatten(0, 1), self.mixture_GSM[chunk].flatten(0, 1)
 
         logits_NK = bottleneck_NC @ self.student.prototypes.T
