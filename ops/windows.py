@@ -24,7 +24,7 @@ def pad_to_windows(x_BHWC: Tensor, window: int, fill_C: Tensor | None = None) ->
         return x_BHWC
     if fill_C is None:
         return F.pad(x_BHWC, (0, 0, 0, right, 0, bottom))
-    fill_C, batch = fill_C.to(x_BHWC.dtype), len(x_BHWC)
+    fill_C, batch = fill_C.to(x_BHWC.dtype), x_BHWC.shape[0]
     x = torch.cat([x_BHWC, fill_C.expand(batch, bottom, width, -1)], dim=1) if bottom else x_BHWC
     return torch.cat([x, fill_C.expand(batch, height + bottom, right, -1)], dim=2) if right else x
 
@@ -95,7 +95,7 @@ def join_window_heads(heads: Tensor, partition: WindowPartition, grid: tuple[int
     window = partition.window
     height, width = padded_grid(grid, window)
     x = heads.unflatten(3, (window, window)).unflatten(1, (height // window, width // window))
-    x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(len(heads), height, width, -1)
+    x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads.shape[2] * heads.shape[4])
     return _shift_back_and_crop(x, partition, grid)
 
 
