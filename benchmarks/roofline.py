@@ -202,6 +202,8 @@ def watched(step: TrainStep, watch: Stopwatch) -> Iterator[None]:
     assert isinstance(method, main_esvit.EsViT)
     student, teacher, criterion = method.student, method.teacher, method.criterion
     assert isinstance(student, Backbone)
+    assert isinstance(teacher, Backbone)
+    heads = [head for network in (student, teacher) for head in (network.head, network.head_dense) if head is not None]
     forward = student.forward_features
 
     def forward_student(x: Tensor) -> Any:
@@ -212,7 +214,7 @@ def watched(step: TrainStep, watch: Stopwatch) -> Iterator[None]:
     owners = [
         (teacher, "forward_features", TEACHER, teacher.forward_features),
         (student, "forward_features", STUDENT, forward_student),
-        *((head, "forward", HEADS, head.forward) for net in (student, teacher) for head in (net.head, net.head_dense)),
+        *((head, "forward", HEADS, head.forward) for head in heads),
         (criterion, "terms", LOSSES, criterion.terms),
         *((criterion, name, CENTERS, getattr(criterion, name)) for name in ("accumulate_center", "update_center")),
         (Tensor, "backward", HEADS_BACKWARD, Tensor.backward),

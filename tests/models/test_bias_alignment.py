@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -32,7 +33,7 @@ def test_rows_of_biases_are_aligned(name: str, size: int, precision: torch.dtype
     biases: list[Tensor] = []
     fused = F.scaled_dot_product_attention
 
-    def note(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *args: float, **kwargs: float) -> Tensor:
+    def note(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert bias.dtype == q.dtype == precision
         assert q.ndim == 4
         biases.append(bias)
