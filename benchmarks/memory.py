@@ -5,10 +5,9 @@
     python benchmarks/memory.py --batch 8 --out_dim 4096
 
 Counts every storage that is alive during the second step: parameters, gradients, optimizer state, centers, tensors saved by
-autograd and temporaries. The lean side uses CUDA's memory-efficient attention, the plain side explicit attention. The loss uses
-the blocks of a CPU; on CUDA it holds about 0.2 GB more per chunk. Not counted are the CUDA context and libraries, scratch memory
-of kernels, fragmentation and prefetched images: leave one or two GB for them. The largest batch is extrapolated linearly from two
-batch sizes.
+autograd and temporaries. The lean side uses CUDA's memory-efficient attention, the plain side explicit attention. Not counted are
+the CUDA context and libraries, scratch memory of kernels, fragmentation and prefetched images: leave one or two GB for them. The
+largest batch is extrapolated linearly from two batch sizes.
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ from benchmarks.plain import PlainStep
 from benchmarks.rows import ROWS
 from benchmarks.sides import add_sizes, build_step, make_crops
 from distributed import launch
+from ops import chunked_cross_entropy
+from ops.attention import BIAS_ALIGNMENT
 from training import optim
 from training.step import TrainStep
 
@@ -77,8 +78,14 @@ class LiveStorages(TorchDispatchMode):
 def fake_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0, *, scale: float | None = None
 ) -> Tensor:
-    """Run the operator that `scaled_dot_product_attention` selects on CUDA for a bias with gradient."""
+    """Run the operator that `scaled_dot_product_attention` selects on CUDA for a bias with gradient.
+
+    Torch would copy or refuse a bias that is not aligned, so it must be.
+    """
     if bias is not None:
+        *strides, last = bias.stride()
+        unaligned = last != 1 or any(stride % BIAS_ALIGNMENT for stride in strides)
+        assert not unaligned, f"bias of strides {bias.stride()}"
         bias = bias.expand(*q.shape[:-1], k.shape[-2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(q, k, v, bias, torch.is_grad_enabled(), dropout, False, scale=scale)[0]
@@ -86,12 +93,17 @@ def fake_attention(
 
 @contextmanager
 def simulated() -> Iterator[FakeTensorMode]:
-    """Make tensors fake (shapes without values) inside the block, and use CUDA's fused attention."""
+    """Make tensors fake (shapes without values) inside the block, and compute with them as on CUDA.
+
+    They are on the CPU by name: the backward of a fake tensor on CUDA needs a GPU.
+    """
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with (
             mock.patch("torch.nn.functional.scaled_dot_product_attention", fake_attention),
+            mock.patch.object(chunked_cross_entropy, "CHUNK_BYTES", chunked_cross_entropy.CUDA_CHUNK_BYTES),
+            mock.patch.object(optim, "LOOPING_DEVICES", frozenset()),
             FakeTensorMode(allow_non_fake_inputs=True) as mode,
         ):
             yield mode
@@ -104,17 +116,23 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     module._apply(lambda tensor: mode.from_tensor(tensor, static_shapes=True))
 
 
+@contextmanager
+def simulated_step(side: str, sizes: argparse.Namespace, **build: Any) -> Iterator[TrainStep]:
+    """Build a step of fake tensors, lean or plain (`sides.build_step`), which can run inside the block."""
+    step = build_step(side, sizes, **build)
+    with simulated() as mode:
+        for module in (step.method.student, step.method.teacher, step.method.criterion):
+            make_fake(module, mode)
+        yield rebuild_step(step, plain=side == "plain")
+
+
 def peak_bytes(side: str, args: argparse.Namespace, batch: int, *, flags: tuple[str, ...] = (), **build: Any) -> int:
     """Return the peak of the second step of a side: plain, lean or checkpointed."""
     if side == "checkpointed":
         flags = (*flags, "--grad_checkpointing", "on")
     sizes = argparse.Namespace(batch=batch, out_dim=args.out_dim, local_crops=args.local_crops)
-    step = build_step("plain" if side == "plain" else "lean", sizes, precision=args.precision, flags=flags, **build)
-    method = step.method
-    with simulated() as mode:
-        for module in (method.student, method.teacher, method.criterion):
-            make_fake(module, mode)
-        step = rebuild_step(step, plain=side == "plain")
+    built = "plain" if side == "plain" else "lean"
+    with simulated_step(built, sizes, precision=args.precision, flags=flags, **build) as step:
         crops = make_crops(batch, args.local_crops)
         step([crops], 0, 0)
         counter = LiveStorages()

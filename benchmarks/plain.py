@@ -44,7 +44,9 @@ class PlainSwinBlock(SwinBlock):
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         logits = logits + pairwise_bias(attn.relative_position_bias_table, attn.relative_position_index)
         if self.shift:
-            mask = shift_mask(padded_grid(grid, self.window), self.window, self.shift, torch.device("cpu"))
+            mask = shift_mask(padded_grid(grid, self.window), self.window, self.shift, torch.device("cpu"))[
+                ..., :tokens
+            ]
             mask = mask.to(x_BHWC.device)
             logits = logits.view(len(x_BHWC), len(mask), *logits.shape[1:]) + mask[:, None]
             logits = logits.flatten(0, 1)

@@ -1,7 +1,7 @@
 """Region matching: the most similar teacher region of each student region, in every image that its image is mixed from.
 
-Shapes: B images, V student views, T regions of a student view, U regions of a teacher view, C channels of the backbone, P images
-that a student image is mixed from, 1 without mixup.
+Shapes: B images, V student views, T regions of a student view, S of all student views, U regions of a teacher view, C channels of
+the backbone, P images that a student image is mixed from, 1 without mixup.
 Origin: EsViT (Li et al., ICLR 2022) section 3.2, equation 4.
 """
 
@@ -25,14 +25,12 @@ class Sources(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The matches of the regions of one student view in one teacher view of the `source`-th images of `Sources`."""
+    """The regions of one teacher view, of the `source`-th images of `Sources`, that match the student's best."""
 
-    student_view: int
     teacher_view: int
     source: int
     images_B: Tensor
-    weights_B: Tensor
-    regions_BT: Tensor
+    regions_BS: Tensor
 
 
 def unmixed_sources(views: int, batch: int, device: torch.device) -> Sources:
@@ -57,17 +55,15 @@ def mixup_sources(targets_mixup: Sequence[Tensor], mixed_from: int | None = None
 def match_views(
     student: MultiCropOutput, teacher: MultiCropOutput, sources: Sources, mixed: bool = True
 ) -> Iterator[Match]:
-    """Yield the matches of all pairs of different views, found on backbone features; not `mixed`: `sources` are unmixed."""
-    student_views, teacher_views = (
-        [_directions(view) for view in by_view(output.region_features, output)] for output in (student, teacher)
-    )
-    for v, student_BTC in enumerate(student_views):
-        for q, teacher_BUC in enumerate(teacher_views):
-            if q == v:
-                continue
-            for p, images_B in enumerate(sources.images_PB):
-                regions_BT = _nearest(student_BTC, teacher_BUC[images_B] if mixed else teacher_BUC)
-                yield Match(v, q, p, images_B, sources.weights_VPB[v, p], regions_BT)
+    """Yield the matches of all student regions in each teacher view, found on backbone features, also in the same view.
+
+    Not `mixed`: `sources` are unmixed.
+    """
+    student_BSC = torch.cat(by_view(_directions(student.region_features), student), dim=1)
+    for q, teacher_BUC in enumerate(by_view(_directions(teacher.region_features), teacher)):
+        for p, images_B in enumerate(sources.images_PB):
+            regions_BS = _nearest(student_BSC, teacher_BUC[images_B] if mixed else teacher_BUC)
+            yield Match(q, p, images_B, regions_BS)
 
 
 def match_regions(student_features_BTC: Tensor, teacher_features_BUC: Tensor) -> Tensor:

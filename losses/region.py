@@ -8,7 +8,7 @@ Origin: EsViT (Li et al., ICLR 2022), section 3.2, equations 2-4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -70,17 +70,25 @@ class RegionMatchingLoss(DINOLoss):
                 [view[images_B] for images_B in sources.images_PB for view in by_view(rows, teacher)], dim=1
             ),
         )
-        starts, teacher_starts = (list(accumulate(output.regions_per_view, initial=0)) for output in (student, teacher))
-        rows_BSM = sources.images_PB.new_zeros(batch, starts[-1], TEACHER_VIEWS * len(sources.images_PB))
-        weights_BSM = torch.zeros_like(rows_BSM, dtype=torch.float32)
-        for match in match_views(student, teacher, sources, mixed):
-            v, q, p = match.student_view, match.teacher_view, match.source
-            block = slice(None), slice(starts[v], starts[v + 1]), p * TEACHER_VIEWS + q
-            rows_BSM[block] = match.regions_BT + (p * teacher_starts[-1] + teacher_starts[q])
-            weights_BSM[block] = match.weights_B[:, None] / student.regions_per_view[v]
-        targets = Targets(rows_BSM, weights_BSM)
+        starts = list(accumulate(teacher.regions_per_view, initial=0))
+        rows = [
+            match.regions_BS + (match.source * starts[-1] + starts[match.teacher_view])
+            for match in match_views(student, teacher, sources, mixed)
+        ]
+        targets = Targets(torch.stack(rows, dim=-1), self._region_weights(student.regions_per_view, sources))
         center = self.target_center("center_grid", teacher.region_logits, epoch)
         return self.cross_entropy(student_BSK, teacher_BRK, targets, center, epoch) / (batch * self._pairs)
+
+    @staticmethod
+    def _region_weights(regions_per_view: Sequence[int], sources: Sources) -> Tensor:
+        """Return the weights (B, S, Q * P) of teacher regions: the share of their image, 0 in the same view."""
+        views = zip(sources.weights_VPB.transpose(1, 2), regions_per_view)
+        weights_BSP = torch.cat([(shares_BP / T)[:, None].expand(-1, T, -1) for shares_BP, T in views], dim=1)
+        weights_BSQP = weights_BSP[:, :, None].repeat(1, 1, TEACHER_VIEWS, 1)
+        starts = list(accumulate(regions_per_view, initial=0))
+        for q in range(TEACHER_VIEWS):
+            weights_BSQP[:, starts[q] : starts[q + 1], q] = 0
+        return weights_BSQP.flatten(2)
 
     def accumulate_center(self, teacher_output: MultiCropOutput) -> None:  # type: ignore[override]
         """Add the teacher logits of a micro-batch, of views and of regions, to the next centers."""

@@ -26,13 +26,13 @@ from models.base import Backbone, BlockOutput, Tokens, drop_path_rates, grid_tok
 from models.huggingface import HubModel
 from models.interop import State
 from models.registry import register
-from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
+from ops.attention import attend, drop_rate, pad_keys, pairwise_bias
 from ops.mlp import activated_linear
 from ops.windows import (
     WindowPartition,
-    join_windows,
+    join_window_heads,
     pad_to_windows,
-    partition_windows,
+    partition_heads,
     relative_position_index,
     shift_mask,
 )
@@ -149,9 +149,12 @@ class ConvAttention(nn.Module):
         mask = None
         if partition.shift:
             mask = shift_mask((qkv.shape[1], qkv.shape[2]), partition.window, partition.shift, qkv.device)
-        windows = partition_windows(qkv, partition)
-        windows, maps = self.attend_windows(windows, self.bias(partition.window, mask), attention)
-        return self.drop(self.proj_out(join_windows(windows, partition, grid))), maps
+        bias = self.bias(partition.window, mask)
+        q, k, v = partition_heads(qkv, partition, 3, self.num_heads)
+        dropout = drop_rate(self, self.attn_drop)
+        x, maps = attend(q, k, v, bias=bias, scale=self.scale, dropout=dropout, attention=attention)
+        x = self.drop(self.proj_out(join_window_heads(x, partition, grid)))
+        return x, None if maps is None else maps.flatten(0, 1)
 
     def partition_of(self, grid: tuple[int, int]) -> WindowPartition:
         """Return the partition of a grid into windows."""
@@ -159,7 +162,7 @@ class ConvAttention(nn.Module):
         return WindowPartition(window, window // 2 if self.shifts and window < min(grid) else 0)
 
     def bias(self, window: int, mask: Tensor | None) -> Tensor | None:
-        """Return the sum of relative position bias and shift mask, (1 or windows, heads, N, N), or None without either.
+        """Return the sum of relative position bias and shift mask, (1 or windows, heads, N, padded N), or None without either.
 
         A window smaller than the learned one uses the biases of its offsets, those of the upper left corner of the full window.
         """
@@ -167,20 +170,9 @@ class ConvAttention(nn.Module):
         if self.relative_position_bias_table is None:
             return bias
         corner = self.relative_position_index.view((self.window,) * 4)[:window, :window, :window, :window]
-        relative = pairwise_bias(self.relative_position_bias_table, corner.reshape(window**2, window**2)).unsqueeze(0)
+        index = pad_keys(corner.reshape(window**2, window**2))
+        relative = pairwise_bias(self.relative_position_bias_table, index).unsqueeze(0)
         return relative if bias is None else relative + bias
-
-    def attend_windows(self, qkv: Tensor, bias: Tensor | None, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Attend from (B * windows, N, 3 C) to (B * windows, N, C), and return the maps if requested."""
-        if bias is not None:  # make windows an axis, so that the bias broadcasts over images
-            qkv = qkv.unflatten(0, (-1, len(bias)))
-        q, k, v = split_heads(qkv, 3, self.num_heads)
-        dropout = drop_rate(self, self.attn_drop)
-        x, maps = attend(q, k, v, bias=bias, scale=self.scale, dropout=dropout, attention=attention)
-        x = join_heads(x)
-        if bias is None:
-            return x, maps
-        return x.flatten(0, 1), None if maps is None else maps.flatten(0, 1)
 
 
 class FeedForward(nn.Module):

@@ -22,14 +22,14 @@ from models.base import Backbone, BlockOutput, ResidualBlock, Tokens, drop_path_
 from models.huggingface import HubModel, TimmModel, swin_in_timm, swin_to_transformers
 from models.interop import Converter, State, swin_timm_name, swin_to_detectron2, swin_to_mmdet, swin_to_timm
 from models.registry import register
-from ops.attention import attend, drop_rate, join_heads, pairwise_bias, split_heads
+from ops.attention import attend, drop_rate, pad_keys, pairwise_bias
 from ops.mlp import Mlp
 from ops.windows import (
     WindowPartition,
-    join_windows,
+    join_window_heads,
     pad_to_windows,
     padded_grid,
-    partition_windows,
+    partition_heads,
     relative_position_index,
     shift_mask,
 )
@@ -61,7 +61,8 @@ SPEC = ArchSpec(
 class WindowAttention(nn.Module):
     """Multi-head self-attention in windows, with a learned bias for each relative position."""
 
-    relative_position_index: Tensor
+    relative_position_index: Tensor  # under its published key
+    bias_index: Tensor  # the same with padded keys
 
     def __init__(
         self,
@@ -75,7 +76,9 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(window))
+        index_NN = relative_position_index(window)
+        self.register_buffer("relative_position_index", index_NN)
+        self.register_buffer("bias_index", pad_keys(index_NN), persistent=False)
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim)
@@ -91,14 +94,13 @@ class WindowAttention(nn.Module):
         """
         grid = (x_BHWC.shape[1], x_BHWC.shape[2])
         qkv = self.qkv(x_BHWC)
-        bias = pairwise_bias(self.relative_position_bias_table, self.relative_position_index).unsqueeze(0)
+        bias = pairwise_bias(self.relative_position_bias_table, self.bias_index).unsqueeze(0)
         if partition.shift:
             padded = padded_grid(grid, partition.window)
             bias = bias + shift_mask(padded, partition.window, partition.shift, x_BHWC.device).unsqueeze(1)
-        windows = partition_windows(qkv, partition, fill_C=self.qkv.bias).unflatten(0, (-1, len(bias)))
-        q, k, v = split_heads(windows, 3, self.num_heads)  # the bias is that of each window (of an image)
+        q, k, v = partition_heads(qkv, partition, 3, self.num_heads, fill_C=self.qkv.bias)
         x, maps = attend(q, k, v, bias=bias, dropout=drop_rate(self, self.attn_drop), attention=attention)
-        x = join_windows(join_heads(x).flatten(0, 1), partition, grid)
+        x = join_window_heads(x, partition, grid)
         return self.proj_drop(self.proj(x)), None if maps is None else maps.flatten(0, 1)
 
 

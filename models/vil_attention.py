@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from models.resize import resize_grid
 from models.vil_arch import StageSpec
-from ops.attention import attend, join_heads, pairwise_bias, split_heads
+from ops.attention import attend, join_heads, pad_keys, pairwise_bias, split_heads
 from ops.windows import (
     WindowPartition,
     join_windows,
@@ -213,7 +213,8 @@ class ChunkAttention(BiasedAttention):
     def _attend_from_globals(self, x_BNC: Tensor) -> Tensor:
         (q,) = split_heads(self.query_global(x_BNC[:, : self.num_global]), 1, self.num_heads)
         k, v = split_heads(self.kv_global(x_BNC), 2, self.num_heads)
-        bias = self.global_query_bias(x_BNC.shape[1] - self.num_global).unsqueeze(0) if self.relative else None
+        regions = x_BNC.shape[1] - self.num_global
+        bias = pad_keys(self.global_query_bias(regions)).unsqueeze(0) if self.relative else None
         x, _ = attend(q, k, v, bias=bias)
         return self.proj_global(join_heads(x))
 
@@ -227,14 +228,14 @@ class ChunkAttention(BiasedAttention):
         return window_partition(x_BHWC, self.window).unflatten(0, (-1, rows, columns))
 
     def _bias(self, grid: tuple[int, int], neighbors: Neighbors, device: torch.device) -> Tensor:
-        """Return the bias (chunks, H, w * w or 1, g + K * w * w): by relative position, and minus infinity at masked keys."""
+        """Return the bias (chunks, H, w * w or 1, padded g + K * w * w): by relative position, minus infinity at masked keys."""
         mask = select_neighbors(chunk_mask(grid, self.window, self.exact, device), neighbors)
-        mask = F.pad(mask, (self.num_global, 0)).unsqueeze(1)
+        mask = pad_keys(F.pad(mask, (self.num_global, 0))).unsqueeze(1)
         if not self.relative:
             return torch.where(mask, -torch.inf, 0.0).expand(-1, self.num_heads, -1, -1)
         index = select_neighbors(self.relative_position_index, neighbors)
         bias = self.region_query_bias(pairwise_bias(self.local_relative_position_bias_table, index))
-        return torch.where(mask, -torch.inf, bias)
+        return torch.where(mask, -torch.inf, pad_keys(bias))
 
 
 class FullAttention(BiasedAttention):
@@ -270,7 +271,7 @@ class FullAttention(BiasedAttention):
         bias = self.region_query_bias(self._bias_between_regions(grid))
         if self.num_global:
             bias = torch.cat([self.global_query_bias(math.prod(grid)), bias], dim=1)
-        return bias.unsqueeze(0)
+        return pad_keys(bias).unsqueeze(0)
 
     def _bias_between_regions(self, grid: tuple[int, int]) -> Tensor:
         """Return the bias between regions (H, regions, regions), interpolated if `grid` is not the learned one.

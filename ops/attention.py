@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Rows of a bias start at multiples of so many elements, and are contiguous: CUDA's memory-efficient attention needs it. Torch
+# copies a bias with other rows in each call, and for rows that are not contiguous computes explicit attention.
+BIAS_ALIGNMENT = 8
+
 
 def attend(
     q_BHQD: Tensor,
@@ -25,21 +29,24 @@ def attend(
     Queries, keys and values may have windows as a second axis: (B, windows, H, ...).
 
     Args:
-        bias: added to the logits; broadcasts to (B, H, Q, N), or is (windows, H, Q, N).
+        bias: added to the logits; broadcasts to (B, H, Q, N), or with windows is (windows or 1, H, Q, N). There may be more than
+            N keys (`pad_keys`), of which the first N count.
         scale: factor of the logits, by default D ** -0.5.
         dropout: probability of dropping an attention weight; pass 0 in evaluation mode.
         attention: return the maps (B, H, Q, N), in float32 or wider.
     """
-    if (
-        q_BHQD.ndim == 5
-    ):  # fused kernels take four axes: fold windows into heads, so that the bias broadcasts over images
+    if q_BHQD.ndim == 5:  # fused kernels take four axes
         windows = q_BHQD.shape[1]
-        q, k, v = (x.flatten(1, 2) for x in (q_BHQD, k_BHND, v_BHND))
-        bias = None if bias is None else bias.flatten(0, 1)
+        bias_per_window = bias is not None and len(bias) > 1
+        first = 1 if bias_per_window else 0  # such windows become heads, so that the bias broadcasts over images
+        q, k, v = (x.flatten(first, first + 1) for x in (q_BHQD, k_BHND, v_BHND))
+        bias = bias.flatten(0, 1) if bias is not None and bias_per_window else bias
         x, maps = attend(q, k, v, bias=bias, scale=scale, dropout=dropout, attention=attention)
-        return x.unflatten(1, (windows, -1)), None if maps is None else maps.unflatten(1, (windows, -1))
+        axes = (windows, -1) if bias_per_window else (-1, windows)
+        return x.unflatten(first, axes), None if maps is None else maps.unflatten(first, axes)
+    if bias is not None:
+        bias = (bias if attention else bias.to(q_BHQD.dtype))[..., : k_BHND.shape[-2]]
     if not attention:
-        bias = None if bias is None else bias.to(q_BHQD.dtype)
         return F.scaled_dot_product_attention(q_BHQD, k_BHND, v_BHND, bias, dropout, scale=scale), None
     scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
     logits = q_BHQD * scale @ k_BHND.transpose(-2, -1)
@@ -59,9 +66,14 @@ def join_heads(x_BHND: Tensor) -> Tensor:
     return x_BHND.transpose(-3, -2).flatten(-2)
 
 
+def pad_keys(x: Tensor) -> Tensor:
+    """Pad the last axis, the keys of a bias or of what it is made from, with zeros to a multiple of `BIAS_ALIGNMENT`."""
+    return F.pad(x, (0, -x.shape[-1] % BIAS_ALIGNMENT))
+
+
 def pairwise_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Look up the bias of every pair of positions: table (offsets, H) at index (Q, N) gives (H, Q, N)."""
-    return table[index].permute(2, 0, 1)
+    """Look up the bias of every pair of positions: table (offsets, H) at index (Q, N) gives (H, Q, N), contiguous."""
+    return table.T.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
 def drop_rate(module: torch.nn.Module, rate: float) -> float:

@@ -27,8 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from ops.logits import FactoredLogits
 
-# Size of a chunk: float32 logits that are computed by one matrix product.
+# Size of a chunk, in bytes of float32 logits. On CUDA larger ones save launches of kernels.
 CHUNK_BYTES = 128 * 2**20
+CUDA_CHUNK_BYTES = 256 * 2**20
 
 
 class Targets(NamedTuple):
@@ -60,8 +61,8 @@ def chunked_cross_entropy(
         teacher: bottleneck (G, R, C) without gradient, in the dtype of the student's.
         targets: row indices, which are not checked, and weights.
         center: (1, K), subtracted from the logits of the teacher.
-        chunk_bytes: size of the student and teacher logits of a chunk in float32, by default `CHUNK_BYTES`; a chunk has at least
-            all teacher rows of a group.
+        chunk_bytes: size of the student and teacher logits of a chunk in float32, by default `CHUNK_BYTES`, or `CUDA_CHUNK_BYTES`
+            on CUDA; a chunk has at least all teacher rows of a group.
 
     Returns:
         A scalar in float32, or float64 for factors in float64.
@@ -73,7 +74,8 @@ def chunked_cross_entropy(
     (groups, rows, _), (teacher_groups, *_), target_shape = shapes
     if teacher_groups != groups or target_shape[:2] != (groups, rows) or targets.weights_GSM.shape != target_shape:
         raise ValueError(f"student {shapes[0]}, teacher {shapes[1]} and targets {shapes[2]} have inconsistent shapes")
-    size = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    default = CUDA_CHUNK_BYTES if center.is_cuda else CHUNK_BYTES
+    size = default if chunk_bytes is None else chunk_bytes
     return _ChunkedCrossEntropy.apply(
         student.bottleneck, student.prototypes, teacher, targets, center, temperatures, size, torch.is_grad_enabled()
     )
@@ -138,80 +140,85 @@ class _ChunkedPass:
         factors = student.bottleneck.dtype  # dtype of the matrix products
         dtype = torch.promote_types(factors, torch.float32)
         tiny = torch.finfo(dtype).tiny
-        self.center = center.to(dtype)
-        self.rows_GSM = targets.rows_GSM
+        self.student_offset = center.new_zeros((1, 1), dtype=dtype)
+        self.teacher_offset = center.to(dtype) / -temperatures.teacher
         self.weights_GS = targets.weights_GSM.to(dtype).sum(dim=-1)
         self.mixture_GSM = targets.weights_GSM / self.weights_GS.clamp_min(tiny)[..., None]
-        self.largest_weight = self.weights_GS.max().clamp_min(tiny)
+        self.cross_entropy_GS = torch.empty_like(self.weights_GS)
 
         groups, self.rows_per_group = self.weights_GS.shape
         prototypes, teacher_rows = len(student.prototypes), teacher.bottleneck.shape[1]
         rows_that_fit = chunk_bytes // (prototypes * dtype.itemsize)
         self.groups_per_chunk, self.rows_per_chunk = _divide(groups, self.rows_per_group, teacher_rows, rows_that_fit)
         student_N, teacher_N = (self.groups_per_chunk * rows for rows in (self.rows_per_chunk, teacher_rows))
+        first_row_G = torch.arange(groups, device=center.device) % self.groups_per_chunk * teacher_rows
+        self.rows_GSM = targets.rows_GSM + first_row_G[:, None, None]  # among the teacher rows of a chunk
         new = student.bottleneck.new_empty
         self.teacher_probs_NK = new(teacher_N, prototypes, dtype=dtype)
         self.probs_NK = new(student_N, prototypes, dtype=dtype)
         self.widened_NK = None if factors == dtype else new(max(student_N, teacher_N), prototypes, dtype=dtype)
-        self.scale = _safe_scale(factors, student_N)
-        self.prototypes_factor = self.largest_weight / (temperatures.student * self.scale)
 
-        zeros = torch.zeros_like
-        self.grad_bottleneck_GSC = zeros(student.bottleneck, dtype=dtype) if needs_grad[0] else None
-        self.grad_prototypes_KC = zeros(student.prototypes, dtype=dtype) if needs_grad[1] else None
+        self.scale = _safe_scale(factors, student_N)
+        largest_weight = self.weights_GS.max().clamp_min(tiny)
+        self.prototypes_factor = largest_weight / (temperatures.student * self.scale)
+        self.weighted_GSC = (student.bottleneck * (self.weights_GS / largest_weight)[..., None]).to(factors)
+        self.grad_bottleneck_GSC = torch.empty_like(student.bottleneck, dtype=dtype) if needs_grad[0] else None
+        self.grad_prototypes_KC = torch.zeros_like(student.prototypes, dtype=dtype) if needs_grad[1] else None
 
     def run(self) -> Tensor:
         """Return the loss, and set the gradients."""
-        loss = self.weights_GS.new_zeros(())
         for groups in _slices(len(self.weights_GS), self.groups_per_chunk):
             self._compute_teacher_probs(groups)
             for rows in _slices(self.rows_per_group, self.rows_per_chunk):
-                loss += self._process_chunk((groups, rows))
-        return loss
+                self._process_chunk((groups, rows))
+        if self.grad_bottleneck_GSC is not None:
+            self.grad_bottleneck_GSC *= (self.weights_GS / (self.temperatures.student * self.scale))[..., None]
+        return (self.weights_GS * self.cross_entropy_GS).sum()
 
     def _compute_teacher_probs(self, groups: slice) -> None:
         logits_NK = self.teacher.bottleneck[groups].flatten(0, 1) @ self.teacher.prototypes.T
-        scaled_NK = self._widened(logits_NK).sub_(self.center).mul_(1 / self.temperatures.teacher)
+        scaled_NK = self._scaled(logits_NK, self.temperatures.teacher, self.teacher_offset)
         torch.softmax(scaled_NK, dim=-1, out=self.teacher_probs_NK[: len(scaled_NK)])
 
-    def _process_chunk(self, chunk: tuple[slice, slice]) -> Tensor:
-        """Return the loss of the student rows of a chunk, and accumulate their gradients."""
-        bottleneck_NC, weights_N = self.student.bottleneck[chunk].flatten(0, 1), self.weights_GS[chunk].flatten()
-        rows_gsM, mixture_NM = self.rows_GSM[chunk], self.mixture_GSM[chunk].flatten(0, 1)
-        first_row_g = torch.arange(len(rows_gsM), device=rows_gsM.device) * self.teacher.bottleneck.shape[1]
-        rows_NM = (rows_gsM + first_row_g[:, None, None]).flatten(0, 1)
+    def _process_chunk(self, chunk: tuple[slice, slice]) -> None:
+        """Set the cross-entropy of the student rows of a chunk, and accumulate their gradients."""
+        bottleneck_NC, cross_entropy_N = (
+            self.student.bottleneck[chunk].flatten(0, 1),
+            self.cross_entropy_GS[chunk].view(-1),
+        )
+        rows_NM, mixture_NM = self.rows_GSM[chunk].flatten(0, 1), self.mixture_GSM[chunk].flatten(0, 1)
 
         logits_NK = bottleneck_NC @ self.student.prototypes.T
-        scaled_NK = self._widened(logits_NK).mul_(1 / self.temperatures.student)
+        scaled_NK = self._scaled(logits_NK, self.temperatures.student, self.student_offset)
         probs_NK = torch.softmax(scaled_NK, dim=-1, out=self.probs_NK[: len(scaled_NK)])
         # The largest probability is 1 / sum exp(l - largest l).
         log_sum_exp_N = scaled_NK.amax(dim=-1) - probs_NK.amax(dim=-1).log()
         targets_NK = F.embedding_bag(rows_NM, self.teacher_probs_NK, per_sample_weights=mixture_NM, mode="sum")
-        cross_entropy_N = log_sum_exp_N - scaled_NK.mul_(targets_NK).sum(dim=-1)
+        torch.sub(log_sum_exp_N, scaled_NK.mul_(targets_NK).sum(dim=-1), out=cross_entropy_N)
         if any(self.needs_grad):
             grad_NK = probs_NK.sub_(targets_NK)
             grad_NK = grad_NK if self.scale == 1 else grad_NK.mul_(self.scale)
             self._add_gradients(chunk, grad_NK if self.widened_NK is None else logits_NK.copy_(grad_NK))
-        return (weights_N * cross_entropy_N).sum()
 
     def _add_gradients(self, chunk: tuple[slice, slice], grad_logits_NK: Tensor) -> None:
-        """Accumulate the gradients of both factors from those of the logits, which are times `scale` and for rows of weight 1."""
-        bottleneck_gsC, weights_gs = self.student.bottleneck[chunk], self.weights_GS[chunk][..., None]
+        """Accumulate the gradients of both factors from those of the logits, which are times `scale` and for rows of weight 1.
+
+        That of the bottleneck is not weighted yet.
+        """
         if self.grad_bottleneck_GSC is not None:
-            grad_gsC = (grad_logits_NK @ self.student.prototypes).view_as(bottleneck_gsC)
-            self.grad_bottleneck_GSC[chunk] = grad_gsC * (weights_gs / (self.temperatures.student * self.scale))
+            grad_gsC = self.grad_bottleneck_GSC[chunk]
+            grad_gsC.copy_((grad_logits_NK @ self.student.prototypes).view_as(grad_gsC))
         if self.grad_prototypes_KC is not None:
-            weighted_NC = (bottleneck_gsC * (weights_gs / self.largest_weight)).to(bottleneck_gsC.dtype).flatten(0, 1)
+            weighted_NC = self.weighted_GSC[chunk].flatten(0, 1)
             if self.grad_prototypes_KC.dtype == weighted_NC.dtype:
                 self.grad_prototypes_KC.addmm_(grad_logits_NK.T, weighted_NC)
             else:
                 self.grad_prototypes_KC += grad_logits_NK.T @ weighted_NC
 
-    def _widened(self, logits_NK: Tensor) -> Tensor:
-        """Return logits in float32 or wider; the caller may overwrite them."""
-        if self.widened_NK is None:
-            return logits_NK
-        return self.widened_NK[: len(logits_NK)].copy_(logits_NK)
+    def _scaled(self, logits_NK: Tensor, temperature: float, offset: Tensor) -> Tensor:
+        """Return offset + logits / temperature, in float32 or wider; the logits may be overwritten."""
+        out = logits_NK if self.widened_NK is None else self.widened_NK[: len(logits_NK)]
+        return torch.add(offset, logits_NK, alpha=1 / temperature, out=out)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

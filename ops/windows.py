@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.attention import pad_keys
+
 
 def pad_to_windows(x_BHWC: Tensor, window: int, fill_C: Tensor | None = None) -> Tensor:
     """Pad at the bottom and right to multiples of `window`, with zeros or with the token `fill_C`."""
@@ -20,11 +22,17 @@ def pad_to_windows(x_BHWC: Tensor, window: int, fill_C: Tensor | None = None) ->
     bottom, right = -height % window, -width % window
     if not (bottom or right):
         return x_BHWC
-    x = F.pad(x_BHWC, (0, 0, 0, right, 0, bottom))
-    if fill_C is not None:
-        x[:, height:] = fill_C
-        x[:, :, width:] = fill_C
-    return x
+    if fill_C is None:
+        return F.pad(x_BHWC, (0, 0, 0, right, 0, bottom))
+    fill_C, batch = fill_C.to(x_BHWC.dtype), x_BHWC.shape[0]
+    x = torch.cat([x_BHWC, fill_C.expand(batch, bottom, width, -1)], dim=1) if bottom else x_BHWC
+    return torch.cat([x, fill_C.expand(batch, height + bottom, right, -1)], dim=2) if right else x
+
+
+def crop_to_grid(x_BHWC: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Undo `pad_to_windows`. The result is contiguous: linear layers copy others, and slices have a slower backward."""
+    bottom, right = x_BHWC.shape[1] - grid[0], x_BHWC.shape[2] - grid[1]
+    return F.pad(x_BHWC, (0, 0, 0, -right, 0, -bottom)) if bottom or right else x_BHWC
 
 
 def window_partition(x_BHWC: Tensor, window: int) -> Tensor:
@@ -53,20 +61,53 @@ def padded_grid(grid: tuple[int, int], window: int) -> tuple[int, int]:
     return grid[0] + -grid[0] % window, grid[1] + -grid[1] % window
 
 
-def partition_windows(x_BHWC: Tensor, partition: WindowPartition, fill_C: Tensor | None = None) -> Tensor:
-    """Pad (see `pad_to_windows`), shift and split a grid into windows (B * windows, N, C)."""
-    x = pad_to_windows(x_BHWC, partition.window, fill_C)
-    if partition.shift:
-        x = torch.roll(x, (-partition.shift, -partition.shift), dims=(1, 2))
-    return window_partition(x, partition.window)
+def partition_windows(x_BHWC: Tensor, partition: WindowPartition) -> Tensor:
+    """Pad with zeros, shift and split a grid into windows (B * windows, N, C)."""
+    return window_partition(_pad_and_shift(x_BHWC, partition), partition.window)
 
 
 def join_windows(windows: Tensor, partition: WindowPartition, grid: tuple[int, int]) -> Tensor:
     """Undo `partition_windows`, (B * windows, N, C) to (B, H, W, C), and remove the padding."""
     x = window_reverse(windows, partition.window, padded_grid(grid, partition.window))
+    return _shift_back_and_crop(x, partition, grid)
+
+
+def partition_heads(
+    x_BHWC: Tensor, partition: WindowPartition, parts: int, num_heads: int, fill_C: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Split a joint projection into the heads of windows: (B, H, W, parts * C) to `parts` tensors (B, windows, heads, N, D).
+
+    One copy partitions, splits heads and makes them contiguous, as matrix products need them.
+
+    Args:
+        fill_C: token of the padding, by default zeros.
+    """
+    window = partition.window
+    x = _pad_and_shift(x_BHWC, partition, fill_C)
+    batch, height, width, channels = x.shape
+    rows, columns, head_dim = height // window, width // window, channels // (parts * num_heads)
+    x = x.view(batch, rows, window, columns, window, parts, num_heads, head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    return x.reshape(parts, batch, rows * columns, num_heads, window * window, head_dim).unbind()
+
+
+def join_window_heads(heads: Tensor, partition: WindowPartition, grid: tuple[int, int]) -> Tensor:
+    """Undo `partition_heads` for one part: (B, windows, heads, N, D) to (B, H, W, C) without padding."""
+    window = partition.window
+    height, width = padded_grid(grid, window)
+    x = heads.unflatten(3, (window, window)).unflatten(1, (height // window, width // window))
+    x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads.shape[2] * heads.shape[4])
+    return _shift_back_and_crop(x, partition, grid)
+
+
+def _pad_and_shift(x_BHWC: Tensor, partition: WindowPartition, fill_C: Tensor | None = None) -> Tensor:
+    x = pad_to_windows(x_BHWC, partition.window, fill_C)
+    return torch.roll(x, (-partition.shift, -partition.shift), dims=(1, 2)) if partition.shift else x
+
+
+def _shift_back_and_crop(x_BHWC: Tensor, partition: WindowPartition, grid: tuple[int, int]) -> Tensor:
     if partition.shift:
-        x = torch.roll(x, (partition.shift, partition.shift), dims=(1, 2))
-    return x[:, : grid[0], : grid[1]]
+        x_BHWC = torch.roll(x_BHWC, (partition.shift, partition.shift), dims=(1, 2))
+    return crop_to_grid(x_BHWC, grid)
 
 
 def valid_tokens(partition: WindowPartition, grid: tuple[int, int]) -> Tensor:
@@ -126,15 +167,14 @@ def neighbor_position_index(window: int) -> Tensor:
 def shift_mask(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
     """Return the mask (windows, N, N) of cyclically shifted windows: -100 between tokens that are not neighbors, else 0.
 
+    The last axis is padded (`ops.attention.pad_keys`).
+
     Args:
         grid: padded (height, width).
     """
-    height, width = grid
-    regions = torch.zeros(1, height, width, 1, device=device)
-    bands = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
-    for i, rows in enumerate(bands):
-        for j, columns in enumerate(bands):
-            regions[:, rows, columns] = 3 * i + j
-    region_of_token = window_partition(regions, window).squeeze(-1)
-    differs = region_of_token[:, :, None] != region_of_token[:, None, :]
-    return torch.zeros(differs.shape, device=device).masked_fill(differs, -100.0)
+    # Only windows that the border of the shift divides have tokens of both sides: 0 before it, 1 after it on each axis.
+    row_H, column_W = (torch.arange(side, device=device) // (side - shift) for side in grid)
+    side_1HW1 = torch.add(column_W, row_H[:, None], alpha=2)[None, ..., None]
+    side_of_token = window_partition(side_1HW1, window).squeeze(-1)
+    differs = side_of_token[:, :, None] != pad_keys(side_of_token)[:, None, :]
+    return differs * -100.0

@@ -21,6 +21,7 @@ from training.lars import LARS
 from utils import UsageError, counted, logger
 
 FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW and SGD have a fused kernel, which a flag on the device can skip
+LOOPING_DEVICES = {"cpu"}  # where a foreach is a loop over tensors, not a few kernels for all of them
 # State of each optimizer per parameter, and whether it has the parameter's shape (otherwise it is a scalar).
 MOMENTS: dict[type[torch.optim.Optimizer], dict[str, bool]] = {
     torch.optim.AdamW: {"step": False, "exp_avg": True, "exp_avg_sq": True},
@@ -232,10 +233,10 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, appl
     """Update the teacher's parameters (not its buffers) if `applied`: teacher <- momentum teacher + (1 - momentum) student."""
     teacher_params, student_params = (fsdp.local(list(net.parameters())) for net in (teacher, student))
     share = applied.float() * (1 - momentum)
-    if share.device.type == "cpu":
+    if share.device.type in LOOPING_DEVICES:
         torch._foreach_lerp_(teacher_params, student_params, [share] * len(teacher_params))
         return
-    # On CUDA a list of factors would launch one kernel per parameter, a single tensor does not.
+    # A list of factors would launch one kernel per parameter, a single tensor does not.
     moves = torch._foreach_sub(student_params, teacher_params)
     torch._foreach_mul_(moves, share)
     torch._foreach_add_(teacher_params, moves)

@@ -23,12 +23,12 @@ def test_matches_of_all_views_are_those_of_each_pair(mixed: bool) -> None:
     weights = [torch.rand(3, 3).softmax(0) for _ in range(3)]
     sources = mixup_sources(weights) if mixed else unmixed_sources(3, 3, torch.device("cpu"))
     matches = list(match_views(views_of(views), views_of(teacher_views), sources, mixed))
-    pairs = {(match.student_view, match.teacher_view) for match in matches}
-    assert pairs == {(0, 1), (1, 0), (2, 0), (2, 1)}
-    assert len(matches) == len(pairs) * len(sources.images_PB)
+    sources_of = range(len(sources.images_PB))
+    assert [(match.teacher_view, match.source) for match in matches] == [(q, p) for q in range(2) for p in sources_of]
     for match in matches:
-        expected = match_regions(views[match.student_view], teacher_views[match.teacher_view][match.images_B])
-        assert torch.equal(match.regions_BT, expected)
+        for view, regions_BT in zip(views, match.regions_BS.split([16, 16, 4], dim=1)):
+            expected = match_regions(view, teacher_views[match.teacher_view][match.images_B])
+            assert torch.equal(regions_BT, expected)
 
 
 def test_matches_ignore_length_and_find_copies() -> None:

@@ -7,7 +7,19 @@ import torch
 
 from config.loading import load_config
 from models import Backbone, build_model
-from ops.windows import pad_to_windows, relative_position_index, shift_mask, window_partition, window_reverse
+from ops.attention import split_heads
+from ops.windows import (
+    WindowPartition,
+    crop_to_grid,
+    join_window_heads,
+    pad_to_windows,
+    partition_heads,
+    partition_windows,
+    relative_position_index,
+    shift_mask,
+    window_partition,
+    window_reverse,
+)
 from utils import UsageError
 
 TINY = ["MODEL.IMAGE_SIZE", "[64, 64]", "MODEL.SPEC.DIM_EMBED", "12", "MODEL.SPEC.DEPTHS", "[2, 2]"]
@@ -52,6 +64,33 @@ def test_padding_is_at_the_bottom_and_right() -> None:
     assert pad_to_windows(padded, 4) is padded
 
 
+def test_padding_with_a_token_and_its_gradient() -> None:
+    x, fill = torch.randn(2, 5, 7, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    padded = pad_to_windows(x, 4, fill)
+    expected = fill.expand(2, 8, 8, 3).clone()
+    expected[:, :5, :7] = x
+    assert torch.equal(padded, expected)
+    direction = torch.randn_like(padded)
+    for found, gradient in zip(*(torch.autograd.grad(y, (x, fill), direction) for y in (padded, expected))):
+        torch.testing.assert_close(found, gradient)
+    assert torch.equal(crop_to_grid(padded, (5, 7)), x)
+    assert crop_to_grid(padded, (8, 8)) is padded
+
+
+@pytest.mark.parametrize("partition", [WindowPartition(3), WindowPartition(4, 2)], ids=str)
+@pytest.mark.parametrize("grid", [(6, 9), (5, 7)], ids=str)
+def test_heads_of_windows(partition: WindowPartition, grid: tuple[int, int]) -> None:
+    """Each part equals partitioning before splitting heads, is contiguous, and is undone."""
+    x = torch.randn(2, *grid, 3 * 8)
+    parts = partition_heads(x, partition, 3, num_heads=4)
+    windows = partition_windows(x, partition).unflatten(0, (2, -1))  # (B, windows, N, 3 C)
+    for part, expected in zip(parts, split_heads(windows, 3, 4)):
+        assert torch.equal(part, expected)
+        assert part.is_contiguous()
+    joined = torch.cat([join_window_heads(part, partition, grid) for part in parts], dim=-1)
+    assert torch.equal(joined, x)
+
+
 def test_relative_position_index_is_unique_per_offset() -> None:
     window = 3
     index = relative_position_index(window)
@@ -71,3 +110,4 @@ def test_shift_mask_separates_what_was_not_adjacent() -> None:
     mask = shift_mask((height, width), window, shift, torch.device("cpu"))
     assert torch.equal(mask == 0, near)
     assert set(mask.unique().tolist()) == {0.0, -100.0}
+    assert shift_mask((7, 14), 7, 3, torch.device("cpu")).shape == (2, 49, 56)

@@ -296,7 +296,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_no_tensor_holds_all_logits_and_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    regions, rows_of_chunk = (16, 16, 4, 4), 20
+    regions, rows_of_chunk = (9, 9, 4, 4), 20
     monkeypatch.setattr(chunked_module, "CHUNK_BYTES", rows_of_chunk * 4 * PROTOTYPES)
     networks, loss = Networks(4, regions), region_loss(len(regions))
     for factored, largest in ((False, 4 * sum(regions[:2]) * PROTOTYPES), (True, 2 * rows_of_chunk * PROTOTYPES)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import timm.layers
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -100,3 +102,30 @@ def test_same_bits_in_inference_mode() -> None:
     x = torch.randn(4, WIDTH)
     with torch.inference_mode():
         assert torch.equal(ours(x), theirs(x))
+
+
+def test_traced_graphs_have_operators_of_torch_only() -> None:
+    """Also where gradients are enabled, as when a trained network is exported without `no_grad`."""
+    ours, _ = pair()
+    x = torch.randn(4, WIDTH)
+    exported = torch.export.export(ours, (x,)).graph
+    operators = {node.target for node in exported.nodes if node.op == "call_function"}
+    assert operators <= {torch.ops.aten.linear.default, torch.ops.aten.gelu.default, torch.ops.aten.dropout.default}
+    traced = torch.jit.trace(ours, x)
+    assert "PythonOp" not in str(traced.inlined_graph)
+    assert "_ActivatedLinear" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), ours(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fake_tensors_get_shapes_and_types(dtype: torch.dtype) -> None:
+    """The same as real ones get, with autocast and without."""
+    results = []
+    for mode in (FakeTensorMode(), nullcontext()):
+        with mode:
+            mlp, x = Mlp(WIDTH, HIDDEN), torch.randn(2, 5, WIDTH, requires_grad=True)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                y = mlp(x)
+            y.sum().backward()
+        results.append([(t.shape, t.stride(), t.dtype) for t in (y, x.grad, *(p.grad for p in mlp.parameters()))])
+    assert results[0] == results[1]

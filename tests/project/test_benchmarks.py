@@ -12,7 +12,7 @@ import timm
 import torch
 from helpers.runs import TINY_SWIN
 
-from benchmarks import dataset, memory, sides, step, syncs, throughput
+from benchmarks import dataset, memory, roofline, sides, step, syncs, throughput
 from benchmarks.plain import PlainRegionLoss, PlainSwinBlock
 from benchmarks.rows import ROWS
 from data.layouts.index_cache import CACHE_VARIABLE
@@ -51,6 +51,45 @@ def test_counted_waits_and_operations() -> None:
     assert counter.waits == {"_local_scalar_dense": 2, "tolist": 1, "index": 1}
     assert syncs.count(lambda: (values + 1).view(3, 1)).operations == {"add": 1, "view": 1}
     assert not syncs.count(lambda: values[torch.tensor([1])] * 2).waits
+
+
+def test_launches_of_multi_tensor_kernels() -> None:
+    """One factor for each of ten tensors: ten; else by the number of tensors and of elements."""
+    tensors, factors = [torch.ones(3) for _ in range(10)], torch.ones(10).unbind()
+    assert syncs.count(lambda: torch._foreach_mul_(tensors, factors)).launches == {"_foreach_mul_": 10}
+    assert syncs.count(lambda: torch._foreach_lerp_(tensors, tensors, list(factors))).launches == {"_foreach_lerp_": 10}
+    assert syncs.count(lambda: torch._foreach_mul_(tensors, 2.0)).launches == {"_foreach_mul_": 1}
+    assert syncs.count(lambda: torch._foreach_add_(tensors * 20, tensors * 20)).launches == {"_foreach_add_": 4}
+    many = [torch.ones(1).expand(65536 * 400)]
+    assert syncs.count(lambda: torch._foreach_norm(many)).launches == {"_foreach_norm": 2}
+
+
+def test_launches_of_a_lean_step_are_counted_without_a_gpu() -> None:
+    """The fake step takes CUDA's branches: one attention per block and crop size, and no loop over parameters."""
+    build = {"arch": "swin", "flags": FLAGS, "overrides": NO_DROP_PATH}
+    args = argparse.Namespace(batch=2, out_dim=32, local_crops=2)
+    counts = syncs.count_launches("lean", args, True, **build)
+    blocks = sum(isinstance(module, SwinBlock) for module in tiny_step("lean").method.student.modules())
+    assert counts["_scaled_dot_product_efficient_attention"] == 3 * blocks
+    assert counts["_foreach_lerp_"] == counts["_foreach_copy_"] == 0
+
+
+def test_roofline_counts_work_and_attributes_it() -> None:
+    """Work of one product to the byte; the parts of a step are all there, and add up to it."""
+    a, b = torch.ones(2, 3), torch.ones(3, 4)
+    with roofline.CountedWork(roofline.Peaks(1.0, 1.0)) as counted:
+        a @ b
+        a.mul_(2.0)
+        a.copy_(torch.ones(1).expand(2, 3))
+    assert counted.work.flops == 2 * 2 * 3 * 4
+    assert counted.work.bytes == 4 * ((6 + 12 + 8) + (6 + 6) + 1 + (1 + 6))  # product, in place, a new number, copy
+    lean, crops = tiny_step("lean"), sides.make_crops(2, 2)
+    with roofline.CountedWork(roofline.Peaks(1.0, 1.0)) as counted:
+        work = roofline.run_watched(lean, crops, lambda: counted.work)
+    assert set(work) == set(roofline.PARTS)
+    assert sum(part.flops for part in work.values()) == counted.work.flops
+    forward, backward = (work[part].flops for part in (roofline.STUDENT, roofline.STUDENT_BACKWARD))
+    assert 1.7 * forward < backward < 2.3 * forward
 
 
 @pytest.mark.parametrize(
@@ -103,7 +142,7 @@ def test_simulated_step_holds_at_least_its_state_and_grows_with_the_batch() -> N
 def test_parsers_take_their_defaults() -> None:
     assert step.get_args_parser().parse_args([]).batch == 4
     assert memory.get_args_parser().parse_args([]).batch == 32
-    assert syncs.get_args_parser().parse_args([]).batch == 1
+    assert syncs.get_args_parser().parse_args([]).batch == 32
     assert throughput.get_args_parser().parse_args([]).batch == [4]
 
 
