@@ -37,10 +37,7 @@ from models import Backbone
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SWIN_1B = "experiments/imagenet/swin/swin_1b_patch4_window7_224.yaml"
-NETWORKS = ROWS | {
-    "Swin-L, window 7": Row("swin_large"),
-    "Swin-1B, window 7": Row("swin"),
-}
+NETWORKS = ROWS | {"Swin-L, window 7": Row("swin_large"), "Swin-1B, window 7": Row("swin")}
 YAMLS = {"Swin-1B, window 7": SWIN_1B}
 WORLDS = (1, 2, 4, 8, 16, 64, 256, 1024)
 STRATEGIES = ("DDP", "FSDP", "hybrid")
@@ -243,7 +240,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add_sizes(parser, batch=32)
     add, positive = parser.add_argument, number(0, 1e9, above_low=True)
-    add("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS), metavar="NETWORK", help="default: all")
+    add(
+        "--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS), metavar="NETWORK", help="default: all"
+    )
     add("--precision", choices=("fp32", "bf16"), default="bf16")
     add("--worlds", type=COUNT, nargs="+", default=list(WORLDS), help="numbers of GPUs")
     add("--tflops", type=positive, default=100.0, help="TFLOP/s that a GPU achieves in a step")

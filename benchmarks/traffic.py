@@ -89,9 +89,7 @@ def ddp_step(student: Backbone, criterion: nn.Module, world: int) -> list[Collec
     return [*(Collective("all-reduce", bucket, world) for bucket in buckets), *_centers(criterion, world)]
 
 
-def fsdp_step(
-    student: Backbone, criterion: nn.Module, crop_sizes: int, world: int, group: int = 0
-) -> list[Collective]:
+def fsdp_step(student: Backbone, criterion: nn.Module, crop_sizes: int, world: int, group: int = 0) -> list[Collective]:
     """Return the collectives of a step of sharded networks: parameters, gradients and their norms, and the centers.
 
     Args:
@@ -120,7 +118,11 @@ def _centers(criterion: nn.Module, world: int) -> list[Collective]:
 # --------------------------------------------------------------------------- counted
 
 # Operators of torch.distributed on tensors; the position of the argument that holds the whole tensor.
-OPERATORS = {"_allgather_base_": ("all-gather", 0), "_reduce_scatter_base_": ("reduce-scatter", 1), "allreduce_": ("all-reduce", 0)}
+OPERATORS = {
+    "_allgather_base_": ("all-gather", 0),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "allreduce_": ("all-reduce", 0),
+}
 
 
 class CountCollectives(TorchDispatchMode):

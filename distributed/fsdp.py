@@ -67,7 +67,9 @@ def build_mesh(device_type: str, group: int) -> DeviceMesh:
         return init_device_mesh(device_type, (world,))
     if world % group:
         groups = ", ".join(str(n) for n in range(2, world + 1) if world % n == 0)
-        raise UsageError(f"--fsdp_group {group} does not divide the {world} processes of this run; choose one of {groups}")
+        raise UsageError(
+            f"--fsdp_group {group} does not divide the {world} processes of this run; choose one of {groups}"
+        )
     logger.info("--fsdp_group %d: %d replicas, each sharded over %d processes", group, world // group, group)
     return init_device_mesh(device_type, (world // group, group), mesh_dim_names=("replicate", "shard"))
 
