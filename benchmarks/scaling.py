@@ -3,8 +3,8 @@
     python benchmarks/scaling.py --output docs/scaling.md                      # all networks, some minutes on one core
     python benchmarks/scaling.py --networks "Swin-T, window 7" --tflops 60     # print one, with an assumption of your own
 
-Nothing here is measured: networks and one step are simulated with tensors that have shapes but no values. The arithmetic is explained
-in the text that is written (`INTRODUCTION`); the collectives are those of benchmarks/traffic.py.
+Nothing here is measured: networks and one step are simulated with tensors that have shapes but no values. The arithmetic is
+explained in the text that is written (`INTRODUCTION`); the collectives are those of benchmarks/traffic.py.
 
 Origin: ring communication as in Rajbhandari et al., SC 2020, section 7.
 """
@@ -12,6 +12,7 @@ Origin: ring communication as in Rajbhandari et al., SC 2020, section 7.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,35 +50,38 @@ Memory, traffic and efficiency on {first} to {last} GPUs, for DistributedDataPar
 (`--fsdp --fsdp_group {node}`). This page is the output of [benchmarks/scaling.py](../benchmarks/scaling.py):
 
 ```bash
-python benchmarks/scaling.py --output docs/scaling.md
+python benchmarks/scaling.py {networks}--output docs/scaling.md
 ```
 
-Everything is calculated, nothing was measured on a GPU. The bytes that are sent were compared with those that two and four processes
-send on a CPU, and are equal (`tests/distributed/test_sharding.py`).
+Everything is calculated, nothing was measured on a GPU. The bytes that are sent were compared with those that two and four
+processes send on a CPU, and are equal (`tests/distributed/test_sharding.py`).
 
 ## Arithmetic
 
-A step has {batch} images per GPU with 2 + {local_crops} crops of 224 and 96 pixels, views and regions, K = {out_dim}, AdamW, networks in
-{precision}. The global batch grows with the number of GPUs. With P bytes of parameters, T of them trainable, and N GPUs:
+A step has {batch} images per GPU with 2 + {local_crops} crops of 224 and 96 pixels, views and regions, K = {out_dim}, AdamW,
+networks in {precision}. The global batch grows with the number of GPUs. With P bytes of parameters, T of them trainable, and N
+GPUs:
 
 - **State**: student P, teacher P, gradients T, two moments 2 T. DDP holds all of it on every GPU. FSDP holds 1/N of it (hybrid
-  sharding 1/{node}), and what is gathered: two units (a block or head, and the next one), the parameters outside all units, and the whole
-  gradients of the blocks, because autograd sums the gradients of both sizes of crops before they can be scattered.
-- **Activations** are what a simulated step needs beyond the state at its peak. In bf16 they contain a copy of the student's matrices,
-  which autocast makes with and without `--fsdp`. The CUDA context, scratch memory and fragmentation come on top: leave two GB.
-- **Sent** is what one GPU sends per step around rings: 2 (N - 1)/N of an all-reduced tensor, (N - 1)/N of a gathered or scattered one.
-  DDP all-reduces T. FSDP gathers blocks twice per size of crops for the student and once for the teacher, everything else twice and
-  once, and scatters T. Hybrid sharding does this among {node} GPUs, and all-reduces the shards of the gradients between such groups.
-  All of them all-reduce the centers of the loss.
-- **Efficiency** is the time of the matrix products and convolutions of a step, counted in the simulation, divided by the time of a step with
-  communication: first if nothing of it overlaps with computing, then if everything does.
+  sharding 1/{node}), and what is gathered: two units (a block or head, and the next one), the parameters outside all units, and
+  the whole gradients of the blocks, because autograd sums the gradients of both sizes of crops before they can be scattered.
+- **Activations** are what a simulated step needs beyond the state at its peak. In bf16 they contain a copy of the student's
+  matrices, which autocast makes with and without `--fsdp`. The CUDA context, scratch memory and fragmentation come on top:
+  leave two GB.
+- **Sent** is what one GPU sends per step around rings: 2 (N - 1)/N of an all-reduced tensor, (N - 1)/N of a gathered or
+  scattered one. DDP all-reduces T. FSDP gathers blocks twice per size of crops for the student and once for the teacher,
+  everything else twice and once, and scatters T. Hybrid sharding does this among {node} GPUs, and all-reduces the shards of the
+  gradients between such groups. All of them all-reduce the centers of the loss.
+- **Efficiency** is the time of the matrix products and convolutions of a step, counted in the simulation, divided by the time
+  of a step with communication: first if nothing of it overlaps with computing, then if everything does.
 
-`fully_shard` pads the first dimension of a tensor to a multiple of the GPUs that share it, which is why it sends more on many. The
-memory of a row includes the activations without `--grad_checkpointing`. Hybrid sharding needs more than one node.
+`fully_shard` pads the first dimension of a tensor to a multiple of the GPUs that share it, which is why it sends more on many.
+The memory of a row includes the activations without `--grad_checkpointing`. Hybrid sharding needs more than one node.
 
-Assumptions, each a flag: a GPU achieves {tflops:g} TFLOP/s; a node has {node} GPUs; a GPU sends {inside:g} GB/s within its node, and all GPUs of
-a node together {between:g} GB/s to other nodes; a message takes {latency:g} microseconds, around a ring or through the tree of an all-reduce.
-A ring is as fast as its slowest link; groups that send between the same nodes share the links.
+Assumptions, each a flag: a GPU achieves {tflops:g} TFLOP/s; a node has {node} GPUs; a GPU sends {inside:g} GB/s within its
+node, and all GPUs of a node together {between:g} GB/s to other nodes; a message takes {latency:g} microseconds, around a ring
+or through the tree of an all-reduce. A ring is as fast as its slowest link; groups that send between the same nodes share the
+links.
 """
 
 
@@ -200,8 +204,10 @@ def section(name: str, args: argparse.Namespace, cluster: Cluster) -> Iterator[s
     plan = make_plan(name, args)
     yield f"## {name}"
     yield ""
-    yield f"{plan.parameters / 4e6:,.1f}M parameters with heads: P = {plan.parameters / GB:.2f} GB, T = {plan.trainable / GB:.2f} GB, state"
-    yield f"{plan.state / GB:.2f} GB. Activations {plan.activations / GB:.2f} GB; {plan.checkpointed / GB:.2f} GB with `--grad_checkpointing True`."
+    parameters, trainable, state = (size / GB for size in (plan.parameters, plan.trainable, plan.state))
+    activations, checkpointed = plan.activations / GB, plan.checkpointed / GB
+    yield f"{plan.parameters / 4e6:,.1f}M parameters with heads: P = {parameters:.2f} GB, T = {trainable:.2f} GB, state"
+    yield f"{state:.2f} GB. Activations {activations:.2f} GB; {checkpointed:.2f} GB with `--grad_checkpointing True`."
     yield f"A step computes {plan.flops / 1e12:.2f} TFLOP in {1000 * plan.flops / (cluster.tflops * 1e12):.0f} ms."
     yield ""
     columns = ("memory, GB", "sent, GB", "efficiency, %")
@@ -216,7 +222,8 @@ def cells(plan: Plan, world: int, cluster: Cluster) -> list[str]:
     """Return memory, traffic and efficiency of each strategy; hybrid sharding needs more than one node."""
     memory, sent, efficiency = [], [], []
     for strategy in STRATEGIES:
-        if world == 1 and strategy != "DDP" or strategy == "hybrid" and (world <= cluster.node or world % cluster.node):
+        one_node = world <= cluster.node or world % cluster.node
+        if (world == 1 and strategy != "DDP") or (strategy == "hybrid" and one_node):
             row = ("", "", "")
         else:
             shards = {"DDP": 1, "FSDP": world, "hybrid": cluster.node}[strategy]
@@ -226,7 +233,7 @@ def cells(plan: Plan, world: int, cluster: Cluster) -> list[str]:
             row = (
                 f"{held / GB:.1f}",
                 f"{sum(one.sent for one in collectives) / GB:.2f}",
-                "100" if world == 1 else f"{100 * low:.0f} – {100 * high:.0f}",
+                "100" if world == 1 else f"{100 * low:.0f} to {100 * high:.0f}",
             )
         for column, cell in zip((memory, sent, efficiency), row):
             column.append(cell)
@@ -258,9 +265,9 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     """Yield the lines of the page."""
     cluster = Cluster(args.tflops, args.node_gpus, args.inside, args.between, args.latency)
     sizes = {key: getattr(args, key) for key in ("batch", "local_crops", "out_dim", "precision")}
-    yield from INTRODUCTION.format(
-        first=f"{args.worlds[0]:,}", last=f"{args.worlds[-1]:,}", **sizes, **cluster._asdict()
-    ).splitlines()
+    chosen = "" if args.networks == list(NETWORKS) else f"--networks {shlex.join(args.networks)} "
+    worlds = {"first": f"{args.worlds[0]:,}", "last": f"{args.worlds[-1]:,}"}
+    yield from INTRODUCTION.format(networks=chosen, **worlds, **sizes, **cluster._asdict()).splitlines()
     yield ""
     for name in args.networks:
         yield from section(name, args, cluster)

@@ -6,8 +6,8 @@
     assert total(counted.found) == total(predicted)
 
 A block is gathered once per size of crops, in the forward and again in the backward; heads and the rest of the network once. The
-teacher sees global crops only. Gradients are reduced once: autograd sums those of all sizes first. This holds for one micro-batch per
-step; --accum_iter repeats the gathers. Statistics of BatchNorm are left out.
+teacher sees global crops only. Gradients are reduced once: autograd sums those of all sizes first. This holds for one micro-batch
+per step; --accum_iter repeats the gathers. Statistics of BatchNorm are left out.
 
 Origin: ring communication as in Rajbhandari et al., SC 2020, section 7.
 """

@@ -5,10 +5,11 @@ averaged into shards. Student and teacher are sharded alike, so that the optimiz
 communication. Heads compute their prototypes from gathered parameters, so losses get plain tensors. Checkpoints are the same as
 without --fsdp.
 
-Hybrid sharding (`--fsdp_group N`): every N consecutive processes, such as those of a node, hold one copy of the shards. Parameters
-are gathered within such a group; gradients are averaged within it, then between the groups, shard by shard.
+Hybrid sharding (`--fsdp_group N`): every N consecutive processes, such as those of a node, hold one copy of the shards.
+Parameters are gathered within such a group; gradients are averaged within it, then between the groups, shard by shard.
 
-Origin: PyTorch's `fully_shard` (FSDP2); the ideas are ZeRO stage 3 (Rajbhandari et al., SC 2020) and MiCS (Zhang et al., VLDB 2022).
+Origin: PyTorch's `fully_shard` (FSDP2); the ideas are ZeRO stage 3 (Rajbhandari et al., SC 2020) and MiCS (Zhang et al.,
+VLDB 2022).
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ class LARS(torch.optim.Optimizer):
         mu <- momentum mu + q d
         w  <- w - lr mu
 
-    A parameter without a gradient is skipped and keeps its momentum. Norms of sharded tensors are those of the whole. As in torch's fused optimizers, the step is skipped, without
-    synchronization, if the attribute `found_inf` (a tensor) is not 0.
+    A parameter without a gradient is skipped and keeps its momentum. Norms of sharded tensors are those of the whole. As in torch's
+    fused optimizers, the step is skipped, without synchronization, if the attribute `found_inf` (a tensor) is not 0.
     """
 
     _step_supports_amp_scaling = True  # how torch marks optimizers that read `found_inf`

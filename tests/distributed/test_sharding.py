@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import TINY_RUN, TINY_SWIN, run_script, write_images
-from soak.side_by_side import CASES
 from torch import nn
 
 import main_esvit
@@ -19,6 +18,7 @@ from models.heads import DINOHead
 from training import optim
 from utils import UsageError
 
+CASES = ("swin", "vit, fp16", "vil", "cvt", "cvt, recomputed", "resnet", "swin, BatchNorm in heads", "swin, LARS")
 # The schedules depend on --epochs: flat, a shorter first part is the same run.
 FLAT = ["--min_lr", str(0.01 * 4 / 256), "--weight_decay_end", "0.04", "--momentum_teacher", "1"]
 

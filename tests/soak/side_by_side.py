@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=2 tests/soak/side_by_side.py
     torchrun --nproc_per_node=4 tests/soak/side_by_side.py --group 2 swin cvt      # --fsdp_group 2, only these cases
 
-With mixup, two micro-batches per step, and a step that is nonfinite in the last process only. Prints a line for each case; the first
-difference ends all processes with code 1.
+With mixup, two micro-batches per step, and a step that is nonfinite in the last process only. Prints a line for each case; the
+first difference ends all processes with code 1.
 """
 
 from __future__ import annotations
