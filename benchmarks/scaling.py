@@ -261,14 +261,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def introduction(args: argparse.Namespace, cluster: Cluster) -> str:
+    """Return the text before the networks."""
+    sizes = {key: getattr(args, key) for key in ("batch", "local_crops", "out_dim", "precision")}
+    networks = "" if args.networks == list(NETWORKS) else f"--networks {shlex.join(args.networks)} "
+    worlds = {"first": f"{args.worlds[0]:,}", "last": f"{args.worlds[-1]:,}"}
+    return INTRODUCTION.format(networks=networks, **worlds, **sizes, **cluster._asdict())
+
+
 def lines(args: argparse.Namespace) -> Iterator[str]:
     """Yield the lines of the page."""
     cluster = Cluster(args.tflops, args.node_gpus, args.inside, args.between, args.latency)
-    sizes = {key: getattr(args, key) for key in ("batch", "local_crops", "out_dim", "precision")}
-    chosen = "" if args.networks == list(NETWORKS) else f"--networks {shlex.join(args.networks)} "
-    worlds = {"first": f"{args.worlds[0]:,}", "last": f"{args.worlds[-1]:,}"}
-    yield from INTRODUCTION.format(networks=chosen, **worlds, **sizes, **cluster._asdict()).splitlines()
-    yield ""
+    yield introduction(args, cluster)
     for name in args.networks:
         yield from section(name, args, cluster)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 
 import pytest
@@ -11,13 +10,13 @@ from conftest import ROOT
 from torch import nn
 
 from benchmarks import scaling, traffic
-from benchmarks.scaling import NETWORKS, Cluster, CountFlops, Plan, get_args_parser
+from benchmarks.scaling import Cluster, CountFlops, Plan, get_args_parser
 from benchmarks.traffic import Collective
 from distributed import fsdp
 from models.heads import DINOHead
 
 PAGE = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-CLUSTER = Cluster(tflops=100, node=8, inside=200, between=50, latency=0)
+CLUSTER = Cluster(tflops=100, node=8, inside=200, between=50, latency=5)
 
 
 def parsed(*flags: str) -> list[str]:
@@ -27,8 +26,7 @@ def parsed(*flags: str) -> list[str]:
 def test_page_has_the_introduction_and_the_networks_of_its_command() -> None:
     command = next(line for line in PAGE.splitlines() if line.startswith("python benchmarks/scaling.py"))
     args = get_args_parser().parse_args(shlex.split(command)[2:])
-    introduction = list(itertools.takewhile(lambda line: line not in {f"## {name}" for name in NETWORKS}, scaling.lines(args)))
-    assert PAGE.startswith("\n".join(introduction))
+    assert PAGE.startswith(scaling.introduction(args, CLUSTER))
     assert [line.removeprefix("## ") for line in PAGE.splitlines() if line.startswith("## ")][1:] == args.networks
     assert PAGE.count("| 1024 |") == len(args.networks)
 
@@ -73,18 +71,18 @@ def test_collectives_and_memory_of_a_head() -> None:
 
 def test_time_of_a_collective() -> None:
     """A ring within a node, across nodes, and eight that share a node's links; then a tree."""
-    assert CLUSTER.seconds(Collective("all-gather", 8 * 10**9, 8)) == pytest.approx(7 / 200)
-    assert CLUSTER.seconds(Collective("all-gather", 16 * 10**9, 16)) == pytest.approx(15 / 50)
-    assert CLUSTER.seconds(Collective("all-reduce", 4 * 10**9, 4, spacing=8)) == pytest.approx(2 * 3 / (50 / 8))
-    late = CLUSTER._replace(latency=1)
-    assert late.seconds(Collective("all-reduce", 0, 1000)) == pytest.approx(20e-6)
-    assert late.seconds(Collective("reduce-scatter", 0, 1000)) == pytest.approx(999e-6)
+    prompt = CLUSTER._replace(latency=0)
+    assert prompt.seconds(Collective("all-gather", 8 * 10**9, 8)) == pytest.approx(7 / 200)
+    assert prompt.seconds(Collective("all-gather", 16 * 10**9, 16)) == pytest.approx(15 / 50)
+    assert prompt.seconds(Collective("all-reduce", 4 * 10**9, 4, spacing=8)) == pytest.approx(2 * 3 / (50 / 8))
+    assert CLUSTER.seconds(Collective("all-reduce", 0, 1000)) == pytest.approx(20 * 5e-6)
+    assert CLUSTER.seconds(Collective("reduce-scatter", 0, 1000)) == pytest.approx(999 * 5e-6)
 
 
 def test_efficiency_without_and_with_overlap() -> None:
     half_a_second = [Collective("all-gather", 200 * 10**9, 2)]
-    assert CLUSTER.efficiency(100e12, half_a_second) == pytest.approx((1 / 1.5, 1.0))
-    assert CLUSTER.efficiency(25e12, half_a_second) == pytest.approx((1 / 3, 1 / 2))
+    assert CLUSTER.efficiency(100e12, half_a_second) == pytest.approx((1 / 1.5, 1.0), rel=1e-4)
+    assert CLUSTER.efficiency(25e12, half_a_second) == pytest.approx((1 / 3, 1 / 2), rel=1e-4)
     assert CLUSTER.efficiency(25e12, []) == (1.0, 1.0)
 
 
