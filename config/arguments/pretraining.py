@@ -157,7 +157,7 @@ def check_pretraining(args: argparse.Namespace) -> None:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
     if args.fsdp and args.compile:
         raise UsageError(
-            "--fsdp and --compile do not work together: parameters are gathered between blocks, so that blocks would be compiled one "
+            "--fsdp and --compile do not work together: parameters are gathered between blocks, which would be compiled one "
             "by one, and torch compiles a function for 8 cases at most, fewer than a network has; leave one out"
         )
     if args.fsdp_group and not args.fsdp:
