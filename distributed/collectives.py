@@ -60,10 +60,17 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all processes in place, and return it."""
+def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum `tensor` over the processes of `group`, or all, in place, and return it."""
     if is_distributed():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrite `tensor` by that of process 0, and return it."""
+    if is_distributed():
+        dist.broadcast(tensor, 0)
     return tensor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,11 +32,16 @@ def wrap_networks(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn
     device_ids = [device.index] if device.type == "cuda" else None
     has_batch_norm = bool(batch_norms(student))
     if has_batch_norm:
-        if device.type == "cuda":
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+        synchronize_batch_norms(student, device)
+        synchronize_batch_norms(teacher, device)
         teacher.requires_grad_(True)  # DistributedDataParallel refuses a network without trainable parameters
         teacher = DistributedDataParallel(teacher, device_ids=device_ids)
         teacher.requires_grad_(False)
     options: dict[str, Any] = {SYNC_BUFFERS: has_batch_norm, "gradient_as_bucket_view": True}
     return DistributedDataParallel(student, device_ids=device_ids, **options), teacher
+
+
+def synchronize_batch_norms(network: nn.Module, device: torch.device) -> None:
+    """Share the batch statistics of a network's BatchNorm layers over all processes, in place; only CUDA has a kernel for it."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)

@@ -5,7 +5,11 @@ averaged into shards. Student and teacher are sharded alike, so that the optimiz
 communication. Heads compute their prototypes from gathered parameters, so losses get plain tensors. Checkpoints are the same as
 without --fsdp.
 
-Origin: PyTorch's `fully_shard` (FSDP2); the idea is ZeRO stage 3 (Rajbhandari et al., SC 2020).
+Hybrid sharding (`--fsdp_group N`): every N consecutive processes, such as those of a node, hold one copy of the shards.
+Parameters are gathered within such a group; gradients are averaged within it, then between the groups, shard by shard.
+
+Origin: PyTorch's `fully_shard` (FSDP2); the ideas are ZeRO stage 3 (Rajbhandari et al., SC 2020) and MiCS (Zhang et al.,
+VLDB 2022).
 """
 
 from __future__ import annotations
@@ -16,37 +20,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from distributed import collectives
+from distributed import collectives, ddp
 from models.base import Backbone, batch_norms
-from utils import UsageError
+from utils import UsageError, logger
 
 # --------------------------------------------------------------------------- networks
 
 
-def shard_networks(student: Backbone, teacher: Backbone, device: torch.device) -> tuple[Backbone, Backbone]:
+def shard_networks(
+    student: Backbone, teacher: Backbone, device: torch.device, group: int = 0
+) -> tuple[Backbone, Backbone]:
     """Shard both networks in place and move the shards to the device.
 
     The networks must be equal in every process and not yet on the device, so that the device holds only one whole unit at a time.
+    Statistics of BatchNorm are those of DistributedDataParallel (distributed/ddp.py).
+
+    Args:
+        group: Number of consecutive processes over which parameters are sharded; 0 for all.
 
     Raises:
-        UsageError: There is only one process, or a network has BatchNorm.
+        UsageError: There is only one process, or `group` does not divide their number.
     """
-    if collectives.get_world_size() == 1:
-        raise UsageError("--fsdp needs several processes, this run has one; start it with torchrun, or drop --fsdp")
-    if batch_norms(student):
-        raise UsageError(
-            "--fsdp does not support BatchNorm in network or heads; drop --fsdp, such networks are small enough without it"
-        )
-    mesh = init_device_mesh(device.type, (collectives.get_world_size(),))
+    mesh = build_mesh(device.type, group)
     for network in (student, teacher):
+        ddp.synchronize_batch_norms(network, device)
+        network.to(memory_format=torch.contiguous_format)  # `fully_shard` takes no other layout
         for unit in (*units(network), network):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     return student, teacher
+
+
+def build_mesh(device_type: str, group: int) -> DeviceMesh:
+    """Return the mesh of all processes: one shard each, or with a smaller `group` (replicas, shards).
+
+    Raises:
+        UsageError: There is only one process, or `group` does not divide their number.
+    """
+    world = collectives.get_world_size()
+    if world == 1:
+        raise UsageError("--fsdp needs several processes, this run has one; start it with torchrun, or drop --fsdp")
+    if group in (0, world):
+        return init_device_mesh(device_type, (world,))
+    if world % group:
+        groups = ", ".join(str(n) for n in range(2, world + 1) if world % n == 0)
+        raise UsageError(
+            f"--fsdp_group {group} does not divide the {world} processes of this run; choose one of {groups}"
+        )
+    logger.info("--fsdp_group %d: %d replicas, each sharded over %d processes", group, world // group, group)
+    return init_device_mesh(device_type, (world // group, group), mesh_dim_names=("replicate", "shard"))
 
 
 def units(network: Backbone) -> Iterator[nn.Module]:
@@ -62,6 +88,14 @@ def set_gradient_sync(network: nn.Module, enabled: bool) -> None:
     """Set whether the next backward of a sharded network averages gradients; does nothing for other networks."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(enabled)
+
+
+def broadcast_running_statistics(network: nn.Module) -> None:
+    """Give all processes the BatchNorm statistics of process 0, as DistributedDataParallel does once per step; else do nothing."""
+    statistics = [s for norm in batch_norms(network) for s in (norm.running_mean, norm.running_var) if s is not None]
+    if isinstance(network, FSDPModule) and statistics:
+        flat = collectives.broadcast(torch.cat(statistics))
+        torch._foreach_copy_(statistics, flat.split([len(s) for s in statistics]))
 
 
 @contextlib.contextmanager
@@ -101,13 +135,19 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of each whole tensor, with a single all-reduce if they are sharded."""
+def norms(tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:
+    """Return the L2 norm of each whole tensor, with a single all-reduce over the processes that share it.
+
+    Args:
+        like: Tensors that are sharded in the same way, for `tensors` that are shards themselves.
+    """
     of_shards = torch.stack(torch._foreach_norm(local(tensors)))
-    if not is_sharded(tensors):
+    mesh = next((tensor.device_mesh for tensor in like or tensors if isinstance(tensor, DTensor)), None)
+    if mesh is None:
         return of_shards
     squares = of_shards.double().square_()  # in float32 squares overflow or underflow where norms do not
-    return collectives.all_reduce_sum(squares).sqrt_().to(of_shards.dtype)
+    shard_group = mesh.get_group(mesh.ndim - 1)
+    return collectives.all_reduce_sum(squares, shard_group).sqrt_().to(of_shards.dtype)
 
 
 def shard_like(own: Any, whole: Any) -> Any:

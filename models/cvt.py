@@ -202,11 +202,11 @@ class PreNorm(nn.Module):
         return self.fn(self.norm(x_BHWC), *args)
 
 
-class CvTBlock(nn.ModuleList):
+class CvTBlock(nn.Sequential):
     """The pre-norm block for tokens (B, H, W, C), nested as in the published keys: attention at 0, MLP at 1."""
 
     def __init__(self, attn: ConvAttention, mlp: FeedForward, dim: int) -> None:
-        super().__init__([PreNorm(dim, attn), PreNorm(dim, mlp)])
+        super().__init__(PreNorm(dim, attn), PreNorm(dim, mlp))
 
     def forward(self, x_BHWC: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return tokens of the same shape, and the attention maps if requested."""

@@ -29,7 +29,7 @@ CHECKPOINT = "checkpoint.pth"
 LAUNCH_ARGUMENTS = {
     *("dist_url", "local_rank", "log_freq", "save_every_steps", "save_every_minutes", "keep_last", "max_bad_steps"),
     *("pretrained_weights_ckpt", "init_weights", "allow_partial", "output_dir", "saveckp_freq"),
-    *("knn_every", "knn_data_path", "fsdp", "dist_timeout"),
+    *("knn_every", "knn_data_path", "fsdp", "fsdp_group", "dist_timeout"),
 }
 # How a run computes, logged at every resume.
 MODES = ("precision", "batch_size_per_gpu", "accum_iter", "grad_checkpointing", "fsdp", "compile")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed import fsdp
+
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -27,8 +29,8 @@ class LARS(torch.optim.Optimizer):
         mu <- momentum mu + q d
         w  <- w - lr mu
 
-    A parameter without a gradient is skipped and keeps its momentum. As in torch's fused optimizers, the step is skipped, without
-    synchronization, if the attribute `found_inf` (a tensor) is not 0.
+    A parameter without a gradient is skipped and keeps its momentum. Norms of sharded tensors are those of the whole. As in torch's
+    fused optimizers, the step is skipped, without synchronization, if the attribute `found_inf` (a tensor) is not 0.
     """
 
     _step_supports_amp_scaling = True  # how torch marks optimizers that read `found_inf`
@@ -59,19 +61,20 @@ class LARS(torch.optim.Optimizer):
         for parameter in params:
             if "mu" not in self.state[parameter]:
                 self.state[parameter]["mu"] = torch.zeros_like(parameter)
-        mus = [self.state[parameter]["mu"] for parameter in params]
-        updates = _zeroed_unless(applied, [p.grad for p in params if p.grad is not None])
+        shards = fsdp.local(params)
+        mus = fsdp.local([self.state[parameter]["mu"] for parameter in params])
+        updates = _zeroed_unless(applied, fsdp.local([p.grad for p in params if p.grad is not None]))
         adapted = [i for i, p in enumerate(params) if p.ndim != 1]
         if adapted:
-            weights, directions = ([tensors[i] for i in adapted] for tensors in (params, updates))
+            weights, directions = ([tensors[i] for i in adapted] for tensors in (shards, updates))
             torch._foreach_add_(directions, weights, alpha=group["weight_decay"])
-            w_norms, d_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, directions))
+            w_norms, d_norms = fsdp.norms([*weights, *directions], like=params).chunk(2)
             ratios = torch.where((w_norms > 0) & (d_norms > 0), group["eta"] * w_norms / d_norms, 1.0)
             torch._foreach_mul_(directions, torch.where(applied, ratios, 0.0).unbind())
         one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
         torch._foreach_mul_(mus, torch.where(applied, group["momentum"] * one, one))
         torch._foreach_add_(mus, updates)
-        torch._foreach_sub_(params, torch._foreach_mul(mus, torch.where(applied, group["lr"] * one, 0 * one)))
+        torch._foreach_sub_(shards, torch._foreach_mul(mus, torch.where(applied, group["lr"] * one, 0 * one)))
 
 
 def _zeroed_unless(applied: Tensor, tensors: list[Tensor]) -> list[Tensor]:

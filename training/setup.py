@@ -122,7 +122,7 @@ def pair_networks(
     """Copy the student to the teacher, move both to the device, and wrap them for several processes.
 
     Args:
-        args: `grad_checkpointing`, `compile` and `fsdp`.
+        args: `grad_checkpointing`, `compile`, `fsdp` and `fsdp_group`.
         compiled: Name of the backbone's method that --compile compiles, once per size of crops.
 
     Raises:
@@ -141,7 +141,7 @@ def pair_networks(
         for network in (student, teacher):
             setattr(network, compiled, torch.compile(getattr(network, compiled), dynamic=False))
     if args.fsdp:
-        return fsdp.shard_networks(student, teacher, device)
+        return fsdp.shard_networks(student, teacher, device, args.fsdp_group)
     return ddp.wrap_networks(student.to(device), teacher.to(device))
 
 

@@ -130,6 +130,7 @@ class TrainStep:
         student, teacher = self.method.student, self.method.teacher
         self._set_schedules(iteration)
         self.statistics.keep()
+        fsdp.broadcast_running_statistics(student)
         scalars = self._accumulate_gradients(micro_batches, epoch, monitor)
         self.scaler.unscale_(self.optimizer)
         norms = optim.clip_each_gradient(student, self.clip_grad)
@@ -223,6 +224,8 @@ class TrainStep:
         method = self.method
         owners = (method.student, method.teacher, self.optimizer)
         student, teacher, optimizer = (fsdp.full_state_dict(owner) for owner in owners)
+        if batch_norms(method.teacher) and collectives.is_distributed():
+            teacher = loading.add_module_prefix(teacher)  # wrapped like the student, as published
         criterion = method.criterion.state_dict()
         serialization.check_finite(student=student, teacher=teacher, **{method.criterion_key: criterion})
         return {

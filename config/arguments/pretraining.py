@@ -42,6 +42,8 @@ def add_student_teacher_flags(parser: Parser) -> None:
     shared.add_switch(
         group, "--fsdp", "shard both networks and the optimizer over the processes (FSDP2) to save memory"
     )
+    text = "with --fsdp: shard over groups of N processes, such as a node, and replicate between them; 0: over all"
+    group.add_argument("--fsdp_group", type=integer(0), default=0, help=text)
     text = "torch.compile both backbones; the first step takes minutes, less with a warm TORCHINDUCTOR_CACHE_DIR"
     shared.add_switch(group, "--compile", text)
 
@@ -155,9 +157,15 @@ def check_pretraining(args: argparse.Namespace) -> None:
     small_runs.fit_schedules(args)
     if args.compile and args.grad_checkpointing:
         raise UsageError("--compile and --grad_checkpointing do not work together; turn one of them off")
-    if args.fsdp and (args.compile or args.optimizer == "lars"):
-        which = "--compile" if args.compile else "--optimizer lars"
-        raise UsageError(f"--fsdp and {which} do not work together; leave one of them out")
+    if args.fsdp and args.compile:
+        raise UsageError(
+            "--fsdp and --compile do not work together: parameters are gathered between blocks, which would be compiled one "
+            "by one, and torch compiles a function for 8 cases at most, fewer than a network has; leave one out"
+        )
+    if args.fsdp_group and not args.fsdp:
+        raise UsageError(f"--fsdp_group {args.fsdp_group} is for sharded networks; pass --fsdp too, or leave it out")
+    if args.fsdp_group == 1:
+        raise UsageError("--fsdp_group 1 shards nothing; leave --fsdp and --fsdp_group out")
     if args.pretrained_weights_ckpt and args.init_weights:
         raise UsageError(
             "--pretrained_weights_ckpt continues a run and --init_weights starts a new schedule; leave one of them out"

@@ -1,4 +1,4 @@
-"""Networks sharded over two processes: same results as whole networks, and checkpoints that either can resume."""
+"""Networks sharded over processes: same results as whole networks, and checkpoints that either can resume."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import TINY_RUN, TINY_SWIN, run_script, write_images
-from helpers.small_networks import small_network
 from torch import nn
 
 import main_esvit
-from benchmarks.scaling import Sizes, memory_ddp, memory_fsdp, sent_ddp, sent_fsdp
 from checkpoints import serialization
 from distributed import fsdp
 from models.heads import DINOHead
 from training import optim
 from utils import UsageError
 
+CASES = ("swin", "vit, fp16", "vil", "cvt", "cvt, recomputed", "resnet", "swin, BatchNorm in heads", "swin, LARS")
 # The schedules depend on --epochs: flat, a shorter first part is the same run.
 FLAT = ["--min_lr", str(0.01 * 4 / 256), "--weight_decay_end", "0.04", "--momentum_teacher", "1"]
 
@@ -81,10 +80,28 @@ def test_sharded_training_equals_whole_networks(tmp_path: Path, flags: list[str]
 
 @pytest.mark.slow
 def test_every_architecture_beside_its_whole_self() -> None:
-    """Mixup, micro-batches, drawn neighbors of ViL, fp16 and its scaler, and a step that one process alone finds not finite."""
-    result = run_script("tests/soak/side_by_side.py", processes=2)
+    """Mixup, micro-batches, BatchNorm, LARS, fp16 and its scaler, and a step that one process alone finds not finite."""
+    result = run_script("tests/soak/side_by_side.py", processes=2, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["swin, fp32: equal", "vit, fp16: equal", "vil, fp32: equal"]
+    assert result.stdout.splitlines() == [f"{case}: equal" for case in CASES]
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_equals_whole_networks() -> None:
+    """Two replicas of two shards each: clipping by whole norms, LARS, and statistics of BatchNorm."""
+    cases = ["swin", "cvt", "swin, LARS"]
+    result = run_script("tests/soak/side_by_side.py", "--group", "2", *cases, processes=4, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"{case}: equal" for case in cases]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_bytes_sent_are_those_predicted(processes: int) -> None:
+    result = run_script("tests/soak/count_traffic.py", processes=processes, timeout=300)
+    assert result.returncode == 0, result.stderr
+    counted = ["DDP", "--fsdp", "--fsdp --fsdp_group 2"][: 2 if processes == 2 else 3]
+    assert result.stdout.splitlines() == [f"{name}: as predicted" for name in counted]
 
 
 @pytest.mark.slow
@@ -113,24 +130,42 @@ def test_one_process_resumes_a_sharded_run(tmp_path: Path) -> None:
     assert (before["world_size"], after["world_size"]) == (2, 1)
 
 
-@pytest.mark.parametrize("flags", [["--compile"], ["--optimizer", "lars"]], ids=str)
-def test_incompatible_flags_are_rejected(flags: list[str]) -> None:
-    args = main_esvit.get_args_parser().parse_args(["--fsdp", *flags])
-    with pytest.raises(UsageError, match=f"--fsdp and {' '.join(flags)} do not work together"):
+@pytest.mark.slow
+def test_another_group_resumes_a_hybrid_run(tmp_path: Path) -> None:
+    """An epoch with two replicas of two shards, then one with four shards, equals two epochs of whole networks."""
+    images = write_images(tmp_path / "images", 17)
+    flags = [*FLAT, "--freeze_last_layer", "0"]
+    whole = train(tmp_path / "whole", images, *flags, processes=4, batch=1)
+    train(tmp_path / "parts", images, *flags, "--fsdp", "--fsdp_group", "2", processes=4, batch=1, epochs=1)
+    parts = train(tmp_path / "parts", images, *flags, "--fsdp", processes=4, batch=1)
+    assert_close(whole, parts, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--fsdp", "--compile"], "--fsdp and --compile do not work together"),
+        (["--fsdp_group", "2"], "--fsdp_group 2 .* --fsdp"),
+        (["--fsdp", "--fsdp_group", "1"], "--fsdp_group 1 shards nothing"),
+    ],
+    ids=str,
+)
+def test_incompatible_flags_are_rejected(flags: list[str], words: str) -> None:
+    args = main_esvit.get_args_parser().parse_args(flags)
+    with pytest.raises(UsageError, match=words):
         main_esvit.check_args(args)
+
+
+@pytest.mark.parametrize("group", [4, 5, 12])
+def test_group_that_does_not_divide_the_processes_is_rejected(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed.collectives.get_world_size", lambda: 6)
+    with pytest.raises(UsageError, match=f"--fsdp_group {group} .* 6 processes .* 2, 3, 6"):
+        fsdp.build_mesh("cpu", group)
 
 
 def test_one_process_is_rejected() -> None:
     network: Any = DINOHead(4, 8)
     with pytest.raises(UsageError, match="--fsdp needs several processes"):
-        fsdp.shard_networks(network, network, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name", ["cvt", "resnet", "head"])
-def test_batch_norm_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed.collectives.get_world_size", lambda: 2)
-    network: Any = DINOHead(4, 8, use_bn=True) if name == "head" else small_network(name)
-    with pytest.raises(UsageError, match=r"--fsdp .* BatchNorm"):
         fsdp.shard_networks(network, network, torch.device("cpu"))
 
 
@@ -145,15 +180,3 @@ def test_functions_return_whole_tensors_unchanged() -> None:
     assert fsdp.shard_like(network.weight, state["weight"]) is state["weight"]
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     torch.testing.assert_close(fsdp.norms(gradients), torch.stack([g.norm() for g in gradients]))
-
-
-def test_scaling_formulas() -> None:
-    """10 bytes in blocks, 6 in heads (1 of them frozen), 2 elsewhere, centers of 3, on four processes."""
-    sizes = Sizes(parameters=18, trainable=17, blocks=10, heads=6, rest=2, largest_units=(6, 5), centers=3)
-    assert memory_ddp(sizes, 4) == 18 + 18 + 17 + 2 * 17 + 3
-    assert memory_fsdp(sizes, 4) == (18 + 18 + 17 + 2 * 17) / 4 + (2 + 6 + 5) + 6 + 3
-    assert memory_fsdp(sizes, 1) == memory_ddp(sizes, 1)
-    assert sent_ddp(sizes, 4, crop_sizes=2) == 2 * 3 / 4 * (17 + 3)
-    student, teacher, gradients = 2 * (2 * 10 + 6 + 2), 18, 2 * 10 + 5 + 2
-    assert sent_fsdp(sizes, 4, crop_sizes=2) == 3 / 4 * (student + teacher + gradients + 2 * 3)
-    assert sent_ddp(sizes, 1, 2) == sent_fsdp(sizes, 1, 2) == 0
