@@ -220,7 +220,9 @@ def section(name: str, args: argparse.Namespace, cluster: Cluster) -> Iterator[s
 
 def cells(plan: Plan, world: int, cluster: Cluster) -> list[str]:
     """Return memory, traffic and efficiency of each strategy; hybrid sharding needs more than one node."""
-    memory, sent, efficiency = [], [], []
+    memory: list[str] = []
+    sent: list[str] = []
+    efficiency: list[str] = []
     for strategy in STRATEGIES:
         one_node = world <= cluster.node or world % cluster.node
         if (world == 1 and strategy != "DDP") or (strategy == "hybrid" and one_node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import pytest
 import torch
@@ -40,12 +41,14 @@ def test_page_is_the_output() -> None:
 def small_plan() -> Plan:
     """A head as a network of one unit, called once, in which nothing remains."""
     head = DINOHead(4, 6, hidden_dim=5, bottleneck_dim=3)
-    student = nn.Module()
+    student: Any = nn.Module()
     student.head, student.head_dense, student.srs, student.stage_depths = head, None, None, ()
     criterion = nn.Module()
     criterion.register_buffer("center", torch.zeros(1, 6))
-    sizes = [sum(p.nbytes for p in head.parameters() if p.requires_grad or whole) for whole in (True, False)]
-    return Plan(student, criterion, 2, *sizes, flops=1e12, activations=0, checkpointed=0)
+    parameters, trainable = (
+        sum(p.nbytes for p in head.parameters() if p.requires_grad or whole) for whole in (True, False)
+    )
+    return Plan(student, criterion, 2, parameters, trainable, flops=1e12, activations=0, checkpointed=0)
 
 
 def test_collectives_and_memory_of_a_head() -> None:
