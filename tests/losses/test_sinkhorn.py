@@ -75,5 +75,6 @@ def test_chunked_step_equals_the_plain_one(dense: str) -> None:
         ends.append(everything(method, step))
     chunked, plain, mean = ends
     for name, value in chunked.items():
-        torch.testing.assert_close(plain[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        rounding = 1e-5 * value.abs().max().item()  # of sums in another order
+        torch.testing.assert_close(plain[name], value, rtol=1e-4, atol=rounding, msg=name)
     assert any(not torch.allclose(mean[name], value, rtol=1e-3) for name, value in chunked.items())
