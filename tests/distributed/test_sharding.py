@@ -132,10 +132,10 @@ def test_one_process_resumes_a_sharded_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_another_group_resumes_a_hybrid_run(tmp_path: Path) -> None:
-    """An epoch with two replicas of two shards, then one with four shards, equals two epochs of whole networks."""
-    images = write_images(tmp_path / "images", 17)
+    """An epoch with two replicas of two shards, then one with four shards, equals two epochs of one process."""
+    images = write_images(tmp_path / "images", 16)
     flags = [*FLAT, "--freeze_last_layer", "0"]
-    whole = train(tmp_path / "whole", images, *flags, processes=4, batch=1)
+    whole = train(tmp_path / "whole", images, *flags, processes=1, batch=4)
     train(tmp_path / "parts", images, *flags, "--fsdp", "--fsdp_group", "2", processes=4, batch=1, epochs=1)
     parts = train(tmp_path / "parts", images, *flags, "--fsdp", processes=4, batch=1)
     assert_close(whole, parts, 1e-5)
