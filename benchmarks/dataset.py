@@ -61,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--entries", type=COUNT, default=1_000_000)
     parser.add_argument("--folder", default=None, help="parent of the temporary folder; default: that of the system")
     parser.add_argument("--workers", type=COUNT, default=2)
-    parser.add_argument("--layouts", nargs="+", default=["files", "zip", "tsv", "shards"])
+    parser.add_argument("--layouts", nargs="+", choices=tuple(WRITERS), default=list(WRITERS))
     return parser
 
 
