@@ -235,7 +235,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of an image."""
+    """Apply the EXIF orientation of an image.
+
+    `ImageOps.exif_transpose` would also write the EXIF data anew, and fail where they are damaged.
+    """
     turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
