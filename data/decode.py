@@ -136,7 +136,8 @@ def decode_image(content: bytes, in_chans: int, value_range: Sequence[float] = (
         decoded = read_upright(content, reduction)
     if in_chans in (1, 3):
         image = decoded if isinstance(decoded, Image.Image) else _to_pil(decoded, in_chans, value_range)
-        return _on_white(image).convert("RGB" if in_chans == 3 else "L")
+        opaque, mode = _on_white(image), "RGB" if in_chans == 3 else "L"
+        return opaque if opaque.mode == mode else opaque.convert(mode)  # which would copy
     raw = decoded if isinstance(decoded, RawImage) else RawImage(np.asarray(decoded))
     return _to_tensor(raw, (in_chans,), value_range)
 

@@ -93,14 +93,13 @@ def check_jpeg(content: bytes, image: Image.Image, reduction: int = 1) -> None:
     last = content.rfind(END) % (len(content) + 1)  # END, or the end of the file without it
     if len(right_end) > 1 and content[last - MIN_ZEROS : last] != bytes(MIN_ZEROS):
         return  # missing data decode to an even color, and overwritten data end in zeros
-    if reduction > 1:
-        with Image.open(io.BytesIO(content), formats=["JPEG"]) as whole:
-            check_jpeg(content, whole)
-        return
     end = next((position for kind, position in _segments(content) if kind == END_OF_IMAGE), len(content))
-    if not _decodes_to(content[:end] + FILLER + END, image):
-        raise ValueError("the data of the JPEG end before its last row")
-    _check_zeros(content[:end] + END, end, image)
+    if not _decodes_to(content[:end] + FILLER + END, image, reduction):
+        if reduction == 1:
+            raise ValueError("the data of the JPEG end before its last row")
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as whole:  # the same files are refused at all sizes
+            check_jpeg(content, whole)
+    _check_zeros(content[:end] + END, end, image, reduction)
 
 
 def check_webp(content: bytes, image: Image.Image) -> None:
@@ -117,7 +116,7 @@ def check_webp(content: bytes, image: Image.Image) -> None:
         position += 8 + size + size % 2
 
 
-def _check_zeros(content: bytes, end: int, image: Image.Image) -> None:
+def _check_zeros(content: bytes, end: int, image: Image.Image, reduction: int = 1) -> None:
     """Check that the data before `end` do not continue with zeros after the last pixel.
 
     An even image may end in zeros too: then replacing the last few changes the pixels, or replacing all does not.
@@ -130,17 +129,18 @@ def _check_zeros(content: bytes, end: int, image: Image.Image) -> None:
         return
     noise = NOISE * (zeros // len(NOISE) + 1)
     all_used, last_used = (
-        not _decodes_to(content[: end - count] + noise[:count] + content[end:], image)
+        not _decodes_to(content[: end - count] + noise[:count] + content[end:], image, reduction)
         for count in (zeros, MIN_ZEROS // 2)
     )
     if all_used and not last_used:
         raise ValueError(f"the data of the {image.format} end in zeros that belong to no pixel")
 
 
-def _decodes_to(content: bytes, image: Image.Image) -> bool:
-    """Return whether the bytes decode to the same pixels."""
+def _decodes_to(content: bytes, image: Image.Image, reduction: int) -> bool:
+    """Return whether the bytes decode to the same pixels, at 1 / `reduction` of their size."""
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG", "WEBP"]) as other:
+            other.draft(None, (other.width // reduction, other.height // reduction))
             return np.array_equal(np.asarray(other), np.asarray(image))
     except Exception:  # decoders raise anything on invalid bytes
         return False
