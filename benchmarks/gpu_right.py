@@ -103,8 +103,8 @@ def tiny_views(device: torch.device, seed: int) -> list[Tensor]:
 
 def weights_of(step: TrainStep) -> dict[str, Tensor]:
     """Return the student's weights, whole and on the CPU, under the names of one process."""
-    state = fsdp.full_state_dict(step.method.student)
-    return {name.removeprefix("module."): value.cpu().clone() for name, value in state.items()}
+    state = step.method.student.state_dict()
+    return {name.removeprefix("module."): fsdp.whole(value).cpu().clone() for name, value in state.items()}
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 0.0) -> Bound:

@@ -10,7 +10,7 @@ from typing import Any
 
 import safetensors.torch
 
-from checkpoints.serialization import load_file
+from checkpoints.serialization import is_safetensors, load_file
 from models.huggingface import HubModel
 
 CROP_RATIO = 0.875  # of the evaluation transform: 224 of 256 pixels
@@ -119,7 +119,7 @@ def model_card(network: HubModel, title: str, images: Mapping[str, Any], weights
 def training_of(weights: str | Path | None) -> tuple[str, str]:
     """Return method and data of a training, from the arguments in its full checkpoint."""
     unknown = "not stated in the weights; fill it in"
-    content = load_file(weights, in_place=True) if weights and Path(weights).suffix != ".safetensors" else {}
+    content = load_file(weights, mapped=True, checked=False) if weights and not is_safetensors(weights) else {}
     args = content.get("args")
     if not isinstance(args, argparse.Namespace):
         return unknown, unknown

@@ -39,7 +39,7 @@ def saved_network(path: str | Path) -> SavedNetwork:
     """
     if is_safetensors(path):
         return _exported(_safetensors_metadata(path), path)
-    content = load_file(path, in_place=True)
+    content = load_file(path, mapped=True, checked=False)
     if "network" in getattr(content, "_metadata", {}):
         return _exported(content._metadata["network"], path)  # type: ignore[attr-defined]
     args = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}

@@ -21,8 +21,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from checkpoints import sharded
 from checkpoints.files import atomic_write
-from distributed.collectives import all_gather_objects, is_main_process
+from distributed import fsdp
+from distributed.collectives import all_gather_objects
 from utils import UsageError
 
 CHUNK = 2**20  # bytes
@@ -51,13 +53,19 @@ def save_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
         write_file(state, temporary)
 
 
-def write_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
+def write_file(state: Mapping[str, Any] | Tensor, path: Path, tensors: Iterator[Tensor] | None = None) -> None:
     """Write `state` to `path`.
+
+    Args:
+        tensors: The tensors of a sharded `state` (`sharded.gathered`).
 
     Raises:
         OSError: The write fails; torch's writer may hide this behind a RuntimeError.
     """
     try:
+        if tensors is not None:
+            sharded.write(state, tensors, path)
+            return
         with path.open("wb") as file:
             torch.save(state, file)
     except RuntimeError as error:
@@ -67,15 +75,13 @@ def write_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
 
 
 def check_finite(**networks: Mapping[str, Tensor]) -> None:
-    """Check that the main process's weights are finite before they are saved; a collective operation.
+    """Check that the weights, or each process's shards of them, are finite before they are saved; a collective operation.
 
     Raises:
         FloatingPointError: A weight is not finite; raised on all processes.
     """
-    wrong = None
-    if is_main_process():
-        wrong = next((f"{key}.{name}" for key, state in networks.items() for name in nonfinite(state)), None)
-    wrong = all_gather_objects(wrong)[0]
+    own = next((f"{key}.{name}" for key, state in networks.items() for name in nonfinite(state)), None)
+    wrong = next((name for name in all_gather_objects(own) if name is not None), None)
     if wrong is not None:
         raise FloatingPointError(
             f"{wrong} is not finite, so this state is not saved and the previous checkpoint is kept; restart with a lower --lr "
@@ -84,8 +90,8 @@ def check_finite(**networks: Mapping[str, Tensor]) -> None:
 
 
 def nonfinite(state: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield the names of tensors that contain a value that is not finite."""
-    for name, tensor in state.items():
+    """Yield the names of tensors that contain a value that is not finite; of a sharded tensor, this process's shard counts."""
+    for name, tensor in zip(state, fsdp.local(list(state.values())), strict=True):
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             yield name
 
@@ -93,17 +99,18 @@ def nonfinite(state: Mapping[str, Tensor]) -> Iterator[str]:
 # --------------------------------------------------------------------------- reading
 
 
-def load_file(path: str | Path, in_place: bool = False) -> dict[str, Any]:
+def load_file(path: str | Path, mapped: bool = False, checked: bool = True) -> dict[str, Any]:
     """Load a checkpoint onto the CPU.
 
     Args:
-        in_place: Map the tensors into memory instead of reading them (not for safetensors and files from before torch 1.6).
+        mapped: Map the tensors into memory instead of reading them (not for safetensors and files from before torch 1.6).
+        checked: Compare the whole file with its checksums.
 
     Raises:
         DamagedError: The file is damaged or no checkpoint.
         UsageError: It does not exist, holds types outside `READABLE`, or is no dictionary.
     """
-    content = _load(path, in_place)
+    content = _load(path, mapped, checked)
     if not isinstance(content, dict):
         raise UsageError(
             f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of tensors; use another file"
@@ -123,15 +130,15 @@ def load_tensor(path: str | Path) -> Tensor:
     return content
 
 
-def _load(path: str | Path, in_place: bool = False) -> Any:
+def _load(path: str | Path, mapped: bool = False, checked: bool = True) -> Any:
     check_readable(path)
-    if not (in_place or is_safetensors(path)):
+    if checked and not is_safetensors(path):
         _check_checksums(path)
     try:
         if is_safetensors(path):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(READABLE):
-            mapped = in_place and zipfile.is_zipfile(path)
+            mapped = mapped and zipfile.is_zipfile(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except safetensors.SafetensorError as error:
         raise UsageError(f"'{path}' is not a safetensors file or is damaged ({error}); use another file") from None

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 
 from distributed import collectives, ddp
 from models.base import Backbone, batch_norms
@@ -151,22 +150,15 @@ def norms(tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Te
 
 
 def shard_like(own: Any, whole: Any) -> Any:
-    """Return `whole`, which is equal in every process, sharded like `own`, without communication; other values unchanged."""
+    """Return `whole`, which is equal in every process, sharded like `own`, without communication; other values unchanged.
+
+    The shards are copies, so that `whole` can be freed.
+    """
     if not isinstance(own, DTensor) or not isinstance(whole, Tensor) or own.shape != whole.shape:
         return whole
-    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None).clone()
 
 
-def full_state_dict(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the state dict of a network or optimizer with whole tensors; a collective operation.
-
-    The main process gets sharded tensors on the CPU, the others None in their place.
-    """
-    return tree_map(_gather, owner.state_dict())
-
-
-def _gather(value: Any) -> Any:
-    if not isinstance(value, DTensor):
-        return value
-    whole = value.full_tensor()
-    return whole.cpu() if collectives.is_main_process() else None
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor whole, on its device, which is a collective operation; other tensors unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
+
 import utils
-from checkpoints import files, serialization
+from checkpoints import files, serialization, sharded
 from distributed import collectives
 from training import restore, stopping
 from training.run_log import EpochMeter
@@ -175,11 +177,11 @@ def save_run(path: Path, step: Stateful, position: RunPosition, args: Any, confi
     Returns:
         Why `checkpoint.pth` could not be written; empty on success.
     """
-    state = run_fields(position, args, config) | step.state_dict()
-    if not collectives.is_main_process():
-        return ""
-    state["unreadable"] = dict(position.unreadable)
-    failure = write(state, path, args.keep_last)
+    state = run_fields(position, args, config) | step.state_dict() | {"unreadable": dict(position.unreadable)}
+    with sharded.gathered(state) as tensors:
+        if not collectives.is_main_process():
+            return ""
+        failure = write(state, path, args.keep_last, tensors)
     finished = position.epoch - 1
     if not failure and args.saveckp_freq and not position.steps and finished % args.saveckp_freq == 0:
         _keep(path, path.with_name(f"checkpoint{finished:04}.pth"))
@@ -198,8 +200,11 @@ def run_fields(position: RunPosition, args: Any, config: Any) -> dict[str, Any]:
     return fields | ({"in_epoch": in_epoch(position.steps, position.meter, args)} if position.steps else {})
 
 
-def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
+def write(state: Mapping[str, Any], path: Path, keep: int = 1, tensors: Iterator[Tensor] | None = None) -> str:
     """Write a checkpoint whole and keep the `keep` previous ones; if writing fails, warn and leave them as they are.
+
+    Args:
+        tensors: The tensors of a sharded `state` (`sharded.gathered`).
 
     Returns:
         Why it could not be written; empty on success.
@@ -209,7 +214,7 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1) -> str:
         logger.warning("%s has disappeared: was it moved, or is its disk no longer mounted?", path)
     try:
         with files.atomic_write(path, before_replacing=lambda: _rotate(path, keep)) as temporary:
-            serialization.write_file(state, temporary)
+            serialization.write_file(state, temporary, tensors)
     except OSError as error:
         failure = _one_line(error)
         remains = "the last whole checkpoint remains" if os.path.exists(path) else "there is no whole checkpoint yet"
@@ -290,7 +295,7 @@ def resume_run(path: Path, load: Callable[[dict[str, Any], Path], None], args: A
     Raises:
         UsageError: All files are damaged, or the content does not fit this run.
     """
-    found = newest_whole(path)
+    found = newest_whole(path, _is_sharded(args))
     if found is None:
         return RunPosition(is_new=True)
     source, content, damaged = found
@@ -304,7 +309,7 @@ def continue_run(path: Path, load: Callable[[dict[str, Any], Path], None], args:
     Raises:
         UsageError: It is no full checkpoint, does not fit this run, or has finished all of `args.epochs`.
     """
-    content = serialization.load_file(path)
+    content = serialization.load_file(path, mapped=_is_sharded(args))
     restore.check_fields(content, path)
     load(content, path)
     position = position_of(content, path, args)
@@ -330,8 +335,16 @@ def position_of(content: Mapping[str, Any], path: Path, args: Any) -> RunPositio
     return RunPosition(int(content["epoch"]), steps, meter, content.get("unreadable", {}))
 
 
-def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | None:
+def _is_sharded(args: Any) -> bool:
+    """Return whether a process keeps only a part of a checkpoint, and therefore maps the file instead of reading it."""
+    return bool(getattr(args, "fsdp", False))
+
+
+def newest_whole(path: Path, mapped: bool = False) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | None:
     """Read the newest whole checkpoint at `path`.
+
+    Args:
+        mapped: As in `serialization.load_file`.
 
     Returns:
         Its path, its content and the damaged files that were skipped; None if there is no file.
@@ -342,7 +355,7 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any], tuple[Path, ...]] | 
     damaged: list[Path] = []
     for candidate in saved(path):
         try:
-            content = serialization.load_file(candidate)
+            content = serialization.load_file(candidate, mapped)
         except serialization.DamagedError as error:
             logger.warning("%s", error)
             damaged.append(candidate)

@@ -193,7 +193,7 @@ def resume(args: argparse.Namespace, step: TrainStep) -> RunPosition:
 
 def init_weights(path: str, method: Method, allow_partial: bool) -> None:
     """Load student and teacher from a file of any known layout; heads that it lacks start fresh."""
-    content = serialization.load_file(path)
+    content = serialization.load_file(path, mapped=True)
     for network, key in ((method.student, "student"), (method.teacher, "teacher")):
         state = layouts.network_state(content, key, path)
         report = loading.load_network(

@@ -216,14 +216,13 @@ class TrainStep:
     # ----------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state under the published names, with whole tensors on the main process; a collective operation.
+        """Return the state under the published names, with sharded tensors where the run is sharded; a collective operation.
 
         Raises:
             FloatingPointError: A weight is not finite.
         """
         method = self.method
-        owners = (method.student, method.teacher, self.optimizer)
-        student, teacher, optimizer = (fsdp.full_state_dict(owner) for owner in owners)
+        student, teacher = method.student.state_dict(), method.teacher.state_dict()
         if batch_norms(method.teacher) and collectives.is_distributed():
             teacher = loading.add_module_prefix(teacher)  # wrapped like the student, as published
         criterion = method.criterion.state_dict()
@@ -231,7 +230,7 @@ class TrainStep:
         return {
             "student": loading.add_module_prefix(student),
             "teacher": teacher,
-            "optimizer": optimizer,
+            "optimizer": self.optimizer.state_dict(),
             method.criterion_key: criterion,
             "fp16_scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
             "bad_steps_in_a_row": self.nonfinite.in_a_row,
