@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+import compare_runs
 import eval_finetune
 import eval_knn
 import eval_linear
@@ -86,7 +87,7 @@ class Case(NamedTuple):
 
 
 def write_inputs(folder: Path) -> None:
-    """Write images of two classes, images with masks, and a video with its first mask."""
+    """Write images of two classes, images with masks, a video with its first mask, and the log of a run."""
     rng = np.random.default_rng(0)
     for part in ("images/train/0", "images/train/1", "images/val/0", "images/val/1", "frames"):
         (folder / part).mkdir(parents=True)
@@ -100,6 +101,8 @@ def write_inputs(folder: Path) -> None:
         for kind, content in (("images", pixels), ("masks", mask)):
             (folder / "scenes" / part / kind).mkdir(parents=True)
             Image.fromarray(content).save(folder / "scenes" / part / kind / "0.png")
+    (folder / "run").mkdir()
+    (folder / "run/log.txt").write_text('{"epoch": 0, "train_loss": 2.5}\n')
 
 
 def commands(folder: Path) -> dict[ModuleType, tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -140,6 +143,7 @@ def commands(folder: Path) -> dict[ModuleType, tuple[tuple[str, ...], tuple[str,
         run_analysis: ((*evaluated, *tasks, "--num_images", "1", *out), SWIN),
         export: ((*swin, "--pretrained_weights", f"{folder}/checkpoint.pth", "--format", "timm", "--output", "OUT.pth"), SWIN),
         convert: ((f"{folder}/images", "OUT", "--to", "shards"), ()),
+        compare_runs: ((f"{folder}/run", *out), ()),
     }  # fmt: skip
 
 

@@ -97,9 +97,9 @@ def _split_folder(root: Path, split: str, need_labels: bool) -> Path:
 
 
 def _read_path_list(file: Path) -> list[str]:
-    """Read a text file with one path a line; empty lines and lines starting with # are skipped."""
+    """Read a text file with one path a line, which may be quoted; empty lines and lines starting with # are skipped."""
     text = read_text(file, "--data_path takes a folder, or a text file with one path a line", "surrogateescape")
-    lines = [line.strip() for line in text.split("\n")]
+    lines = [_unquoted(line.strip()) for line in text.split("\n")]
     listed = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]
     paths = [path for path in listed if is_image_name(os.path.basename(path))]
     if not paths:
@@ -116,3 +116,8 @@ def _read_path_list(file: Path) -> list[str]:
             "correct or remove these lines, paths are relative to the text file"
         )
     return paths
+
+
+def _unquoted(line: str) -> str:
+    """Return a line without the quotes around it."""
+    return line[1:-1] if len(line) > 1 and line[0] == line[-1] and line[0] in "\"'" else line

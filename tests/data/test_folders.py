@@ -82,14 +82,15 @@ def test_text_file_of_paths(tmp_path: Path) -> None:
     for name in ("lists/1.png", "pictures/two words.png"):
         write_gray(tmp_path / name, 0)
     listing = tmp_path / "lists/images.txt"
-    listing.write_text(f"# my photographs\n1.png\n\n  ../pictures/two words.png  \n{elsewhere}\n")
+    listing.write_text(f"# my photographs\n1.png\n\n  ../pictures/two words.png  \n'{elsewhere}'\n  \"1.png\"\n")
     dataset = build_dataset(listing, "train", whole)
     assert [Path(dataset.source.name(i)).resolve() for i in range(len(dataset))] == [
         tmp_path / "lists/1.png",
         tmp_path / "pictures/two words.png",
         elsewhere,
+        tmp_path / "lists/1.png",
     ]
-    assert dataset.labels.tolist() == [UNLABELED] * 3
+    assert dataset.labels.tolist() == [UNLABELED] * 4
     assert dataset[2].views[0].mean() == pytest.approx(3 / 255)
 
 
