@@ -104,7 +104,7 @@ def tiny_views(device: torch.device, seed: int) -> list[Tensor]:
 def weights_of(step: TrainStep) -> dict[str, Tensor]:
     """Return the student's weights, whole and on the CPU, under the names of one process."""
     state = step.method.student.state_dict()
-    return {name.removeprefix("module."): fsdp.whole(value).cpu().clone() for name, value in state.items()}
+    return {name.removeprefix("module."): fsdp.full_tensor(value).cpu().clone() for name, value in state.items()}
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor], bound: float = 0.0) -> Bound:

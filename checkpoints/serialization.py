@@ -21,10 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from checkpoints import sharded
 from checkpoints.files import atomic_write
 from distributed import fsdp
-from distributed.collectives import all_gather_objects
+from distributed.collectives import all_gather_objects, is_main_process
 from utils import UsageError
 
 CHUNK = 2**20  # bytes
@@ -53,19 +52,13 @@ def save_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
         write_file(state, temporary)
 
 
-def write_file(state: Mapping[str, Any] | Tensor, path: Path, tensors: Iterator[Tensor] | None = None) -> None:
+def write_file(state: Mapping[str, Any] | Tensor, path: Path) -> None:
     """Write `state` to `path`.
-
-    Args:
-        tensors: The tensors of a sharded `state` (`sharded.gathered`).
 
     Raises:
         OSError: The write fails; torch's writer may hide this behind a RuntimeError.
     """
     try:
-        if tensors is not None:
-            sharded.write(state, tensors, path)
-            return
         with path.open("wb") as file:
             torch.save(state, file)
     except RuntimeError as error:
@@ -75,12 +68,15 @@ def write_file(state: Mapping[str, Any] | Tensor, path: Path, tensors: Iterator[
 
 
 def check_finite(**networks: Mapping[str, Tensor]) -> None:
-    """Check that the weights, or each process's shards of them, are finite before they are saved; a collective operation.
+    """Check that the main process's weights, or all shards, are finite before they are saved; a collective operation.
 
     Raises:
         FloatingPointError: A weight is not finite; raised on all processes.
     """
-    own = next((f"{key}.{name}" for key, state in networks.items() for name in nonfinite(state)), None)
+    saved = {
+        key: state for key, state in networks.items() if is_main_process() or fsdp.is_sharded(list(state.values()))
+    }
+    own = next((f"{key}.{name}" for key, state in saved.items() for name in nonfinite(state)), None)
     wrong = next((name for name in all_gather_objects(own) if name is not None), None)
     if wrong is not None:
         raise FloatingPointError(
@@ -139,7 +135,12 @@ def _load(path: str | Path, mapped: bool = False, checked: bool = True) -> Any:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(READABLE):
             mapped = mapped and zipfile.is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            except RuntimeError as error:
+                if "unable to mmap" not in str(error):  # as some file systems are
+                    raise
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
         raise UsageError(f"'{path}' is not a safetensors file or is damaged ({error}); use another file") from None
     except pickle.UnpicklingError as error:

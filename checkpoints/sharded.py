@@ -1,7 +1,7 @@
 """Write a state whose tensors are sharded over the processes as one ordinary checkpoint file.
 
 No process holds the whole state: torch writes a file with empty space for the tensors, which are then gathered one at a time and
-written to their places. The file is the one that a single process would write.
+written to their places. It loads like the file of a single process.
 """
 
 from __future__ import annotations
@@ -16,26 +16,31 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from checkpoints.serialization import write_file
 from distributed import fsdp
+
+DESCRIPTOR = b"PK\x07\x08"  # of the checksum and size that may follow the content of a record
 
 
 @contextlib.contextmanager
 def gathered(state: Any) -> Iterator[Iterator[Tensor] | None]:
     """Yield an iterator over the tensors of a sharded `state`, each whole; None if no tensor is sharded.
 
-    A collective operation: tensors that the block leaves are gathered at its end, because the other processes take part.
+    A collective operation: tensors that the block has not consumed are gathered at its end, because the other processes take part.
+    An error of a gather ends the iterator.
     """
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     if not fsdp.is_sharded(tensors):
         yield None
         return
-    whole = map(fsdp.whole, tensors)
+    gathers = (fsdp.full_tensor(tensor) for tensor in tensors)
     try:
-        yield whole
+        yield gathers
     finally:
-        for _ in whole:
+        for _ in gathers:
             pass
 
 
@@ -45,10 +50,10 @@ def write(state: Any, tensors: Iterator[Tensor], path: Path) -> None:
     Raises:
         OSError: The write fails.
     """
-    # The memory of these tensors is never touched, so the system provides none.
-    skeleton = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), state)
-    with torch.serialization.skip_data(), path.open("wb") as file:
-        torch.save(skeleton, file)
+    with FakeTensorMode():  # tensors without memory
+        skeleton = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), state)
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        write_file(skeleton, path)
     with zipfile.ZipFile(path) as archive:
         directory, records = archive.start_dir, archive.infolist()
     storages = [record for record in records if record.filename.split("/")[1] == "data"]
@@ -56,11 +61,12 @@ def write(state: Any, tensors: Iterator[Tensor], path: Path) -> None:
     with path.open("r+b") as file:
         for record, tensor in zip(storages, tensors, strict=True):
             content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            if content.nbytes != record.file_size:
-                raise RuntimeError(f"{record.filename} has {record.file_size} bytes, its tensor {content.nbytes}")
+            assert content.nbytes == record.file_size, f"{record.filename} is the place of another tensor"
             file.seek(_start(file, record))
             file.write(content)
             record.CRC = zlib.crc32(content)
+            if file.read(4) == DESCRIPTOR:
+                file.write(struct.pack("<I", record.CRC))
         _write_checksums(file, directory, records)
 
 

@@ -159,6 +159,6 @@ def shard_like(own: Any, whole: Any) -> Any:
     return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None).clone()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a sharded tensor whole, on its device, which is a collective operation; other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -214,7 +214,10 @@ def write(state: Mapping[str, Any], path: Path, keep: int = 1, tensors: Iterator
         logger.warning("%s has disappeared: was it moved, or is its disk no longer mounted?", path)
     try:
         with files.atomic_write(path, before_replacing=lambda: _rotate(path, keep)) as temporary:
-            serialization.write_file(state, temporary, tensors)
+            if tensors is None:
+                serialization.write_file(state, temporary)
+            else:
+                sharded.write(state, tensors, temporary)
     except OSError as error:
         failure = _one_line(error)
         remains = "the last whole checkpoint remains" if os.path.exists(path) else "there is no whole checkpoint yet"
@@ -295,7 +298,7 @@ def resume_run(path: Path, load: Callable[[dict[str, Any], Path], None], args: A
     Raises:
         UsageError: All files are damaged, or the content does not fit this run.
     """
-    found = newest_whole(path, _is_sharded(args))
+    found = newest_whole(path, _maps_file(args))
     if found is None:
         return RunPosition(is_new=True)
     source, content, damaged = found
@@ -309,7 +312,7 @@ def continue_run(path: Path, load: Callable[[dict[str, Any], Path], None], args:
     Raises:
         UsageError: It is no full checkpoint, does not fit this run, or has finished all of `args.epochs`.
     """
-    content = serialization.load_file(path, mapped=_is_sharded(args))
+    content = serialization.load_file(path, mapped=_maps_file(args))
     restore.check_fields(content, path)
     load(content, path)
     position = position_of(content, path, args)
@@ -335,7 +338,7 @@ def position_of(content: Mapping[str, Any], path: Path, args: Any) -> RunPositio
     return RunPosition(int(content["epoch"]), steps, meter, content.get("unreadable", {}))
 
 
-def _is_sharded(args: Any) -> bool:
+def _maps_file(args: Any) -> bool:
     """Return whether a process keeps only a part of a checkpoint, and therefore maps the file instead of reading it."""
     return bool(getattr(args, "fsdp", False))
 

@@ -99,8 +99,8 @@ def _split_folder(root: Path, split: str, need_labels: bool) -> Path:
 def _read_path_list(file: Path) -> list[str]:
     """Read a text file with one path a line, which may be quoted; empty lines and lines starting with # are skipped."""
     text = read_text(file, "--data_path takes a folder, or a text file with one path a line", "surrogateescape")
-    lines = [_unquoted(line.strip()) for line in text.split("\n")]
-    listed = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]
+    lines = [line.strip() for line in text.split("\n")]
+    listed = [os.path.join(file.parent, _unquoted(line)) for line in lines if line and not line.startswith("#")]
     paths = [path for path in listed if is_image_name(os.path.basename(path))]
     if not paths:
         raise UsageError(

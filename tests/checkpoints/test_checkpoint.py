@@ -164,6 +164,19 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
     assert torch.equal(loaded.body.weight, net.body.weight)
 
 
+def test_file_that_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems refuse to map files; the text is that of torch."""
+    net = Net()
+    serialization.save_file(full_checkpoint(net), tmp_path / "file.pth")
+
+    def refuse(path: str, *_: object) -> None:
+        raise RuntimeError(f"unable to mmap 2048 bytes from file <{path}>: No such device (19)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    state = serialization.load_file(tmp_path / "file.pth", mapped=True)["student"]
+    assert torch.equal(state["module.body.weight"], net.body.weight)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nonfinite_weights_are_neither_saved_nor_loaded(tmp_path: Path, value: float) -> None:
     net = Net()

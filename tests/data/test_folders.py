@@ -82,7 +82,9 @@ def test_text_file_of_paths(tmp_path: Path) -> None:
     for name in ("lists/1.png", "pictures/two words.png"):
         write_gray(tmp_path / name, 0)
     listing = tmp_path / "lists/images.txt"
-    listing.write_text(f"# my photographs\n1.png\n\n  ../pictures/two words.png  \n'{elsewhere}'\n  \"1.png\"\n")
+    listing.write_text(
+        f"# my photographs\n1.png\n\n  ../pictures/two words.png  \n'{elsewhere}'\n  \"1.png\"\n# '2.png'\n"
+    )
     dataset = build_dataset(listing, "train", whole)
     assert [Path(dataset.source.name(i)).resolve() for i in range(len(dataset))] == [
         tmp_path / "lists/1.png",

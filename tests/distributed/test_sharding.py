@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,7 +20,7 @@ import main_esvit
 from checkpoints import serialization, sharded
 from distributed import fsdp
 from models.heads import DINOHead
-from training import optim
+from training import checkpointing, optim
 from utils import UsageError
 
 CASES = ("swin", "vit, fp16", "vil", "cvt", "cvt, recomputed", "resnet", "swin, BatchNorm in heads", "swin, LARS")
@@ -162,7 +163,10 @@ def test_file_written_tensor_by_tensor_is_an_ordinary_checkpoint(tmp_path: Path)
     }
     path = tmp_path / "checkpoint.pth"
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
-    sharded.write(state, iter(tensors), path)
+    # In a process of its own: fake tensors start threads of autograd, after which no fork could compute gradients.
+    writer = multiprocessing.get_context("fork").Process(target=sharded.write, args=(state, iter(tensors), path))
+    writer.start()
+    writer.join()
     loaded = serialization.load_file(path)
     assert (loaded["epoch"], loaded["args"], type(loaded["networks"])) == (7, state["args"], OrderedDict)
     read = [leaf for leaf in tree_leaves(loaded) if isinstance(leaf, torch.Tensor)]
@@ -177,6 +181,25 @@ def test_file_written_tensor_by_tensor_is_an_ordinary_checkpoint(tmp_path: Path)
     path.write_bytes(bytes(content))
     with pytest.raises(serialization.DamagedError):
         serialization.load_file(path)
+
+
+def test_a_gather_that_fails_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the run: another gather would meet that of another tensor in the other processes."""
+    asked = []
+
+    def fail_at_two(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(int(tensor))
+        if tensor == 2:
+            raise RuntimeError("out of memory")
+        return tensor
+
+    monkeypatch.setattr(fsdp, "is_sharded", lambda tensors: True)
+    monkeypatch.setattr(fsdp, "full_tensor", fail_at_two)
+    monkeypatch.setattr(sharded, "write", lambda state, tensors, path: list(tensors))
+    state = {str(number): torch.tensor(number) for number in range(5)}
+    with pytest.raises(RuntimeError, match="out of memory"), sharded.gathered(state) as tensors:
+        checkpointing.write(state, tmp_path / "checkpoint.pth", 1, tensors)
+    assert asked == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +235,7 @@ def test_functions_return_whole_tensors_unchanged() -> None:
     optimizer = optim.build_optimizer("adamw", optim.param_groups(network))
     network(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    assert fsdp.whole(network.weight) is network.weight
+    assert fsdp.full_tensor(network.weight) is network.weight
     assert fsdp.shard_like(network.weight, network.bias) is network.bias
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     torch.testing.assert_close(fsdp.norms(gradients), torch.stack([g.norm() for g in gradients]))

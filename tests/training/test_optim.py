@@ -125,6 +125,18 @@ def test_state_of_a_plain_optimizer_is_loaded_into_a_fused_one(name: str) -> Non
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+def test_step_counters_are_copies() -> None:
+    """One that is a view of a file mapped into memory would keep the whole file open."""
+    model = nn.Linear(2, 2)
+    optimizer = optim.build_optimizer("adamw", optim.param_groups(model))
+    train_steps(model, optimizer, range(1))
+    moments = optim.named_moments(copy.deepcopy(optimizer.state_dict()), None, "the file")
+    saved = {moment["step"].data_ptr() for moment in moments.values()}
+    optim.load_moments(optimizer, moments, "the file")
+    assert len(saved) == len(optimizer.state) == 2
+    assert not saved & {state["step"].data_ptr() for state in optimizer.state.values()}
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_moments_in_another_memory_format_are_loaded(name: str) -> None:
     """Fused updates walk through memory and ask for no strides."""
