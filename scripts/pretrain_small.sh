@@ -27,7 +27,7 @@ print(images, torch.cuda.device_count(), 4 if os.cpu_count() >= 4 else min(2, os
 read -r COUNT DEVICES CORES < <(PYTHONPATH=$ROOT "$PYTHON" -c "$describe" "$IMAGES") || exit 2
 
 PIXELS=${NETWORK##*_} BATCH=64
-PASSES=${PASSES:-$((PIXELS > 32 ? 80000 : 200000))}
+PASSES=${PASSES:-$((PIXELS > 32 ? 80000 : 250000))}
 numbers PASSES
 FITTING=$(((PASSES + COUNT / 2) / COUNT))
 EPOCHS=${EPOCHS:-$((FITTING > 1 ? FITTING : 1))}

@@ -58,7 +58,7 @@ def test_compare_rejects_other_words(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("network", "images", "env", "epochs", "sizes"),
     [
-        ("swin_32", 40, {"PROCESSES": "1"}, 5000, (32, 16)),
+        ("swin_32", 40, {"PROCESSES": "1"}, 6250, (32, 16)),
         ("vit_64", 40, {"PROCESSES": "1"}, 2000, (64, 32)),
         ("cvt_64", 40, {"PROCESSES": "2", "PASSES": "410"}, 10, (64, 32)),
         ("swin_128", 3, {"PROCESSES": "4", "PASSES": "1"}, 1, (128, 64)),
