@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from helpers.runs import TINY_RUN  # noqa: E402
 from helpers.small_networks import SMALL  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
 import main_esvit  # noqa: E402
 import utils  # noqa: E402
@@ -99,7 +100,7 @@ def train(case: Case, *flags: str) -> tuple[list[dict[str, float]], dict[str, An
             features = features_of(method)
     fsdp_state = getattr(loading.unwrap(method.teacher), "_get_fsdp_state", lambda: None)()
     assert fsdp_state is None or not fsdp_state._comm_ctx.post_forward_order
-    saved = step.state_dict()
+    saved = tree_map_only(Tensor, fsdp.full_tensor, step.state_dict())
     state = {part: copy.deepcopy(saved[part]) for part in ("student", "teacher", "dino_loss")}
     moments = saved["optimizer"]["state"].items()
     state["optimizer"] = {f"{key} of {number}": value for number, one in moments for key, value in one.items()}
