@@ -181,11 +181,9 @@ def _check_moment(value: Any, parameter: Tensor, has_shape: bool, what: str) -> 
     if tensor is None or tensor.shape != shape or tensor.is_complex():
         found = f"is a {type(value).__name__}" if tensor is None else f"has shape {tuple(tensor.shape)}"
         raise UsageError(f"{what} {found}, expected shape {tuple(shape)}; use another file")
-    return (
-        _match_strides(parameter, fsdp.shard_like(parameter, tensor))
-        if has_shape
-        else tensor.to(torch.float32, copy=True)
-    )
+    if not has_shape:
+        return tensor.to(torch.float32, copy=True)
+    return _match_strides(parameter, fsdp.shard_like(parameter, tensor))
 
 
 def _match_strides(parameter: Tensor, value: Tensor) -> Tensor:

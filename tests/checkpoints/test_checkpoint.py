@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,12 +166,23 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
 
 
 def test_file_that_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems refuse to map files; the text is that of torch."""
+    """Some file systems refuse to map files; the error is torch's own, provoked by a file larger than the memory allowed."""
     net = Net()
     serialization.save_file(full_checkpoint(net), tmp_path / "file.pth")
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(2**40)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    try:
+        with pytest.raises(RuntimeError) as refused:
+            torch.UntypedStorage.from_file(str(large), False, 2**40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
-    def refuse(path: str, *_: object) -> None:
-        raise RuntimeError(f"unable to mmap 2048 bytes from file <{path}>: No such device (19)")
+    def refuse(*_: object) -> None:
+        raise refused.value
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
     state = serialization.load_file(tmp_path / "file.pth", mapped=True)["student"]
