@@ -8,8 +8,8 @@ adapted, because lightly's are for larger images. All others are those of lightl
 local crops with their scales, colors and blur; heads of 512, 64 and 2048 dimensions, the teacher's with random weights of its own;
 prototypes frozen for an epoch; temperatures 0.1 and 0.04; Adam with a constant rate; batches of 64; float32.
 
-Some steps are timed first, and not counted. The teacher's momentum rises from 0.996 to 1 over the steps that fit in the CPU time,
-as in lightly's own benchmark; the example raises it once per epoch.
+It trains until the CPU time is used up. Over this time the teacher's momentum rises from 0.996 to 1, at every step as in lightly's
+own benchmark; the example raises it once per epoch.
 
 Results in --output_dir: `checkpoint.pth` with student and teacher, for eval_knn.py --arch, unless the loss is no longer finite; and
 `figures.json`.
@@ -48,7 +48,6 @@ from training import setup
 HEAD = (512, 64, 2048)  # hidden dimension, bottleneck and prototypes
 MOMENTUM = (0.996, 1.0)
 LOCAL_SHARE = 96 / 224  # of the side of a global crop, where FLAGS have no local crops
-WARMUP_STEPS, TIMED_STEPS = 3, 10
 CURVE = 20  # values of the loss in figures.json
 
 
@@ -104,8 +103,12 @@ def build_setting(args: argparse.Namespace) -> Setting:
     return Setting(ours.arch, config, ours.patch_size, loader, args.lr, args.seed)
 
 
-def train(setting: Setting, steps: int) -> tuple[dict[str, nn.Module], list[float]]:
-    """Return the backbones of student and teacher after `steps`, and the losses; stop at one that is not finite."""
+def train(setting: Setting, cpu_seconds: float, max_steps: int) -> tuple[dict[str, nn.Module], list[float]]:
+    """Return the backbones of student and teacher, and the loss of each step; stop at one that is not finite.
+
+    Args:
+        cpu_seconds: CPU time of this process, since its start, at which no further step begins; the first step always runs.
+    """
     from lightly.loss import DINOLoss
     from lightly.models.modules import DINOProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -122,9 +125,12 @@ def train(setting: Setting, steps: int) -> tuple[dict[str, nn.Module], list[floa
 
     losses: list[float] = []
     batches = itertools.chain.from_iterable(itertools.repeat(setting.loader))
-    for step, (views, _) in enumerate(itertools.islice(batches, steps)):
+    for step, (views, _) in enumerate(itertools.islice(batches, max_steps)):
+        used = time.process_time()
+        if step and used >= cpu_seconds:
+            break
         epoch = step // len(setting.loader)
-        update_momentum(student, teacher, m=cosine_schedule(step, steps, *MOMENTUM))
+        update_momentum(student, teacher, m=cosine_schedule(int(1000 * used), int(1000 * cpu_seconds), *MOMENTUM))
         loss = criterion([teacher(view) for view in views[:2]], [student(view) for view in views], epoch=epoch)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -134,21 +140,14 @@ def train(setting: Setting, steps: int) -> tuple[dict[str, nn.Module], list[floa
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            print(f"step {step} of {steps}: loss {losses[-1]:.4f}", flush=True)
+            print(f"step {step}, {used:.0f} of {cpu_seconds:.0f} s: loss {losses[-1]:.4f}", flush=True)
     return {"student": backbone, "teacher": teacher[0]}, losses
 
 
 def main(args: argparse.Namespace) -> None:
-    """Time some steps, train for as many as fit, and save both networks."""
-    started = time.process_time()  # the start of the process counts, as it does for main_esvit.py
+    """Train, and save both networks."""
     setting = build_setting(args)
-    train(setting, min(WARMUP_STEPS, args.max_steps))
-    timed, before = min(TIMED_STEPS, args.max_steps), time.process_time()
-    train(setting, timed)
-    calibration = time.process_time() - started
-    seconds_per_step = (time.process_time() - before) / timed
-    steps = max(1, min(int((args.cpu_seconds - started) / seconds_per_step), args.max_steps))
-    networks, losses = train(setting, steps)
+    networks, losses = train(setting, args.cpu_seconds, args.max_steps)
 
     folder = Path(args.output_dir)
     finite = math.isfinite(losses[-1])
@@ -157,7 +156,6 @@ def main(args: argparse.Namespace) -> None:
     figures = {
         "steps": len(losses),
         "epochs": len(losses) / len(setting.loader),
-        "calibration_seconds": calibration,
         "diverged": not finite,
         "losses": [float(part.mean()) for part in np.array_split(losses, min(CURVE, len(losses)))] if finite else [],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from conftest import ROOT
 from helpers.runs import TINY_RUN, TINY_SWIN, write_images
 
-from benchmarks import peer_runs, peers
+from benchmarks import lightly_dino, peer_runs, peers
 from config.arguments import main_esvit
 from distributed import launch
 from losses.dino import DINOLoss
@@ -156,6 +157,20 @@ def test_the_loss_of_lightly_is_ours(views: int) -> None:
     ours.accumulate_center(teacher)
     ours.update_center()
     torch.testing.assert_close(ours.center, theirs.center[0], rtol=1e-5, atol=1e-6)
+
+
+@needs_lightly
+@pytest.mark.parametrize(("seconds", "max_steps", "steps"), [(5, 99, 5), (5, 3, 3), (0.5, 99, 1)])
+def test_lightly_trains_until_its_cpu_time_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, max_steps: int, steps: int
+) -> None:
+    """With a clock that advances by a second a step."""
+    write_images(tmp_path / "train", 4, classes=2)
+    command = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path), "--cpu_seconds", "1", "--batch", "4"]
+    args = lightly_dino.get_args_parser().parse_args([*command, "--", *TINY_RUN, *TINY_SWIN])
+    setting = lightly_dino.build_setting(args)
+    monkeypatch.setattr("time.process_time", itertools.count().__next__)
+    assert len(lightly_dino.train(setting, seconds, max_steps)[1]) == steps
 
 
 @needs_lightly
