@@ -130,7 +130,8 @@ def train(setting: Setting, cpu_seconds: float, max_steps: int) -> tuple[dict[st
         if step and used >= cpu_seconds:
             break
         epoch = step // len(setting.loader)
-        update_momentum(student, teacher, m=cosine_schedule(int(1000 * used), int(1000 * cpu_seconds), *MOMENTUM))
+        milliseconds = int(1000 * used), int(1000 * cpu_seconds)  # in place of steps, whose number is not known
+        update_momentum(student, teacher, m=cosine_schedule(*milliseconds, *MOMENTUM))
         loss = criterion([teacher(view) for view in views[:2]], [student(view) for view in views], epoch=epoch)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
